@@ -1,0 +1,111 @@
+"""Every configuration key, its default and what it means.
+
+Other config files start from `get_config()` and change what differs. The
+result is locked: a misspelt key is an error. `config.batch_size` is the
+global batch, over all hosts and devices.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config():
+  """Returns the defaults: ViT-B/16 pre-training on ImageNet-21k, the paper."""
+  config = ml_collections.ConfigDict()
+
+  # One integer decides the run: initialisation, data order, augmentation,
+  # dropout and mixup are functions of (seed, step).
+  config.seed = 0
+
+  # A run folder whose weights this run starts from (its best checkpoint where
+  # it kept one, else its last). The head is replaced where the classes differ,
+  # the position embedding is resized, the optimizer starts fresh.
+  config.init_from = placeholder(str)
+
+  # Height and width of the images that the model sees, in pixels: one integer
+  # or (height, width). `size` in preprocessing strings means this.
+  config.image_size = 224
+
+  # --- model: the arguments of `vit_jax.models.create` ---
+  config.model = ml_collections.ConfigDict()
+  config.model.variant = "ViT-B_16"  # name_patch, see README for the table
+  config.model.classifier = "token"  # "token", "gap" or "map"
+  # Width of the tanh layer before the head (the paper: hidden size while
+  # pre-training, none while fine-tuning). -1: the hidden size, 0: none.
+  config.model.representation_size = 0
+  config.model.pos_embedding = "learned"  # "learned" (1-D) or "none"
+  config.model.dropout_rate = 0.0
+  config.model.attention_dropout_rate = 0.0
+  config.model.stochastic_depth_rate = 0.0  # of the last block; linear in depth
+  config.model.head_bias_init = 0.0
+  # Matrix products run in this dtype; parameters, LayerNorm, softmax and loss
+  # stay in float32.
+  config.model.dtype = "bfloat16"
+  config.model.scan = False  # one traced block instead of `num_layers` of them
+  config.model.remat = "none"  # "none", "dots" or "full", see models/vit.py
+
+  # --- data ---
+  # Where TFDS data sets live; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+  config.data_dir = placeholder(str)
+  config.train = ml_collections.ConfigDict()
+  # A TFDS name, `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
+  config.train.dataset = "imagenet21k"
+  config.train.split = "train"
+  config.train.preprocess = "inception_crop(size)|flip_lr"
+  config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
+  config.eval = ml_collections.ConfigDict()
+  config.eval.dataset = placeholder(str)  # unset: the training data set
+  config.eval.split = "validation"
+  config.eval.preprocess = "resize_small(256)|central_crop(size)"
+  config.eval.batch_size = 0  # 0: the training batch size
+
+  # --- duration: exactly one of the three is set ---
+  config.batch_size = 4096
+  config.total_steps = 0
+  config.total_epochs = 0.0
+  config.total_examples = 0
+
+  # --- optimisation ---
+  config.loss = ml_collections.ConfigDict()
+  config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
+  config.loss.label_smoothing = 0.0
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "adam"  # "adam" or "sgd"
+  config.optimizer.b1 = 0.9  # Adam
+  config.optimizer.b2 = 0.999
+  config.optimizer.eps = 1e-8
+  config.optimizer.momentum = 0.9  # SGD
+  # dtype of Adam's first moment or SGD's momentum: "float32" or "bfloat16".
+  config.optimizer.accumulator_dtype = "float32"
+  config.optimizer.weight_decay = 0.0
+  # "lr": decay * lr(t), as in the paper; "schedule": decay * lr(t)/base_lr, as
+  # in big_vision (0.1 there = 0.1 / base_lr here).
+  config.optimizer.weight_decay_scaling = "lr"
+  # Regular expression: parameters whose whole path matches are decayed.
+  config.optimizer.weight_decay_params = ".*/kernel"
+  config.optimizer.clip_norm = 0.0  # global gradient norm; 0: no clipping
+  # "regex=factor" pairs, first match wins; factor 0 freezes.
+  config.optimizer.lr_multipliers = ()
+  config.schedule = ml_collections.ConfigDict()
+  config.schedule.base_lr = 1e-3
+  config.schedule.decay = "linear"  # "linear", "cosine", "rsqrt", "constant"
+  config.schedule.warmup_steps = 10_000
+  config.schedule.linear_end = 1e-5  # learning rate at the end of linear decay
+  config.schedule.rsqrt_timescale = 10_000
+  config.schedule.cooldown_steps = 0  # linear to 0 at the end
+  config.micro_batches = 1  # gradient accumulation; same result, less memory
+  config.ema_decay = 0.0  # Polyak averaging of the parameters; 0: off
+
+  # --- machines ---
+  # Devices over which parameters and optimizer are sharded; the others hold
+  # copies. 1: pure data parallelism.
+  config.fsdp = 1
+
+  # --- bookkeeping: may differ when a run is resumed ---
+  config.log_every = 50  # steps; must divide eval_every and checkpoint_every
+  config.eval_every = 5000  # steps; 0: at the end only
+  config.checkpoint_every = 1000  # steps; 0: at the end only
+  config.keep_checkpoints = 2  # the newest that are kept, beside the best
+  config.profile_step = 0  # first step of a profiler window; 0: none
+  config.profile_steps = 5
+  return config.lock()

@@ -1,0 +1,18 @@
+"""The one exception for users' mistakes, and the words that help them on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+  """Something the user gave cannot be used.
+
+  The message is one line: what was given, what is needed, what to do. The
+  command line prints it without a traceback and exits with code 2.
+  """
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+  """Returns "; did you mean 'x'?" for the closest choice, else ""."""
+  matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+  return f"; did you mean {matches[0]!r}?" if matches else ""
