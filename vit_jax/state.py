@@ -1,0 +1,52 @@
+"""The training state, and parameters as a flat {path: array} dictionary."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+
+class TrainState(NamedTuple):
+  """Everything that a run carries from step to step.
+
+  Attributes:
+    step: int32[], the number of updates done.
+    params: nested dictionary of float32 arrays.
+    opt_state: the optimizer's state; its moments mirror `params`.
+    ema: the Polyak average of `params`, or None when averaging is off.
+    rng: the key that every step folds its number into; it never changes.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any
+  rng: jax.Array
+
+
+def path_str(key_path) -> str:
+  """Returns a JAX key path as "Transformer/encoder_norm/scale"."""
+  names = []
+  for key in key_path:
+    for attribute in ("key", "name", "idx"):
+      if hasattr(key, attribute):
+        names.append(str(getattr(key, attribute)))
+        break
+  return "/".join(names)
+
+
+def flatten(tree) -> dict[str, Any]:
+  """Returns {"a/b/c": leaf} of any pytree."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {path_str(path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+  """Returns the nested dictionary of {"a/b/c": leaf}."""
+  tree: dict[str, Any] = {}
+  for path, leaf in flat.items():
+    *parents, name = path.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = leaf
+  return tree
