@@ -1,0 +1,111 @@
+"""Classification losses: float32 whatever comes in, one number per example.
+
+Targets are multi-hot, and soft after mixup. A loss returns f32[b], not the
+mean, so that callers can mask padding before they average.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.errors import UserError, suggest
+
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def multi_hot(labels: jax.Array, num_classes: int) -> jax.Array:
+  """Turns class ids int32[b l], padded with -1, into f32[b k] of 0 and 1.
+
+  A label that is given twice counts once. Ids outside [0, k) set nothing:
+  whoever reads the labels checks them.
+  """
+  # A comparison, not a scatter: index -1 would wrap to the last class, and XLA
+  # fuses this into the reduction without ever making [b l k].
+  classes = jnp.arange(num_classes)
+  return (labels[..., None] == classes).any(axis=-2).astype(jnp.float32)
+
+
+def sigmoid_cross_entropy(
+  logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Binary cross-entropy summed over the classes.
+
+  Args:
+    logits: [b k], any float dtype.
+    targets: [b k], the probability of each class, independent of the others.
+    label_smoothing: s; a target of 1 becomes 1 - s and a target of 0 becomes
+      s, linearly between.
+
+  Returns:
+    f32[b], in nats.
+  """
+  logits, targets = _to_float32(logits, targets)
+  targets = label_smoothing + (1 - 2 * label_smoothing) * targets
+  # Two log-sigmoids, as log_sigmoid(-x) = log_sigmoid(x) - x cancels where
+  # thousands of logits sit near the head bias of -10.
+  positive = targets * jax.nn.log_sigmoid(logits)
+  negative = (1 - targets) * jax.nn.log_sigmoid(-logits)
+  return -(positive + negative).sum(axis=-1)
+
+
+def softmax_cross_entropy(
+  logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Cross-entropy between the target distribution and softmax(logits).
+
+  Args:
+    logits: [b k], any float dtype.
+    targets: [b k], not negative; each row is divided by its sum, so several
+      labels of one image share its target evenly.
+    label_smoothing: s; the target distribution t becomes (1 - s) t + s / k.
+
+  Returns:
+    f32[b], in nats; 0 for an image without any label, which says nothing.
+  """
+  logits, targets = _to_float32(logits, targets)
+  total = targets.sum(axis=-1, keepdims=True)
+  labelled = total > 0
+  targets = targets / jnp.where(labelled, total, 1)
+  num_classes = logits.shape[-1]
+  targets = (1 - label_smoothing) * targets + label_smoothing / num_classes
+  targets = jnp.where(labelled, targets, 0)
+  return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
+
+
+def get_loss(name: str, label_smoothing: float = 0.0) -> LossFn:
+  """Returns `loss(logits [b k], targets [b k]) -> f32[b]`; see each of them.
+
+  Args:
+    name: "sigmoid" or "softmax".
+    label_smoothing: in [0, 1) for softmax, in [0, 0.5) for sigmoid, where 0.5
+      would make "on" and "off" the same.
+
+  Raises:
+    UserError: unknown name, smoothing out of range.
+  """
+  if name not in _LOSSES:
+    choices = ", ".join(_LOSSES)
+    raise UserError(
+      f"unknown loss {name!r}; choose from {choices}{suggest(name, _LOSSES)}"
+    )
+  loss, limit = _LOSSES[name]
+  if not 0 <= label_smoothing < limit:
+    raise UserError(
+      f"label_smoothing {label_smoothing} is not in [0, {limit}), which the "
+      f"{name} loss needs; use 0 for none"
+    )
+  return functools.partial(loss, label_smoothing=label_smoothing)
+
+
+# The function of each name, and the label smoothing it must stay below.
+_LOSSES = {
+  "sigmoid": (sigmoid_cross_entropy, 0.5),
+  "softmax": (softmax_cross_entropy, 1.0),
+}
+
+
+def _to_float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """bf16 logits lose the tail of a sum over thousands of classes."""
+  return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
