@@ -1,0 +1,59 @@
+"""Position embeddings and how they move to another resolution."""
+
+import numpy as np
+
+
+def corner_aligned(length_in: int, length_out: int) -> np.ndarray:
+  """Returns the matrix f64[out in] of corner-aligned linear interpolation.
+
+  Output o samples the input at o * (in - 1) / (out - 1), as
+  `scipy.ndimage.zoom(order=1)` does and as the published fine-tuned weights
+  were made. It is not `jax.image.resize`, which aligns pixel centres. With one
+  output there is no second corner to align; the first input is taken, as
+  scipy takes it.
+  """
+  if length_out == 1:
+    position = np.zeros(1)
+  else:
+    position = np.arange(length_out) * ((length_in - 1) / (length_out - 1))
+  low = np.clip(np.floor(position).astype(int), 0, max(length_in - 2, 0))
+  fraction = position - low
+  matrix = np.zeros((length_out, length_in))
+  rows = np.arange(length_out)
+  matrix[rows, low] += 1 - fraction
+  matrix[rows, np.minimum(low + 1, length_in - 1)] += fraction
+  return matrix
+
+
+def resize_grid(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Resizes position embeddings f32[h w d] to f32[*shape d].
+
+  An unchanged shape returns the very same values. Computed in float64.
+  """
+  if grid.shape[:2] == tuple(shape):
+    return grid
+  rows = corner_aligned(grid.shape[0], shape[0])
+  columns = corner_aligned(grid.shape[1], shape[1])
+  out = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid.astype(np.float64))
+  return out.astype(grid.dtype)
+
+
+def resize_tokens(
+  pos_embedding: np.ndarray,
+  old_grid: tuple[int, int],
+  new_grid: tuple[int, int],
+) -> np.ndarray:
+  """Resizes f32[1 n d] to a new grid; extra leading tokens are kept as is.
+
+  Args:
+    pos_embedding: n is h*w of the old grid, plus one with a class token.
+    old_grid: (h, w) in patches. It is given, never guessed from n: 196 tokens
+      are a 14x14 grid and not a class token with 195 patches.
+    new_grid: (h, w) in patches.
+  """
+  num_extra = pos_embedding.shape[1] - old_grid[0] * old_grid[1]
+  assert num_extra in (0, 1), (pos_embedding.shape, old_grid)
+  extra, tokens = np.split(pos_embedding, [num_extra], axis=1)
+  width = tokens.shape[-1]
+  grid = resize_grid(tokens.reshape(*old_grid, width), new_grid)
+  return np.concatenate([extra, grid.reshape(1, -1, width)], axis=1)

@@ -1,0 +1,144 @@
+"""The mesh, and one table that says how each array lies on it.
+
+The mesh has two axes. Both split the batch; "fsdp" also splits parameters and
+optimizer moments, so that a device holds 1/fsdp of them. There is no
+communication code here: jit inserts it where these layouts make it necessary.
+"""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vit_jax.errors import UserError
+from vit_jax.state import flatten, path_str
+
+# First match wins; each pattern must match the path's last names. Optimizer
+# moments end in the path of their parameter and so lie as it does. The spec
+# speaks of the last axes: scanned parameters have a depth axis before them.
+RULES = (
+  (r"(query|key|value)/kernel", P("fsdp", None, None)),  # [d a d/a]
+  (r"out/kernel", P(None, None, "fsdp")),  # [a d/a d]
+  (r"Dense_0/kernel", P("fsdp", None)),  # [d m]
+  (r"Dense_1/kernel", P(None, "fsdp")),  # [m d]
+  (r"embedding/kernel", P(None, None, None, "fsdp")),  # [p p 3 d]
+  (r"(pre_logits|head)/kernel", P("fsdp", None)),  # [d k]
+  # One vector a layer: the gather would cost more than the memory is worth.
+  (r"bias|scale|cls|probe|pos_embedding", P()),
+  (r"step|rng|count", P()),
+)
+
+
+def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
+  """Returns the mesh ("data", "fsdp") over all devices of all processes.
+
+  Raises:
+    UserError: `fsdp` does not divide the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if fsdp < 1 or len(devices) % fsdp:
+    valid = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    raise UserError(
+      f"fsdp {fsdp} does not divide {len(devices)} devices; "
+      f"valid: {', '.join(map(str, valid))}"
+    )
+  # Linen modules are written for Auto axes; Explicit is make_mesh's default.
+  return jax.make_mesh(
+    (len(devices) // fsdp, fsdp),
+    ("data", "fsdp"),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices,
+  )
+
+
+def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
+  """Returns the layout of the array at `path`.
+
+  Raises:
+    UserError: the table splits an axis that `fsdp` does not divide.
+    AssertionError: no rule covers the path.
+  """
+  for pattern, spec in RULES:
+    if re.search(rf"(^|/)({pattern})$", path):
+      break
+  else:
+    raise AssertionError(f"no sharding rule covers {path}; add one to RULES")
+  spec = P(*[None] * (len(shape) - len(spec)), *spec) if len(spec) else spec
+  for axis, name in enumerate(spec):
+    if name and shape[axis] % fsdp:
+      raise UserError(
+        f"fsdp {fsdp} does not divide axis {axis} of {path} {shape}; "
+        f"choose a divisor of {shape[axis]}"
+      )
+  return spec
+
+
+def tree_shardings(mesh, tree):
+  """Returns a NamedSharding for each array (or shape) of a pytree."""
+  fsdp = mesh.shape["fsdp"]
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(
+      mesh, partition_spec(path_str(path), x.shape, fsdp)
+    ),
+    tree,
+  )
+
+
+def batch_sharding(mesh) -> NamedSharding:
+  """Returns the layout of a batch: its first axis over every device."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh) -> NamedSharding:
+  """Returns the layout of an array that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
+  """Raises a UserError unless the batch splits evenly over the devices."""
+  pieces = mesh.size * micro_batches
+  if micro_batches < 1:
+    raise UserError(f"micro_batches is {micro_batches}; it must be 1 or more")
+  if batch_size < 1 or batch_size % pieces:
+    nearest = max(1, round(batch_size / pieces)) * pieces
+    what = f"{mesh.size} devices"
+    if micro_batches > 1:
+      what += f" x {micro_batches} micro-batches"
+    raise UserError(
+      f"batch_size {batch_size} is not divisible by {what}; "
+      f"nearest valid: {nearest}"
+    )
+
+
+def local_rows(mesh, batch_size: int) -> np.ndarray:
+  """Returns the rows i64[r] of a global batch that this process feeds."""
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  rows = [np.arange(batch_size)[index] for index in indices.values()]
+  return np.unique(np.concatenate(rows))
+
+
+def put_batch(mesh, batch: dict, batch_size: int) -> dict:
+  """Makes global arrays of this process's rows; copies run in the background.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch: {name: array[r ...]}, the rows that `local_rows` names.
+    batch_size: rows of the global batch.
+  """
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(
+      sharding, x, (batch_size, *x.shape[1:])
+    )
+    for name, x in batch.items()
+  }
+
+
+def bytes_per_device(tree) -> int:
+  """Returns the bytes that one device holds of a tree of placed arrays."""
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    for x in flatten(tree).values()
+  )

@@ -1,0 +1,159 @@
+"""The jitted steps: pure functions of values, with no input or output."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.losses import multi_hot
+from vit_jax.optim import polyak
+from vit_jax.state import TrainState
+
+
+def normalize(images):
+  """u8[b h w 3] -> f32 in [-1, 1]; pixels travel to the device as uint8."""
+  return (images.astype(jnp.float32) - 127.5) / 127.5
+
+
+def mixup(key, images, targets, alpha):
+  """Mixes each example with its neighbour in the global batch.
+
+  One weight a ~ Beta(alpha, alpha) a batch, the larger of a and 1 - a, so that
+  the first image dominates (arXiv 1710.09412; AugReg, arXiv 2106.10270).
+  """
+  a = jax.random.beta(key, alpha, alpha)
+  a = jnp.maximum(a, 1 - a)
+  return tuple(
+    a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in (images, targets)
+  )
+
+
+def split_micro_batches(tree, count):
+  """[b ...] -> [count b/count ...] without moving a row between devices.
+
+  Micro-batch j takes every count-th row, so each device contributes equally.
+  """
+  return jax.tree.map(
+    lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree
+  )
+
+
+def make_train_step(
+  *,
+  apply,
+  loss_fn,
+  optimizer,
+  schedule,
+  num_classes: int,
+  mixup_alpha: float = 0.0,
+  micro_batches: int = 1,
+  ema_decay: float = 0.0,
+):
+  """Returns train_step(state, batch) -> (state, metrics).
+
+  Args:
+    apply: a model's forward function, see `models.Model`.
+    loss_fn: (logits f32[b k], targets f32[b k]) -> f32[b].
+    optimizer: an optax gradient transformation.
+    schedule: step -> learning rate, for the metrics only.
+    num_classes: k.
+    mixup_alpha: of `mixup`; 0 for none.
+    micro_batches: the gradient is the mean over that many pieces.
+    ema_decay: of the Polyak average; 0 for none.
+
+  `batch` is {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label.
+  All randomness is a function of (state.rng, state.step).
+  """
+
+  def loss_of(params, images, targets, key):
+    logits = apply(params, images, train=True, key=key)
+    return jnp.mean(loss_fn(logits, targets))
+
+  def mean_gradient(params, images, targets, key):
+    """Mean loss and gradient over the batch, one micro-batch at a time."""
+    gradient = jax.value_and_grad(loss_of)
+    if micro_batches == 1:
+      return gradient(params, images, targets, key)
+    pieces = split_micro_batches((images, targets), micro_batches)
+    keys = jax.random.split(key, micro_batches)
+
+    def add(total, piece):
+      images, targets, key = piece
+      return jax.tree.map(
+        jnp.add, total, gradient(params, images, targets, key)
+      ), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (*pieces, keys))
+    return jax.tree.map(lambda x: x / micro_batches, total)
+
+  def train_step(state: TrainState, batch):
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    dropout_key, mixup_key = jax.random.split(key)
+    images = normalize(batch["image"])
+    targets = multi_hot(batch["labels"], num_classes)
+    if mixup_alpha:
+      images, targets = mixup(mixup_key, images, targets, mixup_alpha)
+    loss, gradient = mean_gradient(state.params, images, targets, dropout_key)
+    updates, opt_state = optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = polyak(state.ema, params, ema_decay) if ema_decay else None
+    metrics = {
+      "loss": loss,
+      "gradient_norm": optax.global_norm(gradient),
+      "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+    }
+    new = TrainState(state.step + 1, params, opt_state, ema, state.rng)
+    return new, metrics
+
+  return train_step
+
+
+def make_eval_step(*, apply, loss_fn, num_classes: int):
+  """Returns eval_step(params, batch) -> sums over the unmasked examples.
+
+  The sums: "examples", "loss", "labelled" (examples with at least one label),
+  and over those "correct" (the top class is one of the labels) and
+  "ranking_precision" (label ranking average precision, see below).
+  """
+
+  def eval_step(params, batch):
+    logits = apply(params, normalize(batch["image"]))
+    targets = multi_hot(batch["labels"], num_classes)
+    mask = batch["mask"]
+    labelled = mask & (targets.sum(-1) > 0)
+    top = jnp.argmax(logits, -1)
+    correct = jnp.take_along_axis(targets, top[:, None], 1)[:, 0] > 0
+    return {
+      "examples": jnp.sum(mask),
+      "loss": jnp.sum(jnp.where(mask, loss_fn(logits, targets), 0)),
+      "labelled": jnp.sum(labelled),
+      "correct": jnp.sum(labelled & correct),
+      "ranking_precision": jnp.sum(
+        jnp.where(labelled, ranking_precision(logits, batch["labels"]), 0)
+      ),
+    }
+
+  return eval_step
+
+
+def ranking_precision(logits, labels):
+  """Label ranking average precision of each example, f32[b].
+
+  For each label: the fraction of true labels among the classes that score at
+  least as high; then the mean over the labels (Tsoumakas et al., "Mining
+  Multi-label Data", 2010). With one label it is the reciprocal rank.
+
+  Args:
+    logits: f32[b k].
+    labels: i32[b l], -1 for none, no label twice.
+  """
+  present = labels >= 0
+  scores = jnp.take_along_axis(logits, jnp.maximum(labels, 0), 1)
+  above = (logits[:, None, :] >= scores[:, :, None]).sum(-1)
+  true_above = (
+    (scores[:, None, :] >= scores[:, :, None]) & present[:, None, :]
+  ).sum(-1)
+  precision = jnp.where(present, true_above / above, 0)
+  return precision.sum(-1) / jnp.maximum(present.sum(-1), 1)
