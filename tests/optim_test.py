@@ -1,0 +1,460 @@
+"""Schedules and optimizers, step by step, against NumPy in float64."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vit_jax import optim
+from vit_jax.errors import UserError
+from vit_jax.state import flatten, unflatten
+
+_SHAPES = {
+  "cls": (1, 1, 4),
+  "Transformer/encoderblock_0/LayerNorm_0/scale": (4,),
+  "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel": (4, 6),
+  "Transformer/encoderblock_0/MlpBlock_0/Dense_0/bias": (6,),
+  "Transformer/encoderblock_1/LayerNorm_0/scale": (4,),
+  "Transformer/encoderblock_1/MlpBlock_0/Dense_0/kernel": (4, 6),
+  "Transformer/encoderblock_1/MlpBlock_0/Dense_0/bias": (6,),
+  "head/kernel": (4, 3),
+  "head/bias": (3,),
+}
+_STEPS = 25
+
+_SCHEDULE = {
+  "base_lr": 0.03,
+  "decay": "cosine",
+  "warmup_steps": 5,
+  "linear_end": 1e-5,
+  "rsqrt_timescale": 7,
+  "cooldown_steps": 0,
+  "total_steps": _STEPS,
+}
+_OPTIMIZER = {
+  "name": "adam",
+  "b1": 0.9,
+  "b2": 0.999,
+  "eps": 1e-8,
+  "momentum": 0.9,
+  "accumulator_dtype": "float32",
+  "weight_decay": 0.0,
+  "weight_decay_scaling": "lr",
+  "weight_decay_params": ".*/kernel",
+  "clip_norm": 0.0,
+  "lr_multipliers": (),
+}
+
+
+# --- schedules ---
+
+
+def _schedule_reference(step, c):
+  """The learning rate of one step, in Python's float64."""
+  t, w, total = step, c["warmup_steps"], c["total_steps"]
+  p = min(max((t - w) / max(1, total - w), 0), 1)
+  base, end = c["base_lr"], c["linear_end"]
+  lr = {
+    "linear": end + (base - end) * (1 - p),
+    "cosine": base * 0.5 * (1 + np.cos(np.pi * p)),
+    "rsqrt": base / np.sqrt(1 + max(0, t - w) / c["rsqrt_timescale"]),
+    "constant": base,
+  }[c["decay"]]
+  if w:
+    lr *= min(1, t / w)
+  if c["cooldown_steps"]:
+    lr *= min(1, (total - t) / c["cooldown_steps"])
+  return lr
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "rsqrt", "constant"])
+@pytest.mark.parametrize("warmup", [0, 5, 40])
+@pytest.mark.parametrize("cooldown", [0, 6])
+def test_schedule_equals_formula_at_every_step(decay, warmup, cooldown):
+  changes = {"decay": decay, "warmup_steps": warmup, "cooldown_steps": cooldown}
+  c = _SCHEDULE | changes | {"total_steps": 46}
+  schedule = optim.make_schedule(**c)
+  got = [schedule(t) for t in range(46)]
+  expected = [_schedule_reference(t, c) for t in range(46)]
+  np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
+  # Traced int32 steps, all at once, are the same numbers.
+  traced = jax.jit(jax.vmap(schedule))(jnp.arange(46))
+  assert traced.dtype == jnp.float32
+  np.testing.assert_allclose(traced, got, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+  ("changes", "step", "lr"),
+  [
+    # The first update has rate 0, half-way up is half the rate.
+    ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 0, 0.0),
+    ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 5, 0.5),
+    # Half-way down, and the absolute end.
+    ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 60, 0.6),
+    ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 110, 0.2),
+    ({"decay": "cosine", "warmup_steps": 10, "total_steps": 110}, 60, 0.5),
+    ({"decay": "cosine", "warmup_steps": 10, "total_steps": 110}, 110, 0.0),
+    # 1 / sqrt(1 + 21 / 7) = 1/2, whether there was a warm-up or not.
+    ({"decay": "rsqrt", "warmup_steps": 0, "total_steps": 99}, 21, 0.5),
+    ({"decay": "rsqrt", "warmup_steps": 10, "total_steps": 99}, 10, 1.0),
+    ({"decay": "rsqrt", "warmup_steps": 10, "total_steps": 99}, 31, 0.5),
+    # Three steps before the end of a cooldown of twelve.
+    ({"decay": "constant", "cooldown_steps": 12, "total_steps": 99}, 96, 0.25),
+    ({"decay": "constant", "cooldown_steps": 12, "total_steps": 99}, 99, 0.0),
+  ],
+)
+def test_schedule_by_hand(changes, step, lr):
+  c = _SCHEDULE | {"base_lr": 1.0, "linear_end": 0.2} | changes
+  assert float(optim.make_schedule(**c)(step)) == pytest.approx(lr, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"decay": "cosin"}, "unknown decay 'cosin'.*did you mean 'cosine'"),
+    ({"base_lr": -1e-3}, "base_lr -0.001"),
+    ({"base_lr": float("nan")}, "base_lr nan"),
+    ({"warmup_steps": 26}, "warmup_steps 26 .*25 steps"),
+    ({"cooldown_steps": 21}, "warmup_steps 5 and cooldown_steps 21"),
+    ({"decay": "linear", "linear_end": 0.1}, "linear_end 0.1 is above base_lr"),
+    ({"decay": "rsqrt", "rsqrt_timescale": 0}, "rsqrt_timescale 0"),
+  ],
+)
+def test_schedule_errors(changes, message):
+  with pytest.raises(UserError, match=message) as e:
+    optim.make_schedule(**_SCHEDULE | changes)
+  assert "\n" not in str(e.value)
+
+
+# --- optimizers ---
+
+
+def _make(params, schedule_changes=(), **changes):
+  c = _SCHEDULE | dict(schedule_changes)
+  return optim.make_optimizer(
+    **_OPTIMIZER | changes,
+    schedule=optim.make_schedule(**c),
+    base_lr=c["base_lr"],
+    params=params,
+  )
+
+
+def _params(seed=0):
+  rng = np.random.default_rng(seed)
+  return {path: rng.normal(size=shape) for path, shape in _SHAPES.items()}
+
+
+def _grads(step):
+  """Gradients of changing size: norms from about 0.1 to about 8."""
+  rng = np.random.default_rng(1000 + step)
+  size = 0.02 + 1.2 * rng.random()
+  return {p: size * rng.normal(size=shape) for p, shape in _SHAPES.items()}
+
+
+def _to_tree(flat):
+  return unflatten({p: jnp.asarray(x, jnp.float32) for p, x in flat.items()})
+
+
+def _run(optimizer, steps=_STEPS):
+  """Returns {path: parameter} after each step, and the last state."""
+  params = _to_tree(_params())
+  state = optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  trajectory = []
+  for step in range(steps):
+    updates, state = update(_to_tree(_grads(step)), state, params)
+    params = optax.apply_updates(params, updates)
+    trajectory.append({p: np.asarray(x) for p, x in flatten(params).items()})
+  return trajectory, state
+
+
+def _reference(steps=_STEPS, factor=lambda path: 1.0, **changes):
+  """The same in float64, written per parameter from the formulas."""
+  c = _OPTIMIZER | changes
+  params = _params()
+  m = {p: np.zeros_like(x) for p, x in params.items()}
+  v = {p: np.zeros_like(x) for p, x in params.items()}
+  trajectory = []
+  for step in range(steps):
+    grads = {p: g for p, g in _grads(step).items() if factor(p)}
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    lr = _schedule_reference(step, _SCHEDULE)
+    for p, g in grads.items():
+      if c["clip_norm"] and norm > c["clip_norm"]:
+        g = g * c["clip_norm"] / norm
+      if c["name"] == "adam":
+        m[p] = c["b1"] * m[p] + (1 - c["b1"]) * g
+        v[p] = c["b2"] * v[p] + (1 - c["b2"]) * g**2
+        m_hat = m[p] / (1 - c["b1"] ** (step + 1))
+        v_hat = v[p] / (1 - c["b2"] ** (step + 1))
+        delta = lr * m_hat / (np.sqrt(v_hat) + c["eps"])
+      else:
+        m[p] = c["momentum"] * m[p] + g
+        delta = lr * m[p]
+      if re.fullmatch(c["weight_decay_params"], p):
+        scaling = c["weight_decay_scaling"]
+        rate = lr if scaling == "lr" else lr / _SCHEDULE["base_lr"]
+        delta = delta + rate * c["weight_decay"] * params[p]
+      params[p] = params[p] - factor(p) * delta
+    trajectory.append(dict(params))
+  return trajectory
+
+
+def _assert_same(trajectory, expected, **tolerance):
+  assert len(trajectory) == len(expected)
+  for step, (got, want) in enumerate(zip(trajectory, expected, strict=True)):
+    assert got.keys() == want.keys()
+    for p in want:
+      np.testing.assert_allclose(
+        got[p], want[p], err_msg=f"{p} after step {step}", **tolerance
+      )
+
+
+_CASES = {
+  "plain": {},
+  "clip never active": {"clip_norm": 100.0},
+  "clip sometimes active": {"clip_norm": 3.0},
+  "clip always active": {"clip_norm": 0.01},
+  "decay like the paper": {"weight_decay": 0.3, "clip_norm": 1.0},
+  "decay like big_vision": {
+    "weight_decay": 0.01,
+    "weight_decay_scaling": "schedule",
+    "clip_norm": 1.0,
+  },
+  "decay everything": {"weight_decay": 0.3, "weight_decay_params": ".*"},
+}
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("case", list(_CASES))
+def test_optimizer_equals_formula_at_every_step(name, case):
+  changes = dict(name=name, **_CASES[case])
+  trajectory, _ = _run(_make(_to_tree(_params()), **changes))
+  _assert_same(trajectory, _reference(**changes), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_bfloat16_accumulators(name):
+  changes = {"name": name, "accumulator_dtype": "bfloat16", "clip_norm": 1.0}
+  trajectory, state = _run(_make(_to_tree(_params()), **changes))
+  exact = _reference(**changes)
+  # bf16 rounds by up to 2^-9 of a moment, forgotten within about ten steps;
+  # what the parameters move by is right to about a per cent.
+  moved = np.concatenate(
+    [(trajectory[-1][p] - _params()[p]).ravel() for p in _SHAPES]
+  )
+  want = np.concatenate(
+    [(exact[-1][p] - _params()[p]).ravel() for p in _SHAPES]
+  )
+  error = np.linalg.norm(moved - want) / np.linalg.norm(want)
+  assert 0 < error < 0.01
+  dtypes = {
+    path: leaf.dtype for path, leaf in flatten(state).items() if leaf.ndim
+  }
+  bf16 = [p for p, dtype in dtypes.items() if dtype == jnp.bfloat16]
+  f32 = [p for p, dtype in dtypes.items() if dtype == jnp.float32]
+  assert len(bf16) == len(_SHAPES)
+  assert len(f32) == (len(_SHAPES) if name == "adam" else 0)
+
+
+def test_first_update_by_hand():
+  # Without warm-up, the first Adam step is lr * sign(g), whatever g is.
+  constant = {"decay": "constant", "warmup_steps": 0, "base_lr": 0.5}
+  params = {"w": {"kernel": jnp.array([1.0, 2.0])}}
+  grads = {"w": {"kernel": jnp.array([30.0, -0.04])}}
+
+  def first_update(**changes):
+    optimizer = _make(params, constant, **changes)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return updates["w"]["kernel"]
+
+  np.testing.assert_allclose(first_update(), [-0.5, 0.5], rtol=2e-5)
+  np.testing.assert_allclose(first_update(name="sgd"), [-15.0, 0.02], rtol=2e-5)
+  # Decay 0.1 of (1, 2): times the rate 0.5, or times lr(t) / base_lr = 1.
+  np.testing.assert_allclose(
+    first_update(weight_decay=0.1), [-0.55, 0.4], rtol=2e-5
+  )
+  by_schedule = {"weight_decay": 0.1, "weight_decay_scaling": "schedule"}
+  np.testing.assert_allclose(
+    first_update(**by_schedule), [-0.6, 0.3], rtol=2e-5
+  )
+
+
+def test_first_update_of_a_warmup_changes_nothing():
+  trajectory, _ = _run(_make(_to_tree(_params()), weight_decay=0.3), steps=2)
+  for p, start in _params().items():
+    np.testing.assert_array_equal(trajectory[0][p], start.astype(np.float32))
+    assert (trajectory[1][p] != trajectory[0][p]).any()
+
+
+def test_schedule_decay_does_not_depend_on_base_lr():
+  # big_vision: sched(t) * wd * p, with sched at most 1; no gradient here.
+  params = {"kernel": jnp.ones(3)}
+  for base_lr in (1e-3, 0.5):
+    optimizer = _make(
+      params,
+      {"base_lr": base_lr, "decay": "constant", "warmup_steps": 0},
+      weight_decay=0.01,
+      weight_decay_scaling="schedule",
+      weight_decay_params="kernel",
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_multipliers_first_match_wins(name):
+  def factor(path):
+    if path == "head/bias":
+      return 0.5
+    return 10.0 if path.startswith("head/") else 1.0
+
+  changes = {"name": name, "weight_decay": 0.3, "clip_norm": 1.0}
+  rules = ("head/bias=0.5", "head/.*=10")
+  optimizer = _make(_to_tree(_params()), lr_multipliers=rules, **changes)
+  trajectory, _ = _run(optimizer)
+  _assert_same(
+    trajectory, _reference(factor=factor, **changes), rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_freezing_equals_not_having_the_parameters(name):
+  def factor(path):
+    return 0.0 if path.startswith("Transformer/") else 2.0
+
+  changes = {
+    "name": name,
+    "weight_decay": 0.3,
+    "weight_decay_params": ".*",
+    "clip_norm": 1.0,
+  }
+  rules = ("Transformer/.*=0", ".*=2")
+  optimizer = _make(_to_tree(_params()), lr_multipliers=rules, **changes)
+  trajectory, state = _run(optimizer)
+  _assert_same(
+    trajectory, _reference(factor=factor, **changes), rtol=1e-4, atol=1e-5
+  )
+  # Frozen to the bit, and no moments kept for them.
+  for p, start in _params().items():
+    if not factor(p):
+      np.testing.assert_array_equal(trajectory[-1][p], start.astype("f4"))
+  assert not [p for p in flatten(state) if "Transformer" in p]
+  assert [p for p in flatten(state) if p.endswith("head/kernel")]
+
+
+def test_frozen_gradients_may_be_anything():
+  params = _to_tree(_params())
+  optimizer = _make(params, lr_multipliers=("cls=0",), clip_norm=1.0)
+  grads = _to_tree(_grads(0))
+  grads["cls"] = jnp.full_like(grads["cls"], jnp.nan)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  assert all(np.isfinite(x).all() for x in flatten(updates).values())
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+@pytest.mark.parametrize("rules", [(), ("head/.*=0",)])
+def test_moment_paths_end_in_parameter_paths(name, rules):
+  params = _to_tree(_params())
+  state = _make(
+    params, name=name, weight_decay=0.1, clip_norm=1.0, lr_multipliers=rules
+  ).init(params)
+  shapes = {p: x.shape for p, x in flatten(state).items() if x.ndim}
+  trained = [p for p in _SHAPES if not (rules and p.startswith("head/"))]
+  assert len(shapes) == len(trained) * (2 if name == "adam" else 1)
+  for p, shape in shapes.items():
+    (parameter,) = [x for x in trained if p.endswith("/" + x)]
+    assert shape == _SHAPES[parameter]
+
+
+def test_scan_form_gets_the_same_updates():
+  """Stacked blocks, the same rules: the same numbers in another shape."""
+  unrolled = _to_tree(_params())
+
+  def stack(tree):
+    blocks = [tree["Transformer"][f"encoderblock_{i}"] for i in range(2)]
+    block = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+    return {**tree, "Transformer": {"encoderblock": block}}
+
+  changes = {
+    "weight_decay": 0.3,
+    "clip_norm": 1.0,
+    "lr_multipliers": (
+      r".*/encoderblock(_\d+)?/LayerNorm_0/.*=0",
+      r"Transformer/.*=0.5",
+    ),
+  }
+  results = []
+  for to_form in (lambda x: x, stack):
+    params = to_form(unrolled)
+    shapes = jax.eval_shape(lambda p=params: p)  # only paths are needed
+    optimizer = _make(shapes, **changes)
+    state = optimizer.init(params)
+    for step in range(3):
+      grads = to_form(_to_tree(_grads(step)))
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    results.append(flatten(params))
+  expected = flatten(stack(unflatten(results[0])))
+  assert results[1].keys() == expected.keys()
+  for p, x in expected.items():
+    np.testing.assert_allclose(results[1][p], x, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"name": "adm"}, "unknown optimizer 'adm'.*did you mean 'adam'"),
+    ({"accumulator_dtype": "bf16"}, "choose from float32, bfloat16"),
+    ({"weight_decay_scaling": "learning"}, "unknown weight_decay_scaling"),
+    ({"weight_decay": -0.1}, "weight_decay -0.1"),
+    ({"clip_norm": -1}, "clip_norm -1"),
+    ({"b2": 1.0}, r"b2 1.0 is not in \[0, 1\)"),
+    (
+      {"weight_decay": 0.1, "weight_decay_params": "kernel"},
+      "weight_decay_params 'kernel' matches no parameter",
+    ),
+    (
+      {"weight_decay": 0.1, "weight_decay_params": "(kernel"},
+      "weight_decay_params .* is not a regular expression",
+    ),
+    ({"lr_multipliers": ("head=0.1",)}, "lr_multipliers 'head' matches no"),
+    ({"lr_multipliers": ("hed/kernel=1",)}, "did you mean 'head/kernel'"),
+    ({"lr_multipliers": ("head/.*",)}, "is not 'regex=factor'"),
+    ({"lr_multipliers": ("head/.*=-1",)}, "is not 'regex=factor'"),
+    ({"lr_multipliers": ("head/.*=nan",)}, "is not 'regex=factor'"),
+    ({"lr_multipliers": (".*=0",)}, "freeze every parameter"),
+  ],
+)
+def test_optimizer_errors(changes, message):
+  with pytest.raises(UserError, match=message) as e:
+    _make(_to_tree(_params()), **changes)
+  assert "\n" not in str(e.value)
+
+
+def test_schedule_decay_needs_a_base_lr():
+  changes = {"weight_decay": 0.1, "weight_decay_scaling": "schedule"}
+  with pytest.raises(UserError, match="divides by base_lr"):
+    _make(_to_tree(_params()), {"base_lr": 0.0}, **changes)
+
+
+# --- Polyak averaging ---
+
+
+def test_polyak_equals_formula():
+  rng = np.random.default_rng(0)
+  values = rng.normal(size=(30, 5))
+  expected = values[0].copy()
+  ema = {"a": {"kernel": jnp.asarray(values[0], jnp.float32)}}
+  for value in values[1:]:
+    params = {"a": {"kernel": jnp.asarray(value, jnp.float32)}}
+    ema = optim.polyak(ema, params, 0.9)
+    expected = 0.9 * expected + 0.1 * value
+  np.testing.assert_allclose(ema["a"]["kernel"], expected, rtol=1e-5)
+  assert ema["a"]["kernel"].dtype == jnp.float32
+  # By hand: a quarter of the way from 4 to 8.
+  assert float(optim.polyak(jnp.array(4.0), jnp.array(8.0), 0.75)) == 5.0
