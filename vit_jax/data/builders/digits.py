@@ -1,0 +1,69 @@
+"""The handwritten digits that ship with scikit-learn, as a TFDS data set.
+
+1,797 real images of 8x8 pixels and 17 grey levels: the test half of the UCI
+"Optical Recognition of Handwritten Digits", written by 13 people.
+"""
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+NUM_TEST = 797
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+  """`train` (1,000) and `test` (797), stratified by class."""
+
+  name = "digits"
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+          "label": tfds.features.ClassLabel(names=[str(d) for d in range(10)]),
+        }
+      ),
+      supervised_keys=("image", "label"),
+      homepage="https://archive.ics.uci.edu/dataset/80",
+      citation="E. Alpaydin and C. Kaynak, 1998. doi:10.24432/C50P49",
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing to download
+    from sklearn import datasets  # a second to import: only when generating
+
+    digits = datasets.load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    in_test = choose_test(digits.target)
+    return {
+      "train": _examples(images, digits.target, ~in_test),
+      "test": _examples(images, digits.target, in_test),
+    }
+
+  def _generate_examples(self):
+    raise NotImplementedError("the splits above are generators")
+
+
+def choose_test(labels: np.ndarray) -> np.ndarray:
+  """Returns bool[n], NUM_TEST of them True, each class in proportion.
+
+  Largest remainders give the counts. RandomState, because NumPy promises that
+  its stream never changes.
+  """
+  rng = np.random.RandomState(0)
+  quotas = np.bincount(labels) * NUM_TEST / len(labels)
+  counts = np.floor(quotas).astype(int)
+  short = NUM_TEST - counts.sum()
+  counts[np.argsort(counts - quotas, kind="stable")[:short]] += 1
+  in_test = np.zeros(len(labels), bool)
+  for label, count in enumerate(counts):
+    in_test[rng.permutation(np.flatnonzero(labels == label))[:count]] = True
+  return in_test
+
+
+def _examples(images, labels, chosen):
+  for i in np.flatnonzero(chosen):
+    yield int(i), {"image": images[i], "label": int(labels[i])}

@@ -1,0 +1,535 @@
+"""Sources: index -> bytes -> (encoded image, labels).
+
+A source is one split of one data set, read at random: a TFDS data set in
+ArrayRecord, or a folder of images. `get_source` finds it by name.
+"""
+
+import abc
+import concurrent.futures
+import hashlib
+import io
+import math
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
+from PIL import Image
+
+from vit_jax import preprocess
+from vit_jax.data import builders
+from vit_jax.errors import UserError, suggest
+
+FOLDER = "folder:"
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What TensorFlow decodes, as Pillow calls it; MPO is JPEG with a tail.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+_HOLD_OUT = 0.1  # of each class, where a folder has no test images of its own
+_NUM_THREADS = 16  # reading files is waiting
+
+
+class Source(abc.ABC):
+  """One split of one data set.
+
+  Attributes:
+    dataset, split: the strings that it was opened with.
+    num_examples, num_classes: counts.
+    class_names: a name for each class.
+    multilabel: whether an image may have several labels, or none.
+    max_labels: the most labels of one image; 1 for single-label sets.
+  """
+
+  dataset: str
+  split: str
+  num_examples: int
+  num_classes: int
+  class_names: list[str]
+  multilabel: bool
+  max_labels: int
+
+  @abc.abstractmethod
+  def read(self, indices: np.ndarray) -> list[bytes]:
+    """Returns the records of `indices`, int64[b], in one call. Thread-safe."""
+
+  @abc.abstractmethod
+  def parse_labels(self, record: tf.Tensor) -> tf.Tensor:
+    """Returns the class ids of a record, int32[any number], unchecked."""
+
+  @abc.abstractmethod
+  def parse_image(self, record: tf.Tensor) -> tf.Tensor:
+    """Returns the encoded image of a record, a scalar string."""
+
+  def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Parses one record, in a graph or out of it.
+
+    Args:
+      record: scalar string, one of those that `read` returns.
+
+    Returns:
+      (encoded image: scalar string, labels: int32[max_labels]). Missing labels
+      are -1. A label list that cannot be used is marked by a first label of
+      `BAD_LABEL`; raising is left to who knows which example it is.
+    """
+    labels = self.parse_labels(record)
+    usable = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
+    usable &= tf.size(labels) <= self.max_labels
+    if not self.multilabel:
+      usable &= tf.size(labels) == 1
+    labels = labels[: self.max_labels]
+    padding = [[0, self.max_labels - tf.size(labels)]]
+    padded = tf.pad(labels, padding, constant_values=-1)
+    bad = tf.fill([self.max_labels], BAD_LABEL)
+    labels = tf.ensure_shape(tf.where(usable, padded, bad), [self.max_labels])
+    return self.parse_image(record), labels
+
+  def describe(self, index: int) -> str:
+    """Names an example, for people."""
+    return f"example {index} of {self.dataset} {self.split}"
+
+  def check_example(self, index: int) -> tuple[list[int], tuple[int, int]]:
+    """Returns the labels of an example and its (height, width) in pixels.
+
+    Raises:
+      UserError: it cannot be used; names the example.
+    """
+    record = self.read(np.array([index]))[0]
+    what = self.describe(index)
+    labels = self.parse_labels(record).numpy().tolist()
+    allowed = f"0 to {self.num_classes - 1}"
+    for label in labels:
+      if not 0 <= label < self.num_classes:
+        hint = "; the split has no labels" if label == -1 else ""
+        raise UserError(
+          f"{what}: label {label} is out of range, {self.num_classes} classes "
+          f"have labels {allowed}{hint}; choose another split or repair the set"
+        )
+    if len(labels) > self.max_labels:
+      raise UserError(
+        f"{what}: {len(labels)} labels, but the data set declares at most "
+        f"{self.max_labels}; prepare it again"
+      )
+    encoded = self.parse_image(record).numpy()
+    try:
+      image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    except tf.errors.OpError as e:
+      raise UserError(
+        f"{what}: not a readable image; repair or remove it"
+      ) from e
+    return labels, tuple(image.shape[:2])
+
+
+BAD_LABEL = -2
+
+
+def get_source(dataset: str, split: str, data_dir: str | None = None) -> Source:
+  """Opens a split of a data set.
+
+  Args:
+    dataset: a TFDS name, `name/config:version`, or `folder:PATH`.
+    split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`.
+    data_dir: where TFDS data sets are; None for TFDS's own choice.
+
+  Raises:
+    UserError: unknown or unprepared data set, bad split, no image and label in
+      it, a file that is no image.
+  """
+  if dataset.startswith(FOLDER):
+    return FolderSource(dataset, split)
+  return TfdsSource(dataset, split, data_dir)
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+  """Splits `a=0.7,b=0.3` into [(data set, weight)]; one name alone weighs 1.
+
+  Weights are relative: `a=7,b=3` is the same mixture.
+
+  Raises:
+    UserError: a weight is missing, not a number or not positive.
+  """
+  text = text.strip()
+  if not text:
+    raise UserError("the data set's name is empty; see `vit-jax data list`")
+  # A folder's path may hold commas and equal signs.
+  if text.startswith(FOLDER) and not _ends_with_weight(text):
+    return [(text, 1.0)]
+  if "=" not in text and "," not in text:
+    return [(text, 1.0)]
+  mixture = []
+  for part in text.split(","):
+    name, _, weight = part.strip().rpartition("=")
+    try:
+      weight = float(weight)
+    except ValueError:
+      weight = math.nan
+    if not name or not 0 < weight < math.inf:
+      raise UserError(
+        f"mixture {text!r}: {part.strip()!r} needs a name and a positive "
+        "weight, as in 'a=0.7,b=0.3'"
+      )
+    mixture.append((name, weight))
+  return mixture
+
+
+def _ends_with_weight(text):
+  try:
+    return float(text.rpartition("=")[2]) > 0
+  except ValueError:
+    return False
+
+
+# --- TFDS ---
+
+
+class TfdsSource(Source):
+  """A split of a TFDS data set in ArrayRecord files."""
+
+  def __init__(self, dataset: str, split: str, data_dir: str | None):
+    builder = _open_prepared(dataset, data_dir)
+    self.dataset, self.split = dataset, split
+    info = _select_split(builder.info.splits, dataset, split)
+    self.num_examples = info.num_examples
+    self._files = array_record_data_source.ArrayRecordDataSource(
+      _existing_files(info.file_instructions, dataset)
+    )
+    image, key, label = _select_features(builder.info.features, dataset)
+    # Only these two are parsed: others, masks say, would cost decoding time.
+    self._image = tfds.features.FeaturesDict({"image": image})
+    self._labels = tfds.features.FeaturesDict({key: label})
+    self._labels_key = key
+    class_label = getattr(label, "feature", label)
+    self.num_classes = class_label.num_classes
+    self.class_names = list(class_label.names)
+    self.multilabel = class_label is not label
+    self.max_labels = 1
+    if self.multilabel:
+      declared = (builder.info.metadata or {}).get("max_labels")
+      self.max_labels = declared or self._count_max_labels()
+
+  def read(self, indices):
+    return self._files.__getitems__(np.asarray(indices).tolist())
+
+  def parse_image(self, record):
+    skip = {"image": tfds.decode.SkipDecoding()}
+    return self._image.deserialize_example(record, decoders=skip)["image"]
+
+  def parse_labels(self, record):
+    labels = self._labels.deserialize_example(record)[self._labels_key]
+    return tf.reshape(tf.cast(labels, tf.int32), [-1])
+
+  def _count_max_labels(self):
+    """Reads the whole split; sets that declare `max_labels` are spared it."""
+    most = 1
+    for start in range(0, self.num_examples, 4096):
+      stop = min(start + 4096, self.num_examples)
+      records = tf.data.Dataset.from_tensor_slices(
+        self.read(np.arange(start, stop))
+      )
+      counts = records.map(lambda r: tf.size(self.parse_labels(r)))
+      most = max(most, *counts.batch(stop - start).as_numpy_iterator().next())
+    return int(most)
+
+
+def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
+  """Returns {split: number of examples} of a prepared data set or a folder.
+
+  Raises:
+    UserError: as `get_source`.
+  """
+  if dataset.startswith(FOLDER):
+    _, splits = _find_splits(_find_folder(dataset))
+    return {name: len(files) for name, files in splits.items()}
+  splits = _open_prepared(dataset, data_dir).info.splits
+  return {name: info.num_examples for name, info in splits.items()}
+
+
+def find_builder(
+  dataset: str, data_dir: str | None = None, file_format: str | None = None
+) -> tfds.core.DatasetBuilder:
+  """Returns the TFDS builder of a name, prepared or not.
+
+  Args:
+    dataset, data_dir: as `get_source`.
+    file_format: what to prepare it as; None for what it is already.
+
+  Raises:
+    UserError: unknown name (did you mean), configuration or version.
+  """
+  name = dataset.partition("/")[0].partition(":")[0]
+  if name in builders.names():
+    builders.load(name)  # registers it
+  try:
+    return tfds.builder(
+      dataset, data_dir=_expand(data_dir), file_format=file_format
+    )
+  except tfds.core.DatasetNotFoundError as e:
+    known = sorted({*tfds.list_builders(), *builders.names()})
+    raise UserError(
+      f"unknown data set {dataset!r}{suggest(name, known)}; built in: "
+      f"{', '.join(builders.names())}; folders: folder:PATH; `vit-jax data "
+      "list` lists all"
+    ) from e
+  except (ValueError, AssertionError, TypeError, ImportError) as e:
+    raise UserError(f"data set {dataset!r}: {one_line(e)}") from e
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+  """Returns an exception's words in one line of at most `limit` characters."""
+  words = " ".join(str(error).split()) or type(error).__name__
+  return words if len(words) <= limit else words[: limit - 3] + "..."
+
+
+def _expand(data_dir):
+  return os.path.expanduser(data_dir) if data_dir else None
+
+
+def _open_prepared(dataset, data_dir):
+  builder = find_builder(dataset, data_dir)
+  where = f" --data_dir={data_dir}" if data_dir else ""
+  if not builder.is_prepared():
+    raise UserError(
+      f"data set {dataset!r} is not in {builder.data_path}; run `vit-jax data "
+      f"prepare {dataset}{where}`"
+    )
+  array_record = tfds.core.FileFormat.ARRAY_RECORD
+  if array_record not in builder.info.available_file_formats():
+    raise UserError(
+      f"data set {dataset!r} in {builder.data_path} is prepared as "
+      f"{builder.info.file_format.value}, training reads array_record; run "
+      f"`vit-jax data prepare {dataset}{where}` to convert it"
+    )
+  if builder.info.file_format != array_record:
+    return tfds.builder_from_directory(
+      builder.data_path, file_format=array_record
+    )
+  return builder
+
+
+def _select_split(splits, dataset, split):
+  """Returns the TFDS split info of e.g. `train[:800]+test[:200]`."""
+  existing = ", ".join(
+    f"{name} ({info.num_examples:,})" for name, info in splits.items()
+  )
+  try:
+    info = splits[split]
+    if info.num_examples:
+      return info
+    problem = "it has no examples"
+  except (KeyError, ValueError, AssertionError) as e:
+    problem = one_line(e, 100).partition(". ")[0].rstrip(".")
+  raise UserError(
+    f"split {split!r} of {dataset!r}: {problem}; there are {existing}, and "
+    "parts and sums such as train[:90%], train[:800]+test[:200]"
+  )
+
+
+def _existing_files(instructions, dataset):
+  missing = [
+    str(i.filename) for i in instructions if not tf.io.gfile.exists(i.filename)
+  ]
+  if missing:
+    raise UserError(
+      f"data set {dataset!r}: {len(missing)} of its files are missing, the "
+      f"first is {missing[0]}; delete the folder and prepare it again"
+    )
+  return instructions
+
+
+def _select_features(features, dataset):
+  """Returns the image's feature, the labels' key and their feature."""
+  key = next((k for k in ("label", "labels") if k in features), None)
+  label = features[key] if key else None
+  class_label = getattr(label, "feature", label)
+  image = dict(features).get("image")
+  if not isinstance(image, tfds.features.Image) or not isinstance(
+    class_label, tfds.features.ClassLabel
+  ):
+    raise UserError(
+      f"data set {dataset!r} has the features {', '.join(features)}; it needs "
+      "`image` and `label` or `labels`, of class labels"
+    )
+  return image, key, label
+
+
+# --- folders ---
+
+
+class FolderSource(Source):
+  """A folder of images, a sub-folder a class, or such a folder a split.
+
+  With `train/` and one of `test/`, `val/`, `validation/` inside, these are the
+  splits. Otherwise a tenth of each class is held out: those whose relative
+  file names have the smallest hashes are `test`, the others `train`. Within a
+  split the order is that of the hashes too, so that `train[:10%]` is a random
+  tenth, the same everywhere.
+
+  A record is the label, four bytes little endian, and the file.
+  """
+
+  multilabel = False
+  max_labels = 1
+
+  def __init__(self, dataset: str, split: str):
+    self.dataset, self.split = dataset, split
+    self.class_names, splits = _find_splits(_find_folder(dataset))
+    self.num_classes = len(self.class_names)
+    self._files = _take(splits, dataset, split)
+    self.num_examples = len(self._files)
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+      transcode = list(pool.map(_verify, [path for path, _ in self._files]))
+    self._transcode = np.array(transcode)
+
+  def read(self, indices):
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+      return list(pool.map(self._read_one, np.asarray(indices).tolist()))
+
+  def _read_one(self, index):
+    path, label = self._files[index]
+    data = path.read_bytes()
+    if self._transcode[index]:
+      data = _to_png(data, path)
+    return struct.pack("<i", label) + data
+
+  def parse_image(self, record):
+    return tf.strings.substr(record, 4, -1)
+
+  def parse_labels(self, record):
+    return tf.io.decode_raw(tf.strings.substr(record, 0, 4), tf.int32)
+
+  def describe(self, index):
+    return str(self._files[index][0])
+
+
+def _find_folder(dataset):
+  root = Path(dataset.removeprefix(FOLDER)).expanduser()
+  if not root.is_dir():
+    raise UserError(
+      f"{dataset!r}: {root} is not a folder; give one with a sub-folder of "
+      "images for each class"
+    )
+  return root
+
+
+def _find_splits(root):
+  """Returns (class names, {split: [(path, label)] in the order of hashes})."""
+  names = ("test", "val", "validation")
+  tests = [name for name in names if (root / name).is_dir()]
+  if not tests or not (root / "train").is_dir():
+    classes, files = _find_files(root)
+    return classes, _hold_out(files, len(classes))
+  found = {name: _find_files(root / name) for name in ("train", *tests)}
+  classes = found["train"][0]
+  for name in tests:
+    if found[name][0] != classes:
+      odd = sorted(set(classes) ^ set(found[name][0]))
+      raise UserError(
+        f"{root}: {name}/ and train/ must have the same classes, they differ "
+        f"in {', '.join(odd[:5])}"
+      )
+  return classes, {name: files for name, (_, files) in found.items()}
+
+
+def _find_files(root):
+  """Returns (class names, [(path, label)]) of a folder of class folders."""
+  classes = sorted(
+    d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."
+  )
+  files = []
+  for label, name in enumerate(classes):
+    images = [
+      path
+      for path in (root / name).rglob("*")
+      if path.suffix.lower() in _SUFFIXES
+      and path.name[0] != "."
+      and path.is_file()
+    ]
+    if not images:
+      raise UserError(
+        f"{root / name}: class {name!r} has no images ({', '.join(_SUFFIXES)});"
+        " add some or remove the folder"
+      )
+    files += [(path, label) for path in images]
+  if len(classes) < 2:
+    found = f"1 class, {classes[0]!r}" if classes else "no folder of images"
+    raise UserError(
+      f"{root}: found {found}; it needs a sub-folder of images for each of at "
+      "least 2 classes"
+    )
+  return classes, sorted(files, key=lambda file: _hash(file[0], root))
+
+
+def _hash(path, root):
+  return hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
+
+
+def _hold_out(files, num_classes):
+  """Splits off the first tenth of each class, at least one where it has two."""
+  totals = np.bincount([label for _, label in files], minlength=num_classes)
+  quota = np.where(
+    totals < 2, 0, np.maximum(1, np.floor(totals * _HOLD_OUT + 0.5))
+  )
+  splits = {"train": [], "test": []}
+  for path, label in files:
+    splits["test" if quota[label] > 0 else "train"].append((path, label))
+    quota[label] -= 1
+  return splits
+
+
+def _take(splits, dataset, split):
+  """Returns the files of `split`, a part or a sum, as TFDS understands it."""
+  infos = tfds.core.splits.SplitDict(
+    [
+      tfds.core.SplitInfo(name=name, shard_lengths=[len(files)], num_bytes=0)
+      for name, files in splits.items()
+    ]
+  )
+  _select_split(infos, dataset, split)
+  parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+  return [f for p in parts for f in splits[p.splitname][p.from_ : p.to]]
+
+
+def _verify(path):
+  """Raises if `path` is no whole image; returns whether to transcode it.
+
+  Cheap: headers, PNG's check sums, and whether the end is there. Only what
+  looks odd is decoded.
+  """
+  data = path.read_bytes()
+  try:
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    kind = image.format
+    # TensorFlow decodes no WebP with alpha to RGB, nor moving ones.
+    transcode = kind == "WEBP" and (
+      image.mode != "RGB" or getattr(image, "is_animated", False)
+    )
+    if image.width * image.height > preprocess.MAX_PIXELS:
+      preprocess.decode_image(data, str(path))  # raises, and says why
+    image.verify()
+    if not transcode and not _has_end(data, kind):
+      tf.io.decode_image(data, channels=3, expand_animations=False)
+  except UserError:
+    raise
+  except Exception as e:  # Pillow's plugins raise what they like.
+    raise UserError(
+      f"{path}: not a readable image ({type(e).__name__}); repair or remove it"
+    ) from e
+  return transcode
+
+
+def _has_end(data, kind):
+  if kind in ("JPEG", "MPO"):  # the end marker cannot occur inside a scan
+    return b"\xff\xd9" in data[-4096:]
+  if kind == "PNG":
+    return b"IEND" in data[-4096:]
+  if kind == "WEBP":
+    return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+  return False
+
+
+def _to_png(data, path):
+  pixels = preprocess.decode_image(data, str(path))
+  png = io.BytesIO()
+  Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+  return png.getvalue()

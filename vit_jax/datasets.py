@@ -1,0 +1,262 @@
+"""The `data` command: list, prepare, check and show data sets."""
+
+import concurrent.futures
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vit_jax import data
+from vit_jax.data import builders
+from vit_jax.errors import UserError
+
+_MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
+
+
+# --- list ---
+
+
+def list_datasets(data_dir: str | None = None) -> list[dict]:
+  """Prints what can be trained on without a download, and what is prepared.
+
+  Returns:
+    [{"name", "version", "format", "splits": {split: examples}}], prepared
+    ones; built-in ones that are not have None for all but the name.
+  """
+  root = _resolve(data_dir)
+  prepared = _find_prepared(root)
+  names = {p["name"].partition("/")[0] for p in prepared}
+  missing = [n for n in builders.names() if n not in names]
+  print(f"prepared in {root}:")
+  for p in prepared:
+    splits = ", ".join(f"{k} {n:,}" for k, n in p["splits"].items())
+    note = "" if p["format"] == "array_record" else f"  [{p['format']}]"
+    print(f"  {p['name']}:{p['version']}  {splits}{note}")
+  if not prepared:
+    print("  nothing yet")
+  for name in missing:
+    print(f"built in: {name}  (run `vit-jax data prepare {name}`)")
+  print("folders of images by class: folder:PATH")
+  print("to download: any image data set of tensorflow.org/datasets/catalog")
+  unprepared = {"version": None, "format": None, "splits": None}
+  return prepared + [{"name": name, **unprepared} for name in missing]
+
+
+def _resolve(data_dir):
+  if data_dir is None:
+    data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+  return Path(data_dir).expanduser()
+
+
+def _find_prepared(root):
+  """Reads the summaries that TFDS leaves in name/[config/]version/."""
+  files = {*root.glob("*/*/dataset_info.json")}
+  files |= {*root.glob("*/*/*/dataset_info.json")}
+  found = []
+  for file in sorted(files):
+    if "incomplete" in file.parent.name:
+      continue
+    info = json.loads(file.read_text())
+    formats = [info.get("fileFormat"), *info.get("alternativeFileFormats", ())]
+    ready = "array_record" in formats
+    found.append(
+      {
+        "name": "/".join(file.parent.parent.relative_to(root).parts),
+        "version": info["version"],
+        "format": "array_record" if ready else formats[0],
+        "splits": {
+          split["name"]: sum(map(int, split.get("shardLengths", ())))
+          for split in info.get("splits", ())
+        },
+      }
+    )
+  return found
+
+
+# --- prepare ---
+
+
+def prepare(name: str, data_dir: str | None = None) -> Path:
+  """Has a TFDS data set ready in ArrayRecord; prints where it is.
+
+  Returns:
+    Its folder.
+
+  Raises:
+    UserError: unknown data set, or it could not be had (why).
+  """
+  folder = data.prepare(name, data_dir)
+  print(f"{name} is ready in {folder}")
+  return folder
+
+
+# --- check ---
+
+
+def check(
+  name: str,
+  split: str | None = None,
+  data_dir: str | None = None,
+  num_examples: int = 1000,
+) -> list[dict]:
+  """Decodes examples and checks their labels; prints a summary.
+
+  Args:
+    name: a data set.
+    split: one split or a part of one; None for all splits.
+    data_dir: where TFDS data sets are.
+    num_examples: how many of each split, evenly spread; 0 for all.
+
+  Returns:
+    [{"split", "examples", "checked", "height", "width", "label_counts"}]:
+    height and width are (least, most) in pixels, label_counts int[k] of the
+    checked ones.
+
+  Raises:
+    UserError: no such data set or split; the first example that is at fault.
+  """
+  splits = [split] if split else list(data.list_splits(name, data_dir))
+  summaries = []
+  for i, split in enumerate(splits):
+    source = data.get_source(name, split, data_dir)
+    if i == 0:
+      labels = f"up to {source.max_labels} labels" if source.multilabel else "1"
+      print(
+        f"{name}: {source.num_classes:,} classes "
+        f"({_shorten(source.class_names)}), labels an image: {labels}"
+      )
+    summary = _check_split(source, num_examples)
+    _print_summary(summary, source)
+    summaries.append(summary)
+  return summaries
+
+
+def _check_split(source, num_examples):
+  count = min(num_examples or source.num_examples, source.num_examples)
+  indices = np.arange(count) * source.num_examples // count
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    checked = list(pool.map(source.check_example, indices.tolist()))
+  labels = np.array([label for ls, _ in checked for label in ls], int)
+  heights, widths = zip(*(size for _, size in checked), strict=True)
+  return {
+    "split": source.split,
+    "examples": source.num_examples,
+    "checked": count,
+    "height": (min(heights), max(heights)),
+    "width": (min(widths), max(widths)),
+    "label_counts": np.bincount(labels, minlength=source.num_classes),
+  }
+
+
+def _print_summary(summary, source):
+  counts = summary["label_counts"]
+  rarest, commonest = int(counts.argmin()), int(counts.argmax())
+  names = source.class_names
+  print(
+    f"  {summary['split']}: {summary['examples']:,} examples, "
+    f"{summary['checked']:,} checked and sound\n"
+    f"    height {_range(summary['height'])}, width "
+    f"{_range(summary['width'])} pixels\n"
+    f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
+    f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
+  )
+
+
+def _range(pair):
+  low, high = pair
+  return str(low) if low == high else f"{low} to {high}"
+
+
+def _shorten(names, limit=5):
+  more = ", ..." if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more
+
+
+# --- show ---
+
+
+def show(
+  name: str,
+  split: str = "train",
+  *,
+  preprocess: str = "inception_crop(size)|flip_lr",
+  image_size: int | tuple[int, int] = 224,
+  output: str = "show.png",
+  columns: int = 6,
+  rows: int = 4,
+  seed: int = 0,
+  data_dir: str | None = None,
+) -> Path:
+  """Writes a PNG grid of images as the model sees them while training.
+
+  Args:
+    name, split, data_dir: what to show.
+    preprocess, image_size: what is done to it.
+    output: the file to write.
+    columns, rows: of the grid.
+    seed: decides the choice and the augmentation, as `config.seed` does.
+
+  Returns:
+    The file.
+
+  Raises:
+    UserError: as for training; the file cannot be written.
+  """
+  source = data.get_source(name, split, data_dir)
+  count = columns * rows
+  batches = data.train_batches(
+    [(source, 1.0)],
+    seed=seed,
+    batch_size=count,
+    rows=np.arange(count),
+    preprocess=preprocess,
+    image_size=image_size,
+    start_step=0,
+    num_steps=1,
+  )
+  batch = next(batches)
+  captions = [
+    ", ".join(source.class_names[k] for k in labels if k >= 0)
+    for labels in batch["labels"]
+  ]
+  grid = _draw_grid(batch["image"], captions, columns)
+  file = Path(output).expanduser()
+  try:
+    grid.save(file, "PNG")
+  except OSError as e:
+    raise UserError(f"{file} cannot be written: {e.strerror}") from e
+  print(f"{count} images of {name} {split} are in {file}")
+  return file
+
+
+def _draw_grid(images, captions, columns):
+  """Returns a PIL image; captions that are too long lose their end."""
+  height, width = images.shape[1:3]
+  scale = max(1, -(-_MIN_CELL // min(height, width)))
+  height, width = height * scale, width * scale
+  margin, line = 4, 14
+  cell_height, cell_width = height + line + margin, width + margin
+  num_rows = -(-len(images) // columns)
+  grid = Image.new(
+    "RGB",
+    (columns * cell_width + margin, num_rows * cell_height + margin),
+    "white",
+  )
+  draw, font = ImageDraw.Draw(grid), ImageFont.load_default()
+  for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+    y = i // columns * cell_height + margin
+    x = i % columns * cell_width + margin
+    pixels = Image.fromarray(image)
+    grid.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
+    draw.text((x, y + height), _fit(caption, width, font), "black", font)
+  return grid
+
+
+def _fit(caption, width, font):
+  if font.getlength(caption) <= width:
+    return caption
+  while caption and font.getlength(caption + "...") > width:
+    caption = caption[:-1]
+  return caption + "..."

@@ -1,0 +1,418 @@
+"""From an image to the uint8 pixels that the model reads.
+
+A preprocessing string names operations and what they take, joined by "|":
+
+    inception_crop(size)|flip_lr             training, ImageNet
+    resize(size)                             evaluation, fine-tuning
+    resize_small(256)|central_crop(size)     evaluation, ImageNet
+
+Arguments are Python literals; the word `size` means `config.image_size`.
+`parse` is used for both halves: `vit_jax.data` runs the operations in
+TensorFlow, this module runs those of evaluation in NumPy, to the same numbers,
+so that `predict` needs no TensorFlow.
+"""
+
+import ast
+import inspect
+import io
+import math
+import os
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.errors import UserError, suggest
+
+# More pixels than this, before or after a resize, is a decompression bomb or a
+# mistake. It is Pillow's own threshold: 268 MB of RGB.
+MAX_PIXELS = 89_478_485
+
+
+# --- the strings ---
+
+
+def _require(ok, what):
+  if not ok:
+    raise TypeError(what)
+
+
+def _is_count(x, least=1):
+  return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
+def _is_number(x):
+  return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _check_size(size):
+  pair = isinstance(size, tuple | list) and len(size) == 2
+  _require(
+    _is_count(size) or (pair and all(map(_is_count, size))),
+    f"size must be a positive integer or (height, width), not {size!r}",
+  )
+
+
+def _check_method(method):
+  _require(
+    method in ("bilinear", "area"),
+    f"method must be 'bilinear' or 'area', not {method!r}",
+  )
+
+
+# One function an operation: its signature is what the string may pass, its
+# body what the values must be.
+
+
+def _check_resize(size, method="bilinear"):
+  _check_size(size)
+  _check_method(method)
+
+
+def _check_resize_small(smaller_size, method="area"):
+  _require(
+    _is_count(smaller_size),
+    f"the shorter side must be a positive integer, not {smaller_size!r}",
+  )
+  _check_method(method)
+
+
+def _check_inception_crop(size, area_min=5, area_max=100):
+  _check_size(size)
+  _require(
+    _is_number(area_min)
+    and _is_number(area_max)
+    and 0 < area_min <= area_max <= 100,
+    "areas are percentages, 0 < area_min <= area_max <= 100",
+  )
+
+
+def _check_flip_lr():
+  pass
+
+
+def _check_randaug(num_ops=2, magnitude=10):
+  _require(_is_count(num_ops, 0), "num_ops must be an integer, 0 or more")
+  _require(
+    _is_number(magnitude) and 0 <= magnitude <= 30,
+    f"magnitude must be between 0 and 30, not {magnitude!r}",
+  )
+
+
+EVALUATION_OPS = {
+  "resize": _check_resize,
+  "resize_small": _check_resize_small,
+  "central_crop": _check_size,
+}
+TRAINING_OPS = {
+  "inception_crop": _check_inception_crop,
+  "random_crop": _check_size,
+  "flip_lr": _check_flip_lr,
+  "randaug": _check_randaug,
+}
+_OPS = EVALUATION_OPS | TRAINING_OPS
+_SETS_SIZE = ("resize", "central_crop", "inception_crop", "random_crop")
+
+
+def parse(
+  text: str, image_size: int | tuple[int, int], *, evaluation: bool = False
+) -> list[tuple[str, tuple, dict]]:
+  """Parses a preprocessing string.
+
+  Args:
+    text: operations joined by "|", see the module.
+    image_size: what `size` stands for: one integer or (height, width), pixels.
+    evaluation: whether random operations are an error.
+
+  Returns:
+    [(name, positional arguments, keyword arguments)], in order.
+
+  Raises:
+    UserError: syntax, unknown operation, wrong arguments, or images that do
+      not end up with `image_size`.
+  """
+  image_size = as_pair(image_size)
+  try:
+    tree = ast.parse(text.strip(), mode="eval").body
+  except (SyntaxError, ValueError) as e:
+    raise UserError(
+      f"preprocess {text!r} does not parse; write operations joined by '|', "
+      "as in 'resize_small(256)|central_crop(size)'"
+    ) from e
+  ops = [_parse_op(node, text, image_size) for node in _split(tree)]
+  for name, _, _ in ops:
+    if evaluation and name in TRAINING_OPS:
+      raise UserError(
+        f"preprocess {text!r}: {name} is random, for training only; "
+        f"evaluation has {', '.join(EVALUATION_OPS)}"
+      )
+  _check_output_size(ops, text, image_size)
+  return ops
+
+
+def as_pair(size) -> tuple[int, int]:
+  """Returns (height, width) of an integer or a pair."""
+  if not hasattr(size, "__len__"):
+    return int(size), int(size)
+  height, width = size
+  return int(height), int(width)
+
+
+def _split(node):
+  """a|b|c parses as (a|b)|c: Python's own grammar does the splitting."""
+  if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+    return [*_split(node.left), *_split(node.right)]
+  return [node]
+
+
+def _parse_op(node, text, image_size):
+  call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+  if not isinstance(call.func, ast.Name):
+    raise UserError(
+      f"preprocess {text!r}: {ast.unparse(node)!r} is not an operation; "
+      f"there are {', '.join(_OPS)}"
+    )
+  name = call.func.id
+  if name not in _OPS:
+    raise UserError(
+      f"preprocess {text!r}: unknown operation {name!r}"
+      f"{suggest(name, _OPS)}; there are {', '.join(_OPS)}"
+    )
+  try:
+    args = tuple(_literal(a, image_size) for a in call.args)
+    kwargs = {_keyword(k): _literal(k.value, image_size) for k in call.keywords}
+    inspect.signature(_OPS[name]).bind(*args, **kwargs)
+    _OPS[name](*args, **kwargs)
+  except (TypeError, ValueError) as e:
+    raise UserError(
+      f"preprocess {text!r}: {ast.unparse(node)}: {e}; it takes "
+      f"{name}{inspect.signature(_OPS[name])}"
+    ) from e
+  return name, args, kwargs
+
+
+def _keyword(keyword):
+  _require(keyword.arg is not None, "** is not understood here")
+  return keyword.arg
+
+
+def _literal(node, image_size):
+  if isinstance(node, ast.Name):
+    _require(node.id == "size", f"{node.id!r} is neither a number nor `size`")
+    return image_size
+  try:
+    return ast.literal_eval(node)
+  except ValueError as e:
+    raise ValueError(f"{ast.unparse(node)!r} is not a literal") from e
+
+
+def _check_output_size(ops, text, image_size):
+  size = None
+  for name, args, kwargs in ops:
+    if name in _SETS_SIZE:
+      size = as_pair(kwargs["size"] if "size" in kwargs else args[0])
+    elif name == "resize_small":
+      size = None  # one side depends on the image
+  if size != image_size:
+    found = "differing sizes" if size is None else f"{size[0]}x{size[1]} pixels"
+    raise UserError(
+      f"preprocess {text!r} gives images of {found}, image_size is "
+      f"{image_size[0]}x{image_size[1]}; end with e.g. central_crop(size)"
+    )
+
+
+# --- evaluation in NumPy ---
+
+
+def preprocess_image(
+  image, text: str, image_size: int | tuple[int, int], name: str = "image"
+) -> np.ndarray:
+  """Runs an evaluation preprocessing string on one image.
+
+  Args:
+    image: a path, the bytes of an image file, a PIL image, or uint8[h w],
+      [h w 1], [h w 3] or [h w 4].
+    text: the preprocessing string.
+    image_size: height and width in pixels, for the word `size`.
+    name: what errors call an image that is not a path.
+
+  Returns:
+    uint8[h w 3], equal to what `vit_jax.data` feeds the model in evaluation.
+
+  Raises:
+    UserError: the string is wrong, or the image cannot be read (which one).
+  """
+  ops = parse(text, image_size, evaluation=True)
+  if isinstance(image, str | os.PathLike):
+    name = os.fspath(image)
+    image = _read_file(name)
+  pixels = decode_image(image, name)
+  for op, args, kwargs in ops:
+    pixels = _NUMPY_OPS[op](pixels, *args, **kwargs, name=name)
+  return pixels
+
+
+def _read_file(path) -> bytes:
+  try:
+    with open(path, "rb") as f:
+      return f.read()
+  except OSError as e:
+    raise UserError(f"{path}: cannot be read: {e.strerror}") from e
+
+
+def decode_image(image, name: str = "image") -> np.ndarray:
+  """Decodes to uint8[h w 3], as `tf.io.decode_image` does.
+
+  Like TensorFlow, and so like training: EXIF orientation is ignored, alpha is
+  dropped rather than blended, 16-bit channels keep their high byte, animations
+  give their first frame. JPEGs go through the accurate integer DCT.
+
+  Raises:
+    UserError: not an image, damaged, or larger than MAX_PIXELS; names it.
+  """
+  if isinstance(image, np.ndarray):
+    return _array_to_rgb(image, name)
+  try:
+    with warnings.catch_warnings():
+      # Above its threshold Pillow warns, above twice that it raises.
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+      if not isinstance(image, Image.Image):
+        image = Image.open(io.BytesIO(image))
+    _check_pixels(image.height, image.width, name)
+    return _pil_to_rgb(image)
+  except Image.DecompressionBombError as e:
+    raise UserError(f"{name}: too many pixels, over {MAX_PIXELS:,}") from e
+  except UserError:
+    raise
+  except Exception as e:  # Pillow's plugins raise what they like.
+    raise UserError(
+      f"{name}: not a readable image ({type(e).__name__}); give a whole JPEG, "
+      "PNG or WebP file"
+    ) from e
+
+
+def _array_to_rgb(array, name):
+  if array.ndim == 2:
+    array = array[..., None]
+  if (
+    array.dtype != np.uint8
+    or array.ndim != 3
+    or array.shape[2] not in (1, 3, 4)
+    or 0 in array.shape
+  ):
+    raise UserError(
+      f"{name}: {array.dtype}{list(array.shape)} is not an image; give "
+      "uint8[h w 3]"
+    )
+  if array.shape[2] == 1:
+    return np.repeat(array, 3, axis=2)
+  return array[..., :3]
+
+
+def _pil_to_rgb(image):
+  if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
+    high_byte = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
+    return _array_to_rgb(high_byte.astype(np.uint8), "image")
+  return np.array(image.convert("RGB"))
+
+
+def _check_pixels(height, width, name):
+  if height * width > MAX_PIXELS:
+    raise UserError(
+      f"{name}: {width}x{height} is too many pixels, the limit is "
+      f"{MAX_PIXELS:,}; give a smaller image"
+    )
+
+
+def scale_side(side, short, smaller_size):
+  """Returns `side` in pixels once `short` has become `smaller_size`.
+
+  Integers throughout, halves rounded up, so that NumPy and TensorFlow agree;
+  takes Python integers and integer tensors alike.
+  """
+  return (2 * side * smaller_size + short) // (2 * short)
+
+
+def _resize(pixels, size, method="bilinear", *, name):
+  height, width = as_pair(size)
+  _check_pixels(height, width, name)
+  resize = {"bilinear": _resize_bilinear, "area": _resize_area}[method]
+  return np.rint(resize(pixels, height, width)).astype(np.uint8)
+
+
+def _resize_small(pixels, smaller_size, method="area", *, name):
+  height, width = pixels.shape[:2]
+  short = min(height, width)
+  size = [scale_side(side, short, smaller_size) for side in (height, width)]
+  return _resize(pixels, size, method, name=name)
+
+
+def _central_crop(pixels, size, *, name):
+  crop_height, crop_width = as_pair(size)
+  height, width = pixels.shape[:2]
+  if height < crop_height or width < crop_width:
+    # Enlarge until the crop fits: padding would show the model a border.
+    height, width = (
+      max(crop_height, math.ceil(height * crop_width / width)),
+      max(crop_width, math.ceil(width * crop_height / height)),
+    )
+    pixels = _resize(pixels, (height, width), name=name)
+  top, left = (height - crop_height) // 2, (width - crop_width) // 2
+  return pixels[top : top + crop_height, left : left + crop_width]
+
+
+_NUMPY_OPS = {
+  "resize": _resize,
+  "resize_small": _resize_small,
+  "central_crop": _central_crop,
+}
+
+
+# The two resizes below repeat the float32 arithmetic of `tf.image.resize`
+# operation by operation: what is a tie there is a tie here, and rounds alike.
+
+
+def _resize_bilinear(pixels, height, width):
+  """Half-pixel centres, no antialiasing. Returns float32[height width c]."""
+  top, bottom, down = _bilinear_taps(pixels.shape[0], height)
+  left, right, across = _bilinear_taps(pixels.shape[1], width)
+  across, down = across[:, None], down[:, None, None]
+  x0, x1 = (pixels[:, taps].astype(np.float32) for taps in (left, right))
+  rows = x0 + (x1 - x0) * across
+  return rows[top] + (rows[bottom] - rows[top]) * down
+
+
+def _bilinear_taps(size_in, size_out):
+  scale = np.float32(size_in) / np.float32(size_out)
+  centre = np.arange(size_out, dtype=np.float32) + np.float32(0.5)
+  position = centre * scale - np.float32(0.5)
+  below = np.floor(position)
+  lower = np.maximum(below, 0).astype(np.int64)
+  upper = np.minimum(np.ceil(position), size_in - 1).astype(np.int64)
+  return lower, upper, position - below
+
+
+def _resize_area(pixels, height, width):
+  """Each output pixel is the mean of the area it covers. float32."""
+  rows, row_weights, row_scale = _area_taps(pixels.shape[0], height)
+  columns, column_weights, column_scale = _area_taps(pixels.shape[1], width)
+  narrow = np.zeros((pixels.shape[0], width, pixels.shape[2]), np.float32)
+  for taps, weights in zip(columns, column_weights, strict=True):
+    narrow += pixels[:, taps] * weights[:, None]
+  out = np.zeros((height, width, pixels.shape[2]), np.float32)
+  for taps, weights in zip(rows, row_weights, strict=True):
+    out += narrow[taps] * weights[:, None, None]
+  return out * (np.float32(1) / (row_scale * column_scale))
+
+
+def _area_taps(size_in, size_out):
+  """Returns input indices [taps size_out], weights alike, and the scale."""
+  scale = np.float32(size_in) / np.float32(size_out)
+  out = np.arange(size_out, dtype=np.float32)
+  start, end = out * scale, (out + np.float32(1)) * scale
+  first = np.floor(start)
+  num_taps = int((np.ceil(end) - first).max())
+  cell = first + np.arange(num_taps, dtype=np.float32)[:, None]
+  covered = np.minimum(cell + 1, end) - np.maximum(cell, start)
+  weights = np.maximum(covered, 0).astype(np.float32)
+  return np.minimum(cell, size_in - 1).astype(np.int64), weights, scale
