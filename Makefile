@@ -1,0 +1,62 @@
+# One target for each habit; `make` lists them.
+#
+# PYTHON chooses the interpreter that .venv is made from: make PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+INSTALLED_DEV := .venv/installed-dev
+# Shows only what went wrong; the versions are those of constraints.txt.
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help setup quickstart test test-slow test-all lint format hooks clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s%s\n", $$1, $$2}' \
+	  Makefile
+
+setup: $(INSTALLED)  ## make .venv and install the package into it
+
+quickstart: $(INSTALLED)  ## pre-train, fine-tune, predict; about 6 minutes
+	@$(BIN)/vit-jax quickstart
+
+test: $(INSTALLED)  ## the default tests, below 10 minutes
+	@$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## only the tests that take minutes each
+	@$(BIN)/python -m pytest -m "slow and not gpu and not tpu_compile"
+
+test-all: $(INSTALLED)  ## both, as CI runs them
+	@$(BIN)/python -m pytest -m "not gpu and not tpu_compile"
+
+lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED_DEV)  ## let ruff correct and format
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+hooks: $(INSTALLED_DEV)  ## lint at each git commit
+	@$(BIN)/pre-commit install
+
+clean:  ## remove .venv and caches; runs/ and data sets stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are older than setup.py or constraints.txt when those have changed:
+# then pip brings the same .venv up to date.
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "vit_jax needs Python 3.11 or newer, and $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>&1); name another one:" \
+	    "make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing vit_jax into .venv; the first time takes some minutes."
+	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@

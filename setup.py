@@ -1,0 +1,71 @@
+"""The package, what it needs, and its extras.
+
+Lower bounds only: constraints.txt has the versions that are tested together.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+
+
+def _read_version() -> str:
+  # Read, not imported: a build happens before anything is installed.
+  text = (_ROOT / "vit_jax" / "__init__.py").read_text()
+  match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+  assert match, "vit_jax/__init__.py has no __version__"
+  return match[1]
+
+
+# tensorflow-cpu is a third of tensorflow's size, and TensorFlow only reads and
+# decodes images here; elsewhere tensorflow itself is built for the CPU.
+_LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+_ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+
+setuptools.setup(
+  name="vit_jax",
+  version=_read_version(),
+  description="Vision Transformers in JAX: pre-train, fine-tune, use.",
+  long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  packages=setuptools.find_packages(include=["vit_jax", "vit_jax.*"]),
+  python_requires=">=3.11",
+  install_requires=[
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "clu>=0.0.12",
+    "flax>=0.12",
+    "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
+    "jax>=0.10",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11",
+    "pillow>=11.0",
+    "scikit-learn>=1.5",  # ships the handwritten digits
+    "scipy>=1.14",
+    "tensorboard>=2.20",  # undeclared by clu
+    f"tensorflow-cpu>=2.20; {_LINUX_X86}",
+    f"tensorflow>=2.20; {_ELSEWHERE}",
+    "tensorflow-datasets>=4.9.9",
+  ],
+  extras_require={
+    "tpu": ["jax[tpu]"],
+    "cuda": ["jax[cuda12]"],
+    "test": ["pytest>=8.0"],
+    "dev": [
+      "pre-commit>=4.0",
+      "pyright[nodejs]>=1.1.400",
+      "ruff>=0.14",
+    ],
+  },
+  entry_points={"console_scripts": ["vit-jax = vit_jax.__main__:main"]},
+  classifiers=[
+    "Programming Language :: Python :: 3",
+    "Intended Audience :: Science/Research",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+  ],
+)

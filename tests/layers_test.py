@@ -1,0 +1,131 @@
+"""Who imports whom: the layers of ARCHITECTURE.md, read from the source."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
+
+# A unit is a module or a package directly in vit_jax. It imports units of
+# layers above its own line here, never one of its own line.
+_LAYERS = (
+  ("errors",),
+  ("state", "losses", "preprocess"),
+  ("models", "optim", "sharding", "data"),
+  ("steps", "checkpoint", "config", "metrics"),
+  ("evaluators",),
+  ("train", "evaluate", "predict", "datasets"),
+  ("quickstart",),  # runs the commands one after the other
+  ("__main__",),
+)
+_LAYER_OF = {unit: i for i, layer in enumerate(_LAYERS) for unit in layer}
+
+# Heavy or changeable libraries, and the only units that may import them.
+_CONTAINED = {
+  "flax": {"models"},
+  "tensorflow": {"data", "metrics"},
+  "tensorflow_datasets": {"data"},
+  "array_record": {"data"},
+  "sklearn": {"data"},
+  "clu": {"metrics"},
+  "tensorboard": {"metrics"},
+  "orbax": {"checkpoint"},
+}
+
+# A model and its step run on a bare accelerator machine with these alone.
+_BARE = ("errors", "state", "losses", "models", "optim", "sharding", "steps")
+_BARE_LIBRARIES = {"jax", "flax", "optax", "numpy"}
+
+# Predicting must not wait for TensorFlow, nor need it.
+_WITHOUT_TENSORFLOW = {*_BARE, "preprocess", "checkpoint", "predict"}
+
+
+def _list_sources():
+  """Returns [(unit, path)] of the package, without vit_jax/__init__.py."""
+  sources = []
+  for path in sorted(_PACKAGE.rglob("*.py")):
+    first = path.relative_to(_PACKAGE).parts[0].removesuffix(".py")
+    if first != "__init__":
+      sources.append((first, path))
+  return sources
+
+
+def _read_imports(path):
+  """Returns the dotted names that a file imports anywhere in it."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path} has a relative import"
+      # `from vit_jax import models` names a unit after the `import`.
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+_SOURCES = _list_sources()
+_UNITS = {unit for unit, _ in _SOURCES}
+_each_source = pytest.mark.parametrize(
+  ("unit", "path"),
+  _SOURCES,
+  ids=[str(path.relative_to(_PACKAGE)) for _, path in _SOURCES],
+)
+
+
+def test_every_unit_has_a_layer():
+  assert _LAYER_OF.keys() >= _UNITS, "give the new unit a line in _LAYERS"
+
+
+@_each_source
+def test_imports_go_down_the_layers(unit, path):
+  for name in _read_imports(path):
+    package, _, rest = name.partition(".")
+    imported = rest.split(".")[0]
+    if package != "vit_jax" or imported in ("", unit, "__version__"):
+      continue
+    assert _LAYER_OF[imported] < _LAYER_OF[unit], f"{unit} imports {name}"
+
+
+@_each_source
+def test_libraries_stay_where_they_belong(unit, path):
+  libraries = {name.split(".")[0] for name in _read_imports(path)}
+  # Configs are read as files, whichever directory they are in.
+  assert "configs" not in libraries
+  for library in libraries & _CONTAINED.keys():
+    assert unit in _CONTAINED[library], f"{unit} imports {library}"
+  if unit in _BARE:
+    known = _BARE_LIBRARIES | sys.stdlib_module_names | {"vit_jax"}
+    assert libraries <= known
+
+
+@_each_source
+def test_packages_have_an_init(unit, path):
+  # Without one, setup.py does not find the package and does not install it.
+  assert (path.parent / "__init__.py").exists()
+
+
+def _list_loaded(statement, roots):
+  """Returns which of `roots` are loaded after `statement`, run by itself."""
+  code = f"import sys\n{statement}\nprint(*sys.modules, sep='\\n')"
+  modules = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=_PACKAGE.parent,
+    check=True,
+    capture_output=True,
+    text=True,
+  ).stdout.split()
+  return {module.split(".")[0] for module in modules} & set(roots)
+
+
+def test_import_vit_jax_loads_neither_jax_nor_tensorflow():
+  assert not _list_loaded("import vit_jax", ("jax", "flax", "tensorflow"))
+
+
+def test_models_steps_and_predict_load_no_tensorflow():
+  units = sorted(_WITHOUT_TENSORFLOW & _UNITS)
+  statement = "\n".join(f"import vit_jax.{unit}" for unit in units)
+  roots = ("jax", "tensorflow", "tensorflow_datasets", "clu")
+  assert _list_loaded(statement, roots) == {"jax"}
