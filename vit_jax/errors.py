@@ -1,4 +1,4 @@
-"""The one exception for users' mistakes, and the words that help them on."""
+"""The exceptions that become one clear line for the person at the terminal."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,14 @@ class UserError(ValueError):
 
   The message is one line: what was given, what is needed, what to do. The
   command line prints it without a traceback and exits with code 2.
+  """
+
+
+class RunStopped(RuntimeError):
+  """A run cannot go on: the loss is not finite, the disk is full, ...
+
+  The message is one line as well: what happened, at which step, what is safe,
+  what to do. The command line prints it and exits with code 1.
   """
 
 

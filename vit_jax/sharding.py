@@ -60,11 +60,9 @@ def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
     UserError: the table splits an axis that `fsdp` does not divide.
     AssertionError: no rule covers the path.
   """
-  for pattern, spec in RULES:
-    if re.search(rf"(^|/)({pattern})$", path):
-      break
-  else:
-    raise AssertionError(f"no sharding rule covers {path}; add one to RULES")
+  matches = (s for names, s in RULES if re.search(rf"(^|/)({names})$", path))
+  spec = next(matches, None)
+  assert spec is not None, f"no sharding rule covers {path}; add one to RULES"
   spec = P(*[None] * (len(shape) - len(spec)), *spec) if len(spec) else spec
   for axis, name in enumerate(spec):
     if name and shape[axis] % fsdp:
