@@ -48,10 +48,11 @@ clean:  ## remove .venv and caches; runs/ and data sets stay
 # The stamps are older than setup.py or constraints.txt when those have changed:
 # then pip brings the same .venv up to date.
 $(INSTALLED): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "vit_jax needs Python 3.11 or newer, and $(PYTHON) is" \
-	    "$$($(PYTHON) --version 2>&1); name another one:" \
-	    "make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  2>/dev/null || { \
+	  found=$$($(PYTHON) --version 2>/dev/null || echo "not there"); \
+	  echo "vit_jax needs Python 3.11 or newer, and $(PYTHON) is $$found;" \
+	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing vit_jax into .venv; the first time takes some minutes."
 	@$(INSTALL) --editable '.[test]'
