@@ -15,7 +15,7 @@ _LAYERS = (
   ("errors",),
   ("state", "losses", "preprocess"),
   ("models", "optim", "sharding", "data"),
-  ("steps", "checkpoint", "config", "metrics"),
+  ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("evaluators",),
   ("train", "evaluate", "predict", "datasets"),
   ("quickstart",),  # runs the commands one after the other
@@ -30,7 +30,7 @@ _CONTAINED = {
   "tensorflow_datasets": {"data"},
   "array_record": {"data"},
   "sklearn": {"data"},
-  "clu": {"metrics"},
+  "clu": {"metrics", "train"},  # train prints its parameter overview
   "tensorboard": {"metrics"},
   "orbax": {"checkpoint"},
 }
