@@ -18,6 +18,7 @@ The order of choices when a run starts:
   3. else random weights from `config.seed`.
 """
 
+import functools
 import json
 import logging
 import math
@@ -63,15 +64,22 @@ class Checkpoints:
   """The checkpoints of one run folder."""
 
   def __init__(self, workdir, keep: int):
-    """Opens the folder; nothing is written until something is saved.
+    """Remembers the folder; it is made when something is saved.
 
     Args:
       workdir: the run folder.
       keep: how many of the newest to keep; the best is kept beside them.
     """
     self.workdir = absolute(workdir)
-    self._newest = _open(self.workdir / "checkpoints", keep)
-    self._best = _open(self.workdir / "best", 1)
+    self._keep = keep
+
+  @functools.cached_property
+  def _newest(self):
+    return _open(self.workdir / "checkpoints", self._keep)
+
+  @functools.cached_property
+  def _best(self):
+    return _open(self.workdir / "best", 1)
 
   def steps(self) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first."""
@@ -88,13 +96,12 @@ class Checkpoints:
     self.wait()
     self._save(self._newest, step, state, {})
 
-  def save_best(self, step: int, state, metric: float) -> None:
-    """Starts to save the state as the best so far, replacing the last best."""
-    if step not in self._best.all_steps():
+  def save_if_best(self, step: int, state, metric: float) -> None:
+    """Saves the state apart if its metric is above all before it."""
+    if metric > self._best_metric():
       self._save(self._best, step, state, {"metric": metric})
 
-  def best_metric(self) -> float:
-    """Returns the metric that the best checkpoint was saved with, or -inf."""
+  def _best_metric(self) -> float:
     step = self._best.latest_step()
     if step is None:
       return -math.inf
@@ -104,7 +111,7 @@ class Checkpoints:
     except Exception as e:
       log.warning("best checkpoint %d is damaged (%s)", step, first_line(e))
       self._set_aside(self._best, step)
-      return self.best_metric()
+      return -math.inf
 
   def restore(self, abstract_state):
     """Returns the newest state that can be read, or None if there is none.
@@ -113,6 +120,8 @@ class Checkpoints:
       abstract_state: shapes, dtypes and shardings; the mesh need not be the
         one that the state was saved from.
     """
+    if not (self.workdir / "checkpoints").exists():
+      return None
     for step in reversed(self.steps()):
       try:
         state = _restore(self._newest, step, abstract_state)

@@ -273,15 +273,9 @@ def decode_image(image, name: str = "image") -> np.ndarray:
   if isinstance(image, np.ndarray):
     return _array_to_rgb(image, name)
   try:
-    with warnings.catch_warnings():
-      # Above its threshold Pillow warns, above twice that it raises.
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      if not isinstance(image, Image.Image):
-        image = Image.open(io.BytesIO(image))
-    _check_pixels(image.height, image.width, name)
+    if not isinstance(image, Image.Image):
+      image = open_image(image, name)
     return _pil_to_rgb(image)
-  except Image.DecompressionBombError as e:
-    raise UserError(f"{name}: too many pixels, over {MAX_PIXELS:,}") from e
   except UserError:
     raise
   except Exception as e:  # Pillow's plugins raise what they like.
@@ -289,6 +283,24 @@ def decode_image(image, name: str = "image") -> np.ndarray:
       f"{name}: not a readable image ({type(e).__name__}); give a whole JPEG, "
       "PNG or WebP file"
     ) from e
+
+
+def open_image(encoded: bytes, name: str, formats=None) -> Image.Image:
+  """Reads an image's header; nothing is decoded yet.
+
+  Raises:
+    UserError: more than MAX_PIXELS.
+    Exception: whatever Pillow raises for what is no image.
+  """
+  try:
+    # Above its threshold Pillow warns, above twice that it raises.
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+      image = Image.open(io.BytesIO(encoded), formats=formats)
+  except Image.DecompressionBombError as e:
+    raise UserError(f"{name}: too many pixels, over {MAX_PIXELS:,}") from e
+  _check_pixels(image.height, image.width, name)
+  return image
 
 
 def _array_to_rgb(array, name):

@@ -89,11 +89,6 @@ def batch_sharding(mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def replicated(mesh) -> NamedSharding:
-  """Returns the layout of an array that every device holds whole."""
-  return NamedSharding(mesh, P())
-
-
 def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
   """Raises a UserError unless the batch splits evenly over the devices."""
   pieces = mesh.size * micro_batches
@@ -132,6 +127,17 @@ def put_batch(mesh, batch: dict, batch_size: int) -> dict:
     )
     for name, x in batch.items()
   }
+
+
+def replicate(mesh, tree):
+  """Puts arrays of the host on every device of the mesh."""
+  sharding = NamedSharding(mesh, P())
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(
+      x.shape, sharding, lambda index: x[index]
+    ),
+    tree,
+  )
 
 
 def bytes_per_device(tree) -> int:

@@ -343,22 +343,22 @@ def shear_y(image, strength, seed):
 
 def translate_x(image, strength, seed):
   """By 100 pixels of 224 at magnitude 10, either way."""
-  _, width = _height_width(image, tf.float32)
-  shift = strength * 100 / _REFERENCE_SIZE * width
+  _, width = _height_width(image)
+  shift = _scale_distance(strength * 100, width)
   return _transform(image, [1, 0, _random_sign(seed) * shift, 0, 1, 0])
 
 
 def translate_y(image, strength, seed):
-  height, _ = _height_width(image, tf.float32)
-  shift = strength * 100 / _REFERENCE_SIZE * height
+  height, _ = _height_width(image)
+  shift = _scale_distance(strength * 100, height)
   return _transform(image, [1, 0, 0, 0, 1, _random_sign(seed) * shift])
 
 
 def cutout(image, strength, seed):
   """Greys out a square: its half side is 40 pixels of 224 at magnitude 10."""
   height, width = _height_width(image)
-  short = tf.cast(tf.minimum(height, width), tf.float32)
-  reach = tf.cast(strength * 40 / _REFERENCE_SIZE * short, tf.int32)
+  reach = _scale_distance(strength * 40, tf.minimum(height, width))
+  reach = tf.cast(reach, tf.int32)
   y, x = tf.unstack(tf.random.stateless_uniform([2], seed))
   y = tf.range(height) - _scale_to_integer(y, height - 1)
   x = tf.range(width) - _scale_to_integer(x, width - 1)
@@ -408,6 +408,11 @@ def _grey(image):
   return tf.reduce_sum(
     tf.cast(image, tf.float32) * weights, axis=-1, keepdims=True
   )
+
+
+def _scale_distance(pixels, side):
+  """Pixels at the reference size -> pixels, float32, at this size."""
+  return pixels / _REFERENCE_SIZE * tf.cast(side, tf.float32)
 
 
 def _random_sign(seed):

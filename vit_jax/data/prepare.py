@@ -30,13 +30,13 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
   if not builder.is_prepared():
     builder = find_builder(name, data_dir, "array_record")
     _download(builder, name)
-  elif "array_record" not in _formats(builder):
-    _convert(builder)
+  else:
+    # The folder knows of formats added since; the builder's code does not.
+    builder = tfds.builder_from_directory(builder.data_path)
+    array_record = tfds.core.FileFormat.ARRAY_RECORD
+    if array_record not in builder.info.available_file_formats():
+      _convert(builder)
   return folder
-
-
-def _formats(builder):
-  return {f.value for f in builder.info.available_file_formats()}
 
 
 def _download(builder, name):

@@ -6,8 +6,10 @@ ArrayRecord, or a folder of images. `get_source` finds it by name.
 
 import abc
 import concurrent.futures
+import functools
 import hashlib
 import io
+import json
 import math
 import os
 import struct
@@ -25,8 +27,8 @@ from vit_jax.errors import UserError, suggest
 
 FOLDER = "folder:"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# What TensorFlow decodes, as Pillow calls it; MPO is JPEG with a tail.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP")
+# What TensorFlow decodes, as Pillow calls it.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _HOLD_OUT = 0.1  # of each class, where a folder has no test images of its own
 _NUM_THREADS = 16  # reading files is waiting
 
@@ -89,15 +91,24 @@ class Source(abc.ABC):
     """Names an example, for people."""
     return f"example {index} of {self.dataset} {self.split}"
 
+  @functools.cached_property
+  def _parse_unchecked(self):
+    # Traced once: outside a graph, TFDS takes milliseconds for a record.
+    return tf.function(
+      lambda record: (self.parse_image(record), self.parse_labels(record)),
+      input_signature=[tf.TensorSpec([], tf.string)],
+    )
+
   def check_example(self, index: int) -> tuple[list[int], tuple[int, int]]:
     """Returns the labels of an example and its (height, width) in pixels.
 
     Raises:
       UserError: it cannot be used; names the example.
     """
-    record = self.read(np.array([index]))[0]
-    what = self.describe(index)
-    labels = self.parse_labels(record).numpy().tolist()
+    encoded, labels = (
+      tensor.numpy() for tensor in self._parse_unchecked(self.read([index])[0])
+    )
+    what, labels = self.describe(index), labels.tolist()
     allowed = f"0 to {self.num_classes - 1}"
     for label in labels:
       if not 0 <= label < self.num_classes:
@@ -111,7 +122,6 @@ class Source(abc.ABC):
         f"{what}: {len(labels)} labels, but the data set declares at most "
         f"{self.max_labels}; prepare it again"
       )
-    encoded = self.parse_image(record).numpy()
     try:
       image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     except tf.errors.OpError as e:
@@ -205,8 +215,7 @@ class TfdsSource(Source):
     self.multilabel = class_label is not label
     self.max_labels = 1
     if self.multilabel:
-      declared = (builder.info.metadata or {}).get("max_labels")
-      self.max_labels = declared or self._count_max_labels()
+      self.max_labels = _read_max_labels(builder) or self._count_max_labels()
 
   def read(self, indices):
     return self._files.__getitems__(np.asarray(indices).tolist())
@@ -293,33 +302,53 @@ def _open_prepared(dataset, data_dir):
       f"data set {dataset!r} is not in {builder.data_path}; run `vit-jax data "
       f"prepare {dataset}{where}`"
     )
+  # The folder knows of formats added since; the builder's code does not.
+  builder = tfds.builder_from_directory(builder.data_path)
   array_record = tfds.core.FileFormat.ARRAY_RECORD
   if array_record not in builder.info.available_file_formats():
     raise UserError(
       f"data set {dataset!r} in {builder.data_path} is prepared as "
-      f"{builder.info.file_format.value}, training reads array_record; run "
+      f"{_format_name(builder.info)}, training reads array_record; run "
       f"`vit-jax data prepare {dataset}{where}` to convert it"
     )
-  if builder.info.file_format != array_record:
-    return tfds.builder_from_directory(
-      builder.data_path, file_format=array_record
-    )
+  builder.info.set_file_format(
+    array_record, override=True, override_if_initialized=True
+  )
   return builder
+
+
+def _format_name(info):
+  return info.file_format.value if info.file_format else "an unknown format"
+
+
+def _read_max_labels(builder):
+  """What the builder declared in `tfds.core.MetadataDict`, or None."""
+  file = os.path.join(builder.data_path, "metadata.json")
+  if not tf.io.gfile.exists(file):
+    return None
+  with tf.io.gfile.GFile(file) as f:
+    return json.load(f).get("max_labels")
 
 
 def _select_split(splits, dataset, split):
   """Returns the TFDS split info of e.g. `train[:800]+test[:200]`."""
+  try:
+    info = splits[split]
+  except (KeyError, ValueError, AssertionError) as e:
+    raise _bad_split(splits, dataset, split, e) from e
+  if not info.num_examples:
+    raise _bad_split(splits, dataset, split, "it has no examples")
+  return info
+
+
+def _bad_split(splits, dataset, split, problem):
+  """Returns the UserError; `problem` is words or TFDS's exception."""
+  if isinstance(problem, Exception):
+    problem = one_line(problem, 100).partition(". ")[0].rstrip(".")
   existing = ", ".join(
     f"{name} ({info.num_examples:,})" for name, info in splits.items()
   )
-  try:
-    info = splits[split]
-    if info.num_examples:
-      return info
-    problem = "it has no examples"
-  except (KeyError, ValueError, AssertionError) as e:
-    problem = one_line(e, 100).partition(". ")[0].rstrip(".")
-  raise UserError(
+  return UserError(
     f"split {split!r} of {dataset!r}: {problem}; there are {existing}, and "
     "parts and sums such as train[:90%], train[:800]+test[:200]"
   )
@@ -377,6 +406,7 @@ class FolderSource(Source):
     self.num_classes = len(self.class_names)
     self._files = _take(splits, dataset, split)
     self.num_examples = len(self._files)
+    Image.init()  # Pillow's list of formats; not thread-safe
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       transcode = list(pool.map(_verify, [path for path, _ in self._files]))
     self._transcode = np.array(transcode)
@@ -479,15 +509,20 @@ def _hold_out(files, num_classes):
 
 def _take(splits, dataset, split):
   """Returns the files of `split`, a part or a sum, as TFDS understands it."""
-  infos = tfds.core.splits.SplitDict(
-    [
-      tfds.core.SplitInfo(name=name, shard_lengths=[len(files)], num_bytes=0)
-      for name, files in splits.items()
-    ]
-  )
-  _select_split(infos, dataset, split)
-  parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-  return [f for p in parts for f in splits[p.splitname][p.from_ : p.to]]
+  infos = {
+    name: tfds.core.SplitInfo(
+      name=name, shard_lengths=[len(files)], num_bytes=0
+    )
+    for name, files in splits.items()
+  }
+  try:
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+  except (KeyError, ValueError, AssertionError) as e:
+    raise _bad_split(infos, dataset, split, e) from e
+  taken = [f for p in parts for f in splits[p.splitname][p.from_ : p.to]]
+  if not taken:
+    raise _bad_split(infos, dataset, split, "it has no examples")
+  return taken
 
 
 def _verify(path):
@@ -498,14 +533,12 @@ def _verify(path):
   """
   data = path.read_bytes()
   try:
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = preprocess.open_image(data, str(path), _FORMATS)
     kind = image.format
     # TensorFlow decodes no WebP with alpha to RGB, nor moving ones.
     transcode = kind == "WEBP" and (
       image.mode != "RGB" or getattr(image, "is_animated", False)
     )
-    if image.width * image.height > preprocess.MAX_PIXELS:
-      preprocess.decode_image(data, str(path))  # raises, and says why
     image.verify()
     if not transcode and not _has_end(data, kind):
       tf.io.decode_image(data, channels=3, expand_animations=False)
@@ -519,7 +552,10 @@ def _verify(path):
 
 
 def _has_end(data, kind):
-  if kind in ("JPEG", "MPO"):  # the end marker cannot occur inside a scan
+  if kind in (
+    "JPEG",
+    "MPO",
+  ):  # MPO: with a second picture; the end marker cannot occur inside a scan
     return b"\xff\xd9" in data[-4096:]
   if kind == "PNG":
     return b"IEND" in data[-4096:]

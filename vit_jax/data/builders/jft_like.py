@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 SIZE = 32  # height and width of an image, in pixels
-NUM_GLYPHS = 400
+NUM_GLYPHS = 250
 TRAIN_EXAMPLES = 40_000
 TEST_EXAMPLES = 2_000
 SEED = 2020
@@ -66,7 +66,14 @@ SHAPES = (
 )
 STROKE_COUNTS = ("one_stroke", "two_strokes", "three_strokes")
 STROKE_WEIGHTS = ("thin", "medium", "thick")
-LAYOUTS = ("alone", "side_by_side", "stacked")
+ORIENTATIONS = ("horizontal", "falling", "vertical", "rising")
+PLACES = tuple(
+  f"{row}_{column}"
+  for row in ("top", "middle", "bottom")
+  for column in ("left", "center", "right")
+)
+PARTS = tuple(f"{o}_at_{place}" for place in PLACES for o in ORIENTATIONS)
+LAYOUTS = ("side_by_side", "stacked")
 CLASS_NAMES = (
   *(f"glyph_{g:03d}" for g in range(NUM_GLYPHS)),
   *(f"{color}_glyph" for color in COLORS),
@@ -76,6 +83,7 @@ CLASS_NAMES = (
   *STROKE_COUNTS,
   *STROKE_WEIGHTS,
   *LAYOUTS,
+  *PARTS,
   "loop",
   "corner",
   "coarse",
@@ -212,6 +220,30 @@ def trace_glyphs(glyph: np.ndarray, draws: Draws, seed: int) -> np.ndarray:
   # Strokes that do not exist hide behind the first one.
   path = np.where(proto["exists"][:, :, None, None], path, path[:, :1])
   return _scale_to_unit(_deform(_scale_to_unit(path), draws))
+
+
+def find_parts(path: np.ndarray, exists: np.ndarray) -> np.ndarray:
+  """Tells which strokes run where in a glyph: bool[n part], as in PARTS.
+
+  A part is there if at least an eighth of the glyph's height (or width) of
+  ink runs in that direction (to the nearest of four) in that ninth of it.
+  """
+  step = np.diff(path, axis=2)
+  length = np.sqrt((step**2).sum(-1)) * exists[:, :, None]
+  # y grows downwards: a falling stroke goes right and down.
+  eighth = np.floor(np.arctan2(step[..., 1], step[..., 0]) * (8 / np.pi))
+  orientation = ((eighth.astype(int) + 1) // 2) % 4
+  middle = (path[:, :, 1:] + path[:, :, :-1]) / 2
+  column, row = np.moveaxis(np.clip(np.floor(middle * 1.5 + 1.5), 0, 2), -1, 0)
+  part = ((3 * row + column) * 4 + orientation).astype(int)
+  n = len(path)
+  total = np.zeros((n, len(PARTS)))
+  np.add.at(
+    total,
+    (np.arange(n)[:, None], part.reshape(n, -1)),
+    length.reshape(n, -1),
+  )
+  return total > 0.25
 
 
 def _scale_to_unit(path: np.ndarray) -> np.ndarray:
@@ -366,33 +398,35 @@ def draw_images(
   draws, n = Draws(seed * 4 + 2, index), len(index)
   names = list(COLORS)
 
-  texture = draws.zipf(len(TEXTURES))
+  texture = draws.zipf(len(TEXTURES), 0.5)
   ground = draws.zipf(len(COLORS))
   image = _tint(ground, draws)
   other = _tint(draws.integer(0, len(COLORS)), draws)
-  mix = draws.integer(40, 200, (1, 1))
+  mix = draws.integer(20, 120, (1, 1))
   image = _blend(image, other, (draw_textures(texture, draws) * mix) >> 8)
 
   shape = draws.zipf(len(SHAPES))
-  has_shape = draws.uniform(0, 1) < 0.3
+  has_shape = draws.uniform(0, 1) < 0.2
   opacity = draw_shapes(shape, draws) * has_shape[:, None, None]
   opacity = opacity * draws.integer(80, 256, (1, 1))
   image = _blend(image, _tint(draws.integer(0, len(COLORS)), draws), opacity)
 
   ink = draws.zipf(len(COLORS))
   ink = np.where(ink == ground, (ink + 1) % len(COLORS), ink)
-  layout = np.searchsorted([0.75, 0.9], draws.uniform(0, 1))
+  layout = np.searchsorted([0.85, 0.93], draws.uniform(0, 1))
   sigma = draws.uniform(0.7, 2.6)
   gain = draws.uniform(1.0, 3.0)
   grid = np.array([8, 16, 32])[draws.integer(0, 3)]
   color = _tint(ink, draws)
-  glyphs = np.stack([draws.zipf(NUM_GLYPHS, 20.0) for _ in range(2)], 1)
+  glyphs = np.stack([draws.zipf(NUM_GLYPHS, 15.0) for _ in range(2)], 1)
+  parts = np.zeros((n, len(PARTS)), bool)
   for g in range(2):
     shown = np.flatnonzero(layout > 0) if g else np.arange(n)
     opacity = np.zeros((n, SIZE, SIZE), np.int32)
     path = trace_glyphs(glyphs[:, g], draws, seed)
-    path = _place(path, layout, g, draws)
     exists = glyph_prototypes(seed)["exists"][glyphs[:, g]]
+    parts[shown] |= find_parts(path[shown], exists[shown])
+    path = _place(path, layout, g, draws)
     for r in (8, 16, 32):
       i = shown[grid[shown] == r]
       opacity[i] = draw_strokes(path[i], exists[i], sigma[i], gain[i], r)
@@ -408,10 +442,11 @@ def draw_images(
     classes = {f"glyph_{g:03d}" for g in here}
     classes |= {STROKE_COUNTS[proto["exists"][g].sum() - 1] for g in here}
     classes |= {f"{names[ink[i]]}_glyph", f"{names[ground[i]]}_ground"}
-    classes |= {TEXTURES[texture[i]], LAYOUTS[layout[i]]}
-    classes |= {STROKE_WEIGHTS[weight[i]]}
+    classes |= {TEXTURES[texture[i]], STROKE_WEIGHTS[weight[i]]}
+    classes |= {LAYOUTS[layout[i] - 1]} if layout[i] else set()
     classes |= {name for name in ("loop", "corner") if proto[name][here].any()}
     classes |= {SHAPES[shape[i]]} if has_shape[i] else set()
+    classes |= {PARTS[part] for part in np.flatnonzero(parts[i])}
     classes |= {"coarse"} if grid[i] == 8 else set()
     labels.append(sorted(classes, key=CLASS_NAMES.index))
   return image.astype(np.uint8), labels
@@ -434,7 +469,7 @@ def _blend(under, over, opacity) -> np.ndarray:
 def _place(path, layout, which: int, draws: Draws) -> np.ndarray:
   """Scales and moves glyphs to their places: pixels, [n stroke point 2]."""
   single = layout == 0
-  half = np.where(single, draws.uniform(7, 16), draws.uniform(5, 8))
+  half = np.where(single, draws.uniform(9, 16), draws.uniform(5, 8))
   room = np.where(single, 16.5 - half, 16.5 - half - 6)
   center = 16 + np.maximum(room, 0)[:, None] * draws.uniform(-1, 1, (2,))
   side = 2 * which - 1

@@ -1,0 +1,270 @@
+"""The command line: `python -m vit_jax COMMAND`, or `vit-jax COMMAND`.
+
+The only place with flags. Each command imports what it needs when it runs, so
+that `--help` is quick and `predict` never meets TensorFlow.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+
+from vit_jax.errors import RunStopped, UserError
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line."""
+
+  def error(self, message):
+    self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command; returns the exit code.
+
+  0: done (also: stopped by a signal, and saved). 1: the run cannot go on.
+  2: something that was given cannot be used.
+  """
+  # TensorFlow only reads and decodes images here; it need not introduce itself.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  logging.basicConfig(format="%(message)s", stream=sys.stderr)
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  logging.getLogger("vit_jax").setLevel(logging.INFO)
+  args, rest = _make_parser().parse_known_args(argv)
+  try:
+    overrides = _parse_overrides(rest)
+    if overrides and args.run is not _train:
+      raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
+    args.overrides = overrides
+    args.run(args)
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 2
+  except RunStopped as e:
+    print(f"stopped: {e}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+def _make_parser():
+  parser = _Parser(
+    prog="vit-jax",
+    description="Vision Transformers: pre-train, fine-tune, use.",
+    allow_abbrev=False,
+  )
+  commands = parser.add_subparsers(
+    required=True, metavar="COMMAND", parser_class=_Parser
+  )
+
+  def add(name, run, help_text, to=commands):
+    command = to.add_parser(name, help=help_text, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
+
+  train = add("train", _train, "train a model, or go on with a run")
+  train.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:ARG]",
+    help="a configuration; --config.key=value changes one of its keys",
+  )
+  train.add_argument("--workdir", required=True, help="the run folder")
+  _add_distributed(train)
+
+  evaluate = add("evaluate", _evaluate, "evaluate saved weights")
+  where = evaluate.add_mutually_exclusive_group(required=True)
+  where.add_argument("--workdir", help="a run folder")
+  where.add_argument("--checkpoint", help="one checkpoint of a run folder")
+  evaluate.add_argument("--dataset", help="default: the run's test set")
+  evaluate.add_argument("--split", help="default: the run's")
+  _add_data_dir(evaluate)
+  _add_json(evaluate)
+  _add_distributed(evaluate)
+
+  predict = add("predict", _predict, "classify image files")
+  predict.add_argument("--checkpoint", required=True, help="a run folder")
+  predict.add_argument("images", nargs="+", metavar="IMAGE")
+  predict.add_argument("--top", type=int, default=5, help="classes to show")
+  _add_json(predict)
+
+  data = commands.add_parser("data", help="list, prepare, check, show data")
+  actions = data.add_subparsers(
+    required=True, metavar="ACTION", parser_class=_Parser
+  )
+  _add_data_commands(lambda *args: add(*args, to=actions))
+
+  quickstart = add(
+    "quickstart", _quickstart, "pre-train, fine-tune and predict, in minutes"
+  )
+  quickstart.add_argument("--workdir", default="runs/quickstart")
+  return parser
+
+
+def _add_data_commands(add):
+  _add_data_dir(add("list", _data_list, "what there is"))
+  prepare = add("prepare", _data_prepare, "make, download or convert a set")
+  check = add("check", _data_check, "read a set and say what is in it")
+  show = add("show", _data_show, "draw augmented training images")
+  for command in (prepare, check, show):
+    command.add_argument("name", metavar="NAME", help="TFDS name, folder:/path")
+    _add_data_dir(command)
+  check.add_argument("--split", help="default: every split")
+  check.add_argument(
+    "--examples", type=int, default=1000, help="of each split; 0: all of them"
+  )
+  show.add_argument("--split", default="train")
+  show.add_argument(
+    "--preprocess", default="inception_crop(size)|flip_lr", metavar="OPS"
+  )
+  show.add_argument("--image_size", type=int, default=224)
+  show.add_argument("--output", default="show.png")
+  show.add_argument("--seed", type=int, default=0)
+
+
+def _add_data_dir(command):
+  command.add_argument(
+    "--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
+  )
+
+
+def _add_json(command):
+  command.add_argument("--json", action="store_true", help="for programs")
+
+
+def _add_distributed(command):
+  group = command.add_argument_group(
+    "several machines",
+    "Run the same command on each. On TPU pods and under Slurm --distributed "
+    "is enough; elsewhere give all three of the others.",
+  )
+  group.add_argument("--distributed", action="store_true")
+  group.add_argument("--coordinator", metavar="HOST:PORT")
+  group.add_argument("--num_processes", type=int)
+  group.add_argument("--process_id", type=int)
+
+
+def _parse_overrides(arguments):
+  """Returns {"a.b": "text"} of --config.a.b=text and --config.a.b text."""
+  overrides = {}
+  rest = list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--config."):
+      raise UserError(f"unknown argument {argument!r}; see vit-jax --help")
+    key, equals, value = argument.removeprefix("--config.").partition("=")
+    if not equals:
+      if not rest:
+        raise UserError(f"{argument} needs a value: {argument}=VALUE")
+      value = rest.pop(0)
+    overrides[key] = value
+  return overrides
+
+
+def _connect(args):
+  """Joins the other processes of a run, if there are any."""
+  given = (args.coordinator, args.num_processes, args.process_id)
+  if not args.distributed and given == (None, None, None):
+    return
+  if not args.distributed and None in given:
+    raise UserError(
+      "--coordinator, --num_processes and --process_id are given together"
+    )
+  import jax
+
+  jax.distributed.initialize(*given)
+  if jax.process_index():
+    logging.getLogger("vit_jax").setLevel(logging.WARNING)
+
+
+def _train(args):
+  from vit_jax import config
+
+  loaded = config.load(args.config, args.overrides)
+  _connect(args)
+  from vit_jax.train import train
+
+  train(loaded, args.workdir)
+
+
+def _evaluate(args):
+  _connect(args)
+  import jax
+
+  from vit_jax.evaluate import evaluate
+
+  results = evaluate(
+    args.workdir or args.checkpoint,
+    dataset=args.dataset,
+    split=args.split,
+    data_dir=args.data_dir,
+  )
+  if jax.process_index():
+    return
+  if args.json:
+    print(json.dumps(results))
+    return
+  for name, value in results.items():
+    print(
+      f"{name:12}{value:.4f}"
+      if isinstance(value, float)
+      else f"{name:12}{value}"
+    )
+
+
+def _predict(args):
+  from vit_jax.predict import predict
+
+  results = predict(args.checkpoint, args.images, args.top)
+  if args.json:
+    print(json.dumps(results))
+    return
+  for result in results:
+    print(result["image"])
+    for entry in result["classes"]:
+      print(f"  {entry['probability']:7.2%}  {entry['name']}")
+
+
+def _data_list(args):
+  from vit_jax import datasets
+
+  datasets.list_datasets(args.data_dir)
+
+
+def _data_prepare(args):
+  from vit_jax import datasets
+
+  datasets.prepare(args.name, args.data_dir)
+
+
+def _data_check(args):
+  from vit_jax import datasets
+
+  datasets.check(args.name, args.split, args.data_dir, args.examples)
+
+
+def _data_show(args):
+  from vit_jax import datasets
+
+  datasets.show(
+    args.name,
+    args.split,
+    preprocess=args.preprocess,
+    image_size=args.image_size,
+    output=args.output,
+    seed=args.seed,
+    data_dir=args.data_dir,
+  )
+
+
+def _quickstart(args):
+  from vit_jax.quickstart import quickstart
+
+  quickstart(args.workdir)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

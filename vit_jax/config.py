@@ -1,0 +1,161 @@
+"""Configuration files: loaded, overridden, checked, compared, kept.
+
+`configs/` is read as files, not imported as a package: a configuration lives
+beside the user's other files as well as it does in this project.
+"""
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from vit_jax.errors import UserError, suggest
+
+# What a run may change when it goes on: where it writes and how often, how the
+# work is spread. None of these changes which parameters come out, other than
+# by the rounding of sums in another order.
+RESUMABLE = (
+  "data_dir",
+  "fsdp",
+  "micro_batches",
+  "model.remat",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+  "keep_checkpoints",
+  "profile_step",
+  "profile_steps",
+)
+
+
+def load(spec: str, overrides: dict[str, str] | None = None):
+  """Runs `get_config` of a configuration file and applies overrides.
+
+  Args:
+    spec: "FILE" or "FILE:ARG"; the argument is handed to get_config.
+    overrides: {"schedule.base_lr": "3e-4"} as typed by the user.
+
+  Returns:
+    A locked ml_collections.ConfigDict.
+
+  Raises:
+    UserError: no such file, an unknown key, a value of the wrong type.
+  """
+  file, _, arg = spec.partition(":")
+  path = Path(file)
+  if not path.is_file():
+    siblings = [str(p) for p in Path(path.parent).glob("*.py")]
+    raise UserError(
+      f"no configuration file {file!r}{suggest(file, siblings)}; give "
+      "--config=FILE[:ARG], for instance configs/quickstart_pretrain.py"
+    )
+  module_spec = importlib.util.spec_from_file_location("config_file", path)
+  assert module_spec is not None
+  assert module_spec.loader is not None
+  module = importlib.util.module_from_spec(module_spec)
+  # A configuration imports its neighbours: `from common import get_config`.
+  sys.path.insert(0, str(path.parent.absolute()))
+  try:
+    module_spec.loader.exec_module(module)
+    config = module.get_config(arg) if arg else module.get_config()
+  finally:
+    sys.path.remove(str(path.parent.absolute()))
+  for key, text in (overrides or {}).items():
+    override(config, key, text)
+  return config.lock()
+
+
+def override(config, key: str, text: str) -> None:
+  """Sets `config.a.b` for key "a.b"; the value keeps the default's type.
+
+  Raises:
+    UserError: unknown key, or a value of another type.
+  """
+  known = flatten(config)
+  if key not in known:
+    raise UserError(f"unknown config key {key!r}{suggest(key, known)}")
+  *parents, name = key.split(".")
+  node = config
+  for parent in parents:
+    node = node[parent]
+  kind = node.get_type(name)
+  value = parse_value(text, kind)
+  try:
+    with node.unlocked():
+      node[name] = value
+  except (TypeError, ValueError):
+    raise UserError(
+      f"config.{key} is {kind.__name__}, such as {known[key]!r}; "
+      f"{text!r} is not"
+    ) from None
+
+
+def parse_value(text: str, kind: type):
+  """Reads a value typed by a user: Python where it parses, text where not."""
+  if kind is str:
+    return text
+  if text.lower() in ("true", "false"):
+    return text.lower() == "true"
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+  return float(value) if kind is float and type(value) is int else value
+
+
+def flatten(config) -> dict[str, Any]:
+  """Returns {"a.b": value} of a configuration or its dictionary."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, (dict, ml_collections.ConfigDict)):
+      inner = flatten(value)
+      flat.update({f"{name}.{k}": v for k, v in inner.items()})
+    else:
+      flat[name] = value
+  return flat
+
+
+def to_dict(config) -> dict[str, Any]:
+  """Returns the configuration as plain nested dictionaries, as JSON has it."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+  """Returns "key: old -> new" for what a resumed run may not change."""
+  old, new = flatten(old), flatten(new)
+  return [
+    f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key) and key not in RESUMABLE
+  ]
+
+
+def count_steps(config, num_examples: int) -> int:
+  """Returns the run's steps from whichever duration the config sets.
+
+  Args:
+    config: with total_steps, total_epochs, total_examples and batch_size.
+    num_examples: of the training set, one epoch.
+
+  Raises:
+    UserError: not exactly one duration is set.
+  """
+  given = {
+    name: config[name]
+    for name in ("total_steps", "total_epochs", "total_examples")
+    if config[name]
+  }
+  if len(given) != 1 or min(given.values()) < 0:
+    raise UserError(
+      "set exactly one of total_steps, total_epochs and total_examples to a "
+      f"positive number; set now: {given or 'none'}"
+    )
+  if config.total_steps:
+    return config.total_steps
+  examples = config.total_examples or config.total_epochs * num_examples
+  # As many whole batches as come closest, and at least one.
+  return max(1, round(examples / config.batch_size))

@@ -1,0 +1,1 @@
+"""Evaluators: functions that yield (name, value) pairs."""

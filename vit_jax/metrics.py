@@ -1,0 +1,143 @@
+"""What a run writes down: JSON lines, TensorBoard, a line for people."""
+
+import json
+import logging
+import math
+import time
+
+import jax
+from clu import metric_writers
+
+from vit_jax.errors import RunStopped
+
+log = logging.getLogger(__name__)
+
+# How many steps the host may run ahead of the devices. Each holds a batch in
+# device memory; waiting for a step that long past costs nothing while the
+# devices are the slower side.
+RUN_AHEAD = 4
+
+
+class NotFinite(RunStopped):
+  """The loss or the gradient of a step is infinite or not a number."""
+
+
+class MetricLog:
+  """Collects metrics of steps while they are computed, writes them later.
+
+  metrics.jsonl gets one line a log step or evaluation, with names such as
+  "train/loss" and "eval/accuracy". Everything but "speed/..." is a function of
+  the configuration: a run that was interrupted writes the same lines.
+  """
+
+  def __init__(
+    self, workdir, *, start_step, total_steps, log_every, batch_size
+  ):
+    """Opens the files; lines after `start_step` are dropped, to come again."""
+    self._total = total_steps
+    self._every = log_every
+    self._batch_size = batch_size
+    self._pending: list = []
+    self._clock = (start_step, time.monotonic())
+    self._first = self._clock
+    self._writes = jax.process_index() == 0
+    if self._writes:
+      workdir.mkdir(parents=True, exist_ok=True)
+      self._file = workdir / "metrics.jsonl"
+      self._lines = _read_lines(self._file, start_step)
+      self._file.write_text("".join(self._lines))
+      self._tensorboard = metric_writers.SummaryWriter(
+        str(workdir / "tensorboard")
+      )
+
+  def add(self, step: int, metrics: dict) -> None:
+    """Takes the metrics of a step as device arrays, without fetching them."""
+    self._pending.append((step, metrics))
+    if len(self._pending) > RUN_AHEAD:
+      jax.block_until_ready(self._pending[-RUN_AHEAD - 1][1])
+
+  def flush(self, up_to: int) -> None:
+    """Fetches the steps up to `up_to`, checks each, writes the log steps.
+
+    Raises:
+      NotFinite: a loss or gradient is not finite; names the first such step.
+    """
+    ready = [entry for entry in self._pending if entry[0] <= up_to]
+    self._pending = self._pending[len(ready) :]
+    for step, metrics in jax.device_get(ready):
+      values = {f"train/{name}": float(x) for name, x in metrics.items()}
+      _check_finite(step, values)
+      if step % self._every == 0 or step == self._total:
+        self._report(step, values)
+
+  def write(self, step: int, values: dict[str, float]) -> None:
+    """Writes one line to metrics.jsonl and the same to TensorBoard."""
+    if not self._writes:
+      return
+    line = json.dumps({"step": step, **values}) + "\n"
+    self._lines.append(line)
+    if str(self._file).startswith("gs://"):  # objects cannot be appended to
+      self._file.write_text("".join(self._lines))
+    else:
+      with self._file.open("a") as f:
+        f.write(line)
+    self._tensorboard.write_scalars(step, values)
+
+  def restart_clock(self, step: int) -> None:
+    """Leaves out of the speed what was not training, such as an evaluation."""
+    self._clock = (step, time.monotonic())
+
+  def close(self) -> None:
+    if self._writes:
+      self._tensorboard.close()
+
+  def _report(self, step, values):
+    now = time.monotonic()
+    steps, seconds = step - self._clock[0], now - self._clock[1]
+    self._clock = (step, now)
+    speed = steps * self._batch_size / max(seconds, 1e-9)
+    values["speed/images_per_second"] = speed
+    values["speed/images_per_second_per_device"] = speed / jax.device_count()
+    self.write(step, values)
+    done = step - self._first[0]
+    left = (now - self._first[1]) / max(done, 1) * (self._total - step)
+    log.info(
+      "step %d/%d  loss %.4f  lr %.2e  %.0f images/s (%.0f/device)  ETA %s",
+      step,
+      self._total,
+      values["train/loss"],
+      values["train/learning_rate"],
+      speed,
+      speed / jax.device_count(),
+      duration(left),
+    )
+
+
+def duration(seconds: float) -> str:
+  """Returns h:mm:ss, or m:ss below an hour."""
+  minutes, second = divmod(round(seconds), 60)
+  hours, minute = divmod(minutes, 60)
+  return (
+    f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+  )
+
+
+def _check_finite(step, values):
+  for name in ("train/loss", "train/gradient_norm"):
+    if not math.isfinite(values[name]):
+      raise NotFinite(
+        f"{name.removeprefix('train/')} is {values[name]} at step {step}"
+      )
+
+
+def _read_lines(file, last_step):
+  """Returns the whole lines up to `last_step`; a kill may leave half a line."""
+  lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+  kept = []
+  for line in lines:
+    try:
+      if json.loads(line)["step"] <= last_step and line.endswith("\n"):
+        kept.append(line)
+    except json.JSONDecodeError:
+      log.info("dropped an unfinished line of %s", file.name)
+  return kept

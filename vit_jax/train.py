@@ -1,0 +1,396 @@
+"""Training, in reading order: from a configuration to a run folder."""
+
+import json
+import logging
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+from jax.experimental import multihost_utils
+
+from vit_jax import checkpoint, data, losses, models, optim, sharding, steps
+from vit_jax import config as configuration
+from vit_jax.errors import RunStopped, UserError
+from vit_jax.evaluators import classification
+from vit_jax.metrics import MetricLog, NotFinite
+from vit_jax.state import TrainState
+from vit_jax.warmstart import warm_start
+
+log = logging.getLogger(__name__)
+
+
+def train(config, workdir) -> dict[str, float]:
+  """Trains as `config` says, in `workdir`; goes on where a run stopped.
+
+  Args:
+    config: a locked ConfigDict with the keys of configs/common.py.
+    workdir: the run folder, a local path or a gs:// address.
+
+  Returns:
+    The metrics of the last evaluation; empty if the run was stopped early or
+    evaluates nothing.
+
+  Raises:
+    UserError: a configuration that cannot be run; nothing has been written.
+    RunStopped: the loss is not finite, or a checkpoint cannot be written.
+  """
+  # Machines.
+  workdir = checkpoint.absolute(workdir)
+  resuming = check_workdir(config, workdir)
+  mesh = sharding.make_mesh(config.fsdp)
+  sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
+
+  # Data and model.
+  sources, test = open_sources(config)
+  first = sources[0][0]
+  examples = sum(source.num_examples for source, _ in sources)
+  total_steps = configuration.count_steps(config, examples)
+  model = models.create(
+    num_classes=first.num_classes,
+    image_size=config.image_size,
+    **config.model,
+  )
+  loss_fn = losses.get_loss(**config.loss)
+  train_step, init_state = build(
+    config, model, loss_fn, first.num_classes, total_steps
+  )
+  evaluate = test and classification.make_evaluate(
+    model=model,
+    loss_fn=loss_fn,
+    source=test,
+    mesh=mesh,
+    batch_size=config.eval.batch_size or config.batch_size,
+    preprocess=config.eval.preprocess,
+  )
+
+  # State: resumed, from other weights, or random, in that order.
+  key = jax.random.key(config.seed)
+  shapes = jax.eval_shape(init_state, key)
+  layout = sharding.tree_shardings(mesh, shapes)
+  checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+  state = None
+  if resuming:
+    state = checkpoints.restore(
+      jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        layout,
+      )
+    )
+  if state is None:
+    state = jax.jit(init_state, out_shardings=layout)(key)
+    if config.init_from:
+      state = start_from(config.init_from, state, model, first.class_names)
+  step = int(state.step)
+  batches = prefetch(
+    sharding.put_batch(mesh, batch, config.batch_size)
+    for batch in data.train_batches(
+      sources,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      rows=sharding.local_rows(mesh, config.batch_size),
+      preprocess=config.train.preprocess,
+      image_size=config.image_size,
+      start_step=step,
+      num_steps=total_steps - step,
+    )
+  )
+  write_run_files(config, workdir, first, state, total_steps)
+  if resuming:
+    log.info("going on from step %d of %d", step, total_steps)
+
+  # The loop. Nothing in a step waits for the devices: metrics are fetched one
+  # log interval late, or before something is saved.
+  metrics = MetricLog(
+    workdir,
+    start_step=step,
+    total_steps=total_steps,
+    log_every=config.log_every,
+    batch_size=config.batch_size,
+  )
+  train_step = jax.jit(
+    train_step, donate_argnums=0, out_shardings=(layout, None)
+  )
+  results = {}
+  try:
+    with StopSignal() as stop:
+      for step, batch in enumerate(batches, step + 1):  # noqa: B020
+        profile(config, workdir, step, state)
+        state, values = train_step(state, batch)
+        metrics.add(step, values)
+        is_last = step == total_steps
+        stopping = stop.requested(step) and not is_last
+        if step % config.log_every == 0:
+          metrics.flush(step - config.log_every)
+        if evaluate and (is_last or is_due(step, config.eval_every)):
+          metrics.flush(step)
+          params = state.params if state.ema is None else state.ema
+          results = dict(evaluate(params))
+          report(metrics, step, results)
+          main = results["prec@1" if first.multilabel else "accuracy"]
+          checkpoints.save_if_best(step, state, main)
+        if is_last or stopping or is_due(step, config.checkpoint_every):
+          metrics.flush(step)
+          checkpoints.save(step, state)
+          metrics.restart_clock(step)
+        if stopping:
+          log.info("stopping: saved step %d; run again to go on", step)
+          results = {}
+          break
+    checkpoints.close()
+  except NotFinite as e:
+    raise RunStopped(f"{e}; {advise(checkpoints)}") from e
+  finally:
+    metrics.close()
+  if step == total_steps:
+    log.info("the run is complete: %d steps in %s", total_steps, workdir)
+    results = results or last_results(workdir)
+  return results
+
+
+def open_sources(config):
+  """Opens [(training source, weight)] and the test source, None for no test.
+
+  Raises:
+    UserError: unknown, missing or unsuitable data.
+  """
+  mixture = data.parse_mixture(config.train.dataset)
+  sources = [
+    (data.get_source(name, config.train.split, config.data_dir), weight)
+    for name, weight in mixture
+  ]
+  if not config.eval.split:
+    return sources, None
+  name = config.eval.dataset or mixture[0][0]
+  test = data.get_source(name, config.eval.split, config.data_dir)
+  first = sources[0][0]
+  if test.class_names != first.class_names:
+    raise UserError(
+      f"eval.dataset {name} has {test.num_classes} classes, training has "
+      f"{first.num_classes}, or their names differ; evaluate on the same "
+      "classes, or set config.eval.split='' for no evaluation"
+    )
+  return sources, test
+
+
+def build(config, model, loss_fn, num_classes, total_steps):
+  """Returns train_step(state, batch) and init_state(key), both pure."""
+  schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
+  optimizer = optim.make_optimizer(
+    **config.optimizer,
+    schedule=schedule,
+    base_lr=config.schedule.base_lr,
+    params=jax.eval_shape(model.init, jax.random.key(0)),
+  )
+  train_step = steps.make_train_step(
+    apply=model.apply,
+    loss_fn=loss_fn,
+    optimizer=optimizer,
+    schedule=schedule,
+    num_classes=num_classes,
+    mixup_alpha=config.train.mixup_alpha,
+    micro_batches=config.micro_batches,
+    ema_decay=config.ema_decay,
+  )
+
+  def init_state(key):
+    init_key, step_key = jax.random.split(key)
+    params = model.init(init_key)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema=ema,
+      rng=jax.random.key_data(step_key),
+    )
+
+  return train_step, init_state
+
+
+def check_workdir(config, workdir) -> bool:
+  """Returns whether `workdir` holds this run already.
+
+  Raises:
+    UserError: it holds a run of another configuration.
+  """
+  file = workdir / "config.json"
+  if not file.exists():
+    return False
+  old = json.loads(file.read_text())["config"]
+  differences = configuration.differences(old, configuration.to_dict(config))
+  if differences:
+    raise UserError(
+      f"{workdir} holds a run of another configuration "
+      f"({'; '.join(differences)}); choose another --workdir, or go on with "
+      "the configuration it was started with"
+    )
+  return True
+
+
+def start_from(source, state, model, class_names):
+  """Returns the state with the weights of another run, and reports on them.
+
+  Raises:
+    UserError: nothing to read there, or another architecture.
+  """
+  weights = checkpoint.load_weights(source)
+  other = weights.run["config"]
+  old_model = models.create(
+    num_classes=len(weights.run["class_names"]),
+    image_size=other["image_size"],
+    **other["model"],
+  )
+  params, changes = warm_start(
+    state.params,
+    weights.params,
+    old_grid=old_model.grid,
+    new_grid=model.grid,
+    same_classes=weights.run["class_names"] == class_names,
+    source=str(weights.source),
+  )
+  log.info("weights from %s\n%s", weights.source, changes)
+  params = jax.tree.map(
+    lambda old, new: jax.make_array_from_callback(
+      old.shape, old.sharding, lambda index: new[index]
+    ),
+    state.params,
+    params,
+  )
+  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+  return state._replace(params=params, ema=ema)
+
+
+def write_run_files(config, workdir, source, state, total_steps):
+  """Writes config.json and parameters.txt of a new run."""
+  if jax.process_index() or (workdir / "config.json").exists():
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  run = {
+    "config": configuration.to_dict(config),
+    "total_steps": total_steps,
+    "class_names": source.class_names,
+    "multilabel": source.multilabel,
+  }
+  overview = parameter_overview.get_parameter_overview(
+    state.params, include_stats="sharding"
+  )
+  checkpoint.write_atomically(workdir / "parameters.txt", overview)
+  checkpoint.write_atomically(
+    workdir / "config.json", json.dumps(run, indent=1)
+  )
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  log.info(
+    "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
+    "%d devices, %d steps of %d images",
+    config.model.variant,
+    count / 1e6,
+    sharding.bytes_per_device(state) / 2**30,
+    jax.device_count(),
+    total_steps,
+    config.batch_size,
+  )
+
+
+def prefetch(batches: Iterable, size: int = 2) -> Iterator:
+  """Keeps `size` batches on their way to the devices ahead of the one used."""
+  queue = deque()
+  for batch in batches:
+    queue.append(batch)
+    if len(queue) > size:
+      yield queue.popleft()
+  yield from queue
+
+
+def is_due(step: int, every: int) -> bool:
+  """Returns whether something done `every` steps is done after this one."""
+  return bool(every) and step % every == 0
+
+
+def report(metrics, step, results):
+  """Writes and prints the result of an evaluation."""
+  metrics.write(step, {f"eval/{name}": x for name, x in results.items()})
+  metrics.restart_clock(step)
+  text = "  ".join(
+    f"{name} {x}" if name == "examples" else f"{name} {x:.4f}"
+    for name, x in results.items()
+  )
+  log.info("evaluation at step %d  %s", step, text)
+
+
+def last_results(workdir):
+  """Returns the last evaluation in metrics.jsonl, {} if there is none."""
+  results = {}
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    values = {
+      name.removeprefix("eval/"): x
+      for name, x in json.loads(line).items()
+      if name.startswith("eval/")
+    }
+    results = values or results
+  return results
+
+
+def profile(config, workdir, step, state):
+  """Starts or ends the profiler window before `step` runs."""
+  if not config.profile_step:
+    return
+  if step == config.profile_step:
+    jax.block_until_ready(state)
+    jax.profiler.start_trace(str(workdir / "profile"))
+  if step == config.profile_step + config.profile_steps:
+    jax.block_until_ready(state)
+    jax.profiler.stop_trace()
+    log.info("profile of %d steps in %s", config.profile_steps, workdir)
+
+
+def advise(checkpoints) -> str:
+  """Says what is safe after a non-finite loss, and what to try."""
+  checkpoints.wait()
+  saved = checkpoints.steps()
+  good = (
+    f"the last good checkpoint is {checkpoints.workdir}/checkpoints/{saved[-1]}"
+    if saved
+    else "no checkpoint had been saved yet"
+  )
+  return (
+    f"{good}; try in a new workdir: a lower schedule.base_lr, more "
+    "schedule.warmup_steps, optimizer.clip_norm=1, or model.dtype=float32"
+  )
+
+
+class StopSignal:
+  """SIGTERM or Ctrl-C ask the loop to stop after the step it is in.
+
+  With several processes JAX's preemption service takes SIGTERM and makes all
+  of them agree on the step; Ctrl-C is passed on to it.
+  """
+
+  def __enter__(self):
+    self._received = False
+    self._alone = jax.process_count() == 1
+    signals = [signal.SIGINT] + [signal.SIGTERM] * self._alone
+    self._previous = {s: signal.signal(s, self._handle) for s in signals}
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number, _):
+    if self._received:
+      raise KeyboardInterrupt
+    self._received = True
+    log.info("saving after this step; once more to quit at once")
+    if not self._alone:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def requested(self, step: int) -> bool:
+    """Returns whether to stop after `step`, the same on every process."""
+    if self._alone:
+      return self._received
+    return multihost_utils.reached_preemption_sync_point(step)
