@@ -191,7 +191,7 @@ def _parse_op(node, text, image_size):
   return name, args, kwargs
 
 
-def _keyword(keyword):
+def _keyword(keyword) -> str:
   _require(keyword.arg is not None, "** is not understood here")
   return keyword.arg
 

@@ -6,6 +6,9 @@ would be up to one off. Whatever is random takes a stateless seed, so that an
 image's augmentation depends on (seed, step, row) and nothing else.
 """
 
+# TensorFlow's annotations do not know tf.random.experimental.
+# pyright: reportAttributeAccessIssue=false
+
 import functools
 from collections.abc import Callable
 
@@ -20,7 +23,7 @@ _GREY = 128  # what fills the pixels that an operation leaves empty
 
 def make_preprocess(
   text: str, image_size: int | tuple[int, int], *, evaluation: bool
-) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+) -> Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor]:
   """Builds the function of a preprocessing string.
 
   Args:

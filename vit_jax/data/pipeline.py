@@ -6,6 +6,9 @@ batch k is the same on any number of hosts and after any restart, and the
 shuffle is over the whole data set without a buffer.
 """
 
+# TensorFlow's annotations do not know tf.random.experimental.
+# pyright: reportAttributeAccessIssue=false
+
 import os
 from collections.abc import Iterator, Sequence
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore
 
 from vit_jax.data.source import FOLDER, find_builder, one_line
 from vit_jax.errors import UserError

@@ -4,6 +4,11 @@ A source is one split of one data set, read at random: a TFDS data set in
 ArrayRecord, or a folder of images. `get_source` finds it by name.
 """
 
+# What TFDS says to return is a union of everything that it might.
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportOptionalMemberAccess=false
+
 import abc
 import concurrent.futures
 import functools
@@ -106,7 +111,8 @@ class Source(abc.ABC):
       UserError: it cannot be used; names the example.
     """
     encoded, labels = (
-      tensor.numpy() for tensor in self._parse_unchecked(self.read([index])[0])
+      tensor.numpy()
+      for tensor in self._parse_unchecked(self.read(np.array([index]))[0])
     )
     what, labels = self.describe(index), labels.tolist()
     allowed = f"0 to {self.num_classes - 1}"

@@ -4,6 +4,8 @@
 "Optical Recognition of Handwritten Digits", written by 13 people.
 """
 
+from typing import Any
+
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -35,7 +37,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     del dl_manager  # nothing to download
     from sklearn import datasets  # a second to import: only when generating
 
-    digits = datasets.load_digits()
+    digits: Any = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     in_test = choose_test(digits.target)
     return {

@@ -1,0 +1,252 @@
+"""Training operations: crops against their definitions, RandAugment's
+operations against Pillow's."""
+
+import functools
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image, ImageEnhance, ImageOps
+
+from vit_jax.data import ops
+
+
+def _image(shape=(24, 40), seed=0):
+  rng = np.random.RandomState(seed)
+  coarse = rng.randint(20, 220, (4, 5, 3)).astype(np.uint8)
+  return np.array(Image.fromarray(coarse).resize(shape[::-1]))
+
+
+def _png(image):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, "PNG")
+  return file.getvalue()
+
+
+def _jpeg(image):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, "JPEG", quality=95)
+  return file.getvalue()
+
+
+def _seed(i):
+  return tf.constant([7, i], tf.int64)
+
+
+def _distance(a, b):
+  return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()
+
+
+@pytest.mark.parametrize("encode", [_png, _jpeg])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (24, 40), (90, 50)])
+@pytest.mark.parametrize(
+  "text",
+  [
+    "inception_crop(size)|flip_lr",
+    "resize_small(36)|random_crop(size)|flip_lr",
+    "random_crop(size)",
+    "resize(40)|inception_crop(size, area_min=50)|randaug(1, 10)",
+  ],
+)
+def test_training_strings_on_any_size(text, shape, encode):
+  run = tf.function(ops.make_preprocess(text, (32, 48), evaluation=False))
+  encoded = tf.constant(encode(_image(shape)))
+  a = run(encoded, _seed(1)).numpy()
+  assert a.shape == (32, 48, 3)
+  assert a.dtype == np.uint8
+  np.testing.assert_array_equal(a, run(encoded, _seed(1)).numpy())
+
+
+def _coordinates(height, width):
+  """An image whose red and green are the row and the column."""
+  y, x = np.mgrid[:height, :width]
+  return np.stack([y, x, 0 * x], -1).astype(np.uint8)
+
+
+def test_windows_of_the_inception_crop():
+  height, width = 120, 200
+  areas, aspects, tops = [], [], []
+  for i in range(400):
+    top, left, h, w = ops._sample_window(
+      tf.constant([height, width, 3]), 5, 100, _seed(i)
+    ).numpy()
+    assert top >= 0
+    assert left >= 0
+    assert top + h <= height
+    assert left + w <= width
+    areas.append(h * w / (height * width))
+    aspects.append(w / h)
+    tops.append(top)
+  # Rounding to whole pixels moves the bounds a little.
+  assert min(areas) > 0.045
+  assert min(areas) < 0.1
+  assert max(areas) > 0.6
+  assert min(aspects) > 0.72
+  assert max(aspects) < 1.38
+  assert len(set(tops)) > 30
+
+
+def test_fused_crop_equals_decoding_first():
+  encoded = tf.constant(_jpeg(_image((120, 200))))
+  for i in range(5):
+    fused = ops.decode_and_inception_crop(encoded, 32, seed=_seed(i))
+    whole = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_FAST")
+    apart = ops.inception_crop(whole, 32, seed=_seed(i))
+    # The decoder interpolates chroma past the edge of a whole image only.
+    assert np.mean(np.abs(fused.numpy().astype(int) - apart.numpy())) < 0.5
+
+
+def test_random_crop_is_everywhere_and_whole():
+  image = tf.constant(_coordinates(20, 30))
+  corners = set()
+  for i in range(300):
+    crop = ops.random_crop(image, (16, 28), seed=_seed(i)).numpy()
+    top, left = crop[0, 0, :2]
+    corners.add((int(top), int(left)))
+    np.testing.assert_array_equal(crop, image[top : top + 16, left : left + 28])
+  assert corners == {(y, x) for y in range(5) for x in range(3)}
+
+
+def test_flip_mirrors_half_of_the_images():
+  image = _image()
+  flips = 0
+  for i in range(200):
+    out = ops.flip_lr(tf.constant(image), seed=_seed(i)).numpy()
+    if not np.array_equal(out, image):
+      np.testing.assert_array_equal(out, image[:, ::-1])
+      flips += 1
+  assert 70 < flips < 130
+
+
+def _blend(enhancer, image, magnitude):
+  factor = magnitude / 10 * 1.8 + 0.1
+  return np.asarray(enhancer(Image.fromarray(image)).enhance(factor))
+
+
+PILLOW = {
+  "autocontrast": lambda x, m: ImageOps.autocontrast(Image.fromarray(x)),
+  "equalize": lambda x, m: ImageOps.equalize(Image.fromarray(x)),
+  "invert": lambda x, m: ImageOps.invert(Image.fromarray(x)),
+  "posterize": lambda x, m: ImageOps.posterize(
+    Image.fromarray(x), max(1, int(m / 10 * 4))
+  ),
+  "solarize": lambda x, m: ImageOps.solarize(
+    Image.fromarray(x), int(m / 10 * 256)
+  ),
+  "color": functools.partial(_blend, ImageEnhance.Color),
+  "contrast": functools.partial(_blend, ImageEnhance.Contrast),
+  "brightness": functools.partial(_blend, ImageEnhance.Brightness),
+  "sharpness": functools.partial(_blend, ImageEnhance.Sharpness),
+}
+# Where Pillow truncates a blend (and blends its own rounded grey), we round.
+LEVELS = {"color": 2, "contrast": 2, "autocontrast": 1, "brightness": 1}
+LEVELS["sharpness"] = 2
+
+
+@pytest.mark.parametrize("magnitude", [0, 3, 10, 15])
+@pytest.mark.parametrize("name", PILLOW)
+def test_operation_equals_pillows(name, magnitude):
+  image = _image()
+  ours = ops.AUGMENTATIONS[name](tf.constant(image), magnitude / 10, _seed(0))
+  assert _distance(ours, PILLOW[name](image, magnitude)) <= LEVELS.get(name, 0)
+
+
+def test_equalize_and_autocontrast_leave_flat_images_alone():
+  flat = np.full((5, 6, 3), 77, np.uint8)
+  for name in ("equalize", "autocontrast"):
+    out = ops.AUGMENTATIONS[name](tf.constant(flat), 1.0, _seed(0))
+    np.testing.assert_array_equal(out, flat)
+
+
+def test_solarize_add_and_posterize_by_hand():
+  image = np.array([[[0, 100, 127], [128, 200, 255]]], np.uint8)
+  added = ops.solarize_add(tf.constant(image), 1.0, _seed(0)).numpy()
+  assert added.tolist() == [[[110, 210, 237], [128, 200, 255]]]
+  kept = ops.posterize(tf.constant(image), 0.5, _seed(0)).numpy()  # 2 bits
+  assert kept.tolist() == [[[0, 64, 64], [128, 192, 192]]]
+
+
+def test_translations_move_and_fill_with_grey():
+  image = _coordinates(112, 224)
+  signs = set()
+  for i in range(12):
+    out = ops.translate_x(tf.constant(image), 0.1, _seed(i)).numpy()
+    # 10 pixels of 224; half of that for the rows of half the size.
+    shift = 10 if (out[:, -10:] == 128).all() else -10
+    signs.add(shift)
+    if shift > 0:
+      np.testing.assert_array_equal(out[:, :-10], image[:, 10:])
+    else:
+      np.testing.assert_array_equal(out[:, 10:], image[:, :-10])
+      assert (out[:, :10] == 128).all()
+    out = ops.translate_y(tf.constant(image), 0.2, _seed(i)).numpy()
+    moved_up = np.array_equal(out[:-10], image[10:])
+    moved_down = np.array_equal(out[10:], image[:-10])
+    assert moved_up != moved_down
+  assert signs == {-10, 10}
+
+
+def test_shears_keep_the_first_line():
+  image = _coordinates(40, 60)
+  for i in range(4):
+    x = ops.shear_x(tf.constant(image), 1.0, _seed(i)).numpy()
+    np.testing.assert_array_equal(x[0], image[0])
+    # Row 20 samples 0.3 * 20 = 6 columns away.
+    row = x[20, 10:50, 1].astype(int) - np.arange(10, 50)
+    assert abs(row[0]) == 6
+    assert len(set(row)) == 1
+    y = ops.shear_y(tf.constant(image), 1.0, _seed(i)).numpy()
+    np.testing.assert_array_equal(y[:, 0], image[:, 0])
+
+
+def test_rotation_is_about_the_centre_and_either_way():
+  image = np.zeros((41, 41, 3), np.uint8)
+  image[20, 20] = 255
+  image[20, 35] = 200  # 15 pixels to the right
+  rows = set()
+  for i in range(8):
+    out = ops.rotate(tf.constant(image), 1.0, _seed(i)).numpy()
+    assert out[20, 20, 0] == 255
+    y, x = np.argwhere(out[..., 0] == 200)[0]
+    rows.add(int(y) - 20)
+    # 15 * sin 30, cos 30 degrees
+    assert abs(abs(y - 20) - 7.5) <= 0.5
+    assert abs(x - 20 - 13) <= 1
+  assert {np.sign(y) for y in rows} == {-1, 1}
+
+
+def test_cutout_greys_one_square():
+  image = np.zeros((224, 224, 3), np.uint8)
+  areas = []
+  for i in range(10):
+    out = ops.cutout(tf.constant(image), 1.0, _seed(i)).numpy()
+    assert set(np.unique(out)) == {0, 128}
+    ys, xs = np.nonzero(out[..., 0])
+    assert (out[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1] == 128).all()
+    assert ys.max() - ys.min() < 80
+    areas.append(len(ys))
+  assert max(areas) == 80 * 80
+  small = ops.cutout(tf.constant(image[:56, :56]), 1.0, _seed(0)).numpy()
+  assert 0 < (small[..., 0] == 128).sum() <= 20 * 20
+
+
+def test_randaug_draws_every_operation_and_is_stateless():
+  image = tf.constant(_image((32, 32)))
+  once = tf.function(lambda s: ops.randaug(image, 1, 10, seed=s))
+  outputs = {once(_seed(i)).numpy().tobytes() for i in range(150)}
+  assert len(outputs) > 16
+  np.testing.assert_array_equal(once(_seed(3)), once(_seed(3)))
+  assert len(ops.AUGMENTATIONS) == 16
+  unchanged = ops.randaug(image, 0, 10, seed=_seed(0))
+  np.testing.assert_array_equal(unchanged, image)
+
+
+def test_randaug_at_magnitude_zero_is_not_nothing():
+  image = tf.constant(_image((16, 16)))
+  np.testing.assert_array_equal(
+    ops.solarize(image, 0.0, _seed(0)), 255 - image.numpy()
+  )
+  np.testing.assert_array_equal(
+    ops.posterize(image, 0.0, _seed(0)), image.numpy() & 128
+  )

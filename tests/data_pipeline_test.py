@@ -1,0 +1,360 @@
+"""Batch k is a function of (seed, k): on any hosts, after any restart."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from vit_jax import data
+from vit_jax.data import pipeline
+from vit_jax.errors import UserError
+
+CROPPED = "inception_crop(size)|flip_lr"
+AUGMENTED = CROPPED + "|randaug(1, 10)"  # seconds to trace
+
+
+class Numbers(data.Source):
+  """In memory; example i is a plain image of the colour i, and of class i % k.
+
+  Labels may be given: lists of any length. A record is the number of labels,
+  a byte, the labels, four bytes each, and a PNG.
+  """
+
+  split = "all"
+
+  def __init__(self, size, num_classes=10, labels=None, name="numbers"):
+    self.dataset = name
+    self.num_examples = size
+    self.num_classes = num_classes
+    self.class_names = [str(k) for k in range(num_classes)]
+    self.multilabel = labels is not None
+    self.labels = labels or [[i % num_classes] for i in range(size)]
+    self.max_labels = max(map(len, self.labels))
+    self.images = [self._encode(i) for i in range(size)]
+
+  def _encode(self, i):
+    file = io.BytesIO()
+    colour = (i % 256, i // 256, 77)
+    pixels = np.full((6, 8, 3), colour, np.uint8)
+    pixels[:, :2] = 255 - pixels[:, :2]  # something to flip and to crop
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+  def read(self, indices):
+    return [
+      bytes([len(self.labels[i])])
+      + np.array(self.labels[i], "<i4").tobytes()
+      + self.images[i]
+      for i in np.asarray(indices)
+    ]
+
+  def parse_image(self, record):
+    count = tf.cast(tf.io.decode_raw(record, tf.uint8)[0], tf.int32)
+    return tf.strings.substr(record, 1 + 4 * count, -1)
+
+  def parse_labels(self, record):
+    count = tf.cast(tf.io.decode_raw(record, tf.uint8)[0], tf.int32)
+    return tf.io.decode_raw(tf.strings.substr(record, 1, 4 * count), tf.int32)
+
+
+def _train(sources, rows, **kwargs):
+  if not isinstance(sources, list):
+    sources = [(sources, 1.0)]
+  defaults = {
+    "seed": 5,
+    "batch_size": 8,
+    "preprocess": "resize(size)",
+    "image_size": 8,
+    "start_step": 0,
+    "num_steps": 6,
+  }
+  return list(
+    data.train_batches(sources, rows=np.array(rows), **(defaults | kwargs))
+  )
+
+
+def _colours(batches):
+  """Which examples the images are: the colour of their last column."""
+  pixels = np.concatenate([b["image"] for b in batches])[:, 0, -1].astype(int)
+  return (pixels[:, 0] + 256 * pixels[:, 1]).tolist()
+
+
+def _assert_same(batch, other):
+  assert batch.keys() == other.keys()
+  for key in batch:
+    np.testing.assert_array_equal(batch[key], other[key])
+
+
+# --- the order ---
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_shuffle_is_a_permutation(size):
+  for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (2**40, 0, 0)):
+    order = pipeline.shuffle_indices(np.arange(size), size, key)
+    assert sorted(order.tolist()) == list(range(size))
+
+
+def test_shuffles_of_other_epochs_sets_and_seeds_are_unrelated():
+  keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+  orders = [pipeline.shuffle_indices(np.arange(5000), 5000, k) for k in keys]
+  for i, a in enumerate(orders):
+    assert abs(np.corrcoef(a, np.arange(5000))[0, 1]) < 0.06
+    for b in orders[:i]:
+      assert abs(np.corrcoef(a, b)[0, 1]) < 0.06
+
+
+def test_shuffle_is_pinned():
+  # A run is resumed years later with the order that it began with.
+  order = pipeline.shuffle_indices(np.arange(10), 10, (0, 0, 0))
+  assert order.tolist() == [5, 4, 8, 2, 0, 7, 3, 6, 1, 9]
+  far = pipeline.shuffle_indices(np.array([0, 10**6]), 1_281_167, (42, 0, 299))
+  assert far.tolist() == [228100, 1177317]
+  which, examples = pipeline.Order(3, [100, 50], [0.7, 0.3])(np.arange(8))
+  assert which.tolist() == [0, 0, 0, 0, 1, 0, 1, 1]
+  assert examples.tolist() == [27, 69, 55, 43, 21, 24, 10, 4]
+
+
+def test_each_epoch_has_every_example_once():
+  order = pipeline.Order(1, [37], [1.0])
+  _, examples = order(np.arange(37 * 3))
+  epochs = examples.reshape(3, 37)
+  assert (np.sort(epochs, axis=1) == np.arange(37)).all()
+  assert len({tuple(e) for e in epochs.tolist()}) == 3
+  # Not even the pattern's period, 10,000, shows.
+  _, late = order(np.arange(37 * 1000, 37 * 1001))
+  assert sorted(late.tolist()) == list(range(37))
+
+
+def test_mixture_has_exact_proportions_and_passes_through_each_set():
+  sizes, weights = [500, 90, 70], [0.5, 0.3, 0.2]
+  order = pipeline.Order(9, sizes, weights)
+  which, examples = order(np.arange(30_000))
+  for period in which.reshape(3, 10_000):
+    assert np.bincount(period).tolist() == [5000, 3000, 2000]
+  # In short stretches too they are about that.
+  assert 420 < np.bincount(which[:1000])[0] < 580
+  for i, size in enumerate(sizes):
+    stream = examples[which == i]
+    for epoch in stream[: len(stream) // size * size].reshape(-1, size):
+      assert sorted(epoch.tolist()) == list(range(size))
+
+
+def test_order_is_pure():
+  order = pipeline.Order(9, [500, 90], [2, 1])
+  which, examples = order(np.arange(25_000))
+  some = np.random.RandomState(0).permutation(25_000)[:300]
+  for got, all_of_it in zip(order(some), (which, examples), strict=True):
+    np.testing.assert_array_equal(got, all_of_it[some])
+  for p in some[:5]:
+    assert order(np.array([p]))[1][0] == examples[p]
+
+
+def test_largest_remainders_fill_the_pattern():
+  for weights in ([1, 1, 1], [1, 2, 4], [0.999, 0.001]):
+    _, counts = pipeline._make_pattern(0, weights)
+    exact = np.array(weights) / sum(weights) * pipeline.PATTERN_SLOTS
+    assert counts.sum() == pipeline.PATTERN_SLOTS
+    assert np.abs(counts - exact).max() < 1
+
+
+def test_weight_too_small():
+  with pytest.raises(UserError, match="1e-05 is too small"):
+    pipeline.Order(0, [5, 5], [1, 1e-5])
+
+
+# --- batches ---
+
+
+def test_training_batches():
+  source = Numbers(50)
+  batches = _train(source, range(8), num_steps=7)
+  assert len(batches) == 7
+  assert batches[0]["image"].shape == (8, 8, 8, 3)
+  assert batches[0]["image"].dtype == np.uint8
+  assert batches[0]["labels"].shape == (8, 1)
+  assert batches[0]["labels"].dtype == np.int32
+  seen = _colours(batches)
+  assert sorted(seen[:50]) == list(range(50))
+  assert seen[:50] != list(range(50))
+  _, expected = pipeline.Order(5, [50], [1.0])(np.arange(56))
+  assert seen == expected.tolist()
+  labels = np.concatenate([b["labels"] for b in batches])[:, 0]
+  assert labels.tolist() == [i % 10 for i in seen]
+
+
+@pytest.mark.parametrize(
+  ("text", "hosts"),
+  [
+    (AUGMENTED, [range(4), range(4, 8)]),
+    (CROPPED, [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]),
+    (CROPPED, [range(0, 8, 2), range(1, 8, 2)]),  # interleaved
+  ],
+)
+def test_hosts_recombine_to_the_same_batches(text, hosts):
+  mixture = [(Numbers(40), 0.7), (Numbers(30), 0.3)]
+  whole = _train(mixture, range(8), preprocess=text)
+  for rows in hosts:
+    part = _train(mixture, rows, preprocess=text)
+    for ours, batch in zip(part, whole, strict=True):
+      _assert_same(ours, {key: v[rows] for key, v in batch.items()})
+
+
+@pytest.mark.parametrize(
+  ("text", "starts"), [(CROPPED, range(6)), (AUGMENTED, [4])]
+)
+def test_restart_at_any_step_goes_on_the_same(text, starts):
+  source = Numbers(21)
+  whole = _train(source, range(8), preprocess=text)
+  for start in starts:
+    steps = {"start_step": start, "num_steps": 6 - start}
+    rest = _train(source, range(8), preprocess=text, **steps)
+    for a, b in zip(rest, whole[start:], strict=True):
+      _assert_same(a, b)
+
+
+def test_augmentation_differs_by_row_step_and_seed():
+  source = Numbers(1)
+  noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)
+  source.images = [tf.io.encode_png(noise).numpy()]
+  crop = "inception_crop(size)"
+  batches = _train(source, range(8), preprocess=crop, num_steps=3)
+  images = np.concatenate([b["image"] for b in batches])
+  assert len({image.tobytes() for image in images}) == 24
+  other = _train(source, range(8), preprocess=crop, num_steps=3, seed=6)
+  assert any(
+    not np.array_equal(a["image"], b["image"])
+    for a, b in zip(batches, other, strict=True)
+  )
+
+
+def test_seed_may_be_any_integer():
+  for seed in (0, -1, 2**31, 2**64 + 3):
+    assert len(_train(Numbers(5), range(8), seed=seed, num_steps=1)) == 1
+
+
+def test_multilabel_is_padded():
+  source = Numbers(4, labels=[[3], [], [1, 2, 9], [0, 4]])
+  [batch] = _train(source, range(8), num_steps=1)
+  expected = [[3, -1, -1], [-1, -1, -1], [1, 2, 9], [0, 4, -1]]
+  for labels, i in zip(
+    batch["labels"].tolist(), _colours([batch]), strict=True
+  ):
+    assert labels == expected[i]
+  [wide] = _train(source, range(8), num_steps=1, max_labels=5)
+  assert wide["labels"].shape == (8, 5)
+  np.testing.assert_array_equal(wide["labels"][:, :3], batch["labels"])
+  assert (wide["labels"][:, 3:] == -1).all()
+  with pytest.raises(UserError, match="max_labels 2 is too few"):
+    _train(source, range(8), max_labels=2)
+
+
+def test_mixture_of_single_and_multilabel_sets():
+  mixture = [(Numbers(4, labels=[[3, 4]] * 4), 0.5), (Numbers(9), 0.5)]
+  labels = np.concatenate([b["labels"] for b in _train(mixture, range(8))])
+  assert labels.shape == (48, 2)
+  assert {tuple(x) for x in labels.tolist()} > {(3, 4), (0, -1)}
+
+
+def test_mixture_needs_one_number_of_classes():
+  mixture = [(Numbers(4), 1), (Numbers(4, num_classes=3, name="three"), 1)]
+  with pytest.raises(UserError, match="10 classes and 'three' 3"):
+    _train(mixture, range(8))
+
+
+@pytest.mark.parametrize(
+  ("labels", "words"),
+  [
+    ([[1], [10], [2]], r"example 1 of numbers all: label 10 is out of range"),
+    ([[1], [-1], [2]], "label -1 is out of range.*has no labels"),
+  ],
+)
+def test_label_out_of_range_names_the_example(labels, words):
+  for multilabel in (False, True):
+    source = Numbers(3, labels=labels)
+    source.multilabel = multilabel
+    with pytest.raises(UserError, match=words):
+      _train(source, range(8))
+    with pytest.raises(UserError, match=words):
+      list(_evaluate(source, 8, range(8)))
+
+
+def test_more_labels_than_declared():
+  source = Numbers(3, labels=[[1], [1, 2, 3], [2]])
+  source.max_labels = 2
+  with pytest.raises(UserError, match=r"example 1 .*: 3 labels, .* at most 2"):
+    _train(source, range(8))
+
+
+def test_undecodable_image_names_the_example():
+  source = Numbers(20)
+  source.images[13] = b"\xff\xd8\xff nothing more"
+  with pytest.raises(UserError, match="example 13 of numbers all: not a read"):
+    _train(source, range(8), preprocess=CROPPED)
+  with pytest.raises(UserError, match="example 13 of numbers all: not a read"):
+    list(_evaluate(source, 8, range(8)))
+
+
+def test_wrong_string_is_found_before_the_first_batch():
+  with pytest.raises(UserError, match="did you mean 'inception_crop'"):
+    data.train_batches(
+      [(Numbers(3), 1.0)],
+      seed=0,
+      batch_size=8,
+      rows=np.arange(8),
+      preprocess="inceptioncrop(size)",
+      image_size=8,
+      start_step=0,
+      num_steps=1,
+    )
+
+
+# --- evaluation ---
+
+
+def _evaluate(source, batch_size, rows, **kwargs):
+  kwargs = {"preprocess": "resize(size)", "image_size": 8} | kwargs
+  return data.eval_batches(
+    source, batch_size=batch_size, rows=np.array(rows), **kwargs
+  )
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 3, 8, 16, 21])
+def test_evaluation_has_every_example_once(size, hosts):
+  source = Numbers(size)
+  seen = []
+  for rows in np.arange(8).reshape(hosts, -1):
+    batches = list(_evaluate(source, 8, rows))
+    assert len(batches) == -(-size // 8)  # the same on every host
+    for k, batch in enumerate(batches):
+      mask = batch["mask"]
+      assert mask.dtype == bool
+      assert batch["image"].shape == (len(rows), 8, 8, 3)
+      assert mask.tolist() == [8 * k + r < size for r in rows]
+      assert (batch["labels"][~mask] == -1).all()
+      assert not batch["image"][~mask].any()
+      found = _colours([{"image": batch["image"][mask]}])
+      assert found == [8 * k + r for r in rows[mask]]
+      assert batch["labels"][mask, 0].tolist() == [i % 10 for i in found]
+      seen += found
+  assert sorted(seen) == list(range(size))
+
+
+def test_evaluation_rows_in_any_order():
+  [batch] = _evaluate(Numbers(5), 8, [6, 1, 7, 4])
+  assert batch["mask"].tolist() == [False, True, False, True]
+  assert _colours([batch])[1::2] == [1, 4]
+
+
+def test_evaluation_pads_labels_to_the_mixtures_length():
+  [batch] = _evaluate(Numbers(3), 8, range(8), max_labels=4)
+  assert batch["labels"].shape == (8, 4)
+  assert batch["labels"][:, 0].tolist() == [0, 1, 2] + [-1] * 5
+
+
+def test_evaluation_refuses_random_operations():
+  with pytest.raises(UserError, match="flip_lr is random"):
+    _evaluate(Numbers(3), 8, range(8), preprocess="resize(size)|flip_lr")

@@ -1,0 +1,416 @@
+"""Sources: TFDS data sets in ArrayRecord and folders of images."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn import datasets as sklearn_datasets
+
+from vit_jax import data
+from vit_jax.data import builders
+from vit_jax.data.builders import digits
+from vit_jax.errors import UserError
+
+
+class MaskedTags(tfds.core.GeneratorBasedBuilder):
+  """Multi-label; a feature that is not asked for cannot be decoded."""
+
+  name = "masked_tags"
+  VERSION = tfds.core.Version("1.0.0")
+  BUILDER_CONFIGS = [  # noqa: RUF012
+    tfds.core.BuilderConfig(name="plain"),
+    tfds.core.BuilderConfig(name="declared"),
+  ]
+  tags = ([2, 0], [], [1], [0, 1, 2])
+
+  def _info(self):
+    features = {
+      "image": tfds.features.Image(encoding_format="jpeg"),
+      "mask": tfds.features.Image(shape=(None, None, 1)),
+      "labels": tfds.features.Sequence(
+        tfds.features.ClassLabel(names=["sky", "sea", "sun"])
+      ),
+    }
+    declared = self.builder_config.name == "declared"
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      metadata=tfds.core.MetadataDict(max_labels=5) if declared else None,
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i, tags in enumerate(self.tags * 3):
+      pixels = np.full((4, 4, 3), i, np.uint8)
+      jpeg = _encode(pixels, "JPEG", quality=100)
+      example = {"image": io.BytesIO(jpeg), "labels": tags}
+      yield i, example | {"mask": io.BytesIO(b"no image")}
+
+
+class NoLabels(tfds.core.GeneratorBasedBuilder):
+  name = "no_labels"
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    yield 0, {"image": np.zeros((4, 4, 3), np.uint8), "caption": "black"}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  """`digits`, `masked_tags` and `no_labels`; `digits` in TFRecord in old/."""
+  root = tmp_path_factory.mktemp("tfds")
+  formats = {"file_format": "array_record"}
+  digits.Digits(data_dir=root, **formats).download_and_prepare()
+  for config in ("plain", "declared"):
+    MaskedTags(data_dir=root, config=config, **formats).download_and_prepare()
+  NoLabels(data_dir=root, **formats).download_and_prepare()
+  digits.Digits(data_dir=root / "old").download_and_prepare()
+  return str(root)
+
+
+def _encode(pixels, kind, **kwargs):
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, kind, **kwargs)
+  return file.getvalue()
+
+
+def _labels(source, indices=None):
+  indices = np.arange(source.num_examples) if indices is None else indices
+  return [source.parse(r)[1].numpy().tolist() for r in source.read(indices)]
+
+
+# --- TFDS ---
+
+
+def test_digits_are_those_of_scikit_learn(data_dir):
+  real = sklearn_datasets.load_digits()
+  expected = {
+    (np.rint(x * 255 / 16).astype(np.uint8).tobytes(), int(y))
+    for x, y in zip(real.images, real.target, strict=True)
+  }
+  found = []
+  for split, size in (("train", 1000), ("test", 797)):
+    source = data.get_source("digits", split, data_dir)
+    assert source.num_examples == size
+    assert source.num_classes == 10
+    assert source.class_names == list("0123456789")
+    assert (source.multilabel, source.max_labels) == (False, 1)
+    records = tf.data.Dataset.from_tensor_slices(source.read(np.arange(size)))
+    for encoded, labels in records.map(source.parse).as_numpy_iterator():
+      pixels = np.asarray(Image.open(io.BytesIO(encoded)))
+      assert pixels.shape == (8, 8)
+      found.append((pixels.tobytes(), int(labels[0])))
+  assert len(found) == 1797
+  assert set(found) == expected
+
+
+def test_digits_test_split_is_stratified_and_never_changes():
+  labels = sklearn_datasets.load_digits().target
+  in_test = digits.choose_test(labels)
+  assert in_test.sum() == 797
+  shares = np.bincount(labels[in_test]) - np.bincount(labels) * 797 / 1797
+  assert np.abs(shares).max() < 1
+  assert np.flatnonzero(in_test)[:12].tolist() == [
+    *(3, 5, 7, 9, 13, 14, 16, 18, 19, 20, 22, 23)
+  ]
+
+
+@pytest.mark.parametrize(
+  ("split", "parts"),
+  [
+    ("train[:98%]", [("train", 0, 980)]),
+    ("train[98%:]", [("train", 980, 1000)]),
+    ("train[:800]+test[:200]", [("train", 0, 800), ("test", 0, 200)]),
+    ("test[-7:]+train[10:20]", [("test", 790, 797), ("train", 10, 20)]),
+  ],
+)
+def test_sub_splits(data_dir, split, parts):
+  source = data.get_source("digits", split, data_dir)
+  whole = {
+    name: data.get_source("digits", name, data_dir).read(np.arange(size))
+    for name, size in (("train", 1000), ("test", 797))
+  }
+  expected = [r for name, start, stop in parts for r in whole[name][start:stop]]
+  assert source.num_examples == len(expected)
+  assert source.read(np.arange(len(expected))) == expected
+  # Any order, with repetitions.
+  some = np.array([5, len(expected) - 1, 5, 0])
+  assert source.read(some) == [expected[i] for i in some]
+
+
+def test_multilabel_is_padded_and_other_features_are_left_alone(data_dir):
+  source = data.get_source("masked_tags/plain", "train", data_dir)
+  assert source.multilabel
+  assert source.max_labels == 3  # counted
+  assert source.class_names == ["sky", "sea", "sun"]
+  for record in source.read(np.arange(12)):
+    encoded, labels = source.parse(record)
+    i = Image.open(io.BytesIO(encoded.numpy())).getpixel((0, 0))[0]
+    tags = MaskedTags.tags[i % 4]
+    assert labels.numpy().tolist() == tags + [-1] * (3 - len(tags))
+
+
+def test_declared_number_of_labels_is_believed(data_dir):
+  source = data.get_source("masked_tags/declared", "train", data_dir)
+  assert source.max_labels == 5
+  assert len(_labels(source, [0])[0]) == 5
+
+
+@pytest.mark.parametrize(
+  ("dataset", "split", "words"),
+  [
+    (
+      "digits",
+      "tset",
+      r"Unknown split 'tset'; there are train \(1,000\), test",
+    ),
+    ("digits", "train[:0]", "no examples"),
+    ("digits", "train[2000:]", "incompatible with 1000"),
+    ("digits", "train[", "parsing split"),
+    ("digits", "", "split ''"),
+    ("digit", "train", r"did you mean 'digits'\?; built in: digits"),
+    ("zzzzz", "train", r"unknown data set 'zzzzz'; built in: digits"),
+    ("mnist", "train", "run `vit-jax data prepare mnist --data_dir="),
+    ("mnist:9.9.9", "train", "cannot be loaded at version 9.9.9"),
+    ("digits/tiny", "train", "tiny not found"),
+    ("a/b/../c", "train", "Parsing builder name"),
+    ("no_labels", "train", "features image, caption; it needs `image` and"),
+  ],
+)
+def test_what_cannot_be_opened_is_explained(data_dir, dataset, split, words):
+  with pytest.raises(UserError, match=words) as e:
+    data.get_source(dataset, split, data_dir)
+  assert "\n" not in str(e.value)
+
+
+def test_tfrecord_is_to_be_converted(data_dir):
+  with pytest.raises(UserError, match=r"tfrecord, .*`vit-jax data prepare"):
+    data.get_source("digits", "train", f"{data_dir}/old")
+
+
+def test_missing_file_is_named(tmp_path):
+  builder = digits.Digits(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  next(tmp_path.glob("digits/*/*train.array_record*")).unlink()
+  with pytest.raises(UserError, match=r"1 of its files are missing.*digits-tr"):
+    data.get_source("digits", "train", str(tmp_path))
+  assert data.get_source("digits", "test", str(tmp_path)).num_examples == 797
+
+
+def test_data_dir_may_start_at_home(data_dir, monkeypatch):
+  monkeypatch.setenv("HOME", data_dir)
+  assert data.list_splits("digits", "~/") == {"train": 1000, "test": 797}
+
+
+def test_builders_are_found_by_module_name():
+  assert {"digits", "jft_like"} <= set(builders.names())
+  assert builders.load("digits") is digits.Digits
+  assert builders.load("jft_like").name == "jft_like"
+  with pytest.raises(UserError, match="did you mean 'digits'"):
+    builders.load("digit")
+
+
+# --- mixtures ---
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("digits", [("digits", 1.0)]),
+    ("a=0.7,b=0.3", [("a", 0.7), ("b", 0.3)]),
+    (" a/x:1.0.0=7, folder:/p=q=3 ", [("a/x:1.0.0", 7), ("folder:/p=q", 3)]),
+    ("folder:/a,b/c", [("folder:/a,b/c", 1.0)]),
+    ("folder:/a=0.5,b=2", [("folder:/a", 0.5), ("b", 2.0)]),
+    ("a=2", [("a", 2.0)]),
+  ],
+)
+def test_parse_mixture(text, expected):
+  assert data.parse_mixture(text) == expected
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("", " ", "a,b", "a=1,b", "a=x,b=1", "a=0,b=1", "a=-1,b=1", "=1"),
+    *("a=1,,b=1", "a=nan,b=1", "a=inf,b=1"),
+  ],
+)
+def test_wrong_mixture(text):
+  with pytest.raises(UserError, match=r"name|needs a name and a positive"):
+    data.parse_mixture(text)
+
+
+# --- folders ---
+
+
+def _make_folder(root, counts, suffix="png", seed=0):
+  rng = np.random.RandomState(seed)
+  kinds = {"jpg": "JPEG", "JPEG": "JPEG", "png": "PNG", "webp": "WEBP"}
+  for name, count in counts.items():
+    (root / name).mkdir(parents=True)
+    for i in range(count):
+      pixels = rng.randint(0, 256, (9, 12, 3), np.uint8)
+      file = root / name / f"{i:03d}.{suffix}"
+      file.write_bytes(_encode(pixels, kinds[suffix]))
+  return f"folder:{root}"
+
+
+def _names(source):
+  return [source.describe(i) for i in range(source.num_examples)]
+
+
+def test_hold_out_is_a_stratified_tenth_the_same_anywhere(tmp_path):
+  counts = {"cat": 40, "ant": 25, "bee": 3, "dog": 1}
+  here = _make_folder(tmp_path / "here", counts)
+  there = _make_folder(tmp_path / "there", counts, seed=1)
+  train, test = (data.get_source(here, s) for s in ("train", "test"))
+  assert train.class_names == ["ant", "bee", "cat", "dog"]
+  # 2.5 rounds up, 0.3 is at least one, one image cannot be divided.
+  assert np.bincount(np.ravel(_labels(test)), minlength=4).tolist() == [
+    *(3, 1, 4, 0)
+  ]
+  assert np.bincount(np.ravel(_labels(train))).tolist() == [22, 2, 36, 1]
+  assert not set(_names(train)) & set(_names(test))
+  for source in (train, test):
+    moved = [n.replace("here", "there") for n in _names(source)]
+    assert _names(data.get_source(there, source.split)) == moved
+  # The order is no alphabet.
+  assert _names(train) != sorted(_names(train))
+  assert data.list_splits(here) == {"train": 61, "test": 8}
+
+
+def test_sub_splits_of_a_folder(tmp_path):
+  folder = _make_folder(tmp_path, {"a": 50, "b": 50})
+  train = _names(data.get_source(folder, "train"))
+  test = _names(data.get_source(folder, "test"))
+  assert (len(train), len(test)) == (90, 10)
+  for split, expected in (
+    ("train[:50%]", train[:45]),
+    ("train[80:]+test[:2]", train[80:] + test[:2]),
+    ("test[-3:]", test[-3:]),
+  ):
+    assert _names(data.get_source(folder, split)) == expected
+  with pytest.raises(UserError, match=r"'val'; there are train \(90\), test"):
+    data.get_source(folder, "val")
+
+
+@pytest.mark.parametrize("held_out", ["test", "val", "validation"])
+def test_split_folders(tmp_path, held_out):
+  _make_folder(tmp_path / "train", {"a": 4, "b": 5})
+  _make_folder(tmp_path / held_out, {"a": 2, "b": 1})
+  folder = f"folder:{tmp_path}"
+  assert data.list_splits(folder) == {"train": 9, held_out: 3}
+  source = data.get_source(folder, held_out)
+  assert sorted(np.ravel(_labels(source)).tolist()) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
+def test_files_of_a_folder_come_as_they_are(tmp_path, suffix):
+  folder = _make_folder(tmp_path, {"a": 5, "b": 5}, suffix)
+  source = data.get_source(folder, "train")
+  for i, record in enumerate(source.read(np.arange(8))):
+    encoded, labels = source.parse(record)
+    path = source.describe(i)
+    with open(path, "rb") as f:
+      assert encoded.numpy() == f.read()
+    assert labels.numpy().tolist() == [0 if "/a/" in path else 1]
+
+
+def test_webp_that_tensorflow_refuses_is_transcoded(tmp_path):
+  folder = _make_folder(tmp_path, {"a": 3, "b": 3}, "webp")
+  rng = np.random.RandomState(0)
+  alpha = rng.randint(0, 256, (9, 12, 4), np.uint8)
+  kwargs = {"lossless": True, "exact": True}
+  (tmp_path / "a" / "alpha.webp").write_bytes(_encode(alpha, "WEBP", **kwargs))
+  moving = [Image.fromarray(alpha[..., :3]), Image.new("RGB", (12, 9))]
+  (tmp_path / "b" / "moving.webp").touch()
+  moving[0].save(
+    tmp_path / "b" / "moving.webp",
+    save_all=True,
+    append_images=moving[1:],
+    lossless=True,
+  )
+  source = data.get_source(folder, "train+test")
+  for i, name in enumerate(_names(source)):
+    _, size = source.check_example(i)
+    assert size == (9, 12)
+    if "alpha" in name or "moving" in name:
+      encoded, _ = source.parse(source.read([i])[0])
+      pixels = np.asarray(Image.open(io.BytesIO(encoded.numpy())))
+      np.testing.assert_array_equal(pixels, alpha[..., :3])
+
+
+def test_other_files_are_no_images(tmp_path):
+  folder = _make_folder(tmp_path, {"a": 5, "b": 5, ".cache": 1})
+  (tmp_path / "readme.txt").write_text("hello")
+  (tmp_path / "a" / "notes.txt").write_text("hello")
+  (tmp_path / "a" / "._000.png").write_text("of another system")
+  (tmp_path / "b" / "more").mkdir()
+  (tmp_path / "b" / "more" / "deep.png").write_bytes(
+    (tmp_path / "b" / "000.png").read_bytes()
+  )
+  assert data.list_splits(folder) == {"train": 9, "test": 2}
+  assert data.get_source(folder, "train").num_classes == 2
+
+
+def _break_text(path):
+  path.write_text("not an image")
+
+
+def _break_half(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _break_empty(path):
+  path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("damage", [_break_text, _break_half, _break_empty])
+def test_unreadable_image_is_named(tmp_path, damage, suffix):
+  folder = _make_folder(tmp_path, {"a": 4, "b": 4}, suffix)
+  damage(tmp_path / "b" / f"002.{suffix}")
+  with pytest.raises(UserError, match=rf"b/002\.{suffix}: not a readable"):
+    data.get_source(folder, "train+test")
+
+
+def test_decompression_bomb_in_a_folder_is_named(tmp_path, recwarn):
+  folder = _make_folder(tmp_path, {"a": 4, "b": 4})
+  Image.new("1", (10_000, 10_000)).save(tmp_path / "a" / "001.png")
+  with pytest.raises(UserError, match=r"a/001\.png: .*too many pixels"):
+    data.get_source(folder, "train+test")
+  assert not recwarn.list
+
+
+def test_folder_that_is_none_is_explained(tmp_path):
+  with pytest.raises(UserError, match="is not a folder"):
+    data.get_source(f"folder:{tmp_path}/nowhere", "train")
+  with pytest.raises(UserError, match="no folder of images"):
+    data.get_source(f"folder:{tmp_path}", "train")
+  _make_folder(tmp_path, {"a": 3})
+  with pytest.raises(UserError, match=r"found 1 class, 'a'; .* at least 2"):
+    data.get_source(f"folder:{tmp_path}", "train")
+  (tmp_path / "b").mkdir()
+  with pytest.raises(UserError, match=r"b: class 'b' has no images \(\.jpg"):
+    data.get_source(f"folder:{tmp_path}", "train")
+
+
+def test_split_folders_need_the_same_classes(tmp_path):
+  _make_folder(tmp_path / "train", {"a": 2, "b": 2})
+  _make_folder(tmp_path / "val", {"a": 2, "c": 2})
+  with pytest.raises(UserError, match=r"val/ and train/ .* differ in b, c"):
+    data.get_source(f"folder:{tmp_path}", "train")

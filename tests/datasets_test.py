@@ -1,0 +1,267 @@
+"""The `data` command: list, prepare, check, show."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from vit_jax import data, datasets
+from vit_jax.data.builders import digits
+from vit_jax.errors import UserError
+
+
+class WrongLabel(tfds.core.GeneratorBasedBuilder):
+  """Its second example is of class 7."""
+
+  name = "wrong_label"
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "image": tfds.features.Image(),
+      "label": tfds.features.ClassLabel(num_classes=8),
+    }
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i, label in enumerate([0, 7, 1]):
+      image = np.zeros((5 + i, 9, 3), np.uint8)
+      yield i, {"image": image, "label": np.int64(label)}
+
+
+class Unreachable(tfds.core.GeneratorBasedBuilder):
+  name = "unreachable"
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {"image": tfds.features.Image()}
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(features)
+    )
+
+  def _split_generators(self, dl_manager):
+    raise ConnectionError("no route\nto host")
+
+  def _generate_examples(self):
+    yield from ()
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+  root = str(tmp_path_factory.mktemp("prepared"))
+  datasets.prepare("digits", root)
+  return root
+
+
+def _files(folder):
+  return sorted(f.name for f in folder.iterdir())
+
+
+# --- prepare ---
+
+
+def test_prepare_writes_array_record_once(data_dir, capsys):
+  folder = datasets.prepare("digits", data_dir)
+  assert "is ready in" in capsys.readouterr().out
+  assert folder.name == "1.0.0"
+  before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+  assert any("train.array_record" in f.name for f in before)
+  assert datasets.prepare("digits", data_dir) == folder
+  assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+
+
+def test_prepare_converts_tfrecord(tmp_path, data_dir):
+  digits.Digits(data_dir=tmp_path).download_and_prepare()
+  with pytest.raises(UserError, match="to convert it"):
+    data.get_source("digits", "train", str(tmp_path))
+  folder = datasets.prepare("digits", str(tmp_path))
+  assert not [name for name in _files(folder) if "incomplete" in name]
+  for split in ("train", "test"):
+    converted = data.get_source("digits", split, str(tmp_path))
+    generated = data.get_source("digits", split, data_dir)
+    everything = np.arange(converted.num_examples)
+    assert converted.read(everything) == generated.read(everything)
+  before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+  assert datasets.prepare("digits", str(tmp_path)) == folder  # once is enough
+  assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+  # TFDS itself still reads the old files.
+  assert len(tfds.load("digits", split="test", data_dir=tmp_path)) == 797
+
+
+def test_interrupted_conversion_changes_nothing(tmp_path, monkeypatch):
+  digits.Digits(data_dir=tmp_path).download_and_prepare()
+  folder = tmp_path / "digits" / "1.0.0"
+  before = _files(folder)
+  summary = (folder / "dataset_info.json").read_bytes()
+  train = next(folder.glob("*train.tfrecord*"))
+  whole = train.read_bytes()
+  train.write_bytes(whole[:-30])
+  with pytest.raises(UserError, match=r"train\.tfrecord.* cannot be read"):
+    datasets.prepare("digits", str(tmp_path))
+  assert _files(folder) == before
+  assert (folder / "dataset_info.json").read_bytes() == summary
+  train.write_bytes(whole)
+  datasets.prepare("digits", str(tmp_path))
+  assert data.list_splits("digits", str(tmp_path))["train"] == 1000
+
+
+def test_prepare_explains_what_it_cannot_do(tmp_path):
+  for name, words in (
+    ("digts", "did you mean 'digits'"),
+    ("folder:/x", "needs no preparation"),
+    ("unreachable", "could not be prepared: no route to host"),
+  ):
+    with pytest.raises(UserError, match=words) as e:
+      datasets.prepare(name, str(tmp_path))
+    assert "\n" not in str(e.value)
+  assert not list(tmp_path.glob("*/*/dataset_info.json"))
+
+
+# --- list ---
+
+
+def test_list_tells_what_is_there(data_dir, tmp_path, capsys):
+  found = datasets.list_datasets(data_dir)
+  assert found[0] == {
+    "name": "digits",
+    "version": "1.0.0",
+    "format": "array_record",
+    "splits": {"train": 1000, "test": 797},
+  }
+  out = capsys.readouterr().out
+  assert "digits:1.0.0  train 1,000, test 797" in out
+  assert "built in: jft_like" in out
+  digits.Digits(data_dir=tmp_path).download_and_prepare()
+  [old, *_] = datasets.list_datasets(str(tmp_path))
+  assert old["format"] == "tfrecord"
+  assert "[tfrecord]" in capsys.readouterr().out
+
+
+def test_list_of_nothing(tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nowhere"))
+  found = datasets.list_datasets()
+  assert {"digits", "jft_like"} <= {d["name"] for d in found}
+  assert all(d["splits"] is None for d in found)
+  out = capsys.readouterr().out
+  assert "nothing yet" in out
+  assert "run `vit-jax data prepare digits`" in out
+
+
+# --- check ---
+
+
+def test_check_counts_everything(data_dir, capsys):
+  train, test = datasets.check("digits", data_dir=data_dir, num_examples=0)
+  assert (train["split"], train["examples"], train["checked"]) == (
+    *("train", 1000, 1000),
+  )
+  assert test["checked"] == 797
+  assert train["height"] == train["width"] == (8, 8)
+  total = train["label_counts"] + test["label_counts"]
+  assert total.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+  out = capsys.readouterr().out
+  assert "digits: 10 classes (0, 1, 2, 3, 4, ...)" in out
+  assert "train: 1,000 examples, 1,000 checked and sound" in out
+
+
+def test_check_of_a_sample_and_a_part(data_dir):
+  [part] = datasets.check("digits", "train[:50%]", data_dir, num_examples=7)
+  assert (part["examples"], part["checked"]) == (500, 7)
+  assert part["label_counts"].sum() == 7
+
+
+def test_check_finds_labels_out_of_range(tmp_path):
+  builder = WrongLabel(data_dir=tmp_path, file_format="array_record")
+  builder.download_and_prepare()
+  # TFDS writes no label that is out of range; the declaration is what is off.
+  features = tmp_path / "wrong_label" / "1.0.0" / "features.json"
+  declared = features.read_text()
+  assert declared.count('"numClasses": "8"') == 1
+  features.write_text(declared.replace('"8"', '"3"'))
+  with pytest.raises(UserError, match=r"example 1 of wrong_label train: .* 7"):
+    datasets.check("wrong_label", data_dir=str(tmp_path))
+
+
+def test_check_of_a_folder(tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    for i in range(10):
+      size = (20 + i, 30)
+      Image.new("RGB", size).save(tmp_path / name / f"{i}.jpg")
+  train, test = datasets.check(f"folder:{tmp_path}")
+  assert train["label_counts"].tolist() == [9, 9]
+  assert test["label_counts"].tolist() == [1, 1]
+  assert train["height"] == (30, 30)
+  assert 20 <= train["width"][0] < train["width"][1] <= 29
+
+
+def test_check_explains(data_dir):
+  with pytest.raises(UserError, match="Unknown split 'x'"):
+    datasets.check("digits", "x", data_dir)
+  with pytest.raises(UserError, match="prepare mnist"):
+    datasets.check("mnist", data_dir=data_dir)
+
+
+# --- show ---
+
+
+def test_show_draws_what_training_sees(data_dir, tmp_path):
+  file = datasets.show(
+    "digits",
+    "train[:100]",
+    preprocess="resize(size)",
+    image_size=48,
+    output=str(tmp_path / "grid.png"),
+    columns=3,
+    rows=2,
+    seed=4,
+    data_dir=data_dir,
+  )
+  grid = np.asarray(Image.open(file))
+  source = data.get_source("digits", "train[:100]", data_dir)
+  [batch] = data.train_batches(
+    [(source, 1.0)],
+    seed=4,
+    batch_size=6,
+    rows=np.arange(6),
+    preprocess="resize(size)",
+    image_size=48,
+    start_step=0,
+    num_steps=1,
+  )
+  # Enlarged twice to 96 pixels, with a margin of 4 and a line of 14 for words.
+  assert grid.shape == (2 * (96 + 18) + 4, 3 * (96 + 4) + 4, 3)
+  first = grid[4:100:2, 4:100:2]
+  np.testing.assert_array_equal(first, batch["image"][0])
+  last = grid[118:214:2, 204:300:2]
+  np.testing.assert_array_equal(last, batch["image"][5])
+  assert grid[100:114].min() < 128  # words
+
+
+def test_show_does_not_spill_words():
+  images = np.zeros((2, 120, 130, 3), np.uint8)
+  captions = ["a name much longer than its picture is wide", "short"]
+  grid = np.asarray(datasets._draw_grid(images, captions, 2))
+  assert grid[124:138, 4:134].min() < 128
+  # Between the two cells, less a pixel: letters may begin before their place.
+  assert (grid[124:138, 134:137] == 255).all()
+
+
+def test_show_explains(data_dir, tmp_path):
+  with pytest.raises(UserError, match=r"nowhere.* cannot be written"):
+    datasets.show(
+      "digits",
+      preprocess="resize(size)",
+      image_size=8,
+      output=str(tmp_path / "nowhere" / "grid.png"),
+      data_dir=data_dir,
+    )
+  with pytest.raises(UserError, match="unknown operation 'crop'"):
+    datasets.show("digits", preprocess="crop(size)", data_dir=data_dir)

@@ -1,0 +1,272 @@
+"""Preprocessing strings, and that NumPy gives TensorFlow's numbers."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from vit_jax import preprocess
+from vit_jax.data import ops
+from vit_jax.errors import UserError
+
+STRINGS = (
+  "resize(size)",
+  "resize(size, method='area')",
+  "resize_small(40)|central_crop(size)",
+  "resize_small(200, method='bilinear')|central_crop(size)",
+  "central_crop(size)",
+)
+SHAPES = ((8, 8), (32, 32), (61, 90), (257, 130), (5, 200), (300, 400))
+
+
+def _photo(shape, seed=0):
+  """Smooth colours and some noise: what JPEG is made for."""
+  rng = np.random.RandomState(seed)
+  coarse = rng.randint(0, 256, (6, 7, 3)).astype(np.uint8)
+  smooth = np.asarray(Image.fromarray(coarse).resize(shape[::-1]))
+  noisy = smooth + rng.randint(-9, 10, (*shape, 3))
+  return noisy.clip(0, 255).astype(np.uint8)
+
+
+def _encode(image, kind, **kwargs):
+  file = io.BytesIO()
+  if not isinstance(image, Image.Image):
+    image = Image.fromarray(image)
+  image.save(file, kind, **kwargs)
+  return file.getvalue()
+
+
+def _run_tf(encoded, text, size):
+  run = ops.make_preprocess(text, size, evaluation=True)
+  return run(tf.constant(encoded), None).numpy()
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("resize(size)", [("resize", ((32, 48),), {})]),
+    ("resize((32, 48))", [("resize", ((32, 48),), {})]),
+    (
+      " inception_crop(size, area_min=8.5) | flip_lr ",
+      [("inception_crop", ((32, 48),), {"area_min": 8.5}), ("flip_lr", (), {})],
+    ),
+    (
+      "resize_small(256)|random_crop(size=size)|randaug(2, 15)|flip_lr()",
+      [
+        ("resize_small", (256,), {}),
+        ("random_crop", (), {"size": (32, 48)}),
+        ("randaug", (2, 15), {}),
+        ("flip_lr", (), {}),
+      ],
+    ),
+  ],
+)
+def test_parse(text, expected):
+  assert preprocess.parse(text, (32, 48)) == expected
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("", "does not parse"),
+    ("resize(size)|", "does not parse"),
+    ("rezise(size)", "did you mean 'resize'?"),
+    ("warp(size)", "there are resize, resize_small"),
+    ("resize(x)", "neither a number nor `size`"),
+    ("resize(1 + size)", "not a literal"),
+    ("resize(size, foo=3)", "it takes resize(size, method='bilinear')"),
+    ("resize()", "missing a required argument: 'size'"),
+    ("resize(0)", "positive integer"),
+    ("resize(True)", "positive integer"),
+    ("resize(size, method='cubic')", "'bilinear' or 'area'"),
+    ("resize(size, **{})", "not understood"),
+    ("inception_crop(size, area_min=0)", "percentages"),
+    ("resize(size)|randaug(2, 99)", "between 0 and 30"),
+    ("resize(256)", "256x256 pixels, image_size is 224x224"),
+    ("resize(size)|resize_small(256)", "differing sizes"),
+    ("flip_lr", "differing sizes"),
+    ("os.system('x')", "not an operation"),
+    ("[resize(size)]", "not an operation"),
+    ("x" * 2000 + "(", "does not parse"),
+  ],
+)
+def test_wrong_string_is_explained_in_one_line(text, words):
+  with pytest.raises(UserError) as e:
+    preprocess.parse(text, 224)
+  assert words in str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_evaluation_takes_no_random_operation():
+  with pytest.raises(UserError, match="inception_crop is random"):
+    preprocess.preprocess_image(_photo((9, 9)), "inception_crop(size)", 8)
+  with pytest.raises(UserError, match="flip_lr is random"):
+    ops.make_preprocess("resize(size)|flip_lr", 8, evaluation=True)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("text", STRINGS)
+def test_numpy_equals_tensorflow_bit_for_bit(text, shape, kind):
+  encoded = _encode(_photo(shape), kind)
+  for size in [(32, 32), (48, 24)]:
+    ours = preprocess.preprocess_image(encoded, text, size)
+    assert ours.dtype == np.uint8
+    assert ours.shape == (*size, 3)
+    np.testing.assert_array_equal(ours, _run_tf(encoded, text, size))
+
+
+def test_resize_of_known_pixels():
+  # Half-pixel centres: doubling puts the samples at -1/4, 1/4, 3/4, 5/4.
+  image = np.array([[0, 100]], np.uint8)
+  doubled = preprocess.preprocess_image(image, "resize(size)", (1, 4))
+  assert doubled[0, :, 0].tolist() == [0, 25, 75, 100]
+  # No antialiasing: every second pixel's neighbours are never looked at.
+  stripes = np.tile(np.array([[0, 80, 80, 0]], np.uint8), (1, 4))
+  quarter = preprocess.preprocess_image(stripes, "resize(size)", (1, 4))
+  assert quarter[0, :, 0].tolist() == [80] * 4
+  area = preprocess.preprocess_image(
+    stripes, "resize(size, method='area')", (1, 4)
+  )
+  assert area[0, :, 0].tolist() == [40] * 4
+
+
+def test_area_resize_against_integrals():
+  # Mean over each output pixel's area, as the difference of two integrals.
+  image = _photo((13, 29))
+  float_image = image.astype(np.float64)
+
+  def shrink(x, size):
+    sums = np.concatenate([np.zeros((1, *x.shape[1:])), np.cumsum(x, 0)])
+    edges = np.linspace(0, len(x), size + 1)
+    low = np.minimum(edges.astype(int), len(x) - 1)
+    integral = sums[low] + (edges - low)[:, None, None] * x[low]
+    return np.diff(integral, axis=0) * size / len(x)
+
+  expected = shrink(float_image, 5)
+  expected = shrink(expected.swapaxes(0, 1), 11).swapaxes(0, 1)
+  ours = preprocess.preprocess_image(
+    image, "resize(size, method='area')", (5, 11)
+  )
+  assert np.abs(ours - expected).max() < 0.501
+
+
+def test_shorter_side_and_crop():
+  image = np.zeros((100, 201, 3), np.uint8)
+  image[25:75, 76:126] = 255
+  out = preprocess.preprocess_image(
+    image, "resize_small(50)|central_crop(size)", 50
+  )
+  # 201 * 50 / 100 = 100.5, halves up: 101 columns, of which 25..75 are left.
+  assert preprocess.scale_side(201, 100, 50) == 101
+  # Rows 25..75 are now 12.5..37.5, columns 76..126 are 38.2..63.3 less 25.
+  assert out[13:37, 14:38].min() == 255
+  assert out[:12].max() == 0
+  assert out[:, :13].max() == 0
+
+
+@pytest.mark.parametrize(
+  ("mode", "kind"),
+  [
+    ("L", "PNG"),
+    ("LA", "PNG"),
+    ("RGBA", "PNG"),
+    ("P", "PNG"),
+    ("1", "PNG"),
+    ("I;16", "PNG"),
+    ("L", "JPEG"),
+    ("CMYK", "JPEG"),
+    ("RGB", "BMP"),
+    ("P", "GIF"),
+    ("RGB", "WEBP"),
+  ],
+)
+def test_modes_decode_as_in_tensorflow(mode, kind):
+  if mode == "I;16":
+    image = Image.fromarray((np.arange(99).reshape(9, 11) * 660).astype("u2"))
+  else:
+    image = Image.fromarray(_photo((9, 11))).convert(mode)
+  if mode == "RGBA":
+    image.putalpha(image.getchannel(0))
+  encoded = _encode(image, kind)
+  np.testing.assert_array_equal(
+    preprocess.decode_image(encoded),
+    ops.decode(tf.constant(encoded), precise=True).numpy(),
+  )
+
+
+def test_orientation_in_exif_is_ignored_as_in_training():
+  image = Image.fromarray(_photo((16, 24)))
+  exif = image.getexif()
+  exif[0x0112] = 6  # a quarter turn
+  encoded = _encode(image, "JPEG", exif=exif)
+  assert preprocess.decode_image(encoded).shape == (16, 24, 3)
+  assert ops.decode(tf.constant(encoded), precise=True).shape == (16, 24, 3)
+
+
+def test_what_an_image_may_be(tmp_path):
+  array = _photo((20, 30))
+  path = tmp_path / "photo.png"
+  path.write_bytes(_encode(array, "PNG"))
+  grey = array[..., 0]
+  alpha = np.concatenate([array, array[..., :1]], axis=-1)
+  for same in (path, str(path), path.read_bytes(), Image.fromarray(array)):
+    np.testing.assert_array_equal(preprocess.preprocess_image(
+      same, "resize(size)", 8), preprocess.preprocess_image(
+      array, "resize(size)", 8))  # fmt: skip
+  np.testing.assert_array_equal(preprocess.decode_image(alpha), array)
+  np.testing.assert_array_equal(
+    preprocess.decode_image(grey), np.stack([grey] * 3, -1)
+  )
+
+
+@pytest.mark.parametrize(
+  ("make", "words"),
+  [
+    (lambda: b"not an image", "not a readable image"),
+    (lambda: b"", "not a readable image"),
+    (lambda: _encode(_photo((64, 64)), "JPEG")[:-300], "not a readable image"),
+    (lambda: _encode(_photo((64, 64)), "PNG")[:200], "not a readable image"),
+    (lambda: np.zeros((3, 4, 5), np.uint8), "give uint8"),
+    (lambda: np.zeros((3, 4, 3), np.float32), "float32"),
+    (lambda: np.zeros((0, 4, 3), np.uint8), "give uint8"),
+  ],
+)
+def test_unreadable_image_is_named(make, words):
+  with pytest.raises(UserError) as e:
+    preprocess.preprocess_image(make(), "resize(size)", 8, name="cat.jpg")
+  assert str(e.value).startswith("cat.jpg: ")
+  assert words in str(e.value)
+
+
+def test_missing_file_is_named(tmp_path):
+  with pytest.raises(
+    UserError, match=r"dog\.jpg: cannot be read: No such file"
+  ):
+    preprocess.preprocess_image(tmp_path / "dog.jpg", "resize(size)", 8)
+
+
+@pytest.mark.parametrize("side", [9_500, 15_000])
+def test_decompression_bomb_is_refused(side, recwarn):
+  bomb = _encode(Image.new("1", (side, side)), "PNG")
+  assert len(bomb) < 100_000
+  with pytest.raises(UserError, match=r"bomb.png: .*too many pixels"):
+    preprocess.preprocess_image(bomb, "resize(size)", 8, name="bomb.png")
+  assert not recwarn.list
+
+
+def test_extreme_aspect_does_not_explode():
+  line = np.zeros((1, 5000, 3), np.uint8)
+  with pytest.raises(UserError, match="too many pixels"):
+    preprocess.preprocess_image(line, "resize_small(256)|central_crop(9)", 9)
+
+
+def test_no_tensorflow_is_imported():
+  code = (
+    "import sys, vit_jax.preprocess; assert 'tensorflow' not in sys.modules"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
