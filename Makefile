@@ -9,7 +9,7 @@ INSTALLED_DEV := .venv/installed-dev
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-all lint format hooks clean
+.PHONY: help setup quickstart test test-slow lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s%s\n", $$1, $$2}' \
@@ -25,9 +25,6 @@ test: $(INSTALLED)  ## the default tests, below 10 minutes
 
 test-slow: $(INSTALLED)  ## only the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow and not gpu and not tpu_compile"
-
-test-all: $(INSTALLED)  ## both, as CI runs them
-	@$(BIN)/python -m pytest -m "not gpu and not tpu_compile"
 
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check

@@ -43,7 +43,8 @@ def load(spec: str, overrides: dict[str, str] | None = None):
     A locked ml_collections.ConfigDict.
 
   Raises:
-    UserError: no such file, an unknown key, a value of the wrong type.
+    UserError: no such file, one that fails or refuses its argument, an
+      unknown key, a value of the wrong type.
   """
   file, _, arg = spec.partition(":")
   path = Path(file)
@@ -62,6 +63,10 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   try:
     module_spec.loader.exec_module(module)
     config = module.get_config(arg) if arg else module.get_config()
+  except ValueError as e:
+    raise UserError(str(e)) from e
+  except Exception as e:
+    raise UserError(f"{file} failed: {type(e).__name__}: {e}") from e
   finally:
     sys.path.remove(str(path.parent.absolute()))
   for key, text in (overrides or {}).items():

@@ -1,5 +1,7 @@
 """The `evaluate` command: the whole test set through saved weights."""
 
+from typing import Any
+
 import ml_collections
 
 from vit_jax import checkpoint, data, losses, models, sharding
@@ -14,7 +16,7 @@ def evaluate(
   dataset: str | None = None,
   split: str | None = None,
   data_dir: str | None = None,
-) -> dict[str, float | int | str]:
+) -> dict[str, Any]:
   """Evaluates a checkpoint.
 
   Args:
@@ -31,7 +33,7 @@ def evaluate(
     UserError: no checkpoint, no data, or other classes.
   """
   weights = checkpoint.load_weights(source)
-  config = ml_collections.ConfigDict(weights.run["config"])
+  config: Any = ml_collections.ConfigDict(weights.run["config"])
   class_names = weights.run["class_names"]
   first_training_set = data.parse_mixture(config.train.dataset)[0][0]
   dataset = dataset or config.eval.dataset or first_training_set

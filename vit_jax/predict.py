@@ -1,6 +1,7 @@
 """The `predict` command: class names and probabilities for image files."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ BATCH_SIZE = 32
 
 def predict(
   source: str, images: Sequence[str], top: int = 5
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
   """Classifies image files with saved weights.
 
   The images are prepared as the run prepared its test images.

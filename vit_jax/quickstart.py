@@ -1,0 +1,229 @@
+"""The `quickstart` command: the paper's main experiment, in minutes.
+
+Pre-train on many cheap images, fine-tune at twice the resolution on few real
+ones, and compare with training on those few alone, for as many steps.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import (
+  checkpoint,
+  config,
+  data,
+  datasets,
+  losses,
+  models,
+  sharding,
+)
+from vit_jax.errors import UserError
+from vit_jax.evaluators import classification
+from vit_jax.predict import predict
+from vit_jax.train import train
+
+log = logging.getLogger(__name__)
+
+CONFIGS = {
+  "pretrain": "configs/quickstart_pretrain.py",
+  "finetune": "configs/quickstart_finetune.py",
+}
+NUM_PREDICTIONS = 8  # held-out images that are classified at the end
+# Class frequencies are estimated from so many training images.
+PRIOR_EXAMPLES = 4000
+
+
+def quickstart(workdir: str) -> None:
+  """Runs all of it in `workdir`, and writes `workdir`/report.json.
+
+  Interrupted, it goes on where it stopped. Done, it says so.
+
+  Raises:
+    UserError: not started from the project's folder.
+  """
+  folder = Path(workdir)
+  report = folder / "report.json"
+  if report.exists():
+    print(make_table(json.loads(report.read_text())))
+    print(
+      f"This is from an earlier run: {folder} is done. "
+      f"To run it anew: rm -r {folder} && make quickstart"
+    )
+    return
+  for file in CONFIGS.values():
+    if not Path(file).exists():
+      raise UserError(f"{file} is not here; start from the project's folder")
+
+  begin = time.monotonic()
+  data_dir = str(folder / "data")
+  for name in ("jft_like", "digits"):
+    say(f"Data: {name}")
+    datasets.prepare(name, data_dir)
+
+  say("Pre-training on jft_like")
+  pretrain = load("pretrain", data_dir)
+  pretrained = train(pretrain, folder / "pretrain")
+
+  say("Fine-tuning on digits, at twice the resolution")
+  warm = {"init_from": str(folder / "pretrain")}
+  finetune = load("finetune", data_dir, warm)
+  finetuned = train(finetune, folder / "finetune")
+
+  say("The same from scratch")
+  scratch = train(load("finetune", data_dir), folder / "from_scratch")
+  if not (pretrained and finetuned and scratch):
+    print("Interrupted; run it again to go on.")
+    return
+
+  say("Predictions for held-out images")
+  images, names = write_test_images(folder / "images", finetune)
+  predictions = predict(str(folder / "finetune"), images, top=1)
+  result = {
+    "pretrain": summarize_pretraining(pretrain, pretrained),
+    "finetune": summarize_finetuning(finetune, finetuned, scratch),
+    "predictions": [
+      {"image": p["image"], "label": name, **p["classes"][0]}
+      for p, name in zip(predictions, names, strict=True)
+    ],
+    "seconds": round(time.monotonic() - begin, 1),
+  }
+  checkpoint.write_atomically(report, json.dumps(result, indent=1) + "\n")
+  print(make_table(result))
+  print(f"Written to {report}; look around in {folder}.")
+
+
+def say(text: str) -> None:
+  log.info("\n== %s", text)
+
+
+def load(name, data_dir, overrides=None):
+  """Loads one of the two configurations."""
+  overrides = {"data_dir": data_dir, **(overrides or {})}
+  return config.load(CONFIGS[name], overrides)
+
+
+def summarize_pretraining(c, results):
+  """Returns the report's numbers, beside those of a constant guess."""
+  run_steps = config.count_steps(c, open_train(c).num_examples)
+  baseline = evaluate_constant(c)
+  return {
+    "dataset": c.train.dataset,
+    "resolution": c.image_size,
+    "images": run_steps * c.batch_size,
+    "steps": run_steps,
+    "metric_name": "prec@1",
+    "metric": results["prec@1"],
+    "baseline": baseline["prec@1"],
+    "lrap": results["lrap"],
+    "baseline_lrap": baseline["lrap"],
+    "loss": results["loss"],
+    "baseline_loss": baseline["loss"],
+  }
+
+
+def summarize_finetuning(c, finetuned, scratch):
+  """Returns the report's numbers of both fine-tunings."""
+  train_examples = open_train(c).num_examples
+  return {
+    "dataset": c.train.dataset,
+    "resolution": c.image_size,
+    "steps": config.count_steps(c, train_examples),
+    "accuracy": finetuned["accuracy"],
+    "from_scratch_accuracy": scratch["accuracy"],
+    "train_examples": train_examples,
+    "test_examples": finetuned["examples"],
+  }
+
+
+def open_train(c):
+  """Opens the configuration's training set."""
+  return data.get_source(c.train.dataset, c.train.split, c.data_dir)
+
+
+def evaluate_constant(c) -> dict[str, float]:
+  """Evaluates the trivial model that gives every image the class frequencies.
+
+  It goes through the same evaluator as the real one.
+  """
+  source = data.get_source(
+    c.train.dataset, f"train[:{PRIOR_EXAMPLES}]", c.data_dir
+  )
+  counts = np.zeros(source.num_classes)
+  for record in source.read(np.arange(source.num_examples)):
+    np.add.at(counts, source.parse_labels(record).numpy(), 1)
+  frequency = (counts + 0.5) / (source.num_examples + 1)
+  logits = np.log(frequency / (1 - frequency)).astype(np.float32)
+
+  size = (c.image_size, c.image_size)
+  constant = models.Model(
+    init=lambda key: jnp.asarray(logits),
+    apply=lambda params, x, **_: jnp.tile(params, (x.shape[0], 1)),
+    image_size=size,
+    grid=(1, 1),
+    num_layers=0,
+  )
+  mesh = sharding.make_mesh()
+  evaluate = classification.make_evaluate(
+    model=constant,
+    loss_fn=losses.get_loss(**c.loss),
+    source=data.get_source(c.train.dataset, c.eval.split, c.data_dir),
+    mesh=mesh,
+    batch_size=c.batch_size,
+    preprocess=c.eval.preprocess,
+  )
+  return dict(evaluate(sharding.replicate(mesh, logits)))
+
+
+def write_test_images(folder, c):
+  """Writes some of the test images as files; returns paths and class names."""
+  source = data.get_source(c.train.dataset, c.eval.split, c.data_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  paths, names = [], []
+  for i, record in enumerate(source.read(np.arange(NUM_PREDICTIONS))):
+    image, labels = source.parse(record)
+    path = folder / f"test_{i}.png"
+    path.write_bytes(image.numpy())
+    paths.append(str(path))
+    names.append(source.class_names[int(labels[0])])
+  return paths, names
+
+
+def make_table(result: dict) -> str:
+  """Returns the result as lines for people."""
+  pre, fine = result["pretrain"], result["finetune"]
+  rows = [
+    ("", "model", "trivial guess"),
+    ("precision@1", f"{pre['metric']:.3f}", f"{pre['baseline']:.3f}"),
+    (
+      "ranking precision",
+      f"{pre['lrap']:.3f}",
+      f"{pre['baseline_lrap']:.3f}",
+    ),
+    ("loss", f"{pre['loss']:.2f}", f"{pre['baseline_loss']:.2f}"),
+  ]
+  lines = [
+    "",
+    f"Pre-training: {pre['dataset']} at {pre['resolution']} px, "
+    f"{pre['images']:,} images in {pre['steps']:,} steps",
+    *("  {:20}{:>12}{:>16}".format(*row) for row in rows),
+    "",
+    f"Fine-tuning: {fine['dataset']} at {fine['resolution']} px, "
+    f"{fine['train_examples']} labelled images, {fine['steps']} steps; "
+    f"accuracy on {fine['test_examples']} held-out images",
+    f"  {'from pre-training':20}{fine['accuracy']:12.1%}",
+    f"  {'from scratch':20}{fine['from_scratch_accuracy']:12.1%}",
+    "",
+    "Predictions",
+    *(
+      f"  {p['image']}: {p['name']} ({p['probability']:.1%}), "
+      f"labelled {p['label']}"
+      for p in result["predictions"]
+    ),
+    "",
+    f"{result['seconds']:.0f} seconds in all",
+  ]
+  return "\n".join(lines)
