@@ -188,7 +188,7 @@ def test_declared_number_of_labels_is_believed(data_dir):
     ("mnist:9.9.9", "train", "cannot be loaded at version 9.9.9"),
     ("digits/tiny", "train", "tiny not found"),
     ("a/b/../c", "train", "Parsing builder name"),
-    ("no_labels", "train", "features image, caption; it needs `image` and"),
+    ("no_labels", "train", "features caption, image; it needs `image` and"),
   ],
 )
 def test_what_cannot_be_opened_is_explained(data_dir, dataset, split, words):

@@ -36,6 +36,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _HOLD_OUT = 0.1  # of each class, where a folder has no test images of its own
 _NUM_THREADS = 16  # reading files is waiting
+_CHUNK = 4096  # records that are looked at together, while counting
 
 
 class Source(abc.ABC):
@@ -237,14 +238,15 @@ class TfdsSource(Source):
   def _count_max_labels(self):
     """Reads the whole split; sets that declare `max_labels` are spared it."""
     most = 1
-    for start in range(0, self.num_examples, 4096):
-      stop = min(start + 4096, self.num_examples)
-      records = tf.data.Dataset.from_tensor_slices(
-        self.read(np.arange(start, stop))
+    for start in range(0, self.num_examples, _CHUNK):
+      stop = min(start + _CHUNK, self.num_examples)
+      counts = (
+        tf.data.Dataset.from_tensor_slices(self.read(np.arange(start, stop)))
+        .map(lambda record: tf.size(self.parse_labels(record)))
+        .batch(_CHUNK)
       )
-      counts = records.map(lambda r: tf.size(self.parse_labels(r)))
-      most = max(most, *counts.batch(stop - start).as_numpy_iterator().next())
-    return int(most)
+      most = max(most, *(int(c.max()) for c in counts.as_numpy_iterator()))
+    return most
 
 
 def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
@@ -382,8 +384,8 @@ def _select_features(features, dataset):
     class_label, tfds.features.ClassLabel
   ):
     raise UserError(
-      f"data set {dataset!r} has the features {', '.join(features)}; it needs "
-      "`image` and `label` or `labels`, of class labels"
+      f"data set {dataset!r} has the features {', '.join(sorted(features))}; "
+      "it needs `image` and `label` or `labels`, of class labels"
     )
   return image, key, label
 
