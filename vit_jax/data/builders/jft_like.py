@@ -187,13 +187,12 @@ def glyph_prototypes(seed: int) -> dict[str, np.ndarray]:
   }
 
 
-def trace_glyphs(glyph: np.ndarray, draws: Draws, seed: int) -> np.ndarray:
-  """Writes each glyph[n] by hand: float64[n stroke point 2], within [-1, 1].
+def trace_glyphs(proto: dict[str, np.ndarray], draws: Draws) -> np.ndarray:
+  """Writes n prototypes by hand: float64[n stroke point 2], within [-1, 1].
 
   No two are alike: the strokes' turns, lengths and joints vary, then the
   whole is rotated, sheared, stretched and warped, then centred and scaled.
   """
-  proto = {k: v[glyph] for k, v in glyph_prototypes(seed).items()}
   shape = (_STROKES,)
   t = (np.arange(_POINTS) + 0.5) / _POINTS
   at = proto["at"] + draws.uniform(-0.1, 0.1, shape)
@@ -217,7 +216,7 @@ def trace_glyphs(glyph: np.ndarray, draws: Draws, seed: int) -> np.ndarray:
   path = np.stack([np.cos(heading) * step, np.sin(heading) * step], -1)
   path = np.cumsum(path, axis=2)  # [n stroke point 2]
 
-  rows = np.arange(len(glyph))
+  rows = np.arange(len(path))
   joint = proto["joint"] + draws.uniform(-0.1, 0.1, shape)
   joint = np.clip((joint * _POINTS).astype(int), 0, _POINTS - 1)
   own = (proto["own"] * (_POINTS - 1)).astype(int)
@@ -401,8 +400,18 @@ def draw_images(
   Returns:
     uint8[n SIZE SIZE 3], and bool[n class]: what is on each image.
   """
-  index = np.asarray(index)
-  draws, n = Draws(seed * 4 + 2, index), len(index)
+  draws = Draws(seed * 4 + 2, index)
+  labels = np.zeros((len(index), len(CLASS_NAMES)), bool)
+  image = draw_grounds(draws, labels)
+  return draw_glyphs(image, draws, labels, seed), labels
+
+
+def draw_grounds(draws: Draws, labels: np.ndarray) -> np.ndarray:
+  """Draws dark grounds, a few with a shape, and sets their labels.
+
+  Returns int32[n SIZE SIZE 3].
+  """
+  n = len(labels)
   texture = draws.zipf(len(TEXTURES), 0.5)
   ground = draws.zipf(len(GROUNDS), 0.5)
   image = _tint(GROUNDS, ground, draws)
@@ -417,55 +426,62 @@ def draw_images(
   other = _tint(GROUNDS, draws.integer(0, len(GROUNDS)), draws)
   image = _blend(image, other, opacity)
 
+  _label(labels, [f"{color}_ground" for color in GROUNDS], ground)
+  _label(labels, TEXTURES, texture)
+  _label(labels, SHAPES, np.where(has_shape, shape, -1))
+  assert image.shape == (n, SIZE, SIZE, 3)
+  return image
+
+
+def draw_glyphs(
+  image: np.ndarray, draws: Draws, labels: np.ndarray, seed: int
+) -> np.ndarray:
+  """Draws one glyph or two on int32[n SIZE SIZE 3] and sets their labels.
+
+  Returns uint8[n SIZE SIZE 3].
+  """
+  n = len(labels)
   ink = draws.zipf(len(INKS), 0.5)
-  layout = np.searchsorted([0.9, 0.95], draws.uniform(0, 1))
+  layout = np.searchsorted([0.9, 0.95], draws.uniform(0, 1)) - 1  # -1: alone
   sigma = draws.uniform(1.0, 2.6)
   gain = draws.uniform(1.0, 3.0)
-  grid = np.array([8, 16, 32])[
-    np.searchsorted([0.5, 0.85], draws.uniform(0, 1))
-  ]
+  # Half of the drawings are as coarse as 8 x 8 pixels.
+  resolution = np.searchsorted([0.5, 0.85], draws.uniform(0, 1))
   color = _tint(INKS, ink, draws)
-  glyphs = np.stack([draws.zipf(NUM_GLYPHS, 8.0) for _ in range(2)], 1)
-  second = layout > 0
-  parts = np.zeros((n, len(PARTS)), bool)
-  for g in range(2):
-    shown = np.flatnonzero(second | (g == 0))
+  glyphs = [draws.zipf(NUM_GLYPHS, 8.0) for _ in range(2)]
+  for which, glyph in enumerate(glyphs):
+    shown = (layout >= 0) | (which == 0)
+    proto = {k: v[glyph] for k, v in glyph_prototypes(seed).items()}
+    path = trace_glyphs(proto, draws)
+    parts = find_parts(path, proto["exists"])
+    path = _place(path, layout, which, draws)
     opacity = np.zeros((n, SIZE, SIZE), np.int32)
-    path = trace_glyphs(glyphs[:, g], draws, seed)
-    exists = glyph_prototypes(seed)["exists"][glyphs[:, g]]
-    parts |= find_parts(path, exists) & (second | (g == 0))[:, None]
-    path = _place(path, layout, g, draws)
-    for r in (8, 16, 32):
-      i = shown[grid[shown] == r]
-      opacity[i] = draw_strokes(path[i], exists[i], sigma[i], gain[i], r)
-    image = _blend(
-      image, color, (opacity * draws.integer(180, 257, (1, 1))) >> 8
-    )
+    for k, grid in enumerate((8, 16, 32)):
+      i = np.flatnonzero(shown & (resolution == k))
+      opacity[i] = draw_strokes(
+        path[i], proto["exists"][i], sigma[i], gain[i], grid
+      )
+    strength = draws.integer(180, 257, (1, 1))
+    image = _blend(image, color, (opacity * strength) >> 8)
 
-  proto = glyph_prototypes(seed)
-  proto = {name: proto[name][glyphs] for name in ("exists", "loop", "corner")}
-  labels = np.zeros((n, len(CLASS_NAMES)), bool)
+    _label(labels, CLASS_NAMES, np.where(shown, glyph, -1))
+    count = proto["exists"].sum(1)
+    _label(labels, STROKE_COUNTS, np.where(shown, count - 1, -1))
+    for name in ("loop", "corner"):
+      _label(labels, [name], np.where(shown & proto[name], 0, -1))
+    first = CLASS_NAMES.index(PARTS[0])
+    labels[:, first : first + len(PARTS)] |= parts & shown[:, None]
+  _label(labels, [f"{color}_glyph" for color in INKS], ink)
+  _label(labels, STROKE_WEIGHTS, np.searchsorted([1.5, 2.1], sigma))
+  _label(labels, LAYOUTS, layout)
+  _label(labels, ["coarse"], np.where(resolution == 0, 0, -1))
+  return image.astype(np.uint8)
 
-  def add(names, value, where=True):
-    """Labels row i with names[value[i]], where `where`[i]."""
-    rows = np.flatnonzero(np.broadcast_to(where, n))
-    labels[rows, CLASS_NAMES.index(names[0]) + value[rows]] = True
 
-  for g, where in enumerate((np.ones(n, bool), second)):
-    add(CLASS_NAMES, glyphs[:, g], where)
-    add(STROKE_COUNTS, proto["exists"][:, g].sum(1) - 1, where)
-    add(("loop",), 0 * glyphs[:, g], where & proto["loop"][:, g])
-    add(("corner",), 0 * glyphs[:, g], where & proto["corner"][:, g])
-  add([f"{color}_glyph" for color in INKS], ink)
-  add([f"{color}_ground" for color in GROUNDS], ground)
-  add(TEXTURES, texture)
-  add(SHAPES, shape, has_shape)
-  add(STROKE_WEIGHTS, np.searchsorted([1.5, 2.1], sigma))
-  add(LAYOUTS, layout - 1, second)
-  add(("coarse",), 0 * grid, grid == 8)
-  first = CLASS_NAMES.index(PARTS[0])
-  labels[:, first : first + len(PARTS)] = parts
-  return image.astype(np.uint8), labels
+def _label(labels: np.ndarray, names, which: np.ndarray) -> None:
+  """Gives row i the class names[which[i]]; none where which[i] is -1."""
+  rows = np.flatnonzero(which >= 0)
+  labels[rows, CLASS_NAMES.index(names[0]) + which[rows]] = True
 
 
 def _tint(colors: dict, color: np.ndarray, draws: Draws) -> np.ndarray:
@@ -484,13 +500,13 @@ def _blend(under, over, opacity) -> np.ndarray:
 
 def _place(path, layout, which: int, draws: Draws) -> np.ndarray:
   """Scales and moves glyphs to their places: pixels, [n stroke point 2]."""
-  single = layout == 0
+  single = layout < 0
   half = np.where(single, draws.uniform(10.5, 16), draws.uniform(5, 8))
   room = np.where(single, 16.5 - half, 16.5 - half - 6)
   center = 16 + np.maximum(room, 0)[:, None] * draws.uniform(-1, 1, (2,))
   side = 2 * which - 1
-  center[:, 0] = np.where(layout == 1, 16 + 7.5 * side, center[:, 0])
-  center[:, 1] = np.where(layout == 2, 16 + 7.5 * side, center[:, 1])
+  center[:, 0] = np.where(layout == 0, 16 + 7.5 * side, center[:, 0])
+  center[:, 1] = np.where(layout == 1, 16 + 7.5 * side, center[:, 1])
   return center[:, None, None] + half[:, None, None, None] * path
 
 

@@ -1,0 +1,40 @@
+r"""The quickstart's second half: 200 real handwritten digits, at 48 px.
+
+  python -m vit_jax train --config=configs/quickstart_finetune.py \
+    --config.init_from=runs/pretrain --workdir=runs/finetune
+
+Without --config.init_from it is the same training from scratch.
+"""
+
+from common import get_config as get_common_config
+
+
+def get_config():
+  """Returns the configuration; see common.py for every key."""
+  config = get_common_config()
+  with config.unlocked():
+    config.image_size = 48
+
+    config.model.variant = "ViT-N_8"
+    config.model.classifier = "gap"
+    config.model.dtype = "float32"
+
+    config.train.dataset = "digits"
+    config.train.split = "train[:200]"
+    config.train.preprocess = "inception_crop(size, 80)"
+    config.eval.split = "test"
+    config.eval.preprocess = "resize(size)"
+
+    config.batch_size = 32
+    config.total_steps = 240
+    config.loss.name = "softmax"
+    config.optimizer.name = "sgd"
+    config.optimizer.clip_norm = 1.0
+    config.schedule.base_lr = 0.1
+    config.schedule.decay = "cosine"
+    config.schedule.warmup_steps = 15
+
+    config.log_every = 20
+    config.eval_every = 0
+    config.checkpoint_every = 120
+  return config
