@@ -6,7 +6,7 @@ global batch, over all hosts and devices.
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 
 def get_config():
@@ -24,7 +24,7 @@ def get_config():
 
   # Height and width of the images that the model sees, in pixels: one integer
   # or (height, width). `size` in preprocessing strings means this.
-  config.image_size = 224
+  config.image_size = FieldReference(224, field_type=object)
 
   # --- model: the arguments of `vit_jax.models.create` ---
   config.model = ml_collections.ConfigDict()

@@ -2,13 +2,43 @@
 
 import os
 
-# Before anything imports jax: the backend reads these once.
+import pytest
+
+# Before anything imports jax: the backend reads these once. A setting of the
+# same name that is there already wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get(
-  "XLA_FLAGS", ""
-):
-  os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-  ).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_PLATFORMS"] == "cpu":
+  # Tests compile many tiny programs and run each once or twice: without the
+  # compiler's optimisations the suite takes a third of the time.
+  _FLAGS += [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
+_given = os.environ.get("XLA_FLAGS", "").split()
+_names = {flag.partition("=")[0] for flag in _given}
+os.environ["XLA_FLAGS"] = " ".join(
+  _given + [flag for flag in _FLAGS if flag.partition("=")[0] not in _names]
+)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+  """Starts commands that share a folder with the digits, see tiny_runs.py."""
+  from tiny_runs import Runs
+
+  from vit_jax import data
+
+  runs = Runs(tmp_path_factory.mktemp("runs"))
+  data.prepare("digits", str(runs.data_dir))
+  return runs
+
+
+@pytest.fixture(scope="session")
+def reference(runs):
+  """The tiny run, never interrupted."""
+  from tiny_runs import Reference
+
+  workdir = runs.folder / "reference"
+  return Reference(workdir, runs.train_to_end(workdir).stderr())

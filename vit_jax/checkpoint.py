@@ -107,7 +107,7 @@ class Checkpoints:
       return -math.inf
     try:
       args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      return self._best.restore(step, args=args).meta["metric"]
+      return self._best.restore(step, args=args)["meta"]["metric"]
     except Exception as e:
       log.warning("best checkpoint %d is damaged (%s)", step, first_line(e))
       self._set_aside(self._best, step)
@@ -245,7 +245,7 @@ def absolute(path) -> epath.Path:
 
 
 def _restore(manager, step, abstract_state):
-  restored = error = None
+  restored, error = {}, None
   try:
     _check_files(manager.directory / str(step))
     restored = manager.restore(
@@ -264,8 +264,8 @@ def _restore(manager, step, abstract_state):
     error = error or (OSError("another process failed") if bad.any() else None)
   if error:
     raise error
-  flat = flatten(restored.state)
-  _verify(flat, restored.meta["fingerprint"])
+  flat = flatten(restored["state"])
+  _verify(flat, restored["meta"]["fingerprint"])
   structure = jax.tree.structure(abstract_state)
   return structure.unflatten([flat[path] for path in flatten(abstract_state)])
 

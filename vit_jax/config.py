@@ -89,14 +89,15 @@ def override(config, key: str, text: str) -> None:
     node = node[parent]
   kind = node.get_type(name)
   value = parse_value(text, kind)
-  try:
-    with node.unlocked():
-      node[name] = value
-  except (TypeError, ValueError):
+  # ConfigDict alone would take None for anything and True for an integer. A
+  # key of type object checks its value where it is used.
+  if kind is not object and type(value) is not kind:
     raise UserError(
       f"config.{key} is {kind.__name__}, such as {known[key]!r}; "
       f"{text!r} is not"
-    ) from None
+    )
+  with node.unlocked():
+    node[name] = value
 
 
 def parse_value(text: str, kind: type):
@@ -108,8 +109,12 @@ def parse_value(text: str, kind: type):
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
-    return text
-  return float(value) if kind is float and type(value) is int else value
+    value = text
+  if kind is float and type(value) is int:
+    return float(value)
+  if kind is tuple:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+  return value
 
 
 def flatten(config) -> dict[str, Any]:

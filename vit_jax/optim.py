@@ -242,7 +242,7 @@ def _parse_multipliers(
   """Returns each parameter's factor from "regex=factor" rules."""
   factors: dict[str, float] = {}
   for rule in [rules] if isinstance(rules, str) else rules:
-    pattern, _, text = rule.rpartition("=")
+    pattern, _, text = str(rule).rpartition("=")
     try:
       factor = float(text)
     except ValueError:

@@ -90,6 +90,11 @@ def create(
     if not 0 <= rate < 1:
       raise UserError(f"model.{name} is {rate}; it must be in [0, 1)")
   height_width = check_image_size(image_size, patch)
+  if representation_size < -1:
+    raise UserError(
+      f"model.representation_size is {representation_size}; it must be a "
+      "width, 0 for no layer or -1 for the hidden size"
+    )
   if representation_size == -1:
     representation_size = sizes.hidden_size
   options = {
@@ -116,7 +121,8 @@ def create(
     return stack_blocks(params) if scan else params
 
   def apply(params, images, *, train=False, key=None, intermediates=False):
-    rngs = {"dropout": key} if train else {}
+    assert key is not None or not train, "training needs a key"
+    rngs = {} if key is None else {"dropout": key}
     logits, out = module.apply(
       {"params": params},
       images,
@@ -141,9 +147,13 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_image_size(image_size, patch: int) -> tuple[int, int]:
   """Returns (h, w) in pixels; a UserError unless the patch divides both."""
-  if isinstance(image_size, int):
-    image_size = (image_size, image_size)
-  height, width = image_size
+  pair = (image_size,) * 2 if isinstance(image_size, int) else image_size
+  is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+  if not is_pair or not all(type(side) is int for side in pair):
+    raise UserError(
+      f"image_size {image_size!r} is neither an integer nor (height, width)"
+    )
+  height, width = pair
   if min(height, width) < patch or height % patch or width % patch:
     nearest = [max(patch, round(s / patch) * patch) for s in (height, width)]
     given = height if height == width else (height, width)

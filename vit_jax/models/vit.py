@@ -74,11 +74,14 @@ class MultiHeadDotProductAttention(nn.Module):
   def __call__(self, inputs_q, inputs_kv):
     """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n]."""
     width = inputs_q.shape[-1]
-    inits = {"kernel_init": nn.initializers.xavier_uniform()}
+    # Of the flattened shape [d d], not of one head's.
+    kernel_init = nn.initializers.xavier_uniform()
     heads = (self.num_heads, width // self.num_heads)
 
     def project(name, x):
-      return nn.DenseGeneral(heads, dtype=self.dtype, name=name, **inits)(x)
+      return nn.DenseGeneral(
+        heads, dtype=self.dtype, kernel_init=kernel_init, name=name
+      )(x)
 
     query, key, value = (
       project("query", inputs_q),
@@ -93,7 +96,11 @@ class MultiHeadDotProductAttention(nn.Module):
     dropped = nn.Dropout(self.dropout_rate)(weights, self.deterministic)
     x = jnp.einsum("baqn,bnad->bqad", dropped.astype(self.dtype), value)
     out = nn.DenseGeneral(
-      width, axis=(-2, -1), dtype=self.dtype, name="out", **inits
+      width,
+      axis=(-2, -1),
+      dtype=self.dtype,
+      kernel_init=kernel_init,
+      name="out",
     )(x)
     return out, weights
 

@@ -1,0 +1,536 @@
+"""The model: sizes, values against NumPy, its two forms, dropout, errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_vit
+
+from vit_jax import models
+from vit_jax.errors import UserError
+from vit_jax.state import flatten, unflatten
+
+# Two layers of width 16 show everything that 32 of width 1280 do.
+_TINY = models.variants.Variant(16, 2, 24, 2)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_variant(monkeypatch):
+  monkeypatch.setitem(models.VARIANTS, "Tiny", _TINY)
+
+
+def _create(**kwargs):
+  options = {
+    "variant": "ViT-Tiny_4",
+    "num_classes": 5,
+    "image_size": (8, 12),
+    "dtype": "float32",
+  }
+  return models.create(**options | kwargs)
+
+
+def _randomize(params, seed=0):
+  """Random values of a sensible size in every array, the zeros included."""
+  rng = np.random.default_rng(seed)
+  flat = flatten(params)
+  for path, x in flat.items():
+    center, spread = (1, 0.2) if path.endswith("scale") else (0, 0.3)
+    flat[path] = rng.normal(center, spread, x.shape).astype(np.float32)
+  return unflatten(flat)
+
+
+def _random_params(model):
+  return _randomize(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def _jit(model):
+  """Returns the compiled apply; one operation at a time takes seconds."""
+  return jax.jit(model.apply, static_argnames=("train", "intermediates"))
+
+
+def _images(model, batch=3, seed=1):
+  rng = np.random.default_rng(seed)
+  shape = (batch, *model.image_size, 3)
+  return rng.uniform(-1, 1, shape).astype(np.float32)
+
+
+def _assert_identical(a, b):
+  a, b = flatten(a), flatten(b)
+  assert a.keys() == b.keys()
+  for path, x in a.items():
+    np.testing.assert_array_equal(x, b[path], err_msg=path)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize(
+  ("variant", "count"),
+  [
+    ("ViT-Ti_16", 5_717_416),
+    ("ViT-S_16", 22_050_664),
+    ("ViT-S_32", 22_878_952),
+    ("ViT-B_8", 86_576_872),
+    ("ViT-B_16", 86_567_656),
+    ("ViT-B_32", 88_224_232),
+    ("ViT-L_16", 304_326_632),
+    ("ViT-L_32", 306_535_400),
+    ("ViT-H_14", 632_045_800),
+  ],
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_parameter_counts_of_the_published_models(variant, count, scan):
+  if scan and variant not in ("ViT-B_16", "ViT-H_14"):
+    pytest.skip("two of them show it")
+  assert _count(variant=variant, scan=scan) == count
+
+
+def _count(**kwargs):
+  model = models.create(**{"num_classes": 1000, "image_size": 224, **kwargs})
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  return sum(x.size for x in jax.tree.leaves(shapes))
+
+
+def test_parameter_counts_of_other_heads():
+  assert _count(variant="ViT-B_16", classifier="gap") == 86_566_120
+  # The tanh layer: a square matrix and a bias.
+  wider = _count(variant="ViT-B_16", representation_size=-1)
+  assert wider == 86_567_656 + 768 * 768 + 768
+  # 197 position embeddings.
+  plain = _count(variant="ViT-B_16", pos_embedding="none")
+  assert plain == 86_567_656 - 197 * 768
+  # 37x37 patches instead of 16x16.
+  larger = _count(variant="ViT-H_14", image_size=518)
+  assert larger == 632_045_800 + (37 * 37 - 16 * 16) * 1280
+
+
+def test_parameter_names_are_the_published_ones():
+  model = _create(representation_size=-1)
+  shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  block = "Transformer/encoderblock_{i}/"
+  attention = block + "MultiHeadDotProductAttention_0/"
+  expected = {
+    "cls": (1, 1, 16),
+    "embedding/kernel": (4, 4, 3, 16),
+    "embedding/bias": (16,),
+    "Transformer/posembed_input/pos_embedding": (1, 7, 16),
+    "Transformer/encoder_norm/scale": (16,),
+    "Transformer/encoder_norm/bias": (16,),
+    "pre_logits/kernel": (16, 16),
+    "pre_logits/bias": (16,),
+    "head/kernel": (16, 5),
+    "head/bias": (5,),
+  }
+  in_block = {
+    attention + "out/kernel": (2, 8, 16),
+    attention + "out/bias": (16,),
+    block + "LayerNorm_0/scale": (16,),
+    block + "LayerNorm_0/bias": (16,),
+    block + "LayerNorm_1/scale": (16,),
+    block + "LayerNorm_1/bias": (16,),
+    block + "MlpBlock_0/Dense_0/kernel": (16, 24),
+    block + "MlpBlock_0/Dense_0/bias": (24,),
+    block + "MlpBlock_0/Dense_1/kernel": (24, 16),
+    block + "MlpBlock_0/Dense_1/bias": (16,),
+  }
+  for name in ("query", "key", "value"):
+    in_block[attention + f"{name}/kernel"] = (16, 2, 8)
+    in_block[attention + f"{name}/bias"] = (2, 8)
+  for i in range(2):
+    expected |= {path.format(i=i): shape for path, shape in in_block.items()}
+  assert {path: x.shape for path, x in shapes.items()} == expected
+  assert {str(x.dtype) for x in shapes.values()} == {"float32"}
+
+
+# --- values ---
+
+_FORMS = [
+  {"classifier": "token"},
+  {"classifier": "gap"},
+  {"classifier": "map"},
+  {"classifier": "token", "representation_size": 10},
+  {"classifier": "map", "representation_size": -1},
+  {"classifier": "token", "pos_embedding": "none"},
+  {"classifier": "gap", "pos_embedding": "none", "image_size": 8},
+]
+
+
+@pytest.mark.parametrize("form", _FORMS, ids=str)
+def test_logits_and_intermediates_equal_numpy(form):
+  model = _create(**form)
+  params = _random_params(model)
+  images = _images(model)
+  expected = reference_vit.apply(
+    flatten(params), images, patch=4, classifier=form["classifier"]
+  )
+  logits, found = _jit(model)(params, images, intermediates=True)
+  spread = expected["logits"].std()
+  assert spread > 0.1, "the comparison needs logits that differ"
+  assert np.abs(logits - expected["logits"]).max() <= 1e-4 * spread
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    np.testing.assert_allclose(
+      found[name], x, rtol=0, atol=1e-4 * x.std(), err_msg=name
+    )
+
+
+def test_bfloat16_is_close_and_the_logits_are_float32():
+  model, exact = _create(dtype="bfloat16"), _create()
+  params = _random_params(model)
+  images = _images(model, batch=16)
+  logits, found = _jit(model)(params, images, intermediates=True)
+  expected = _jit(exact)(params, images)
+  assert logits.dtype == jnp.float32
+  assert np.abs(logits - expected).max() <= 0.05 * np.std(expected)
+  assert not np.array_equal(logits, expected)
+  dtypes = {name: x.dtype for name, x in found.items()}
+  assert dtypes["block00/attention_weights"] == jnp.float32
+  assert dtypes["pooled"] == jnp.float32
+  assert dtypes["stem"] == jnp.bfloat16
+  assert dtypes["block01/out"] == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_gradients_are_float32(dtype):
+  model = _create(dtype=dtype)
+  params = jax.jit(model.init)(jax.random.key(0))
+  loss = jax.jit(lambda p: model.apply(p, _images(model)).sum())
+  gradient = jax.grad(loss)(params)
+  for tree in (params, gradient):
+    assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+
+
+# --- two forms of one function ---
+
+
+@pytest.mark.parametrize(
+  ("scan", "remat"),
+  [
+    (False, "dots"),
+    (False, "full"),
+    (True, "none"),
+    (True, "dots"),
+    (True, "full"),
+  ],
+)
+def test_scan_and_remat_change_no_value_and_no_gradient(scan, remat):
+  plain, other = _create(), _create(scan=scan, remat=remat)
+  params = _random_params(plain)
+  images = _images(plain)
+
+  def run(model, params):
+    def loss(params):
+      logits, out = model.apply(params, images, intermediates=True)
+      return (logits**2).sum(), (logits, out)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  (loss, (logits, out)), gradient = run(plain, params)
+  given = models.stack_blocks(params) if scan else params
+  (loss2, (logits2, out2)), gradient2 = run(other, given)
+  if scan:
+    gradient2 = models.unstack_blocks(gradient2)
+  # The compiler may fuse the forms differently: the last bit is its own.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  close(loss2, loss)
+  close(logits2, logits)
+  assert out2.keys() == out.keys()
+  jax.tree.map(close, out2, out)
+  assert flatten(gradient2).keys() == flatten(gradient).keys()
+  scale = max(np.abs(x).max() for x in jax.tree.leaves(gradient))
+  for path, x in flatten(gradient).items():
+    difference = np.abs(flatten(gradient2)[path] - x).max()
+    assert difference <= 1e-6 * scale, path
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(False, "full"), (True, "dots")])
+def test_remat_recomputes_the_same_dropout(scan, remat):
+  rates = {"dropout_rate": 0.3, "stochastic_depth_rate": 0.3}
+  plain, other = (
+    _create(scan=scan, **rates),
+    _create(scan=scan, remat=remat, **rates),
+  )
+  params = _random_params(plain)
+
+  def run(model):
+    def loss(params):
+      key = jax.random.key(3)
+      logits = model.apply(params, _images(model), train=True, key=key)
+      return (logits**2).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  (loss, gradient), (loss2, gradient2) = run(plain), run(other)
+  np.testing.assert_allclose(loss2, loss, rtol=1e-5)
+  for x, y in zip(*map(jax.tree.leaves, (gradient, gradient2)), strict=True):
+    np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-3)
+
+
+def test_stacking_and_unstacking_return_the_same_bits():
+  unrolled, scanned = _create(), _create(scan=True)
+  params = _random_params(unrolled)
+  stacked = models.stack_blocks(params)
+  shapes = jax.eval_shape(scanned.init, jax.random.key(0))
+  assert jax.tree.structure(stacked) == jax.tree.structure(shapes)
+  _assert_identical(models.unstack_blocks(stacked), params)
+  _assert_identical(
+    models.stack_blocks(models.unstack_blocks(stacked)), stacked
+  )
+
+
+def test_stacking_keeps_the_order_of_more_than_ten_blocks(monkeypatch):
+  monkeypatch.setitem(
+    models.VARIANTS, "Deep", models.variants.Variant(4, 12, 4, 1)
+  )
+  params = _random_params(_create(variant="ViT-Deep_4"))
+  kernel = "MlpBlock_0/Dense_0/kernel"
+  stacked = flatten(models.stack_blocks(params))
+  for i in range(12):
+    np.testing.assert_array_equal(
+      stacked[f"Transformer/encoderblock/{kernel}"][i],
+      flatten(params)[f"Transformer/encoderblock_{i}/{kernel}"],
+    )
+
+
+def test_a_key_gives_the_same_parameters_in_both_forms():
+  key = jax.random.key(7)
+  init = jax.jit(_create().init)
+  params = init(key)
+  _assert_identical(params, init(key))
+  scanned = _create(scan=True, remat="full", dtype="bfloat16")
+  _assert_identical(models.unstack_blocks(jax.jit(scanned.init)(key)), params)
+  other = flatten(init(jax.random.key(8)))
+  assert not np.array_equal(
+    other["embedding/kernel"], params["embedding"]["kernel"]
+  )
+
+
+# --- dropout and stochastic depth ---
+
+
+def _record_draws(monkeypatch, model):
+  """Returns the keep probability and shape of every random draw of a step."""
+  draws = []
+  bernoulli = jax.random.bernoulli
+
+  def record(key, p=0.5, shape=None, **kwargs):
+    draws.append((p, tuple(shape)))
+    return bernoulli(key, p, shape, **kwargs)
+
+  monkeypatch.setattr(jax.random, "bernoulli", record)
+  key = jax.random.key(0)
+  model.apply(_random_params(model), _images(model), train=True, key=key)
+  return draws
+
+
+def test_dropout_is_where_the_paper_has_it(monkeypatch):
+  # After the position embedding, then in each of two blocks after the
+  # attention's output and after both dense layers of the MLP; none of query,
+  # key, value, pre_logits or head.
+  model = _create(dropout_rate=0.25, representation_size=-1)
+  tokens, hidden = (3, 7, 16), (3, 7, 24)
+  draws = _record_draws(monkeypatch, model)
+  assert {float(p) for p, _ in draws} == {0.75}
+  assert [s for _, s in draws] == [tokens, *[tokens, hidden, tokens] * 2]
+
+
+def test_attention_dropout_drops_single_weights(monkeypatch):
+  model = _create(attention_dropout_rate=0.5)
+  draws = _record_draws(monkeypatch, model)
+  assert [(float(p), s) for p, s in draws] == [(0.5, (3, 2, 7, 7))] * 2
+
+
+def test_stochastic_depth_draws_one_number_an_example(monkeypatch):
+  monkeypatch.setitem(
+    models.VARIANTS, "Deep", models.variants.Variant(4, 5, 4, 1)
+  )
+  model = _create(variant="ViT-Deep_4", stochastic_depth_rate=0.4)
+  draws = _record_draws(monkeypatch, model)
+  assert {s for _, s in draws} == {(3, 1, 1)}
+  # Two branches a block, linear from 0 to the rate of the last block.
+  expected = np.repeat(1 - np.linspace(0, 0.4, 5), 2)
+  np.testing.assert_allclose([p for p, _ in draws], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_no_rate_and_no_training_draw_nothing(scan):
+  model = _create(scan=scan)
+  rates = _create(
+    scan=scan,
+    dropout_rate=0.5,
+    attention_dropout_rate=0.5,
+    stochastic_depth_rate=0.5,
+  )
+  params = _random_params(model)
+  images, key = _images(model), jax.random.key(0)
+  expected = _jit(model)(params, images)
+  for logits in (
+    _jit(model)(params, images, train=True, key=key),
+    _jit(rates)(params, images),
+  ):
+    np.testing.assert_array_equal(logits, expected)
+  apply = _jit(rates)
+  dropped = apply(params, images, train=True, key=key)
+  assert not np.allclose(dropped, expected)
+  same = apply(params, images, train=True, key=key)
+  np.testing.assert_array_equal(same, dropped)
+  other = apply(params, images, train=True, key=jax.random.key(1))
+  assert not np.allclose(other, dropped)
+
+
+def test_scanned_layers_draw_different_numbers():
+  # With identity blocks but for the MLP's last bias, what a block adds is its
+  # dropout mask.
+  model = _create(scan=True, dropout_rate=0.5)
+  flat = flatten(jax.tree.map(np.zeros_like, _random_params(model)))
+  path = "Transformer/encoderblock/MlpBlock_0/Dense_1/bias"
+  flat[path] += 1
+  _, out = _jit(model)(
+    unflatten(flat),
+    _images(model),
+    train=True,
+    key=jax.random.key(0),
+    intermediates=True,
+  )
+  first, second = out["block00/mlp"], out["block01/mlp"]
+  assert set(np.unique(first)) == set(np.unique(second)) == {0.0, 2.0}
+  assert np.mean(first == second) < 0.7
+
+
+def test_drop_path_drops_whole_examples_and_keeps_the_mean():
+  x = jnp.ones((20_000, 2, 3)) * jnp.arange(1, 4)
+  out = np.asarray(models.vit.drop_path(x, jnp.float32(0.3), jax.random.key(0)))
+  kept = out[:, 0, 0] > 0
+  np.testing.assert_array_equal(out[~kept], 0)
+  np.testing.assert_allclose(out[kept], np.asarray(x)[kept] / 0.7, rtol=1e-6)
+  # Five standard deviations of 20,000 draws.
+  assert abs(kept.mean() - 0.7) < 5 * np.sqrt(0.3 * 0.7 / 20_000)
+  np.testing.assert_allclose(out.mean((0, 1)), [1, 2, 3], rtol=0.03)
+
+
+# --- initialisation ---
+
+
+@pytest.fixture(scope="module")
+def small_params():
+  # As wide as ViT-S: statistics need many values.
+  models.VARIANTS["Wide"] = models.variants.Variant(384, 2, 1536, 6)
+  model = models.create(
+    variant="ViT-Wide_16",
+    num_classes=10,
+    image_size=64,
+    classifier="token",
+    representation_size=-1,
+    head_bias_init=-10.0,
+  )
+  del models.VARIANTS["Wide"]
+  return flatten(jax.jit(model.init)(jax.random.key(0)))
+
+
+def test_initial_zeros_and_ones(small_params):
+  for path, x in small_params.items():
+    if path.endswith("/scale"):
+      assert (x == 1).all(), path
+    elif path == "head/bias":
+      assert (x == -10).all()
+    elif path in ("cls", "head/kernel") or (
+      path.endswith("/bias") and "MlpBlock" not in path
+    ):
+      assert (x == 0).all(), path
+
+
+def test_initial_xavier_uniform_of_the_flattened_shapes(small_params):
+  shapes = {
+    "query": (384, 384),
+    "key": (384, 384),
+    "value": (384, 384),
+    "out": (384, 384),
+    "Dense_0": (384, 1536),
+    "Dense_1": (1536, 384),
+  }
+  for path, x in small_params.items():
+    name = path.split("/")[-2:]
+    if name[0] in shapes and name[1] == "kernel":
+      bound = np.sqrt(6 / sum(shapes[name[0]]))
+      largest = np.abs(x).max()
+      assert 0.999 * bound < largest <= 1.0001 * bound, path
+      np.testing.assert_allclose(np.std(x), bound / np.sqrt(3), rtol=0.01)
+
+
+def test_initial_normal_values(small_params):
+  position = small_params["Transformer/posembed_input/pos_embedding"]
+  np.testing.assert_allclose(np.std(position), 0.02, rtol=0.03)
+  assert np.abs(position).max() > 0.05, "normal, not uniform"
+  biases = [
+    x
+    for path, x in small_params.items()
+    if "MlpBlock" in path and path.endswith("bias")
+  ]
+  assert len(biases) == 4
+  for x in biases:
+    np.testing.assert_allclose(np.std(x), 1e-6, rtol=0.15)
+  # LeCun: variance 1 / fan-in.
+  for path, fan_in in (("embedding", 16 * 16 * 3), ("pre_logits", 384)):
+    std = np.std(small_params[f"{path}/kernel"])
+    np.testing.assert_allclose(std, fan_in**-0.5, rtol=0.02)
+
+
+def test_initial_logits_are_the_head_bias():
+  model = _create(head_bias_init=-6.9)
+  params = jax.jit(model.init)(jax.random.key(0))
+  np.testing.assert_allclose(_jit(model)(params, _images(model)), -6.9)
+
+
+def test_initial_probe_is_xavier_uniform():
+  model = _create(classifier="map")
+  probe = flatten(jax.jit(model.init)(jax.random.key(0)))["MAPHead_0/probe"]
+  assert probe.shape == (1, 1, 16)
+  assert 0 < np.abs(probe).max() <= np.sqrt(6 / 17)
+
+
+# --- what a user may get wrong ---
+
+
+@pytest.mark.parametrize(
+  ("wrong", "words"),
+  [
+    ({"variant": "ViT-X_16"}, ["ViT-X_16", "Ti, S, B, L, H, g, G"]),
+    ({"variant": "ViT-B-16"}, ["ViT-B-16", "did you mean 'ViT-B_16'?"]),
+    ({"variant": "ViT-B_0"}, ["ViT-B_0"]),
+    ({"variant": "B/16"}, ["'B/16'", "ViT-SIZE_PATCH"]),
+    ({"classifier": "tokn"}, ["model.classifier", "did you mean 'token'?"]),
+    ({"pos_embedding": "sincos"}, ["model.pos_embedding", "learned, none"]),
+    ({"dtype": "float16"}, ["model.dtype", "float32, bfloat16"]),
+    ({"remat": "all"}, ["model.remat", "none, dots, full"]),
+    ({"dropout_rate": 1.0}, ["model.dropout_rate is 1.0", "[0, 1)"]),
+    ({"attention_dropout_rate": -0.1}, ["model.attention_dropout_rate"]),
+    ({"stochastic_depth_rate": 2}, ["model.stochastic_depth_rate is 2"]),
+    (
+      {"image_size": 225},
+      ["image_size 225 is not divisible by the patch size 4", "valid: 224"],
+    ),
+    ({"image_size": (8, 13)}, ["(8, 13)", "nearest valid: (8, 12)"]),
+    ({"image_size": 1}, ["image_size 1 ", "nearest valid: 4"]),
+    ({"image_size": 0}, ["image_size 0 ", "nearest valid: 4"]),
+    ({"image_size": "large"}, ["'large'", "(height, width)"]),
+    ({"image_size": 22.4}, ["22.4", "(height, width)"]),
+    ({"image_size": (8, 8, 3)}, ["(8, 8, 3)", "(height, width)"]),
+    ({"representation_size": -2}, ["model.representation_size is -2"]),
+  ],
+  ids=str,
+)
+def test_wrong_arguments_are_named(wrong, words):
+  with pytest.raises(UserError) as error:
+    _create(**wrong)
+  message = str(error.value)
+  assert "\n" not in message
+  for word in words:
+    assert word in message
+
+
+def test_image_sizes_that_are_right():
+  assert _create(image_size=8).image_size == (8, 8)
+  assert _create(image_size=[8, 12]).image_size == (8, 12)
+  assert _create(image_size=(8, 12)).grid == (2, 3)
