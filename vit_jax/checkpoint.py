@@ -45,9 +45,14 @@ def _digest(x):
     stride = math.prod(x.shape[axis + 1 :]) % 2**32
     index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     position += index * jnp.uint32(stride)
-  # Odd weights are invertible modulo 2**32: no single change cancels out. Sums
-  # of integers do not depend on the order, so neither on the devices.
-  return jnp.sum(bits.astype(jnp.uint32) * (2 * position + 1))
+  # Each value is scrambled with its position (the finalizer of MurmurHash3, a
+  # bijection), so that no single change can cancel out and several do so in
+  # one of 2**32 cases. Sums of integers do not depend on the order, so neither
+  # on the devices.
+  h = bits.astype(jnp.uint32) ^ (position * jnp.uint32(0x9E3779B9))
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    h = (h ^ (h >> shift)) * jnp.uint32(factor)
+  return jnp.sum(h ^ (h >> 16))
 
 
 _digests = jax.jit(lambda arrays: [_digest(x) for x in arrays])
@@ -156,7 +161,9 @@ class Checkpoints:
       state=ocp.args.StandardSave(unflatten(flatten(state))),
       meta=ocp.args.JsonSave({"fingerprint": fingerprint(state), **extra}),
     )
-    self._try(step, lambda: manager.save(step, args=args))
+    # By force, because Orbax saves nothing older than what it has: a run that
+    # fell back may well meet a new best before the step of the last one.
+    self._try(step, lambda: manager.save(step, args=args, force=True))
 
   def _set_aside(self, manager, step):
     """Moves a damaged checkpoint away, so that its step can be saved again."""
@@ -223,9 +230,14 @@ def _check_files(directory):
   A run that was killed right after saving has no list; the fingerprint is
   then the only guard.
   """
-  if not (directory / "files.json").exists():
+  listing = directory / "files.json"
+  if not listing.exists():
     return
-  for name, size in json.loads((directory / "files.json").read_text()).items():
+  try:
+    sizes = json.loads(listing.read_text())
+  except ValueError as e:
+    raise OSError(f"files.json does not parse: {e}") from e
+  for name, size in sizes.items():
     file = directory / name
     found = file.stat().length if file.exists() else 0
     if found != size:

@@ -101,7 +101,7 @@ def make_train_step(
     ema = polyak(state.ema, params, ema_decay) if ema_decay else None
     metrics = {
       "loss": loss,
-      "gradient_norm": optax.global_norm(gradient),
+      "gradient_norm": optax.tree.norm(gradient),
       "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     new = TrainState(state.step + 1, params, opt_state, ema, state.rng)

@@ -41,9 +41,9 @@ def warm_start(
   """Returns `params` with everything that `weights` can give them.
 
   A new head is as initialised: a zero kernel and the configured bias. A tanh
-  layer (pre_logits) that only one side has makes the head new as well: its
-  inputs mean something else. The position embedding is resized to the new
-  grid.
+  layer (pre_logits) that only one side has, or that has another width, makes
+  the head new as well: its inputs mean something else. The position embedding
+  is resized to the new grid.
 
   Args:
     params: the new model's initial parameters, nested.
@@ -59,9 +59,11 @@ def warm_start(
   target = flatten(params)
   weights = _match_layout(weights, target)
   _check_architecture(target, weights, source)
-  keep_head = same_classes and (
-    ("pre_logits/kernel" in target) == ("pre_logits/kernel" in weights)
-  )
+  tanh_layers = [
+    tree["pre_logits/kernel"].shape if "pre_logits/kernel" in tree else None
+    for tree in (target, weights)
+  ]
+  keep_head = same_classes and tanh_layers[0] == tanh_layers[1]
   report = Report([], [], [], [])
   used = set()
   for path, x in target.items():

@@ -1,0 +1,318 @@
+"""Configurations: overrides, differences, durations, the defaults."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from vit_jax import config as configuration
+from vit_jax import losses, models, optim, preprocess
+from vit_jax.errors import UserError
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_COMMON = str(_CONFIGS / "common.py")
+
+
+def _load(**overrides):
+  given = {key.replace("__", "."): text for key, text in overrides.items()}
+  return configuration.load(_COMMON, given)
+
+
+# --- overrides ---
+
+
+@pytest.mark.parametrize(
+  ("key", "text", "value"),
+  [
+    ("batch_size", "64", 64),
+    ("seed", "-1", -1),
+    ("total_epochs", "7", 7.0),
+    ("total_epochs", "0.5", 0.5),
+    ("schedule.base_lr", "3e-4", 3e-4),
+    ("optimizer.eps", "1", 1.0),
+    ("model.scan", "True", True),
+    ("model.scan", "false", False),
+    ("model.variant", "ViT-L_16", "ViT-L_16"),
+    ("train.split", "train[:800]+validation[:200]", None),
+    ("train.preprocess", "resize(size)|flip_lr", None),
+    ("eval.split", "", ""),
+    ("loss.name", "1", "1"),
+    ("init_from", "runs/pretrain", "runs/pretrain"),
+    ("init_from", "", ""),
+    ("data_dir", "gs://bucket/data", "gs://bucket/data"),
+    ("eval.dataset", "folder:images,a=0.5", None),
+    ("image_size", "384", 384),
+    ("image_size", "(224,448)", (224, 448)),
+    ("image_size", "224, 448", (224, 448)),
+    (
+      "optimizer.lr_multipliers",
+      "('head/.*=10','.*=0')",
+      ("head/.*=10", ".*=0"),
+    ),
+    ("optimizer.lr_multipliers", "['head/.*=10']", ("head/.*=10",)),
+    ("optimizer.lr_multipliers", "head/.*=10", ("head/.*=10",)),
+    ("optimizer.lr_multipliers", "()", ()),
+  ],
+)
+def test_overrides_are_typed(key, text, value):
+  config = configuration.load(_COMMON, {key: text})
+  found = configuration.flatten(config)[key]
+  value = text if value is None else value
+  assert found == value
+  assert type(found) is type(value)
+  # Nothing else has changed.
+  defaults = configuration.flatten(configuration.load(_COMMON))
+  others = {k: v for k, v in configuration.flatten(config).items() if k != key}
+  del defaults[key]
+  assert others == defaults
+
+
+@pytest.mark.parametrize(
+  ("key", "text", "words"),
+  [
+    ("batch_size", "many", "config.batch_size is int, such as 4096; 'many'"),
+    ("batch_size", "1e3", "config.batch_size is int"),
+    ("batch_size", "0.5", "config.batch_size is int"),
+    ("batch_size", "True", "config.batch_size is int"),
+    ("batch_size", "None", "config.batch_size is int"),
+    ("batch_size", "(8, 8)", "config.batch_size is int"),
+    ("batch_size", "", "config.batch_size is int"),
+    ("schedule.base_lr", "fast", "config.schedule.base_lr is float"),
+    ("schedule.base_lr", "true", "config.schedule.base_lr is float"),
+    ("schedule.base_lr", "None", "config.schedule.base_lr is float"),
+    ("model.scan", "1", "config.model.scan is bool, such as False; '1' is not"),
+    ("model.scan", "yes", "config.model.scan is bool"),
+  ],
+)
+def test_values_of_another_type_are_refused(key, text, words):
+  with pytest.raises(UserError) as error:
+    configuration.load(_COMMON, {key: text})
+  assert words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("key", "meant"),
+  [
+    ("batchsize", "batch_size"),
+    ("model.varient", "model.variant"),
+    ("schedule.base_rl", "schedule.base_lr"),
+    ("optimiser.name", "optimizer.name"),
+    ("base_lr", "schedule.base_lr"),
+  ],
+)
+def test_unknown_keys_are_refused(key, meant):
+  with pytest.raises(UserError) as error:
+    configuration.load(_COMMON, {key: "1"})
+  assert str(error.value).startswith(f"unknown config key {key!r}")
+  assert str(error.value).endswith(f"did you mean {meant!r}?")
+
+
+def test_groups_are_no_values():
+  for key in ("model", "model.scan.x", "", "."):
+    with pytest.raises(UserError, match="unknown config key"):
+      configuration.load(_COMMON, {key: "1"})
+
+
+def test_a_loaded_configuration_is_locked():
+  config = _load()
+  with pytest.raises(AttributeError):
+    config.batchsize = 3
+  with pytest.raises(AttributeError):
+    _ = config.model.varient
+
+
+# --- image sizes of two numbers ---
+
+
+@pytest.mark.parametrize("text", ["(32,64)", "[32,64]"])
+def test_a_pair_is_an_image_size_everywhere(text):
+  config = _load(image_size=text, model__variant="ViT-N_16")
+  saved = configuration.to_dict(config)  # JSON knows no tuples
+  assert saved["image_size"] == [32, 64]
+  again = ml_collections.ConfigDict(saved)
+  for size in (config.image_size, again.image_size):
+    model = models.create(num_classes=2, image_size=size, **config.model)
+    assert model.image_size == (32, 64)
+    assert model.grid == (2, 4)
+    ops = preprocess.parse(config.train.preprocess, size)
+    assert ops[0][:2] == ("inception_crop", ((32, 64),))
+  assert configuration.differences(saved, configuration.to_dict(again)) == []
+
+
+def test_a_config_file_may_set_a_pair(tmp_path):
+  file = tmp_path / "wide.py"
+  (tmp_path / "common.py").write_text(Path(_COMMON).read_text())
+  file.write_text(
+    "import common\n"
+    "def get_config():\n"
+    "  config = common.get_config()\n"
+    "  config.image_size = (32, 64)\n"
+    "  return config\n"
+  )
+  assert configuration.load(str(file)).image_size == (32, 64)
+
+
+# --- files ---
+
+
+def test_a_file_gets_its_argument(tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "import ml_collections\n"
+    "def get_config(arg='none'):\n"
+    "  return ml_collections.ConfigDict({'arg': arg})\n"
+  )
+  assert configuration.load(str(file)).arg == "none"
+  assert configuration.load(f"{file}:a,b=1:c").arg == "a,b=1:c"
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("def get_config(:", "SyntaxError"),
+    ("import nothing_like_it", "ModuleNotFoundError"),
+    ("x = 1", "get_config"),
+    ("def get_config(): raise ValueError('choose a or b')", "choose a or b"),
+    ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+  ],
+)
+def test_files_that_fail_say_so_in_one_line(tmp_path, text, words):
+  file = tmp_path / "mine.py"
+  file.write_text(text)
+  with pytest.raises(UserError) as error:
+    configuration.load(str(file))
+  assert words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_has_neighbours(tmp_path):
+  (tmp_path / "pretrain.py").write_text("")
+  with pytest.raises(UserError) as error:
+    configuration.load(f"{tmp_path}/pretrian.py:ViT-B_16")
+  assert "no configuration file" in str(error.value)
+  assert f"did you mean '{tmp_path}/pretrain.py'?" in str(error.value)
+
+
+# --- what a resumed run may change ---
+
+
+def test_differences_are_named_with_both_values():
+  old = configuration.to_dict(_load())
+  new = configuration.to_dict(
+    _load(batch_size="64", optimizer__lr_multipliers="head/.*=2")
+  )
+  assert configuration.differences(old, old) == []
+  assert configuration.differences(old, new) == [
+    "batch_size: 4096 -> 64",
+    "optimizer.lr_multipliers: [] -> ['head/.*=2']",
+  ]
+
+
+def test_a_key_that_one_side_lacks_is_a_difference():
+  old = configuration.to_dict(_load())
+  new = configuration.to_dict(_load())
+  del old["model"]["scan"]
+  assert configuration.differences(old, new) == ["model.scan: None -> False"]
+
+
+def test_resumable_keys_are_no_differences_and_exist():
+  flat = configuration.flatten(_load())
+  assert set(configuration.RESUMABLE) <= flat.keys()
+  old = configuration.to_dict(_load())
+  others = {"data_dir": "elsewhere", "model.remat": "full"}
+  for key in configuration.RESUMABLE:
+    text = others.get(key, "7")
+    new = configuration.to_dict(configuration.load(_COMMON, {key: text}))
+    assert new != old
+    assert configuration.differences(old, new) == [], key
+
+
+# --- durations ---
+
+
+@pytest.mark.parametrize(
+  ("given", "steps"),
+  [
+    ({"total_steps": "123"}, 123),
+    ({"total_epochs": "1"}, 10),
+    ({"total_epochs": "0.5"}, 5),
+    ({"total_epochs": "2.06"}, 21),
+    ({"total_examples": "640"}, 10),
+    ({"total_examples": "700"}, 11),
+    ({"total_examples": "1"}, 1),
+  ],
+)
+def test_durations_become_steps(given, steps):
+  config = _load(batch_size="64", **given)
+  assert configuration.count_steps(config, 640) == steps
+
+
+@pytest.mark.parametrize(
+  ("given", "words"),
+  [
+    ({}, "set now: none"),
+    ({"total_steps": "3", "total_epochs": "1"}, "'total_steps': 3"),
+    ({"total_steps": "-3"}, "'total_steps': -3"),
+  ],
+)
+def test_exactly_one_duration_is_set(given, words):
+  with pytest.raises(UserError) as error:
+    configuration.count_steps(_load(**given), 640)
+  assert words in str(error.value)
+  assert "exactly one of" in str(error.value)
+
+
+# --- the defaults ---
+
+
+def test_every_default_has_a_comment():
+  """A comment on the line, or above the group of lines it stands in."""
+  lines = Path(_COMMON).read_text().splitlines()
+  missing = []
+  for i, line in enumerate(lines):
+    if not re.match(r"  config\.[\w.]+ = ", line) or "ConfigDict()" in line:
+      continue
+    name = line.split()[0]
+    above = i - 1
+    while lines[above].startswith("  config."):
+      above -= 1
+    if "  # " not in line and not lines[above].strip().startswith("#"):
+      missing.append(name)
+  assert not missing
+
+
+def test_the_defaults_are_what_the_functions_take():
+  # A subtree is the keyword arguments of one function; it has no more and no
+  # less than that function asks for.
+  config = _load()
+  for function, subtree, others in (
+    (models.create, config.model, {"num_classes", "image_size"}),
+    (losses.get_loss, config.loss, set()),
+    (optim.make_schedule, config.schedule, {"total_steps"}),
+    (
+      optim.make_optimizer,
+      config.optimizer,
+      {"schedule", "base_lr", "params"},
+    ),
+  ):
+    names = set(inspect.signature(function).parameters)
+    assert set(subtree) == names - others, function.__name__
+
+
+def test_the_code_reads_only_keys_that_exist():
+  flat = configuration.flatten(_load())
+  groups = {k.rpartition(".")[0] for k in flat}
+  package = Path(configuration.__file__).parent
+  for file in ("train.py", "evaluate.py", "predict.py"):
+    tree = ast.parse((package / file).read_text())
+    for node in ast.walk(tree):
+      if not isinstance(node, ast.Attribute):
+        continue
+      text = ast.unparse(node)
+      if re.fullmatch(r"config(\.\w+)+", text):
+        key = text.removeprefix("config.")
+        assert key in flat or key in groups, f"{file} reads {text}"

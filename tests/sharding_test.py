@@ -1,0 +1,252 @@
+"""The mesh, the table of layouts, and how batches are laid out."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vit_jax import models, optim, sharding
+from vit_jax.errors import UserError
+from vit_jax.state import TrainState, flatten
+
+_OPTIMIZER = {
+  "b1": 0.9,
+  "b2": 0.999,
+  "eps": 1e-8,
+  "momentum": 0.9,
+  "accumulator_dtype": "bfloat16",
+  "weight_decay": 0.1,
+  "weight_decay_scaling": "lr",
+  "weight_decay_params": ".*/kernel",
+  "clip_norm": 1.0,
+  "base_lr": 1e-3,
+  "schedule": lambda step: 1e-3,
+}
+
+
+def _state_shapes(optimizer="adam", lr_multipliers=(), **kwargs):
+  options = {"variant": "ViT-Ti_16", "num_classes": 1000, "image_size": 224}
+  model = models.create(**options | kwargs)
+
+  def init(key):
+    params = model.init(key)
+    transformation = optim.make_optimizer(
+      name=optimizer,
+      lr_multipliers=lr_multipliers,
+      params=params,
+      **_OPTIMIZER,
+    )
+    return TrainState(
+      step=jax.numpy.zeros((), "int32"),
+      params=params,
+      opt_state=transformation.init(params),
+      ema=params,
+      rng=jax.random.key_data(key),
+    )
+
+  return jax.eval_shape(init, jax.random.key(0))
+
+
+_FORMS = list(
+  itertools.product(("token", "gap", "map"), (0, -1), (False, True))
+)
+
+
+@pytest.mark.parametrize(
+  ("classifier", "representation_size", "scan"), _FORMS, ids=str
+)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_rules_cover_every_form(
+  classifier, representation_size, scan, optimizer
+):
+  shapes = _state_shapes(
+    optimizer,
+    classifier=classifier,
+    representation_size=representation_size,
+    scan=scan,
+  )
+  _check_rules(shapes)
+
+
+@pytest.mark.parametrize("variant", [f"ViT-{v}_14" for v in models.VARIANTS])
+def test_rules_cover_every_variant(variant):
+  _check_rules(_state_shapes(variant=variant, scan=True))
+
+
+def _check_rules(shapes, fsdp=8):
+  """Every kernel is split once, moments lie as their parameters do."""
+  specs = {
+    path: sharding.partition_spec(path, x.shape, fsdp)
+    for path, x in flatten(shapes).items()
+  }
+  flat = flatten(shapes)
+  for path, spec in specs.items():
+    names = [name for name in spec if name]
+    assert names == (["fsdp"] if path.endswith("/kernel") else []), path
+    assert len(spec) in (0, flat[path].ndim), path
+  params = {p.removeprefix("params/") for p in specs if p.startswith("params/")}
+  mirrored = 0
+  for path, spec in specs.items():
+    owner = next((p for p in params if path.endswith("/" + p)), None)
+    if owner:
+      assert spec == specs[f"params/{owner}"], path
+      mirrored += 1
+  assert mirrored >= 3 * len(params)  # params, ema and at least one moment
+
+
+def test_rules_cover_frozen_parameters():
+  shapes = _state_shapes(lr_multipliers=("head/.*=1", ".*=0"))
+  moments = [p for p in flatten(shapes) if p.startswith("opt_state/")]
+  assert any(p.endswith("mu/head/kernel") for p in moments)
+  assert not any("encoderblock" in p for p in moments)
+  for path, x in flatten(shapes).items():
+    sharding.partition_spec(path, x.shape, 8)
+
+
+def test_specs_by_example():
+  block = "params/Transformer/encoderblock"
+  attention = "MultiHeadDotProductAttention_0"
+  for path, shape, spec in (
+    (f"{block}_3/{attention}/query/kernel", (64, 4, 16), P("fsdp", None, None)),
+    (f"{block}_3/{attention}/out/kernel", (4, 16, 64), P(None, None, "fsdp")),
+    (f"{block}_3/MlpBlock_0/Dense_0/kernel", (64, 256), P("fsdp", None)),
+    (f"{block}_3/MlpBlock_0/Dense_1/kernel", (256, 64), P(None, "fsdp")),
+    (f"{block}/MlpBlock_0/Dense_1/kernel", (6, 256, 64), P(None, None, "fsdp")),
+    (f"opt_state/0/mu/{block}_3/LayerNorm_0/scale", (64,), P()),
+    ("params/head/kernel", (64, 10), P("fsdp", None)),
+    ("params/embedding/kernel", (4, 4, 3, 64), P(None, None, None, "fsdp")),
+    ("opt_state/0/count", (), P()),
+    ("step", (), P()),
+  ):
+    assert sharding.partition_spec(path, shape, 4) == spec, path
+
+
+@pytest.mark.parametrize("path", ["params/adapter/kernel", "head/kernel2", "x"])
+def test_a_path_without_a_rule_is_our_own_mistake(path):
+  with pytest.raises(AssertionError, match=path):
+    sharding.partition_spec(path, (8, 8), 1)
+
+
+def test_fsdp_that_does_not_divide_an_axis_names_it():
+  with pytest.raises(UserError) as error:
+    sharding.partition_spec("params/head/kernel", (192, 10), 5)
+  assert str(error.value) == (
+    "fsdp 5 does not divide axis 0 of params/head/kernel (192, 10); "
+    "choose a divisor of 192"
+  )
+
+
+@pytest.mark.parametrize("fsdp", [0, -1, 3, 16])
+def test_fsdp_that_does_not_divide_the_devices(fsdp):
+  with pytest.raises(UserError) as error:
+    sharding.make_mesh(fsdp)
+  assert str(error.value) == (
+    f"fsdp {fsdp} does not divide 8 devices; valid: 1, 2, 4, 8"
+  )
+
+
+def test_mesh_has_every_device_once():
+  mesh = sharding.make_mesh(4)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4}
+  assert set(mesh.devices.flat) == set(jax.devices())
+  assert sharding.make_mesh(1, jax.devices()[:2]).size == 2
+
+
+def test_fsdp_lowers_the_bytes_on_a_device():
+  shapes = {
+    "head": {"kernel": (64, 40), "bias": (40,)},
+    "pos_embedding": (1, 9, 64),
+  }
+  arrays = jax.tree.map(
+    lambda shape: np.zeros(shape, np.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+  def count(fsdp):
+    mesh = sharding.make_mesh(fsdp)
+    layout = sharding.tree_shardings(mesh, arrays)
+    placed = jax.device_put(arrays, layout)
+    largest = max(
+      sum(
+        shard.data.nbytes
+        for x in jax.tree.leaves(placed)
+        for shard in x.addressable_shards
+        if shard.device == device
+      )
+      for device in jax.devices()
+    )
+    assert sharding.bytes_per_device(placed) == largest
+    return largest
+
+  small = 4 * (40 + 9 * 64)
+  assert count(1) == 4 * 64 * 40 + small
+  assert count(2) == 4 * 64 * 40 / 2 + small
+  assert count(8) == 4 * 64 * 40 / 8 + small
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_batches_arrive_as_they_were(devices, fsdp):
+  if fsdp > devices:
+    pytest.skip("more parts than devices")
+  mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
+  rows = sharding.local_rows(mesh, 16)
+  np.testing.assert_array_equal(rows, np.arange(16))
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (16, 4, 4, 3)).astype(np.uint8),
+    "labels": rng.integers(0, 9, (16, 2)).astype(np.int32),
+    "mask": rng.uniform(size=16) < 0.5,
+  }
+  placed = sharding.put_batch(mesh, batch, 16)
+  for name, x in batch.items():
+    np.testing.assert_array_equal(placed[name], x)
+    assert placed[name].dtype == x.dtype
+    shards = placed[name].addressable_shards
+    assert {s.data.shape[0] for s in shards} == {16 // devices}
+
+
+def test_replicate_puts_the_whole_array_everywhere():
+  x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
+  placed = sharding.replicate(sharding.make_mesh(2), {"x": x})["x"]
+  assert len(placed.addressable_shards) == 8
+  for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, x)
+
+
+@pytest.mark.parametrize(
+  ("batch_size", "micro_batches", "message"),
+  [
+    (
+      100,
+      1,
+      "batch_size 100 is not divisible by 8 devices; nearest valid: 96",
+    ),
+    (4, 1, "batch_size 4 is not divisible by 8 devices; nearest valid: 8"),
+    (0, 1, "batch_size 0 is not divisible by 8 devices; nearest valid: 8"),
+    (-8, 1, "batch_size -8 is not divisible by 8 devices; nearest valid: 8"),
+    (
+      40,
+      4,
+      "batch_size 40 is not divisible by 8 devices x 4 micro-batches; "
+      "nearest valid: 32",
+    ),
+    (8, 0, "micro_batches is 0; it must be 1 or more"),
+  ],
+)
+def test_batch_sizes_that_do_not_split(batch_size, micro_batches, message):
+  with pytest.raises(UserError) as error:
+    sharding.check_batch_size(batch_size, sharding.make_mesh(), micro_batches)
+  assert str(error.value) == message
+
+
+def test_batch_sizes_that_split():
+  mesh = sharding.make_mesh(4)
+  sharding.check_batch_size(8, mesh)
+  sharding.check_batch_size(96, mesh, 3)

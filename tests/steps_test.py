@@ -1,0 +1,376 @@
+"""The steps: gradients in pieces, averages, mixup, sums, layouts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import metrics
+
+from vit_jax import losses, models, sharding, steps
+from vit_jax.state import TrainState, flatten
+
+_CLASSES = 5
+
+
+def _apply_linear(params, images, *, train=False, key=None):
+  """A model that needs no compiler: logits of the mean colour."""
+  return images.mean((1, 2)) @ params["kernel"] + params["bias"]
+
+
+def _linear_params(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "kernel": jnp.asarray(rng.normal(size=(3, _CLASSES)), jnp.float32),
+    "bias": jnp.asarray(rng.normal(size=_CLASSES), jnp.float32),
+  }
+
+
+def _make_batch(batch_size=24, labels=1, size=8, seed=0):
+  rng = np.random.default_rng(seed)
+  drawn = [rng.permutation(_CLASSES)[:labels] for _ in range(batch_size)]
+  drawn = np.array(drawn, np.int32)
+  if labels > 1:  # some images have fewer labels, one has none
+    drawn[rng.uniform(size=drawn.shape) < 0.4] = -1
+    drawn[0] = -1
+  shape = (batch_size, size, size, 3)
+  image = rng.integers(0, 256, shape).astype(np.uint8)
+  return {"image": image, "labels": drawn}
+
+
+def _make_state(params, optimizer, ema=False):
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema=params if ema else None,
+    rng=jax.random.key_data(jax.random.key(42)),
+  )
+
+
+def _make_step(optimizer, *, apply=_apply_linear, loss="softmax", **kwargs):
+  return jax.jit(
+    steps.make_train_step(
+      apply=apply,
+      loss_fn=losses.get_loss(loss),
+      optimizer=optimizer,
+      schedule=lambda step: 0.1 * step,
+      num_classes=_CLASSES,
+      **kwargs,
+    )
+  )
+
+
+def _softmax(x):
+  e = np.exp(x - x.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+# --- the training step ---
+
+
+def test_normalize_maps_bytes_onto_minus_one_to_one():
+  pixels = np.array([0, 51, 255], np.uint8)
+  expected = np.array([-1, -0.6, 1], np.float32)
+  np.testing.assert_allclose(steps.normalize(pixels), expected, rtol=1e-6)
+  assert steps.normalize(pixels).dtype == jnp.float32
+
+
+def test_a_step_equals_its_formula():
+  params, batch = _linear_params(), _make_batch()
+  optimizer = optax.sgd(0.5)
+  state = _make_state(params, optimizer)
+  state, _ = _make_step(optimizer)(state, batch)
+  state, values = _make_step(optimizer)(state, batch)
+
+  x = (batch["image"].astype(float) / 127.5 - 1).mean((1, 2))
+  kernel, bias = (np.asarray(params[n], float) for n in ("kernel", "bias"))
+  targets = np.eye(_CLASSES)[batch["labels"][:, 0]]
+  for _ in range(2):
+    probabilities = _softmax(x @ kernel + bias)
+    loss = -np.log(probabilities[targets > 0]).mean()
+    gradient = (probabilities - targets) / len(x)
+    norm = np.sqrt(((x.T @ gradient) ** 2).sum() + (gradient.sum(0) ** 2).sum())
+    kernel = kernel - 0.5 * x.T @ gradient
+    bias = bias - 0.5 * gradient.sum(0)
+  np.testing.assert_allclose(state.params["kernel"], kernel, rtol=1e-5)
+  np.testing.assert_allclose(state.params["bias"], bias, rtol=1e-5)
+  np.testing.assert_allclose(values["loss"], loss, rtol=1e-5)
+  np.testing.assert_allclose(values["gradient_norm"], norm, rtol=1e-5)
+  # The rate of the update that was done, not of the next one.
+  np.testing.assert_allclose(values["learning_rate"], 0.1)
+  assert int(state.step) == 2
+
+
+@pytest.mark.parametrize(
+  ("count", "loss", "mixup_alpha"),
+  [
+    (2, "softmax", 0.0),
+    (3, "sigmoid", 0.0),
+    (8, "sigmoid", 0.4),
+    (24, "softmax", 0.0),
+  ],
+)
+def test_micro_batches_give_the_update_of_the_large_batch(
+  count, loss, mixup_alpha
+):
+  optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
+  batch = _make_batch(labels=3)
+  whole = pieces = _make_state(_linear_params(), optimizer)
+  options = {"loss": loss, "mixup_alpha": mixup_alpha}
+  step = _make_step(optimizer, **options)
+  step_in_pieces = _make_step(optimizer, micro_batches=count, **options)
+  for _ in range(3):
+    whole, expected = step(whole, batch)
+    pieces, values = step_in_pieces(pieces, batch)
+    for name, x in expected.items():
+      np.testing.assert_allclose(values[name], x, rtol=1e-5, err_msg=name)
+  for path, x in flatten(whole.params).items():
+    np.testing.assert_allclose(
+      flatten(pieces.params)[path], x, rtol=1e-4, atol=1e-6, err_msg=path
+    )
+
+
+def test_micro_batches_hold_each_row_once():
+  x = jnp.arange(24).reshape(12, 2)
+  pieces = steps.split_micro_batches({"x": x}, 3)["x"]
+  assert pieces.shape == (3, 4, 2)
+  np.testing.assert_array_equal(pieces[1], x[1::3])
+
+
+def test_micro_batches_draw_different_dropout():
+  seen = []
+
+  def apply(params, images, *, train, key):
+    noise = jax.random.normal(key, ())
+    jax.debug.callback(lambda x: seen.append(float(x)), noise)
+    return _apply_linear(params, images)
+
+  optimizer = optax.sgd(0.1)
+  step = _make_step(optimizer, apply=apply, micro_batches=4)
+  state, _ = step(_make_state(_linear_params(), optimizer), _make_batch())
+  jax.effects_barrier()
+  assert len(set(seen)) == 4
+  step(state, _make_batch())
+  jax.effects_barrier()
+  assert len(set(seen)) == 8, "the next step draws anew"
+
+
+def test_polyak_average_equals_its_formula():
+  optimizer = optax.sgd(0.5)
+  state = _make_state(_linear_params(), optimizer, ema=True)
+  step = _make_step(optimizer, ema_decay=0.8)
+  expected = {n: np.asarray(x, float) for n, x in state.params.items()}
+  for i in range(5):
+    state, _ = step(state, _make_batch(seed=i))
+    for name, x in state.params.items():
+      expected[name] = 0.8 * expected[name] + 0.2 * np.asarray(x, float)
+      np.testing.assert_allclose(state.ema[name], expected[name], rtol=1e-5)
+
+
+def test_randomness_is_a_function_of_key_and_step():
+  def apply(params, images, *, train, key):
+    logits = _apply_linear(params, images)
+    return logits + jax.random.normal(key, logits.shape)
+
+  optimizer = optax.sgd(0.0)
+  step = _make_step(optimizer, apply=apply, mixup_alpha=1.0)
+  state = _make_state(_linear_params(), optimizer)
+  batch = _make_batch()
+
+  def run(number, key=42):
+    """The loss of one step, with a rate of 0: only randomness differs."""
+    rng = jax.random.key_data(jax.random.key(key))
+    given = state._replace(step=jnp.int32(number), rng=rng)
+    new, values = step(given, batch)
+    np.testing.assert_array_equal(new.rng, rng)
+    return float(values["loss"])
+
+  assert run(3) == run(3)
+  assert len({run(3), run(4), run(3, key=1)}) == 3
+
+
+# --- mixup ---
+
+
+def test_mixup_mixes_each_row_with_its_neighbour():
+  batch = _make_batch()
+  images = np.asarray(steps.normalize(batch["image"]))
+  targets = np.asarray(losses.multi_hot(batch["labels"], _CLASSES))
+  weights = []
+  for i in range(40):
+    key = jax.random.fold_in(jax.random.key(0), i)
+    mixed, mixed_targets = steps.mixup(key, images, targets, 0.4)
+    # a x0 + (1 - a) x1, so a follows from any pixel; it is one a batch.
+    x0, x1 = images, np.roll(images, 1, axis=0)
+    a = float(((mixed - x1) * (x0 - x1)).sum() / ((x0 - x1) ** 2).sum())
+    weights.append(a)
+    np.testing.assert_allclose(mixed, a * x0 + (1 - a) * x1, atol=1e-5)
+    np.testing.assert_allclose(
+      mixed_targets,
+      a * targets + (1 - a) * np.roll(targets, 1, axis=0),
+      atol=1e-5,
+    )
+    np.testing.assert_allclose(mixed_targets.sum(-1), 1, rtol=1e-6)
+  assert min(weights) >= 0.5 - 1e-6
+  assert max(weights) <= 1 + 1e-6
+  assert np.std(weights) > 0.1
+  assert len(set(weights)) == 40
+
+
+def test_mixup_weights_follow_the_beta_distribution():
+  images, targets = jnp.eye(2)[:, None, None], jnp.eye(2)
+  keys = jax.random.split(jax.random.key(0), 4000)
+  mix = jax.vmap(lambda key: steps.mixup(key, images, targets, 0.2)[1][0, 0])
+  weights = np.asarray(mix(keys))
+  # max(a, 1 - a) of a ~ Beta(0.2, 0.2), by drawing in NumPy.
+  drawn = np.random.default_rng(0).beta(0.2, 0.2, 400_000)
+  drawn = np.maximum(drawn, 1 - drawn)
+  for q in (0.1, 0.25, 0.5):
+    np.testing.assert_allclose(
+      np.quantile(weights, q), np.quantile(drawn, q), atol=0.02
+    )
+
+
+# --- the evaluation step ---
+
+
+def _eval_sums(batch, loss="softmax"):
+  step = steps.make_eval_step(
+    apply=_apply_linear, loss_fn=losses.get_loss(loss), num_classes=_CLASSES
+  )
+  return jax.device_get(jax.jit(step)(_linear_params(), batch))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("labels", [1, 3])
+def test_evaluation_sums_equal_numpy_and_sklearn(labels, loss):
+  batch = _make_batch(labels=labels)
+  mask = np.arange(24) % 4 != 3
+  found = _eval_sums(batch | {"mask": mask}, loss)
+
+  params = {n: np.asarray(x, float) for n, x in _linear_params().items()}
+  x = (batch["image"].astype(float) / 127.5 - 1).mean((1, 2))[mask]
+  logits = x @ params["kernel"] + params["bias"]
+  rows = batch["labels"][mask]
+  targets = np.array([[c in row for c in range(_CLASSES)] for row in rows])
+  labelled = targets.any(-1)
+  if loss == "softmax":
+    share = targets / np.maximum(targets.sum(-1, keepdims=True), 1)
+    each = -(share * np.log(_softmax(logits))).sum(-1)
+  else:
+    p = 1 / (1 + np.exp(-logits))
+    each = -np.where(targets, np.log(p), np.log(1 - p)).sum(-1)
+  top = targets[np.arange(len(x)), logits.argmax(-1)]
+  lrap = metrics.label_ranking_average_precision_score(
+    targets[labelled], logits[labelled]
+  )
+  assert found["examples"] == 18
+  assert found["labelled"] == labelled.sum()
+  assert found["labelled"] == (18 if labels == 1 else 17)
+  assert found["correct"] == top[labelled].sum()
+  np.testing.assert_allclose(found["loss"], each.sum(), rtol=1e-5)
+  np.testing.assert_allclose(
+    found["ranking_precision"], lrap * labelled.sum(), rtol=1e-5
+  )
+
+
+def test_what_padding_holds_changes_nothing():
+  batch = _make_batch(labels=3)
+  mask = np.arange(24) < 10
+  expected = _eval_sums(batch | {"mask": mask})
+  other = _make_batch(labels=3, seed=9)
+  for name, x in batch.items():
+    other[name][:10] = x[:10]
+  found = _eval_sums(other | {"mask": mask})
+  for name, x in expected.items():
+    np.testing.assert_array_equal(found[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_ranking_precision_equals_sklearn(ties):
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(200, 7)).astype(np.float32)
+  if ties:
+    logits = np.round(logits)
+  targets = rng.uniform(size=(200, 7)) < 0.4
+  targets[np.arange(200), rng.integers(7, size=200)] = True
+  labels = np.full((200, 7), -1, np.int32)
+  for row, present in zip(labels, targets, strict=True):
+    ids = np.flatnonzero(present)
+    row[: len(ids)] = rng.permutation(ids)
+  found = steps.ranking_precision(logits, labels)
+  for i in range(200):
+    expected = metrics.label_ranking_average_precision_score(
+      targets[i : i + 1], logits[i : i + 1]
+    )
+    np.testing.assert_allclose(found[i], expected, rtol=1e-6)
+
+
+# --- layouts ---
+
+
+def _train_vit(devices, fsdp, *, scan):
+  """Returns the losses and parameters of four steps of a tiny ViT."""
+  model = models.create(
+    variant="ViT-Tiny_4",
+    num_classes=_CLASSES,
+    image_size=8,
+    dtype="float32",
+    scan=scan,
+    stochastic_depth_rate=0.2,
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    # A large epsilon: a bias of the keys has no gradient but rounding errors
+    # (softmax ignores it), which Adam would blow up to whole steps.
+    optax.scale_by_adam(eps=1e-2),
+    optax.scale(-0.03),
+  )
+  train_step = steps.make_train_step(
+    apply=model.apply,
+    loss_fn=losses.get_loss("sigmoid"),
+    optimizer=optimizer,
+    schedule=lambda step: 0.1,
+    num_classes=_CLASSES,
+    ema_decay=0.9,
+  )
+
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  draw = np.random.default_rng(0).normal
+  params = jax.tree.map(lambda x: np.float32(draw(0, 0.3, x.shape)), shapes)
+  init_state = _make_state(params, optimizer, ema=True)
+  mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
+  layout = sharding.tree_shardings(mesh, init_state)
+  state = jax.device_put(init_state, layout)
+  step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+  history = []
+  for i in range(4):
+    batch = _make_batch(16, labels=3)
+    state, values = step(state, sharding.put_batch(mesh, batch, 16))
+    history.append(float(values["loss"]))
+  for path, x in flatten(state).items():
+    assert x.sharding == flatten(layout)[path], path
+  return history, jax.device_get(flatten(state))
+
+
+@pytest.fixture
+def _tiny_variant(monkeypatch):
+  tiny = models.variants.Variant(16, 2, 32, 2)
+  monkeypatch.setitem(models.VARIANTS, "Tiny", tiny)
+
+
+@pytest.mark.usefixtures("_tiny_variant")
+@pytest.mark.parametrize(
+  ("scan", "layouts"), [(False, [(8, 8)]), (True, [(8, 2), (2, 1)])]
+)
+def test_layouts_agree(scan, layouts):
+  expected, arrays = _train_vit(8, 1, scan=scan)
+  assert expected[-1] < 0.99 * expected[0], "it learns the batch by heart"
+  for devices, fsdp in layouts:
+    found, other = _train_vit(devices, fsdp, scan=scan)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for path, x in arrays.items():
+      np.testing.assert_allclose(
+        other[path], x, rtol=1e-4, atol=1e-5, err_msg=path
+      )
