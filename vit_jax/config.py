@@ -7,6 +7,7 @@ beside the user's other files as well as it does in this project.
 import ast
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,31 @@ def differences(old: dict, new: dict) -> list[str]:
     for key in sorted(old.keys() | new.keys())
     if old.get(key) != new.get(key) and key not in RESUMABLE
   ]
+
+
+# Key -> its least value, and the first that is too large.
+RANGES = {
+  "train.mixup_alpha": (0, math.inf),
+  "eval.batch_size": (0, math.inf),
+  "ema_decay": (0, 1),
+  "log_every": (1, math.inf),
+  "eval_every": (0, math.inf),
+  "checkpoint_every": (0, math.inf),
+  "keep_checkpoints": (1, math.inf),
+  "profile_step": (0, math.inf),
+  "profile_steps": (1, math.inf),
+}
+
+
+def check_ranges(config) -> None:
+  """Raises a UserError for a number that no other part of a run checks."""
+  values = flatten(config)
+  for key, (least, limit) in RANGES.items():
+    if not least <= values[key] < limit:
+      below = f" and below {limit}" if limit < math.inf else ""
+      raise UserError(
+        f"config.{key} is {values[key]}; it must be at least {least}{below}"
+      )
 
 
 def count_steps(config, num_examples: int) -> int:

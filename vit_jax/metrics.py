@@ -45,7 +45,10 @@ class MetricLog:
       workdir.mkdir(parents=True, exist_ok=True)
       self._file = workdir / "metrics.jsonl"
       self._lines = _read_lines(self._file, start_step)
-      self._file.write_text("".join(self._lines))
+      # Whole or not at all: a kill in between must not cost the lines.
+      rewritten = workdir / "metrics.jsonl.tmp"
+      rewritten.write_text("".join(self._lines))
+      rewritten.replace(self._file)
       self._tensorboard = metric_writers.SummaryWriter(
         str(workdir / "tensorboard")
       )

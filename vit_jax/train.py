@@ -40,6 +40,7 @@ def train(config, workdir) -> dict[str, float]:
   """
   # Machines.
   workdir = checkpoint.absolute(workdir)
+  configuration.check_ranges(config)
   resuming = check_workdir(config, workdir)
   mesh = sharding.make_mesh(config.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
@@ -86,6 +87,9 @@ def train(config, workdir) -> dict[str, float]:
     if config.init_from:
       state = start_from(config.init_from, state, model, first.class_names)
   step = int(state.step)
+  if step == total_steps:
+    log.info("the run is complete: %d steps in %s", step, workdir)
+    return last_results(workdir)
   batches = prefetch(
     sharding.put_batch(mesh, batch, config.batch_size)
     for batch in data.train_batches(
@@ -147,8 +151,7 @@ def train(config, workdir) -> dict[str, float]:
   finally:
     metrics.close()
   if step == total_steps:
-    log.info("the run is complete: %d steps in %s", total_steps, workdir)
-    results = results or last_results(workdir)
+    log.info("the run is complete: %d steps in %s", step, workdir)
   return results
 
 
@@ -163,6 +166,8 @@ def open_sources(config):
     (data.get_source(name, config.train.split, config.data_dir), weight)
     for name, weight in mixture
   ]
+  for source, _ in sources:
+    source.check_labels()
   if not config.eval.split:
     return sources, None
   name = config.eval.dataset or mixture[0][0]
@@ -174,6 +179,7 @@ def open_sources(config):
       f"{first.num_classes}, or their names differ; evaluate on the same "
       "classes, or set config.eval.split='' for no evaluation"
     )
+  test.check_labels()
   return sources, test
 
 
@@ -216,8 +222,13 @@ def check_workdir(config, workdir) -> bool:
   """Returns whether `workdir` holds this run already.
 
   Raises:
-    UserError: it holds a run of another configuration.
+    UserError: it holds a run of another configuration, or is no folder.
   """
+  for folder in (workdir, *workdir.parents):
+    if "://" not in str(workdir) and folder.exists() and not folder.is_dir():
+      raise UserError(
+        f"{folder} is a file, no folder; choose another --workdir"
+      )
   file = workdir / "config.json"
   if not file.exists():
     return False

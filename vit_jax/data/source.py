@@ -105,6 +105,20 @@ class Source(abc.ABC):
       input_signature=[tf.TensorSpec([], tf.string)],
     )
 
+  def check_labels(self) -> None:
+    """Looks at the labels of all examples, or of many in a large set.
+
+    Raises:
+      UserError: an example's labels cannot be used; names it.
+    """
+    count = min(_CHECKED_LABELS, self.num_examples)
+    indices = np.arange(count) * self.num_examples // count
+    records = tf.data.Dataset.from_tensor_slices(self.read(indices))
+    labels = records.map(lambda record: self.parse(record)[1]).batch(count)
+    bad = (labels.get_single_element() == BAD_LABEL).numpy().any(axis=1)
+    if bad.any():
+      self.check_example(int(indices[bad.argmax()]))
+
   def check_example(self, index: int) -> tuple[list[int], tuple[int, int]]:
     """Returns the labels of an example and its (height, width) in pixels.
 
@@ -139,6 +153,7 @@ class Source(abc.ABC):
 
 
 BAD_LABEL = -2
+_CHECKED_LABELS = 1000  # before a run starts; the rest is checked as it is read
 
 
 def get_source(dataset: str, split: str, data_dir: str | None = None) -> Source:
@@ -422,6 +437,9 @@ class FolderSource(Source):
   def read(self, indices):
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       return list(pool.map(self._read_one, np.asarray(indices).tolist()))
+
+  def check_labels(self):
+    """They are the folders' and cannot be wrong."""
 
   def _read_one(self, index):
     path, label = self._files[index]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from vit_jax import data, models, sharding, steps
+from vit_jax import preprocess as preprocessing
 
 # How many batches the host runs ahead of the devices.
 RUN_AHEAD = 4
@@ -34,6 +35,8 @@ def make_evaluate(
     UserError: the batch size is not divisible, or the preprocessing is random.
   """
   sharding.check_batch_size(batch_size, mesh)
+  # A mistake shows now, not at the first evaluation.
+  preprocessing.parse(preprocess, model.image_size, evaluation=True)
   eval_step = jax.jit(
     steps.make_eval_step(
       apply=model.apply, loss_fn=loss_fn, num_classes=source.num_classes

@@ -1,0 +1,334 @@
+"""The command line as a user meets it: mistakes, help, what is imported.
+
+Every mistake ends with exit code 2 and one line, and leaves nothing behind.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_runs import REPO, snapshot
+
+from vit_jax import data
+from vit_jax.__main__ import main
+
+
+@pytest.fixture
+def fails(capsys):
+  """Returns a function that runs a command and checks how it fails."""
+
+  def run(args, *words):
+    try:
+      code = main(list(map(str, args)))
+    except SystemExit as e:  # argparse
+      code = e.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert not out
+    (line,) = err.splitlines()
+    assert line.startswith(("error: ", "vit-jax"))
+    for word in words:
+      assert word in line
+    return line
+
+  return run
+
+
+# "key=value" of the configuration -> words of the line. The tiny run has eight
+# devices, batches of 16, images of 16 pixels and 20 steps.
+WRONG_VALUES = {
+  "model.dropout_rat=0.1": "did you mean 'model.dropout_rate'?",
+  "optimiser.name=sgd": "did you mean 'optimizer.name'?",
+  "batch_size=12": "12 is not divisible by 8 devices; nearest valid: 16",
+  "batch_size=0": "nearest valid: 8",
+  "batch_size=many": "config.batch_size is int",
+  "eval.batch_size=20": "20 is not divisible by 8 devices; nearest valid: 16",
+  "eval.batch_size=-8": "eval.batch_size",
+  "micro_batches=3": "8 devices x 3 micro-batches; nearest valid: 24",
+  "micro_batches=0": "micro_batches is 0",
+  "fsdp=3": "fsdp 3 does not divide 8 devices; valid: 1, 2, 4, 8",
+  "image_size=20": "20 is not divisible by the patch size 8",
+  "image_size=0": "nearest valid: 8",
+  "model.variant=ViT-XL_8": "SIZE one of N, Ti, S, B, L, H, g, G",
+  "model.variant=ViT-Ty_8": "did you mean 'ViT-Ti_16'?",
+  "model.classifier=tokn": "token, gap, map; did you mean 'token'?",
+  "model.pos_embedding=sincos": "learned, none",
+  "model.dtype=float16": "float32, bfloat16",
+  "model.remat=all": "none, dots, full",
+  "model.dropout_rate=1.5": "must be in [0, 1)",
+  "train.dataset=digit": "did you mean 'digits'?",
+  "train.dataset=jft_like": "run `vit-jax data prepare jft_like --data_dir=",
+  "train.dataset=folder:/no/such": "/no/such is not a folder",
+  "train.dataset=digits=x": "needs a name and a positive weight",
+  "train.split=trian": "train (1,000)",
+  "train.split=train[:0%]": "it has no examples",
+  "train.split=train[": "split 'train['",
+  "eval.split=validation": "train (1,000)",
+  "eval.dataset=jft_like": "data prepare jft_like",
+  "train.preprocess=inception_crop(size)|flip": "did you mean 'flip_lr'?",
+  "train.preprocess=resize(size": "preprocess 'resize(size'",
+  "train.preprocess=flip_lr": "16",
+  "eval.preprocess=inception_crop(size)": "random, for training only",
+  "eval.preprocess=resize(8)": "resize(8)",
+  "total_steps=-5": "set exactly one of total_steps",
+  "total_steps=0": "set now: none",
+  "total_epochs=2": "set exactly one of total_steps",
+  "loss.name=hinge": "sigmoid, softmax",
+  "loss.label_smoothing=1.5": "label_smoothing 1.5",
+  "optimizer.name=adamw": "adam, sgd; did you mean 'adam'?",
+  "optimizer.b1=1.0": "b1 1.0",
+  "optimizer.weight_decay=-1": "weight_decay -1",
+  "optimizer.weight_decay_params=nothing": "matches no parameter",
+  "optimizer.lr_multipliers=('head',)": "'regex=factor'",
+  "schedule.decay=exponential": "linear, cosine, rsqrt, constant",
+  "schedule.warmup_steps=100": "do not fit in a run of 20 steps",
+  "schedule.base_lr=-1": "base_lr -1",
+  "train.mixup_alpha=-1": "train.mixup_alpha",
+  "ema_decay=1.5": "ema_decay",
+  "log_every=0": "log_every",
+  "eval_every=-1": "eval_every",
+  "checkpoint_every=-1": "checkpoint_every",
+  "keep_checkpoints=0": "keep_checkpoints",
+  "profile_steps=-1": "profile_steps",
+  "init_from=/no/such/run": "no checkpoint at /no/such/run",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_VALUES)
+def test_a_wrong_value(override, runs, fails, tmp_path):
+  workdir = tmp_path / "run"
+  fails(runs.train_args(workdir, override), WRONG_VALUES[override])
+  assert not workdir.exists()
+
+
+def test_a_wrong_configuration_file(runs, fails, tmp_path):
+  workdir = tmp_path / "run"
+
+  def try_config(config, *words):
+    fails(runs.train_args(workdir, config=config), *words)
+    assert not workdir.exists()
+
+  try_config(
+    str(runs.config).replace("tiny", "tny"),
+    "no configuration file",
+    f"did you mean '{runs.config}'?",
+  )
+  try_config(f"{runs.config}:large", str(runs.config), "get_config() takes 0")
+  empty = tmp_path / "empty.py"
+  empty.write_text("x = 1\n")
+  try_config(empty, f"{empty} failed", "get_config")
+  broken = tmp_path / "broken.py"
+  broken.write_text("def get_config(:\n  pass\n")
+  try_config(broken, str(broken), "line 1")
+  misspelt = tmp_path / "misspelt.py"
+  shutil.copy(REPO / "configs" / "common.py", tmp_path)
+  misspelt.write_text(
+    "from common import get_config as defaults\n"
+    "def get_config():\n"
+    "  config = defaults()\n"
+    "  config.batchsize = 16\n"
+    "  return config\n"
+  )
+  try_config(misspelt, "batchsize", "did you mean", "batch_size")
+
+
+def test_a_workdir_of_another_configuration(runs, reference, fails):
+  before = snapshot(reference.workdir)
+  fails(
+    runs.train_args(reference.workdir, "total_steps=30", "seed=1"),
+    f"{reference.workdir} holds a run of another configuration",
+    "(seed: 0 -> 1; total_steps: 20 -> 30)",
+    "choose another --workdir",
+  )
+  assert snapshot(reference.workdir) == before
+
+
+def test_a_workdir_that_is_a_file(runs, fails, tmp_path):
+  (tmp_path / "file").write_text("mine")
+  fails(runs.train_args(tmp_path / "file"), f"{tmp_path}/file", "folder")
+  fails(runs.train_args(tmp_path / "file" / "run"), f"{tmp_path}/file")
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_weights_of_another_architecture(runs, reference, fails, tmp_path):
+  workdir = tmp_path / "run"
+  fails(
+    runs.train_args(
+      workdir, f"init_from={reference.workdir}", "model.variant=ViT-Ti_8"
+    ),
+    f"{reference.workdir}/best/",
+    "holds another architecture: ",
+    "is 128 there and 192 here",
+    "set config.model as in that run",
+  )
+  assert not workdir.exists()
+
+
+def test_an_image_that_cannot_be_decoded(runs, fails, tmp_path):
+  bad = make_folder(tmp_path / "images") / "cat" / "1.png"
+  bad.write_bytes(bad.read_bytes()[:60])
+  workdir = tmp_path / "run"
+  fails(
+    runs.train_args(
+      workdir,
+      f"train.dataset=folder:{tmp_path}/images",
+      "train.split=train",
+      "eval.split=test",
+    ),
+    f"{bad}: not a readable image",
+  )
+  assert not workdir.exists()
+
+
+def make_folder(root):
+  for name in ("cat", "dog"):
+    (root / name).mkdir(parents=True)
+    for i in range(12):
+      pixels = np.full((9, 9, 3), 20 * i, np.uint8)
+      Image.fromarray(pixels).save(root / name / f"{i}.png")
+  return root
+
+
+@pytest.mark.parametrize("split", ["train.split", "eval.split"])
+def test_labels_out_of_range(split, runs, fails, tmp_path):
+  """A data set that declares eight classes; `split` alone has others."""
+  folder = shutil.copytree(runs.data_dir, tmp_path / "data") / "digits/1.0.0"
+  (folder / "label.labels.txt").write_text("\n".join("01234567"))
+  features = (folder / "features.json").read_text()
+  assert '"numClasses": "10"' in features
+  features = features.replace('"numClasses": "10"', '"numClasses": "8"')
+  (folder / "features.json").write_text(features)
+  good, bad = find_runs(runs, "train")
+  workdir = tmp_path / "run"
+  args = runs.train_args(
+    workdir,
+    f"data_dir={tmp_path}/data",
+    f"train.split=train[{good}:{good + 1}]",
+    f"eval.split=train[{good}:{good + 1}]",
+    f"{split}=train[{bad - 1}:{bad + 2}]",
+  )
+  line = fails(args, " is out of range, 8 classes have labels 0 to 7")
+  assert re.match(r"error: example \d+ of digits \S+: label [89] ", line)
+  assert not workdir.exists()
+
+
+def find_runs(runs, split):
+  """Returns an example of a class below 8, and one that is not."""
+  source = data.get_source("digits", split, str(runs.data_dir))
+  records = source.read(np.arange(100))
+  labels = np.array([source.parse(r)[1].numpy()[0] for r in records])
+  return int(np.argmax(labels < 8)), int(1 + np.argmax(labels[1:] >= 8))
+
+
+def test_wrong_arguments(runs, fails, tmp_path):
+  fails([], "vit-jax --help")
+  fails(["trian"], "'trian'", "train")
+  fails(["train", f"--workdir={tmp_path}/run"], "--config")
+  train = ["train", f"--config={runs.config}", f"--workdir={tmp_path}/run"]
+  fails([*train, "--steps=3"], "unknown argument '--steps=3'")
+  fails([*train, "--config.total_steps"], "--config.total_steps=VALUE")
+  fails([*train, "--num_processes=2"], "are given together")
+  fails(["evaluate"], "--workdir", "--checkpoint")
+  fails(["predict", "--checkpoint=x"], "IMAGE")
+  assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_without_what_it_needs(runs, reference, fails, tmp_path):
+  fails(["evaluate", f"--workdir={tmp_path}/no"], "no checkpoint at")
+  fails(["evaluate", f"--checkpoint={tmp_path}"], "config.json")
+  given = ["evaluate", f"--workdir={reference.workdir}"]
+  fails([*given, "--split=tset"], "train (1,000)")
+  folder = make_folder(tmp_path / "images")
+  fails([*given, f"--dataset=folder:{folder}", "--split=test"], "2 classes")
+  fails([*given, f"--data_dir={tmp_path}"], "data prepare digits")
+  assert not (tmp_path / "no").exists()
+
+
+def test_predict_without_what_it_needs(reference, fails, tmp_path):
+  text = tmp_path / "text.jpg"
+  text.write_text("not an image")
+  good = make_folder(tmp_path / "images") / "cat" / "1.png"
+  given = ["predict", f"--checkpoint={reference.workdir}"]
+  fails([*given, good, text], f"{text}: not a readable image")
+  fails([*given, tmp_path / "gone.png"], "gone.png", "No such file")
+  fails([*given, tmp_path], f"{tmp_path}: cannot be read: Is a directory")
+  fails([*given, good, "--top=0"], "--top")
+  fails(["predict", f"--checkpoint={tmp_path}", good], "no checkpoint at")
+
+
+def test_data_without_what_it_needs(fails, tmp_path):
+  where = f"--data_dir={tmp_path}"
+  fails(["data"], "ACTION")
+  fails(["data", "prepare", "digit", where], "did you mean 'digits'?")
+  fails(["data", "check", "digits", where], "data prepare digits")
+  fails(["data", "show", "folder:/no/such"], "/no/such is not a folder")
+  assert not list(tmp_path.iterdir())
+
+
+# --- a process of its own ---
+
+
+def run_python(*args):
+  return subprocess.run(
+    [sys.executable, *map(str, args)],
+    cwd=REPO,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+def test_a_mistake_in_a_real_process(runs, tmp_path):
+  args = runs.train_args(tmp_path / "run", "model.variant=ViT-Q_8")
+  done = run_python("-m", "vit_jax", *args)
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: unknown model variant 'ViT-Q_8'; it is ViT-")
+  assert not (tmp_path / "run").exists()
+
+
+def test_help():
+  done = run_python("-m", "vit_jax", "--help")
+  assert done.returncode == 0
+  for command in ("train", "evaluate", "predict", "data", "quickstart"):
+    assert re.search(rf"^ +{command}\s+\w", done.stdout, re.M)
+  assert not done.stderr
+
+
+def test_help_of_commands(capsys):
+  for command in (["train"], ["evaluate"], ["predict"], ["data", "show"]):
+    with pytest.raises(SystemExit) as e:
+      main([*command, "--help"])
+    assert e.value.code == 0
+    assert f"usage: vit-jax {' '.join(command)}" in capsys.readouterr().out
+
+
+HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "sklearn")
+PREDICT = """
+import sys
+from vit_jax.__main__ import main
+assert main(sys.argv[1:]) == 0
+print([name for name in %r if name in sys.modules])
+"""
+
+
+def test_importing_the_package_imports_nothing_heavy():
+  code = "import sys, vit_jax; print([n for n in %r if n in sys.modules])"
+  heavy = (*HEAVY, "jax", "flax", "orbax", "numpy")
+  assert run_python("-c", code % (heavy,)).stdout == "[]\n"
+
+
+def test_predict_imports_no_tensorflow(reference, tmp_path):
+  image = make_folder(tmp_path) / "cat" / "1.png"
+  args = ["predict", f"--checkpoint={reference.workdir}", "--json", image]
+  done = run_python("-c", PREDICT % (HEAVY,), *args)
+  assert not done.stderr
+  results, heavy = done.stdout.splitlines()
+  assert heavy == "[]"
+  assert json.loads(results)[0]["image"] == str(image)

@@ -1,0 +1,262 @@
+"""Helpers of the end-to-end tests: tiny runs of the real command line."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vit_jax import state
+
+REPO = Path(__file__).parents[1]
+TIMEOUT = 300  # seconds; a run takes about 15, most of them to start
+
+
+class Runs:
+  """Starts commands that share a data set, a configuration and compilations."""
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    self.data_dir = folder / "data"
+    self.compiled = folder / "compiled"
+    self.config = folder / "configs" / "tiny_config.py"
+    self.config.parent.mkdir()
+    shutil.copy(REPO / "configs" / "common.py", self.config.parent)
+    shutil.copy(REPO / "tests" / "tiny_config.py", self.config.parent)
+
+  def train_args(self, workdir, *overrides, config=None) -> list[str]:
+    """Returns the arguments of `train`; overrides as "key=value"."""
+    return [
+      "train",
+      f"--config={config or self.config}",
+      f"--workdir={workdir}",
+      f"--config.data_dir={self.data_dir}",
+      *(f"--config.{text}" for text in overrides),
+    ]
+
+  def start(
+    self, args, *, devices=8, record=None, file_limit=None
+  ) -> "Process":
+    """Starts a command.
+
+    Args:
+      args: of the command line.
+      devices: how many fake ones.
+      record: a file for the digests of its batches, see record_batches.py.
+      file_limit: the longest file that it may write, in units of 512 bytes.
+    """
+    entry = ["-m", "vit_jax"]
+    if record:
+      entry = ["tests/record_batches.py", str(record)]
+    command = [sys.executable, *entry, *map(str, args)]
+    if file_limit:
+      command = [
+        "sh",
+        "-c",
+        f'ulimit -f {file_limit}; exec "$@"',
+        "sh",
+        *command,
+      ]
+    # Unoptimised code is there in a third of the time, and fast enough.
+    flags = (
+      f"--xla_force_host_platform_device_count={devices} "
+      "--xla_backend_optimization_level=0 "
+      "--xla_cpu_use_fusion_emitters=false"
+    )
+    environment = {
+      **os.environ,
+      "PYTHONPATH": str(REPO),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": flags,
+      # Most of a tiny run is compiling; the same program is compiled once.
+      "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # as a user has it
+    return Process(command, environment)
+
+  def train(self, workdir, *overrides, **kwargs) -> "Process":
+    """Starts `train`."""
+    return self.start(self.train_args(workdir, *overrides), **kwargs)
+
+  def train_to_end(self, workdir, *overrides, **kwargs) -> "Process":
+    """Runs `train` and expects that it ends well."""
+    process = self.train(workdir, *overrides, **kwargs)
+    assert process.wait() == 0, process.stderr()
+    return process
+
+  def pair(self, args, **kwargs) -> list["Process"]:
+    """Starts two processes that work as one."""
+    port = find_port()
+    return [
+      self.start(
+        [
+          *args,
+          f"--coordinator=localhost:{port}",
+          "--num_processes=2",
+          f"--process_id={i}",
+        ],
+        **{
+          key: value[i] if isinstance(value, list) else value
+          for key, value in kwargs.items()
+        },
+      )
+      for i in range(2)
+    ]
+
+
+class Reference(NamedTuple):
+  """A run that was never interrupted.
+
+  Attributes:
+    workdir: its folder.
+    stderr: what it said.
+  """
+
+  workdir: Path
+  stderr: str
+
+
+class Process:
+  """A command that runs, and what it has said so far."""
+
+  def __init__(self, command, environment):
+    self._files = [open_log(), open_log()]
+    self._process = subprocess.Popen(
+      command,
+      cwd=REPO,
+      env=environment,
+      stdout=self._files[0],
+      stderr=self._files[1],
+      text=True,
+    )
+
+  def wait(self) -> int:
+    """Returns the exit code."""
+    try:
+      return self._process.wait(TIMEOUT)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      raise AssertionError(f"it hangs:\n{self.stderr()}") from None
+
+  def is_running(self) -> bool:
+    return self._process.poll() is None
+
+  def send(self, number: int) -> None:
+    """Sends a signal."""
+    self._process.send_signal(number)
+
+  def stdout(self) -> str:
+    return read_log(self._files[0])
+
+  def stderr(self) -> str:
+    return read_log(self._files[1])
+
+  def steps(self) -> list[int]:
+    """Returns the steps that it has reported."""
+    return [int(s) for s in re.findall(r"^step (\d+)/", self.stderr(), re.M)]
+
+  def wait_until(self, condition) -> bool:
+    """Waits for condition(); False if the process ended before."""
+    end = time.monotonic() + TIMEOUT
+    while self.is_running():
+      if condition():
+        return True
+      assert time.monotonic() < end, f"never came:\n{self.stderr()}"
+      time.sleep(0.002)
+    return False
+
+
+def open_log():
+  """Opens a nameless file; a pipe would block when nobody reads it."""
+  return tempfile.TemporaryFile("w+")
+
+
+def read_log(file) -> str:
+  return os.pread(file.fileno(), 2**24, 0).decode(errors="replace")
+
+
+def find_port() -> int:
+  """Returns a port that is free now."""
+  with contextlib.closing(socket.socket()) as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def read_metrics(workdir) -> list[dict]:
+  """Returns the lines of metrics.jsonl without what depends on the clock."""
+  lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return [
+    {k: v for k, v in json.loads(line).items() if not k.startswith("speed/")}
+    for line in lines
+  ]
+
+
+def read_losses(workdir) -> dict[int, float]:
+  """Returns {step: training loss}."""
+  return {
+    line["step"]: line["train/loss"]
+    for line in read_metrics(workdir)
+    if "train/loss" in line
+  }
+
+
+def saved_steps(workdir, kind="checkpoints") -> list[int]:
+  """Returns the steps of the complete checkpoints, oldest first."""
+  folders = (Path(workdir) / kind).glob("*")
+  return sorted(int(f.name) for f in folders if f.name.isdigit())
+
+
+def read_state(workdir, kind="checkpoints") -> tuple[int, dict]:
+  """Returns (step, {path: array}) of the newest checkpoint, as stored."""
+  step = saved_steps(workdir, kind)[-1]
+  folder = Path(workdir) / kind / str(step) / "state"
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    tree = reader.metadata(folder).item_metadata.tree
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+    )
+    args = ocp.args.PyTreeRestore(restore_args=as_numpy)
+    return step, state.flatten(reader.restore(folder, args=args))
+
+
+def read_batches(file) -> dict[tuple[int, int], str]:
+  """Returns {(step, row): digest}; a row that came twice came the same."""
+  seen = {}
+  for line in Path(file).read_text().splitlines():
+    step, row, digest = json.loads(line)
+    assert seen.setdefault((step, row), digest) == digest, (step, row)
+  return seen
+
+
+def snapshot(folder) -> dict[str, tuple[int, int]]:
+  """Returns {file: (size, time of change)} of everything below a folder."""
+  return {
+    str(f.relative_to(folder)): (f.stat().st_size, f.stat().st_mtime_ns)
+    for f in Path(folder).rglob("*")
+    if f.is_file()
+  }
+
+
+def assert_same_run(workdir, reference) -> None:
+  """Checks that two runs ended the same, to the bit."""
+  assert read_metrics(workdir) == read_metrics(reference)
+  for kind in ("checkpoints", "best"):
+    step, arrays = read_state(workdir, kind)
+    expected_step, expected = read_state(reference, kind)
+    assert step == expected_step
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+      assert array.dtype == expected[path].dtype, path
+      assert array.tobytes() == expected[path].tobytes(), path
