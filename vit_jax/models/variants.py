@@ -19,7 +19,7 @@ class Variant(NamedTuple):
 # (arXiv 2012.12877), B, L and H the paper's Table 1, g and G those of "Scaling
 # Vision Transformers" (arXiv 2106.04560, Table 2).
 VARIANTS = {
-  "N": Variant(128, 6, 512, 4),
+  "N": Variant(128, 4, 512, 4),
   "Ti": Variant(192, 12, 768, 3),
   "S": Variant(384, 12, 1536, 6),
   "B": Variant(768, 12, 3072, 12),
