@@ -55,7 +55,9 @@ class MetricLog:
 
   def add(self, step: int, metrics: dict) -> None:
     """Takes the metrics of a step as device arrays, without fetching them."""
-    self._pending.append((step, metrics))
+    # Taken here and not when the values are fetched, which is one interval
+    # later: the host is at most RUN_AHEAD steps ahead of the devices.
+    self._pending.append((step, metrics, time.monotonic()))
     if len(self._pending) > RUN_AHEAD:
       jax.block_until_ready(self._pending[-RUN_AHEAD - 1][1])
 
@@ -67,11 +69,11 @@ class MetricLog:
     """
     ready = [entry for entry in self._pending if entry[0] <= up_to]
     self._pending = self._pending[len(ready) :]
-    for step, metrics in jax.device_get(ready):
+    for step, metrics, now in jax.device_get(ready):
       values = {f"train/{name}": float(x) for name, x in metrics.items()}
       _check_finite(step, values)
       if step % self._every == 0 or step == self._total:
-        self._report(step, values)
+        self._report(step, values, now)
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Writes one line to metrics.jsonl and the same to TensorBoard."""
@@ -94,8 +96,7 @@ class MetricLog:
     if self._writes:
       self._tensorboard.close()
 
-  def _report(self, step, values):
-    now = time.monotonic()
+  def _report(self, step, values, now):
     steps, seconds = step - self._clock[0], now - self._clock[1]
     self._clock = (step, now)
     speed = steps * self._batch_size / max(seconds, 1e-9)
