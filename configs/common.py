@@ -5,11 +5,14 @@ result is locked: a misspelt key is an error. `config.batch_size` is the
 global batch, over all hosts and devices.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections.config_dict import FieldReference, placeholder
 
 
-def get_config():
+# Any: a type checker takes each value of a ConfigDict for all that it may hold.
+def get_config() -> Any:
   """Returns the defaults: ViT-B/16 pre-training on ImageNet-21k, the paper."""
   config = ml_collections.ConfigDict()
 

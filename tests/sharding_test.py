@@ -190,11 +190,10 @@ def test_fsdp_lowers_the_bytes_on_a_device():
 # --- batches ---
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
-@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize(
+  ("devices", "fsdp"), [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)]
+)
 def test_batches_arrive_as_they_were(devices, fsdp):
-  if fsdp > devices:
-    pytest.skip("more parts than devices")
   mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
   rows = sharding.local_rows(mesh, 16)
   np.testing.assert_array_equal(rows, np.arange(16))

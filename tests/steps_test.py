@@ -344,9 +344,8 @@ def _train_vit(devices, fsdp, *, scan):
   layout = sharding.tree_shardings(mesh, init_state)
   state = jax.device_put(init_state, layout)
   step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
-  history = []
-  for i in range(4):
-    batch = _make_batch(16, labels=3)
+  history, batch = [], _make_batch(16, labels=3)
+  for _ in range(4):
     state, values = step(state, sharding.put_batch(mesh, batch, 16))
     history.append(float(values["loss"]))
   for path, x in flatten(state).items():

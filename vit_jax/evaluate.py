@@ -36,8 +36,8 @@ def evaluate(
   config: Any = ml_collections.ConfigDict(weights.run["config"])
   class_names = weights.run["class_names"]
   first_training_set = data.parse_mixture(config.train.dataset)[0][0]
-  dataset = dataset or config.eval.dataset or first_training_set
-  split = split or config.eval.split
+  dataset = str(dataset or config.eval.dataset or first_training_set)
+  split = str(split or config.eval.split)
   test = data.get_source(dataset, split, data_dir or config.data_dir)
   if test.class_names != class_names:
     raise UserError(

@@ -1,0 +1,196 @@
+"""The evaluation of a whole test set: each image once, on any machine."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from sklearn import metrics
+
+from vit_jax import data, losses, models, sharding
+from vit_jax.errors import UserError
+from vit_jax.evaluators import classification
+
+_CLASSES = 4
+
+
+class _Pictures(data.Source):
+  """Plain pictures of one colour each, in memory."""
+
+  def __init__(self, labels, colors):
+    self.dataset, self.split = "pictures", "test"
+    self.num_examples, self.num_classes = len(labels), _CLASSES
+    self.class_names = list("abcd")
+    self.multilabel = max(map(len, labels)) > 1
+    self.max_labels = max(map(len, labels))
+    self._labels = labels
+    self._pngs = [self._encode(color) for color in colors]
+
+  def _encode(self, color):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), tuple(map(int, color))).save(file, "png")
+    return file.getvalue()
+
+  def read(self, indices):
+    return [
+      bytes([len(self._labels[i]), *self._labels[i]]) + self._pngs[i]
+      for i in indices
+    ]
+
+  def parse_labels(self, record):
+    content = tf.io.decode_raw(record, tf.uint8)
+    return tf.cast(content[1 : 1 + tf.cast(content[0], tf.int32)], tf.int32)
+
+  def parse_image(self, record):
+    count = tf.cast(tf.io.decode_raw(record, tf.uint8)[0], tf.int32)
+    return tf.strings.substr(record, 1 + count, -1)
+
+
+def _make_source(num_examples, multilabel):
+  rng = np.random.default_rng(0)
+  counts = (
+    rng.integers(0, 4, num_examples) if multilabel else [1] * num_examples
+  )
+  labels = [rng.permutation(_CLASSES)[:n].tolist() for n in counts]
+  colors = rng.integers(0, 256, (num_examples, 3))
+  return _Pictures(labels, colors), labels, colors
+
+
+_KERNEL = np.random.default_rng(1).normal(size=(3, _CLASSES)).astype(np.float32)
+
+
+def _apply(params, images):
+  return images.mean((1, 2)) @ params
+
+
+_MODEL = models.Model(
+  init=lambda key: _KERNEL,
+  apply=_apply,
+  image_size=(4, 4),
+  grid=(1, 1),
+  num_layers=0,
+)
+
+
+def _evaluate(source, devices, batch_size, loss="softmax"):
+  mesh = sharding.make_mesh(1, jax.devices()[:devices])
+  evaluate = classification.make_evaluate(
+    model=_MODEL,
+    loss_fn=losses.get_loss(loss),
+    source=source,
+    mesh=mesh,
+    batch_size=batch_size,
+    preprocess="resize(size)",
+  )
+  params = sharding.replicate(mesh, _KERNEL)
+  first = list(evaluate(params))
+  assert list(evaluate(params)) == first, "an evaluation can be repeated"
+  return dict(first)
+
+
+@pytest.mark.parametrize("num_examples", [1, 24, 41])
+def test_single_label_metrics_are_the_same_on_any_machine(num_examples):
+  source, labels, colors = _make_source(num_examples, multilabel=False)
+  logits = (colors / 127.5 - 1) @ _KERNEL.astype(float)
+  labels = np.array(labels)[:, 0]
+  shifted = logits - logits.max(-1, keepdims=True)
+  log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+  loss = -log_p[np.arange(num_examples), labels].mean()
+  accuracy = (logits.argmax(-1) == labels).mean()
+  for devices, batch_size in ((1, 7), (3, 24), (8, 24), (8, 64)):
+    found = _evaluate(source, devices, batch_size)
+    assert found.keys() == {"examples", "loss", "accuracy"}
+    assert found["examples"] == num_examples
+    assert type(found["examples"]) is int
+    # A ratio of two whole numbers: nothing to round.
+    assert found["accuracy"] == accuracy
+    np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
+
+
+def test_multi_label_metrics_are_the_same_on_any_machine():
+  source, labels, colors = _make_source(41, multilabel=True)
+  assert source.multilabel
+  logits = (colors / 127.5 - 1) @ _KERNEL.astype(float)
+  targets = np.array([[c in row for c in range(_CLASSES)] for row in labels])
+  labelled = targets.any(-1)
+  assert 0 < labelled.sum() < 41, "some images have no label"
+  top = targets[np.arange(41), logits.argmax(-1)][labelled]
+  lrap = metrics.label_ranking_average_precision_score(
+    targets[labelled], logits[labelled]
+  )
+  p = 1 / (1 + np.exp(-logits))
+  loss = -np.log(np.where(targets, p, 1 - p)).sum(-1).mean()
+  for devices, batch_size in ((1, 10), (3, 12), (8, 16)):
+    found = _evaluate(source, devices, batch_size, "sigmoid")
+    assert found.keys() == {"examples", "loss", "prec@1", "lrap"}
+    assert found["examples"] == 41
+    assert found["prec@1"] == top.mean()
+    np.testing.assert_allclose(found["lrap"], lrap, rtol=1e-6)
+    np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
+
+
+def test_a_batch_size_that_does_not_split_is_refused():
+  source, _, _ = _make_source(8, multilabel=False)
+  with pytest.raises(UserError, match="batch_size 12 is not divisible by 8"):
+    _evaluate(source, 8, 12)
+
+
+def test_random_preprocessing_is_refused():
+  source, _, _ = _make_source(8, multilabel=False)
+  # Before anything is trained, not at the first evaluation.
+  with pytest.raises(UserError, match="flip_lr is random"):
+    classification.make_evaluate(
+      model=_MODEL,
+      loss_fn=losses.get_loss("softmax"),
+      source=source,
+      mesh=sharding.make_mesh(),
+      batch_size=8,
+      preprocess="resize(size)|flip_lr",
+    )
+
+
+# --- sums to metrics ---
+
+
+def _sums(**kwargs):
+  names = ("examples", "loss", "labelled", "correct", "ranking_precision")
+  return {name: np.float32(kwargs.get(name, 0)) for name in names}
+
+
+def test_summarize_divides_by_what_counts():
+  sums = [
+    _sums(examples=8, loss=4, labelled=6, correct=3, ranking_precision=4.5),
+    _sums(examples=2, loss=6, labelled=2, correct=1, ranking_precision=1.5),
+  ]
+  assert dict(classification.summarize(sums, multilabel=True)) == {
+    "examples": 10,
+    "loss": 1.0,
+    "prec@1": 0.5,
+    "lrap": 0.75,
+  }
+  assert dict(classification.summarize(sums, multilabel=False)) == {
+    "examples": 10,
+    "loss": 1.0,
+    "accuracy": 0.5,
+  }
+
+
+def test_summarize_counts_beyond_what_float32_can():
+  # 2**24 + 1 is no float32: adding up on the device would lose images.
+  sums = (_sums(examples=2**20, labelled=2**20, correct=1) for _ in range(17))
+  sums = [*sums, _sums(examples=1, labelled=1, correct=1)]
+  found = dict(classification.summarize(sums, multilabel=False))
+  assert found["examples"] == 17 * 2**20 + 1
+  assert found["accuracy"] == 18 / (17 * 2**20 + 1)
+
+
+def test_summarize_without_labels_divides_by_nothing():
+  sums = [_sums(examples=3, loss=6)]
+  assert dict(classification.summarize(sums, multilabel=False)) == {
+    "examples": 3,
+    "loss": 2.0,
+    "accuracy": 0.0,
+  }
+  assert dict(classification.summarize([], multilabel=False))["examples"] == 0

@@ -1,0 +1,181 @@
+"""What a run writes down, and that a run that goes on writes the same."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from tensorboard.backend.event_processing import event_accumulator
+
+from vit_jax.errors import RunStopped
+from vit_jax.metrics import MetricLog, NotFinite, duration
+
+
+def _open(workdir, start_step=0, total_steps=10, log_every=2):
+  return MetricLog(
+    epath.Path(workdir),
+    start_step=start_step,
+    total_steps=total_steps,
+    log_every=log_every,
+    batch_size=8,
+  )
+
+
+def _values(step, **kwargs):
+  values = {"loss": step / 2, "gradient_norm": 1.0, "learning_rate": 0.1}
+  return {name: jnp.float32(x) for name, x in (values | kwargs).items()}
+
+
+def _read(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _without_speed(lines):
+  return [
+    {k: v for k, v in line.items() if not k.startswith("speed/")}
+    for line in lines
+  ]
+
+
+def _run(log, steps):
+  for step in steps:
+    log.add(step, _values(step))
+    if step % 4 == 0:
+      log.write(step, {"eval/accuracy": step / 100})
+    log.flush(step)
+
+
+def test_log_steps_and_evaluations_are_lines(tmp_path):
+  log = _open(tmp_path)
+  _run(log, range(1, 6))
+  log.close()
+  train = {
+    "train/gradient_norm": 1.0,
+    "train/learning_rate": float(np.float32(0.1)),
+  }
+  assert _without_speed(_read(tmp_path)) == [
+    {"step": 2, "train/loss": 1.0, **train},
+    {"step": 4, "eval/accuracy": 0.04},
+    {"step": 4, "train/loss": 2.0, **train},
+  ]
+  speed = _read(tmp_path)[0]
+  per_device = speed["speed/images_per_second_per_device"]
+  assert speed["speed/images_per_second"] == pytest.approx(
+    jax.device_count() * per_device
+  )
+  assert per_device > 0
+
+
+def test_the_last_step_is_logged_though_it_is_no_multiple(tmp_path):
+  log = _open(tmp_path, total_steps=5, log_every=3)
+  _run(log, range(1, 6))
+  log.close()
+  steps = [x["step"] for x in _read(tmp_path) if "train/loss" in x]
+  assert steps == [3, 5]
+
+
+def test_flush_leaves_later_steps_for_later(tmp_path):
+  log = _open(tmp_path, log_every=1)
+  for step in (1, 2, 3):
+    log.add(step, _values(step))
+  log.flush(2)
+  assert [x["step"] for x in _read(tmp_path)] == [1, 2]
+  log.flush(2)
+  log.flush(3)
+  log.close()
+  assert [x["step"] for x in _read(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("resumed_at", [0, 3, 4, 6])
+def test_a_run_that_goes_on_writes_the_same_lines(tmp_path, resumed_at):
+  whole = _open(tmp_path / "whole")
+  _run(whole, range(1, 11))
+  whole.close()
+  # Killed after step 6; the checkpoint is older.
+  first = _open(tmp_path / "run")
+  _run(first, range(1, 7))
+  first.close()
+  second = _open(tmp_path / "run", start_step=resumed_at)
+  _run(second, range(resumed_at + 1, 11))
+  second.close()
+  assert _without_speed(_read(tmp_path / "run")) == _without_speed(
+    _read(tmp_path / "whole")
+  )
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 40])
+def test_half_a_last_line_is_dropped(tmp_path, cut):
+  log = _open(tmp_path, log_every=1)
+  _run(log, range(1, 4))
+  log.close()
+  file = tmp_path / "metrics.jsonl"
+  whole = file.read_text()
+  file.write_text(whole[:-cut])
+  log = _open(tmp_path, start_step=5, log_every=1)
+  log.write(6, {"eval/accuracy": 0.5})
+  log.close()
+  lines = whole.splitlines(keepends=True)
+  expected = [*lines[:-1], '{"step": 6, "eval/accuracy": 0.5}\n']
+  assert file.read_text() == "".join(expected)
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+  log = _open(tmp_path)
+  _run(log, range(1, 5))
+  log.close()
+  events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+  events.Reload()
+  assert {"train/loss", "eval/accuracy"} <= set(events.Tags()["tensors"])
+  found = [
+    (e.step, float(np.frombuffer(e.tensor_proto.tensor_content, np.float32)[0]))
+    if e.tensor_proto.tensor_content
+    else (e.step, e.tensor_proto.float_val[0])
+    for e in events.Tensors("train/loss")
+  ]
+  assert found == [(2, 1.0), (4, 2.0)]
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_step_that_is_not_finite_is_named(tmp_path, name, value):
+  log = _open(tmp_path)
+  for step in range(1, 8):
+    bad = {name: value} if step in (5, 6) else {}
+    log.add(step, _values(step, **bad))
+  with pytest.raises(NotFinite) as error:
+    log.flush(7)
+  log.close()
+  assert str(error.value) == f"{name} is {value} at step 5"
+  assert isinstance(error.value, RunStopped)
+  assert [x["step"] for x in _read(tmp_path)] == [2, 4]
+
+
+def test_progress_is_a_line_for_people(tmp_path, caplog):
+  log = _open(tmp_path)
+  with caplog.at_level(logging.INFO):
+    _run(log, range(1, 3))
+  log.close()
+  assert "step 2/10  loss 1.0000  lr 1.00e-01  " in caplog.text
+  assert "images/s" in caplog.text
+  assert "ETA 0:0" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"),
+  [
+    (0, "0:00"),
+    (0.6, "0:01"),
+    (59.4, "0:59"),
+    (59.6, "1:00"),
+    (61, "1:01"),
+    (3599.7, "1:00:00"),
+    (3661, "1:01:01"),
+    (100 * 3600, "100:00:00"),
+  ],
+)
+def test_durations(seconds, text):
+  assert duration(seconds) == text
