@@ -134,7 +134,7 @@ def test_a_wrong_configuration_file(runs, fails, tmp_path):
     "  config.batchsize = 16\n"
     "  return config\n"
   )
-  try_config(misspelt, "batchsize", "did you mean", "batch_size")
+  try_config(misspelt, 'Did you mean "batch_size" instead of "batchsize"?')
 
 
 def test_a_workdir_of_another_configuration(runs, reference, fails):

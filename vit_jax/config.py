@@ -67,7 +67,10 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   except ValueError as e:
     raise UserError(str(e)) from e
   except Exception as e:
-    raise UserError(f"{file} failed: {type(e).__name__}: {e}") from e
+    # ConfigDict lists every key, line breaks quoted, before it suggests one.
+    words = str(e).replace("\\n", "\n").strip(" \n'") or "no message"
+    line = words.splitlines()[-1][-300:]
+    raise UserError(f"{file} failed: {type(e).__name__}: {line}") from e
   finally:
     sys.path.remove(str(path.parent.absolute()))
   for key, text in (overrides or {}).items():

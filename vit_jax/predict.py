@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import checkpoint, models, preprocess
+from vit_jax.errors import UserError
 from vit_jax.state import unflatten
 from vit_jax.steps import normalize
 
@@ -34,6 +35,8 @@ def predict(
   Raises:
     UserError: no checkpoint, or a file that is no image.
   """
+  if top < 1:
+    raise UserError(f"--top is {top}; it must be 1 or more")
   weights = checkpoint.load_weights(source)
   config, names = weights.run["config"], weights.run["class_names"]
   model = models.create(
