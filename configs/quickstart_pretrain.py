@@ -3,7 +3,9 @@ r"""The quickstart's first half: a nano ViT on the JFT-like set, at 24 px.
   python -m vit_jax train --config=configs/quickstart_pretrain.py \
     --workdir=runs/pretrain
 
-Expected: see configs/quickstart_finetune.py.
+Expected on the test split: precision@1 0.98 and ranking precision 0.78, where
+always naming the most frequent class has a precision@1 of 0.50. About 2.5
+minutes on two CPU cores that do nothing else.
 """
 
 from common import get_config as get_common_config
@@ -26,8 +28,8 @@ def get_config():
     config.eval.preprocess = "resize(size)"
 
     config.batch_size = 64
-    config.total_steps = 2400
-    config.optimizer.b2 = 0.99  # 2,400 steps are too few for 0.999
+    config.total_steps = 2800
+    config.optimizer.b2 = 0.99  # 2,800 steps are too few for 0.999
     # Initialised at 0.02, it is too small to matter for hundreds of steps.
     config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
     config.schedule.base_lr = 2e-3
@@ -35,5 +37,5 @@ def get_config():
 
     config.log_every = 100
     config.eval_every = 0
-    config.checkpoint_every = 600
+    config.checkpoint_every = 700
   return config
