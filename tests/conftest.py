@@ -10,12 +10,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if os.environ["JAX_PLATFORMS"] == "cpu":
-  # Tests compile many tiny programs and run each once or twice: without the
-  # compiler's optimisations the suite takes a third of the time.
-  _FLAGS += [
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-  ]
+  # Tests compile many tiny programs and run each once or twice: compiling
+  # without optimisations saves more than it costs.
+  _FLAGS.append("--xla_backend_optimization_level=0")
 _given = os.environ.get("XLA_FLAGS", "").split()
 _names = {flag.partition("=")[0] for flag in _given}
 os.environ["XLA_FLAGS"] = " ".join(

@@ -63,14 +63,14 @@ class Source(abc.ABC):
     """Returns the records of `indices`, int64[b], in one call. Thread-safe."""
 
   @abc.abstractmethod
-  def parse_labels(self, record: tf.Tensor) -> tf.Tensor:
+  def parse_labels(self, record: tf.Tensor | bytes) -> tf.Tensor:
     """Returns the class ids of a record, int32[any number], unchecked."""
 
   @abc.abstractmethod
-  def parse_image(self, record: tf.Tensor) -> tf.Tensor:
+  def parse_image(self, record: tf.Tensor | bytes) -> tf.Tensor:
     """Returns the encoded image of a record, a scalar string."""
 
-  def parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  def parse(self, record: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor]:
     """Parses one record, in a graph or out of it.
 
     Args:

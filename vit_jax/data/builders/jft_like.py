@@ -15,7 +15,7 @@ import functools
 import io
 import struct
 import zlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -96,6 +96,10 @@ CLASS_NAMES = (
   "coarse",
 )
 
+# Of one image: two glyphs and their stroke counts, ink, ground, texture, shape,
+# weight, layout, the last three names, and every part.
+MAX_LABELS = 13 + len(PARTS)
+
 _STROKES = 3  # at most, in a glyph
 _POINTS = 24  # that trace a stroke
 
@@ -104,7 +108,7 @@ class Draws:
   """Random numbers for items `index`: a hash of (stream, item, position)."""
 
   def __init__(self, stream: int, index: np.ndarray):
-    self._base = _mix(np.uint64(stream)) + (
+    self._base = _mix(np.asarray(stream, np.uint64)) + (
       np.asarray(index, np.uint64) << np.uint64(24)
     )
     self._position = 0
@@ -144,7 +148,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def glyph_prototypes(seed: int) -> dict[str, np.ndarray]:
+def glyph_prototypes(seed: int) -> dict[str, Any]:
   """Returns what each glyph is, before anybody writes it.
 
   A stroke is a curve given by its heading, `heading + turn * t + bend * 4t(1-t)
@@ -543,6 +547,7 @@ class JftLike(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(
+      metadata=tfds.core.MetadataDict(max_labels=MAX_LABELS),
       description=(
         f"Invented glyphs ({NUM_GLYPHS} classes), shapes, textures and "
         "colours, drawn by a program. Each image has a label for everything "
