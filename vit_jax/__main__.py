@@ -30,8 +30,12 @@ def main(argv: list[str] | None = None) -> int:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   logging.basicConfig(format="%(message)s", stream=sys.stderr)
-  logging.getLogger("absl").setLevel(logging.ERROR)
+  # Orbax logs each failure several times, with traces; what matters arrives as
+  # an exception.
+  for name in ("absl", "concurrent.futures"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   logging.getLogger("vit_jax").setLevel(logging.INFO)
+  sys.unraisablehook = _print_unless_stray
   args, rest = _make_parser().parse_known_args(argv)
   try:
     overrides = _parse_overrides(rest)
@@ -48,6 +52,16 @@ def main(argv: list[str] | None = None) -> int:
   except KeyboardInterrupt:
     return 130
   return 0
+
+
+def _print_unless_stray(unraisable):
+  """Prints what nobody can catch, unless it is TensorStore's echo.
+
+  Its threads call back into an event loop that the failure of a save, which is
+  reported, has closed.
+  """
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
 
 
 def _make_parser():

@@ -194,8 +194,13 @@ class Checkpoints:
 
 
 def first_line(error: BaseException) -> str:
-  """Returns the first line of an error's message, or its type's name."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+  """Returns the first line of an error's message, or its type's name.
+
+  A long one loses its middle: what went wrong stands at its ends, and long
+  paths between.
+  """
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  return line if len(line) <= 200 else f"{line[:60]} ... {line[-120:]}"
 
 
 def _open(directory, keep):

@@ -81,11 +81,17 @@ class MetricLog:
       return
     line = json.dumps({"step": step, **values}) + "\n"
     self._lines.append(line)
-    if str(self._file).startswith("gs://"):  # objects cannot be appended to
-      self._file.write_text("".join(self._lines))
-    else:
-      with self._file.open("a") as f:
-        f.write(line)
+    try:
+      if str(self._file).startswith("gs://"):  # objects cannot be appended to
+        self._file.write_text("".join(self._lines))
+      else:
+        with self._file.open("a") as f:
+          f.write(line)
+    except OSError as e:
+      raise RunStopped(
+        f"could not write {self._file}: {e.strerror}; make room and run the "
+        "same command again"
+      ) from e
     self._tensorboard.write_scalars(step, values)
 
   def restart_clock(self, step: int) -> None:

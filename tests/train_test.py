@@ -1,0 +1,491 @@
+"""Whole runs, started as a user starts them: what happens to them on the way.
+
+Every run here is a process of its own, on eight fake devices unless a test
+says otherwise, and is compared with one that was never interrupted.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from record_batches import digests
+from tiny_runs import (
+  assert_same_run,
+  read_batches,
+  read_losses,
+  read_metrics,
+  read_state,
+  saved_steps,
+  snapshot,
+)
+
+from vit_jax import config as configuration
+from vit_jax import data
+from vit_jax.__main__ import main
+
+TOTAL = 20  # steps, see tiny_config.py
+
+# What a run of one process says, line by line; anything else is noise.
+EXPECTED_LINES = (
+  r"ViT-N_8: \d+\.\d\d M parameters .*, 8 devices, 20 steps of 16 images",
+  r"step \d+/20  loss \d\.\d{4}  lr \S+  \d+ images/s \(\d+/device\)  ETA .*",
+  r"evaluation at step \d+  examples 100  loss \d\.\d{4}  accuracy \d\.\d{4}",
+  r"the run is complete: 20 steps in .*",
+)
+
+
+def test_a_run_says_what_matters_and_nothing_else(reference):
+  lines = reference.stderr.splitlines()
+  noise = [
+    line
+    for line in lines
+    if not any(re.fullmatch(pattern, line) for pattern in EXPECTED_LINES)
+  ]
+  assert not noise
+  assert "the run is complete: 20 steps" in lines[-1]
+
+
+def test_a_run_leaves_what_the_readme_says(reference):
+  files = {f.name for f in reference.workdir.iterdir()}
+  assert files == {
+    "best",
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "parameters.txt",
+    "tensorboard",
+  }
+  assert saved_steps(reference.workdir) == [14, 16, 18, 20]
+  metrics = read_metrics(reference.workdir)
+  assert [m["step"] for m in metrics if "train/loss" in m] == [
+    *range(1, TOTAL + 1)
+  ]
+  assert [m["step"] for m in metrics if "eval/loss" in m] == [6, 12, 18, 20]
+  best = max(
+    (m for m in metrics if "eval/loss" in m), key=lambda m: m["eval/accuracy"]
+  )
+  assert saved_steps(reference.workdir, "best") == [best["step"]]
+
+
+def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
+  workdir = shutil.copytree(reference.workdir, tmp_path / "run")
+  before = snapshot(workdir)
+  assert main(runs.train_args(workdir)) == 0
+  assert "the run is complete: 20 steps" in caplog.messages[-1]
+  assert snapshot(workdir) == before
+
+
+# --- interruptions ---
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(runs, reference, tmp_path):
+  hits = kill_and_resume(runs, tmp_path / "run", kills=3)
+  assert hits == {"before the first save": 1, "training": 1, "saving": 1}
+  assert_same_run(tmp_path / "run", reference.workdir)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(runs, tmp_path):
+  longer = ("total_steps=90", "eval_every=10")
+  runs.train_to_end(tmp_path / "whole", *longer)
+  hits = kill_and_resume(runs, tmp_path / "run", *longer, kills=20)
+  assert sum(hits.values()) == 20
+  assert min(hits.values()) >= 4
+  assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def kill_and_resume(runs, workdir, *overrides, kills, seed=0):
+  """Kills a run again and again, then lets it end; returns {moment: kills}."""
+  random_ = random.Random(seed)
+  moments = {
+    "before the first save": lambda process: process.wait_until(process.steps),
+    "training": lambda process: wait_for_steps(process, random_),
+    "saving": lambda process: process.wait_until(
+      make_is_saving(workdir, time.time_ns())
+    ),
+    "starting": lambda process: process.wait_until(
+      make_is_over(random_.uniform(0.2, 12))
+    ),
+  }
+  hits = collections.Counter()
+  for i in range(kills):
+    # The first is before anything was saved; then each in turn.
+    name = list(moments)[i if i < 4 else 1 + i % 3]
+    process = runs.train(workdir, *overrides)
+    assert moments[name](process), f"ended before {name}:\n{process.stderr()}"
+    if name == "before the first save":
+      assert not saved_steps(workdir)
+    time.sleep(random_.uniform(0, 0.05) if i else 0)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, process.stderr()
+    hits[name] += 1
+  runs.train_to_end(workdir, *overrides)
+  return hits
+
+
+def wait_for_steps(process, random_):
+  count = random_.randint(1, 4)
+  return process.wait_until(lambda: len(process.steps()) >= count)
+
+
+def make_is_over(seconds):
+  end = time.monotonic() + seconds
+  return lambda: time.monotonic() > end
+
+
+def make_is_saving(workdir, since):
+  """Returns a function that sees a checkpoint being written since a time."""
+
+  def is_saving():
+    for folder in Path(workdir).glob("*/*.orbax-checkpoint-tmp"):
+      with contextlib.suppress(FileNotFoundError):
+        if folder.stat().st_ctime_ns > since:
+          return True
+    return False
+
+  return is_saving
+
+
+def stop_after(process, step, number=signal.SIGTERM):
+  """Sends a signal after a step; returns the step that was saved."""
+  assert process.wait_until(lambda: step in process.steps()), process.stderr()
+  process.send(number)
+  assert process.wait() == 0, process.stderr()
+  assert "saving after this step; once more to quit" in process.stderr()
+  line = process.stderr().splitlines()[-1]
+  assert line.startswith("stopping: saved step ")
+  assert line.endswith("; run again to go on")
+  return int(line.split()[3].rstrip(";"))
+
+
+def test_sigterm_and_ctrl_c_save_and_end_well(runs, reference, tmp_path):
+  workdir = tmp_path / "run"
+  first = stop_after(runs.train(workdir), 3, signal.SIGTERM)
+  assert saved_steps(workdir)[-1] == first
+  second = stop_after(runs.train(workdir), first + 3, signal.SIGINT)
+  assert saved_steps(workdir)[-1] == second
+  assert 3 <= first < second < TOTAL
+  last = runs.train_to_end(workdir)
+  assert f"going on from step {second} of {TOTAL}" in last.stderr()
+  assert_same_run(workdir, reference.workdir)
+
+
+def test_a_run_moves_from_8_devices_to_2_and_back(
+  runs, reference, batches, tmp_path
+):
+  workdir, record = tmp_path / "run", tmp_path / "batches"
+  stop_after(runs.train(workdir, record=record, devices=8), 3)
+  stop_after(runs.train(workdir, record=record, devices=2), 9)
+  runs.train_to_end(workdir, record=record, devices=8)
+  assert read_batches(record) == batches
+  assert_close_run(workdir, reference)
+
+
+@pytest.fixture(scope="module")
+def batches(runs):
+  """{(step, row): digest} of the run on one host, from beginning to end."""
+  config = configuration.load(str(runs.config))
+  source = data.get_source(
+    config.train.dataset, config.train.split, str(runs.data_dir)
+  )
+  stream = data.train_batches(
+    [(source, 1.0)],
+    seed=config.seed,
+    batch_size=16,
+    rows=np.arange(16),
+    preprocess=config.train.preprocess,
+    image_size=config.image_size,
+    start_step=0,
+    num_steps=TOTAL,
+  )
+  return {
+    (step, row): digest
+    for step, batch in enumerate(stream)
+    for row, digest in enumerate(digests(batch))
+  }
+
+
+def assert_close_run(workdir, reference):
+  """Losses equal but for rounding."""
+  losses, expected = read_losses(workdir), read_losses(reference.workdir)
+  assert list(losses) == list(expected) == [*range(1, TOTAL + 1)]
+  np.testing.assert_allclose(
+    list(losses.values()), list(expected.values()), rtol=1e-3
+  )
+
+
+# --- two processes ---
+
+
+def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
+  """Started as two, stopped, gone on with fsdp across both, then as one."""
+  workdir = tmp_path / "run"
+  records = [tmp_path / "batches0", tmp_path / "batches1"]
+
+  def train_pair(*overrides):
+    args = runs.train_args(workdir, *overrides)
+    return runs.pair(args, devices=4, record=records)
+
+  first = stop_pair(train_pair(), 3, told=1)
+  assert saved_steps(workdir)[-1] == first
+  second = stop_pair(train_pair("fsdp=8"), first + 3, told=0)
+  assert saved_steps(workdir)[-1] == second
+  assert 3 <= first < second < TOTAL
+  assert len(read_metrics(workdir)) == second + second // 6
+
+  runs.train_to_end(workdir, record=records[0])
+  both = tmp_path / "both"
+  both.write_text("".join(r.read_text() for r in records))
+  assert read_batches(both) == batches
+  assert_close_run(workdir, reference)
+
+
+def stop_pair(pair, step, told):
+  """Sends SIGTERM to one of two after a step; returns the step of both."""
+  leader, other = pair
+  assert leader.wait_until(lambda: step in leader.steps()), leader.stderr()
+  pair[told].send(signal.SIGTERM)
+  for process in pair:
+    assert process.wait() == 0, process.stderr()
+  line = leader.stderr().splitlines()[-1]
+  assert line.startswith("stopping: saved step "), line
+  assert not other.steps()  # one of them speaks
+  return int(line.split()[3].rstrip(";"))
+
+
+def test_two_processes_evaluate_each_example_once(runs, reference):
+  args = ["evaluate", f"--workdir={reference.workdir}", "--json"]
+  leader, other = runs.pair(args, devices=3)
+  assert leader.wait() == other.wait() == 0, leader.stderr() + other.stderr()
+  # What comes before is Gloo's, which connects the processes of a CPU run.
+  results = json.loads(leader.stdout().splitlines()[-1])
+  assert results["examples"] == 100
+  assert_same_evaluation(results, reference.workdir)
+  assert "{" not in other.stdout()
+
+
+def assert_same_evaluation(results, workdir):
+  """Compares with the line of metrics.jsonl from that checkpoint's step."""
+  step = int(Path(results["checkpoint"]).name)
+  expected = next(
+    m for m in read_metrics(workdir) if m["step"] == step and "eval/loss" in m
+  )
+  assert results["accuracy"] == expected["eval/accuracy"]
+  assert results["examples"] == expected["eval/examples"]
+  assert results["loss"] == pytest.approx(expected["eval/loss"], rel=1e-5)
+
+
+# --- damage ---
+
+
+def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
+  workdir = shutil.copytree(reference.workdir, tmp_path / "run")
+  files = {
+    step: max(
+      (f for f in (workdir / "checkpoints" / str(step)).rglob("*")),
+      key=lambda f: f.stat().st_size,
+    )
+    for step in (20, 18, 16)
+  }
+  os.truncate(files[20], files[20].stat().st_size // 2)
+  with files[18].open("r+b") as f:  # the right size, a few wrong bytes
+    f.seek(files[18].stat().st_size // 2)
+    f.write(b"\0" * 64)
+  (workdir / "checkpoints" / "16" / "meta" / "metadata").unlink()
+  damaged = {
+    s: snapshot(workdir / "checkpoints" / str(s)) for s in (20, 18, 16)
+  }
+
+  process = runs.train_to_end(workdir)
+
+  for step in (20, 18, 16):
+    assert f"checkpoint {step} is damaged" in process.stderr()
+    moved = workdir / "damaged" / f"checkpoints-{step}"
+    assert snapshot(moved) == damaged[step]  # nothing is deleted
+  assert "going on from step 14 of 20" in process.stderr()
+  assert "Traceback" not in process.stderr()
+  assert_same_run(workdir, reference.workdir)
+
+
+def test_a_file_that_cannot_be_written_stops_the_run(runs, reference, tmp_path):
+  workdir = take_back(reference.workdir, tmp_path / "run", to=16)
+  before = read_state(workdir)
+  process = runs.train(workdir, file_limit=2000)
+  assert process.wait() == 1, process.stderr()
+  line = process.stderr().splitlines()[-1]
+  assert line.startswith(f"stopped: could not write a checkpoint to {workdir}")
+  assert "intact checkpoints: 14, 16; make room" in line
+  assert "Traceback" not in process.stderr()
+  assert_equal_states(read_state(workdir), before)
+  runs.train_to_end(workdir)
+  assert_same_run(workdir, reference.workdir)
+
+
+def take_back(reference, workdir, to):
+  """Copies a run as it was when step `to` had just been saved."""
+  shutil.copytree(reference, workdir)
+  for step in saved_steps(workdir):
+    if step > to:
+      shutil.rmtree(workdir / "checkpoints" / str(step))
+  return workdir
+
+
+def assert_equal_states(state, expected):
+  assert state[0] == expected[0]
+  assert state[1].keys() == expected[1].keys()
+  for path, array in state[1].items():
+    assert array.tobytes() == expected[1][path].tobytes(), path
+
+
+def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
+  with small_disk(tmp_path / "disk", "20m") as disk:
+    process = runs.train(disk / "run")
+    assert process.wait() == 1, process.stderr()
+    line = process.stderr().splitlines()[-1]
+    assert line.startswith("stopped: could not write")
+    assert "No space left on device" in line
+    assert "Traceback" not in process.stderr()
+    saved = saved_steps(disk / "run")
+    assert saved
+    assert (
+      f"intact checkpoints: {', '.join(map(str, saved))}; make room" in line
+    )
+    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+    again = runs.train_to_end(disk / "run")
+    assert f"going on from step {saved[-1]} of 20" in again.stderr()
+    assert_same_run(disk / "run", reference.workdir)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    pytest.skip("needs the right to mount a tmpfs")
+  try:
+    yield folder
+  finally:
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(runs, tmp_path, capsys):
+  args = runs.train_args(tmp_path / "run", "schedule.base_lr=1e30")
+  assert main(args) == 1
+  (line,) = capsys.readouterr().err.splitlines()
+  step = int(line.partition(" at step ")[2].partition(";")[0])
+  assert line.startswith(("stopped: loss is ", "stopped: gradient_norm is "))
+  saved = saved_steps(tmp_path / "run")[-1]
+  assert saved < step
+  good = f"the last good checkpoint is {tmp_path}/run/checkpoints/{saved}; "
+  assert good in line
+  assert "try in a new workdir: a lower schedule.base_lr" in line
+
+
+# --- from one run to the next ---
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Noise in three classes, of several sizes and formats."""
+  root = tmp_path_factory.mktemp("photos")
+  generator = np.random.default_rng(0)
+  for i in range(60):
+    split, label = ("test", "train")[i >= 20], ("blue", "green", "red")[i % 3]
+    folder = root / split / label
+    folder.mkdir(parents=True, exist_ok=True)
+    size = (*generator.integers(20, 50, 2), 3)
+    image = Image.fromarray(generator.integers(0, 256, size, np.uint8))
+    image.save(folder / f"{i}.{('jpg', 'png', 'webp')[i % 4 % 3]}")
+  return root
+
+
+@pytest.fixture(scope="module")
+def tuned(runs, reference, photos, tmp_path_factory):
+  """(workdir, stderr): the reference's weights at another size, other classes.
+
+  With everything that changes how it is computed switched on.
+  """
+  workdir = tmp_path_factory.mktemp("tuned") / "run"
+  process = runs.train_to_end(
+    workdir,
+    f"init_from={reference.workdir}",
+    f"train.dataset=folder:{photos}",
+    "train.split=train",
+    "eval.split=test",
+    "image_size=24",
+    "total_steps=6",
+    "eval_every=3",
+    "fsdp=2",
+    "micro_batches=2",
+    "ema_decay=0.5",
+    "model.scan=False",
+    "profile_step=3",
+    "profile_steps=2",
+  )
+  return workdir, process.stderr()
+
+
+def test_fine_tuning_reports_what_it_took(reference, tuned):
+  workdir, stderr = tuned
+  best = reference.workdir / "best"
+  assert f"weights from {best}" in stderr
+  assert re.search(r"^taken: [5-9]\d arrays$", stderr, re.M)
+  for line in (
+    "resized: Transformer/posembed_input/pos_embedding 2x2 -> 3x3",
+    "new: head/bias 3",
+    "new: head/kernel 128x3",
+    "dropped: head/bias 10",
+    "dropped: head/kernel 128x10",
+  ):
+    assert line in stderr.splitlines()
+  # A new head is zero: the first loss is that of a guess.
+  assert read_losses(workdir)[1] == pytest.approx(np.log(3), rel=1e-5)
+
+
+def test_the_profiler_window_is_written(tuned):
+  workdir, stderr = tuned
+  assert f"profile of 2 steps in {workdir}" in stderr
+  assert list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_evaluate_repeats_the_runs_own_numbers(tuned, capsys):
+  workdir, _ = tuned
+  assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
+  results = json.loads(capsys.readouterr().out)
+  assert results["checkpoint"].startswith(f"{workdir}/best/")
+  assert results["examples"] == 20
+  assert_same_evaluation(results, workdir)
+  last = f"{workdir}/checkpoints/6"
+  assert main(["evaluate", f"--checkpoint={last}", "--json"]) == 0
+  results = json.loads(capsys.readouterr().out)
+  assert results["checkpoint"] == last
+  assert_same_evaluation(results, workdir)
+
+
+def test_predict_agrees_with_evaluate(tuned, photos, capsys):
+  workdir, _ = tuned
+  files = sorted(map(str, (photos / "test").rglob("*.*")))
+  command = ["predict", f"--checkpoint={workdir}/checkpoints/6", "--json"]
+  assert main([*command, *files]) == 0
+  results = json.loads(capsys.readouterr().out)
+  assert [r["image"] for r in results] == files
+  correct = 0
+  for result in results:
+    probabilities = [c["probability"] for c in result["classes"]]
+    assert sorted(probabilities, reverse=True) == probabilities
+    assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+    names = [c["name"] for c in result["classes"]]
+    assert sorted(names) == ["blue", "green", "red"]
+    correct += names[0] == Path(result["image"]).parent.name
+  assert correct / 20 == read_metrics(workdir)[-1]["eval/accuracy"]
