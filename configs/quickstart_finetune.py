@@ -30,7 +30,7 @@ def get_config():
     config.eval.preprocess = "resize(size)"
 
     config.batch_size = 32
-    config.total_steps = 300
+    config.total_steps = 240
     config.loss.name = "softmax"
     config.optimizer.name = "sgd"
     config.optimizer.clip_norm = 1.0

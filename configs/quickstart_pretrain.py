@@ -28,8 +28,8 @@ def get_config():
     config.eval.preprocess = "resize(size)"
 
     config.batch_size = 64
-    config.total_steps = 2800
-    config.optimizer.b2 = 0.99  # 2,800 steps are too few for 0.999
+    config.total_steps = 2400
+    config.optimizer.b2 = 0.99  # 2,400 steps are too few for 0.999
     # Initialised at 0.02, it is too small to matter for hundreds of steps.
     config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
     config.schedule.base_lr = 2e-3
@@ -37,5 +37,5 @@ def get_config():
 
     config.log_every = 100
     config.eval_every = 0
-    config.checkpoint_every = 700
+    config.checkpoint_every = 600
   return config

@@ -129,6 +129,15 @@ def test_digits_test_split_is_stratified_and_never_changes():
   ]
 
 
+def test_the_first_digits_are_as_many_of_each_class(data_dir):
+  source = data.get_source("digits", "train[:300]", data_dir)
+  labels = [
+    int(source.parse_labels(record)[0])
+    for record in source.read(np.arange(source.num_examples))
+  ]
+  assert np.bincount(labels).tolist() == [30] * 10
+
+
 @pytest.mark.parametrize(
   ("split", "parts"),
   [

@@ -1,6 +1,7 @@
 """Has TFDS data sets ready in ArrayRecord, the format with random access."""
 
 import json
+import sys
 from pathlib import Path
 
 import tensorflow as tf
@@ -42,6 +43,8 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
 def _download(builder, name):
   # What Google's bucket holds ready-made is TFRecord: not looked for.
   config = tfds.download.DownloadConfig(try_download_gcs=False)
+  if not sys.stderr.isatty():  # a log has no use for bars
+    tfds.disable_progress_bar()
   try:
     builder.download_and_prepare(
       download_config=config, file_format="array_record"

@@ -13,7 +13,7 @@ NUM_TEST = 797
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-  """`train` (1,000) and `test` (797), stratified by class."""
+  """`train` (1,000) and `test` (797), both stratified, and so their parts."""
 
   name = "digits"
   VERSION = tfds.core.Version("1.0.0")
@@ -21,6 +21,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
       builder=self,
+      disable_shuffling=True,  # the order on disk is that of the keys
       description=__doc__,
       features=tfds.features.FeaturesDict(
         {
@@ -41,12 +42,16 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     in_test = choose_test(digits.target)
     return {
-      "train": _examples(images, digits.target, ~in_test),
-      "test": _examples(images, digits.target, in_test),
+      split: self._generate_examples(images, digits.target, indices)
+      for split, indices in (
+        ("train", interleave(digits.target, ~in_test)),
+        ("test", interleave(digits.target, in_test)),
+      )
     }
 
-  def _generate_examples(self):
-    raise NotImplementedError("the splits above are generators")
+  def _generate_examples(self, images, labels, indices):
+    for key, i in enumerate(indices):
+      yield key, {"image": images[i], "label": int(labels[i])}
 
 
 def choose_test(labels: np.ndarray) -> np.ndarray:
@@ -66,6 +71,15 @@ def choose_test(labels: np.ndarray) -> np.ndarray:
   return in_test
 
 
-def _examples(images, labels, chosen):
-  for i in np.flatnonzero(chosen):
-    yield int(i), {"image": images[i], "label": int(labels[i])}
+def interleave(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+  """Returns the chosen indices in rounds of one of each class, at random.
+
+  So the first n of a split have n / 10 of each class, as far as there are.
+  """
+  rng = np.random.RandomState(1)
+  shuffled = rng.permutation(np.flatnonzero(chosen))
+  rank = np.zeros(len(shuffled), int)  # among those of its class
+  for label in np.unique(labels):
+    mine = labels[shuffled] == label
+    rank[mine] = np.arange(mine.sum())
+  return shuffled[np.argsort(rank, kind="stable")]
