@@ -13,7 +13,6 @@ def get_config():
   config.model.scan = True  # compiles in a quarter of the time
   config.train.dataset = "digits"
   config.train.split = "train[:200]"
-  config.train.mixup_alpha = 0.2
   config.eval.split = "test[:100]"
   config.eval.preprocess = "resize(size)"
   config.batch_size = 16

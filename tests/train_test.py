@@ -229,21 +229,37 @@ def assert_close_run(workdir, reference):
 
 
 def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
-  """Started as two, stopped, gone on with fsdp across both, then as one."""
-  workdir = tmp_path / "run"
+  """The state is split across both, which one process then takes over."""
+  chain = [(["fsdp=2"], 1)]
+  train_as_two(runs, reference, batches, tmp_path, devices=1, chain=chain)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_two_stopped(
+  runs, reference, batches, tmp_path
+):
+  chain = [([], 1), (["fsdp=8"], 0)]
+  train_as_two(runs, reference, batches, tmp_path, devices=4, chain=chain)
+
+
+def train_as_two(runs, reference, batches, tmp_path, *, devices, chain):
+  """Runs pairs, each stopped after a while, then one process to the end.
+
+  Args:
+    runs, reference, batches, tmp_path: the fixtures.
+    devices: of each process of a pair.
+    chain: for each pair, its overrides and which of the two gets SIGTERM.
+  """
+  workdir, last = tmp_path / "run", 0
   records = [tmp_path / "batches0", tmp_path / "batches1"]
-
-  def train_pair(*overrides):
+  for overrides, told in chain:
     args = runs.train_args(workdir, *overrides)
-    return runs.pair(args, devices=4, record=records)
-
-  first = stop_pair(train_pair(), 3, told=1)
-  assert saved_steps(workdir)[-1] == first
-  second = stop_pair(train_pair("fsdp=8"), first + 3, told=0)
-  assert saved_steps(workdir)[-1] == second
-  assert 3 <= first < second < TOTAL
-  assert len(read_metrics(workdir)) == second + second // 6
-
+    pair = runs.pair(args, devices=devices, record=records)
+    before, last = last, stop_pair(pair, last + 3, told)
+    assert before < last < TOTAL
+    assert saved_steps(workdir)[-1] == last
+    # Only one of them writes.
+    assert len(read_metrics(workdir)) == last + last // 6
   runs.train_to_end(workdir, record=records[0])
   both = tmp_path / "both"
   both.write_text("".join(r.read_text() for r in records))
@@ -348,6 +364,7 @@ def assert_equal_states(state, expected):
     assert array.tobytes() == expected[1][path].tobytes(), path
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
   with small_disk(tmp_path / "disk", "20m") as disk:
     process = runs.train(disk / "run")
@@ -429,6 +446,7 @@ def tuned(runs, reference, photos, tmp_path_factory):
     "fsdp=2",
     "micro_batches=2",
     "ema_decay=0.5",
+    "train.mixup_alpha=0.2",
     "model.scan=False",
     "profile_step=3",
     "profile_steps=2",
