@@ -103,7 +103,7 @@ class Source(abc.ABC):
     return tf.function(
       lambda record: (self.parse_image(record), self.parse_labels(record)),
       input_signature=[tf.TensorSpec([], tf.string)],
-    )
+    ).get_concrete_function()
 
   def check_labels(self) -> None:
     """Looks at the labels of all examples, or of many in a large set.
@@ -125,10 +125,8 @@ class Source(abc.ABC):
     Raises:
       UserError: it cannot be used; names the example.
     """
-    encoded, labels = (
-      tensor.numpy()
-      for tensor in self._parse_unchecked(self.read(np.array([index]))[0])
-    )
+    record = tf.constant(self.read(np.array([index]))[0])
+    encoded, labels = (x.numpy() for x in self._parse_unchecked(record))
     what, labels = self.describe(index), labels.tolist()
     allowed = f"0 to {self.num_classes - 1}"
     for label in labels:
