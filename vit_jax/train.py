@@ -145,7 +145,7 @@ def train(config, workdir) -> dict[str, float]:
           log.info("stopping: saved step %d; run again to go on", step)
           results = {}
           break
-    checkpoints.close()
+      checkpoints.close()
   except NotFinite as e:
     raise RunStopped(f"{e}; {advise(checkpoints)}") from e
   finally:
