@@ -181,6 +181,7 @@ def test_sigterm_and_ctrl_c_save_and_end_well(runs, reference, tmp_path):
   assert_same_run(workdir, reference.workdir)
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_8_devices_to_2_and_back(
   runs, reference, batches, tmp_path
 ):
@@ -228,6 +229,7 @@ def assert_close_run(workdir, reference):
 # --- two processes ---
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
   """The state is split across both, which one process then takes over."""
   chain = [(["fsdp=2"], 1)]
@@ -364,6 +366,7 @@ def assert_equal_states(state, expected):
     assert array.tobytes() == expected[1][path].tobytes(), path
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
   with small_disk(tmp_path / "disk", "20m") as disk:
