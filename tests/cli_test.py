@@ -40,7 +40,7 @@ def fails(capsys):
 
 
 # "key=value" of the configuration -> words of the line. The tiny run has eight
-# devices, batches of 16, images of 16 pixels and 20 steps.
+# devices, batches of 16, images of 16 pixels and 14 steps.
 WRONG_VALUES = {
   "model.dropout_rat=0.1": "did you mean 'model.dropout_rate'?",
   "optimiser.name=sgd": "did you mean 'optimizer.name'?",
@@ -86,7 +86,7 @@ WRONG_VALUES = {
   "optimizer.weight_decay_params=nothing": "matches no parameter",
   "optimizer.lr_multipliers=('head',)": "'regex=factor'",
   "schedule.decay=exponential": "linear, cosine, rsqrt, constant",
-  "schedule.warmup_steps=100": "do not fit in a run of 20 steps",
+  "schedule.warmup_steps=100": "do not fit in a run of 14 steps",
   "schedule.base_lr=-1": "base_lr -1",
   "train.mixup_alpha=-1": "train.mixup_alpha",
   "ema_decay=1.5": "ema_decay",
@@ -142,7 +142,7 @@ def test_a_workdir_of_another_configuration(runs, reference, fails):
   fails(
     runs.train_args(reference.workdir, "total_steps=30", "seed=1"),
     f"{reference.workdir} holds a run of another configuration",
-    "(seed: 0 -> 1; total_steps: 20 -> 30)",
+    "(seed: 0 -> 1; total_steps: 14 -> 30)",
     "choose another --workdir",
   )
   assert snapshot(reference.workdir) == before

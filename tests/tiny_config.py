@@ -13,10 +13,10 @@ def get_config():
   config.model.scan = True  # compiles in a quarter of the time
   config.train.dataset = "digits"
   config.train.split = "train[:200]"
-  config.eval.split = "test[:100]"
+  config.eval.split = "test[:40]"
   config.eval.preprocess = "resize(size)"
   config.batch_size = 16
-  config.total_steps = 20
+  config.total_steps = 14
   config.loss.name = "softmax"
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip_norm = 1.0

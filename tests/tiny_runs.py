@@ -46,7 +46,7 @@ class Runs:
     ]
 
   def start(
-    self, args, *, devices=8, record=None, file_limit=None
+    self, args, *, devices=4, record=None, file_limit=None
   ) -> "Process":
     """Starts a command.
 

@@ -1,6 +1,6 @@
 """Whole runs, started as a user starts them: what happens to them on the way.
 
-Every run here is a process of its own, on eight fake devices unless a test
+Every run here is a process of its own, on four fake devices unless a test
 says otherwise, and is compared with one that was never interrupted.
 """
 
@@ -34,14 +34,14 @@ from vit_jax import config as configuration
 from vit_jax import data
 from vit_jax.__main__ import main
 
-TOTAL = 20  # steps, see tiny_config.py
+TOTAL = 14  # steps, see tiny_config.py
 
 # What a run of one process says, line by line; anything else is noise.
 EXPECTED_LINES = (
-  r"ViT-N_8: \d+\.\d\d M parameters .*, 8 devices, 20 steps of 16 images",
-  r"step \d+/20  loss \d\.\d{4}  lr \S+  \d+ images/s \(\d+/device\)  ETA .*",
-  r"evaluation at step \d+  examples 100  loss \d\.\d{4}  accuracy \d\.\d{4}",
-  r"the run is complete: 20 steps in .*",
+  r"ViT-N_8: \d+\.\d\d M parameters .*, 4 devices, 14 steps of 16 images",
+  r"step \d+/14  loss \d\.\d{4}  lr \S+  \d+ images/s \(\d+/device\)  ETA .*",
+  r"evaluation at step \d+  examples 40  loss \d\.\d{4}  accuracy \d\.\d{4}",
+  r"the run is complete: 14 steps in .*",
 )
 
 
@@ -53,7 +53,7 @@ def test_a_run_says_what_matters_and_nothing_else(reference):
     if not any(re.fullmatch(pattern, line) for pattern in EXPECTED_LINES)
   ]
   assert not noise
-  assert "the run is complete: 20 steps" in lines[-1]
+  assert "the run is complete: 14 steps" in lines[-1]
 
 
 def test_a_run_leaves_what_the_readme_says(reference):
@@ -66,12 +66,12 @@ def test_a_run_leaves_what_the_readme_says(reference):
     "parameters.txt",
     "tensorboard",
   }
-  assert saved_steps(reference.workdir) == [14, 16, 18, 20]
+  assert saved_steps(reference.workdir) == [8, 10, 12, 14]
   metrics = read_metrics(reference.workdir)
   assert [m["step"] for m in metrics if "train/loss" in m] == [
     *range(1, TOTAL + 1)
   ]
-  assert [m["step"] for m in metrics if "eval/loss" in m] == [6, 12, 18, 20]
+  assert [m["step"] for m in metrics if "eval/loss" in m] == [6, 12, 14]
   best = max(
     (m for m in metrics if "eval/loss" in m), key=lambda m: m["eval/accuracy"]
   )
@@ -82,7 +82,7 @@ def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
   workdir = shutil.copytree(reference.workdir, tmp_path / "run")
   before = snapshot(workdir)
   assert main(runs.train_args(workdir)) == 0
-  assert "the run is complete: 20 steps" in caplog.messages[-1]
+  assert "the run is complete: 14 steps" in caplog.messages[-1]
   assert snapshot(workdir) == before
 
 
@@ -288,7 +288,7 @@ def test_two_processes_evaluate_each_example_once(runs, reference):
   assert leader.wait() == other.wait() == 0, leader.stderr() + other.stderr()
   # What comes before is Gloo's, which connects the processes of a CPU run.
   results = json.loads(leader.stdout().splitlines()[-1])
-  assert results["examples"] == 100
+  assert results["examples"] == 40
   assert_same_evaluation(results, reference.workdir)
   assert "{" not in other.stdout()
 
@@ -314,36 +314,36 @@ def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
       (f for f in (workdir / "checkpoints" / str(step)).rglob("*")),
       key=lambda f: f.stat().st_size,
     )
-    for step in (20, 18, 16)
+    for step in (14, 12, 10)
   }
-  os.truncate(files[20], files[20].stat().st_size // 2)
-  with files[18].open("r+b") as f:  # the right size, a few wrong bytes
-    f.seek(files[18].stat().st_size // 2)
+  os.truncate(files[14], files[14].stat().st_size // 2)
+  with files[12].open("r+b") as f:  # the right size, a few wrong bytes
+    f.seek(files[12].stat().st_size // 2)
     f.write(b"\0" * 64)
-  (workdir / "checkpoints" / "16" / "meta" / "metadata").unlink()
+  (workdir / "checkpoints" / "10" / "meta" / "metadata").unlink()
   damaged = {
-    s: snapshot(workdir / "checkpoints" / str(s)) for s in (20, 18, 16)
+    s: snapshot(workdir / "checkpoints" / str(s)) for s in (14, 12, 10)
   }
 
   process = runs.train_to_end(workdir)
 
-  for step in (20, 18, 16):
+  for step in (14, 12, 10):
     assert f"checkpoint {step} is damaged" in process.stderr()
     moved = workdir / "damaged" / f"checkpoints-{step}"
     assert snapshot(moved) == damaged[step]  # nothing is deleted
-  assert "going on from step 14 of 20" in process.stderr()
+  assert "going on from step 8 of 14" in process.stderr()
   assert "Traceback" not in process.stderr()
   assert_same_run(workdir, reference.workdir)
 
 
 def test_a_file_that_cannot_be_written_stops_the_run(runs, reference, tmp_path):
-  workdir = take_back(reference.workdir, tmp_path / "run", to=16)
+  workdir = take_back(reference.workdir, tmp_path / "run", to=10)
   before = read_state(workdir)
   process = runs.train(workdir, file_limit=2000)
   assert process.wait() == 1, process.stderr()
   line = process.stderr().splitlines()[-1]
   assert line.startswith(f"stopped: could not write a checkpoint to {workdir}")
-  assert "intact checkpoints: 14, 16; make room" in line
+  assert "intact checkpoints: 8, 10; make room" in line
   assert "Traceback" not in process.stderr()
   assert_equal_states(read_state(workdir), before)
   runs.train_to_end(workdir)
@@ -383,7 +383,7 @@ def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
     )
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
     again = runs.train_to_end(disk / "run")
-    assert f"going on from step {saved[-1]} of 20" in again.stderr()
+    assert f"going on from step {saved[-1]} of 14" in again.stderr()
     assert_same_run(disk / "run", reference.workdir)
 
 
