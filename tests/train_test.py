@@ -367,7 +367,6 @@ def assert_equal_states(state, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
   with small_disk(tmp_path / "disk", "20m") as disk:
     process = runs.train(disk / "run")
