@@ -105,7 +105,7 @@ def get_config() -> Any:
   config.fsdp = 1
 
   # --- bookkeeping: may differ when a run is resumed ---
-  config.log_every = 50  # steps; must divide eval_every and checkpoint_every
+  config.log_every = 50  # steps
   config.eval_every = 5000  # steps; 0: at the end only
   config.checkpoint_every = 1000  # steps; 0: at the end only
   config.keep_checkpoints = 2  # the newest that are kept, beside the best
