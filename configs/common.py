@@ -31,12 +31,20 @@ def get_config() -> Any:
 
   # --- model: the arguments of `vit_jax.models.create` ---
   config.model = ml_collections.ConfigDict()
-  config.model.variant = "ViT-B_16"  # name_patch, see README for the table
+  # "ViT-B_16", the hybrid "R50+ViT-B_16", the ResNet "R50x1", ...
+  config.model.variant = "ViT-B_16"
   config.model.classifier = "token"  # "token", "gap" or "map"
   # Width of the tanh layer before the head (the paper: hidden size while
   # pre-training, none while fine-tuning). -1: the hidden size, 0: none.
   config.model.representation_size = 0
-  config.model.pos_embedding = "learned"  # "learned" (1-D) or "none"
+  # "learned" (1-D), "2d", "sincos2d" (fixed), "relative" or "none"; added at
+  # the "input", in "every_layer", or in "every_layer_shared" (Appendix D.4).
+  config.model.pos_embedding = "learned"
+  config.model.pos_embedding_at = "input"
+  # "gelu_tanh" and 1e-6 are the paper's; weights from PyTorch need "gelu_erf",
+  # and some of Hugging Face's 1e-12. Loaded weights say which.
+  config.model.activation = "gelu_tanh"
+  config.model.layer_norm_epsilon = 1e-6
   config.model.dropout_rate = 0.0
   config.model.attention_dropout_rate = 0.0
   config.model.stochastic_depth_rate = 0.0  # of the last block; linear in depth

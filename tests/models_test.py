@@ -13,12 +13,12 @@ from vit_jax.errors import UserError
 from vit_jax.state import flatten, unflatten
 
 # Two layers of width 16 show everything that 32 of width 1280 do.
-_TINY = models.variants.Variant(16, 2, 24, 2)
+_TINY = models.variants.Encoder(16, 2, 24, 2)
 
 
 @pytest.fixture(autouse=True)
 def _tiny_variant(monkeypatch):
-  monkeypatch.setitem(models.VARIANTS, "Tiny", _TINY)
+  monkeypatch.setitem(models.ENCODERS, "Tiny", _TINY)
 
 
 def _create(**kwargs):
@@ -279,7 +279,7 @@ def test_stacking_and_unstacking_return_the_same_bits():
 
 def test_stacking_keeps_the_order_of_more_than_ten_blocks(monkeypatch):
   monkeypatch.setitem(
-    models.VARIANTS, "Deep", models.variants.Variant(4, 12, 4, 1)
+    models.ENCODERS, "Deep", models.variants.Encoder(4, 12, 4, 1)
   )
   params = _random_params(_create(variant="ViT-Deep_4"))
   kernel = "MlpBlock_0/Dense_0/kernel"
@@ -341,7 +341,7 @@ def test_attention_dropout_drops_single_weights(monkeypatch):
 
 def test_stochastic_depth_draws_one_number_an_example(monkeypatch):
   monkeypatch.setitem(
-    models.VARIANTS, "Deep", models.variants.Variant(4, 5, 4, 1)
+    models.ENCODERS, "Deep", models.variants.Encoder(4, 5, 4, 1)
   )
   model = _create(variant="ViT-Deep_4", stochastic_depth_rate=0.4)
   draws = _record_draws(monkeypatch, model)
@@ -413,7 +413,7 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean():
 @pytest.fixture(scope="module")
 def small_params():
   # As wide as ViT-S: statistics need many values.
-  models.VARIANTS["Wide"] = models.variants.Variant(384, 2, 1536, 6)
+  models.ENCODERS["Wide"] = models.variants.Encoder(384, 2, 1536, 6)
   model = models.create(
     variant="ViT-Wide_16",
     num_classes=10,
@@ -422,7 +422,7 @@ def small_params():
     representation_size=-1,
     head_bias_init=-10.0,
   )
-  del models.VARIANTS["Wide"]
+  del models.ENCODERS["Wide"]
   return flatten(jax.jit(model.init)(jax.random.key(0)))
 
 
@@ -498,7 +498,7 @@ def test_initial_probe_is_xavier_uniform():
     ({"variant": "ViT-B_0"}, ["ViT-B_0"]),
     ({"variant": "B/16"}, ["'B/16'", "ViT-SIZE_PATCH"]),
     ({"classifier": "tokn"}, ["model.classifier", "did you mean 'token'?"]),
-    ({"pos_embedding": "sincos"}, ["model.pos_embedding", "learned, none"]),
+    ({"pos_embedding": "sincos"}, ["model.pos_embedding", "learned, 2d"]),
     ({"dtype": "float16"}, ["model.dtype", "float32, bfloat16"]),
     ({"remat": "all"}, ["model.remat", "none, dots, full"]),
     ({"dropout_rate": 1.0}, ["model.dropout_rate is 1.0", "[0, 1)"]),

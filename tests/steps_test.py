@@ -355,8 +355,8 @@ def _train_vit(devices, fsdp, *, scan):
 
 @pytest.fixture
 def _tiny_variant(monkeypatch):
-  tiny = models.variants.Variant(16, 2, 32, 2)
-  monkeypatch.setitem(models.VARIANTS, "Tiny", tiny)
+  tiny = models.variants.Encoder(16, 2, 32, 2)
+  monkeypatch.setitem(models.ENCODERS, "Tiny", tiny)
 
 
 @pytest.mark.usefixtures("_tiny_variant")

@@ -14,8 +14,8 @@ from vit_jax.warmstart import POS_EMBEDDING, warm_start
 @pytest.fixture(autouse=True)
 def _tiny_variants(monkeypatch):
   for name, sizes in (("Tiny", (8, 2, 12, 2)), ("Deep", (8, 3, 12, 2))):
-    sizes = models.variants.Variant(*sizes)
-    monkeypatch.setitem(models.VARIANTS, name, sizes)
+    sizes = models.variants.Encoder(*sizes)
+    monkeypatch.setitem(models.ENCODERS, name, sizes)
 
 
 def _create(**kwargs):

@@ -24,9 +24,10 @@ RULES = (
   (r"Dense_0/kernel", P("fsdp", None)),  # [d m]
   (r"Dense_1/kernel", P(None, "fsdp")),  # [m d]
   (r"embedding/kernel", P(None, None, None, "fsdp")),  # [p p 3 d]
+  (r"conv(_root|_proj|\d)/kernel", P(None, None, None, "fsdp")),  # [h w i o]
   (r"(pre_logits|head)/kernel", P("fsdp", None)),  # [d k]
   # One vector a layer: the gather would cost more than the memory is worth.
-  (r"bias|scale|cls|probe|pos_embedding", P()),
+  (r"bias|scale|cls|probe|pos_embedding(_x|_y)?|relative_embedding", P()),
   (r"step|rng|count", P()),
 )
 

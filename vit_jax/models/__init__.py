@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import posemb as posemb
-from vit_jax.models import variants, vit
-from vit_jax.models.variants import VARIANTS as VARIANTS
+from vit_jax.models import resnet, variants, vit
+from vit_jax.models.variants import ENCODERS as ENCODERS
 
 
 class Model(NamedTuple):
@@ -25,9 +25,10 @@ class Model(NamedTuple):
     apply: (params, images f32[b h w 3] in [-1, 1], *, train=False, key=None,
       intermediates=False) -> logits f32[b k], or (logits, {name: array}).
       `key` feeds dropout and stochastic depth; it is needed when training.
+      With 0 classes the representation f32[b d] takes the logits' place.
     image_size: (h, w) in pixels.
-    grid: (h, w) in patches.
-    num_layers: the encoder's blocks.
+    grid: (h, w) in tokens, or in cells of a ResNet's output.
+    num_layers: the encoder's blocks, 0 for a ResNet.
   """
 
   init: Callable[..., Any]
@@ -35,6 +36,19 @@ class Model(NamedTuple):
   image_size: tuple[int, int]
   grid: tuple[int, int]
   num_layers: int
+
+
+# What a ResNet's configuration may say; the rest is about encoders.
+_RESNET_OPTIONS = ("head_bias_init", "dtype", "remat")
+_CHOICES = {
+  "classifier": ("token", "gap", "map"),
+  "pos_embedding": ("learned", "2d", "sincos2d", "relative", "none"),
+  "pos_embedding_at": ("input", "every_layer", "every_layer_shared"),
+  "activation": tuple(vit.ACTIVATIONS),
+  "dtype": ("float32", "bfloat16"),
+  "remat": tuple(vit.REMAT_POLICIES),
+}
+_RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
 
 
 def create(
@@ -45,6 +59,9 @@ def create(
   classifier: str = "token",
   representation_size: int = 0,
   pos_embedding: str = "learned",
+  pos_embedding_at: str = "input",
+  activation: str = "gelu_tanh",
+  layer_norm_epsilon: float = 1e-6,
   dropout_rate: float = 0.0,
   attention_dropout_rate: float = 0.0,
   stochastic_depth_rate: float = 0.0,
@@ -56,14 +73,19 @@ def create(
   """Returns the model of a variant name such as "ViT-B_16".
 
   Args:
-    variant: size and patch, see `models/variants.py`.
-    num_classes: k, the width of the head.
+    variant: "ViT-B_16", "R50+ViT-B_16" or "R50x1", see `models/variants.py`.
+      A ResNet takes only `head_bias_init`, `dtype` and `remat` of what follows.
+    num_classes: k, the width of the head; 0 for none.
     image_size: pixels, an integer or (h, w); divisible by the patch.
     classifier: "token" (a class token), "gap" (mean of the patch tokens) or
       "map" (attention pooling).
     representation_size: width of the tanh layer before the head; 0 for none,
       -1 for the hidden size.
-    pos_embedding: "learned" or "none".
+    pos_embedding: "learned" (1-D), "2d" (learned, a half for each axis),
+      "sincos2d" (fixed), "relative" (in the attention) or "none".
+    pos_embedding_at: "input", "every_layer" or "every_layer_shared".
+    activation: "gelu_tanh" (the paper) or "gelu_erf" (PyTorch).
+    layer_norm_epsilon: added to variances.
     dropout_rate: after every dense layer but query, key and value, and after
       the position embedding (the paper, Appendix B.1).
     attention_dropout_rate: of the attention weights.
@@ -77,48 +99,40 @@ def create(
     UserError: a value that is not one of the choices, or an image size that
       the patch size does not divide.
   """
-  sizes, patch = variants.parse(variant)
-  check_choice("model.classifier", classifier, ("token", "gap", "map"))
-  check_choice("model.pos_embedding", pos_embedding, ("learned", "none"))
-  check_choice("model.dtype", dtype, ("float32", "bfloat16"))
-  check_choice("model.remat", remat, tuple(vit.REMAT_POLICIES))
-  for name, rate in (
-    ("dropout_rate", dropout_rate),
-    ("attention_dropout_rate", attention_dropout_rate),
-    ("stochastic_depth_rate", stochastic_depth_rate),
-  ):
-    if not 0 <= rate < 1:
-      raise UserError(f"model.{name} is {rate}; it must be in [0, 1)")
-  height_width = check_image_size(image_size, patch)
-  if representation_size < -1:
-    raise UserError(
-      f"model.representation_size is {representation_size}; it must be a "
-      "width, 0 for no layer or -1 for the hidden size"
+  options = dict(locals())
+  del options["variant"], options["num_classes"], options["image_size"]
+  sizes = variants.parse(variant)
+  _check_options(variant, sizes, options)
+  options["dtype"] = jnp.dtype(dtype)
+  height_width = check_image_size(image_size, sizes)
+  grid = tuple(-(-side // sizes.stride) for side in height_width)
+  if sizes.encoder is None:
+    module = initial = resnet.BiT(
+      num_classes,
+      sizes.units,
+      sizes.width,
+      **{name: options[name] for name in _RESNET_OPTIONS},
     )
+    return _as_model(module, initial, height_width, grid, 0)
   if representation_size == -1:
-    representation_size = sizes.hidden_size
-  options = {
-    "num_classes": num_classes,
-    "patch_size": patch,
-    "classifier": classifier,
-    "representation_size": representation_size,
-    "pos_embedding": pos_embedding,
-    "dropout_rate": dropout_rate,
-    "attention_dropout_rate": attention_dropout_rate,
-    "stochastic_depth_rate": stochastic_depth_rate,
-    "head_bias_init": head_bias_init,
-    "dtype": jnp.dtype(dtype),
-    "remat": remat,
-    **sizes._asdict(),
-  }
-  module = vit.VisionTransformer(scan=scan, **options)
+    options["representation_size"] = sizes.encoder.hidden_size
+  options |= sizes.encoder._asdict()
+  options |= {"patch_size": sizes.patch_size, "units": sizes.units}
+  module = vit.VisionTransformer(num_classes, **options)
+  # The unrolled form is always the one initialised, so that a seed means the
+  # same numbers in both forms.
+  initial = vit.VisionTransformer(num_classes, **options | {"scan": False})
+  return _as_model(
+    module, initial, height_width, grid, sizes.encoder.num_layers
+  )
+
+
+def _as_model(module, initial, image_size, grid, num_layers):
+  """Returns the `Model` of two modules that differ in their `scan` at most."""
 
   def init(key):
-    # The unrolled form is always the one initialised, so that a seed means the
-    # same numbers in both forms.
-    unrolled = vit.VisionTransformer(**options)
-    params = unrolled.init(key, jnp.zeros((1, *height_width, 3)))["params"]
-    return stack_blocks(params) if scan else params
+    params = initial.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+    return params if module == initial else stack_blocks(params)
 
   def apply(params, images, *, train=False, key=None, intermediates=False):
     assert key is not None or not train, "training needs a key"
@@ -132,8 +146,56 @@ def create(
     )
     return (logits, out) if intermediates else logits
 
-  grid = (height_width[0] // patch, height_width[1] // patch)
-  return Model(init, apply, height_width, grid, sizes.num_layers)
+  return Model(init, apply, image_size, grid, num_layers)
+
+
+def _check_options(variant, sizes, options):
+  """Raises a UserError for a value that `create` cannot take."""
+  for name, choices in _CHOICES.items():
+    check_choice(f"model.{name}", options[name], choices)
+  for name in _RATES:
+    if not 0 <= options[name] < 1:
+      raise UserError(f"model.{name} is {options[name]}; it must be in [0, 1)")
+  if options["representation_size"] < -1:
+    raise UserError(
+      f"model.representation_size is {options['representation_size']}; it must "
+      "be a width, 0 for no layer or -1 for the hidden size"
+    )
+  if options["layer_norm_epsilon"] <= 0:
+    raise UserError(
+      f"model.layer_norm_epsilon is {options['layer_norm_epsilon']}; it must "
+      "be positive"
+    )
+  if sizes.encoder is None:
+    _check_resnet_options(variant, options)
+  elif options["pos_embedding"] in ("none", "relative"):
+    if options["pos_embedding_at"] != "input":
+      raise UserError(
+        f"model.pos_embedding {options['pos_embedding']!r} is not added "
+        "anywhere; leave model.pos_embedding_at at 'input'"
+      )
+  elif options["pos_embedding"] in ("2d", "sincos2d"):
+    parts = 2 if options["pos_embedding"] == "2d" else 4
+    if sizes.encoder.hidden_size % parts:
+      raise UserError(
+        f"model.pos_embedding {options['pos_embedding']!r} needs a hidden size "
+        f"divisible by {parts}; {variant} has {sizes.encoder.hidden_size}"
+      )
+
+
+def _check_resnet_options(variant, options):
+  defaults = create.__kwdefaults__
+  for name, value in options.items():
+    if name not in _RESNET_OPTIONS and value != defaults[name]:
+      raise UserError(
+        f"model.{name} is {value!r}, which means nothing for the ResNet "
+        f"{variant}; leave it at {defaults[name]!r}"
+      )
+  if options["remat"] == "dots":
+    raise UserError(
+      f"model.remat 'dots' keeps nothing of {variant}, which is all "
+      "convolutions; use 'full' or 'none'"
+    )
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -145,8 +207,12 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     )
 
 
-def check_image_size(image_size, patch: int) -> tuple[int, int]:
-  """Returns (h, w) in pixels; a UserError unless the patch divides both."""
+def check_image_size(image_size, sizes: variants.Variant) -> tuple[int, int]:
+  """Returns (h, w) in pixels; a UserError unless the model can take them.
+
+  An encoder needs whole patches: its convolution would drop the pixels of a
+  part of one. A ResNet takes any image of at least one cell.
+  """
   pair = (image_size,) * 2 if isinstance(image_size, int) else image_size
   is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
   if not is_pair or not all(type(side) is int for side in pair):
@@ -154,9 +220,13 @@ def check_image_size(image_size, patch: int) -> tuple[int, int]:
       f"image_size {image_size!r} is neither an integer nor (height, width)"
     )
   height, width = pair
-  if min(height, width) < patch or height % patch or width % patch:
+  patch = sizes.stride
+  given = height if height == width else (height, width)
+  if sizes.encoder is None:
+    if min(height, width) < patch:
+      raise UserError(f"image_size {given} is too small; at least {patch}")
+  elif min(height, width) < patch or height % patch or width % patch:
     nearest = [max(patch, round(s / patch) * patch) for s in (height, width)]
-    given = height if height == width else (height, width)
     better = nearest[0] if nearest[0] == nearest[1] else tuple(nearest)
     raise UserError(
       f"image_size {given} is not divisible by the patch size {patch}; "

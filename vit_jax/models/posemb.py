@@ -1,6 +1,30 @@
 """Position embeddings and how they move to another resolution."""
 
+import jax.numpy as jnp
 import numpy as np
+
+
+def join_axes(rows, columns):
+  """[h d/2] and [w d/2] -> [h*w d]: the column's half first, then the row's."""
+  height, width = rows.shape[0], columns.shape[0]
+  halves = (
+    jnp.tile(columns, (height, 1)),
+    jnp.repeat(rows, width, axis=0),
+  )
+  return jnp.concatenate(halves, axis=1)
+
+
+def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
+  """Returns fixed embeddings f32[h*w d], a quarter of d each: sin and cos of x,
+  sin and cos of y.
+
+  Wave i turns by 10000**(-i / (d/4 - 1)) radians a patch, as in MoCo v3
+  (arXiv 2104.02057) and big_vision.
+  """
+  omega = 10_000.0 ** -np.linspace(0, 1, width // 4)
+  y, x = np.mgrid[: grid[0], : grid[1]].reshape(2, -1, 1) * omega
+  waves = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+  return waves.astype(np.float32)
 
 
 def corner_aligned(length_in: int, length_out: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The table of model sizes."""
+"""The tables of model sizes, and the names that stand for them."""
 
 import re
 from typing import NamedTuple
@@ -6,8 +6,8 @@ from typing import NamedTuple
 from vit_jax.errors import UserError, suggest
 
 
-class Variant(NamedTuple):
-  """The sizes that a name stands for; the patch is the name's second half."""
+class Encoder(NamedTuple):
+  """The sizes of a transformer encoder."""
 
   hidden_size: int
   num_layers: int
@@ -15,32 +15,124 @@ class Variant(NamedTuple):
   num_heads: int
 
 
+class Variant(NamedTuple):
+  """What a name stands for.
+
+  Attributes:
+    encoder: None for a ResNet.
+    patch_size: of the patches that the encoder sees: pixels, or in a hybrid
+      cells of the ResNet's output. 0 for a ResNet.
+    units: of each stage of the ResNet; () has its root alone, None no ResNet.
+    width: of the ResNet, times 64.
+    stride: pixels along a side of a token, or of a cell of a ResNet's output.
+  """
+
+  encoder: Encoder | None
+  patch_size: int
+  units: tuple[int, ...] | None
+  width: int
+  stride: int
+
+
 # N ("nano") is ours, for the quickstart and for tests. Ti and S are DeiT's
 # (arXiv 2012.12877), B, L and H the paper's Table 1, g and G those of "Scaling
 # Vision Transformers" (arXiv 2106.04560, Table 2).
-VARIANTS = {
-  "N": Variant(128, 4, 512, 4),
-  "Ti": Variant(192, 12, 768, 3),
-  "S": Variant(384, 12, 1536, 6),
-  "B": Variant(768, 12, 3072, 12),
-  "L": Variant(1024, 24, 4096, 16),
-  "H": Variant(1280, 32, 5120, 16),
-  "g": Variant(1408, 40, 6144, 16),
-  "G": Variant(1664, 48, 8192, 16),
+ENCODERS = {
+  "N": Encoder(128, 4, 512, 4),
+  "Ti": Encoder(192, 12, 768, 3),
+  "S": Encoder(384, 12, 1536, 6),
+  "B": Encoder(768, 12, 3072, 12),
+  "L": Encoder(1024, 24, 4096, 16),
+  "H": Encoder(1280, 32, 5120, 16),
+  "g": Encoder(1408, 40, 6144, 16),
+  "G": Encoder(1664, 48, 8192, 16),
+}
+
+# The paper's baselines (BiT): units of the four stages. RN is ours, for tests.
+RESNETS = {
+  "RN": (1, 1),
+  "R26": (2, 2, 2, 2),
+  "R50": (3, 4, 6, 3),
+  "R101": (3, 4, 23, 3),
+  "R152": (3, 8, 36, 3),
+  "R200": (3, 24, 36, 3),
+}
+
+# The hybrids: (ResNet, patch in the name) -> its stages, the encoder's patch.
+# At 16 pixels a token, stage 4's units have moved to stage 3 (the paper,
+# Section 4.1). R+ViT-Ti_16 takes 8x8 patches of the root's output, so its
+# tokens are 32 pixels wide, whatever its published name says.
+HYBRIDS = {
+  ("R", 16): ((), 8),
+  ("RN", 8): ((1, 1), 1),
+  ("R26", 32): (RESNETS["R26"], 1),
+  ("R50", 16): ((3, 4, 9), 1),
+  ("R50", 32): (RESNETS["R50"], 1),
 }
 
 
-def parse(name: str) -> tuple[Variant, int]:
-  """Returns the sizes and the patch size of a name such as "ViT-B_16".
+def parse(name: str) -> Variant:
+  """Returns what a name stands for.
+
+  "ViT-B_16": size and patch; "R50+ViT-B_16": a hybrid; "R50x1": a ResNet and
+  its width. An encoder that is in no table is written out as hidden size,
+  depth, MLP and heads: "ViT-w192d12m768h3_16".
 
   Raises:
-    UserError: the name is not `ViT-SIZE_PATCH` with a SIZE of the table.
+    UserError: none of these.
   """
-  match = re.fullmatch(r"ViT-([A-Za-z]+)[_/](\d+)", name)
-  if match and match[1] in VARIANTS and int(match[2]) > 0:
-    return VARIANTS[match[1]], int(match[2])
-  known = [f"ViT-{size}_16" for size in VARIANTS]
+  if match := re.fullmatch(r"(R[N\d]*)x([1-9]\d*)", name):
+    if match[1] in RESNETS:
+      units = RESNETS[match[1]]
+      stride = 2 ** (len(units) + 1)
+      return Variant(None, 0, units, int(match[2]), stride)
+  if match := re.fullmatch(r"(?:(R\w*)\+)?ViT-(\w+)[_/]([1-9]\d*)", name):
+    encoder, patch = parse_encoder(match[2]), int(match[3])
+    if encoder and not match[1]:
+      return Variant(encoder, patch, None, 0, patch)
+    if encoder and (match[1], patch) in HYBRIDS:
+      units, cells = HYBRIDS[match[1], patch]
+      stride = cells * 2 ** (len(units) + (1 if units else 2))
+      return Variant(encoder, cells, units, 1, stride)
+  hybrids = ", ".join(f"{resnet}+ViT-SIZE_{p}" for resnet, p in HYBRIDS)
+  known = [f"ViT-{size}_16" for size in ENCODERS]
+  known += [f"R50+ViT-{size}_16" for size in ENCODERS]
   raise UserError(
     f"unknown model variant {name!r}; it is ViT-SIZE_PATCH with SIZE one of "
-    f"{', '.join(VARIANTS)} and any patch size{suggest(name, known)}"
+    f"{', '.join(ENCODERS)} and any patch size, a hybrid ({hybrids}), or "
+    f"a ResNet xWIDTH ({', '.join(RESNETS)}, as in R50x1)"
+    f"{suggest(name, known)}"
   )
+
+
+def parse_encoder(size: str) -> Encoder | None:
+  """Returns the sizes of "B" or of "w768d12m3072h12", None for neither."""
+  if size in ENCODERS:
+    return ENCODERS[size]
+  match = re.fullmatch(r"w(\d+)d(\d+)m(\d+)h(\d+)", size)
+  sizes = Encoder(*map(int, match.groups())) if match else None
+  if sizes and min(sizes) > 0 and sizes.hidden_size % sizes.num_heads == 0:
+    return sizes
+  return None
+
+
+def name_of(
+  encoder: Encoder | None,
+  patch_size: int,
+  units: tuple[int, ...] | None,
+  width: int = 1,
+) -> str | None:
+  """Returns the name that `parse` would read so, None if there is none."""
+  if encoder is None:
+    depths = [name for name, value in RESNETS.items() if value == units]
+    return f"{depths[0]}x{width}" if depths else None
+  sizes = [name for name, value in ENCODERS.items() if value == encoder]
+  size = (
+    sizes[0] if sizes else "w{0}d{1}m{2}h{3}".format(*encoder)
+  )
+  if units is None:
+    return f"ViT-{size}_{patch_size}"
+  for (resnet, patch), value in HYBRIDS.items():
+    if value == (units, patch_size) and width == 1:
+      return f"{resnet}+ViT-{size}_{patch}"
+  return None

@@ -6,11 +6,22 @@ because bfloat16's eight bits lose small attention weights and variances.
 Everything after the pooling is float32: it is one vector an image.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from vit_jax.models import posemb
+from vit_jax.models.resnet import hybrid_stem
+
+# The published npz files were trained with the tanh approximation; PyTorch's
+# default, and so what Hugging Face's and timm's weights expect, is erf.
+ACTIVATIONS = {
+  "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
+  "gelu_erf": lambda x: nn.gelu(x, approximate=False),
+}
 
 # What a rematerialised block keeps for the backward pass. "dots": the results
 # of its weight products (attention's own products are recomputed), "full":
@@ -35,9 +46,10 @@ def drop_path(x, rate, key):
 
 
 class MlpBlock(nn.Module):
-  """Two dense layers with GELU (tanh approximation) between them."""
+  """Two dense layers with GELU between them."""
 
   mlp_dim: int
+  activation: str = "gelu_tanh"
   dropout_rate: float = 0.0
   deterministic: bool = True
   dtype: Any = jnp.float32
@@ -52,7 +64,7 @@ class MlpBlock(nn.Module):
       "dtype": self.dtype,
     }
     x = nn.Dense(self.mlp_dim, **inits)(x)
-    x = nn.gelu(x, approximate=True)
+    x = ACTIVATIONS[self.activation](x)
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
     x = nn.Dense(width, **inits)(x)
     return nn.Dropout(self.dropout_rate)(x, self.deterministic)
@@ -66,6 +78,7 @@ class MultiHeadDotProductAttention(nn.Module):
   """
 
   num_heads: int
+  relative: bool = False  # position embeddings of key minus query
   dropout_rate: float = 0.0  # of the attention weights
   deterministic: bool = True
   dtype: Any = jnp.float32
@@ -92,6 +105,8 @@ class MultiHeadDotProductAttention(nn.Module):
     scores = jnp.einsum(
       "bqad,bnad->baqn", query, key, preferred_element_type=jnp.float32
     )
+    if self.relative:
+      scores = scores + self.score_offsets(query)
     weights = jax.nn.softmax(scores, axis=-1)
     dropped = nn.Dropout(self.dropout_rate)(weights, self.deterministic)
     x = jnp.einsum("baqn,bnad->bqad", dropped.astype(self.dtype), value)
@@ -104,12 +119,73 @@ class MultiHeadDotProductAttention(nn.Module):
     )(x)
     return out, weights
 
+  def score_offsets(self, query):
+    """[b n a d/a] -> f32[b a n n]: the query against each offset's embedding.
+
+    One-dimensional relative attention (the paper, Appendix D.4): the offset is
+    the distance in the sequence, the class token's place included.
+    """
+    n = query.shape[1]
+    embedding = self.param(
+      "relative_embedding",
+      nn.initializers.normal(0.02),
+      (2 * n - 1, *query.shape[2:]),
+    )
+    by_offset = jnp.einsum(
+      "bqad,rad->baqr",
+      query,
+      embedding.astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    # Row q holds the offsets -q .. n-1-q of its keys 0 .. n-1.
+    row = jnp.arange(n)[:, None]
+    index = jnp.arange(n)[None, :] - row + n - 1
+    return by_offset[:, :, row, index]
+
+
+class PositionEmbs(nn.Module):
+  """One vector for each position, learned or computed.
+
+  "learned" (1-D): one for each token, the class token included. "2d": one
+  half-vector for each row and each column. "sincos2d": fixed waves. The latter
+  two leave the class token, which has no place in the image, without.
+  """
+
+  kind: str
+  grid: tuple[int, int]
+
+  @nn.compact
+  def __call__(self, n, width):
+    """Returns f32[1 n width]."""
+    init = nn.initializers.normal(0.02)
+    if self.kind == "learned":
+      return self.param("pos_embedding", init, (1, n, width))
+    height_width = self.grid
+    if self.kind == "2d":
+      tables = [
+        self.param(f"pos_embedding_{axis}", init, (length, width // 2))
+        for axis, length in zip("yx", height_width, strict=True)
+      ]
+      tokens = posemb.join_axes(*tables)
+    else:
+      tokens = posemb.sincos_2d(height_width, width)
+    extra = n - tokens.shape[0]
+    return jnp.pad(tokens, ((extra, 0), (0, 0)))[None]
+
 
 class Encoder1DBlock(nn.Module):
-  """Pre-LayerNorm transformer block."""
+  """Pre-LayerNorm transformer block.
+
+  `positions` makes the embeddings that this block adds to its own input; it is
+  None where they are added elsewhere or not at all.
+  """
 
   num_heads: int
   mlp_dim: int
+  positions: Any = None
+  relative: bool = False
+  activation: str = "gelu_tanh"
+  layer_norm_epsilon: float = 1e-6
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
   stochastic_depth: bool = False
@@ -118,23 +194,40 @@ class Encoder1DBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x, drop_path_rate):
-    """[b n d], f32[] -> [b n d], intermediates by name (empty if not asked)."""
+  def __call__(self, x, drop_path_rate, shared_positions):
+    """Applies the block.
+
+    Args:
+      x: [b n d].
+      drop_path_rate: f32[].
+      shared_positions: f32[1 n d], added first, or None.
+
+    Returns:
+      [b n d], and the intermediates by name (empty if not asked for).
+    """
     options = {"deterministic": self.deterministic, "dtype": self.dtype}
+
+    def norm(y):
+      return nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(y)
 
     def branch(y):
       if not self.stochastic_depth or self.deterministic:
         return y
       return drop_path(y, drop_path_rate, self.make_rng("dropout"))
 
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
+    if self.positions:
+      shared_positions = self.positions(name="posembed")(*x.shape[1:])
+    if shared_positions is not None:
+      x = x + shared_positions.astype(x.dtype)
+    y = norm(x)
     y, weights = MultiHeadDotProductAttention(
-      self.num_heads, self.attention_dropout_rate, **options
+      self.num_heads, self.relative, self.attention_dropout_rate, **options
     )(y, y)
     attention = nn.Dropout(self.dropout_rate)(y, self.deterministic)
     x = x + branch(attention)
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
-    mlp = MlpBlock(self.mlp_dim, self.dropout_rate, **options)(y)
+    mlp = MlpBlock(self.mlp_dim, self.activation, self.dropout_rate, **options)(
+      norm(x)
+    )
     x = x + branch(mlp)
     if not self.intermediates:
       return x, {}
@@ -146,25 +239,17 @@ class Encoder1DBlock(nn.Module):
     }
 
 
-class AddPositionEmbs(nn.Module):
-  """Adds one learned vector to each position."""
-
-  @nn.compact
-  def __call__(self, x):
-    """[b n d] -> [b n d]."""
-    embedding = self.param(
-      "pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:])
-    )
-    return x + embedding.astype(x.dtype)
-
-
 class Encoder(nn.Module):
   """Position embedding, the blocks, a last LayerNorm."""
 
   num_layers: int
   num_heads: int
   mlp_dim: int
+  grid: tuple[int, int]
   pos_embedding: str = "learned"
+  pos_embedding_at: str = "input"
+  activation: str = "gelu_tanh"
+  layer_norm_epsilon: float = 1e-6
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
   stochastic_depth_rate: float = 0.0
@@ -177,22 +262,36 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x):
     """[b n d] -> [b n d], intermediates by name."""
-    if self.pos_embedding == "learned":
-      x = AddPositionEmbs(name="posembed_input")(x)
+    positions, shared = None, None
+    if self.pos_embedding not in ("none", "relative"):
+      positions = functools.partial(
+        PositionEmbs, self.pos_embedding, self.grid
+      )
+      if self.pos_embedding_at != "every_layer":
+        shared = positions(name="posembed_input")(*x.shape[1:])
+        positions = None
+      if self.pos_embedding_at == "input":
+        x, shared = x + shared.astype(x.dtype), None
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
     out = {"embedded": x}
-    x, blocks = self.run_blocks(x)
+    x, blocks = self.run_blocks(x, positions, shared)
     for i, values in enumerate(blocks):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
-    x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+    x = nn.LayerNorm(
+      self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm"
+    )(x)
     return x, out | {"encoded": x}
 
-  def run_blocks(self, x):
+  def run_blocks(self, x, positions, shared_positions):
     """Applies every block; returns x and each block's intermediates."""
     rates = jnp.linspace(0, self.stochastic_depth_rate, self.num_layers)
     options = {
       "num_heads": self.num_heads,
       "mlp_dim": self.mlp_dim,
+      "positions": positions,
+      "relative": self.pos_embedding == "relative",
+      "activation": self.activation,
+      "layer_norm_epsilon": self.layer_norm_epsilon,
       "dropout_rate": self.dropout_rate,
       "attention_dropout_rate": self.attention_dropout_rate,
       "stochastic_depth": self.stochastic_depth_rate > 0,
@@ -209,15 +308,18 @@ class Encoder(nn.Module):
     if not self.scan:
       blocks = []
       for i in range(self.num_layers):
-        x, values = block(**options, name=f"encoderblock_{i}")(x, rates[i])
+        x, values = block(**options, name=f"encoderblock_{i}")(
+          x, rates[i], shared_positions
+        )
         blocks.append(values)
       return x, blocks
     x, stacked = nn.scan(
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
+      in_axes=(0, nn.broadcast),
       length=self.num_layers,
-    )(**options, name="encoderblock")(x, rates)
+    )(**options, name="encoderblock")(x, rates, shared_positions)
     return x, [
       jax.tree.map(lambda v, i=i: v[i], stacked) for i in range(self.num_layers)
     ]
@@ -228,6 +330,8 @@ class MAPHead(nn.Module):
 
   num_heads: int
   mlp_dim: int
+  activation: str = "gelu_tanh"
+  layer_norm_epsilon: float = 1e-6
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -240,13 +344,13 @@ class MAPHead(nn.Module):
     x, _ = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)(
       probe, x
     )
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)(x)
-    x = x + MlpBlock(self.mlp_dim, dtype=self.dtype)(y)
+    y = nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(x)
+    x = x + MlpBlock(self.mlp_dim, self.activation, dtype=self.dtype)(y)
     return x[:, 0]
 
 
 class VisionTransformer(nn.Module):
-  """Images to logits."""
+  """Images to logits; with `units` the hybrid, whose patches are a ResNet's."""
 
   num_classes: int
   patch_size: int
@@ -254,9 +358,13 @@ class VisionTransformer(nn.Module):
   num_layers: int
   mlp_dim: int
   num_heads: int
+  units: tuple[int, ...] | None = None
   classifier: str = "token"
   representation_size: int = 0
   pos_embedding: str = "learned"
+  pos_embedding_at: str = "input"
+  activation: str = "gelu_tanh"
+  layer_norm_epsilon: float = 1e-6
   dropout_rate: float = 0.0
   attention_dropout_rate: float = 0.0
   stochastic_depth_rate: float = 0.0
@@ -267,7 +375,31 @@ class VisionTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, images, *, train=False, intermediates=False):
-    """[b h w 3] in [-1, 1] -> f32[b k] and the intermediates by name."""
+    """[b h w 3] in [-1, 1] -> f32[b k] and the intermediates by name.
+
+    Without classes the representation f32[b d] takes the logits' place.
+    """
+    x, out = self.embed(images)
+    x, encoder_out = self.encode(x, train, intermediates)
+    out |= encoder_out
+    x = out["pooled"] = self.pool(x).astype(jnp.float32)
+    if self.representation_size:
+      x = nn.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
+      out["pre_logits"] = x
+    if self.num_classes:
+      x = out["logits"] = nn.Dense(
+        self.num_classes,
+        kernel_init=nn.initializers.zeros,
+        bias_init=nn.initializers.constant(self.head_bias_init),
+        name="head",
+      )(x)
+    return x, out
+
+  def embed(self, images):
+    """[b h w 3] -> patch embeddings [b h' w' d], intermediates by name."""
+    x, out = images.astype(self.dtype), {}
+    if self.units is not None:
+      x, out = hybrid_stem(x, self.units, self.dtype)
     x = nn.Conv(
       self.hidden_size,
       (self.patch_size, self.patch_size),
@@ -275,18 +407,26 @@ class VisionTransformer(nn.Module):
       padding="VALID",
       dtype=self.dtype,
       name="embedding",
-    )(images.astype(self.dtype))
-    out = {"stem": x}
+    )(x)
+    return x, out | {"stem": x}
+
+  def encode(self, x, train, intermediates):
+    """[b h' w' d] -> the encoder's tokens [b n d], intermediates by name."""
+    grid = x.shape[1:3]
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     if self.classifier == "token":
       cls = self.param("cls", nn.initializers.zeros, (1, 1, self.hidden_size))
       cls = jnp.tile(cls.astype(x.dtype), (x.shape[0], 1, 1))
       x = jnp.concatenate([cls, x], axis=1)
-    x, encoder_out = Encoder(
+    return Encoder(
       self.num_layers,
       self.num_heads,
       self.mlp_dim,
+      grid,
       self.pos_embedding,
+      self.pos_embedding_at,
+      self.activation,
+      self.layer_norm_epsilon,
       self.dropout_rate,
       self.attention_dropout_rate,
       self.stochastic_depth_rate,
@@ -297,18 +437,6 @@ class VisionTransformer(nn.Module):
       dtype=self.dtype,
       name="Transformer",
     )(x)
-    out |= encoder_out
-    x = out["pooled"] = self.pool(x).astype(jnp.float32)
-    if self.representation_size:
-      x = nn.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
-      out["pre_logits"] = x
-    logits = nn.Dense(
-      self.num_classes,
-      kernel_init=nn.initializers.zeros,
-      bias_init=nn.initializers.constant(self.head_bias_init),
-      name="head",
-    )(x)
-    return logits, out | {"logits": logits}
 
   def pool(self, x):
     """[b n d] -> [b d]."""
@@ -317,5 +445,10 @@ class VisionTransformer(nn.Module):
     if self.classifier == "gap":
       return x.mean(axis=1, dtype=jnp.float32)
     return MAPHead(
-      self.num_heads, self.mlp_dim, dtype=self.dtype, name="MAPHead_0"
+      self.num_heads,
+      self.mlp_dim,
+      self.activation,
+      self.layer_norm_epsilon,
+      dtype=self.dtype,
+      name="MAPHead_0",
     )(x)
