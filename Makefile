@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+# Every core runs its own test files; a file's tests share what they set up.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -21,10 +23,10 @@ quickstart: $(INSTALLED)  ## pre-train, fine-tune, predict; about 6 minutes
 	@$(BIN)/vit-jax quickstart
 
 test: $(INSTALLED)  ## the default tests, below 10 minutes
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-slow: $(INSTALLED)  ## only the tests that take minutes each
-	@$(BIN)/python -m pytest -m "slow and not gpu and not tpu_compile"
+	@$(PYTEST) -m "slow and not gpu and not tpu_compile"
 
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check

@@ -55,7 +55,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
-    "test": ["pytest>=8.0"],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6"],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
   logging.basicConfig(format="%(message)s", stream=sys.stderr)
   # Orbax logs each failure several times, with traces; what matters arrives as
   # an exception.
-  for name in ("absl", "concurrent.futures"):
+  for name in ("absl", "asyncio", "concurrent.futures"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   logging.getLogger("vit_jax").setLevel(logging.INFO)
   sys.unraisablehook = _print_unless_stray
