@@ -16,6 +16,7 @@ _LAYERS = (
   ("state", "losses", "preprocess"),
   ("models", "optim", "sharding", "data"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
+  ("pretrained",),
   ("evaluators",),
   ("train", "evaluate", "predict", "datasets"),
   ("quickstart",),  # runs the commands one after the other

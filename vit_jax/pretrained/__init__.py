@@ -1,0 +1,1 @@
+"""Other people's weights: found, read, and written back in their formats."""
