@@ -25,9 +25,10 @@ RULES = (
   (r"Dense_1/kernel", P(None, "fsdp")),  # [m d]
   (r"embedding/kernel", P(None, None, None, "fsdp")),  # [p p 3 d]
   (r"conv(_root|_proj|\d)/kernel", P(None, None, None, "fsdp")),  # [h w i o]
-  (r"(pre_logits|head)/kernel", P("fsdp", None)),  # [d k]
+  (r"(pre_logits|head|mpp_head)/kernel", P("fsdp", None)),  # [d k]
   # One vector a layer: the gather would cost more than the memory is worth.
-  (r"bias|scale|cls|probe|pos_embedding(_x|_y)?|relative_embedding", P()),
+  (r"bias|scale|cls|mask_token|probe|relative_embedding", P()),
+  (r"pos_embedding(_x|_y)?", P()),
   (r"step|rng|count", P()),
 )
 

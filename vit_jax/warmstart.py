@@ -11,7 +11,15 @@ from vit_jax.state import flatten, unflatten
 POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
 # What a new task or a new way of pooling may replace. Everything else must be
 # there on both sides, in the same shape.
-REPLACEABLE = ("head/", "pre_logits/", "cls", "MAPHead_0/", POS_EMBEDDING)
+REPLACEABLE = (
+  "head/",
+  "pre_logits/",
+  "cls",
+  "MAPHead_0/",
+  "mask_token",
+  "mpp_head/",
+  POS_EMBEDDING,
+)
 
 
 class Report(NamedTuple):

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vit_jax import masking
 from vit_jax.errors import UserError, suggest
+from vit_jax.models import mpp, resnet, variants, vit
 from vit_jax.models import posemb as posemb
-from vit_jax.models import resnet, variants, vit
 from vit_jax.models.variants import ENCODERS as ENCODERS
 
 
@@ -116,30 +117,105 @@ def create(
     return _as_model(module, initial, height_width, grid, 0)
   if representation_size == -1:
     options["representation_size"] = sizes.encoder.hidden_size
-  options |= sizes.encoder._asdict()
-  options |= {"patch_size": sizes.patch_size, "units": sizes.units}
-  module = vit.VisionTransformer(num_classes, **options)
-  # The unrolled form is always the one initialised, so that a seed means the
-  # same numbers in both forms.
-  initial = vit.VisionTransformer(num_classes, **options | {"scan": False})
-  return _as_model(
-    module, initial, height_width, grid, sizes.encoder.num_layers
+  options |= {"num_classes": num_classes, "units": sizes.units}
+  return _as_encoder(vit.VisionTransformer, sizes, options, height_width, grid)
+
+
+def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
+  """Returns the model that predicts masked patches, see `masking`.
+
+  Its `apply` takes a `masking.Corruption` after the images, and returns the
+  predictions f32[b m o] for the m corrupted patches. Its parameters are those
+  of the ViT, "mask_token" and "mpp_head"; of the classifier it has at most the
+  class token.
+
+  Args:
+    target: what is predicted, one of `masking.TARGETS`.
+    variant: a ViT's, such as "ViT-B_16".
+    image_size: as in `create`; at least two patches.
+    **options: as in `create`, but for what only a classifier has.
+
+  Raises:
+    UserError: as `create`; a variant without patches of pixels, a patch size
+      that the target's cells do not divide, an option that means nothing.
+  """
+  check_choice("masked_target", target, tuple(masking.TARGETS))
+  sizes = variants.parse(variant)
+  _check_masked(target, variant, sizes, options)
+  options = create.__kwdefaults__ | options
+  _check_options(variant, sizes, options)
+  options["dtype"] = jnp.dtype(options["dtype"])
+  options["num_classes"] = 0
+  options["num_outputs"] = masking.count_outputs(target, sizes.patch_size)
+  height_width = check_image_size(image_size, sizes)
+  grid = tuple(side // sizes.patch_size for side in height_width)
+  num_patches = grid[0] * grid[1]
+  if num_patches < 2:
+    raise UserError(
+      f"image_size {image_size} is one patch of {variant}; to predict a patch "
+      "from others there must be two at least"
+    )
+  keys = jax.random.split(jax.random.key(0), 1)
+  corruption = masking.draw_corruption(keys, num_patches)
+  return _as_encoder(
+    mpp.MaskedPatchPredictor, sizes, options, height_width, grid, corruption
   )
 
 
-def _as_model(module, initial, image_size, grid, num_layers):
-  """Returns the `Model` of two modules that differ in their `scan` at most."""
+def _check_masked(target, variant, sizes, options):
+  """Raises a UserError for what `create_masked` cannot take."""
+  if sizes.encoder is None or sizes.units is not None:
+    raise UserError(
+      f"masked patches are patches of pixels, which {variant} does not have; "
+      "choose a plain ViT such as ViT-B_16"
+    )
+  cells, patch = masking.TARGETS[target], sizes.patch_size
+  if cells and patch % cells:
+    raise UserError(
+      f"masked_target {target!r} sees a patch as {cells}x{cells} cells, which "
+      f"the patch size {patch} of {variant} is not divisible into; choose a "
+      f"patch size that {cells} divides, or 'mean_colour'"
+    )
+  for name in ("representation_size", "head_bias_init"):
+    if options.get(name):
+      raise UserError(
+        f"model.{name} is {options[name]!r}, which means nothing for masked "
+        "patches: they have no classifier; leave it at 0"
+      )
+
+
+def _as_encoder(module_class, sizes, options, image_size, grid, *inputs):
+  """Returns the `Model` of a kind of VisionTransformer; see `_as_model`."""
+  options = options | sizes.encoder._asdict()
+  options["patch_size"] = sizes.patch_size
+  module = module_class(**options)
+  # The unrolled form is always the one initialised, so that a seed means the
+  # same numbers in both forms.
+  initial = module_class(**options | {"scan": False})
+  depth = sizes.encoder.num_layers
+  return _as_model(module, initial, image_size, grid, depth, *inputs)
+
+
+def _as_model(module, initial, image_size, grid, num_layers, *inputs):
+  """Returns the `Model` of two modules that differ in their `scan` at most.
+
+  `inputs` are examples of what the module takes after one image.
+  """
 
   def init(key):
-    params = initial.init(key, jnp.zeros((1, *image_size, 3)))["params"]
+    image = jnp.zeros((1, *image_size, 3))
+    params = initial.init(key, image, *inputs)["params"]
     return params if module == initial else stack_blocks(params)
 
-  def apply(params, images, *, train=False, key=None, intermediates=False):
+  def apply(
+    params, images, *inputs, train=False, key=None, intermediates=False
+  ):
     assert key is not None or not train, "training needs a key"
     rngs = {} if key is None else {"dropout": key}
     logits, out = module.apply(
       {"params": params},
       images,
+      *inputs,
       train=train,
       intermediates=intermediates,
       rngs=rngs,

@@ -30,7 +30,9 @@ class MaskedPatchPredictor(vit.VisionTransformer):
       f32[b m o] for the patches `corruption.corrupted`, intermediates by name.
     """
     x, out = self.embed(images)
-    x, encoder_out = self.encode(self.corrupt(x, corruption), train, intermediates)
+    x, encoder_out = self.encode(
+      self.corrupt(x, corruption), train, intermediates
+    )
     num_patches = corruption.source.shape[1]
     x = x[:, x.shape[1] - num_patches :]  # without the class token
     x = masking.take_patches(x, corruption.corrupted).astype(jnp.float32)
