@@ -25,6 +25,13 @@ def get_config() -> Any:
   # the position embedding is resized, the optimizer starts fresh.
   config.init_from = placeholder(str)
 
+  # "classification", or "masked_patches": no labels, but half of an image's
+  # patches to predict from the others (Appendix B.1.2).
+  config.objective = "classification"
+  # What of a masked patch: its "mean_colour" in 3 bits a channel, that of a
+  # "colour_grid" of 4x4 cells, or its "pixels".
+  config.masked_target = "mean_colour"
+
   # Height and width of the images that the model sees, in pixels: one integer
   # or (height, width). `size` in preprocessing strings means this.
   config.image_size = FieldReference(224, field_type=object)
@@ -77,6 +84,7 @@ def get_config() -> Any:
   config.total_examples = 0
 
   # --- optimisation ---
+  # The loss of a classification; masked patches have one of their own.
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
   config.loss.label_smoothing = 0.0

@@ -13,11 +13,12 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # layers above its own line here, never one of its own line.
 _LAYERS = (
   ("errors",),
-  ("state", "losses", "preprocess"),
+  ("state", "losses", "masking", "preprocess"),
   ("models", "optim", "sharding", "data"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
   ("evaluators",),
+  ("tasks",),
   ("train", "evaluate", "predict", "datasets"),
   ("quickstart",),  # runs the commands one after the other
   ("__main__",),
@@ -37,7 +38,16 @@ _CONTAINED = {
 }
 
 # A model and its step run on a bare accelerator machine with these alone.
-_BARE = ("errors", "state", "losses", "models", "optim", "sharding", "steps")
+_BARE = (
+  "errors",
+  "state",
+  "losses",
+  "masking",
+  "models",
+  "optim",
+  "sharding",
+  "steps",
+)
 _BARE_LIBRARIES = {"jax", "flax", "optax", "numpy"}
 
 # Predicting must not wait for TensorFlow, nor need it.

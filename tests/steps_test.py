@@ -48,14 +48,23 @@ def _make_state(params, optimizer, ema=False):
   )
 
 
-def _make_step(optimizer, *, apply=_apply_linear, loss="softmax", **kwargs):
+def _make_objective(apply=_apply_linear, loss="softmax", mixup_alpha=0.0):
+  return steps.make_classification(
+    apply=apply,
+    loss_fn=losses.get_loss(loss),
+    num_classes=_CLASSES,
+    mixup_alpha=mixup_alpha,
+  )
+
+
+def _make_step(
+  optimizer, *, apply=_apply_linear, loss="softmax", mixup_alpha=0.0, **kwargs
+):
   return jax.jit(
     steps.make_train_step(
-      apply=apply,
-      loss_fn=losses.get_loss(loss),
+      objective=_make_objective(apply, loss, mixup_alpha),
       optimizer=optimizer,
       schedule=lambda step: 0.1 * step,
-      num_classes=_CLASSES,
       **kwargs,
     )
   )
@@ -328,11 +337,9 @@ def _train_vit(devices, fsdp, *, scan):
     optax.scale(-0.03),
   )
   train_step = steps.make_train_step(
-    apply=model.apply,
-    loss_fn=losses.get_loss("sigmoid"),
+    objective=_make_objective(model.apply, "sigmoid"),
     optimizer=optimizer,
     schedule=lambda step: 0.1,
-    num_classes=_CLASSES,
     ema_decay=0.9,
   )
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from vit_jax import checkpoint, data, losses, models, optim, sharding, steps
+from vit_jax import checkpoint, data, models, optim, sharding, steps
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
-from vit_jax.evaluators import classification
 from vit_jax.metrics import MetricLog, NotFinite
 from vit_jax.state import TrainState
+from vit_jax.tasks import make_task
 from vit_jax.warmstart import warm_start
 
 log = logging.getLogger(__name__)
@@ -45,23 +45,14 @@ def train(config, workdir) -> dict[str, float]:
   mesh = sharding.make_mesh(config.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
 
-  # Data and model.
+  # Data, and what is learnt from it.
   sources, test = open_sources(config)
   first = sources[0][0]
   examples = sum(source.num_examples for source, _ in sources)
   total_steps = configuration.count_steps(config, examples)
-  model = models.create(
-    num_classes=first.num_classes,
-    image_size=config.image_size,
-    **config.model,
-  )
-  loss_fn = losses.get_loss(**config.loss)
-  train_step, init_state = build(
-    config, model, loss_fn, first.num_classes, total_steps
-  )
-  evaluate = test and classification.make_evaluate(
-    model=model,
-    loss_fn=loss_fn,
+  task = make_task(config, first.class_names, first.multilabel)
+  train_step, init_state = build(config, task, total_steps)
+  evaluate = test and task.make_evaluate(
     source=test,
     mesh=mesh,
     batch_size=config.eval.batch_size or config.batch_size,
@@ -70,40 +61,19 @@ def train(config, workdir) -> dict[str, float]:
 
   # State: resumed, from other weights, or random, in that order.
   key = jax.random.key(config.seed)
-  shapes = jax.eval_shape(init_state, key)
-  layout = sharding.tree_shardings(mesh, shapes)
+  layout = sharding.tree_shardings(mesh, jax.eval_shape(init_state, key))
   checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-  state = None
-  if resuming:
-    state = checkpoints.restore(
-      jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        layout,
-      )
-    )
+  state = restore(checkpoints, init_state, layout) if resuming else None
   if state is None:
     state = jax.jit(init_state, out_shardings=layout)(key)
     if config.init_from:
-      state = start_from(config.init_from, state, model, first.class_names)
+      state = start_from(config.init_from, state, task.model, task.class_names)
   step = int(state.step)
   if step == total_steps:
     log.info("the run is complete: %d steps in %s", step, workdir)
     return last_results(workdir)
-  batches = prefetch(
-    sharding.put_batch(mesh, batch, config.batch_size)
-    for batch in data.train_batches(
-      sources,
-      seed=config.seed,
-      batch_size=config.batch_size,
-      rows=sharding.local_rows(mesh, config.batch_size),
-      preprocess=config.train.preprocess,
-      image_size=config.image_size,
-      start_step=step,
-      num_steps=total_steps - step,
-    )
-  )
-  write_run_files(config, workdir, first, state, total_steps)
+  batches = read_batches(config, mesh, sources, step, total_steps)
+  write_run_files(config, workdir, task, first.multilabel, state, total_steps)
   if resuming:
     log.info("going on from step %d of %d", step, total_steps)
 
@@ -135,8 +105,7 @@ def train(config, workdir) -> dict[str, float]:
           params = state.params if state.ema is None else state.ema
           results = dict(evaluate(params))
           report(metrics, step, results)
-          main = results["prec@1" if first.multilabel else "accuracy"]
-          checkpoints.save_if_best(step, state, main)
+          checkpoints.save_if_best(step, state, results[task.main_metric])
         if is_last or stopping or is_due(step, config.checkpoint_every):
           metrics.flush(step)
           checkpoints.save(step, state)
@@ -173,7 +142,8 @@ def open_sources(config):
   name = config.eval.dataset or mixture[0][0]
   test = data.get_source(name, config.eval.split, config.data_dir)
   first = sources[0][0]
-  if test.class_names != first.class_names:
+  labels_matter = config.objective == "classification"
+  if labels_matter and test.class_names != first.class_names:
     raise UserError(
       f"eval.dataset {name} has {test.num_classes} classes, training has "
       f"{first.num_classes}, or their names differ; evaluate on the same "
@@ -183,29 +153,26 @@ def open_sources(config):
   return sources, test
 
 
-def build(config, model, loss_fn, num_classes, total_steps):
+def build(config, task, total_steps):
   """Returns train_step(state, batch) and init_state(key), both pure."""
   schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
   optimizer = optim.make_optimizer(
     **config.optimizer,
     schedule=schedule,
     base_lr=config.schedule.base_lr,
-    params=jax.eval_shape(model.init, jax.random.key(0)),
+    params=jax.eval_shape(task.model.init, jax.random.key(0)),
   )
   train_step = steps.make_train_step(
-    apply=model.apply,
-    loss_fn=loss_fn,
+    objective=task.objective,
     optimizer=optimizer,
     schedule=schedule,
-    num_classes=num_classes,
-    mixup_alpha=config.train.mixup_alpha,
     micro_batches=config.micro_batches,
     ema_decay=config.ema_decay,
   )
 
   def init_state(key):
     init_key, step_key = jax.random.split(key)
-    params = model.init(init_key)
+    params = task.model.init(init_key)
     ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -276,7 +243,7 @@ def start_from(source, state, model, class_names):
   return state._replace(params=params, ema=ema)
 
 
-def write_run_files(config, workdir, source, state, total_steps):
+def write_run_files(config, workdir, task, multilabel, state, total_steps):
   """Writes config.json and parameters.txt of a new run."""
   if jax.process_index() or (workdir / "config.json").exists():
     return
@@ -284,8 +251,8 @@ def write_run_files(config, workdir, source, state, total_steps):
   run = {
     "config": configuration.to_dict(config),
     "total_steps": total_steps,
-    "class_names": source.class_names,
-    "multilabel": source.multilabel,
+    "class_names": task.class_names,
+    "multilabel": multilabel,
   }
   overview = parameter_overview.get_parameter_overview(
     state.params, include_stats="sharding"
@@ -304,6 +271,35 @@ def write_run_files(config, workdir, source, state, total_steps):
     jax.device_count(),
     total_steps,
     config.batch_size,
+  )
+
+
+def restore(checkpoints, init_state, layout):
+  """Returns the newest intact state, laid out so; None if there is none."""
+  shapes = jax.eval_shape(init_state, jax.random.key(0))
+  return checkpoints.restore(
+    jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      layout,
+    )
+  )
+
+
+def read_batches(config, mesh, sources, step, total_steps) -> Iterator:
+  """Returns the batches of the steps to come, on their way to the devices."""
+  host_batches = data.train_batches(
+    sources,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    rows=sharding.local_rows(mesh, config.batch_size),
+    preprocess=config.train.preprocess,
+    image_size=config.image_size,
+    start_step=step,
+    num_steps=total_steps - step,
+  )
+  return prefetch(
+    sharding.put_batch(mesh, batch, config.batch_size) for batch in host_batches
   )
 
 

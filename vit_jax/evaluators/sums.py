@@ -1,0 +1,80 @@
+"""A whole test set through a step that returns sums."""
+
+import collections
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from vit_jax import data, models, sharding
+from vit_jax import preprocess as preprocessing
+
+# How many batches the host runs ahead of the devices.
+RUN_AHEAD = 4
+
+
+def make_sums(
+  eval_step: Callable,
+  *,
+  model: models.Model,
+  source: data.Source,
+  mesh,
+  batch_size: int,
+  preprocess: str,
+) -> Callable:
+  """Returns params -> iterator of the sums of one batch after the other.
+
+  Args:
+    eval_step: (params, batch) -> sums over the examples whose mask is set. The
+      batch is that of `data.eval_batches`, and "index" i32[b], the place of
+      each example in the data set.
+    model: the model.
+    source: the test set; every example counts once, on any number of devices.
+    mesh: where to compute.
+    batch_size: of the global batch.
+    preprocess: evaluation preprocessing.
+
+  Raises:
+    UserError: the batch size is not divisible, or the preprocessing is random.
+  """
+  sharding.check_batch_size(batch_size, mesh)
+  # A mistake shows now, not at the first evaluation.
+  preprocessing.parse(preprocess, model.image_size, evaluation=True)
+  eval_step = jax.jit(eval_step)
+
+  def run(params):
+    rows = sharding.local_rows(mesh, batch_size)
+    batches = data.eval_batches(
+      source,
+      batch_size=batch_size,
+      rows=rows,
+      preprocess=preprocess,
+      image_size=model.image_size,
+    )
+    for i, batch in enumerate(batches):
+      batch["index"] = (i * batch_size + rows).astype(np.int32)
+      yield eval_step(params, sharding.put_batch(mesh, batch, batch_size))
+
+  return run
+
+
+def add_up(sums: Iterable[dict]) -> dict:
+  """Adds up the sums of all batches, in float64: exact for counts of any size.
+
+  Returns:
+    {name: f64[...]}; what is not there counts as 0.
+  """
+  totals: collections.defaultdict = collections.defaultdict(np.float64)
+  running = collections.deque()
+
+  def collect():
+    for name, x in jax.device_get(running.popleft()).items():
+      totals[name] = totals[name] + np.asarray(x, np.float64)
+
+  for batch_sums in sums:
+    running.append(batch_sums)
+    if len(running) > RUN_AHEAD:
+      collect()
+  while running:
+    collect()
+  return totals
