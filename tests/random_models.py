@@ -1,0 +1,41 @@
+"""Parameters and images that let a comparison of two models see everything.
+
+A new model has zeros and ones where a trained one has numbers: nothing that is
+multiplied or added there would be compared.
+"""
+
+import jax
+import numpy as np
+
+from vit_jax.state import flatten, unflatten
+
+
+def random_params(model, seed=0):
+  """Random values of a sensible size in every array, the zeros included."""
+  rng = np.random.default_rng(seed)
+  flat = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  for path, x in flat.items():
+    center, spread = (1, 0.2) if path.endswith("scale") else (0, 0.3)
+    flat[path] = rng.normal(center, spread, x.shape).astype(np.float32)
+  return unflatten(flat)
+
+
+def random_images(model, batch=3, seed=1):
+  """Returns f32[batch h w 3] in [-1, 1]."""
+  rng = np.random.default_rng(seed)
+  shape = (batch, *model.image_size, 3)
+  return rng.uniform(-1, 1, shape).astype(np.float32)
+
+
+def jit(model):
+  """Returns the compiled apply; one operation at a time takes seconds."""
+  return jax.jit(model.apply, static_argnames=("train", "intermediates"))
+
+
+def assert_close(found, expected, tolerance=1e-4):
+  """Compares {name: array}, in units of each array's standard deviation."""
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    assert found[name].shape == x.shape, name
+    difference = np.abs(found[name] - x).max() / x.std()
+    assert difference <= tolerance, f"{name}: {difference:.2g}"

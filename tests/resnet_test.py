@@ -1,0 +1,478 @@
+"""The hybrids' stem and the baseline ResNets: sizes, values against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_resnet
+import reference_vit
+from random_models import assert_close, jit, random_images, random_params
+
+from vit_jax import models
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.state import flatten, unflatten
+
+_HYBRID = "R2+ViT-w16d2m24h2_8"
+_ROOT_ONLY = "R+ViT-w16d2m24h2_16"
+_BIT = "R2x1"
+_UNITS = (2, 1)
+
+
+@pytest.fixture(autouse=True)
+def _tiny_variants(monkeypatch):
+  # With a second unit in a stage: it has no projection.
+  monkeypatch.setitem(variants.RESNETS, "R2", _UNITS)
+  monkeypatch.setitem(variants.HYBRIDS, ("R2", 8), (_UNITS, 1))
+
+
+def _create(variant, **kwargs):
+  options = {"num_classes": 5, "image_size": (24, 40), "dtype": "float32"}
+  return models.create(variant=variant, **options | kwargs)
+
+
+def _uneven_params(model, norm_scale=1.0):
+  """Random parameters with channels whose kernels are of very uneven sizes.
+
+  Standardisation undoes the sizes but for its epsilon, which the smallest are
+  no larger than: a wrong one cannot hide. `norm_scale` makes the outputs of
+  the group normalisations small, so that the next one's epsilon counts.
+  """
+  rng = np.random.default_rng(2)
+  flat = flatten(random_params(model))
+  for path, x in flat.items():
+    parent = path.split("/")[-2] if "/" in path else ""
+    if parent.startswith("conv"):
+      size = 10 ** rng.uniform(-5.5, 0, x.shape[-1])
+      flat[path] = ((x + 0.1) * size).astype(np.float32)
+    elif parent.startswith("gn"):
+      flat[path] = x * np.float32(norm_scale)
+  return unflatten(flat)
+
+
+def _reference(variant, params, images, classifier="token"):
+  sizes = variants.parse(variant)
+  if sizes.encoder is None:
+    return reference_resnet.apply_bit(flatten(params), images, sizes.units)
+  return reference_vit.apply(
+    flatten(params),
+    images,
+    patch=sizes.patch_size,
+    classifier=classifier,
+    units=sizes.units,
+  )
+
+
+# --- values ---
+
+_CASES = [
+  (_HYBRID, {}),
+  (_HYBRID, {"classifier": "map", "scan": True}),
+  (_ROOT_ONLY, {"image_size": (32, 96)}),
+  (_BIT, {"image_size": (33, 47)}),
+  (_BIT, {"image_size": (30, 41), "remat": "full"}),
+  (_BIT, {"num_classes": 0}),
+]
+
+
+@pytest.mark.parametrize(("variant", "options"), _CASES, ids=str)
+def test_logits_and_intermediates_equal_numpy(variant, options):
+  model = _create(variant, **options)
+  images = random_images(model)
+  params = _uneven_params(_create(variant, **options | {"scan": False}))
+  expected = _reference(
+    variant, params, images, options.get("classifier", "token")
+  )
+  given = models.stack_blocks(params) if options.get("scan") else params
+  _, found = jit(model)(given, images, intermediates=True)
+  assert_close(found, expected)
+  last = list(expected.values())[-1]
+  assert last.std(axis=0).mean() > 0.05, "the images make no difference"
+
+
+def _faint(variant):
+  """Returns a model, parameters and images that let small values through."""
+  model = _create(variant, image_size=(32, 64))
+  images = 1e-3 * random_images(model)
+  return model, _uneven_params(model, norm_scale=1e-3), images
+
+
+@pytest.mark.parametrize("variant", [_HYBRID, _ROOT_ONLY, _BIT])
+def test_small_values_equal_numpy(variant):
+  model, params, images = _faint(variant)
+  _, found = jit(model)(params, images, intermediates=True)
+  assert_close(found, _reference(variant, params, images))
+
+
+@pytest.mark.parametrize(
+  ("variant", "name"),
+  [
+    (_HYBRID, "STEM_NORM_EPSILON"),
+    (_HYBRID, "STEM_KERNEL_EPSILON"),
+    (_BIT, "BIT_NORM_EPSILON"),
+    (_BIT, "BIT_KERNEL_EPSILON"),
+  ],
+)
+def test_small_values_tell_epsilons_apart(variant, name, monkeypatch):
+  _, params, images = _faint(variant)
+  expected = _reference(variant, params, images)
+  monkeypatch.setattr(reference_resnet, name, 0)
+  other = _reference(variant, params, images)
+  stage, wrong = expected["stage1"], other["stage1"]
+  assert np.abs(wrong - stage).max() > 1e-2 * stage.std()
+
+
+@pytest.mark.parametrize("variant", [_HYBRID, _BIT])
+def test_bfloat16_is_close_and_the_logits_are_float32(variant):
+  model = _create(variant, dtype="bfloat16")
+  params, images = random_params(model), random_images(model, batch=8)
+  logits, found = jit(model)(params, images, intermediates=True)
+  expected = _reference(variant, params, images)
+  assert logits.dtype == jnp.float32
+  assert found["pooled"].dtype == jnp.float32
+  for name in ("root", "stage1", "stage2"):
+    assert found[name].dtype == jnp.bfloat16
+  for name, limit in (("root", 0.01), ("stage2", 0.03), ("pooled", 0.1)):
+    x = expected[name]
+    difference = np.asarray(found[name], np.float64) - x
+    assert 1e-4 * x.std() < difference.std() < limit * x.std(), name
+
+
+def test_intermediates_are_the_stages():
+  _, found = _run_once(_HYBRID, (24, 40))
+  # A quarter of the image after the root, an eighth after the second stage.
+  assert found["root"].shape == (3, 6, 10, 64)
+  assert found["stage1"].shape == (3, 6, 10, 256)
+  assert found["stage2"].shape == (3, 3, 5, 512)
+  assert found["stem"].shape == (3, 3, 5, 16)
+
+
+@pytest.mark.parametrize("image_size", [(33, 47), (8, 9)], ids=str)
+def test_the_grid_of_an_odd_image_is_rounded_up(image_size):
+  model, found = _run_once(_BIT, image_size)
+  assert found["stage2"].shape[1:3] == model.grid
+  assert model.grid == tuple(-(-side // 8) for side in image_size)
+  assert model.num_layers == 0
+
+
+def _run_once(variant, image_size):
+  model = _create(variant, image_size=image_size)
+
+  def run():
+    params, images = random_params(model), random_images(model)
+    return model.apply(params, images, intermediates=True)[1]
+
+  return model, jax.eval_shape(run)
+
+
+@pytest.mark.slow  # compiling two backward passes
+def test_remat_changes_no_gradient():
+  plain, other = _create("RNx1"), _create("RNx1", remat="full")
+  params, images = random_params(plain), random_images(plain)
+
+  def differentiate(model):
+    def loss(params):
+      return (model.apply(params, images, train=True, key=key) ** 2).sum()
+
+    return flatten(jax.jit(jax.grad(loss))(params))
+
+  key = jax.random.key(0)
+  gradient, again = differentiate(plain), differentiate(other)
+  scale = max(np.abs(x).max() for x in gradient.values())
+  assert np.isfinite(scale)
+  for path, x in gradient.items():
+    assert np.abs(again[path] - x).max() <= 1e-6 * scale, path
+    assert np.abs(x).max() > 0, path
+
+
+# --- sizes ---
+
+_PUBLISHED = {
+  "R+ViT-Ti_16": 6_337_704,
+  "R26+ViT-S_32": 36_431_912,
+  "R26+ViT-B_32": 101_383_976,
+  "R50+ViT-B_16": 98_659_112,
+  "R50+ViT-L_32": 328_994_856,
+  "R50x1": 25_549_352,
+  "R101x1": 44_541_480,
+  "R152x4": 936_533_224,
+}
+_OTHERS = ["R200x3", "R50+ViT-B_32", "R50+ViT-L_16"]
+# As deep as others and of another width: seconds each.
+_SLOW = ["R50x2", "R152x1", "R152x2"]
+
+# Of the architectures as the papers have them: units of each stage, then the
+# encoder's width, depth and MLP, and the cells along a side of its patches.
+_HYBRID_SIZES = {
+  "R+ViT-Ti_16": ((), (192, 12, 768), 8),
+  "R26+ViT-S_32": ((2, 2, 2, 2), (384, 12, 1536), 1),
+  "R26+ViT-B_32": ((2, 2, 2, 2), (768, 12, 3072), 1),
+  "R50+ViT-B_16": ((3, 4, 9), (768, 12, 3072), 1),
+  "R50+ViT-B_32": ((3, 4, 6, 3), (768, 12, 3072), 1),
+  "R50+ViT-L_16": ((3, 4, 9), (1024, 24, 4096), 1),
+  "R50+ViT-L_32": ((3, 4, 6, 3), (1024, 24, 4096), 1),
+}
+_BIT_UNITS = {
+  "R50": (3, 4, 6, 3),
+  "R101": (3, 4, 23, 3),
+  "R152": (3, 8, 36, 3),
+  "R200": (3, 24, 36, 3),
+}
+
+
+@pytest.mark.parametrize("variant", [*_PUBLISHED, *_OTHERS])
+def test_parameter_counts(variant):
+  _check_count(variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", _SLOW)
+def test_parameter_counts_of_other_widths(variant):
+  _check_count(variant)
+
+
+def _check_count(variant):
+  model = models.create(variant=variant, num_classes=1000, image_size=224)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  count = sum(x.size for x in jax.tree.leaves(shapes))
+  if variant in _HYBRID_SIZES:
+    expected = _count_hybrid(*_HYBRID_SIZES[variant])
+  else:
+    depth, _, width = variant.partition("x")
+    expected = _count_bit(_BIT_UNITS[depth], int(width))
+  assert count == expected == _PUBLISHED.get(variant, expected)
+
+
+def _count_units(units, width, is_bit):
+  """Returns the parameters of all stages and their last width."""
+  count = 0
+  before = width
+  for b, number in enumerate(units):
+    inner = width * 2**b
+    outer = 4 * inner
+    for u in range(number):
+      count += before * inner + 9 * inner * inner + inner * outer
+      norms = [before, inner, inner] if is_bit else [inner, inner, outer]
+      if u == 0:
+        count += before * outer
+        norms += [] if is_bit else [outer]
+      count += 2 * sum(norms)
+      before = outer
+  return count, before
+
+
+def _count_hybrid(units, encoder, patch):
+  width, depth, mlp = encoder
+  count, channels = _count_units(units, 64, is_bit=False)
+  count += 7 * 7 * 3 * 64 + 2 * 64
+  count += patch * patch * channels * width + width
+  stride = 4 * 2 ** max(len(units) - 1, 0) * patch
+  count += width + ((224 // stride) ** 2 + 1) * width
+  attention = 4 * (width * width + width)
+  dense = width * mlp + mlp + mlp * width + width
+  count += depth * (attention + dense + 2 * 2 * width) + 2 * width
+  return count + width * 1000 + 1000
+
+
+def _count_bit(units, factor):
+  count, channels = _count_units(units, 64 * factor, is_bit=True)
+  return count + 7 * 7 * 3 * 64 * factor + 2 * channels + channels * 1000 + 1000
+
+
+def test_parameter_names_of_a_hybrid_are_the_published_ones():
+  found = _shapes(_HYBRID)
+  unit = {
+    "conv1/kernel": (1, 1, 256, 64),
+    "conv2/kernel": (3, 3, 64, 64),
+    "conv3/kernel": (1, 1, 64, 256),
+    **_norms({"gn1": 64, "gn2": 64, "gn3": 256}),
+  }
+  first = {
+    **unit,
+    "conv1/kernel": (1, 1, 64, 64),
+    "conv_proj/kernel": (1, 1, 64, 256),
+    **_norms({"gn_proj": 256}),
+  }
+  second_stage = {
+    "conv1/kernel": (1, 1, 256, 128),
+    "conv2/kernel": (3, 3, 128, 128),
+    "conv3/kernel": (1, 1, 128, 512),
+    "conv_proj/kernel": (1, 1, 256, 512),
+    **_norms({"gn1": 128, "gn2": 128, "gn3": 512, "gn_proj": 512}),
+  }
+  expected = {
+    "conv_root/kernel": (7, 7, 3, 64),
+    **_norms({"gn_root": 64}),
+    **_under("block1/unit1", first),
+    **_under("block1/unit2", unit),
+    **_under("block2/unit1", second_stage),
+    "embedding/kernel": (1, 1, 512, 16),
+    "embedding/bias": (16,),
+    "cls": (1, 1, 16),
+    "head/kernel": (16, 5),
+    "head/bias": (5,),
+  }
+  rest = {k: x for k, x in found.items() if not k.startswith("Transformer/")}
+  assert rest == expected
+  # 3x5 cells and the class token.
+  position = found["Transformer/posembed_input/pos_embedding"]
+  assert position == (1, 16, 16)
+
+
+def test_parameter_names_of_a_resnet_are_the_published_ones():
+  unit = {
+    "conv1/kernel": (1, 1, 256, 64),
+    "conv2/kernel": (3, 3, 64, 64),
+    "conv3/kernel": (1, 1, 64, 256),
+    **_norms({"gn1": 256, "gn2": 64, "gn3": 64}),
+  }
+  first = {
+    **unit,
+    "conv1/kernel": (1, 1, 64, 64),
+    "conv_proj/kernel": (1, 1, 64, 256),
+    **_norms({"gn1": 64}),
+  }
+  second_stage = {
+    "conv1/kernel": (1, 1, 256, 128),
+    "conv2/kernel": (3, 3, 128, 128),
+    "conv3/kernel": (1, 1, 128, 512),
+    "conv_proj/kernel": (1, 1, 256, 512),
+    **_norms({"gn1": 256, "gn2": 128, "gn3": 128}),
+  }
+  assert _shapes(_BIT) == {
+    "root_block/conv_root/kernel": (7, 7, 3, 64),
+    **_under("block1/unit01", first),
+    **_under("block1/unit02", unit),
+    **_under("block2/unit01", second_stage),
+    **_norms({"norm-pre-head": 512}),
+    "head/kernel": (512, 5),
+    "head/bias": (5,),
+  }
+
+
+def _shapes(variant):
+  init = _create(variant).init
+  found = flatten(jax.eval_shape(init, jax.random.key(0)))
+  assert {x.dtype for x in found.values()} == {jnp.dtype("float32")}
+  return {path: x.shape for path, x in found.items()}
+
+
+def _norms(widths):
+  return {
+    f"{name}/{kind}": (width,)
+    for name, width in widths.items()
+    for kind in ("scale", "bias")
+  }
+
+
+def _under(prefix, shapes):
+  return {f"{prefix}/{path}": shape for path, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("variant", [_HYBRID, _BIT])
+def test_initial_zeros_and_ones(variant):
+  model = _create(variant, head_bias_init=-3.0)
+
+  def init(key):
+    # Without the random kernels, which take long to compile.
+    params = flatten(model.init(key))
+    is_kernel = {path: path.endswith("kernel") for path in params}
+    is_kernel["head/kernel"] = False
+    return {path: x for path, x in params.items() if not is_kernel[path]}
+
+  params = jax.jit(init)(jax.random.key(0))
+  for path, x in params.items():
+    if path.endswith("/scale"):
+      # A hybrid's unit starts as its shortcut.
+      is_zero = variant == _HYBRID and path.endswith("gn3/scale")
+      assert (x == (0 if is_zero else 1)).all(), path
+    elif path == "head/bias":
+      assert (x == -3).all()
+    elif path.rpartition("/")[0].split("/")[-1].startswith(("gn", "norm")):
+      assert (x == 0).all(), path
+  assert (params["head/kernel"] == 0).all()
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "ViT-B_16",
+    "ViT-w24d3m40h2_7",
+    *_PUBLISHED,
+    *_OTHERS,
+    *_SLOW,
+    "RNx1",
+    "RN+ViT-N_8",
+    "R50+ViT-w24d3m40h2_16",
+  ],
+)
+def test_names_of_what_they_stand_for(name):
+  sizes = variants.parse(name)
+  found = variants.name_of(
+    sizes.encoder, sizes.patch_size, sizes.units, sizes.width
+  )
+  assert found == name
+
+
+def test_a_written_out_encoder_of_the_table_gets_its_short_name():
+  assert variants.parse("ViT-w768d12m3072h12_16") == variants.parse("ViT-B_16")
+  sizes = variants.parse("R50+ViT-w768d12m3072h12_16")
+  found = variants.name_of(sizes.encoder, sizes.patch_size, sizes.units, 1)
+  assert found == "R50+ViT-B_16"
+
+
+def test_what_no_name_stands_for():
+  encoder = variants.ENCODERS["B"]
+  assert variants.name_of(encoder, 1, (3, 4, 9), width=2) is None
+  assert variants.name_of(encoder, 2, (3, 4, 9)) is None
+  assert variants.name_of(encoder, 1, (1, 2, 3)) is None
+  assert variants.name_of(None, 0, (1, 2, 3)) is None
+
+
+def test_tokens_of_a_hybrid():
+  grids = {"R50+ViT-B_16": 14, "R50+ViT-L_32": 7, "R+ViT-Ti_16": 7}
+  for variant, side in grids.items():
+    model = models.create(variant=variant, num_classes=2, image_size=224)
+    assert model.grid == (side, side)
+
+
+# --- what a user may get wrong ---
+
+
+@pytest.mark.parametrize(
+  ("variant", "options", "words"),
+  [
+    (_BIT, {"classifier": "gap"}, ["model.classifier is 'gap'", "ResNet R2x1"]),
+    (_BIT, {"remat": "dots"}, ["model.remat 'dots'", "'full' or 'none'"]),
+    (_BIT, {"scan": True}, ["model.scan is True", "leave it at False"]),
+    (_BIT, {"dropout_rate": 0.1}, ["model.dropout_rate is 0.1", "0.0"]),
+    (_BIT, {"pos_embedding": "2d"}, ["model.pos_embedding is '2d'"]),
+    (_BIT, {"activation": "gelu_erf"}, ["model.activation is 'gelu_erf'"]),
+    (_BIT, {"layer_norm_epsilon": 1e-3}, ["model.layer_norm_epsilon"]),
+    (_BIT, {"representation_size": -1}, ["model.representation_size is -1"]),
+    (_BIT, {"image_size": (7, 40)}, ["(7, 40) is too small; at least 8"]),
+    (_BIT, {"image_size": "large"}, ["'large'", "(height, width)"]),
+    (_HYBRID, {"image_size": (24, 36)}, ["(24, 36)", "valid: (24, 32)"]),
+    (_ROOT_ONLY, {"image_size": 48}, ["48 is not divisible", "size 32"]),
+    ("R51x1", {}, ["'R51x1'", "R50, R101, R152, R200"]),
+    ("R50x0", {}, ["'R50x0'", "as in R50x1"]),
+    ("R50", {}, ["'R50'", "as in R50x1"]),
+    ("R50+ViT-B_8", {}, ["'R50+ViT-B_8'", "R50+ViT-SIZE_16"]),
+    ("R50-ViT-B_16", {}, ["'R50-ViT-B_16'", "mean 'R50+ViT-B_16'?"]),
+    ("R50x1+ViT-B_16", {}, ["'R50x1+ViT-B_16'", "R50+ViT-SIZE_16"]),
+    ("ViT-w16d2m24h3_8", {}, ["'ViT-w16d2m24h3_8'"]),
+    ("ViT-w0d2m24h2_8", {}, ["'ViT-w0d2m24h2_8'"]),
+    ("ViT-w16d2m24_8", {}, ["'ViT-w16d2m24_8'"]),
+  ],
+  ids=str,
+)
+def test_wrong_arguments_are_named(variant, options, words):
+  with pytest.raises(UserError) as error:
+    _create(variant, **options)
+  message = str(error.value)
+  assert "\n" not in message
+  for word in words:
+    assert word in message
