@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_vit
+from random_models import jit as _jit
+from random_models import random_images as _images
+from random_models import random_params as _random_params
 
 from vit_jax import models
 from vit_jax.errors import UserError
@@ -29,31 +32,6 @@ def _create(**kwargs):
     "dtype": "float32",
   }
   return models.create(**options | kwargs)
-
-
-def _randomize(params, seed=0):
-  """Random values of a sensible size in every array, the zeros included."""
-  rng = np.random.default_rng(seed)
-  flat = flatten(params)
-  for path, x in flat.items():
-    center, spread = (1, 0.2) if path.endswith("scale") else (0, 0.3)
-    flat[path] = rng.normal(center, spread, x.shape).astype(np.float32)
-  return unflatten(flat)
-
-
-def _random_params(model):
-  return _randomize(jax.eval_shape(model.init, jax.random.key(0)))
-
-
-def _jit(model):
-  """Returns the compiled apply; one operation at a time takes seconds."""
-  return jax.jit(model.apply, static_argnames=("train", "intermediates"))
-
-
-def _images(model, batch=3, seed=1):
-  rng = np.random.default_rng(seed)
-  shape = (batch, *model.image_size, 3)
-  return rng.uniform(-1, 1, shape).astype(np.float32)
 
 
 def _assert_identical(a, b):
