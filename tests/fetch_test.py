@@ -148,7 +148,7 @@ def test_gs_folder_is_left_to_epath():
   ("source", "line"),
   [
     ("ViT-B16-imagenet21k", "did you mean 'ViT-B_16-imagenet21k'"),
-    ("no/such/file.npz:img", "'no/such/file.npz' is neither a file"),
+    ("no/such/file.npz:img", "at no/such/file.npz: it is neither a file"),
     ("s3://bucket/x.npz", "begins with https:// or gs://"),
     ("https://host.invalid/model", "not a file .npz or .safetensors"),
     ("gs://b/run#sha256=" + 64 * "0", "not a file .npz or .safetensors"),

@@ -19,7 +19,7 @@ _LAYERS = (
   ("pretrained",),
   ("evaluators",),
   ("tasks",),
-  ("train", "evaluate", "predict", "datasets"),
+  ("train", "evaluate", "predict", "datasets", "inspect", "convert"),
   ("quickstart",),  # runs the commands one after the other
   ("__main__",),
 )

@@ -7,7 +7,7 @@ import scipy.ndimage
 
 from vit_jax import models
 from vit_jax.errors import UserError
-from vit_jax.state import flatten
+from vit_jax.state import as_lazy, flatten
 from vit_jax.warmstart import POS_EMBEDDING, warm_start
 
 
@@ -48,18 +48,20 @@ def _start(new, old, same_classes=True, weights=None):
   """Returns (params before, weights, params after, report), all flat."""
   before = _params(new, 0)
   given = _weights(old) if weights is None else weights
-  after, report = warm_start(
+  before = flatten(before)
+  arrays, report = warm_start(
     before,
-    given,
+    {path: as_lazy(x) for path, x in given.items()},
     old_grid=old.grid,
     new_grid=new.grid,
     same_classes=same_classes,
     source="runs/before",
   )
-  assert jax.tree.structure(after) == jax.tree.structure(before)
-  before, after = flatten(before), flatten(after)
+  assert arrays.keys() <= before.keys()
+  after = before | {path: x.read() for path, x in arrays.items()}
   for path, x in after.items():
     assert x.shape == before[path].shape, path
+    assert path not in arrays or arrays[path].shape == x.shape, path
   # Every array is in the report, on exactly one line of its side.
   lines = [*report.taken, *report.resized, *report.new]
   assert sorted(line.split()[0] for line in lines) == sorted(after)

@@ -1,3 +1,21 @@
-"""Vision Transformers in JAX: pre-train, fine-tune at high resolution, use."""
+"""Vision Transformers in JAX: pre-train, fine-tune at high resolution, use.
+
+`vit_jax.load(source)` returns a model with published weights or one's own, see
+`vit_jax.pretrained.load`. All else is in the modules.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+  from vit_jax.pretrained import load as load
+
+
+def __getattr__(name):
+  # Imported when it is asked for: `import vit_jax` does not wait for JAX.
+  if name == "load":
+    from vit_jax.pretrained import load
+
+    return load
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,11 @@ import sys
 
 from vit_jax.errors import RunStopped, UserError
 
+_SOURCE = (
+  "a run folder or checkpoint, an npz or safetensors file, a Hugging Face or "
+  "timm folder, a gs:// or https:// address, or a published name"
+)
+
 
 class _Parser(argparse.ArgumentParser):
   """Says what is wrong in one line."""
@@ -92,7 +97,7 @@ def _make_parser():
   evaluate = add("evaluate", _evaluate, "evaluate saved weights")
   where = evaluate.add_mutually_exclusive_group(required=True)
   where.add_argument("--workdir", help="a run folder")
-  where.add_argument("--checkpoint", help="one checkpoint of a run folder")
+  where.add_argument("--checkpoint", metavar="SOURCE", help=_SOURCE)
   evaluate.add_argument("--dataset", help="default: the run's test set")
   evaluate.add_argument("--split", help="default: the run's")
   _add_data_dir(evaluate)
@@ -100,10 +105,28 @@ def _make_parser():
   _add_distributed(evaluate)
 
   predict = add("predict", _predict, "classify image files")
-  predict.add_argument("--checkpoint", required=True, help="a run folder")
+  predict.add_argument(
+    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
+  )
   predict.add_argument("images", nargs="+", metavar="IMAGE")
   predict.add_argument("--top", type=int, default=5, help="classes to show")
+  predict.add_argument(
+    "--class_names",
+    metavar="FILE",
+    help="a name a line, for weights that have none",
+  )
   _add_json(predict)
+
+  inspect = add("inspect", _inspect, "say what a file of weights holds")
+  inspect.add_argument("source", metavar="SOURCE", help=_SOURCE)
+  _add_json(inspect)
+
+  convert = add("convert", _convert, "write weights in another format")
+  convert.add_argument("source", metavar="SOURCE", help=_SOURCE)
+  convert.add_argument("out", metavar="OUT", help="the file or folder to write")
+  convert.add_argument(
+    "--to", required=True, help="npz, big_vision, hf, timm or orbax"
+  )
 
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
@@ -232,7 +255,7 @@ def _evaluate(args):
 def _predict(args):
   from vit_jax.predict import predict
 
-  results = predict(args.checkpoint, args.images, args.top)
+  results = predict(args.checkpoint, args.images, args.top, args.class_names)
   if args.json:
     print(json.dumps(results))
     return
@@ -240,6 +263,20 @@ def _predict(args):
     print(result["image"])
     for entry in result["classes"]:
       print(f"  {entry['probability']:7.2%}  {entry['name']}")
+
+
+def _inspect(args):
+  from vit_jax.inspect import format_report, inspect
+
+  found = inspect(args.source)
+  print(json.dumps(found) if args.json else format_report(found))
+
+
+def _convert(args):
+  from vit_jax.convert import convert
+
+  for note in convert(args.source, args.out, args.to):
+    print(f"note: {note}")
 
 
 def _data_list(args):

@@ -1,13 +1,21 @@
 """The `evaluate` command: the whole test set through saved weights."""
 
+import functools
+import logging
 from typing import Any
 
 import ml_collections
 
-from vit_jax import checkpoint, data, losses, models, sharding
+from vit_jax import data, losses, pretrained, sharding
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification
 from vit_jax.state import unflatten
+from vit_jax.tasks import make_task
+
+log = logging.getLogger(__name__)
+
+# Of weights that come without a training configuration.
+_BATCH_SIZE = 64
 
 
 def evaluate(
@@ -20,10 +28,11 @@ def evaluate(
   """Evaluates a checkpoint.
 
   Args:
-    source: a run folder (its best checkpoint if it kept one, else its newest)
-      or one of its checkpoints.
-    dataset: another data set than the run's own; with the same classes.
-    split: another split than the run's own.
+    source: whatever `vit_jax.load` reads; of a run folder its best checkpoint
+      if it kept one, else its newest.
+    dataset: another data set than the run's own; with the same classes. Weights
+      that are no run of ours have none and need it.
+    split: another split than the run's own; as `dataset`.
     data_dir: where the TFDS data sets are, if not where they were.
 
   Returns:
@@ -32,37 +41,89 @@ def evaluate(
   Raises:
     UserError: no checkpoint, no data, or other classes.
   """
-  weights = checkpoint.load_weights(source)
-  config: Any = ml_collections.ConfigDict(weights.run["config"])
-  class_names = weights.run["class_names"]
-  first_training_set = data.parse_mixture(config.train.dataset)[0][0]
-  dataset = str(dataset or config.eval.dataset or first_training_set)
-  split = str(split or config.eval.split)
-  test = data.get_source(dataset, split, data_dir or config.data_dir)
-  if test.class_names != class_names:
+  weights = pretrained.fold_normalization(pretrained.read(source))
+  config = _training_config(weights)
+  if config:
+    first_training_set = data.parse_mixture(config.train.dataset)[0][0]
+    dataset = dataset or config.eval.dataset or first_training_set
+    split = split or config.eval.split
+    data_dir = data_dir or config.data_dir
+  if not dataset or not split:
     raise UserError(
-      f"{dataset} has {test.num_classes} classes and the checkpoint "
-      f"{len(class_names)}, or their names differ; choose another --dataset"
+      f"{weights.source} does not say on which data; give --dataset=NAME and "
+      "--split=test"
     )
+  test = data.get_source(dataset, split, data_dir)
+  make_evaluate, batch_size = _choose_evaluator(weights, config, test, dataset)
   mesh = sharding.make_mesh()
-  model = models.create(
-    num_classes=len(class_names), image_size=config.image_size, **config.model
-  )
-  run = classification.make_evaluate(
-    model=model,
-    loss_fn=losses.get_loss(**config.loss),
+  run = make_evaluate(
     source=test,
     mesh=mesh,
-    batch_size=round_up(config.eval.batch_size or config.batch_size, mesh.size),
-    preprocess=config.eval.preprocess,
+    batch_size=round_up(batch_size, mesh.size),
+    preprocess=weights.preprocess,
   )
-  params = sharding.replicate(mesh, unflatten(weights.params))
+  params = {path: x.read() for path, x in weights.params.items()}
   return {
-    "checkpoint": str(weights.source),
+    "checkpoint": weights.source,
     "dataset": dataset,
     "split": split,
-    **dict(run(params)),
+    **dict(run(sharding.replicate(mesh, unflatten(params)))),
   }
+
+
+def _training_config(weights) -> Any:
+  """Returns the configuration of a run of ours, None without one.
+
+  A converted checkpoint has a config.json as well, but was never trained here.
+  """
+  if not weights.run or "train" not in weights.run["config"]:
+    return None
+  return ml_collections.ConfigDict(weights.run["config"])
+
+
+def _choose_evaluator(weights, config, test, dataset):
+  """Returns make_evaluate (see the evaluators) and the batch size.
+
+  Raises:
+    UserError: the test set has other classes.
+  """
+  batch_size = _BATCH_SIZE
+  if config:
+    batch_size = config.eval.batch_size or config.batch_size
+    task = make_task(
+      config, weights.class_names or [], weights.run["multilabel"]
+    )
+    if not task.class_names:
+      return task.make_evaluate, batch_size
+  check_classes(weights, test, dataset)
+  if config:
+    return task.make_evaluate, batch_size
+  make_evaluate = functools.partial(
+    classification.make_evaluate,
+    model=weights.create_model(),
+    loss_fn=losses.get_loss(name=weights.loss),
+  )
+  return make_evaluate, batch_size
+
+
+def check_classes(weights, test, dataset: str) -> None:
+  """Raises a UserError if the head does not name the classes of a test set.
+
+  Runs of ours must agree on every name. Other files call their classes as they
+  like, if at all; there the number has to do.
+  """
+  names_differ = weights.class_names != test.class_names
+  if weights.num_classes != test.num_classes or (names_differ and weights.run):
+    raise UserError(
+      f"{dataset} has {test.num_classes} classes and the checkpoint "
+      f"{weights.num_classes}, or their names differ; choose another --dataset"
+    )
+  if names_differ:
+    log.warning(
+      "%s does not name its classes as %s does; taken to be in the same order",
+      weights.source,
+      dataset,
+    )
 
 
 def round_up(batch_size: int, devices: int) -> int:

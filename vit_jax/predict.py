@@ -3,29 +3,31 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import checkpoint, models, preprocess
+from vit_jax import preprocess, pretrained
 from vit_jax.errors import UserError
-from vit_jax.state import unflatten
 from vit_jax.steps import normalize
 
 BATCH_SIZE = 32
 
 
 def predict(
-  source: str, images: Sequence[str], top: int = 5
+  source: str,
+  images: Sequence[str],
+  top: int = 5,
+  class_names: str | None = None,
 ) -> list[dict[str, Any]]:
   """Classifies image files with saved weights.
 
-  The images are prepared as the run prepared its test images.
+  The images are prepared as the run prepared its test images, or as the
+  authors of other weights do.
 
   Args:
-    source: a run folder or one of its checkpoints.
+    source: whatever `vit_jax.load` reads.
     images: paths of image files.
     top: how many classes to return for each.
+    class_names: a text file with a name a line, for weights that have none.
 
   Returns:
     [{"image": path, "classes": [{"name", "probability"}, ...]}], the most
@@ -37,36 +39,46 @@ def predict(
   """
   if top < 1:
     raise UserError(f"--top is {top}; it must be 1 or more")
-  weights = checkpoint.load_weights(source)
-  config, names = weights.run["config"], weights.run["class_names"]
-  model = models.create(
-    num_classes=len(names), image_size=config["image_size"], **config["model"]
-  )
+  model = pretrained.load(source)
+  config = model.config
+  names = _read_names(class_names, config.num_classes) or config.class_names
   # All files are read before the model is compiled: a wrong path shows now.
   pixels = [
-    preprocess.preprocess_image(
-      image, config["eval"]["preprocess"], model.image_size
-    )
+    preprocess.preprocess_image(image, config.preprocess, config.image_size)
     for image in images
   ]
-  to_probability = (
-    jax.nn.sigmoid if config["loss"]["name"] == "sigmoid" else jax.nn.softmax
-  )
-  params = unflatten({k: jnp.asarray(v) for k, v in weights.params.items()})
-  forward = jax.jit(
-    lambda params, x: to_probability(model.apply(params, normalize(x)))
-  )
   results = []
   for start in range(0, len(pixels), BATCH_SIZE):
     batch = np.stack(pixels[start : start + BATCH_SIZE])
-    for row in np.asarray(forward(params, batch)):
+    for row in np.asarray(model.probabilities(normalize(batch))):
       best = np.argsort(-row, kind="stable")[:top]
       results.append(
         {
           "image": str(images[len(results)]),
           "classes": [
-            {"name": names[i], "probability": float(row[i])} for i in best
+            {
+              "name": names[i] if names else f"class {i}",
+              "probability": float(row[i]),
+            }
+            for i in best
           ],
         }
       )
   return results
+
+
+def _read_names(file, num_classes):
+  """Returns the lines of a file, None for no file."""
+  if file is None:
+    return None
+  try:
+    with open(file, encoding="utf-8") as f:
+      names = f.read().splitlines()
+  except (OSError, ValueError) as e:
+    raise UserError(f"--class_names {file}: cannot be read: {e}") from e
+  if len(names) != num_classes:
+    raise UserError(
+      f"--class_names {file} has {len(names)} lines; the head has "
+      f"{num_classes} classes"
+    )
+  return names

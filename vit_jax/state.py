@@ -1,8 +1,10 @@
 """The training state, and parameters as a flat {path: array} dictionary."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class TrainState(NamedTuple):
@@ -21,6 +23,25 @@ class TrainState(NamedTuple):
   opt_state: Any
   ema: Any
   rng: jax.Array
+
+
+class LazyArray(NamedTuple):
+  """An array that is read when it is asked for.
+
+  Attributes:
+    shape: its shape.
+    dtype: its dtype.
+    read: () -> np.ndarray.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+
+def as_lazy(x: np.ndarray) -> LazyArray:
+  """Returns an array that is there already as a `LazyArray`."""
+  return LazyArray(x.shape, x.dtype, lambda: x)
 
 
 def path_str(key_path) -> str:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from vit_jax import checkpoint, data, models, optim, sharding, steps
+from vit_jax import checkpoint, data, optim, pretrained, sharding, steps
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.metrics import MetricLog, NotFinite
-from vit_jax.state import TrainState
+from vit_jax.state import TrainState, flatten, unflatten
 from vit_jax.tasks import make_task
 from vit_jax.warmstart import warm_start
 
@@ -67,7 +67,9 @@ def train(config, workdir) -> dict[str, float]:
   if state is None:
     state = jax.jit(init_state, out_shardings=layout)(key)
     if config.init_from:
-      state = start_from(config.init_from, state, task.model, task.class_names)
+      state = start_from(
+        config.init_from, state, task.model, config, task.class_names
+      )
   step = int(state.step)
   if step == total_steps:
     log.info("the run is complete: %d steps in %s", step, workdir)
@@ -210,35 +212,34 @@ def check_workdir(config, workdir) -> bool:
   return True
 
 
-def start_from(source, state, model, class_names):
-  """Returns the state with the weights of another run, and reports on them.
+def start_from(source, state, model, config, class_names):
+  """Returns the state with other weights, and reports on them.
 
   Raises:
     UserError: nothing to read there, or another architecture.
   """
-  weights = checkpoint.load_weights(source)
-  other = weights.run["config"]
-  old_model = models.create(
-    num_classes=len(weights.run["class_names"]),
-    image_size=other["image_size"],
-    **other["model"],
-  )
-  params, changes = warm_start(
-    state.params,
+  weights = pretrained.fold_normalization(pretrained.read(source))
+  pretrained.check_numerics(weights, config.model)
+  given, changes = warm_start(
+    flatten(state.params),
     weights.params,
-    old_grid=old_model.grid,
+    old_grid=weights.create_model().grid,
     new_grid=model.grid,
-    same_classes=weights.run["class_names"] == class_names,
-    source=str(weights.source),
+    same_classes=weights.class_names == class_names,
+    source=weights.source,
+    resize=weights.resize,
   )
   log.info("weights from %s\n%s", weights.source, changes)
-  params = jax.tree.map(
-    lambda old, new: jax.make_array_from_callback(
+
+  def place(path, old):
+    if path not in given:
+      return old
+    new = given[path].read().astype(old.dtype)
+    return jax.make_array_from_callback(
       old.shape, old.sharding, lambda index: new[index]
-    ),
-    state.params,
-    params,
-  )
+    )
+
+  params = unflatten({p: place(p, x) for p, x in flatten(state.params).items()})
   ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
   return state._replace(params=params, ema=ema)
 

@@ -1,16 +1,20 @@
 """Start from another run's weights: what is taken, resized, new, dropped."""
 
+import functools
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vit_jax import models
 from vit_jax.errors import UserError
-from vit_jax.state import flatten, unflatten
+from vit_jax.state import LazyArray
 
 POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
 # What a new task or a new way of pooling may replace. Everything else must be
-# there on both sides, in the same shape.
+# there on both sides, in the same shape. Position embeddings may differ in
+# shape alone.
 REPLACEABLE = (
   "head/",
   "pre_logits/",
@@ -20,6 +24,7 @@ REPLACEABLE = (
   "mpp_head/",
   POS_EMBEDDING,
 )
+_POSITIONS = re.compile(r".*/pos_embedding(_y|_x)?")
 
 
 class Report(NamedTuple):
@@ -38,34 +43,35 @@ class Report(NamedTuple):
 
 
 def warm_start(
-  params: Any,
-  weights: dict[str, Any],
+  target: Mapping[str, Any],
+  weights: Mapping[str, LazyArray],
   *,
   old_grid: tuple[int, int],
   new_grid: tuple[int, int],
   same_classes: bool,
   source: str,
-) -> tuple[Any, Report]:
-  """Returns `params` with everything that `weights` can give them.
+  resize: str = "corner_aligned",
+) -> tuple[dict[str, LazyArray], Report]:
+  """Returns what `weights` can give to a model, and a report.
 
-  A new head is as initialised: a zero kernel and the configured bias. A tanh
-  layer (pre_logits) that only one side has, or that has another width, makes
-  the head new as well: its inputs mean something else. The position embedding
-  is resized to the new grid.
+  What is not returned stays as initialised. That is the head where the classes
+  differ: a zero kernel and the configured bias. A tanh layer (pre_logits) that
+  only one side has, or that has another width, makes the head new as well: its
+  inputs mean something else. Position embeddings are resized to the new grid.
 
   Args:
-    params: the new model's initial parameters, nested.
-    weights: {path: array} of the other run, scanned or not.
-    old_grid: (h, w) in patches of the other run's images.
+    target: {path: array or shape} of the new model.
+    weights: {path: LazyArray} of the other model, scanned or not.
+    old_grid: (h, w) in patches of the other model's images.
     new_grid: (h, w) in patches of the new images.
     same_classes: whether both heads speak of the same classes.
-    source: the other run's name, for messages.
+    source: where `weights` are from, for messages.
+    resize: how position embeddings are resized, see `models.posemb`.
 
   Raises:
     UserError: another architecture; the message names parameters.
   """
-  target = flatten(params)
-  weights = _match_layout(weights, target)
+  weights = match_layout(weights, scan=is_scanned(target))
   _check_architecture(target, weights, source)
   tanh_layers = [
     tree["pre_logits/kernel"].shape if "pre_logits/kernel" in tree else None
@@ -73,40 +79,80 @@ def warm_start(
   ]
   keep_head = same_classes and tanh_layers[0] == tanh_layers[1]
   report = Report([], [], [], [])
-  used = set()
+  given = {}
   for path, x in target.items():
-    given = weights.get(path)
-    if given is not None and path == POS_EMBEDDING:
-      given = _resize(np.asarray(given), x.shape, old_grid, new_grid)
+    there = weights.get(path)
+    resized = False
+    if there is not None and _POSITIONS.fullmatch(path):
+      there = _fit_positions(path, there, x.shape, old_grid, new_grid, resize)
+      resized = old_grid != new_grid
     is_new_head = path.startswith("head/") and not keep_head
-    if given is None or given.shape != x.shape or is_new_head:
+    if there is None or there.shape != x.shape or is_new_head:
       report.new.append(f"{path} {_by(x.shape)}")
       continue
-    target[path] = np.asarray(given)
-    used.add(path)
-    if path == POS_EMBEDDING and old_grid != new_grid:
+    given[path] = there
+    if resized:
       report.resized.append(f"{path} {_by(old_grid)} -> {_by(new_grid)}")
     else:
       report.taken.append(path)
-  for path in sorted(weights.keys() - used):
+  for path in sorted(weights.keys() - given.keys()):
     report.dropped.append(f"{path} {_by(weights[path].shape)}")
-  return unflatten(target), report
+  return given, report
 
 
 def _by(shape):
   return "x".join(map(str, shape))
 
 
-def _match_layout(weights, target):
-  """Stacks or unstacks the blocks of `weights` as `target` has them."""
-  stacked = [
-    any("/encoderblock/" in path for path in tree) for tree in (weights, target)
-  ]
-  if stacked == [True, False]:
-    return flatten(models.unstack_blocks(unflatten(weights)))
-  if stacked == [False, True]:
-    return flatten(models.stack_blocks(unflatten(weights)))
-  return weights
+def is_scanned(paths) -> bool:
+  """Returns whether these are the paths of stacked blocks."""
+  return any("/encoderblock/" in path for path in paths)
+
+
+def match_layout(
+  weights: Mapping[str, LazyArray], *, scan: bool
+) -> Mapping[str, LazyArray]:
+  """Stacks or unstacks the blocks, when they are read, if that is needed."""
+  if is_scanned(weights) == scan:
+    return weights
+  if scan:
+    return _stack(weights)
+  return _unstack(weights)
+
+
+def _stack(weights):
+  out, blocks = {}, {}
+  for path, x in weights.items():
+    match = re.fullmatch(r"(.*)/encoderblock_(\d+)/(.*)", path)
+    if match:
+      name = f"{match[1]}/encoderblock/{match[3]}"
+      blocks.setdefault(name, {})[int(match[2])] = x
+    else:
+      out[path] = x
+  for name, layers in blocks.items():
+    layers = [layers[i] for i in sorted(layers)]
+    out[name] = LazyArray(
+      (len(layers), *layers[0].shape),
+      layers[0].dtype,
+      lambda layers=layers: np.stack([x.read() for x in layers]),
+    )
+  return out
+
+
+def _unstack(weights):
+  out = {}
+  for path, x in weights.items():
+    if "/encoderblock/" not in path:
+      out[path] = x
+      continue
+    # One read serves all blocks.
+    read = functools.cache(x.read)
+    for i in range(x.shape[0]):
+      name = path.replace("/encoderblock/", f"/encoderblock_{i}/")
+      out[name] = LazyArray(
+        x.shape[1:], x.dtype, lambda i=i, read=read: read()[i]
+      )
+  return out
 
 
 def _check_architecture(target, weights, source):
@@ -118,24 +164,49 @@ def _check_architecture(target, weights, source):
       _by(tree[path].shape) if path in tree else "absent"
       for tree in (weights, target)
     )
-    if there != here:
+    may_resize = _POSITIONS.fullmatch(path) and "absent" not in (there, here)
+    if there != here and not may_resize:
       problems.append(f"{path} is {there} there and {here} here")
   if problems:
     problems.sort()
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise UserError(
       f"{source} holds another architecture: {'; '.join(problems[:3])}{more}; "
-      "set config.model as in that run"
+      f"{_ADVICE[any('relative_embedding' in p for p in problems)]}"
     )
 
 
-def _resize(pos_embedding, shape, old_grid, new_grid):
-  """Resizes to the new grid; adds or drops the class token's entry."""
-  had_token = pos_embedding.shape[1] - old_grid[0] * old_grid[1]
-  wants_token = shape[1] - new_grid[0] * new_grid[1]
-  if had_token > wants_token:
-    pos_embedding = pos_embedding[:, 1:]
-  elif had_token < wants_token:
-    zero = np.zeros_like(pos_embedding[:, :1])
-    pos_embedding = np.concatenate([zero, pos_embedding], axis=1)
-  return models.posemb.resize_tokens(pos_embedding, old_grid, new_grid)
+_ADVICE = {
+  False: "set config.model as in that run",
+  # One vector for each distance in the sequence of tokens: at another width of
+  # the grid the same distance is another direction.
+  True: "relative position embeddings cannot be resized; keep the image size",
+}
+
+
+def _fit_positions(path, x, shape, old_grid, new_grid, resize):
+  """Returns the embeddings for the new grid, lazily."""
+  if path.endswith(("_y", "_x")):
+    axis = "yx".index(path[-1])
+    length = new_grid[axis]
+    return LazyArray(
+      (*x.shape[:-2], length, x.shape[-1]),
+      x.dtype,
+      lambda: models.posemb.resize_axis(x.read(), length, resize),
+    )
+  had_token = x.shape[-2] - old_grid[0] * old_grid[1]
+  wants_token = shape[-2] - new_grid[0] * new_grid[1]
+
+  def read():
+    tokens = x.read()
+    tokens = tokens.reshape(-1, *tokens.shape[-2:])
+    # The class token's entry is dropped, or begins as nothing.
+    if had_token > wants_token:
+      tokens = tokens[:, 1:]
+    elif had_token < wants_token:
+      tokens = np.pad(tokens, ((0, 0), (1, 0), (0, 0)))
+    tokens = models.posemb.resize_tokens(tokens, old_grid, new_grid, resize)
+    return tokens.reshape(x.shape[:-2] + tokens.shape[-2:])
+
+  length = new_grid[0] * new_grid[1] + wants_token
+  return LazyArray((*x.shape[:-2], length, x.shape[-1]), x.dtype, read)

@@ -81,12 +81,12 @@ def parse(name: str) -> Variant:
   Raises:
     UserError: none of these.
   """
-  if match := re.fullmatch(r"(R[N\d]*)x([1-9]\d*)", name):
-    if match[1] in RESNETS:
-      units = RESNETS[match[1]]
-      stride = 2 ** (len(units) + 1)
-      return Variant(None, 0, units, int(match[2]), stride)
-  if match := re.fullmatch(r"(?:(R\w*)\+)?ViT-(\w+)[_/]([1-9]\d*)", name):
+  match = re.fullmatch(r"(R[N\d]*)x([1-9]\d*)", name)
+  if match and match[1] in RESNETS:
+    units = RESNETS[match[1]]
+    return Variant(None, 0, units, int(match[2]), 2 ** (len(units) + 1))
+  match = re.fullmatch(r"(?:(R\w*)\+)?ViT-(\w+)[_/]([1-9]\d*)", name)
+  if match:
     encoder, patch = parse_encoder(match[2]), int(match[3])
     if encoder and not match[1]:
       return Variant(encoder, patch, None, 0, patch)
@@ -127,9 +127,7 @@ def name_of(
     depths = [name for name, value in RESNETS.items() if value == units]
     return f"{depths[0]}x{width}" if depths else None
   sizes = [name for name, value in ENCODERS.items() if value == encoder]
-  size = (
-    sizes[0] if sizes else "w{0}d{1}m{2}h{3}".format(*encoder)
-  )
+  size = sizes[0] if sizes else "w{}d{}m{}h{}".format(*encoder)
   if units is None:
     return f"ViT-{size}_{patch_size}"
   for (resnet, patch), value in HYBRIDS.items():

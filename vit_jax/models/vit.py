@@ -264,9 +264,7 @@ class Encoder(nn.Module):
     """[b n d] -> [b n d], intermediates by name."""
     positions, shared = None, None
     if self.pos_embedding not in ("none", "relative"):
-      positions = functools.partial(
-        PositionEmbs, self.pos_embedding, self.grid
-      )
+      positions = functools.partial(PositionEmbs, self.pos_embedding, self.grid)
       if self.pos_embedding_at != "every_layer":
         shared = positions(name="posembed_input")(*x.shape[1:])
         positions = None

@@ -1,1 +1,233 @@
-"""Other people's weights: found, read, and written back in their formats."""
+"""Other people's weights: found, read, and written back in their formats.
+
+`read` says by the content of a file what it is and returns its arrays under our
+names, unread; `load` makes a model of them that can be called.
+"""
+
+import pathlib
+
+from vit_jax import models
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.pretrained import (
+  archives,
+  big_vision,
+  bit,
+  fetch,
+  huggingface,
+  runs,
+  timm,
+  vision_transformer,
+)
+from vit_jax.pretrained.loaded import Config as Config
+from vit_jax.pretrained.loaded import Pretrained as Pretrained
+from vit_jax.pretrained.loaded import assemble as assemble
+from vit_jax.pretrained.loaded import check_numerics as check_numerics
+from vit_jax.pretrained.loaded import describe as describe
+from vit_jax.pretrained.loaded import fold_normalization as fold_normalization
+from vit_jax.pretrained.weights import Weights as Weights
+from vit_jax.warmstart import match_layout
+
+# What stands before the names in some files: optimizer dumps, big_vision's
+# training states. What is beside it there is no weight.
+_PREFIXES = ("opt/target/", "params/", "")
+_NPZ_FORMATS = (vision_transformer, big_vision, bit)
+
+
+def load(
+  source: str,
+  *,
+  image_size: int | tuple[int, int] | None = None,
+  num_classes: int | None = None,
+  dtype: str | None = None,
+  resize: str | None = None,
+) -> Pretrained:
+  """Returns a model with published, converted or one's own weights.
+
+    model = vit_jax.load("ViT-B_16.npz", image_size=384)
+    logits = model(images)  # f32[b 384 384 3] in [-1, 1] -> f32[b k]
+
+  Args:
+    source: a file (npz, safetensors), a folder (Hugging Face, timm, a run or
+      checkpoint of ours), a gs:// or https:// address, or a published name.
+    image_size: pixels, an integer or (h, w); unset: the file's own. Position
+      embeddings are resized.
+    num_classes: unset: the file's own; another number gets a new head of
+      zeros, 0 none.
+    dtype: of the matrix products; unset: float32, or as the run was trained.
+    resize: how position embeddings are resized: "corner_aligned" (the paper's
+      code), "timm" or "huggingface"; unset: as the file's authors do.
+
+  Raises:
+    UserError: nothing there, damaged, unknown, or not for this model.
+  """
+  return assemble(
+    read(source),
+    image_size=image_size,
+    num_classes=num_classes,
+    dtype=dtype,
+    resize=resize,
+  )
+
+
+def read(source: str) -> Weights:
+  """Returns what there is at `source`, lazily; see `load`.
+
+  Raises:
+    UserError: nothing there, damaged, or of no known format.
+  """
+  where = fetch.locate(str(source))
+  if runs.matches(where.path):
+    return runs.read(where.path)
+  path = pathlib.Path(where.path)
+  if path.is_dir():
+    return _read_safetensors(_find_safetensors(path))
+  if _sniff(path) == "npz":
+    return _read_npz(path, where.part)
+  return _read_safetensors(path)
+
+
+def _find_safetensors(folder):
+  """Returns the file of a folder that has the weights, or lists them."""
+  for name in ("model.safetensors.index.json", "model.safetensors"):
+    if (folder / name).exists():
+      return folder / name
+  found = sorted(folder.glob("*.safetensors"))
+  if len(found) == 1:
+    return found[0]
+  raise UserError(
+    f"no checkpoint at {folder}: it is no run folder and holds "
+    f"{len(found) or 'no'} safetensors files; give a run, a Hugging Face or "
+    "timm folder with model.safetensors, or a file"
+  )
+
+
+def write(weights: Weights, out: str, to: str) -> list[str]:
+  """Writes weights in another format.
+
+  Args:
+    weights: from `read`.
+    out: what to write; nothing may be there.
+    to: one of `FORMATS`.
+
+  Returns:
+    What a user should know, one line each.
+
+  Raises:
+    UserError: something that the format cannot say.
+  """
+  models.check_choice("to", to, FORMATS)
+  if "mpp_head/kernel" in weights.params and to != "orbax":
+    raise UserError(
+      f"{weights.source} was trained on masked patches: {to} has no place for "
+      "its head; fine-tune it first, or convert it to orbax"
+    )
+  notes = list(weights.notes)
+  if to not in ("hf", "timm"):
+    standard = fold_normalization(weights)
+    if standard is not weights:
+      notes.append(
+        f"{to} has no mean and standard deviation of pixels: they went into "
+        "the patch embedding"
+      )
+      weights = standard
+  if to in ("npz", "big_vision") and weights.class_names:
+    notes.append(f"{to} has no class names: they are lost")
+  if to != "orbax":
+    params = match_layout(weights.params, scan=False)
+    model = {**weights.model, "scan": False}
+    weights = weights._replace(params=params, model=model)
+  is_resnet = variants.parse(weights.model["variant"]).encoder is None
+  path = pathlib.Path(out)
+  if to == "orbax":
+    runs.write(weights, out)
+  elif to == "npz" and is_resnet:
+    bit.write(weights, path)
+  elif is_resnet:
+    raise UserError(
+      f"{to} has no ResNets such as {weights.model['variant']}; convert it to "
+      "npz or orbax"
+    )
+  else:
+    _WRITERS[to](weights, path)
+  return notes
+
+
+_WRITERS = {
+  "npz": vision_transformer.write,
+  "big_vision": big_vision.write,
+  "hf": huggingface.write,
+  "timm": timm.write,
+}
+FORMATS = (*_WRITERS, "orbax")
+
+
+def _sniff(path) -> str:
+  """Returns "npz" or "safetensors" by a file's first bytes."""
+  with open(path, "rb") as f:
+    start = f.read(9)
+  if start.startswith(b"PK"):
+    return "npz"
+  # Eight bytes of length, then a JSON header.
+  if len(start) == 9 and start[8:] == b"{":
+    return "safetensors"
+  if start.startswith(b"\x80"):
+    raise UserError(
+      f"{path} is a pickle, which runs whatever it says when it is read; give "
+      "npz or safetensors"
+    )
+  raise UserError(
+    f"{path} is neither npz nor safetensors, or it is damaged; fetch it again"
+  )
+
+
+def _read_safetensors(path):
+  arrays = archives.open_safetensors(path)
+  config, preprocessor = (
+    archives.read_json(file) if file.exists() else None
+    for file in (
+      path.parent / "config.json",
+      path.parent / "preprocessor_config.json",
+    )
+  )
+  if huggingface.matches(arrays, config):
+    return huggingface.read(str(path), arrays, config, preprocessor)
+  if timm.matches(arrays, config):
+    return timm.read(str(path), arrays, config)
+  raise UserError(
+    f"{path} is of no known format: its arrays are "
+    f"{', '.join(sorted(arrays)[:3]) or 'none'}, ...; known are the ViTs of "
+    "Hugging Face and timm"
+  )
+
+
+def _read_npz(path, part):
+  arrays = archives.open_npz(path)
+  source = str(path)
+  for prefix in _PREFIXES:
+    prefix = f"{prefix}{part}/" if part else prefix
+    stripped = {
+      name.removeprefix(prefix): x
+      for name, x in arrays.items()
+      if name.startswith(prefix)
+    }
+    for reader in _NPZ_FORMATS:
+      if reader.matches(stripped):
+        return reader.read(source, stripped)
+  parts = sorted(
+    {
+      name.split("/")[-3]
+      for name in arrays
+      if name.endswith("embedding/kernel") and name.count("/") >= 2
+    }
+  )
+  if parts:
+    raise UserError(
+      f"{path} holds the models {', '.join(parts)}; say which: "
+      f"{path}:{parts[0]}"
+    )
+  raise UserError(
+    f"{path} is of no known format: its arrays are "
+    f"{', '.join(sorted(arrays)[:3]) or 'none'}, ...; known are ViT, "
+    "big_vision and BiT"
+  )

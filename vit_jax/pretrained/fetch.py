@@ -126,8 +126,8 @@ def _check_address(address: str):
       " begins with https:// or gs://"
     )
   raise UserError(
-    f"{address!r} is neither a file or folder here nor a published name"
-    f"{suggest(address, PUBLISHED)}"
+    f"no checkpoint at {address}: it is neither a file or folder here nor a "
+    f"published name{suggest(address, PUBLISHED)}"
   )
 
 

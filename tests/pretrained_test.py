@@ -1,0 +1,516 @@
+"""Other people's npz files: read to the right logits, written, refused."""
+
+import logging
+import pickle
+import zipfile
+
+import file_formats
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_resnet
+import reference_vit
+from random_models import random_images, random_params
+
+import vit_jax
+from vit_jax import models, pretrained
+from vit_jax.errors import UserError
+from vit_jax.pretrained import archives
+from vit_jax.pretrained.weights import Weights
+from vit_jax.state import as_lazy, flatten
+
+VIT = "ViT-w16d2m24h2_8"
+HYBRID = "RN+ViT-w16d2m24h2_8"
+SIZE = 32
+
+
+def _random(variant, **options):
+  """Returns random parameters {path: array} of a small model."""
+  model = models.create(
+    variant=variant, num_classes=5, image_size=SIZE, **options
+  )
+  return flatten(random_params(model))
+
+
+def _images(size=(SIZE, SIZE)):
+  model = models.create(variant=VIT, num_classes=5, image_size=size)
+  return random_images(model)
+
+
+def _save(folder, arrays):
+  file = folder / "weights.npz"
+  np.savez(file, **arrays)
+  return str(file)
+
+
+def _assert_logits(found, expected):
+  """To 1e-4 of their standard deviation, in float32."""
+  assert found.dtype == np.float32
+  assert np.abs(found - expected).max() <= 1e-4 * expected.std()
+
+
+def _vit_logits(params, images, classifier="token", **options):
+  patch = params["embedding/kernel"].shape[0]
+  return reference_vit.apply(
+    params, images, patch=patch, classifier=classifier, **options
+  )["logits"]
+
+
+# --- reading ---
+
+_LAYOUTS = {
+  "published": file_formats.published_npz,
+  "linen": dict,
+  "optimizer dump": lambda p: file_formats.prefixed(
+    file_formats.published_npz(p)
+  ),
+  "params/": lambda p: file_formats.prefixed(dict(p), "params/"),
+}
+
+
+@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize(
+  ("classifier", "representation_size"),
+  [("token", 0), ("token", 16), ("gap", 0)],
+)
+def test_vision_transformer_files(
+  tmp_path, layout, classifier, representation_size
+):
+  params = _random(
+    VIT, classifier=classifier, representation_size=representation_size
+  )
+  model = vit_jax.load(_save(tmp_path, _LAYOUTS[layout](params)))
+  images = _images()
+  _assert_logits(model(images), _vit_logits(params, images, classifier))
+  config = model.config
+  assert config.origin == "vision_transformer"
+  assert (config.variant, config.patch, config.grid) == (VIT, 8, (4, 4))
+  assert (config.image_size, config.num_classes) == ((SIZE, SIZE), 5)
+  assert (config.classifier, config.representation_size) == (
+    classifier,
+    representation_size,
+  )
+  assert (config.activation, config.layer_norm_epsilon) == ("gelu_tanh", 1e-6)
+  assert config.preprocess == "resize(size)"
+  assert sorted(model.report.taken) == sorted(params)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_hybrid_files(tmp_path, old):
+  params = _random(HYBRID)
+  arrays = file_formats.published_npz(params)
+  if old:
+    arrays = file_formats.old_group_norms(arrays)
+    assert arrays["block1/unit1/gn_proj/scale"].ndim == 4
+  model = vit_jax.load(_save(tmp_path, arrays))
+  images = _images()
+  _assert_logits(model(images), _vit_logits(params, images, units=(1, 1)))
+  assert model.config.variant == HYBRID
+  assert model.config.patch == 8
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_bit_files(tmp_path, numbered):
+  params = _random("RNx1")
+  arrays = file_formats.bit_npz(params)
+  if numbered:  # as TensorFlow does to a second layer of the same name
+    arrays = {
+      name.replace("a/standardized_conv2d/", "a/standardized_conv2d_1/"): x
+      for name, x in arrays.items()
+    }
+  model = vit_jax.load(_save(tmp_path, arrays))
+  images = _images((40, 24))  # a ResNet takes any size
+  expected = reference_resnet.apply_bit(params, images, (1, 1))
+  _assert_logits(model(images), expected["logits"])
+  assert (model.config.origin, model.config.variant) == ("big_transfer", "RNx1")
+
+
+_BIG_VISION_LAYOUTS = {
+  "looped": dict,
+  "scanned": file_formats.scanned,
+  "params/": lambda a: file_formats.prefixed(a, "params/"),
+  "old place": lambda a: {
+    name.replace("pos_embedding", "Transformer/pos_embedding"): x
+    for name, x in a.items()
+  },
+}
+
+
+@pytest.mark.parametrize("layout", _BIG_VISION_LAYOUTS)
+@pytest.mark.parametrize("classifier", ["token", "gap", "map"])
+def test_big_vision_files(tmp_path, layout, classifier):
+  params = _random(VIT, classifier=classifier)
+  arrays = file_formats.big_vision_npz(params)
+  model = vit_jax.load(_save(tmp_path, _BIG_VISION_LAYOUTS[layout](arrays)))
+  images = _images()
+  _assert_logits(model(images), _vit_logits(params, images, classifier))
+  assert model.config.origin == "big_vision"
+  assert model.config.classifier == classifier
+
+
+def test_an_old_map_head(tmp_path):
+  params = _random(VIT, classifier="map")
+  arrays = file_formats.old_map_head(file_formats.big_vision_npz(params))
+  assert "probe" in arrays
+  images = _images()
+  found = vit_jax.load(_save(tmp_path, arrays))(images)
+  _assert_logits(found, _vit_logits(params, images, "map"))
+
+
+def test_fixed_waves(tmp_path):
+  options = {"classifier": "gap", "pos_embedding": "sincos2d"}
+  params = _random(VIT, representation_size=16, **options)
+  model = vit_jax.load(_save(tmp_path, params), image_size=SIZE)
+  images = _images()
+  _assert_logits(model(images), _vit_logits(params, images, **options))
+  assert model.config.pos_embedding == "sincos2d"
+
+
+def test_bfloat16(tmp_path):
+  params = {
+    name: x.astype(jnp.bfloat16)
+    for name, x in _random(VIT, classifier="gap").items()
+  }
+  arrays = file_formats.big_vision_npz(params)
+  source = _save(tmp_path, arrays)
+  with np.load(source) as file:  # that is what NumPy makes of it
+    assert file["embedding/kernel"].dtype == np.dtype("V2")
+  images = _images()
+  found = vit_jax.load(source)(images)
+  _assert_logits(found, _vit_logits(params, images, "gap"))
+
+
+def test_one_of_several_models(tmp_path):
+  params = _random(VIT)
+  arrays = file_formats.big_vision_npz(params)
+  both = {f"params/{part}/{n}": x for n, x in arrays.items() for part in "ab"}
+  source = _save(tmp_path, both)
+  images = _images()
+  found = vit_jax.load(f"{source}:b")(images)
+  _assert_logits(found, _vit_logits(params, images))
+  with pytest.raises(UserError, match=r"holds the models a, b; say which"):
+    vit_jax.load(source)
+
+
+# --- another size, other classes ---
+
+
+@pytest.mark.parametrize("size", [64, (32, 64), 16])
+def test_another_image_size(tmp_path, size):
+  params = _random(VIT)
+  source = _save(tmp_path, file_formats.published_npz(params))
+  model = vit_jax.load(source, image_size=size)
+  new_grid = model.grid if hasattr(model, "grid") else model.config.grid
+  path = "Transformer/posembed_input/pos_embedding"
+  resized = models.posemb.resize_tokens(params[path], (4, 4), new_grid)
+  images = _images(size)
+  expected = _vit_logits(params | {path: resized}, images)
+  _assert_logits(model(images), expected)
+  height, width = new_grid
+  assert model.report.resized == [f"{path} 4x4 -> {height}x{width}"]
+
+
+def test_other_classes_get_a_head_of_zeros(tmp_path, caplog):
+  source = _save(tmp_path, file_formats.published_npz(_random(VIT)))
+  model = vit_jax.load(source, num_classes=7)
+  assert not model(_images()).any()
+  assert model(_images()).shape == (3, 7)
+  assert model.report.new == ["head/bias 7", "head/kernel 16x7"]
+  assert not caplog.records  # it was asked for
+
+
+def test_no_head(tmp_path):
+  params = _random(VIT, representation_size=16)
+  source = _save(tmp_path, file_formats.published_npz(params))
+  model = vit_jax.load(source, num_classes=0)
+  images = _images()
+  expected = reference_vit.apply(params, images, patch=8, classifier="token")
+  _assert_logits(model.features(images), expected["pre_logits"])
+  with pytest.raises(UserError, match="there is no head"):
+    model(images)
+
+
+def test_a_head_of_zeros_is_said_loudly(tmp_path, caplog):
+  params = _random(VIT)
+  params["head/kernel"] = np.zeros_like(params["head/kernel"])
+  source = _save(tmp_path, file_formats.published_npz(params))
+  with caplog.at_level(logging.WARNING):
+    model = vit_jax.load(source)
+  assert "the head is all zeros" in caplog.text
+  assert "the head is all zeros" in model.notes[0]
+
+
+def test_images_are_checked(tmp_path):
+  model = vit_jax.load(_save(tmp_path, _random(VIT)))
+  with pytest.raises(UserError, match=r"\[3, 64, 64, 3\]; this model takes"):
+    model(_images(64))
+  with pytest.raises(UserError, match=r"uint8; give floats in \[-1, 1\]"):
+    model(np.zeros((1, SIZE, SIZE, 3), np.uint8))
+
+
+def test_normalization_is_folded_into_the_embedding():
+  params = _random(VIT)
+  mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  weights = _as_weights(params)._replace(mean=mean, std=std)
+  images = _images()
+  expected = _vit_logits(
+    params, ((images + 1) / 2 - np.array(mean)) / np.array(std)
+  )
+  model = pretrained.assemble(weights)
+  _assert_logits(model(images), expected)
+
+
+# --- writing ---
+
+
+def _as_weights(params, variant=VIT, **options):
+  return Weights(
+    "test",
+    "nowhere",
+    {"variant": variant, **options},
+    image_size=(SIZE, SIZE),
+    num_classes=5,
+    params={path: as_lazy(x) for path, x in params.items()},
+  )
+
+
+def _read_all(file):
+  return {name: x.read() for name, x in archives.open_npz(file).items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  ("to", "variant", "options", "layout"),
+  [
+    ("npz", VIT, {}, file_formats.published_npz),
+    ("npz", VIT, {"classifier": "gap"}, file_formats.published_npz),
+    ("npz", VIT, {"representation_size": 16}, file_formats.published_npz),
+    ("npz", HYBRID, {}, file_formats.published_npz),
+    ("npz", "RNx1", {}, file_formats.bit_npz),
+    ("big_vision", VIT, {}, file_formats.big_vision_npz),
+    ("big_vision", VIT, {"classifier": "map"}, file_formats.big_vision_npz),
+    (
+      "big_vision",
+      VIT,
+      {"classifier": "gap", "pos_embedding": "sincos2d"},
+      file_formats.big_vision_npz,
+    ),
+  ],
+)
+def test_a_file_comes_out_as_it_went_in(
+  tmp_path, dtype, to, variant, options, layout
+):
+  params = {
+    name: x.astype(dtype) for name, x in _random(variant, **options).items()
+  }
+  arrays = layout(params)
+  source = _save(tmp_path, arrays)
+  out = tmp_path / "out.npz"
+  assert pretrained.write(pretrained.read(source), str(out), to) == []
+  found = _read_all(out)
+  assert found.keys() == arrays.keys()
+  for name, x in arrays.items():
+    assert found[name].dtype == dtype
+    assert found[name].tobytes() == x.tobytes(), name
+
+
+def test_scanned_files_come_out_looped(tmp_path):
+  arrays = file_formats.big_vision_npz(_random(VIT, classifier="gap"))
+  source = _save(tmp_path, file_formats.scanned(arrays))
+  out = tmp_path / "out.npz"
+  pretrained.write(pretrained.read(source), str(out), "big_vision")
+  found = _read_all(out)
+  assert found.keys() == arrays.keys()
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(found[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize("to", ["npz", "big_vision", "orbax"])
+def test_formats_give_the_same_logits(tmp_path, to):
+  params = _random(VIT)
+  out = tmp_path / "out"
+  pretrained.write(_as_weights(params), str(out), to)
+  images = _images()
+  _assert_logits(vit_jax.load(str(out))(images), _vit_logits(params, images))
+
+
+def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
+  options = {
+    "pos_embedding": "2d",
+    "pos_embedding_at": "every_layer",
+    "activation": "gelu_erf",
+    "layer_norm_epsilon": 1e-12,
+  }
+  params = _random(VIT, **options)
+  weights = _as_weights(params, **options)._replace(
+    class_names=list("abcde"), loss="sigmoid", resize="timm"
+  )
+  out = tmp_path / "out"
+  pretrained.write(weights, str(out), "orbax")
+  back = pretrained.read(str(out))
+  for name in ("model", "image_size", "num_classes", "class_names", "loss"):
+    assert getattr(back, name) == getattr(weights, name)
+  assert back.resize == "timm"
+  images = _images()
+  _assert_logits(
+    vit_jax.load(str(out))(images), _vit_logits(params, images, **options)
+  )
+  for path, x in params.items():
+    np.testing.assert_array_equal(back.params[path].read(), x)
+
+
+@pytest.mark.parametrize(
+  ("to", "variant", "options", "word"),
+  [
+    ("npz", VIT, {"classifier": "map"}, "classifier 'map'"),
+    ("npz", VIT, {"pos_embedding": "sincos2d"}, "pos_embedding 'sincos2d'"),
+    ("npz", VIT, {"activation": "gelu_erf"}, "activation 'gelu_erf'"),
+    ("big_vision", VIT, {"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon"),
+    ("big_vision", VIT, {"pos_embedding": "relative"}, "'relative'"),
+    ("big_vision", "RNx1", {}, "no ResNets"),
+    ("nonsense", VIT, {}, "the choices are npz"),
+  ],
+)
+def test_what_a_format_cannot_say_is_named(
+  tmp_path, to, variant, options, word
+):
+  weights = _as_weights(_random(variant, **options), variant, **options)
+  out = tmp_path / "out.npz"
+  with pytest.raises(UserError, match=word) as error:
+    pretrained.write(weights, str(out), to)
+  assert "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+# --- refused ---
+
+
+def _assert_refused(source, *words):
+  with pytest.raises(UserError) as error:
+    vit_jax.load(str(source))
+  message = str(error.value)
+  assert "\n" not in message
+  for word in (str(source), *words):
+    assert word in message
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_file(tmp_path, keep):
+  source = _save(tmp_path, file_formats.published_npz(_random(VIT)))
+  with open(source, "r+b") as f:
+    f.truncate(int(f.seek(0, 2) * keep))
+  _assert_refused(source, "fetch it again")
+
+
+def test_a_flipped_bit(tmp_path):
+  source = _save(tmp_path, file_formats.published_npz(_random(VIT)))
+  with open(source, "r+b") as f:
+    f.seek(5000)
+    byte = f.read(1)[0]
+    f.seek(5000)
+    f.write(bytes([byte ^ 1]))
+  _assert_refused(source, "is damaged", "CRC")
+
+
+def test_no_archive(tmp_path):
+  file = tmp_path / "weights.npz"
+  file.write_text("<html>404</html>")
+  _assert_refused(file, "neither npz nor safetensors")
+  file.write_bytes(pickle.dumps({"a": 1}))
+  _assert_refused(file, "pickle")
+
+
+class _Bomb:
+  def __reduce__(self):
+    raise AssertionError("this was pickled again")
+
+  def __setstate__(self, state):
+    raise AssertionError("this was unpickled")
+
+
+def test_pickled_arrays_are_not_unpickled(tmp_path):
+  arrays = file_formats.published_npz(_random(VIT))
+  arrays["head/kernel"] = np.array([{"run": "me"}], dtype=object)
+  _assert_refused(
+    _save(tmp_path, arrays), "head/kernel.npy", "pickled", "never unpickled"
+  )
+
+
+def test_pytorch_archives_are_not_unpickled(tmp_path):
+  file = tmp_path / "weights.pth"
+  with zipfile.ZipFile(file, "w") as archive:
+    archive.writestr("archive/data.pkl", pickle.dumps({}))
+  _assert_refused(file, "archive/data.pkl", "not read")
+
+
+@pytest.mark.parametrize(
+  "name", ["../evil.npy", "/etc/evil.npy", "a\\..\\b.npy"]
+)
+def test_names_that_leave_the_archive(tmp_path, name):
+  source = _save(tmp_path, _random(VIT))
+  with zipfile.ZipFile(source, "a") as archive:
+    archive.writestr(name, b"")
+  _assert_refused(source, "points outside the archive")
+
+
+def test_wrong_shapes(tmp_path):
+  arrays = file_formats.published_npz(_random(VIT))
+  name = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
+  arrays[name] = arrays[name][:, :-1]
+  _assert_refused(_save(tmp_path, arrays), name, "16x23", "16x24")
+
+
+def test_missing_and_extra_names(tmp_path):
+  arrays = file_formats.published_npz(_random(VIT))
+  arrays["Transformer/encoder_norm/scal"] = arrays.pop(
+    "Transformer/encoder_norm/scale"
+  )
+  arrays["extra/kernel"] = np.zeros(3)
+  _assert_refused(
+    _save(tmp_path, arrays),
+    "Transformer/encoder_norm/scale is missing (closest: "
+    "Transformer/encoder_norm/scal)",
+    "extra/kernel is not known",
+  )
+
+
+def test_missing_block(tmp_path):
+  arrays = {
+    name: x
+    for name, x in file_formats.published_npz(_random(VIT)).items()
+    if "encoderblock_0/Mlp" not in name
+  }
+  _assert_refused(_save(tmp_path, arrays), "encoderblock_0/MlpBlock_3")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite(tmp_path, value):
+  arrays = file_formats.published_npz(_random(VIT))
+  arrays["Transformer/encoder_norm/scale"][3] = value
+  _assert_refused(
+    _save(tmp_path, arrays), "Transformer/encoder_norm/scale", "not finite"
+  )
+
+
+def test_no_square_grid(tmp_path):
+  arrays = file_formats.published_npz(_random(VIT))
+  path = "Transformer/posembed_input/pos_embedding"
+  arrays[path] = arrays[path][:, :-1]
+  _assert_refused(_save(tmp_path, arrays), "15 patches", "no square")
+
+
+def test_another_kind_of_file(tmp_path):
+  _assert_refused(
+    _save(tmp_path, {"a": np.zeros(3)}), "of no known format", "a, ..."
+  )
+
+
+def test_an_empty_folder(tmp_path):
+  _assert_refused(tmp_path, "is no run folder and holds no safetensors files")
+
+
+def test_unknown_hybrid(tmp_path):
+  params = _random(HYBRID)
+  arrays = file_formats.published_npz(params)
+  arrays = {n: x for n, x in arrays.items() if not n.startswith("block2")}
+  _assert_refused(_save(tmp_path, arrays), "a hybrid with (1,) units")

@@ -1,0 +1,198 @@
+"""npz and safetensors files as {name: LazyArray}, and back.
+
+Files are hostile until checked: nothing is unpickled, no name leaves the
+archive, and every error names the file and what is wrong with it.
+"""
+
+import json
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from vit_jax.errors import UserError
+from vit_jax.state import LazyArray
+
+# np.savez writes bfloat16, which NumPy does not know, as two raw bytes.
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
+  """Returns {name: LazyArray} of an npz file.
+
+  Raises:
+    UserError: truncated, no zip file, pickled objects, unsafe names.
+  """
+  try:
+    archive = zipfile.ZipFile(path)
+  except (zipfile.BadZipFile, OSError) as e:
+    raise UserError(
+      f"{path}: no npz file, or a truncated one ({e}); fetch it again"
+    ) from e
+  arrays = {}
+  for info in archive.infolist():
+    name = info.filename.removesuffix(".npy")
+    _check_name(path, info.filename)
+    if name == info.filename:
+      raise UserError(
+        f"{path}: its member {info.filename} is no NumPy array; PyTorch's "
+        "pickles are not read here, give npz or safetensors"
+      )
+    shape, dtype = _read_header(path, archive, info)
+    arrays[name] = LazyArray(
+      shape,
+      _BFLOAT16 if dtype == np.dtype("V2") else dtype,
+      lambda info=info: _read_member(path, archive, info),
+    )
+  return arrays
+
+
+def _check_name(path, name):
+  if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+    raise UserError(
+      f"{path}: its member {name!r} points outside the archive; do not trust "
+      "this file"
+    )
+
+
+def _read_header(path, archive, info):
+  try:
+    with archive.open(info) as member:
+      version = np.lib.format.read_magic(member)
+      read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+      }[version]
+      shape, _, dtype = read(member)
+  except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as e:
+    raise UserError(
+      f"{path}: {info.filename} is damaged ({e}); fetch it again"
+    ) from e
+  except (ValueError, KeyError) as e:
+    raise UserError(f"{path}: {info.filename} is no NumPy array") from e
+  if dtype.hasobject:
+    raise UserError(
+      f"{path}: {info.filename} holds pickled Python objects; those are never "
+      "unpickled, as that runs whatever the file says"
+    )
+  return shape, dtype
+
+
+def _read_member(path, archive, info):
+  try:
+    with archive.open(info) as member:
+      x = np.lib.format.read_array(member, allow_pickle=False)
+  except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as e:
+    raise UserError(
+      f"{path}: {info.filename} is damaged ({e}); fetch it again"
+    ) from e
+  return x.view(_BFLOAT16) if x.dtype == np.dtype("V2") else x
+
+
+def write_npz(
+  path: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
+) -> None:
+  """Writes one array after the other; the file appears when it is complete."""
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+      for name, x in arrays:
+        # Fixed dates: the same weights are the same bytes.
+        info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+        with archive.open(info, "w", force_zip64=True) as member:
+          np.lib.format.write_array(
+            member,
+            x.view("V2") if x.dtype == _BFLOAT16 else x,
+            allow_pickle=False,
+          )
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
+  """Returns {name: LazyArray} of one file, or of all files that an index names.
+
+  Args:
+    path: a .safetensors file, or a model.safetensors.index.json.
+
+  Raises:
+    UserError: damaged, or a part of it is missing.
+  """
+  if path.suffix != ".json":
+    return _open_safetensors(path)
+  arrays = {}
+  index = read_json(path)
+  names = set((index.get("weight_map") or {}).values())
+  for name in sorted(names):
+    _check_name(path, name)
+    arrays |= _open_safetensors(path.parent / name)
+  return arrays
+
+
+def _open_safetensors(path):
+  try:
+    file = safetensors.safe_open(path, framework="numpy")
+    arrays = {}
+    names = file.keys()
+    for name in names:
+      slices = file.get_slice(name)
+      dtype = _SAFETENSORS_DTYPES.get(slices.get_dtype())
+      if dtype is None:
+        raise UserError(
+          f"{path}: {name} has the type {slices.get_dtype()}; weights are "
+          f"{', '.join(_SAFETENSORS_DTYPES)}"
+        )
+      arrays[name] = LazyArray(
+        tuple(slices.get_shape()),
+        dtype,
+        lambda name=name: file.get_tensor(name),
+      )
+  except (OSError, safetensors.SafetensorError) as e:
+    raise UserError(
+      f"{path}: no safetensors file, or a truncated one ({e}); fetch it again"
+    ) from e
+  return arrays
+
+
+_SAFETENSORS_DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": _BFLOAT16,
+}
+
+
+def write_safetensors(
+  path: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
+) -> None:
+  """Writes the file; it appears when it is complete."""
+  temporary = path.with_name(path.name + ".tmp")
+  try:
+    # "pt": other libraries refuse files that do not say who wrote them.
+    safetensors.numpy.save_file(
+      dict(arrays), temporary, metadata={"format": "pt"}
+    )
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """Returns the contents of a JSON file that holds an object.
+
+  Raises:
+    UserError: it does not parse, or holds something else.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as e:
+    raise UserError(f"{path}: no readable JSON ({e})") from e
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: a JSON object is needed")
+  return value

@@ -1,0 +1,138 @@
+"""npz files of google-research/big_vision, blocks looped or scanned.
+
+The position embedding stands at the root and never has an entry for the class
+token: what the token would get is added to the token itself, which is the same.
+"""
+
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_jax.models import variants
+from vit_jax.pretrained import archives
+from vit_jax.pretrained.vision_transformer import check_sayable
+from vit_jax.pretrained.weights import (
+  POS_EMBEDDING,
+  Kind,
+  Rule,
+  Weights,
+  count_numbers,
+  describe_encoder,
+  square_grid,
+  translate,
+  translate_back,
+  width_of,
+)
+from vit_jax.state import LazyArray, as_lazy
+
+ORIGIN = "big_vision"
+_OLD_POS_EMBEDDING = "Transformer/pos_embedding"
+_MAP_HEAD = ("probe", "MultiHeadDotProductAttention_0", "LayerNorm_0")
+
+
+def _add_token(x, shape):
+  """[1 n d] -> [1 n+1 d] with a zero first, if the model has a class token."""
+  extra = shape[1] - x.shape[1]
+  return np.pad(x, ((0, 0), (extra, 0), (0, 0)))
+
+
+RULES = (
+  # The first entry is zero by the time it is dropped, see `write`.
+  Rule(POS_EMBEDDING, "pos_embedding"),
+  Rule(r"(.*)", r"\1"),
+)
+TOKEN_RULES = (
+  Rule(POS_EMBEDDING, "pos_embedding", Kind(_add_token, lambda x: x[:, 1:])),
+  *RULES[1:],
+)
+
+
+def matches(arrays: Mapping[str, LazyArray]) -> bool:
+  """Returns whether a file with these names is of this format."""
+  return "embedding/kernel" in arrays and (
+    POS_EMBEDDING not in arrays
+    and any(name.startswith("Transformer/encoderblock") for name in arrays)
+  )
+
+
+def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
+  """Returns the weights of a file that `matches`.
+
+  Raises:
+    UserError: missing, extra or misshapen arrays.
+  """
+  arrays = {_modern_name(name, arrays): x for name, x in arrays.items()}
+  scan = "Transformer/encoderblock/LayerNorm_0/scale" in arrays
+  block = "Transformer/encoderblock" if scan else "Transformer/encoderblock_0"
+  query = f"{block}/MultiHeadDotProductAttention_0/query/kernel"
+  encoder = describe_encoder(
+    source,
+    arrays,
+    query=query,
+    mlp=f"{block}/MlpBlock_0/Dense_0/kernel",
+    num_layers=arrays[query].shape[0]
+    if scan
+    else count_numbers(arrays, r"Transformer/encoderblock_(\d+)/"),
+  )
+  patch = arrays["embedding/kernel"].shape[0]
+  learned = "pos_embedding" in arrays
+  token = "cls" in arrays
+  # Fixed waves say nothing of the resolution; theirs is 224.
+  grid = (round(224 / patch),) * 2
+  if learned:
+    grid = square_grid(source, arrays["pos_embedding"].shape[1])
+  model = {
+    "variant": variants.name_of(encoder, patch, None),
+    "classifier": "token"
+    if token
+    else "map"
+    if "MAPHead_0/probe" in arrays
+    else "gap",
+    "representation_size": width_of(arrays, "pre_logits/bias"),
+    "pos_embedding": "learned" if learned else "sincos2d",
+    "scan": scan,
+  }
+  weights = Weights(
+    ORIGIN,
+    source,
+    model,
+    image_size=(grid[0] * patch, grid[1] * patch),
+    num_classes=width_of(arrays, "head/bias"),
+    params={},
+    preprocess="resize_small(256)|central_crop(size)",
+  )
+  rules = TOKEN_RULES if token else RULES
+  params = translate(rules, weights.shapes(), arrays, source)
+  return weights._replace(params=params)
+
+
+def _modern_name(name, arrays):
+  """Old files have the position embedding and the MAP head elsewhere."""
+  if name == _OLD_POS_EMBEDDING:
+    return "pos_embedding"
+  if "probe" in arrays and name.startswith((*_MAP_HEAD, "MlpBlock_0")):
+    return f"MAPHead_0/{name}"
+  return name
+
+
+def write(weights: Weights, out: pathlib.Path) -> None:
+  """Writes an npz file, blocks looped.
+
+  Raises:
+    UserError: something that the format cannot say.
+  """
+  check_sayable(
+    weights, ("learned", "sincos2d"), ("token", "gap", "map"), ORIGIN
+  )
+  params = dict(weights.params)
+  has_token = weights.model.get("classifier", "token") == "token"
+  if has_token and POS_EMBEDDING in params:
+    first = params[POS_EMBEDDING].read()[:, :1]
+    # Adding a zero would turn -0 into 0.
+    if first.any():
+      params["cls"] = as_lazy(params["cls"].read() + first)
+  rules = TOKEN_RULES if has_token else RULES
+  archives.write_npz(
+    out, translate_back(rules, weights._replace(params=params))
+  )

@@ -1,0 +1,268 @@
+"""From `Weights` to a model that can be called."""
+
+import dataclasses
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import models
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.pretrained.weights import Weights
+from vit_jax.state import LazyArray, flatten, unflatten
+from vit_jax.warmstart import Report, warm_start
+
+log = logging.getLogger(__name__)
+
+
+class Config(NamedTuple):
+  """What a loaded model is.
+
+  Attributes:
+    origin: whose format it was read from.
+    variant: such as "ViT-B_16".
+    patch: pixels along a side of a token, or of a cell of a ResNet's output.
+    grid: (h, w) in tokens or cells.
+    image_size: (h, w) in pixels.
+    num_classes: 0 for no head.
+    classifier: "token", "gap" or "map"; a ResNet has "gap".
+    representation_size: width of the tanh layer before the head, 0 for none.
+    pos_embedding: its kind.
+    activation: "gelu_tanh" or "gelu_erf"; a ResNet has "relu".
+    layer_norm_epsilon: added to variances.
+    preprocess: evaluation preprocessing.
+    resize: how position embeddings are resized.
+    loss: "softmax" or "sigmoid": what turns logits into probabilities.
+    class_names: None where the file has none.
+  """
+
+  origin: str
+  variant: str
+  patch: int
+  grid: tuple[int, int]
+  image_size: tuple[int, int]
+  num_classes: int
+  classifier: str
+  representation_size: int
+  pos_embedding: str
+  activation: str
+  layer_norm_epsilon: float
+  preprocess: str
+  resize: str
+  loss: str
+  class_names: list[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """A model with its weights.
+
+  Attributes:
+    config: what it is.
+    params: nested dictionary of float32 arrays.
+    model: the pure functions, see `models.Model`.
+    report: what was taken, resized, new, dropped.
+    notes: what a user should know, one line each.
+  """
+
+  config: Config
+  params: Any
+  model: models.Model
+  report: Report
+  notes: tuple[str, ...] = ()
+
+  def __call__(self, images) -> jax.Array:
+    """f32[b h w 3] in [-1, 1] -> logits f32[b k].
+
+    Raises:
+      UserError: no head, or images of another size, rank or type.
+    """
+    if not self.config.num_classes:
+      raise UserError(
+        "there is no head: vit_jax.load(..., num_classes=K) makes a new one, "
+        ".features(images) gives what comes before it"
+      )
+    return self._forward(self.params, self._check(images))[0]
+
+  def features(self, images) -> jax.Array:
+    """f32[b h w 3] in [-1, 1] -> what the head would get, f32[b d]."""
+    _, out = self._forward(self.params, self._check(images))
+    return out["pre_logits"] if "pre_logits" in out else out["pooled"]
+
+  def probabilities(self, images) -> jax.Array:
+    """f32[b h w 3] in [-1, 1] -> f32[b k], softmax or sigmoid as trained."""
+    if self.config.loss == "sigmoid":
+      return jax.nn.sigmoid(self(images))
+    return jax.nn.softmax(self(images))
+
+  @functools.cached_property
+  def _forward(self):
+    def forward(params, images):
+      logits, out = self.model.apply(params, images, intermediates=True)
+      names = ("pooled", "pre_logits")
+      return logits, {name: out[name] for name in names if name in out}
+
+    return jax.jit(forward)
+
+  def _check(self, images):
+    height, width = self.model.image_size
+    shape = np.shape(images)
+    # A ResNet has no positions, and so no size of its own.
+    size = shape[1:3] if not self.model.num_layers else (height, width)
+    if len(shape) != 4 or shape[1:] != (*size, 3):
+      raise UserError(
+        f"images are {list(shape)}; this model takes [b, {height}, {width}, 3];"
+        " load(..., image_size=(h, w)) makes it take others"
+      )
+    if not jnp.issubdtype(jnp.result_type(images), jnp.floating):
+      raise UserError(
+        f"images are {jnp.result_type(images)}; give floats in [-1, 1]: "
+        "(x - 127.5) / 127.5"
+      )
+    return images
+
+
+HEAD_OF_ZEROS = (
+  "the head is all zeros, as in the original ImageNet-21k files: every class "
+  "gets the same score; fine-tune it, or take .features(images)"
+)
+
+
+def assemble(
+  weights: Weights,
+  *,
+  image_size=None,
+  num_classes=None,
+  dtype=None,
+  resize=None,
+) -> Pretrained:
+  """Returns the model of `weights`; the arguments are those of `load`.
+
+  Each array is read, put on the device and forgotten before the next one.
+  """
+  if num_classes is None:
+    num_classes = weights.num_classes
+  if num_classes < 0:
+    raise UserError(f"num_classes is {num_classes}; it must be 0 or more")
+  if "mpp_head/kernel" in weights.params and not num_classes:
+    raise UserError(
+      f"{weights.source} was trained on masked patches and knows no classes; "
+      "fine-tune it: vit-jax train --config.init_from="
+    )
+  resize = resize or weights.resize
+  models.check_choice("resize", resize, tuple(models.posemb.METHODS))
+  model = weights.create_model(
+    num_classes=num_classes,
+    image_size=image_size or weights.image_size,
+    dtype=dtype or weights.model.get("dtype", "float32"),
+  )
+  same_classes = num_classes == weights.num_classes
+  shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  given, report = warm_start(
+    shapes,
+    fold_normalization(weights).params,
+    old_grid=weights.create_model().grid,
+    new_grid=model.grid,
+    same_classes=same_classes,
+    source=weights.source,
+    resize=resize,
+  )
+  flat = {path: jnp.asarray(x.read(), jnp.float32) for path, x in given.items()}
+  notes = list(weights.notes)
+  if "head/kernel" in flat and not flat["head/kernel"].any():
+    notes.append(HEAD_OF_ZEROS)
+  for path in shapes.keys() - given.keys():
+    # All but the head is made as the file has it.
+    assert path.startswith("head/"), path
+    flat[path] = jnp.zeros(shapes[path].shape, jnp.float32)
+  for note in notes:
+    log.warning("%s: %s", weights.source, note)
+  config = describe(weights)._replace(
+    grid=model.grid,
+    image_size=model.image_size,
+    num_classes=num_classes,
+    class_names=weights.class_names if same_classes else None,
+    resize=resize,
+  )
+  return Pretrained(config, unflatten(flat), model, report, tuple(notes))
+
+
+def describe(weights: Weights) -> Config:
+  """Returns what the weights are, before anything is resized or replaced."""
+  sizes = variants.parse(weights.model["variant"])
+  model = weights.create_model()
+  is_resnet = sizes.encoder is None
+  options = models.create.__kwdefaults__ | weights.model
+  pre_logits = weights.params.get("pre_logits/bias")
+  return Config(
+    origin=weights.origin,
+    variant=weights.model["variant"],
+    patch=sizes.stride,
+    grid=model.grid,
+    image_size=model.image_size,
+    num_classes=weights.num_classes,
+    classifier="gap" if is_resnet else options["classifier"],
+    representation_size=pre_logits.shape[-1] if pre_logits else 0,
+    pos_embedding="none" if is_resnet else options["pos_embedding"],
+    activation="relu" if is_resnet else options["activation"],
+    layer_norm_epsilon=0.0 if is_resnet else options["layer_norm_epsilon"],
+    preprocess=weights.preprocess,
+    resize=weights.resize,
+    loss=weights.loss,
+    class_names=weights.class_names,
+  )
+
+
+def fold_normalization(weights: Weights) -> Weights:
+  """Returns weights for pixels in [-1, 1], whatever the file's were for.
+
+  (pixel - mean) / std is linear, and so is the patch embedding: the one goes
+  into the other. Its kernel reads whole patches, so that no padding is in the
+  way.
+  """
+  if set(weights.mean) == {0.5} and set(weights.std) == {0.5}:
+    return weights
+  mean, std = np.array(weights.mean), np.array(weights.std)
+  kernel = weights.params["embedding/kernel"]
+  bias = weights.params["embedding/bias"]
+
+  def read_kernel():
+    return (kernel.read() * (0.5 / std)[:, None]).astype(np.float32)
+
+  def read_bias():
+    shift = np.einsum(
+      "hwcd,c->d", kernel.read().astype(np.float64), (0.5 - mean) / std
+    )
+    return (bias.read() + shift).astype(np.float32)
+
+  params = dict(weights.params)
+  float32 = np.dtype(np.float32)
+  params["embedding/kernel"] = LazyArray(kernel.shape, float32, read_kernel)
+  params["embedding/bias"] = LazyArray(bias.shape, float32, read_bias)
+  half = (0.5, 0.5, 0.5)
+  return weights._replace(params=params, mean=half, std=half)
+
+
+def check_numerics(weights: Weights, config) -> None:
+  """Raises a UserError if a model would compute otherwise than these weights.
+
+  Args:
+    weights: what the model starts from.
+    config: the model's configuration, with the keys of `models.create`.
+  """
+  defaults = models.create.__kwdefaults__
+  names = ("activation", "layer_norm_epsilon", "pos_embedding_at")
+  changes = [
+    f"--config.model.{name}={value}"
+    for name in names
+    if (value := weights.model.get(name, defaults[name])) != config[name]
+  ]
+  if changes:
+    raise UserError(
+      f"{weights.source} was trained with another arithmetic; add "
+      f"{' '.join(changes)}"
+    )

@@ -1,0 +1,470 @@
+"""safetensors of timm's VisionTransformer, with or without config.json.
+
+Query, key and value are one matrix. What does not show in the arrays (heads,
+activation) is in config.json's "model_args", or else follows from the name of
+the architecture. LayerNorm's epsilon is 1e-6.
+"""
+
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.pretrained import hub
+from vit_jax.pretrained.hub import dense_rules, norm_rules, out_rules
+from vit_jax.pretrained.weights import (
+  CONV,
+  POS_EMBEDDING,
+  Kind,
+  Rule,
+  Weights,
+  count_numbers,
+  square_grid,
+  translate,
+  translate_back,
+)
+from vit_jax.state import LazyArray
+
+ORIGIN = "timm"
+_PATCHES = "patch_embed.proj.weight"
+_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
+_POOLING = {"token": "token", "avg": "gap", "map": "map"}
+
+# What timm takes if a config.json does not say.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+# Architectures are told apart by their arrays, but for these: heads that are
+# not 64 wide, and the tanh approximation. From timm's vision_transformer.py.
+_SIXTEEN_HEADS = (
+  r"vit_(base_patch16_gap_224|huge_|giant_|giantopt_|gigantic_|so400m_).*"
+)
+_TANH = (
+  r"vit_(base_patch32_siglip|large_patch16_siglip_(gap_)?512"
+  r"|so400m_patch16_siglip|giantopt_patch16_siglip).*"
+)
+# Plain ones: others are something else, though their arrays may look alike.
+_ARCHITECTURE = r"(vit|deit|deit3|test_vit)_?[a-z0-9_]*"
+_OTHER_ARCHITECTURE = r".*_(rpn|rope|relpos|quickgelu|clip|srelpos|dlittle)_.*"
+
+# What there is no place for: names in the file, and what they mean.
+_FOREIGN = (
+  (r"fc_norm\.", "a LayerNorm after the mean over patches; ours is before it"),
+  (r"blocks\.\d+\.(ls\d\.gamma|gamma_\d)", "LayerScale"),
+  (r"blocks\.\d+\.attn\.[qk]_norm\.", "normalised queries and keys"),
+  (r"reg_token", "register tokens"),
+  (r"norm_pre\.", "a LayerNorm before the blocks"),
+  (r"dist_token|head_dist\.", "a distillation token"),
+  (r"patch_embed\.backbone\.", "a hybrid; of those, the published npz is read"),
+)
+
+# Arguments that change no forward pass, or that the arrays show.
+_HARMLESS = {
+  "img_size",
+  "patch_size",
+  "in_chans",
+  "num_classes",
+  "embed_dim",
+  "depth",
+  "num_heads",
+  "mlp_ratio",
+  "class_token",
+  "no_embed_class",
+  "global_pool",
+  "fc_norm",
+  "final_norm",
+  "act_layer",
+  "pos_embed",
+  "weight_init",
+  "fix_init",
+  "dynamic_img_size",
+  "strict_img_size",
+}
+
+
+def _add_token(x, shape):
+  """[1 n d] -> [1 n+1 d] with a zero first, if the file's has none."""
+  extra = shape[1] - x.shape[1]
+  return np.pad(x, ((0, 0), (extra, 0), (0, 0)))
+
+
+_WITH_TOKEN = Rule(POS_EMBEDDING, "pos_embed")
+_WITHOUT_TOKEN = Rule(
+  POS_EMBEDDING, "pos_embed", Kind(_add_token, lambda x: x[:, 1:])
+)
+
+
+def _make_rules() -> tuple[Rule, ...]:
+  ours, block = r"Transformer/encoderblock_(\d+)", r"blocks.\1"
+  attention = f"{ours}/MultiHeadDotProductAttention_0"
+  pool = "MAPHead_0/MultiHeadDotProductAttention_0"
+  rules = [
+    Rule("cls", "cls_token"),
+    _WITH_TOKEN,
+    *dense_rules("embedding", "patch_embed.proj", CONV),
+    *norm_rules(f"{ours}/LayerNorm_0", f"{block}.norm1"),
+    *out_rules(f"{attention}/out", f"{block}.attn.proj"),
+    *norm_rules(f"{ours}/LayerNorm_1", f"{block}.norm2"),
+    *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.mlp.fc1"),
+    *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.mlp.fc2"),
+    *norm_rules("Transformer/encoder_norm", "norm"),
+    Rule("MAPHead_0/probe", "attn_pool.latent"),
+    *dense_rules(f"{pool}/query", "attn_pool.q"),
+    *out_rules(f"{pool}/out", "attn_pool.proj"),
+    *norm_rules("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
+    *dense_rules("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
+    *dense_rules("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
+    *dense_rules("head", "head"),
+  ]
+  for i, name in enumerate(("query", "key", "value")):
+    fused = f"{block}.attn.qkv"
+    rules += dense_rules(f"{attention}/{name}", fused, part=(i, 3))
+  for i, name in enumerate(("key", "value")):
+    rules += dense_rules(f"{pool}/{name}", "attn_pool.kv", part=(i, 2))
+  return tuple(rules)
+
+
+RULES = _make_rules()
+
+
+def matches(
+  arrays: Mapping[str, LazyArray], config: dict[str, Any] | None
+) -> bool:
+  """Returns whether a file is timm's, of this architecture or not."""
+  return _PATCHES in arrays or "architecture" in (config or {})
+
+
+def read(
+  source: str,
+  arrays: Mapping[str, LazyArray],
+  config: dict[str, Any] | None = None,
+) -> Weights:
+  """Returns the weights of a file that `matches`.
+
+  Args:
+    source: the file's name, for messages.
+    arrays: of the file.
+    config: the contents of config.json, if there is one.
+
+  Raises:
+    UserError: another architecture, or missing, extra or misshapen arrays.
+  """
+  config = config or {}
+  architecture = hub.get_field(source, config, "architecture", "")
+  arguments = hub.get_field(source, config, "model_args", {})
+  _check_architecture(source, architecture, arguments, arrays)
+  encoder, patch, notes = _describe(source, arrays, architecture, arguments)
+  classifier = _describe_pooling(source, config, arguments, arrays)
+  # Old config.json files have everything at the top.
+  pretrained = hub.get_field(source, config, "pretrained_cfg", config)
+  image_size, rule = _describe_grid(
+    source, arrays, arguments, pretrained, patch, classifier
+  )
+  num_classes = arrays["head.bias"].shape[0] if "head.bias" in arrays else 0
+  names = config.get("label_names") or pretrained.get("label_names")
+  class_names, name_notes = hub.get_names(names, num_classes)
+  weights = Weights(
+    ORIGIN,
+    source,
+    {
+      "variant": variants.name_of(encoder, patch, None),
+      "classifier": classifier,
+      "pos_embedding": "learned" if "pos_embed" in arrays else "none",
+      "activation": _find_activation(source, architecture, arguments),
+      "layer_norm_epsilon": 1e-6,
+    },
+    image_size,
+    num_classes,
+    params={},
+    class_names=class_names,
+    resize="timm",
+    notes=(*notes, *name_notes),
+  )
+  weights = _read_preparation(weights, pretrained if config else None)
+  params = translate((rule, *RULES), weights.shapes(), arrays, source)
+  return weights._replace(params=params)
+
+
+def _check_architecture(source, architecture, arguments, arrays):
+  for pattern, meaning in _FOREIGN:
+    found = [name for name in arrays if re.match(pattern, name)]
+    if found:
+      raise UserError(
+        f"{source}: {found[0]} is {meaning}; there is no place for it here"
+      )
+  if architecture and (
+    not re.fullmatch(_ARCHITECTURE, architecture)
+    or re.fullmatch(_OTHER_ARCHITECTURE, architecture)
+  ):
+    raise UserError(
+      f"{source}: its config.json is of the architecture {architecture!r}; of "
+      "timm's, the plain ViTs such as 'vit_base_patch16_224' are read here"
+    )
+  for name, value in arguments.items():
+    # Rates of dropout are for training.
+    if name in _HARMLESS or name.endswith("_rate") or value in (None, False):
+      continue
+    raise UserError(
+      f"{source}: its config.json has the model argument {name}={value!r}, "
+      "which is not known here"
+    )
+
+
+def _describe(source, arrays, architecture, arguments):
+  """Returns the encoder's sizes, the patch's, and notes."""
+  first = "blocks.0.mlp.fc1.weight"
+  for name, rank in ((_PATCHES, 4), (first, 2)):
+    if name not in arrays or len(arrays[name].shape) != rank:
+      raise UserError(f"{source}: {name} is missing, or has another rank")
+  width, _, patch, patch_width = arrays[_PATCHES].shape
+  if patch != patch_width:
+    raise UserError(
+      f"{source}: its patches are {patch}x{patch_width}; ours are square"
+    )
+  depth = count_numbers(arrays, r"blocks\.(\d+)\.")
+  mlp = arrays[first].shape[0]
+  sizes = (width, depth, mlp)
+  known = [e.num_heads for e in variants.ENCODERS.values() if e[:3] == sizes]
+  notes = ()
+  if "num_heads" in arguments:
+    heads = hub.get_field(source, arguments, "num_heads", 12)
+  elif re.fullmatch(_SIXTEEN_HEADS, architecture):
+    heads = 16
+  elif known:
+    heads = known[0]
+  else:
+    heads = width // 64
+    notes = (
+      f"nothing says the number of attention heads; {heads} of width 64 are "
+      "taken",
+    )
+  if heads < 1 or width % heads:
+    raise UserError(
+      f"{source}: {heads} attention heads do not divide the hidden size {width}"
+    )
+  return variants.Encoder(*sizes, heads), patch, notes
+
+
+def _find_activation(source, architecture, arguments):
+  default = "gelu_tanh" if re.fullmatch(_TANH, architecture) else "gelu"
+  name = hub.get_field(source, arguments, "act_layer", default)
+  if name not in _ACTIVATIONS:
+    raise UserError(
+      f"{source}: act_layer is {name!r}; there are {', '.join(_ACTIVATIONS)}"
+    )
+  return _ACTIVATIONS[name]
+
+
+def _describe_pooling(source, config, arguments, arrays):
+  """Returns our `classifier`."""
+  pooled = "map" if "attn_pool.latent" in arrays else None
+  if not pooled:
+    pooled = "token" if "cls_token" in arrays else "avg"
+  said = arguments.get("global_pool", config.get("global_pool", pooled))
+  if said != pooled:
+    raise UserError(
+      f"{source}: global_pool is {said!r}, its arrays are for {pooled!r}; a "
+      "class token that is not read has no place here"
+    )
+  if pooled == "map" and "cls_token" in arrays:
+    raise UserError(
+      f"{source}: it has a class token that its attention pooling does not "
+      "read, which has no place here"
+    )
+  return _POOLING[pooled]
+
+
+def _describe_grid(source, arrays, arguments, pretrained, patch, classifier):
+  """Returns (h, w) in pixels, and the rule for the position embedding."""
+  size = pretrained.get("input_size")
+  size = list(size)[1:] if isinstance(size, (list, tuple)) else size
+  size = arguments.get("img_size") or size
+  given = size is not None
+  image_size = hub.get_pair(source, {"img_size": size}, "img_size", 224)
+  token = classifier == "token"
+  if "pos_embed" not in arrays:
+    if arguments.get("pos_embed") not in ("", "none"):
+      raise UserError(
+        f"{source}: pos_embed is missing, and its config.json does not say "
+        "pos_embed='none'"
+      )
+    return image_size, _WITH_TOKEN
+  shape = arrays["pos_embed"].shape
+  count = shape[1] if len(shape) == 3 else 0
+  num_patches = (image_size[0] // patch) * (image_size[1] // patch)
+  if not given or count not in (num_patches, num_patches + token):
+    # Nobody says the size, or not this embedding's.
+    without_token = token and math.isqrt(count) ** 2 == count
+    num_patches = count - (token and not without_token)
+    grid = square_grid(source, num_patches)
+    image_size = (grid[0] * patch, grid[1] * patch)
+  rule = _WITHOUT_TOKEN if token and count == num_patches else _WITH_TOKEN
+  return image_size, rule
+
+
+def _read_preparation(weights, pretrained):
+  """Adds what the configuration says of pixels to the weights."""
+  source = weights.source
+  if pretrained is None:
+    note = (
+      "there is no config.json; pixels are taken to be in [-1, 1], of images "
+      "that were resized whole"
+    )
+    return weights._replace(notes=(*weights.notes, note))
+  notes = list(weights.notes)
+  crop = hub.get_field(source, pretrained, "crop_pct", 0.875)
+  if not 0 < crop <= 1:
+    raise UserError(f"{source}: crop_pct is {crop}; it must be in (0, 1]")
+  mode = hub.get_field(source, pretrained, "crop_mode", "center")
+  if mode not in ("center", "squash"):
+    notes.append(
+      f"its authors prepare images with crop_mode={mode!r}; here their middle "
+      "is cropped"
+    )
+  name = hub.get_field(source, pretrained, "interpolation", "bicubic")
+  notes.append(
+    f"its authors resize with Pillow's {name} filter, which averages when it "
+    "makes images smaller; ours differs, and so do pixels, a little"
+  )
+  resized = tuple(math.floor(side / crop) for side in weights.image_size)
+  preparation = hub.Preparation(mode == "squash", resized)
+  return weights._replace(
+    preprocess=preparation.to_text(weights.image_size),
+    mean=hub.get_colour(source, pretrained, "mean", _MEAN),
+    std=hub.get_colour(source, pretrained, "std", _STD),
+    notes=tuple(notes),
+  )
+
+
+def write(weights: Weights, out: pathlib.Path) -> None:
+  """Writes a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
+
+  Raises:
+    UserError: something that the format cannot say, or a folder that is there.
+  """
+  weights.create_model()  # checks the configuration
+  _check_sayable(weights)
+  rules, with_token = RULES, True
+  if weights.model.get("classifier", "token") == "token":
+    rule, with_token = _choose_rule(weights)
+    rules = (rule, *RULES)
+  config = _make_config(weights, with_token)
+  hub.write_folder(out, {"config.json": config}, translate_back(rules, weights))
+
+
+def _choose_rule(weights):
+  """Returns the position embedding's rule, and whether the token has a place.
+
+  A first entry of zeros is left out: that is how it was read.
+  """
+  if POS_EMBEDDING in weights.params:
+    first = weights.params[POS_EMBEDDING].read()[:, :1]
+    if not first.any() and not np.signbit(first).any():
+      return _WITHOUT_TOKEN, False
+  return _WITH_TOKEN, True
+
+
+def _check_sayable(weights):
+  options = {
+    "pos_embedding": ("learned", "none"),
+    "pos_embedding_at": ("input",),
+    "layer_norm_epsilon": (1e-6,),
+  }
+  problems = [
+    f"{name} {weights.model[name]!r}"
+    for name, values in options.items()
+    if weights.model.get(name, values[0]) not in values
+  ]
+  sizes = variants.parse(weights.model["variant"])
+  if sizes.encoder is None or sizes.units is not None:
+    problems.append(f"the ResNet of {weights.model['variant']}")
+  if "pre_logits/kernel" in weights.params:
+    problems.append("a pre_logits layer")
+  if problems:
+    raise UserError(
+      f"timm's ViT cannot say {', '.join(problems)}; convert "
+      f"{weights.source} to orbax instead"
+    )
+
+
+def _make_config(weights, with_token):
+  sizes = variants.parse(weights.model["variant"])
+  encoder = sizes.encoder
+  classifier = weights.model.get("classifier", "token")
+  pool = {ours: theirs for theirs, ours in _POOLING.items()}[classifier]
+  activation = weights.model.get("activation", "gelu_tanh")
+  acts = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+  learned = weights.model.get("pos_embedding", "learned") == "learned"
+  config = {
+    # The arguments say everything; the name has to be one that timm knows.
+    "architecture": "vit_base_patch16_224",
+    "num_classes": weights.num_classes,
+    "num_features": encoder.hidden_size,
+    "global_pool": pool,
+    "model_args": {
+      "img_size": list(weights.image_size),
+      "patch_size": sizes.patch_size,
+      "embed_dim": encoder.hidden_size,
+      "depth": encoder.num_layers,
+      "num_heads": encoder.num_heads,
+      "mlp_ratio": _find_ratio(encoder.mlp_dim, encoder.hidden_size),
+      "class_token": classifier == "token",
+      "no_embed_class": not with_token,
+      "global_pool": pool,
+      "fc_norm": False,
+      "act_layer": acts[activation],
+      "pos_embed": "learn" if learned else "none",
+    },
+    "pretrained_cfg": _make_pretrained(weights),
+  }
+  if weights.class_names:
+    config["label_names"] = list(weights.class_names)
+  return config
+
+
+def _find_ratio(mlp_dim, hidden_size):
+  """Returns a ratio that timm's int(hidden_size * ratio) makes mlp_dim of."""
+  ratio = mlp_dim / hidden_size
+  if int(hidden_size * ratio) != mlp_dim:
+    ratio = (mlp_dim + 0.5) / hidden_size
+  return ratio
+
+
+def _make_pretrained(weights):
+  preparation = hub.parse_preparation(
+    weights.preprocess, weights.image_size, "timm's ViT"
+  )
+  resized = preparation.resized or weights.image_size
+  side = min(weights.image_size)
+  crop = _find_crop(side, resized[weights.image_size.index(side)])
+  aimed = tuple(math.floor(s / crop) for s in weights.image_size)
+  if crop > 1 or (preparation.squash and aimed != resized):
+    raise UserError(
+      f"timm's ViT cannot say the preprocessing {weights.preprocess!r}: there "
+      "height and width are enlarged by one factor, then cropped"
+    )
+  return {
+    "num_classes": weights.num_classes,
+    "input_size": [3, *weights.image_size],
+    "fixed_input_size": True,
+    "interpolation": "bilinear",
+    "crop_pct": crop,
+    "crop_mode": "squash" if preparation.squash else "center",
+    "mean": list(weights.mean),
+    "std": list(weights.std),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+  }
+
+
+def _find_crop(size, resized):
+  """Returns the crop_pct of which timm makes `resized`: floor(size / it)."""
+  crop = round(size / resized, 3)
+  if math.floor(size / crop) != resized:
+    crop = size / (resized + 0.5)
+  return crop

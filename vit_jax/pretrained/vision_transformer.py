@@ -1,0 +1,155 @@
+"""npz files of google-research/vision_transformer: ViT, AugReg, SAM, hybrids.
+
+Our parameter names are theirs, but for the numbers: the published files count
+all layers of a block together (LayerNorm_0, MultiHeadDotProductAttention_1,
+LayerNorm_2, MlpBlock_3), Linen each kind by itself. Both are read; the
+published form is written. The class token's entry leads the position embedding.
+"""
+
+import pathlib
+import re
+from collections.abc import Mapping
+
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.pretrained import archives
+from vit_jax.pretrained.weights import (
+  POS_EMBEDDING,
+  Rule,
+  Weights,
+  count_numbers,
+  describe_encoder,
+  square_grid,
+  translate,
+  translate_back,
+  width_of,
+)
+from vit_jax.state import LazyArray
+
+ORIGIN = "vision_transformer"
+_BLOCK = r"(Transformer/encoderblock_\d+)"
+PUBLISHED_RULES = (
+  Rule(
+    rf"{_BLOCK}/MultiHeadDotProductAttention_0/(.*)",
+    r"\1/MultiHeadDotProductAttention_1/\2",
+  ),
+  Rule(rf"{_BLOCK}/LayerNorm_1/(.*)", r"\1/LayerNorm_2/\2"),
+  Rule(rf"{_BLOCK}/MlpBlock_0/(.*)", r"\1/MlpBlock_3/\2"),
+  Rule(r"(.*)", r"\1"),
+)
+LINEN_RULES = (Rule(r"(.*)", r"\1"),)
+
+
+def matches(arrays: Mapping[str, LazyArray]) -> bool:
+  """Returns whether a file with these names is of this format."""
+  return POS_EMBEDDING in arrays and "embedding/kernel" in arrays
+
+
+def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
+  """Returns the weights of a file that `matches`.
+
+  Raises:
+    UserError: missing, extra or misshapen arrays.
+  """
+  published = any("MultiHeadDotProductAttention_1/" in name for name in arrays)
+  rules = PUBLISHED_RULES if published else LINEN_RULES
+  attention, mlp = (1, 3) if published else (0, 0)
+  block = "Transformer/encoderblock_"
+  encoder = describe_encoder(
+    source,
+    arrays,
+    query=f"{block}0/MultiHeadDotProductAttention_{attention}/query/kernel",
+    mlp=f"{block}0/MlpBlock_{mlp}/Dense_0/kernel",
+    num_layers=count_numbers(arrays, rf"{block}(\d+)/"),
+  )
+  token = "cls" in arrays
+  grid = square_grid(source, arrays[POS_EMBEDDING].shape[1] - token)
+  variant, stride = describe_variant(source, arrays, encoder)
+  model = {
+    "variant": variant,
+    "classifier": "token" if token else "gap",
+    "representation_size": width_of(arrays, "pre_logits/bias"),
+  }
+  weights = Weights(
+    ORIGIN,
+    source,
+    model,
+    image_size=(grid[0] * stride, grid[1] * stride),
+    num_classes=width_of(arrays, "head/bias"),
+    params={},
+  )
+  params = translate(rules, weights.shapes(), arrays, source)
+  return weights._replace(params=params)
+
+
+def write(weights: Weights, out: pathlib.Path) -> None:
+  """Writes an npz file.
+
+  Raises:
+    UserError: something that the format cannot say.
+  """
+  check_sayable(weights, ("learned",), ("token", "gap"), "npz")
+  archives.write_npz(out, translate_back(PUBLISHED_RULES, weights))
+
+
+def describe_variant(source, arrays, encoder) -> tuple[str, int]:
+  """Returns the variant's name and the pixels along a token's side.
+
+  Raises:
+    UserError: a hybrid that is in no table.
+  """
+  patch = arrays["embedding/kernel"].shape[0]
+  units = describe_units(arrays)
+  name = variants.name_of(encoder, patch, units)
+  if name is None:
+    known = [f"{u}, {p}x{p}" for u, p in variants.HYBRIDS.values()]
+    raise UserError(
+      f"{source}: a hybrid with {units} units and {patch}x{patch} patches; "
+      f"known are {'; '.join(known)}"
+    )
+  return name, variants.parse(name).stride
+
+
+def describe_units(arrays) -> tuple[int, ...] | None:
+  """Returns the units of each of a ResNet's stages, None without a ResNet."""
+  if not any("conv_root/" in name for name in arrays):
+    return None
+  stages: dict[int, int] = {}
+  for name in arrays:
+    if match := re.match(r"block(\d+)/unit(\d+)/", name):
+      stage, unit = int(match[1]), int(match[2])
+      stages[stage] = max(unit, stages.get(stage, 0))
+  return tuple(stages[stage] for stage in sorted(stages))
+
+
+def check_sayable(weights, pos_embeddings, classifiers, format_name):
+  """Raises a UserError that names what a file format cannot say.
+
+  The formats without a configuration of their own are read with the paper's
+  activation and epsilon, on square images.
+  """
+  model = weights.create_model  # checks the configuration
+  model()
+  defaults = {
+    "pos_embedding_at": "input",
+    "activation": "gelu_tanh",
+    "layer_norm_epsilon": 1e-6,
+  }
+  problems = [
+    f"{name} {weights.model[name]!r}"
+    for name, default in defaults.items()
+    if weights.model.get(name, default) != default
+  ]
+  for name, choices, default in (
+    ("pos_embedding", pos_embeddings, "learned"),
+    ("classifier", classifiers, "token"),
+  ):
+    if weights.model.get(name, default) not in choices:
+      problems.append(f"{name} {weights.model[name]!r}")
+  if weights.image_size[0] != weights.image_size[1]:
+    problems.append("images {}x{}".format(*weights.image_size))
+  if problems:
+    raise UserError(
+      f"{format_name} cannot say {', '.join(problems)}; convert "
+      f"{weights.source} to orbax instead"
+    )

@@ -1,0 +1,298 @@
+"""What every reader returns, and how arrays are renamed on the way.
+
+A format is a table of rules: a pattern for our parameter's path, the name that
+it has in the file, and the kind of rearrangement between the two. The same
+table reads and writes. Arrays are lazy: nothing is in memory until it is asked
+for, so that reading needs little more than the model itself.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vit_jax import models
+from vit_jax.errors import UserError
+from vit_jax.models import variants
+from vit_jax.state import LazyArray, flatten
+
+POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
+
+
+class Weights(NamedTuple):
+  """A model's parameters as a file has them, in our names and our layout.
+
+  Attributes:
+    origin: the code that reads this format, such as "vision_transformer".
+    source: the file or folder.
+    model: arguments of `models.create` but `num_classes` and `image_size`.
+    image_size: (h, w) in pixels that the position embedding was made for.
+    num_classes: width of the head, 0 for none.
+    class_names: as the file has them, else None.
+    preprocess: the evaluation preprocessing that its authors use, or the
+      nearest that there is here.
+    mean, std: of pixels in [0, 1], a triple each. Our models take [-1, 1],
+      which is 0.5 and 0.5.
+    loss: "softmax" or "sigmoid": what turns logits into probabilities.
+    resize: how its authors resize position embeddings, see `models.posemb`.
+    params: {path: LazyArray}, blocks stacked if `model` says `scan`.
+    notes: what a user should know, one line each.
+    run: the contents of config.json, for a run of ours; else None.
+  """
+
+  origin: str
+  source: str
+  model: dict[str, Any]
+  image_size: tuple[int, int]
+  num_classes: int
+  params: Mapping[str, LazyArray]
+  class_names: list[str] | None = None
+  preprocess: str = "resize(size)"
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
+  loss: str = "softmax"
+  resize: str = "corner_aligned"
+  notes: tuple[str, ...] = ()
+  run: dict[str, Any] | None = None
+
+  def create_model(self, **changes) -> models.Model:
+    """Returns the model; `changes` override what the file says."""
+    options = {
+      "num_classes": self.num_classes,
+      "image_size": self.image_size,
+      **self.model,
+      **changes,
+    }
+    return models.create(**options)
+
+  def shapes(self) -> dict[str, Any]:
+    """Returns {path: shape and dtype} of the model's parameters."""
+    model = self.create_model()
+    return flatten(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+class Kind(NamedTuple):
+  """A rearrangement: of theirs to our shape, and of ours to theirs."""
+
+  read: Callable[[Any, tuple[int, ...]], Any]
+  write: Callable[[Any], Any]
+
+
+# Ours is f32[in ...out] where PyTorch has [out in], and HWIO where it has OIHW.
+SAME = Kind(lambda x, shape: x.reshape(shape), lambda x: x)
+LINEAR = Kind(
+  lambda x, shape: x.T.reshape(shape),
+  lambda x: x.reshape(x.shape[0], -1).T,
+)
+# The output projection of attention: its inputs are the ones in heads.
+LINEAR_OUT = Kind(
+  lambda x, shape: x.T.reshape(shape),
+  lambda x: x.reshape(-1, x.shape[-1]).T,
+)
+FLAT = Kind(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
+CONV = Kind(
+  lambda x, shape: x.transpose(2, 3, 1, 0),
+  lambda x: x.transpose(3, 2, 0, 1),
+)
+# A dense layer that the file has as a 1x1 convolution.
+CONV_1X1 = Kind(
+  lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, *x.shape)
+)
+
+
+class Rule(NamedTuple):
+  """One line of a format's table.
+
+  Attributes:
+    path: regular expression of our whole path.
+    name: the file's name; may use the groups of `path`.
+    kind: the rearrangement.
+    part: (i, n) if this is part i of n that the file joins along axis 0.
+  """
+
+  path: str
+  name: str
+  kind: Kind = SAME
+  part: tuple[int, int] | None = None
+
+
+class _Entry(NamedTuple):
+  path: str
+  name: str
+  rule: Rule
+  shape: tuple[int, ...]  # ours
+  file_shape: tuple[int, ...]  # of the file's array, all parts of it
+
+
+def find_entries(rules: Sequence[Rule], shapes) -> list[_Entry]:
+  """Returns what each of our arrays is called in the file.
+
+  Raises:
+    UserError: the format has no name for one of them.
+  """
+  entries = []
+  for path, x in shapes.items():
+    for rule in rules:
+      match = re.fullmatch(rule.path, path)
+      if match:
+        like = jax.ShapeDtypeStruct(x.shape, np.float32)
+        shape = jax.eval_shape(rule.kind.write, like).shape
+        if rule.part:
+          shape = (shape[0] * rule.part[1], *shape[1:])
+        name = match.expand(rule.name)
+        entries.append(_Entry(path, name, rule, tuple(x.shape), shape))
+        break
+    else:
+      raise UserError(f"this format has no place for the parameter {path}")
+  return entries
+
+
+def translate(
+  rules: Sequence[Rule], shapes, arrays: Mapping[str, LazyArray], source: str
+) -> dict[str, LazyArray]:
+  """Returns the file's arrays under our paths, lazily.
+
+  Args:
+    rules: the format's table.
+    shapes: {path: shape} of the model that the file holds.
+    arrays: {name: LazyArray} of the file.
+    source: the file's name, for messages.
+
+  Raises:
+    UserError: missing, extra or misshapen arrays, by name.
+  """
+  entries = find_entries(rules, shapes)
+  _check_names(source, {e.name for e in entries}, arrays)
+  for entry in entries:
+    found = arrays[entry.name].shape
+    # Old files keep (1, 1, 1, c) for (c,).
+    if _squeeze(found) != _squeeze(entry.file_shape):
+      raise UserError(
+        f"{source}: {entry.name} is {_by(found)}, "
+        f"{_by(entry.file_shape)} is needed for this model"
+      )
+  return {
+    entry.path: LazyArray(
+      entry.shape,
+      arrays[entry.name].dtype,
+      lambda entry=entry: _read_entry(entry, arrays[entry.name], source),
+    )
+    for entry in entries
+  }
+
+
+def translate_back(
+  rules: Sequence[Rule], weights: Weights
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Yields (name, array) as the file shall have them.
+
+  Raises:
+    UserError: the format has no name for one of them.
+  """
+  groups: dict[str, list[_Entry]] = {}
+  for entry in find_entries(rules, weights.params):
+    groups.setdefault(entry.name, []).append(entry)
+  for name, entries in groups.items():
+    entries.sort(key=lambda e: e.rule.part or (0, 1))
+    pieces = [
+      entry.rule.kind.write(weights.params[entry.path].read())
+      for entry in entries
+    ]
+    x = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    yield name, np.ascontiguousarray(x)
+
+
+def _read_entry(entry, array, source):
+  x = array.read()
+  if not np.isfinite(x.astype(np.float32, copy=False)).all():
+    raise UserError(
+      f"{source}: {entry.name} holds values that are not finite; the file is "
+      "damaged or its training had diverged"
+    )
+  if entry.rule.part:
+    i, n = entry.rule.part
+    x = np.split(x, n)[i]
+  return entry.rule.kind.read(x, entry.shape)
+
+
+def _check_names(source, expected, found):
+  missing = sorted(expected - found.keys())
+  extra = sorted(found.keys() - expected)
+  if not missing and not extra:
+    return
+  problems = []
+  for what, names, others in (
+    ("is missing", missing, extra),
+    ("is not known", extra, missing),
+  ):
+    for name in names[:3]:
+      close = difflib.get_close_matches(name, others, 1)
+      hint = f" (closest: {close[0]})" if close else ""
+      problems.append(f"{name} {what}{hint}")
+    if len(names) > 3:
+      problems.append(f"{len(names) - 3} more {what.replace('is', 'are')}")
+  raise UserError(f"{source}: {'; '.join(problems)}")
+
+
+def _squeeze(shape):
+  return tuple(side for side in shape if side != 1)
+
+
+def _by(shape):
+  return "x".join(map(str, shape)) or "a scalar"
+
+
+def square_grid(source: str, num_tokens: int) -> tuple[int, int]:
+  """Returns the (h, w) of a format that has square images only.
+
+  Raises:
+    UserError: the number of tokens is no square.
+  """
+  side = math.isqrt(num_tokens)
+  if side * side != num_tokens:
+    raise UserError(
+      f"{source}: its position embedding has {num_tokens} patches, which is no "
+      "square; the file does not say how they lie"
+    )
+  return side, side
+
+
+def describe_encoder(
+  source: str,
+  arrays: Mapping[str, LazyArray],
+  query: str,
+  mlp: str,
+  num_layers: int,
+) -> variants.Encoder:
+  """Returns an encoder's sizes from the shapes of one of its blocks.
+
+  Args:
+    source: the file's name, for messages.
+    arrays: the file's, or ours.
+    query: name of the kernel [... d a d/a] of a block's query projection.
+    mlp: name of the kernel [... d m] of its first dense layer.
+    num_layers: of the encoder.
+
+  Raises:
+    UserError: one of the names is not there, or has another rank.
+  """
+  for name, rank in ((query, 3), (mlp, 2)):
+    if name not in arrays or len(arrays[name].shape) < rank:
+      raise UserError(f"{source}: {name} is missing, or has another rank")
+  width, heads, _ = arrays[query].shape[-3:]
+  return variants.Encoder(width, num_layers, arrays[mlp].shape[-1], heads)
+
+
+def count_numbers(names: Iterable[str], pattern: str) -> int:
+  """Returns 1 + the largest number that `pattern` captures, 0 without any."""
+  matches = (re.match(pattern, name) for name in names)
+  return 1 + max((int(match[1]) for match in matches if match), default=-1)
+
+
+def width_of(arrays: Mapping[str, LazyArray], name: str) -> int:
+  """Returns the last axis of an array, 0 if there is no such array."""
+  return arrays[name].shape[-1] if name in arrays else 0
