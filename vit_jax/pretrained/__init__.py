@@ -98,7 +98,7 @@ def _find_safetensors(folder):
   raise UserError(
     f"no checkpoint at {folder}: it is no run folder and holds "
     f"{len(found) or 'no'} safetensors files; give a run, a Hugging Face or "
-    "timm folder with model.safetensors, or a file"
+    "timm folder with config.json and model.safetensors, or a file"
   )
 
 
