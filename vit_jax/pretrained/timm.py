@@ -237,6 +237,11 @@ def _describe(source, arrays, architecture, arguments):
     heads = 16
   elif known:
     heads = known[0]
+  elif width % 64:
+    raise UserError(
+      f"{source}: nothing says the number of attention heads, and the hidden "
+      f"size {width} is no multiple of 64; put its config.json beside it"
+    )
   else:
     heads = width // 64
     notes = (
