@@ -118,7 +118,12 @@ def _make_parser():
   _add_json(predict)
 
   inspect = add("inspect", _inspect, "say what a file of weights holds")
-  inspect.add_argument("source", metavar="SOURCE", help=_SOURCE)
+  inspect.add_argument(
+    "source",
+    nargs="?",
+    metavar="SOURCE",
+    help=f"{_SOURCE}; without it the published names are listed",
+  )
   _add_json(inspect)
 
   convert = add("convert", _convert, "write weights in another format")
@@ -266,8 +271,11 @@ def _predict(args):
 
 
 def _inspect(args):
-  from vit_jax.inspect import format_report, inspect
+  from vit_jax.inspect import format_report, inspect, list_published
 
+  if args.source is None:
+    print(list_published())
+    return
   found = inspect(args.source)
   print(json.dumps(found) if args.json else format_report(found))
 

@@ -1,11 +1,13 @@
 """The `inspect` command: what a file or folder of weights holds."""
 
+import re
 from typing import Any
 
 import numpy as np
 
 from vit_jax import pretrained
 from vit_jax.pretrained.loaded import HEAD_OF_ZEROS
+from vit_jax.pretrained.names import PUBLISHED
 
 
 def inspect(source: str) -> dict[str, Any]:
@@ -23,7 +25,10 @@ def inspect(source: str) -> dict[str, Any]:
     UserError: nothing there, damaged, or of no known format.
   """
   weights = pretrained.read(source)
-  parameters = [_describe_array(path, x) for path, x in weights.params.items()]
+  parameters = [
+    _describe_array(path, weights.params[path])
+    for path in sorted(weights.params, key=_natural)
+  ]
   head, notes = "none", list(weights.notes)
   for row in parameters:
     if row["path"] == "head/kernel":
@@ -42,6 +47,13 @@ def inspect(source: str) -> dict[str, Any]:
     "parameters": parameters,
     "notes": notes,
   }
+
+
+def _natural(path):
+  """Sorts encoderblock_10 behind encoderblock_9."""
+  return [
+    int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)
+  ]
 
 
 def _describe_array(path, x):
@@ -94,3 +106,12 @@ def format_report(found: dict[str, Any]) -> str:
 
 def _triple(values):
   return "/".join(f"{x:g}" for x in values)
+
+
+def list_published() -> str:
+  """Returns the published names and their addresses, a line each."""
+  width = max(map(len, PUBLISHED))
+  return "\n".join(
+    f"{name:{width}}  {published.address}"
+    for name, published in sorted(PUBLISHED.items())
+  )

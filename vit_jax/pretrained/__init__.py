@@ -6,8 +6,7 @@ names, unread; `load` makes a model of them that can be called.
 
 import pathlib
 
-from vit_jax import models
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
 from vit_jax.pretrained import (
   archives,
@@ -116,7 +115,11 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
   Raises:
     UserError: something that the format cannot say.
   """
-  models.check_choice("to", to, FORMATS)
+  if to not in FORMATS:
+    raise UserError(
+      f"--to is {to!r}; the choices are {', '.join(FORMATS)}"
+      f"{suggest(to, FORMATS)}"
+    )
   if "mpp_head/kernel" in weights.params and to != "orbax":
     raise UserError(
       f"{weights.source} was trained on masked patches: {to} has no place for "
