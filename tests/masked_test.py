@@ -1,0 +1,630 @@
+"""Masked patch prediction: what is hidden, what is asked, what is learnt."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+from tiny_runs import assert_same_run, read_metrics, saved_steps
+
+from vit_jax import config as configuration
+from vit_jax import data, masking, models, sharding, steps, tasks
+from vit_jax.__main__ import main
+from vit_jax.errors import UserError
+from vit_jax.evaluators import masked
+from vit_jax.state import TrainState, flatten
+
+COLOURS = ("mean_colour", "colour_grid")
+_TINY = "ViT-w16d2m32h2_4"
+
+
+_draw_corruption = jax.jit(masking.draw_corruption, static_argnums=1)
+
+
+def _draw(num_images, num_patches):
+  keys = jax.random.split(jax.random.key(0), num_images)
+  return jax.device_get(_draw_corruption(keys, num_patches))
+
+
+def _random_images(num_images, height=16, width=16, seed=0):
+  rng = np.random.default_rng(seed)
+  # Dark and light ones, so that every bin is met.
+  top = rng.integers(1, 257, (num_images, 1, 1, 3))
+  return rng.integers(0, top, (num_images, height, width, 3)).astype(np.uint8)
+
+
+def _create(target="mean_colour", **kwargs):
+  options = {"variant": _TINY, "image_size": 16, "dtype": "float32"}
+  return models.create_masked(target=target, **options | kwargs)
+
+
+def _random_params(model, seed=0):
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes
+  )
+
+
+# --- what is hidden ---
+
+
+@pytest.mark.parametrize("num_patches", [2, 9, 16, 196])
+def test_half_of_the_patches_are_corrupted_rounded_down(num_patches):
+  drawn = _draw(40, num_patches)
+  assert drawn.corrupted.shape == (40, num_patches // 2)
+  for corrupted in drawn.corrupted:
+    assert len(set(corrupted)) == num_patches // 2
+    assert set(corrupted) <= set(range(num_patches))
+
+
+def test_only_corrupted_patches_change():
+  drawn = _draw(40, 16)
+  own = np.arange(16)
+  changed = drawn.masked | (drawn.source != own)
+  for changes, corrupted in zip(changed, drawn.corrupted, strict=True):
+    assert set(np.flatnonzero(changes)) <= set(corrupted)
+  # A masked one hides its own embedding, so it need not show another's.
+  assert not (drawn.masked & (drawn.source != own)).any()
+
+
+def test_patches_and_kinds_are_drawn_as_often_as_the_paper_says():
+  images, patches = 4000, 16
+  drawn = _draw(images, patches)
+  count = images * patches // 2
+
+  def check(found, probability, trials):
+    sigma = np.sqrt(probability * (1 - probability) / trials)
+    assert abs(found / trials - probability) < 5 * sigma
+
+  swapped = (drawn.source != np.arange(patches)).sum()
+  masked = drawn.masked.sum()
+  check(masked, 0.8, count)
+  check(swapped, 0.1, count)
+  check(count - masked - swapped, 0.1, count)  # kept
+  for patch in range(patches):
+    check((drawn.corrupted == patch).sum(), 0.5, images)
+  # Each other patch is as likely to be shown, and never a patch itself.
+  distance = (drawn.source - np.arange(patches)) % patches
+  distance = distance[distance > 0]
+  for other in range(1, patches):
+    check((distance == other).sum(), 1 / (patches - 1), len(distance))
+
+
+def test_corruption_is_a_function_of_the_key_of_the_image():
+  whole = _draw(40, 16)
+  keys = jax.random.split(jax.random.key(0), 40)
+  part = _draw_corruption(keys[2:5], 16)
+  for x, y in zip(part, whole, strict=True):
+    np.testing.assert_array_equal(x, y[2:5])
+  assert len({tuple(row) for row in whole.corrupted}) == 40
+
+
+# --- what is asked ---
+
+
+def _targets_by_definition(image, patch, target):
+  """Loops over patches, cells and channels, with means in float64."""
+  out = []
+  for top in range(0, image.shape[0], patch):
+    for left in range(0, image.shape[1], patch):
+      x = image[top : top + patch, left : left + patch].astype(float)
+      if target == "pixels":
+        out.append([v / 127.5 - 1 for v in x.ravel()])
+        continue
+      side = patch if target == "mean_colour" else patch // 4
+      colours = []
+      for i in range(0, patch, side):
+        for j in range(0, patch, side):
+          mean = x[i : i + side, j : j + side].reshape(-1, 3).mean(0)
+          red, green, blue = (int(v // 32) for v in mean)
+          colours.append(64 * red + 8 * green + blue)
+      out.append(colours)
+  return np.array(out)
+
+
+@pytest.mark.parametrize("target", masking.TARGETS)
+@pytest.mark.parametrize("patch", [4, 8])
+def test_targets_equal_their_definition(target, patch):
+  images = _random_images(5, 16, 24)
+  found = np.asarray(masking.make_targets(images, patch, target))
+  expected = [_targets_by_definition(image, patch, target) for image in images]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  if target in COLOURS:
+    assert found.dtype == np.int32
+    assert len(np.unique(found)) > 5
+
+
+@pytest.mark.parametrize(
+  ("colour", "expected"),
+  [
+    ((0, 0, 0), 0),
+    ((255, 255, 255), 511),
+    ((255, 0, 0), 7 * 64),
+    ((31, 32, 63), 0 * 64 + 1 * 8 + 1),
+    ((64, 223, 224), 2 * 64 + 6 * 8 + 7),
+  ],
+)
+def test_colours_have_three_bits_a_channel(colour, expected):
+  image = np.zeros((1, 8, 8, 3), np.uint8) + np.array(colour, np.uint8)
+  assert (masking.make_targets(image, 8, "mean_colour") == expected).all()
+  assert (masking.make_targets(image, 8, "colour_grid") == expected).all()
+
+
+def test_a_mean_on_the_edge_of_a_bin_belongs_to_the_upper_one():
+  image = np.zeros((1, 4, 4, 3), np.uint8)
+  image[0, :2] = 64  # on the mean 32
+  assert int(masking.make_targets(image, 4, "mean_colour")[0, 0, 0]) == 73
+  image[0, 0, 0] = 63
+  assert int(masking.make_targets(image, 4, "mean_colour")[0, 0, 0]) == 0
+
+
+def test_cells_and_pixels_come_row_by_row():
+  image = np.zeros((1, 4, 8, 3), np.uint8)
+  image[0, 0, 5, 0] = 32  # second patch, first row, second column
+  image[0, 3, 2, 2] = 255  # first patch, last row, third column
+  grid = np.asarray(masking.make_targets(image, 4, "colour_grid"))
+  assert grid.shape == (1, 2, 16)
+  assert {(i, int(grid[i])) for i in map(tuple, np.argwhere(grid))} == {
+    ((0, 1, 1), 64),
+    ((0, 0, 14), 7),
+  }
+  pixels = np.asarray(masking.make_targets(image, 4, "pixels"))
+  assert pixels.shape == (1, 2, 48)
+  assert pixels[0, 0, 14 * 3 + 2] == 1
+  assert (pixels == -1).sum() == 94
+
+
+def test_colour_losses_equal_their_formula():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 2, 16 * 512)).astype(np.float32)
+  targets = rng.integers(0, 512, (3, 2, 16))
+  found = masking.prediction_loss(logits, targets, "colour_grid")
+  for i in range(3):
+    each = []
+    for j in range(2):
+      for cell in range(16):
+        x = logits[i, j, 512 * cell : 512 * (cell + 1)].astype(float)
+        each.append(np.log(np.exp(x).sum()) - x[targets[i, j, cell]])
+    np.testing.assert_allclose(found[i], np.mean(each), rtol=1e-5)
+
+
+def test_the_pixel_loss_equals_its_formula():
+  rng = np.random.default_rng(0)
+  found, targets = rng.normal(size=(2, 3, 4, 48)).astype(np.float32)
+  expected = [
+    np.mean((x - y) ** 2) for x, y in zip(found, targets, strict=True)
+  ]
+  loss = masking.prediction_loss(found, targets, "pixels")
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", masking.TARGETS)
+def test_only_the_predictions_for_corrupted_patches_count(target):
+  """A model that is a table: one row of predictions for each patch."""
+  objective = steps.make_masked_patches(
+    apply=lambda table, images, corruption, **_: table[corruption.corrupted],
+    patch_size=4,
+    target=target,
+  )
+  examples = jax.jit(objective.prepare)(
+    {"image": _random_images(1)}, jax.random.key(3)
+  )
+  _, corruption, targets = examples
+  assert targets.shape[:2] == (1, 8)
+  shape = (16, masking.count_outputs(target, 4))
+  table = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  gradient = jax.grad(objective.loss)(table, examples, None)
+  touched = np.flatnonzero(np.abs(gradient).sum(-1))
+  assert set(touched) == set(np.asarray(corruption.corrupted[0]).tolist())
+  other = table.copy()
+  other[np.delete(np.arange(16), touched)] += 7
+  before = objective.loss(table, examples, None)
+  assert objective.loss(other, examples, None) == before
+  other[touched[0]] += np.arange(shape[1])
+  assert objective.loss(other, examples, None) != before
+
+
+# --- the model ---
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap", "map"])
+@pytest.mark.parametrize(
+  ("target", "outputs"),
+  [("mean_colour", 512), ("colour_grid", 16 * 512), ("pixels", 4 * 4 * 3)],
+)
+def test_parameters_are_the_vits_and_two_more(classifier, target, outputs):
+  model = _create(target, classifier=classifier)
+  shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  vit = models.create(
+    variant=_TINY, num_classes=0, image_size=16, classifier=classifier
+  )
+  expected = flatten(jax.eval_shape(vit.init, jax.random.key(0)))
+  expected = {
+    path: x.shape
+    for path, x in expected.items()
+    if not path.startswith("MAPHead_0/")
+  }
+  expected |= {
+    "mask_token": (1, 1, 16),
+    "mpp_head/kernel": (16, outputs),
+    "mpp_head/bias": (outputs,),
+  }
+  assert {path: x.shape for path, x in shapes.items()} == expected
+  mesh = sharding.make_mesh(2)
+  layout = flatten(sharding.tree_shardings(mesh, shapes))
+  assert layout["mpp_head/kernel"].spec[0] == "fsdp"
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap"])
+def test_the_encoder_sees_the_corrupted_embeddings(classifier):
+  model = _create("pixels", classifier=classifier)
+  params = _random_params(model)
+  images = np.asarray(steps.normalize(_random_images(40)))
+  drawn = _draw(40, 16)
+  predictions, seen = jax.device_get(
+    jax.jit(lambda *args: model.apply(*args, intermediates=True))(
+      params, images, drawn
+    )
+  )
+  flat = flatten(params)
+  extra = int(classifier == "token")
+  tokens = seen["embedded"] - flat["Transformer/posembed_input/pos_embedding"]
+  if extra:
+    np.testing.assert_allclose(
+      tokens[:, 0], np.tile(flat["cls"][0], (40, 1)), atol=1e-5
+    )
+  tokens = tokens[:, extra:]
+  stem = seen["stem"].reshape(40, 16, 16)
+  kinds = set()
+  for i in range(40):
+    for patch in range(16):
+      expected, kind = stem[i, patch], "untouched"
+      if patch in drawn.corrupted[i]:
+        kind = "kept"
+      if drawn.masked[i, patch]:
+        expected, kind = flat["mask_token"][0, 0], "masked"
+      elif drawn.source[i, patch] != patch:
+        expected, kind = stem[i, drawn.source[i, patch]], "swapped"
+      kinds.add(kind)
+      np.testing.assert_allclose(tokens[i, patch], expected, atol=1e-5)
+  assert kinds == {"untouched", "kept", "masked", "swapped"}
+  # Each prediction is of the patch that it says.
+  assert predictions.shape == (40, 8, 48)
+  assert predictions.dtype == np.float32
+  for i in range(40):
+    encoded = seen["encoded"][i, extra + drawn.corrupted[i]]
+    expected = encoded @ flat["mpp_head/kernel"] + flat["mpp_head/bias"]
+    np.testing.assert_allclose(predictions[i], expected, atol=1e-4)
+
+
+# --- learning ---
+
+
+def _make_state(params, optimizer, step=0, key=42):
+  return TrainState(
+    step=jnp.int32(step),
+    params=params,
+    opt_state=optimizer.init(params),
+    ema=None,
+    rng=jax.random.key_data(jax.random.key(key)),
+  )
+
+
+def _train(
+  target="mean_colour",
+  params=None,
+  *,
+  num_steps=3,
+  devices=1,
+  fsdp=1,
+  micro_batches=1,
+  **options,
+):
+  """Returns the losses of some steps on one batch, and the parameters."""
+  model = _create(target, **options)
+  # A large epsilon: a bias of the keys has no gradient but rounding errors.
+  optimizer = optax.adam(0.03, eps=1e-2)
+  step = steps.make_train_step(
+    objective=steps.make_masked_patches(
+      apply=model.apply, patch_size=4, target=target
+    ),
+    optimizer=optimizer,
+    schedule=lambda step: 0.03,
+    micro_batches=micro_batches,
+  )
+  params = _random_params(model) if params is None else params
+  mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
+  state = _make_state(params, optimizer)
+  layout = sharding.tree_shardings(mesh, state)
+  state = jax.device_put(state, layout)
+  step = jax.jit(step, out_shardings=(layout, None))
+  batch = {"image": _random_images(8)}
+  batch = sharding.put_batch(mesh, batch, 8)
+  history = []
+  for _ in range(num_steps):
+    state, values = step(state, batch)
+    history.append(float(values["loss"]))
+  return history, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("target", ["colour_grid", "pixels"])
+def test_the_loss_falls(target):
+  history, params = _train(target, num_steps=20, scan=True)
+  assert history[-1] < 0.97 * history[0]
+  before = _random_params(_create(target, scan=True))["mask_token"]
+  assert np.abs(params["mask_token"] - before).max() > 0.05, "it learns, too"
+
+
+@pytest.fixture(scope="module")
+def scanned():
+  """(losses, parameters) of a scanned model on one device."""
+  return _train(scan=True)
+
+
+def _assert_close(found, expected):
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  found, expected = flatten(found[1]), flatten(expected[1])
+  for path, x in expected.items():
+    np.testing.assert_allclose(
+      found[path], x, rtol=1e-4, atol=1e-5, err_msg=path
+    )
+
+
+@pytest.mark.parametrize(
+  "options", [{"devices": 8, "fsdp": 4}, {"micro_batches": 4, "remat": "full"}]
+)
+def test_layouts_and_micro_batches_agree(options, scanned):
+  """The latter, too: what is corrupted is drawn before the batch is split."""
+  losses, _ = scanned
+  assert losses[-1] < losses[0]
+  _assert_close(_train(scan=True, **options), scanned)
+
+
+def test_scanned_and_unrolled_blocks_agree(scanned):
+  params = models.unstack_blocks(_random_params(_create(scan=True)))
+  losses, unrolled = _train(params=params)
+  _assert_close((losses, models.stack_blocks(unrolled)), scanned)
+
+
+def test_a_new_head_finds_every_colour_as_likely():
+  model = _create(scan=True)
+  params = jax.jit(model.init)(jax.random.key(1))
+  objective = steps.make_masked_patches(
+    apply=model.apply, patch_size=4, target="mean_colour"
+  )
+  examples = objective.prepare({"image": _random_images(2)}, jax.random.key(0))
+  loss = objective.loss(params, examples, jax.random.key(0))
+  np.testing.assert_allclose(loss, np.log(512), rtol=1e-6)
+
+
+def test_corruption_is_a_function_of_seed_and_step():
+  """With a table of predictions and a rate of 0: only corruption differs."""
+  table = np.random.default_rng(0).normal(size=(16, 512)).astype(np.float32)
+  optimizer = optax.sgd(0.0)
+  step = jax.jit(
+    steps.make_train_step(
+      objective=steps.make_masked_patches(
+        apply=lambda table, images, corruption, **_: table[
+          corruption.corrupted
+        ],
+        patch_size=4,
+        target="mean_colour",
+      ),
+      optimizer=optimizer,
+      schedule=lambda step: 0.0,
+    )
+  )
+  batch = {"image": _random_images(8)}
+
+  def run(number, key=42):
+    state = _make_state(table, optimizer, number, key)
+    return float(step(state, batch)[1]["loss"])
+
+  assert run(3) == run(3)
+  assert len({run(3), run(4), run(3, key=1)}) == 3
+
+
+# --- evaluation ---
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """13 images in two classes."""
+  root = tmp_path_factory.mktemp("photos")
+  for i, image in enumerate(_random_images(13, seed=5)):
+    folder = root / "test" / "ab"[i % 2]
+    (root / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / f"{i:02d}.png")
+    shutil.copy(folder / f"{i:02d}.png", root / "train" / "ab"[i % 2])
+  return root
+
+
+def _evaluate(model, params, target, source, devices, batch_size):
+  mesh = sharding.make_mesh(1, jax.devices()[:devices])
+  evaluate = masked.make_evaluate(
+    model=model,
+    target=target,
+    source=source,
+    mesh=mesh,
+    batch_size=batch_size,
+    preprocess="resize(size)",
+  )
+  params = sharding.replicate(mesh, params)
+  first = list(evaluate(params))
+  assert list(evaluate(params)) == first, "an evaluation can be repeated"
+  return dict(first)
+
+
+@pytest.mark.parametrize("target", masking.TARGETS)
+def test_an_evaluation_equals_its_definition_on_any_machine(target, photos):
+  source = data.get_source(f"folder:{photos}", "test")
+  images = np.concatenate(
+    [
+      batch["image"]
+      for batch in data.eval_batches(
+        source,
+        batch_size=13,
+        rows=np.arange(13),
+        preprocess="resize(size)",
+        image_size=16,
+      )
+    ]
+  )
+  model = _create(target, scan=True)
+  params = _random_params(model)
+  keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(13)]
+  drawn = _draw_corruption(jnp.stack(keys), 16)
+  predictions = jax.jit(model.apply)(params, steps.normalize(images), drawn)
+  predictions = np.asarray(predictions, float)
+  everything = [_targets_by_definition(x, 4, target) for x in images]
+  targets = np.array(
+    [x[i] for x, i in zip(everything, drawn.corrupted, strict=True)]
+  )
+  if target == "pixels":
+    trivial = np.mean((targets - targets.mean((0, 1))) ** 2)
+    loss = np.mean((targets - predictions) ** 2)
+    expected = {"loss": loss, "r2": 1 - loss / trivial, "trivial_loss": trivial}
+  else:
+    logits = predictions.reshape(*targets.shape, 512)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = np.take_along_axis(log_p, targets[..., None], -1)
+    right = likely = entropy = 0
+    for cell in range(targets.shape[-1]):
+      counts = np.bincount(targets[..., cell].ravel())
+      right += counts.max()
+      share = counts[counts > 0] / counts.sum()
+      entropy -= (share * np.log(share)).sum() / targets.shape[-1]
+    likely = (logits.argmax(-1) == targets).mean()
+    expected = {
+      "loss": -log_p.mean(),
+      "accuracy": likely,
+      "trivial_loss": entropy,
+      "trivial_accuracy": right / targets.size,
+    }
+  machines = ((1, 5), (8, 16)) if target == "mean_colour" else ((1, 5),)
+  for devices, batch_size in machines:
+    found = _evaluate(model, params, target, source, devices, batch_size)
+    assert found.pop("examples") == 13
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+      np.testing.assert_allclose(found[name], x, rtol=1e-5, err_msg=name)
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ({"target": "mean_color"}, "did you mean 'mean_colour'?"),
+    ({"variant": "RN+ViT-N_8"}, "patches of pixels, which RN+ViT-N_8 does not"),
+    ({"variant": "RNx1", "image_size": 32}, "choose a plain ViT such as"),
+    (
+      {"target": "colour_grid", "variant": "ViT-N_6", "image_size": 12},
+      "the patch size 6 of ViT-N_6 is not divisible",
+    ),
+    ({"variant": "ViT-N_16"}, "image_size 16 is one patch of ViT-N_16"),
+    ({"image_size": 18}, "not divisible by the patch size 4"),
+    ({"representation_size": -1}, "leave it at 0"),
+    ({"head_bias_init": -10.0}, "leave it at 0"),
+    ({"classifier": "tokn"}, "did you mean 'token'?"),
+  ],
+)
+def test_models_that_cannot_be_had(options, words):
+  with pytest.raises(UserError) as error:
+    _create(**{"target": "mean_colour", **options})
+  assert words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    ({"objective": "masked"}, "did you mean 'masked_patches'?"),
+    ({"masked_target": "colours"}, "mean_colour, colour_grid, pixels"),
+    ({"train.mixup_alpha": "0.2"}, "train.mixup_alpha is 0.2"),
+  ],
+)
+def test_configurations_that_cannot_be_run(overrides, words, runs):
+  config = configuration.load(
+    str(runs.config), {"objective": "masked_patches", **overrides}
+  )
+  with pytest.raises(UserError) as error:
+    tasks.make_task(config, ["a", "b"], False)
+  assert words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+# --- whole runs ---
+
+
+SHORT = (
+  "model.variant=ViT-w16d2m32h2_8",
+  "total_steps=8",
+  "eval_every=6",
+  "checkpoint_every=4",
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(runs, tmp_path_factory):
+  """A tiny run with masked patches."""
+  workdir = tmp_path_factory.mktemp("masked") / "run"
+  assert main(_args(runs, workdir)) == 0
+  return workdir
+
+
+def _args(runs, workdir):
+  return runs.train_args(workdir, "objective=masked_patches", *SHORT)
+
+
+def test_a_run_writes_what_it_measures(pretrained):
+  run = json.loads((pretrained / "config.json").read_text())
+  assert run["class_names"] == []
+  lines = read_metrics(pretrained)
+  assert len([m for m in lines if "train/loss" in m]) == 8
+  evaluations = [m for m in lines if "eval/loss" in m]
+  assert [m["step"] for m in evaluations] == [6, 8]
+  for line in evaluations:
+    assert line["eval/examples"] == 40
+    # The test patches are the same each time.
+    trivial = ("eval/trivial_loss", "eval/trivial_accuracy")
+    assert [line[n] for n in trivial] == [evaluations[0][n] for n in trivial]
+  best = max(evaluations, key=lambda m: m["eval/accuracy"])
+  assert saved_steps(pretrained, "best") == [best["step"]]
+
+
+def test_a_run_goes_on_exactly_where_it_stopped(runs, pretrained, tmp_path):
+  workdir = shutil.copytree(pretrained, tmp_path / "run")
+  assert saved_steps(workdir) == [4, 8]
+  shutil.rmtree(workdir / "checkpoints" / "8")
+  assert main(_args(runs, workdir)) == 0
+  assert_same_run(workdir, pretrained)
+
+
+def test_fine_tuning_starts_from_it(runs, pretrained, tmp_path, caplog):
+  args = runs.train_args(
+    tmp_path / "run",
+    *SHORT,
+    f"init_from={pretrained}",
+    "image_size=24",
+    "total_steps=2",
+    "schedule.warmup_steps=1",
+  )
+  assert main(args) == 0
+  report = "\n".join(caplog.messages).splitlines()
+  for line in (
+    "resized: Transformer/posembed_input/pos_embedding 2x2 -> 3x3",
+    "new: head/bias 10",
+    "new: head/kernel 16x10",
+    "dropped: mask_token 1x1x16",
+    "dropped: mpp_head/bias 512",
+    "dropped: mpp_head/kernel 16x512",
+  ):
+    assert line in report
