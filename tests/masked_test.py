@@ -628,3 +628,26 @@ def test_fine_tuning_starts_from_it(runs, pretrained, tmp_path, caplog):
     "dropped: mpp_head/kernel 16x512",
   ):
     assert line in report
+
+
+def test_evaluate_repeats_the_runs_own_numbers(pretrained, capsys):
+  checkpoint = f"{pretrained}/checkpoints/8"
+  assert main(["evaluate", f"--checkpoint={checkpoint}", "--json"]) == 0
+  results = json.loads(capsys.readouterr().out)
+  assert results["checkpoint"] == checkpoint
+  last = read_metrics(pretrained)[-1]
+  assert last["step"] == 8
+  for name in ("accuracy", "examples", "trivial_accuracy"):
+    assert results[name] == last[f"eval/{name}"]
+  assert results["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+
+
+def test_predict_says_that_there_are_no_classes(pretrained, tmp_path, capsys):
+  Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+  command = ["predict", f"--checkpoint={pretrained}"]
+  assert main([*command, str(tmp_path / "black.png")]) == 2
+  out, err = capsys.readouterr()
+  assert not out
+  (line,) = err.splitlines()
+  assert "was trained on masked patches and knows no classes" in line
+  assert "fine-tune it" in line

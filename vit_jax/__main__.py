@@ -249,12 +249,10 @@ def _evaluate(args):
   if args.json:
     print(json.dumps(results))
     return
+  width = max(map(len, results)) + 2
   for name, value in results.items():
-    print(
-      f"{name:12}{value:.4f}"
-      if isinstance(value, float)
-      else f"{name:12}{value}"
-    )
+    text = f"{value:.4f}" if isinstance(value, float) else value
+    print(f"{name:{width}}{text}")
 
 
 def _predict(args):
