@@ -142,7 +142,7 @@ def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
   check_choice("masked_target", target, tuple(masking.TARGETS))
   sizes = variants.parse(variant)
   _check_masked(target, variant, sizes, options)
-  options = create.__kwdefaults__ | options
+  options = (create.__kwdefaults__ or {}) | options
   _check_options(variant, sizes, options)
   options["dtype"] = jnp.dtype(options["dtype"])
   options["num_classes"] = 0
@@ -260,7 +260,7 @@ def _check_options(variant, sizes, options):
 
 
 def _check_resnet_options(variant, options):
-  defaults = create.__kwdefaults__
+  defaults = create.__kwdefaults__ or {}
   for name, value in options.items():
     if name not in _RESNET_OPTIONS and value != defaults[name]:
       raise UserError(
