@@ -25,7 +25,7 @@ from vit_jax.pretrained.loaded import check_numerics as check_numerics
 from vit_jax.pretrained.loaded import describe as describe
 from vit_jax.pretrained.loaded import fold_normalization as fold_normalization
 from vit_jax.pretrained.weights import Weights as Weights
-from vit_jax.warmstart import match_layout
+from vit_jax.warmstart import match_layout as match_layout
 
 # What stands before the names in some files: optimizer dumps, big_vision's
 # training states. What is beside it there is no weight.

@@ -158,7 +158,7 @@ def assemble(
   model = weights.create_model(
     num_classes=num_classes,
     image_size=image_size or weights.image_size,
-    dtype=dtype or weights.model.get("dtype", "float32"),
+    **({"dtype": dtype} if dtype else {}),
   )
   same_classes = num_classes == weights.num_classes
   shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))

@@ -60,8 +60,12 @@ class Weights(NamedTuple):
   run: dict[str, Any] | None = None
 
   def create_model(self, **changes) -> models.Model:
-    """Returns the model; `changes` override what the file says."""
+    """Returns the model; `changes` override what the file says.
+
+    In float32 unless it was trained here with another dtype.
+    """
     options = {
+      "dtype": "float32",
       "num_classes": self.num_classes,
       "image_size": self.image_size,
       **self.model,

@@ -1,0 +1,242 @@
+"""Weights of any origin through the commands: train, evaluate, predict, ..."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from random_models import random_params
+
+import vit_jax
+from vit_jax import models, pretrained
+from vit_jax.__main__ import main
+from vit_jax.pretrained.weights import Weights
+from vit_jax.state import as_lazy, flatten
+
+SMALL = "w32d2m64h2"
+
+
+@pytest.fixture
+def run(capsys):
+  """Returns a function that runs a command and returns (code, out, err)."""
+
+  def run_command(*args):
+    code = main(list(map(str, args)))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+  return run_command
+
+
+def _write(path, variant, to="npz", size=16, **options):
+  """Writes random weights for the ten digits; returns {path: array}."""
+  model = models.create(
+    variant=variant, num_classes=10, image_size=size, **options
+  )
+  params = flatten(random_params(model))
+  weights = Weights(
+    "test",
+    "nowhere",
+    {"variant": variant, **options},
+    image_size=(size, size),
+    num_classes=10,
+    params={name: as_lazy(x) for name, x in params.items()},
+  )
+  pretrained.write(weights, str(path), to)
+  return params
+
+
+@pytest.mark.parametrize(
+  ("variant", "resized"),
+  [
+    (f"ViT-{SMALL}_8", True),
+    (f"RN+ViT-{SMALL}_8", True),
+    ("RNx1", False),
+  ],
+)
+def test_fine_tuning_from_a_file(variant, resized, runs, run, tmp_path, caplog):
+  source = tmp_path / "weights.npz"
+  params = _write(source, variant)
+  workdir = tmp_path / "run"
+  overrides = [
+    f"init_from={source}",
+    f"model.variant={variant}",
+    f"model.scan={resized}",
+    "model.dropout_rate=0.0",
+    "image_size=32",
+    "total_steps=3",
+    "schedule.warmup_steps=0",
+    "schedule.base_lr=1e-5",
+    "schedule.linear_end=1e-5",
+  ]
+  with caplog.at_level("INFO", logger="vit_jax"):
+    code, _, err = run(*runs.train_args(workdir, *overrides))
+  assert code == 0, err
+  assert "new: head/kernel" in caplog.text
+  positions = "resized: Transformer/posembed_input/pos_embedding 2x2 -> 4x4"
+  assert (positions in caplog.text) == resized
+  # Three small steps of Adam: the file's weights, and each has moved a little.
+  after = flatten(vit_jax.load(str(workdir)).params)
+  if resized:
+    lazy = {path: as_lazy(np.asarray(x)) for path, x in after.items()}
+    unrolled = pretrained.match_layout(lazy, scan=False)
+    after = {path: x.read() for path, x in unrolled.items()}
+  for path, x in params.items():
+    if path.startswith("head/") or path.endswith("pos_embedding"):
+      continue
+    np.testing.assert_allclose(after[path], x, atol=2e-4, err_msg=path)
+    # A shift of all keys changes no softmax.
+    assert (after[path] != x).any() or path.endswith("key/bias"), path
+  code, out, err = run("evaluate", f"--workdir={workdir}", "--json")
+  assert (code, json.loads(out)["examples"]) == (0, 40), err
+
+
+def test_a_converted_run_trains_like_the_run(runs, reference, run, tmp_path):
+  converted = tmp_path / "weights"
+  code, _, err = run("convert", reference.workdir, converted, "--to=orbax")
+  assert code == 0, err
+  results = []
+  for i, source in enumerate((reference.workdir, converted)):
+    workdir = tmp_path / f"run{i}"
+    overrides = ["total_steps=2", "schedule.warmup_steps=0", "image_size=32"]
+    code, _, err = run(
+      *runs.train_args(workdir, f"init_from={source}", *overrides)
+    )
+    assert code == 0, err
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    results.append([_without_times(json.loads(line)) for line in lines])
+  assert results[0] == results[1]
+  assert results[0][0]["train/loss"] < 3
+
+
+def _without_times(values):
+  return {
+    k: x for k, x in values.items() if "second" not in k and "time" not in k
+  }
+
+
+def test_evaluate_and_predict_take_a_converted_run(
+  runs, reference, run, tmp_path
+):
+  source = tmp_path / "weights.npz"
+  code, out, _ = run("convert", reference.workdir, source, "--to=npz")
+  assert (code, out) == (0, "note: npz has no class names: they are lost\n")
+  where = f"--data_dir={runs.data_dir}"
+  code, out, _ = run(
+    "evaluate", f"--workdir={reference.workdir}", where, "--json"
+  )
+  expected = json.loads(out)
+  data = ["--dataset=digits", "--split=test[:40]", where]
+  code, out, _ = run("evaluate", f"--checkpoint={source}", *data, "--json")
+  found = json.loads(out)
+  assert found["examples"] == 40
+  assert found["accuracy"] == expected["accuracy"]
+  assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+  image = tmp_path / "digit.png"
+  _save_digit(runs, image)
+  answers = []
+  for checkpoint in (reference.workdir, source):
+    code, out, _ = run("predict", f"--checkpoint={checkpoint}", image, "--json")
+    answers.append(json.loads(out)[0]["classes"])
+  for mine, theirs in zip(*answers, strict=True):
+    assert theirs["name"] == f"class {mine['name']}"
+    assert theirs["probability"] == pytest.approx(mine["probability"], rel=1e-4)
+
+  names = tmp_path / "names.txt"
+  names.write_text("\n".join(f"digit {i}" for i in range(10)))
+  given = ["predict", f"--checkpoint={source}", image]
+  code, out, _ = run(*given, f"--class_names={names}")
+  assert f"digit {answers[0][0]['name']}\n" in out
+  names.write_text("one\ntwo\n")
+  code, _, err = run(*given, f"--class_names={names}")
+  assert code == 2
+  assert "has 2 lines; the head has 10 classes" in err
+
+
+def _save_digit(runs, file):
+  from PIL import Image
+
+  from vit_jax import data
+
+  source = data.get_source("digits", "test", str(runs.data_dir))
+  encoded, _ = source.parse(source.read(np.array([0]))[0])
+  file.write_bytes(encoded.numpy())
+  assert Image.open(file).size == (8, 8)
+
+
+def test_evaluate_needs_to_know_the_data(reference, runs, run, tmp_path):
+  source = tmp_path / "weights.npz"
+  _write(source, f"ViT-{SMALL}_8")
+  code, _, err = run("evaluate", f"--checkpoint={source}")
+  assert code == 2
+  assert "does not say on which data; give --dataset=NAME and --split" in err
+
+
+def test_another_arithmetic_is_refused(runs, run, tmp_path):
+  source = tmp_path / "weights"
+  variant = f"ViT-{SMALL}_8"
+  _write(source, variant, "orbax", activation="gelu_erf")
+  workdir = tmp_path / "run"
+  args = runs.train_args(
+    workdir, f"init_from={source}", f"model.variant={variant}"
+  )
+  code, _, err = run(*args)
+  assert code == 2
+  assert "add --config.model.activation=gelu_erf" in err
+  assert not workdir.exists()
+
+
+def test_inspect(run, tmp_path):
+  source = tmp_path / "weights.npz"
+  params = _write(source, f"ViT-{SMALL}_8", representation_size=16)
+  code, out, _ = run("inspect", source, "--json")
+  assert code == 0
+  found = json.loads(out)
+  assert found["origin"] == "vision_transformer"
+  assert found["variant"] == f"ViT-{SMALL}_8"
+  assert found["image_size"] == [16, 16]
+  assert found["head"] == "trained"
+  assert found["num_parameters"] == sum(x.size for x in params.values())
+  rows = {row["path"]: row for row in found["parameters"]}
+  assert rows.keys() == params.keys()
+  for path, x in params.items():
+    assert rows[path]["shape"] == list(x.shape)
+    assert rows[path]["mean"] == pytest.approx(x.mean(), abs=1e-6)
+  code, out, _ = run("inspect", source)
+  for words in (
+    "patch 8, grid 2x2",
+    "TRAINED, from token through a tanh",
+    "cls",
+  ):
+    assert words in out
+
+
+def test_inspect_says_a_head_of_zeros_loudly(run, tmp_path):
+  source = tmp_path / "weights.npz"
+  model = models.create(variant=f"ViT-{SMALL}_8", num_classes=10, image_size=16)
+  params = flatten(jax.device_get(model.init(jax.random.key(0))))
+  np.savez(source, **params)
+  _, out, _ = run("inspect", source)
+  assert "ZEROS" in out
+  assert "NOTE: the head is all zeros" in out
+
+
+def test_inspect_alone_lists_the_published_names(run):
+  code, out, _ = run("inspect")
+  assert code == 0
+  assert "gs://vit_models/imagenet21k/ViT-B_16.npz" in out
+
+
+def test_convert_overwrites_nothing(run, tmp_path):
+  source = tmp_path / "weights.npz"
+  _write(source, f"ViT-{SMALL}_8")
+  out = tmp_path / "mine"
+  out.write_text("mine")
+  for to in pretrained.FORMATS:
+    code, _, err = run("convert", source, out, f"--to={to}")
+    assert (code, out.read_text()) == (2, "mine")
+    assert "nothing is overwritten" in err
+  code, _, err = run("convert", source, tmp_path / "x", "--to=npzz")
+  assert code == 2
+  assert "did you mean 'npz'?" in err
