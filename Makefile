@@ -6,15 +6,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_INTEROP := .venv/installed-interop
 # Every core runs its own test files; a file's tests share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow lint format hooks clean
+.PHONY: help setup quickstart test test-slow test-interop lint format hooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
 	  Makefile
 
 setup: $(INSTALLED)  ## make .venv and install the package into it
@@ -27,6 +28,9 @@ test: $(INSTALLED)  ## the default tests, below 10 minutes
 
 test-slow: $(INSTALLED)  ## only the tests that take minutes each
 	@$(PYTEST) -m "slow and not gpu and not tpu_compile"
+
+test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
+	@$(PYTEST) -m interop
 
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check
@@ -59,4 +63,12 @@ $(INSTALLED): setup.py constraints.txt
 
 $(INSTALLED_DEV): $(INSTALLED)
 	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+# On Linux the package index has PyTorch with CUDA, some gigabytes; a build
+# without is enough, if PIP_FIND_LINKS or PIP_INDEX_URL leads to one. timm alone
+# asks for torchvision: see tests/torch_libraries.py for how it does without.
+$(INSTALLED_INTEROP): $(INSTALLED)
+	@$(INSTALL) --editable '.[interop]'
+	@$(INSTALL) --no-deps --no-warn-conflicts timm
 	@touch $@

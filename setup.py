@@ -45,6 +45,7 @@ setuptools.setup(
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11",
     "pillow>=11.0",
+    "safetensors>=0.5",
     "scikit-learn>=1.5",  # ships the handwritten digits
     "scipy>=1.14",
     "tensorboard>=2.20",  # undeclared by clu
@@ -56,6 +57,15 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.6"],
+    # The libraries that tests compare with. timm is missing: it asks for
+    # torchvision, which PyTorch without CUDA cannot load. `make test-interop`
+    # installs it without.
+    "interop": [
+      "huggingface-hub>=1.0",
+      "pyyaml>=6.0",
+      "torch>=2.8",
+      "transformers>=5.0",
+    ],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
-from tiny_runs import assert_same_run, read_metrics, saved_steps
+from tiny_runs import REPO, assert_same_run, read_metrics, saved_steps
 
 from vit_jax import config as configuration
 from vit_jax import data, masking, models, sharding, steps, tasks
@@ -559,6 +559,23 @@ def test_configurations_that_cannot_be_run(overrides, words, runs):
     tasks.make_task(config, ["a", "b"], False)
   assert words in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "spec",
+  ["masked.py", "masked.py:ViT-L_16,imagenet2012", "quickstart_masked.py"],
+)
+def test_the_configurations_can_be_run(spec):
+  config = configuration.load(str(REPO / "configs" / spec))
+  task = tasks.make_task(config, ["a", "b"], False)
+  assert configuration.count_steps(config, 1000) == config.total_steps
+  shapes = flatten(jax.eval_shape(task.model.init, jax.random.key(0)))
+  assert shapes["mpp_head/kernel"].shape[1] % 512 == 0
+
+
+def test_a_configuration_without_a_known_data_set_is_refused():
+  with pytest.raises(UserError, match="choices: VARIANT,DATASET"):
+    configuration.load(str(REPO / "configs" / "masked.py:ViT-B_16,mnist"))
 
 
 # --- whole runs ---
