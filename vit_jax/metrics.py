@@ -9,13 +9,9 @@ import jax
 from clu import metric_writers
 
 from vit_jax.errors import RunStopped
+from vit_jax.sharding import RUN_AHEAD
 
 log = logging.getLogger(__name__)
-
-# How many steps the host may run ahead of the devices. Each holds a batch in
-# device memory; waiting for a step that long past costs nothing while the
-# devices are the slower side.
-RUN_AHEAD = 4
 
 
 class NotFinite(RunStopped):

@@ -15,6 +15,11 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.state import flatten, path_str
 
+# How many steps the host may run ahead of the devices. Each holds a batch in
+# device memory; waiting for a step that long past costs nothing while the
+# devices are the slower side.
+RUN_AHEAD = 4
+
 # First match wins; each pattern must match the path's last names. Optimizer
 # moments end in the path of their parameter and so lie as it does. The spec
 # speaks of the last axes: scanned parameters have a depth axis before them.

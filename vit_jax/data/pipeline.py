@@ -268,6 +268,9 @@ def _fold(seed, step, row):
 def _make_dataset(reader, steps, process, max_labels):
   """The tf.data graph: steps -> records -> examples -> batches."""
 
+  # There is no Python control flow over tensors here; looking for some costs
+  # seconds of every start.
+  @tf.autograph.experimental.do_not_convert
   def read(step):
     records, which, rows = tf.numpy_function(
       reader.read, [step], [tf.string, tf.int64, tf.int64], stateful=False
@@ -276,6 +279,7 @@ def _make_dataset(reader, steps, process, max_labels):
       tensor.set_shape([None])
     return records, which, rows, tf.fill(tf.shape(rows), step)
 
+  @tf.autograph.experimental.do_not_convert
   def make_example(record, which, row, step):
     parsers = [
       lambda source=source: _parse(source, record, max_labels)

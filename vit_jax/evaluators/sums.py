@@ -9,9 +9,6 @@ import numpy as np
 from vit_jax import data, models, sharding
 from vit_jax import preprocess as preprocessing
 
-# How many batches the host runs ahead of the devices.
-RUN_AHEAD = 4
-
 
 def make_sums(
   eval_step: Callable,
@@ -73,7 +70,7 @@ def add_up(sums: Iterable[dict]) -> dict:
 
   for batch_sums in sums:
     running.append(batch_sums)
-    if len(running) > RUN_AHEAD:
+    if len(running) > sharding.RUN_AHEAD:
       collect()
   while running:
     collect()

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule
 
 WEIGHTS_FILE = "model.safetensors"
+_Value = TypeVar("_Value")
 
 
 # --- tables ---
@@ -48,7 +49,9 @@ def out_rules(path: str, name: str) -> list[Rule]:
 # --- fields of JSON files ---
 
 
-def get_field(source: str, config: Mapping[str, Any], name: str, default: Any):
+def get_field(
+  source: str, config: Mapping[str, Any], name: str, default: _Value
+) -> _Value:
   """Returns a field of the default's type, the default if absent or null.
 
   Raises:
@@ -57,10 +60,11 @@ def get_field(source: str, config: Mapping[str, Any], name: str, default: Any):
   value = config.get(name)
   if value is None:
     return default
-  kind = type(default)
-  if kind is float and type(value) is int:
+  if type(default) is float and type(value) is int:
     value = float(value)
-  if type(value) is not kind or (kind in (int, float) and value < 0):
+  if type(value) is not type(default) or (
+    isinstance(value, (int, float)) and not value >= 0  # NaN is not, either
+  ):
     raise UserError(
       f"{source}: {name} is {value!r} in its configuration; a value such as "
       f"{default!r} is needed"

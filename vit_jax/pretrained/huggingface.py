@@ -305,6 +305,7 @@ def _check_sayable(weights):
 
 def _make_config(weights):
   sizes = variants.parse(weights.model["variant"])
+  assert sizes.encoder is not None
   activation = weights.model.get("activation", "gelu_tanh")
   height, width = weights.image_size
   config = {

@@ -399,6 +399,7 @@ def _check_sayable(weights):
 
 def _make_config(weights, with_token):
   sizes = variants.parse(weights.model["variant"])
+  assert sizes.encoder is not None
   encoder = sizes.encoder
   classifier = weights.model.get("classifier", "token")
   pool = {ours: theirs for theirs, ours in _POOLING.items()}[classifier]
