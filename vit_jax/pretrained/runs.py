@@ -13,10 +13,9 @@ ORIGIN = "vit_jax"
 def matches(path) -> bool:
   """Returns whether a folder is a run's or one of its checkpoints."""
   path = checkpoint.absolute(path)
-  return any(
-    (folder / "config.json").exists()
-    and any((folder / kind).exists() for kind in ("checkpoints", "best"))
-    for folder in (path, path.parent.parent)
+  run = path.parent.parent if path.name.isdigit() else path
+  return (run / "config.json").exists() and any(
+    (run / kind).exists() for kind in ("checkpoints", "best")
   )
 
 
