@@ -1,0 +1,47 @@
+r"""The quickstart's first half without labels: masked patches of jft_like.
+
+  python -m vit_jax train --config=configs/quickstart_masked.py \
+    --workdir=runs/masked
+  python -m vit_jax train --config=configs/quickstart_finetune.py \
+    --config.init_from=runs/masked --workdir=runs/finetune_masked
+
+Expected on the test split: accuracy 0.397 and loss 2.21, where the best constant
+guess has 0.141 and 4.46. Fine-tuning from it gives 86.3 to 87.1 % with seeds 0
+to 2, and from scratch 82.6 to 86.7 %. At the 670 images a second that two
+shared CPU cores reached at best it takes four minutes.
+"""
+
+from common import get_config as get_common_config
+
+
+def get_config():
+  """Returns the configuration; see common.py for every key."""
+  config = get_common_config()
+  with config.unlocked():
+    config.objective = "masked_patches"
+    # Strokes are finer than a patch: its mean colour says little of them.
+    config.masked_target = "colour_grid"
+    config.image_size = 24
+
+    config.model.variant = "ViT-N_8"
+    config.model.classifier = "gap"  # as the fine-tuning has it
+    config.model.dtype = "float32"  # CPUs compute faster in it
+
+    config.train.dataset = "jft_like"
+    config.train.preprocess = "inception_crop(size, 70)"  # glyphs: no flips
+    config.eval.split = "test"
+    config.eval.preprocess = "resize(size)"
+
+    config.batch_size = 64
+    config.total_steps = 2400
+    config.optimizer.b2 = 0.99  # 2,400 steps are too few for 0.999
+    # Initialised at 0.02, it is too small to matter for hundreds of steps.
+    config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
+    config.schedule.base_lr = 1e-3
+    config.schedule.decay = "cosine"
+    config.schedule.warmup_steps = 50
+
+    config.log_every = 100
+    config.eval_every = 0
+    config.checkpoint_every = 600
+  return config
