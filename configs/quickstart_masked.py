@@ -5,10 +5,10 @@ r"""The quickstart's first half without labels: masked patches of jft_like.
   python -m vit_jax train --config=configs/quickstart_finetune.py \
     --config.init_from=runs/masked --workdir=runs/finetune_masked
 
-Expected on the test split: accuracy 0.397 and loss 2.21, where the best constant
-guess has 0.141 and 4.46. Fine-tuning from it gives 86.3 to 87.1 % with seeds 0
-to 2, and from scratch 82.6 to 86.7 %. At the 670 images a second that two
-shared CPU cores reached at best it takes four minutes.
+Expected on the test split: accuracy 0.397 and loss 2.21, where the best
+constant guess has 0.141 and 4.46. Fine-tuning from it gives 86.3 to 87.1 % with
+seeds 0 to 2, and from scratch 82.6 to 86.7 %. At the 670 images a second that
+two shared CPU cores reached at best it takes four minutes.
 """
 
 from common import get_config as get_common_config
