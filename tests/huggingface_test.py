@@ -339,8 +339,8 @@ def test_what_cannot_be_said(tmp_path, options, message):
     ({"num_attention_heads": 5}, "(24, 2, 40, 5)"),
     ({"num_attention_heads": 0}, "(24, 2, 40, 0)"),
     ({"intermediate_size": 41}, "intermediate.dense.bias is 40, 41 is needed"),
-    ({"num_hidden_layers": 1}, "encoder.layer.1.attention.attention.key.bias"),
-    ({"num_hidden_layers": 3}, "encoder.layer.2.attention.attention.key.bias"),
+    ({"num_hidden_layers": 1}, "config.json has 1 layers, the file 2"),
+    ({"num_hidden_layers": 3}, "config.json has 3 layers, the file 2"),
     ({"id2label": {"a": "cat"}}, "id2label has keys that are no numbers"),
   ],
 )

@@ -15,7 +15,7 @@ _LAYERS = (
   ("errors",),
   ("state", "losses", "masking", "preprocess"),
   ("models", "optim", "sharding", "data"),
-  ("steps", "checkpoint", "warmstart", "config", "metrics"),
+  ("steps", "checkpoint", "warmstart", "config", "metrics", "paper"),
   ("pretrained",),
   ("evaluators",),
   ("tasks",),

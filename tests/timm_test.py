@@ -148,7 +148,7 @@ def test_heads_of_architectures(architecture, sizes, heads):
   shapes = {
     "patch_embed.proj.weight": (width, 3, 16, 16),
     "blocks.0.mlp.fc1.weight": (mlp, width),
-    f"blocks.{depth - 1}.norm1.bias": (width,),
+    **{f"blocks.{i}.norm1.bias": (width,) for i in range(depth)},
   }
   arrays = {name: types.SimpleNamespace(shape=s) for name, s in shapes.items()}
   encoder, patch, _ = timm._describe("file", arrays, architecture, {})

@@ -28,6 +28,7 @@ from PIL import Image
 
 from vit_jax import preprocess
 from vit_jax.data import builders
+from vit_jax.data.tasks import TASKS, find_task, resolve_dataset
 from vit_jax.errors import UserError, suggest
 
 FOLDER = "folder:"
@@ -158,8 +159,10 @@ def get_source(dataset: str, split: str, data_dir: str | None = None) -> Source:
   """Opens a split of a data set.
 
   Args:
-    dataset: a TFDS name, `name/config:version`, or `folder:PATH`.
-    split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`.
+    dataset: a TFDS name, `name/config:version`, a task of `tasks.py`
+      (`vtab:clevr_count`), or `folder:PATH`.
+    split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`;
+      of a task also its names: `train800`.
     data_dir: where TFDS data sets are; None for TFDS's own choice.
 
   Raises:
@@ -219,33 +222,44 @@ class TfdsSource(Source):
   def __init__(self, dataset: str, split: str, data_dir: str | None):
     builder = _open_prepared(dataset, data_dir)
     self.dataset, self.split = dataset, split
-    info = _select_split(builder.info.splits, dataset, split)
+    self._task = find_task(dataset)
+    info = _select_split(builder.info.splits, dataset, split, self._task)
     self.num_examples = info.num_examples
     self._files = array_record_data_source.ArrayRecordDataSource(
       _existing_files(info.file_instructions, dataset)
     )
-    image, key, label = _select_features(builder.info.features, dataset)
+    image, key, label = _select_features(
+      builder.info.features, dataset, self._task
+    )
     # Only these two are parsed: others, masks say, would cost decoding time.
     self._image = tfds.features.FeaturesDict({"image": image})
     self._labels = tfds.features.FeaturesDict({key: label})
     self._labels_key = key
-    class_label = getattr(label, "feature", label)
-    self.num_classes = class_label.num_classes
-    self.class_names = list(class_label.names)
-    self.multilabel = class_label is not label
+    self.class_names = _name_classes(label, dataset, self._task)
+    self.num_classes = len(self.class_names)
+    derived = self._task and self._task.derive
+    self.multilabel = hasattr(label, "feature") and not derived
     self.max_labels = 1
     if self.multilabel:
-      self.max_labels = _read_max_labels(builder) or self._count_max_labels()
+      declared = self._task and self._task.max_labels
+      declared = declared or _read_max_labels(builder)
+      self.max_labels = declared or self._count_max_labels()
 
   def read(self, indices):
     return self._files.__getitems__(np.asarray(indices).tolist())
 
   def parse_image(self, record):
     skip = {"image": tfds.decode.SkipDecoding()}
-    return self._image.deserialize_example(record, decoders=skip)["image"]
+    image = self._image.deserialize_example(record, decoders=skip)["image"]
+    if self._task and self._task.scale_pixels != 1:
+      pixels = tf.io.decode_png(image) * self._task.scale_pixels
+      image = tf.io.encode_png(pixels, compression=0)
+    return image
 
   def parse_labels(self, record):
     labels = self._labels.deserialize_example(record)[self._labels_key]
+    if self._task and self._task.derive:
+      labels = self._task.derive(labels)
     return tf.reshape(tf.cast(labels, tf.int32), [-1])
 
   def _count_max_labels(self):
@@ -287,15 +301,16 @@ def find_builder(
   Raises:
     UserError: unknown name (did you mean), configuration or version.
   """
-  name = dataset.partition("/")[0].partition(":")[0]
+  resolved = resolve_dataset(dataset)
+  name = resolved.partition("/")[0].partition(":")[0]
   if name in builders.names():
     builders.load(name)  # registers it
   try:
     return tfds.builder(
-      dataset, data_dir=_expand(data_dir), file_format=file_format
+      resolved, data_dir=_expand(data_dir), file_format=file_format
     )
   except tfds.core.DatasetNotFoundError as e:
-    known = sorted({*tfds.list_builders(), *builders.names()})
+    known = sorted({*tfds.list_builders(), *builders.names(), *TASKS})
     raise UserError(
       f"unknown data set {dataset!r}{suggest(name, known)}; built in: "
       f"{', '.join(builders.names())}; folders: folder:PATH; `vit-jax data "
@@ -351,10 +366,10 @@ def _read_max_labels(builder):
     return json.load(f).get("max_labels")
 
 
-def _select_split(splits, dataset, split):
+def _select_split(splits, dataset, split, task):
   """Returns the TFDS split info of e.g. `train[:800]+test[:200]`."""
   try:
-    info = splits[split]
+    info = splits[task.resolve_split(split) if task else split]
   except (KeyError, ValueError, AssertionError) as e:
     raise _bad_split(splits, dataset, split, e) from e
   if not info.num_examples:
@@ -369,6 +384,9 @@ def _bad_split(splits, dataset, split, problem):
   existing = ", ".join(
     f"{name} ({info.num_examples:,})" for name, info in splits.items()
   )
+  task = find_task(dataset)
+  if task and task.splits:
+    existing = f"{', '.join(task.splits)}; {existing}"
   return UserError(
     f"split {split!r} of {dataset!r}: {problem}; there are {existing}, and "
     "parts and sums such as train[:90%], train[:800]+test[:200]"
@@ -387,20 +405,35 @@ def _existing_files(instructions, dataset):
   return instructions
 
 
-def _select_features(features, dataset):
+def _select_features(features, dataset, task):
   """Returns the image's feature, the labels' key and their feature."""
-  key = next((k for k in ("label", "labels") if k in features), None)
+  keys = [task.feature] if task else ["label", "labels"]
+  key = next((k for k in keys if k in features), None)
   label = features[key] if key else None
-  class_label = getattr(label, "feature", label)
   image = dict(features).get("image")
-  if not isinstance(image, tfds.features.Image) or not isinstance(
-    class_label, tfds.features.ClassLabel
-  ):
+  usable = (task and task.derive) or isinstance(
+    getattr(label, "feature", label), tfds.features.ClassLabel
+  )
+  if not isinstance(image, tfds.features.Image) or not key or not usable:
+    wanted = " or ".join(f"`{k}`" for k in keys)
     raise UserError(
       f"data set {dataset!r} has the features {', '.join(sorted(features))}; "
-      "it needs `image` and `label` or `labels`, of class labels"
+      f"it needs `image` and {wanted}, of class labels"
     )
   return image, key, label
+
+
+def _name_classes(label, dataset, task):
+  """Returns the class names, as many as the task has."""
+  if task and task.class_names:
+    return list(task.class_names)
+  names = list(getattr(label, "feature", label).names)
+  if task and len(names) != task.num_classes:
+    raise UserError(
+      f"data set {dataset!r} has {len(names)} classes where it is prepared, "
+      f"not the {task.num_classes} of {task.title}; prepare it again"
+    )
+  return names
 
 
 # --- folders ---

@@ -108,6 +108,7 @@ def create(
   height_width = check_image_size(image_size, sizes)
   grid = tuple(-(-side // sizes.stride) for side in height_width)
   if sizes.encoder is None:
+    assert sizes.units is not None
     module = initial = resnet.BiT(
       num_classes,
       sizes.units,
@@ -119,6 +120,10 @@ def create(
     options["representation_size"] = sizes.encoder.hidden_size
   options |= {"num_classes": num_classes, "units": sizes.units}
   return _as_encoder(vit.VisionTransformer, sizes, options, height_width, grid)
+
+
+# What `create` takes for what it is not told.
+DEFAULTS: dict[str, Any] = dict(create.__kwdefaults__ or {})
 
 
 def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
@@ -142,7 +147,7 @@ def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
   check_choice("masked_target", target, tuple(masking.TARGETS))
   sizes = variants.parse(variant)
   _check_masked(target, variant, sizes, options)
-  options = (create.__kwdefaults__ or {}) | options
+  options = DEFAULTS | options
   _check_options(variant, sizes, options)
   options["dtype"] = jnp.dtype(options["dtype"])
   options["num_classes"] = 0
@@ -260,12 +265,11 @@ def _check_options(variant, sizes, options):
 
 
 def _check_resnet_options(variant, options):
-  defaults = create.__kwdefaults__ or {}
   for name, value in options.items():
-    if name not in _RESNET_OPTIONS and value != defaults[name]:
+    if name not in _RESNET_OPTIONS and value != DEFAULTS[name]:
       raise UserError(
         f"model.{name} is {value!r}, which means nothing for the ResNet "
-        f"{variant}; leave it at {defaults[name]!r}"
+        f"{variant}; leave it at {DEFAULTS[name]!r}"
       )
   if options["remat"] == "dots":
     raise UserError(

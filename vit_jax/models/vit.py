@@ -266,10 +266,12 @@ class Encoder(nn.Module):
     if self.pos_embedding not in ("none", "relative"):
       positions = functools.partial(PositionEmbs, self.pos_embedding, self.grid)
       if self.pos_embedding_at != "every_layer":
-        shared = positions(name="posembed_input")(*x.shape[1:])
+        embedding = positions(name="posembed_input")(*x.shape[1:])
         positions = None
-      if self.pos_embedding_at == "input":
-        x, shared = x + shared.astype(x.dtype), None
+        if self.pos_embedding_at == "input":
+          x = x + embedding.astype(x.dtype)
+        else:
+          shared = embedding
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
     out = {"embedded": x}
     x, blocks = self.run_blocks(x, positions, shared)
@@ -315,7 +317,7 @@ class Encoder(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(0, nn.broadcast),
+      in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
       length=self.num_layers,
     )(**options, name="encoderblock")(x, rates, shared_positions)
     return x, [

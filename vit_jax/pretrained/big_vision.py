@@ -19,6 +19,7 @@ from vit_jax.pretrained.weights import (
   Weights,
   count_numbers,
   describe_encoder,
+  shape_of,
   square_grid,
   translate,
   translate_back,
@@ -71,17 +72,17 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     arrays,
     query=query,
     mlp=f"{block}/MlpBlock_0/Dense_0/kernel",
-    num_layers=arrays[query].shape[0]
+    num_layers=shape_of(source, arrays, query, 4)[0]
     if scan
     else count_numbers(arrays, r"Transformer/encoderblock_(\d+)/"),
   )
-  patch = arrays["embedding/kernel"].shape[0]
+  patch = shape_of(source, arrays, "embedding/kernel", 4)[0]
   learned = "pos_embedding" in arrays
   token = "cls" in arrays
   # Fixed waves say nothing of the resolution; theirs is 224.
   grid = (round(224 / patch),) * 2
   if learned:
-    grid = square_grid(source, arrays["pos_embedding"].shape[1])
+    grid = square_grid(source, shape_of(source, arrays, "pos_embedding", 3)[1])
   model = {
     "variant": variants.name_of(encoder, patch, None),
     "classifier": "token"

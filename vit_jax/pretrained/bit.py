@@ -12,6 +12,7 @@ from vit_jax.pretrained.weights import (
   CONV_1X1,
   Rule,
   Weights,
+  shape_of,
   translate,
   translate_back,
   width_of,
@@ -63,12 +64,11 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     for name, x in arrays.items()
   }
   root = f"resnet/root_block/{_CONV}"
-  if root not in arrays:
-    raise UserError(f"{source}: {root} is missing")
+  root_shape = shape_of(source, arrays, root, 4)
   bare = {"conv_root/": None}
   bare |= {name.removeprefix("resnet/"): None for name in arrays}
   units = describe_units(bare)
-  width = arrays[root].shape[-1] // 64
+  width = root_shape[-1] // 64
   variant = variants.name_of(None, 0, units, width)
   if variant is None:
     raise UserError(

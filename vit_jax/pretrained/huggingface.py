@@ -8,6 +8,7 @@ of heads stand in config.json only.
 """
 
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,8 +23,10 @@ from vit_jax.pretrained.weights import (
   POS_EMBEDDING,
   Rule,
   Weights,
+  count_numbers,
   translate,
   translate_back,
+  width_of,
 )
 from vit_jax.state import LazyArray
 
@@ -115,15 +118,24 @@ def read(
   arrays, notes = _drop_unused(arrays)
   prefix = "vit." if any(n.startswith("vit.") for n in arrays) else ""
   modern = any(name.startswith(f"{prefix}layers.") for name in arrays)
+  blocks = rf"{re.escape(prefix)}(?:encoder\.layer|layers)\.(\d+)\."
+  num_layers = count_numbers(arrays, blocks)
   image_size = hub.get_pair(source, config, "image_size", 224)
-  num_classes = _length_of(arrays, "classifier.bias")
-  representation_size = _length_of(arrays, f"{prefix}pooler.dense.bias")
+  num_classes = width_of(arrays, "classifier.bias")
+  representation_size = width_of(arrays, f"{prefix}pooler.dense.bias")
+  model = _read_model(source, config, representation_size)
+  num_layers_said = hub.get_field(source, config, "num_hidden_layers", 12)
+  if num_layers_said != num_layers:
+    raise UserError(
+      f"{source}: its config.json has {num_layers_said} layers, the file "
+      f"{num_layers}"
+    )
   class_names, name_notes = _read_names(source, config, num_classes)
   multi_label = config.get("problem_type") == _MULTI_LABEL
   weights = Weights(
     ORIGIN,
     source,
-    _read_model(source, config, representation_size),
+    model,
     image_size,
     num_classes,
     params={},
@@ -161,10 +173,6 @@ def _drop_unused(arrays):
     if not any(is_unused(name) for is_unused in unused.values())
   }
   return rest, notes
-
-
-def _length_of(arrays, name):
-  return arrays[name].shape[0] if name in arrays else 0
 
 
 def _read_model(source, config, representation_size):

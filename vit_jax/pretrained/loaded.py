@@ -196,7 +196,7 @@ def describe(weights: Weights) -> Config:
   sizes = variants.parse(weights.model["variant"])
   model = weights.create_model()
   is_resnet = sizes.encoder is None
-  options = models.create.__kwdefaults__ | weights.model
+  options = models.DEFAULTS | weights.model
   pre_logits = weights.params.get("pre_logits/bias")
   return Config(
     origin=weights.origin,
@@ -254,12 +254,11 @@ def check_numerics(weights: Weights, config) -> None:
     weights: what the model starts from.
     config: the model's configuration, with the keys of `models.create`.
   """
-  defaults = models.create.__kwdefaults__
   names = ("activation", "layer_norm_epsilon", "pos_embedding_at")
   changes = [
     f"--config.model.{name}={value}"
     for name in names
-    if (value := weights.model.get(name, defaults[name])) != config[name]
+    if (value := weights.model.get(name, models.DEFAULTS[name])) != config[name]
   ]
   if changes:
     raise UserError(

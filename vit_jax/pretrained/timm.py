@@ -24,9 +24,11 @@ from vit_jax.pretrained.weights import (
   Rule,
   Weights,
   count_numbers,
+  shape_of,
   square_grid,
   translate,
   translate_back,
+  width_of,
 )
 from vit_jax.state import LazyArray
 
@@ -165,7 +167,7 @@ def read(
   image_size, rule = _describe_grid(
     source, arrays, arguments, pretrained, patch, classifier
   )
-  num_classes = arrays["head.bias"].shape[0] if "head.bias" in arrays else 0
+  num_classes = width_of(arrays, "head.bias")
   names = config.get("label_names") or pretrained.get("label_names")
   class_names, name_notes = hub.get_names(names, num_classes)
   weights = Weights(
@@ -218,16 +220,13 @@ def _check_architecture(source, architecture, arguments, arrays):
 def _describe(source, arrays, architecture, arguments):
   """Returns the encoder's sizes, the patch's, and notes."""
   first = "blocks.0.mlp.fc1.weight"
-  for name, rank in ((_PATCHES, 4), (first, 2)):
-    if name not in arrays or len(arrays[name].shape) != rank:
-      raise UserError(f"{source}: {name} is missing, or has another rank")
-  width, _, patch, patch_width = arrays[_PATCHES].shape
+  width, _, patch, patch_width = shape_of(source, arrays, _PATCHES, 4)
   if patch != patch_width:
     raise UserError(
       f"{source}: its patches are {patch}x{patch_width}; ours are square"
     )
   depth = count_numbers(arrays, r"blocks\.(\d+)\.")
-  mlp = arrays[first].shape[0]
+  mlp = shape_of(source, arrays, first, 2)[0]
   sizes = (width, depth, mlp)
   known = [e.num_heads for e in variants.ENCODERS.values() if e[:3] == sizes]
   notes = ()
@@ -299,8 +298,7 @@ def _describe_grid(source, arrays, arguments, pretrained, patch, classifier):
         "pos_embed='none'"
       )
     return image_size, _WITH_TOKEN
-  shape = arrays["pos_embed"].shape
-  count = shape[1] if len(shape) == 3 else 0
+  count = shape_of(source, arrays, "pos_embed", 3)[1]
   num_patches = (image_size[0] // patch) * (image_size[1] // patch)
   if not given or count not in (num_patches, num_patches + token):
     # Nobody says the size, or not this embedding's.

@@ -19,6 +19,7 @@ from vit_jax.pretrained.weights import (
   Weights,
   count_numbers,
   describe_encoder,
+  shape_of,
   square_grid,
   translate,
   translate_back,
@@ -63,7 +64,9 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     num_layers=count_numbers(arrays, rf"{block}(\d+)/"),
   )
   token = "cls" in arrays
-  grid = square_grid(source, arrays[POS_EMBEDDING].shape[1] - token)
+  grid = square_grid(
+    source, shape_of(source, arrays, POS_EMBEDDING, 3)[1] - token
+  )
   variant, stride = describe_variant(source, arrays, encoder)
   model = {
     "variant": variant,
@@ -98,7 +101,7 @@ def describe_variant(source, arrays, encoder) -> tuple[str, int]:
   Raises:
     UserError: a hybrid that is in no table.
   """
-  patch = arrays["embedding/kernel"].shape[0]
+  patch = shape_of(source, arrays, "embedding/kernel", 4)[0]
   units = describe_units(arrays)
   name = variants.name_of(encoder, patch, units)
   if name is None:

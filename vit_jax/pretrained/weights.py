@@ -292,11 +292,25 @@ def describe_encoder(
 
 
 def count_numbers(names: Iterable[str], pattern: str) -> int:
-  """Returns 1 + the largest number that `pattern` captures, 0 without any."""
+  """Returns how many numbers `pattern` captures, such as those of blocks."""
   matches = (re.match(pattern, name) for name in names)
-  return 1 + max((int(match[1]) for match in matches if match), default=-1)
+  return len({int(match[1]) for match in matches if match})
+
+
+def shape_of(
+  source: str, arrays: Mapping[str, LazyArray], name: str, rank: int
+) -> tuple[int, ...]:
+  """Returns the shape of an array that the model's sizes follow from.
+
+  Raises:
+    UserError: it is not there, has another rank, or nothing in it.
+  """
+  shape = arrays[name].shape if name in arrays else ()
+  if len(shape) != rank or 0 in shape:
+    raise UserError(f"{source}: {name} is missing, or has another rank")
+  return shape
 
 
 def width_of(arrays: Mapping[str, LazyArray], name: str) -> int:
   """Returns the last axis of an array, 0 if there is no such array."""
-  return arrays[name].shape[-1] if name in arrays else 0
+  return sum(arrays[name].shape[-1:]) if name in arrays else 0
