@@ -1,0 +1,26 @@
+"""The numbers of the paper's tables, and what its names mean here.
+
+`tables.json` has facts alone: nothing of this project's own results.
+"""
+
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+
+@functools.cache
+def load() -> dict[str, Any]:
+  """Returns tables.json: "table1" to "table9", and what they speak of.
+
+  "pretraining" has the sets to pre-train on, "measures" what the columns of
+  the tables measure, "vtab" the 19 tasks by the names that Table 9 prints.
+  """
+  file = importlib.resources.files(__package__) / "tables.json"
+  return json.loads(file.read_text(encoding="utf-8"))
+
+
+def variant_of(name: str) -> str:
+  """Returns our name of a model: "R50x1+ViT-L/16" -> "R50+ViT-L_16"."""
+  name = name.replace("ResNet", "R").replace("R50x1+", "R50+")
+  return name.replace("/", "_")
