@@ -32,6 +32,7 @@ from vit_jax.data.tasks import TASKS, find_task, resolve_dataset
 from vit_jax.errors import UserError, suggest
 
 FOLDER = "folder:"
+OBJECTNET = "objectnet:"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What TensorFlow decodes, as Pillow calls it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -160,7 +161,7 @@ def get_source(dataset: str, split: str, data_dir: str | None = None) -> Source:
 
   Args:
     dataset: a TFDS name, `name/config:version`, a task of `tasks.py`
-      (`vtab:clevr_count`), or `folder:PATH`.
+      (`vtab:clevr_count`), `folder:PATH` or `objectnet:PATH`.
     split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`;
       of a task also its names: `train800`.
     data_dir: where TFDS data sets are; None for TFDS's own choice.
@@ -171,6 +172,10 @@ def get_source(dataset: str, split: str, data_dir: str | None = None) -> Source:
   """
   if dataset.startswith(FOLDER):
     return FolderSource(dataset, split)
+  if dataset.startswith(OBJECTNET):
+    from vit_jax.data.objectnet import ObjectNetSource  # which imports this
+
+    return ObjectNetSource(dataset, split)
   return TfdsSource(dataset, split, data_dir)
 
 
@@ -283,8 +288,10 @@ def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
     UserError: as `get_source`.
   """
   if dataset.startswith(FOLDER):
-    _, splits = _find_splits(_find_folder(dataset))
+    _, splits = _find_splits(find_folder(dataset))
     return {name: len(files) for name, files in splits.items()}
+  if dataset.startswith(OBJECTNET):
+    return {"test": get_source(dataset, "test").num_examples}
   splits = _open_prepared(dataset, data_dir).info.splits
   return {name: info.num_examples for name, info in splits.items()}
 
@@ -456,9 +463,9 @@ class FolderSource(Source):
 
   def __init__(self, dataset: str, split: str):
     self.dataset, self.split = dataset, split
-    self.class_names, splits = _find_splits(_find_folder(dataset))
+    self.class_names, splits = _find_splits(find_folder(dataset))
     self.num_classes = len(self.class_names)
-    self._files = _take(splits, dataset, split)
+    self._files = take_split(splits, dataset, split)
     self.num_examples = len(self._files)
     Image.init()  # Pillow's list of formats; not thread-safe
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
@@ -489,8 +496,13 @@ class FolderSource(Source):
     return str(self._files[index][0])
 
 
-def _find_folder(dataset):
-  root = Path(dataset.removeprefix(FOLDER)).expanduser()
+def find_folder(dataset: str, prefix: str = FOLDER) -> Path:
+  """Returns the folder of `folder:PATH`, or of another prefix.
+
+  Raises:
+    UserError: there is none.
+  """
+  root = Path(dataset.removeprefix(prefix)).expanduser()
   if not root.is_dir():
     raise UserError(
       f"{dataset!r}: {root} is not a folder; give one with a sub-folder of "
@@ -523,6 +535,22 @@ def _find_files(root):
   classes = sorted(
     d.name for d in root.iterdir() if d.is_dir() and d.name[0] != "."
   )
+  files = find_images(root, classes)
+  if len(classes) < 2:
+    found = f"1 class, {classes[0]!r}" if classes else "no folder of images"
+    raise UserError(
+      f"{root}: found {found}; it needs a sub-folder of images for each of at "
+      "least 2 classes"
+    )
+  return classes, sorted(files, key=lambda file: _hash(file[0], root))
+
+
+def find_images(root: Path, classes: list[str]) -> list[tuple[Path, int]]:
+  """Returns [(path, which of the classes)] of a folder of class folders.
+
+  Raises:
+    UserError: a class has no images.
+  """
   files = []
   for label, name in enumerate(classes):
     images = [
@@ -538,13 +566,7 @@ def _find_files(root):
         " add some or remove the folder"
       )
     files += [(path, label) for path in images]
-  if len(classes) < 2:
-    found = f"1 class, {classes[0]!r}" if classes else "no folder of images"
-    raise UserError(
-      f"{root}: found {found}; it needs a sub-folder of images for each of at "
-      "least 2 classes"
-    )
-  return classes, sorted(files, key=lambda file: _hash(file[0], root))
+  return files
 
 
 def _hash(path, root):
@@ -564,8 +586,12 @@ def _hold_out(files, num_classes):
   return splits
 
 
-def _take(splits, dataset, split):
-  """Returns the files of `split`, a part or a sum, as TFDS understands it."""
+def take_split(splits: dict[str, list], dataset: str, split: str) -> list:
+  """Returns the files of `split`, a part or a sum, as TFDS understands it.
+
+  Raises:
+    UserError: it is none, or there are none.
+  """
   infos = {
     name: tfds.core.SplitInfo(
       name=name, shard_lengths=[len(files)], num_bytes=0

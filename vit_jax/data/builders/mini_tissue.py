@@ -1,0 +1,122 @@
+"""Pictures in the manner of stained tissue, made by a program.
+
+Cells on a slide, 32 x 32 pixels; the class is how they look and lie together.
+A stand-in for VTAB's specialized tasks that needs no download.
+
+Image i is a pure function of i. Only sums, products, quotients and roundings
+of single numbers are taken, so that the bytes are the same on every machine.
+"""
+
+import io
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vit_jax.data.builders.jft_like import Draws, encode_png
+
+SIZE = 32  # height and width, pixels
+NUM_EXAMPLES = {"train": 1000, "test": 1000}
+_STREAM = 101  # of random numbers
+_CHUNK = 250  # images that are drawn together
+_MOST_CELLS = 28
+
+# Class: (fewest, most cells; least, greatest radius in pixels; how many times
+# longer than wide; radius of the pale middle, of 1; whether they huddle).
+CLASSES = {
+  "sparse": (3, 6, 2.0, 2.8, 1.0, 0.0, False),
+  "dense": (20, 28, 2.0, 2.8, 1.0, 0.0, False),
+  "elongated": (8, 13, 1.5, 2.0, 3.0, 0.0, False),
+  "hollow": (7, 12, 2.8, 3.8, 1.0, 0.7, False),
+  "clustered": (11, 17, 1.7, 2.4, 1.0, 0.0, True),
+  "swollen": (4, 7, 4.5, 6.5, 1.0, 0.0, False),
+}
+
+
+def draw_images(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Draws the images int64[n]: (uint8[n SIZE SIZE 3], classes int64[n])."""
+  draws = Draws(_STREAM, index)
+  labels = draws.integer(0, len(CLASSES))
+  slide = draws.integer(200, 245, (3,)) - np.array([0, 34, 12])
+  stain = np.array([104, 52, 128]) + draws.integer(-26, 27, (3,))
+  ink = _draw_cells(draws, labels)[..., None]  # [n h w 1]
+  light = draws.integer(-20, 21, (2, 1, 1))
+  ramp = np.arange(SIZE) - SIZE // 2
+  light = light[:, 0] * ramp[:, None] + light[:, 1] * ramp  # [n h w]
+  pixels = slide[:, None, None] * (256 - ink) + stain[:, None, None] * ink
+  pixels = pixels // 256 + light[..., None] // SIZE
+  pixels = pixels + draws.integer(-12, 13, (SIZE, SIZE, 3))
+  return np.clip(pixels, 0, 255).astype(np.uint8), labels
+
+
+def _draw_cells(draws, labels):
+  """Returns how much stain there is, int64[n h w] in 0..256."""
+  table = np.array(list(CLASSES.values()), np.float64)[labels]
+  fewest, most, small, large, stretch, hollow, huddle = table.T[:, :, None]
+  count = np.floor(fewest + (most + 1 - fewest) * draws.uniform(0, 1, (1,)))
+  exists = np.arange(_MOST_CELLS) < count
+  radius = small + (large - small) * draws.uniform(0, 1, (_MOST_CELLS,))
+  # A clump's cells are nearer to its middle: each coordinate is a product.
+  middle = draws.uniform(10, 22, (1, 2))
+  reach = draws.uniform(-1, 1, (_MOST_CELLS, 2))
+  anywhere = 16 + 15 * reach
+  near = middle + 9 * reach * draws.uniform(0.3, 1, (_MOST_CELLS, 1))
+  place = np.where(huddle[..., None] > 0, near, anywhere)
+  # One direction for a slide, a little apart for each cell: integers, so that
+  # no sine is needed, and odd, so that they are never both 0.
+  heading = 2 * draws.integer(-40, 41, (1, 2)) + 1
+  heading = heading + 2 * draws.integer(-9, 10, (_MOST_CELLS, 2))
+  ink = np.zeros((len(labels), SIZE, SIZE))
+  pixel = np.arange(SIZE) + 0.5
+  for k in range(_MOST_CELLS):
+    x, y = place[:, k, 0, None, None], place[:, k, 1, None, None]
+    p, q = heading[:, k, 0, None, None], heading[:, k, 1, None, None]
+    dx, dy = pixel - x, pixel[:, None] - y
+    wide = radius[:, k, None, None]
+    long = wide * stretch[:, :, None]
+    along, across = p * dx + q * dy, p * dy - q * dx
+    square = along * along / (long * long) + across * across / (wide * wide)
+    square = square / (p * p + q * q)  # 1 on the edge
+    edge = np.clip(2.0 * (1.0 - square) + 0.5, 0, 1)
+    pale = np.clip(3.0 * (hollow[:, :, None] - square) + 0.5, 0, 1)
+    pale = np.where(hollow[:, :, None] > 0, pale, 0)
+    cell = edge * (1 - 0.75 * pale) * exists[:, k, None, None]
+    ink = np.maximum(ink, cell)
+  return np.floor(ink * 230).astype(np.int64)
+
+
+class MiniTissue(tfds.core.GeneratorBasedBuilder):
+  """Cells on a slide; the class is how they look and lie together."""
+
+  name = "mini_tissue"
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      disable_shuffling=True,  # each image is random already
+      description=__doc__,
+      features=tfds.features.FeaturesDict(
+        {
+          "image": tfds.features.Image(
+            shape=(SIZE, SIZE, 3), encoding_format="png"
+          ),
+          "label": tfds.features.ClassLabel(names=list(CLASSES)),
+        }
+      ),
+      supervised_keys=("image", "label"),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager  # nothing to download
+    train, test = NUM_EXAMPLES["train"], NUM_EXAMPLES["test"]
+    return {
+      "train": self._generate_examples(0, train),
+      "test": self._generate_examples(train, train + test),
+    }
+
+  def _generate_examples(self, start: int, stop: int):
+    for low in range(start, stop, _CHUNK):
+      index = np.arange(low, min(low + _CHUNK, stop))
+      for i, image, label in zip(index, *draw_images(index), strict=True):
+        png = io.BytesIO(encode_png(image))
+        yield int(i), {"image": png, "label": int(label)}
