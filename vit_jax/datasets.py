@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
-from vit_jax.data import builders
+from vit_jax.data import builders, tasks
 from vit_jax.errors import UserError
 
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
@@ -38,10 +38,39 @@ def list_datasets(data_dir: str | None = None) -> list[dict]:
     print("  nothing yet")
   for name in missing:
     print(f"built in: {name}  (run `vit-jax data prepare {name}`)")
+  _print_tasks({p["name"] for p in prepared if p["format"] == "array_record"})
   print("folders of images by class: folder:PATH")
+  print("ObjectNet, as it was unpacked: objectnet:PATH/images")
   print("to download: any image data set of tensorflow.org/datasets/catalog")
   unprepared = {"version": None, "format": None, "splits": None}
   return prepared + [{"name": name, **unprepared} for name in missing]
+
+
+def _print_tasks(ready):
+  """Prints the tasks by group, with what they wait for."""
+  for title, prefix, groups in (
+    ("VTAB-1k", data.VTAB, tasks.GROUPS),
+    ("mini-VTAB, without a download", data.MINI, tasks.GROUPS),
+    ("other test sets of the paper", "", ("",)),
+  ):
+    names = list(data.list_tasks(prefix)) if prefix else tasks.list_plain()
+    splits = ", ".join(names[0].splits)
+    print(f"{title}{f' (splits {splits})' if splits else ''}:")
+    for group in groups:
+      for task in (t for t in names if t.group == group):
+        print(f"  {group:13}{task.name:27} {_say_state(task, ready)}")
+
+
+def _say_state(task, ready):
+  dataset = task.dataset.partition(":")[0]
+  name = dataset.partition("/")[0]
+  if dataset in ready:
+    return "ready"
+  if name in builders.names():
+    return f"run `vit-jax data prepare {task.name}`"
+  if name in tasks.BY_HAND:
+    return f"by hand: see `vit-jax data check {task.name}`"
+  return "to download"
 
 
 def _resolve(data_dir):
@@ -103,6 +132,9 @@ def check(
 ) -> list[dict]:
   """Decodes examples and checks their labels; prints a summary.
 
+  Of a data set that is not there it prints what is missing, what is to be
+  fetched by hand, and where that goes.
+
   Args:
     name: a data set.
     split: one split or a part of one; None for all splits.
@@ -117,7 +149,10 @@ def check(
   Raises:
     UserError: no such data set or split; the first example that is at fault.
   """
-  splits = [split] if split else list(data.list_splits(name, data_dir))
+  task = data.find_task(name)
+  if not name.startswith((data.FOLDER, data.OBJECTNET)):
+    _print_needs(name, task, data.find_needs(name, data_dir))
+  splits = [split] if split else _choose_splits(name, task, data_dir)
   summaries = []
   for i, split in enumerate(splits):
     source = data.get_source(name, split, data_dir)
@@ -131,6 +166,35 @@ def check(
     _print_summary(summary, source)
     summaries.append(summary)
   return summaries
+
+
+def _print_needs(name, task, needs):
+  if task:
+    print(f"{name} is {task.title}{task.group and ', ' + task.group}")
+    for split, text in task.splits.items():
+      print(f"  {split}: {text}")
+  if needs.state == "ready":
+    print(f"prepared in {needs.folder}")
+    return
+  print(f"not ready ({needs.state}): {needs.folder}")
+  if needs.state == "to convert":
+    return
+  for package in needs.packages:
+    print(f"  takes the Python package {package}, which is not installed")
+  if needs.manual_folder is None:
+    print("  all of it is downloaded or made by `vit-jax data prepare`")
+    return
+  print(f"  fetched by hand, into {needs.manual_folder}:")
+  for file, there in needs.manual_files.items():
+    print(f"    {file}  {'there' if there else 'missing'}")
+  print(f"  TFDS says: {needs.instructions}")
+
+
+def _choose_splits(name, task, data_dir):
+  """Those of VTAB's names that overlap least, else all that there are."""
+  if task and "train800val200" in task.splits:
+    return ["train800val200", "test"]
+  return list(data.list_splits(name, data_dir))
 
 
 def _check_split(source, num_examples):

@@ -5,19 +5,31 @@ import contextlib
 import tensorflow as tf
 
 from vit_jax.data.pipeline import eval_batches, train_batches
-from vit_jax.data.prepare import prepare
+from vit_jax.data.prepare import Needs, find_needs, prepare
 from vit_jax.data.source import (
+  FOLDER,
+  OBJECTNET,
   Source,
   get_source,
   list_splits,
   parse_mixture,
 )
+from vit_jax.data.tasks import MINI, VTAB, Task, find_task, list_tasks
 
 __all__ = [
+  "FOLDER",
+  "MINI",
+  "OBJECTNET",
+  "VTAB",
+  "Needs",
   "Source",
+  "Task",
   "eval_batches",
+  "find_needs",
+  "find_task",
   "get_source",
   "list_splits",
+  "list_tasks",
   "parse_mixture",
   "prepare",
   "train_batches",

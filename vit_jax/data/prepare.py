@@ -1,5 +1,7 @@
 """Has TFDS data sets ready in ArrayRecord, the format with random access."""
 
+import dataclasses
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore
 
-from vit_jax.data.source import FOLDER, find_builder, one_line
+from vit_jax.data.source import FOLDER, OBJECTNET, find_builder, one_line
+from vit_jax.data.tasks import BY_HAND, PACKAGES
 from vit_jax.errors import UserError
 
 
@@ -24,11 +27,12 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
   Raises:
     UserError: unknown data set, or it could not be had (why).
   """
-  if name.startswith(FOLDER):
-    raise UserError(f"{name!r} needs no preparation; train on it as it is")
+  if name.startswith((FOLDER, OBJECTNET)):
+    raise UserError(f"{name!r} needs no preparation; use it as it is")
   builder = find_builder(name, data_dir)
   folder = Path(builder.data_path)
   if not builder.is_prepared():
+    _check_needs(find_needs(name, data_dir), name)
     builder = find_builder(name, data_dir, "array_record")
     _download(builder, name)
   else:
@@ -38,6 +42,75 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
     if array_record not in builder.info.available_file_formats():
       _convert(builder)
   return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+  """What stands between a TFDS data set and its use.
+
+  Attributes:
+    state: "ready", "to convert" (there, in another format), or "missing".
+    folder: where it is, or would be.
+    manual_folder: where files that are fetched by hand go; None for no such.
+    manual_files: {name: whether it is there}.
+    instructions: what TFDS says on how to get them, in one line.
+    packages: Python packages that are not installed and that making it takes.
+  """
+
+  state: str
+  folder: Path
+  manual_folder: Path | None
+  manual_files: dict[str, bool]
+  instructions: str
+  packages: list[str]
+
+
+def find_needs(name: str, data_dir: str | None = None) -> Needs:
+  """Returns what a TFDS data set or a task lacks; nothing is downloaded.
+
+  Raises:
+    UserError: unknown data set.
+  """
+  builder = find_builder(name, data_dir)
+  state = "missing"
+  if builder.is_prepared():
+    there = tfds.builder_from_directory(builder.data_path).info
+    array_record = tfds.core.FileFormat.ARRAY_RECORD
+    ready = array_record in there.available_file_formats()
+    state = "ready" if ready else "to convert"
+  instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+  manual_folder = None
+  if instructions:
+    manual_folder = Path(builder.data_dir_root) / "downloads" / "manual"
+  files = BY_HAND.get(builder.name, ()) if instructions else ()
+  return Needs(
+    state=state,
+    folder=Path(builder.data_path),
+    manual_folder=manual_folder,
+    manual_files={f: (manual_folder / f).exists() for f in files},
+    instructions=" ".join((instructions or "").split()),
+    packages=[
+      package
+      for package in PACKAGES.get(builder.name, ())
+      if importlib.util.find_spec(package) is None
+    ],
+  )
+
+
+def _check_needs(needs, name):
+  """Raises a UserError for what only a person can fetch."""
+  files = needs.manual_files
+  # Some of them may do: for one split of ImageNet its archive. TFDS knows.
+  if files and not any(files.values()):
+    raise UserError(
+      f"data set {name!r} is fetched by hand: put {', '.join(files)} into "
+      f"{needs.manual_folder} and run this again; {needs.instructions}"
+    )
+  if needs.packages:
+    raise UserError(
+      f"data set {name!r} takes the Python package "
+      f"{' and '.join(needs.packages)} to make; install it and run this again"
+    )
 
 
 def _download(builder, name):

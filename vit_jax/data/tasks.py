@@ -254,12 +254,35 @@ _PLAIN_TASKS = (
   _plain("oxford_flowers102", "Flowers102", 102),
 )  # fmt: skip
 
+# What TFDS does not download: files and folders, by data set, for its folder
+# `downloads/manual`, and the Python packages that only making the set needs.
+BY_HAND = {
+  "imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
+  "imagenet2012_real": ("ILSVRC2012_img_val.tar",),
+  "resisc45": ("NWPU-RESISC45",),
+  "diabetic_retinopathy_detection": (
+    *("sample", "train", "test", "trainLabels.csv"),
+  ),
+}
+PACKAGES = {
+  "diabetic_retinopathy_detection": ("cv2",),
+  "dsprites": ("h5py",),
+  "kitti": ("cv2",),
+  "patch_camelyon": ("h5py",),
+  "sun397": ("cv2",),
+}
+
 TASKS = {t.name: t for t in (*_VTAB_TASKS, *_MINI_TASKS, *_PLAIN_TASKS)}
 
 
 def list_tasks(prefix: str) -> list[Task]:
   """Returns the tasks of VTAB or MINI, in the order of the paper's tables."""
   return [task for name, task in TASKS.items() if name.startswith(prefix)]
+
+
+def list_plain() -> list[Task]:
+  """Returns the tasks that are no part of VTAB: the paper's other test sets."""
+  return list(_PLAIN_TASKS)
 
 
 def find_task(dataset: str) -> Task | None:
