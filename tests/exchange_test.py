@@ -227,6 +227,33 @@ def test_inspect_alone_lists_the_published_names(run):
   assert "gs://vit_models/imagenet21k/ViT-B_16.npz" in out
 
 
+def test_bad_files_are_one_line_and_exit_code_2(run, tmp_path):
+  good = tmp_path / "good.npz"
+  _write(good, f"ViT-{SMALL}_8")
+  truncated = tmp_path / "truncated.npz"
+  truncated.write_bytes(good.read_bytes()[:-100])
+  text = tmp_path / "text.npz"
+  text.write_text("not weights")
+  pickled = tmp_path / "pickled.npz"
+  np.savez(pickled, **{"embedding/kernel": np.array([{}], dtype=object)})
+  other = tmp_path / "bert"
+  _write(other, f"ViT-{SMALL}_8", to="hf")
+  config = (other / "config.json").read_text()
+  (other / "config.json").write_text(config.replace('"vit"', '"bert"'))
+  for source in (truncated, text, pickled, other, tmp_path / "gone.npz"):
+    for command in (
+      ["inspect", source],
+      ["convert", source, tmp_path / "out", "--to=npz"],
+      ["predict", f"--checkpoint={source}", "image.png"],
+    ):
+      code, out, err = run(*command)
+      assert (code, out) == (2, ""), command
+      (line,) = err.splitlines()
+      assert line.startswith("error: ")
+      assert str(source) in line
+  assert not (tmp_path / "out").exists()
+
+
 def test_convert_overwrites_nothing(run, tmp_path):
   source = tmp_path / "weights.npz"
   _write(source, f"ViT-{SMALL}_8")
