@@ -19,7 +19,15 @@ _LAYERS = (
   ("pretrained",),
   ("evaluators",),
   ("tasks",),
-  ("train", "evaluate", "predict", "datasets", "inspect", "convert"),
+  (
+    "train",
+    "evaluate",
+    "linear",
+    "predict",
+    "datasets",
+    "inspect",
+    "convert",
+  ),
   ("quickstart",),  # runs the commands one after the other
   ("__main__",),
 )

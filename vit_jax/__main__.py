@@ -104,6 +104,8 @@ def _make_parser():
   _add_json(evaluate)
   _add_distributed(evaluate)
 
+  _add_linear(add("linear", _linear, "evaluate features: few-shot, probe"))
+
   predict = add("predict", _predict, "classify image files")
   predict.add_argument(
     "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
@@ -144,6 +146,31 @@ def _make_parser():
   )
   quickstart.add_argument("--workdir", default="runs/quickstart")
   return parser
+
+
+def _add_linear(linear):
+  linear.add_argument(
+    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
+  )
+  linear.add_argument("--dataset", required=True, help="one label an image")
+  linear.add_argument("--train_split", default="train")
+  linear.add_argument("--test_split", default="test")
+  linear.add_argument(
+    "--shots",
+    default="5,10",
+    help="images of each class; all: every one there is (default: 5,10)",
+  )
+  linear.add_argument("--seeds", type=int, default=3, help="draws (default: 3)")
+  linear.add_argument("--l2", type=float, default=1024, help="default: 1024")
+  linear.add_argument(
+    "--image_size", type=int, help="default: the checkpoint's"
+  )
+  linear.add_argument(
+    "--preprocess", metavar="OPS", help="default: the checkpoint's"
+  )
+  _add_data_dir(linear)
+  _add_json(linear)
+  _add_distributed(linear)
 
 
 def _add_data_commands(add):
@@ -253,6 +280,29 @@ def _evaluate(args):
   for name, value in results.items():
     text = f"{value:.4f}" if isinstance(value, float) else value
     print(f"{name:{width}}{text}")
+
+
+def _linear(args):
+  from vit_jax import linear
+
+  shots = linear.parse_shots(args.shots)
+  _connect(args)
+  import jax
+
+  found = linear.linear(
+    args.checkpoint,
+    args.dataset,
+    train_split=args.train_split,
+    test_split=args.test_split,
+    shots=shots,
+    seeds=args.seeds,
+    l2=args.l2,
+    image_size=args.image_size,
+    preprocess=args.preprocess,
+    data_dir=args.data_dir,
+  )
+  if not jax.process_index():
+    print(json.dumps(found) if args.json else linear.format_report(found))
 
 
 def _predict(args):

@@ -1,0 +1,192 @@
+"""Linear evaluation: the solution, the draws, every image once, the command."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from random_models import random_params
+from sklearn.linear_model import Ridge
+
+import vit_jax
+from vit_jax import data, models, preprocess, sharding, steps
+from vit_jax.__main__ import main
+from vit_jax.errors import UserError
+from vit_jax.evaluators import fewshot
+
+_NAMES = list("abc")
+
+
+def _make_features(n, d, seed=0):
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, 3, n)
+  centers = np.random.default_rng(9).normal(size=(3, d))
+  scale = np.linspace(0.1, 10, d)
+  features = (centers[labels] + rng.normal(size=(n, d))) * scale + scale
+  return features.astype(np.float32), labels
+
+
+@pytest.mark.parametrize(
+  ("n", "d"), [(40, 7), (12, 30), (30, 30), (31, 30)], ids=str
+)
+@pytest.mark.parametrize("l2", [2.0**10, 1.0])
+def test_the_solution_is_that_of_scikit_learn(n, d, l2, monkeypatch):
+  """The primal and the dual form, beside a solver of another method."""
+  monkeypatch.setattr(fewshot, "_CHUNK", 11)
+  features, labels = _make_features(n, d)
+  found = fewshot.fit(features, labels, 3, l2)
+  x = features.astype(np.float64)
+  x = (x - x.mean(0)) / (x.std(0) + 1e-5)
+  x = np.hstack([x, np.full((n, 1), 100.0)])
+  ridge = Ridge(alpha=l2, fit_intercept=False, solver="svd")
+  ridge.fit(x, 2.0 * np.eye(3)[labels] - 1)
+  np.testing.assert_allclose(found.kernel, ridge.coef_.T, rtol=1e-8, atol=1e-12)
+  other, _ = _make_features(50, d, seed=1)
+  scores = ridge.predict(
+    np.hstack(
+      [
+        (other - found.mean) / found.deviation,
+        np.full((50, 1), 100.0),
+      ]
+    )
+  )
+  np.testing.assert_array_equal(found.predict(other), scores.argmax(1))
+
+
+def test_a_constant_feature_is_no_problem():
+  features, labels = _make_features(30, 5)
+  features[:, 2] = 7
+  found = fewshot.fit(features, labels, 3)
+  assert np.isfinite(found.kernel).all()
+  assert np.mean(found.predict(features) == labels) > 0.5
+
+
+def test_draws():
+  labels = np.repeat([2, 0, 1], [20, 30, 25])
+  ten = fewshot.sample(labels, _NAMES, 10, seed=1)
+  assert np.bincount(labels[ten]).tolist() == [10, 10, 10]
+  assert len(set(ten.tolist())) == 30
+  five = fewshot.sample(labels, _NAMES, 5, seed=1)
+  assert set(five.tolist()) < set(ten.tolist())
+  assert set(fewshot.sample(labels, _NAMES, 10, seed=2)) != set(ten)
+  # As published: one generator a seed permutes class after class.
+  rng = np.random.default_rng(1)
+  expected = [rng.permutation(np.where(labels == k)[0])[:10] for k in range(3)]
+  np.testing.assert_array_equal(ten, np.concatenate(expected))
+  with pytest.raises(UserError, match=r"class 'c' has 20 .* --shots=21"):
+    fewshot.sample(labels, _NAMES, 21, seed=0)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """Random weights with a tanh layer before the head, in a file."""
+  from vit_jax import pretrained
+  from vit_jax.pretrained.weights import Weights
+  from vit_jax.state import as_lazy, flatten
+
+  options = {"variant": "ViT-w32d1m64h2_8", "representation_size": 20}
+  model = models.create(num_classes=4, image_size=16, **options)
+  flat = flatten(random_params(model))
+  path = tmp_path_factory.mktemp("weights") / "weights.npz"
+  params = {name: as_lazy(x) for name, x in flat.items()}
+  pretrained.write(
+    Weights("test", "here", options, (16, 16), 4, params), str(path), "npz"
+  )
+  return path
+
+
+def _extract(loaded, source, devices):
+  mesh = sharding.make_mesh(1, jax.devices()[:devices])
+  extract = fewshot.make_extract(
+    model=loaded.model,
+    source=source,
+    mesh=mesh,
+    batch_size=24,
+    preprocess="resize(size)",
+  )
+  return extract(sharding.replicate(mesh, loaded.params))
+
+
+def test_any_number_of_devices_sees_every_image_once(weights, runs):
+  source = data.get_source("digits", "test[:101]", str(runs.data_dir))
+  loaded = vit_jax.load(str(weights))
+  pictures = [
+    preprocess.preprocess_image(source.parse(r)[0].numpy(), "resize(size)", 16)
+    for r in source.read(np.arange(101))
+  ]
+  labels = [int(source.parse(r)[1][0]) for r in source.read(np.arange(101))]
+  expected = loaded.features(steps.normalize(np.stack(pictures)))
+  assert expected.shape == (101, 20)
+  accuracies = []
+  for devices in (1, 3, 8):
+    features, found_labels = _extract(loaded, source, devices)
+    assert found_labels.tolist() == labels
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    train = (features[:60], found_labels[:60])
+    test = (features[60:], found_labels[60:])
+    accuracies.append(
+      fewshot.evaluate(train, test, source.class_names, shots=2, seed=0)
+    )
+  assert accuracies[0] > 0.15  # chance is 0.1
+  assert len(set(accuracies)) == 1
+
+
+def test_several_labels_an_image_are_refused(weights, runs):
+  loaded = vit_jax.load(str(weights))
+  source = data.get_source("digits", "test[:8]", str(runs.data_dir))
+  source.multilabel = True
+  with pytest.raises(UserError, match="several labels"):
+    _extract(loaded, source, 1)
+
+
+def _linear_args(weights, runs, *more):
+  return [
+    "linear",
+    f"--checkpoint={weights}",
+    "--dataset=digits",
+    f"--data_dir={runs.data_dir}",
+    "--train_split=train[:300]",
+    "--test_split=test[:100]",
+    *more,
+  ]
+
+
+def test_the_command(weights, runs, capsys):
+  args = _linear_args(weights, runs, "--shots=2,5,all")
+  assert main([*args, "--json"]) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["features"] == 20
+  assert found["preprocess"] == "resize(size)"
+  assert (found["train_examples"], found["test_examples"]) == (300, 100)
+  two, five, probe = found["results"]
+  for row in (two, five):
+    assert len(row["accuracies"]) == 3
+    assert row["accuracy"] == pytest.approx(np.mean(row["accuracies"]))
+    assert row["spread"] == pytest.approx(np.std(row["accuracies"]))
+  assert probe["shots"] == "all"
+  assert len(probe["accuracies"]) == 1
+  assert probe["accuracy"] > five["accuracy"] > two["accuracy"] > 0.15
+  assert main(args) == 0
+  assert "all shots" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--shots=40", "fewer than --shots=40"),
+    ("--shots=five", "--shots is 'five'"),
+    ("--shots=0", "must be 1 or more"),
+    ("--seeds=0", "must be 1 or more"),
+    ("--l2=0", "--l2 is 0"),
+    ("--dataset=digit", "did you mean 'digits'?"),
+    ("--test_split=tset", "split 'tset'"),
+    ("--image_size=20", "20 is not divisible by the patch size 8"),
+    ("--checkpoint=/no/such", "/no/such"),
+  ],
+)
+def test_mistakes(argument, words, weights, runs, capsys):
+  assert main(_linear_args(weights, runs, argument)) == 2
+  out, err = capsys.readouterr()
+  assert not out
+  (line,) = err.splitlines()
+  assert words in line

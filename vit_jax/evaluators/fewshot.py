@@ -1,0 +1,196 @@
+"""Linear evaluation in closed form: a ridge regression on frozen features.
+
+The paper's few-shot accuracy (its Section 4.1): regularised least squares from
+the representation of an image to {-1, 1}^k. Its constants are those of the
+published evaluation: features to mean 0 and deviation 1, a constant feature of
+100, which leaves the bias almost free of the penalty, and l2 = 2^10. With all
+the training labels the same is a linear probe.
+
+The features come from the devices; the rest is NumPy in float64, since the
+normal equations square the condition number.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vit_jax import data, models, sharding, steps
+from vit_jax.errors import UserError
+from vit_jax.evaluators.sums import make_sums
+
+L2 = 2.0**10
+_CONSTANT = 100.0  # the feature that stands for a bias
+_EPSILON = 1e-5  # added to deviations
+_CHUNK = 16_384  # examples that are in float64 at a time
+
+
+class Classifier(NamedTuple):
+  """What a regression found.
+
+  Attributes:
+    mean, deviation: f64[d], of the training features.
+    kernel: f64[d+1 k]; the last row belongs to the constant.
+  """
+
+  mean: np.ndarray
+  deviation: np.ndarray
+  kernel: np.ndarray
+
+  def predict(self, features: np.ndarray) -> np.ndarray:
+    """Returns the class int64[n] of features f32[n d]."""
+    scores = [x @ self.kernel for x in self._whiten(features)]
+    return np.concatenate(scores).argmax(axis=1)
+
+  def _whiten(self, features) -> Iterator[np.ndarray]:
+    """Yields f64[c d+1], some rows at a time."""
+    for start in range(0, len(features), _CHUNK):
+      x = features[start : start + _CHUNK].astype(np.float64)
+      x = (x - self.mean) / self.deviation
+      yield np.pad(x, ((0, 0), (0, 1)), constant_values=_CONSTANT)
+
+
+def fit(
+  features: np.ndarray, labels: np.ndarray, num_classes: int, l2: float = L2
+) -> Classifier:
+  """Solves min_W ||X W - Y||^2 + l2 ||W||^2, Y in {-1, 1}.
+
+  Args:
+    features: f32[n d].
+    labels: int[n].
+    num_classes: k.
+    l2: the penalty's factor.
+  """
+  mean = features.mean(axis=0, dtype=np.float64)
+  deviation = features.std(axis=0, dtype=np.float64) + _EPSILON
+  empty = Classifier(mean, deviation, np.empty((0, num_classes)))
+  targets = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
+  n, d = len(features), len(mean) + 1
+  if n < d:
+    # The dual form: a system of n equations. Same solution, less work.
+    x = np.concatenate(list(empty._whiten(features)))
+    kernel = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(n), targets)
+    return empty._replace(kernel=kernel)
+  gram, moments = l2 * np.eye(d), np.zeros((d, num_classes))
+  for i, x in enumerate(empty._whiten(features)):
+    gram += x.T @ x
+    moments += x.T @ targets[i * _CHUNK : (i + 1) * _CHUNK]
+  return empty._replace(kernel=np.linalg.solve(gram, moments))
+
+
+def sample(
+  labels: np.ndarray, class_names: Sequence[str], shots: int, seed: int
+) -> np.ndarray:
+  """Returns which examples int64[shots * k] train, `shots` of each class.
+
+  More shots of the same seed contain the fewer.
+
+  Raises:
+    UserError: a class has fewer.
+  """
+  rng = np.random.default_rng(seed)
+  chosen = []
+  for label, name in enumerate(class_names):
+    mine = rng.permutation(np.flatnonzero(labels == label))
+    if len(mine) < shots:
+      raise UserError(
+        f"class {name!r} has {len(mine)} training images, fewer than "
+        f"--shots={shots}; take fewer shots or another --train_split"
+      )
+    chosen.append(mine[:shots])
+  return np.concatenate(chosen)
+
+
+def make_extract(
+  *,
+  model: models.Model,
+  source: data.Source,
+  mesh,
+  batch_size: int,
+  preprocess: str,
+) -> Callable:
+  """Returns params -> (features f32[n d], labels int32[n]) of all of `source`.
+
+  What the head would get of every image, once and in order, on any number of
+  devices; every process has all of them.
+
+  Args: as `classification.make_evaluate`.
+
+  Raises:
+    UserError: images with several labels, a batch size that is not divisible,
+      random preprocessing.
+  """
+  if source.multilabel:
+    raise UserError(
+      f"{source.dataset} has images with several labels; a linear evaluation "
+      "takes sets with one label an image"
+    )
+  everywhere = NamedSharding(mesh, P())
+
+  def extract(params, batch):
+    _, out = model.apply(
+      params, steps.normalize(batch["image"]), intermediates=True
+    )
+    features = out["pre_logits"] if "pre_logits" in out else out["pooled"]
+    found = (features.astype(np.float32), batch["labels"][:, 0], batch["mask"])
+    return jax.lax.with_sharding_constraint(found, everywhere)
+
+  batches = make_sums(
+    extract,
+    model=model,
+    source=source,
+    mesh=mesh,
+    batch_size=batch_size,
+    preprocess=preprocess,
+  )
+
+  def run(params):
+    kept, running = [], collections.deque()
+
+    def collect():
+      features, labels, mask = jax.device_get(running.popleft())
+      kept.append((features[mask], labels[mask]))
+
+    for found in batches(params):
+      running.append(found)
+      if len(running) > sharding.RUN_AHEAD:
+        collect()
+    while running:
+      collect()
+    features, labels = zip(*kept, strict=True)
+    return np.concatenate(features), np.concatenate(labels)
+
+  return run
+
+
+def evaluate(
+  train: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
+  class_names: Sequence[str],
+  *,
+  shots: int | None,
+  seed: int,
+  l2: float = L2,
+) -> float:
+  """Returns the accuracy on `test` of what is learnt from `shots` of `train`.
+
+  Args:
+    train, test: (features f32[n d], labels int[n]).
+    class_names: a name for each class.
+    shots: of each class; None for all there are.
+    seed: decides which.
+    l2: the penalty's factor.
+
+  Raises:
+    UserError: a class has fewer training images.
+  """
+  features, labels = train
+  if shots is not None:
+    chosen = sample(labels, class_names, shots, seed)
+    features, labels = features[chosen], labels[chosen]
+  classifier = fit(features, labels, len(class_names), l2)
+  return float(np.mean(classifier.predict(test[0]) == test[1]))

@@ -1,0 +1,140 @@
+"""The `linear` command: what a frozen representation is worth.
+
+Few-shot accuracy and the linear probe, in closed form: no learning rate, no
+steps, the same numbers every time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax import data, pretrained, sharding
+from vit_jax.errors import UserError
+from vit_jax.evaluators import fewshot
+
+_BATCH_SIZE = 64  # at least; of the global batch
+
+
+def linear(
+  source: str,
+  dataset: str,
+  *,
+  train_split: str = "train",
+  test_split: str = "test",
+  shots: Sequence[int | None] = (5, 10),
+  seeds: int = 3,
+  l2: float = fewshot.L2,
+  image_size: int | None = None,
+  preprocess: str | None = None,
+  data_dir: str | None = None,
+) -> dict[str, Any]:
+  """Evaluates a representation by ridge regression.
+
+  Args:
+    source: whatever `vit_jax.load` reads; its head does not matter.
+    dataset: a data set with one label an image.
+    train_split, test_split: of it.
+    shots: training images of each class; None for all there are.
+    seeds: how many draws of the shots.
+    l2: the penalty's factor.
+    image_size: pixels; unset: the checkpoint's own.
+    preprocess: of training and test images; unset: the checkpoint's own
+      evaluation preprocessing.
+    data_dir: where the TFDS data sets are.
+
+  Returns:
+    {"checkpoint", "dataset", "train_split", "test_split", "train_examples",
+    "test_examples", "preprocess", "image_size", "features", "l2", "results":
+    [{"shots", "accuracy": the mean, "spread": the standard deviation,
+    "accuracies": [of each seed]}]}. "shots" is "all" for a probe.
+
+  Raises:
+    UserError: no checkpoint, no data, other classes, too few images.
+  """
+  if seeds < 1 or any(n is not None and n < 1 for n in shots):
+    raise UserError("--seeds and --shots must be 1 or more; --shots=5,10,all")
+  if l2 <= 0:
+    raise UserError(f"--l2 is {l2}; it must be greater than 0")
+  splits = [
+    data.get_source(dataset, split, data_dir)
+    for split in (train_split, test_split)
+  ]
+  names, test_names = (split.class_names for split in splits)
+  if names != test_names:
+    raise UserError(f"{train_split} and {test_split} have other classes")
+  # A head of one class: it is not used, but every origin can have it.
+  loaded = pretrained.load(source, image_size=image_size, num_classes=1)
+  preprocess = preprocess or loaded.config.preprocess
+  mesh = sharding.make_mesh()
+  batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
+  extractors = [
+    fewshot.make_extract(
+      model=loaded.model,
+      source=split,
+      mesh=mesh,
+      batch_size=batch_size,
+      preprocess=preprocess,
+    )
+    for split in splits
+  ]
+  params = sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
+  train, test = (extract(params) for extract in extractors)
+
+  def measure(count):
+    # All there are is one draw.
+    draws = range(1 if count is None else seeds)
+    accuracies = [
+      fewshot.evaluate(train, test, names, shots=count, seed=seed, l2=l2)
+      for seed in draws
+    ]
+    return {
+      "shots": count or "all",
+      "accuracy": float(np.mean(accuracies)),
+      "spread": float(np.std(accuracies)),
+      "accuracies": accuracies,
+    }
+
+  return {
+    "checkpoint": source,
+    "dataset": dataset,
+    "train_split": train_split,
+    "test_split": test_split,
+    "train_examples": len(train[1]),
+    "test_examples": len(test[1]),
+    "preprocess": preprocess,
+    "image_size": list(loaded.config.image_size),
+    "features": int(train[0].shape[1]),
+    "l2": l2,
+    "results": [measure(count) for count in shots],
+  }
+
+
+def parse_shots(text: str) -> list[int | None]:
+  """Reads "5,10,all".
+
+  Raises:
+    UserError: something else.
+  """
+  try:
+    return [None if t == "all" else int(t) for t in text.split(",")]
+  except ValueError as e:
+    raise UserError(
+      f"--shots is {text!r}; it is numbers and 'all', such as 5,10,all"
+    ) from e
+
+
+def format_report(found: dict[str, Any]) -> str:
+  """Returns the result of `linear` as lines for people."""
+  lines = [
+    f"{found['checkpoint']} on {found['dataset']}: {found['features']} "
+    f"features, {found['preprocess']}, {found['train_examples']} images of "
+    f"{found['train_split']}, {found['test_examples']} of "
+    f"{found['test_split']}"
+  ]
+  for row in found["results"]:
+    draws = len(row["accuracies"])
+    spread = f" +- {row['spread']:.2%} over {draws} draws" * (draws > 1)
+    lines.append(f"  {row['shots']:>4} shots {row['accuracy']:8.2%}{spread}")
+  return "\n".join(lines)
