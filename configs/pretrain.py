@@ -2,67 +2,118 @@ r"""Pre-training as in the paper's Table 3: `pretrain.py:VARIANT,DATASET`.
 
   vit-jax train --config=configs/pretrain.py:ViT-B_16,imagenet21k \
     --workdir=gs://BUCKET/b16_i21k
+  vit-jax train --config=configs/pretrain.py:ViT-L_16,jft,14 \
+    --workdir=gs://BUCKET/l16_jft_14
 
-VARIANT is one of Table 3's: ViT-B_32, ViT-B_16, ViT-L_32, ViT-L_16, ViT-H_14.
+VARIANT is any that `TABLE_3` has for the data set, or `NOT_IN_TABLE_3`: what
+Tables 5 and 6 show of other pre-trainings, and stand-ins for what needs JFT.
 DATASET is
 
   imagenet2012  300 epochs
-  imagenet21k   90 epochs
-  jft           7 epochs (H/14: 14); private, 18,291 classes. Any multi-label
-                TFDS data set of that name in --config.data_dir will do.
+  imagenet21k   90 epochs (L also 30)
+  jft           7 epochs (L/16, R50+L/16 and R152x2 also 14, H/14 and R200x3 14
+                alone); private, 18,291 classes. Any multi-label TFDS data set
+                of that name in --config.data_dir will do.
 
-Common to all: Adam (0.9, 0.999), batch 4096, 10,000 warm-up steps, 224 px, a
-tanh layer before the head, sigmoid cross-entropy with the head's bias at -10.
-Expected precision@1 on held-out images, from the training of the released
-files: on ImageNet-21k B/16 47.9 %, B/32 44.0 %, L/16 49.9 %, L/32 45.4 %; on
-ImageNet B/16 74.8 %, B/32 69.2 %, L/16 72.6 %, L/32 66.9 %.
-Cost in TPUv3-core-days, as the paper prints it: L/16 on ImageNet-21k 230, on
-JFT 680; H/14 on JFT 2,500.
+with other epochs than the first behind it, as above.
+
+Common to all: Adam (0.9, 0.999), batch 4096, 10,000 warm-up steps, 224 px,
+sigmoid cross-entropy with the head's bias at -10, of encoders a tanh layer
+before the head. Expected precision@1 on held-out images, from the training of
+the released files: on ImageNet-21k B/16 47.9 %, B/32 44.0 %, L/16 49.9 %, L/32
+45.4 %, H/14 49.1 %; on ImageNet B/16 74.8 %, B/32 69.2 %, L/16 72.6 %, L/32
+66.9 %. Cost in TPUv3-core-days, as the paper prints it: L/16 on ImageNet-21k
+230, on JFT 680; H/14 on JFT 2,500. `vit-jax tables table6` has exaFLOPs.
 """
+
+import itertools
 
 from common import get_config as get_common_config
 
-# (variants, data set) -> epochs, base learning rate.
+# Data set -> variants -> epochs, the first unless others are asked for, and
+# base learning rate.
 TABLE_3 = {
-  ("ViT-B_16", "jft"): (7, 8e-4),
-  ("ViT-B_32", "jft"): (7, 8e-4),
-  ("ViT-L_32", "jft"): (7, 6e-4),
-  ("ViT-L_16", "jft"): (7, 4e-4),
-  ("ViT-H_14", "jft"): (14, 3e-4),
-  ("ViT-B_16", "imagenet21k"): (90, 1e-3),
-  ("ViT-B_32", "imagenet21k"): (90, 1e-3),
-  ("ViT-L_16", "imagenet21k"): (90, 1e-3),
-  ("ViT-L_32", "imagenet21k"): (90, 1e-3),
-  ("ViT-B_16", "imagenet2012"): (300, 3e-3),
-  ("ViT-B_32", "imagenet2012"): (300, 3e-3),
-  ("ViT-L_16", "imagenet2012"): (300, 3e-3),
-  ("ViT-L_32", "imagenet2012"): (300, 3e-3),
+  "jft": {
+    "ViT-B_16 ViT-B_32": ((7,), 8e-4),
+    "ViT-L_32": ((7,), 6e-4),
+    "ViT-L_16": ((7, 14), 4e-4),
+    "ViT-H_14": ((14,), 3e-4),
+    "R50x1 R50x2": ((7,), 1e-3),
+    "R101x1": ((7,), 8e-4),
+    "R152x1 R152x2": ((7,), 6e-4),
+    "R50+ViT-B_16 R50+ViT-B_32": ((7,), 8e-4),
+    "R50+ViT-L_32": ((7,), 2e-4),
+    "R50+ViT-L_16": ((7, 14), 4e-4),
+  },
+  "imagenet21k": {
+    "ViT-B_16 ViT-B_32": ((90,), 1e-3),
+    "ViT-L_16 ViT-L_32": ((90, 30), 1e-3),
+  },
+  "imagenet2012": {
+    "ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32 ViT-H_14": ((300,), 3e-3),
+  },
+}
+
+# Not in the paper: the learning rates of the nearest model that is.
+NOT_IN_TABLE_3 = {
+  # Table 6 has R152x2 for 14 epochs as well, and R200x3.
+  "jft": {"R152x2": ((14,), 6e-4), "R200x3": ((14,), 6e-4)},
+  # Table 5 has H/14. The others stand in for their pre-training on JFT.
+  "imagenet21k": {
+    "ViT-H_14 R50x1 R50x2 R101x1 R152x1 R152x2 R200x3": ((90,), 1e-3),
+    "R50+ViT-B_16 R50+ViT-B_32 R50+ViT-L_16 R50+ViT-L_32": ((90,), 1e-3),
+  },
 }
 
 
 def get_config(arg="ViT-B_16,imagenet21k"):
-  """Returns the configuration of "VARIANT,DATASET"."""
-  variant, _, dataset = arg.partition(",")
-  if (variant, dataset) not in TABLE_3:
-    choices = ", ".join(sorted({",".join(key) for key in TABLE_3}))
-    raise ValueError(
-      f"pretrain.py:{arg} is not in the paper's Table 3; choices: {choices}"
-    )
+  """Returns the configuration of "VARIANT,DATASET" or "...,EPOCHS"."""
+  variant, dataset, epochs, base_lr = find_row(arg)
   config = get_common_config()
   config.unlock()
-  config.total_epochs, config.schedule.base_lr = map(
-    float, TABLE_3[variant, dataset]
-  )
+  config.total_epochs = float(epochs)
+  config.schedule.base_lr = base_lr
   config.model.variant = variant
-  config.model.representation_size = -1
   config.model.head_bias_init = -10.0
-  # 24 layers and more compile faster as a loop.
-  config.model.scan = variant in ("ViT-L_16", "ViT-L_32", "ViT-H_14")
   config.train.dataset = dataset
   {"imagenet2012": imagenet2012, "imagenet21k": imagenet21k, "jft": jft}[
     dataset
   ](config)
+  if "ViT" in variant:
+    config.model.representation_size = -1
+    # 24 layers and more compile faster as a loop.
+    config.model.scan = "ViT-L" in variant or "ViT-H" in variant
+  else:
+    # A ResNet has no dense layer to drop out after.
+    config.model.dropout_rate = 0.0
   return config.lock()
+
+
+def find_row(arg):
+  """Returns (variant, data set, epochs, base learning rate)."""
+  rows = list_rows()
+  if arg not in rows:
+    dataset = [*arg.split(","), ""][1]
+    full = [name for name in rows if name.count(",") == 2]
+    near = [name for name in full if rows[name][1] == dataset]
+    raise ValueError(
+      f"pretrain.py:{arg} is in none of the paper's tables; choices: "
+      f"{', '.join(near or full)}"
+    )
+  return rows[arg]
+
+
+def list_rows():
+  """Returns what `find_row` does, for every argument that there is."""
+  rows = {}
+  for table in (TABLE_3, NOT_IN_TABLE_3):
+    for dataset, models in table.items():
+      for variants, (epochs, base_lr) in models.items():
+        for variant, n in itertools.product(variants.split(), epochs):
+          row = variant, dataset, n, base_lr
+          rows.setdefault(f"{variant},{dataset}", row)
+          rows[f"{variant},{dataset},{n}"] = row
+  return rows
 
 
 def imagenet2012(config):

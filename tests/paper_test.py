@@ -1,0 +1,321 @@
+"""The configurations are the paper's, and each of them traces."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vit_jax import config as configuration
+from vit_jax import optim, sharding
+from vit_jax.data import tasks as data_tasks
+from vit_jax.errors import UserError
+from vit_jax.paper import data
+from vit_jax.state import flatten
+from vit_jax.tasks import make_task
+from vit_jax.train import build
+
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_PAPER = data.load()
+_SETS = _PAPER["pretraining"]
+
+
+def _load(spec):
+  return configuration.load(str(_CONFIGS / spec))
+
+
+def _module(file):
+  """Returns a configuration file as a module."""
+  spec = importlib.util.spec_from_file_location("config_file", _CONFIGS / file)
+  module = importlib.util.module_from_spec(spec)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(_CONFIGS)
+    spec.loader.exec_module(module)
+  return module
+
+
+# --- Table 3 ---
+
+
+def _pretrainings():
+  """Returns [(row of Table 3, variant, epochs)]."""
+  return [
+    (row, data.variant_of(model), epochs)
+    for row in _PAPER["table3"]["rows"]
+    for model in row["models"]
+    for epochs in row["epochs"]
+  ]
+
+
+@pytest.mark.parametrize(
+  ("row", "variant", "epochs"),
+  [
+    pytest.param(*given, id=f"{given[1]}-{given[0]['pretraining']}-{given[2]}")
+    for given in _pretrainings()
+  ],
+)
+def test_pretraining_is_table_3(row, variant, epochs):
+  name = _SETS[row["pretraining"]]["dataset"]
+  config = _load(f"pretrain.py:{variant},{name},{epochs}")
+  common = _PAPER["table3"]["common"]
+  assert config.train.dataset == name
+  assert config.model.variant == variant
+  assert (config.total_epochs, config.total_steps) == (epochs, 0)
+  assert config.schedule.base_lr == row["base_lr"]
+  assert config.schedule.decay == row["decay"]
+  assert config.schedule.warmup_steps == common["warmup_steps"]
+  assert config.schedule.cooldown_steps == 0
+  assert config.optimizer.name == common["optimizer"]
+  assert config.optimizer.b1 == common["b1"]
+  assert config.optimizer.b2 == common["b2"]
+  assert config.optimizer.weight_decay == row["weight_decay"]
+  assert config.optimizer.weight_decay_scaling == "lr"
+  assert config.optimizer.clip_norm == row["clip_norm"]
+  assert config.model.dropout_rate == row["dropout_rate"]
+  assert config.batch_size == common["batch_size"]
+  assert config.image_size == common["image_size"]
+  # What else the paper says of pre-training, or those who did it.
+  assert config.loss.name == "sigmoid"
+  assert config.model.head_bias_init == -10
+  assert (config.model.representation_size == -1) == ("ViT" in variant)
+  # What the rates become: the first step has none, the base is reached once
+  # warm, and the end is the decay's.
+  steps = configuration.count_steps(config, _SETS[row["pretraining"]]["images"])
+  assert steps == round(
+    epochs * _SETS[row["pretraining"]]["images"] / common["batch_size"]
+  )
+  schedule = optim.make_schedule(**config.schedule, total_steps=steps)
+  assert float(schedule(0)) == 0
+  peak = float(schedule(common["warmup_steps"]))
+  assert peak == pytest.approx(row["base_lr"], rel=1e-5)
+  end = 1e-5 if row["decay"] == "linear" else 0
+  assert float(schedule(steps)) == pytest.approx(end, abs=1e-9)
+
+
+def test_what_is_not_in_table_3_is_said_to_be():
+  module = _module("pretrain.py")
+  in_paper = {
+    (variant, _SETS[row["pretraining"]]["dataset"], epochs, row["base_lr"])
+    for row, variant, epochs in _pretrainings()
+  }
+  claimed = {
+    (variant, dataset, n, base_lr)
+    for dataset, rows in module.TABLE_3.items()
+    for variants, (epochs, base_lr) in rows.items()
+    for variant, n in itertools.product(variants.split(), epochs)
+  }
+  assert claimed == in_paper
+  others = set(module.list_rows().values()) - claimed
+  assert others
+  assert all(row[:3] not in {x[:3] for x in in_paper} for row in others)
+
+
+def test_every_model_of_the_tables_has_a_pretraining():
+  rows = _module("pretrain.py").list_rows()
+  for table in (2, 5, 6, 7, 8, 9):
+    for row in _PAPER[f"table{table}"]["rows"]:
+      if row.get("reference"):
+        continue
+      variant = row.get("variant") or data.variant_of(row["name"])
+      name = _SETS[row["pretraining"]]["dataset"]
+      assert f"{variant},{name},{row['epochs']}" in rows
+      # Where that is private, something public stands in.
+      if _SETS[row["pretraining"]]["private"]:
+        assert f"{variant},imagenet21k" in rows
+
+
+@pytest.mark.parametrize(
+  ("spec", "words"),
+  [
+    ("pretrain.py:ViT-B_8,jft", "ViT-B_16,jft,7"),
+    ("pretrain.py:ViT-L_16,jft,15", "ViT-L_16,jft,14"),
+    ("pretrain.py:ViT-B_16", "ViT-B_16,imagenet21k,90"),
+    ("finetune.py:ViT-B_16,mnist", "oxford_flowers102"),
+    ("finetune.py:ViT-B_16,cifar10,big", "'big'"),
+    ("vtab.py:ViT-B_16,clevr_coun", "did you mean 'vtab:clevr_count'"),
+  ],
+)
+def test_what_no_table_has_is_refused(spec, words):
+  with pytest.raises(UserError, match=words) as error:
+    _load(spec)
+  assert "\n" not in str(error.value)
+
+
+# --- Table 4 ---
+
+_TRANSFERS = [
+  row
+  for row in _PAPER["table4"]["rows"]
+  if _PAPER["measures"][row["name"]]["kind"] == "finetune"
+]
+
+
+def _check_transfer(config, row):
+  common = _PAPER["table4"]["common"]
+  assert config.total_steps == row["steps"]
+  assert config.total_epochs == 0
+  assert config.schedule.base_lr in row["base_lrs"]
+  assert config.schedule.decay == common["decay"]
+  assert config.optimizer.name == common["optimizer"]
+  assert config.optimizer.momentum == common["momentum"]
+  assert config.optimizer.weight_decay == common["weight_decay"]
+  assert config.optimizer.clip_norm == common["clip_norm"]
+  assert config.optimizer.lr_multipliers == ()
+  assert config.batch_size == common["batch_size"]
+  assert config.loss.name == common["loss"]
+  # A single new layer, of zeros.
+  assert config.model.representation_size == 0
+  assert config.model.head_bias_init == 0
+
+
+@pytest.mark.parametrize("row", _TRANSFERS, ids=lambda row: row["name"])
+def test_finetuning_is_table_4(row):
+  name = _PAPER["measures"][row["name"]]["dataset"]
+  config = _load(f"finetune.py:ViT-B_16,{name}")
+  _check_transfer(config, row)
+  assert config.train.dataset == name
+  assert config.image_size == _PAPER["table4"]["common"]["image_size"]
+  assert config.ema_decay == 0
+  assert config.train.split == "train"
+  assert config.eval.split == ("validation" if "imagenet" in name else "test")
+  rates = _module("finetune.py").LEARNING_RATES[name]
+  assert list(rates) == row["base_lrs"]
+  # The sweep sees the same, but for the data.
+  percent = 100 - row["held_out_percent"]
+  tuning = _load(f"finetune.py:ViT-B_16,{name},held_out")
+  assert tuning.train.split == f"train[:{percent}%]"
+  assert tuning.eval.split == f"train[{percent}%:]"
+  changed = configuration.differences(
+    configuration.to_dict(config), configuration.to_dict(tuning)
+  )
+  assert [text.partition(":")[0] for text in changed] == [
+    "eval.split",
+    "train.split",
+  ]
+
+
+@pytest.mark.parametrize(
+  "model", _PAPER["table4"]["table2_imagenet"]["image_size"]
+)
+def test_imagenet_in_table_2_is_larger_and_averaged(model):
+  special = _PAPER["table4"]["table2_imagenet"]
+  size = special["image_size"][model]
+  config = _load(f"finetune.py:{data.variant_of(model)},imagenet2012,{size}")
+  row = next(r for r in _TRANSFERS if r["name"] == "ImageNet")
+  _check_transfer(config, row)
+  assert config.image_size == size
+  assert config.ema_decay == special["ema_decay"]
+
+
+def test_vtab_is_the_same_for_every_task():
+  row = next(
+    row for row in _PAPER["table4"]["rows"] if row["name"].startswith("VTAB")
+  )
+  for title, name in _PAPER["vtab"]["tasks"].items():
+    config = _load(f"vtab.py:ViT-L_16,{name}")
+    _check_transfer(config, row)
+    task = data_tasks.find_task(f"vtab:{name}")
+    assert task.title == title
+    assert title in _PAPER["vtab"]["groups"][task.group]
+    assert config.image_size == _PAPER["table4"]["common"]["image_size"]
+    assert config.train.dataset == task.name
+    assert config.train.split == "train800val200"
+    assert config.eval.split == "test"
+    assert ("flip_lr" in config.train.preprocess) == task.flip
+    assert ("random_crop" in config.train.preprocess) == task.crop
+  listed = [task.name for task in data_tasks.list_tasks("vtab:")]
+  assert listed == [f"vtab:{x}" for x in _PAPER["vtab"]["tasks"].values()]
+
+
+# --- every configuration traces ---
+
+_CLASSES = {x["dataset"]: x["classes"] for x in _SETS.values()}
+_CLASSES |= {"cifar10": 10, "cifar100": 100, "oxford_iiit_pet": 37}
+_CLASSES |= {"oxford_flowers102": 102, "digits": 10, "jft_like": 100}
+_MULTILABEL = {"jft", "jft_like"}
+
+
+def _list_specs():
+  """Returns every configuration that differs in more than numbers."""
+  specs = ["quickstart_pretrain.py", "quickstart_finetune.py"]
+  specs += ["quickstart_masked.py"]
+  rows = _module("pretrain.py").list_rows().values()
+  specs += sorted({f"pretrain.py:{row[0]},{row[1]}" for row in rows})
+  variants = sorted({row[0] for row in rows})
+  specs += [f"finetune.py:{variant},cifar100" for variant in variants]
+  specs += [
+    f"finetune.py:ViT-B_32,{row}" for row in _module("finetune.py").TABLE_4
+  ]
+  specs += ["finetune.py:ViT-L_16,imagenet2012,512"]
+  specs += ["finetune.py:ViT-H_14,imagenet2012,518"]
+  specs += [f"vtab.py:{variant},caltech101" for variant in variants]
+  specs += [f"vtab.py:ViT-B_32,{x}" for x in _PAPER["vtab"]["tasks"].values()]
+  plain = [variant for variant in variants if variant.startswith("ViT-")]
+  specs += [f"masked.py:{variant},jft" for variant in plain]
+  return specs
+
+
+def _count_classes(dataset):
+  task = data_tasks.find_task(dataset)
+  return task.num_classes if task and ":" in dataset else _CLASSES[dataset]
+
+
+def _trace(spec):
+  """Traces a configuration's whole step and lays its state out."""
+  config = _load(spec)
+  if "ViT" in config.model.variant:
+    # One block stands for all of them: the unrolled model has the same, and
+    # its own tests.
+    with config.unlocked():
+      config.model.scan = True
+  dataset = config.train.dataset
+  classes = [str(i) for i in range(_count_classes(dataset))]
+  task = make_task(config, classes, dataset in _MULTILABEL)
+  step, init = build(config, task, total_steps=20_000)
+  state = jax.eval_shape(init, jax.random.key(0))
+  batch = {
+    "image": jax.ShapeDtypeStruct((8, *task.model.image_size, 3), jnp.uint8),
+    "labels": jax.ShapeDtypeStruct((8, 3), jnp.int32),
+  }
+  after, values = jax.eval_shape(step, state, batch)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
+  assert values["loss"].shape == ()
+  for path, x in flatten(state).items():
+    sharding.partition_spec(path, x.shape, fsdp=1)
+
+
+# One of each kind; the others differ in depth, width and number of classes.
+_QUICK = {
+  "quickstart_pretrain.py",
+  "quickstart_finetune.py",
+  "quickstart_masked.py",
+  "pretrain.py:ViT-B_32,imagenet21k",
+  "pretrain.py:ViT-B_32,imagenet2012",
+  "pretrain.py:R50x1,jft",
+  "pretrain.py:R50+ViT-B_32,jft",
+  "finetune.py:ViT-B_32,oxford_iiit_pet",
+  "finetune.py:ViT-L_16,imagenet2012,512",
+  "vtab.py:ViT-B_32,clevr_count",
+  "masked.py:ViT-B_32,jft",
+}
+
+
+@pytest.mark.parametrize(
+  "spec",
+  [
+    pytest.param(spec, marks=[] if spec in _QUICK else [pytest.mark.slow])
+    for spec in _list_specs()
+  ],
+)
+def test_every_configuration_traces(spec):
+  _trace(spec)
+
+
+def test_the_quick_ones_are_of_every_file():
+  assert set(_list_specs()) >= _QUICK
+  files = {spec.partition(":")[0] for spec in _QUICK}
+  assert files | {"common.py"} == {file.name for file in _CONFIGS.glob("*.py")}
