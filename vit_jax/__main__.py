@@ -135,6 +135,8 @@ def _make_parser():
     "--to", required=True, help="npz, big_vision, hf, timm or orbax"
   )
 
+  _add_tables(add("tables", _tables, "the paper's tables, beside your runs"))
+
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
     required=True, metavar="ACTION", parser_class=_Parser
@@ -171,6 +173,24 @@ def _add_linear(linear):
   _add_data_dir(linear)
   _add_json(linear)
   _add_distributed(linear)
+
+
+def _add_tables(tables):
+  tables.add_argument(
+    "name",
+    nargs="?",
+    metavar="NAME",
+    help="table1 to table9; without it they are listed",
+  )
+  tables.add_argument("--runs", metavar="DIR", help="a folder with runs")
+  how = tables.add_mutually_exclusive_group()
+  _add_json(how)
+  how.add_argument("--markdown", action="store_true", help="for documents")
+  tables.add_argument(
+    "--commands",
+    action="store_true",
+    help="what fills the cells that are missing, and what it costs",
+  )
 
 
 def _add_data_commands(add):
@@ -333,6 +353,25 @@ def _convert(args):
 
   for note in convert(args.source, args.out, args.to):
     print(f"note: {note}")
+
+
+def _tables(args):
+  from vit_jax import tables
+
+  if args.name is None:
+    found = tables.list_tables()
+    lines = [f"{table['name']}  {table['title']}" for table in found]
+    print(json.dumps(found) if args.json else "\n".join(lines))
+    return
+  rows = tables.make_table(args.name, args.runs, costs=args.commands)
+  if args.json:
+    print(json.dumps(rows))
+    return
+  print(
+    tables.format_table(
+      args.name, rows, markdown=args.markdown, commands=args.commands
+    )
+  )
 
 
 def _data_list(args):

@@ -1,0 +1,387 @@
+"""A cell of a results table: what it measures, who measured it, what it takes.
+
+A cell is one model, pre-trained in one way, measured in one way.
+"""
+
+import shlex
+import statistics
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from vit_jax.paper import data, flops
+from vit_jax.paper.runs import Pretraining, Run, comes_from, is_pretraining
+
+# Few-shot accuracy is looked at as the paper's code did: at 224 px, and drawing
+# from a part of ImageNet, as the rest would take hours and change nothing.
+_FEWSHOT_POOL = "train[:65000]"
+_FEWSHOT_IMAGES = 65_000 + 50_000
+
+
+class Cell(NamedTuple):
+  """One number that can be computed.
+
+  Attributes:
+    kind: "finetune", "real" (a fine-tuned model on other labels), "vtab",
+      "vtab_mean" (of all its tasks) or "linear" (5-shot).
+    pretraining: where the weights come from.
+    dataset: our name of what is measured on; "" for a mean.
+    image_size: pixels.
+    averaged: whether the parameters are Polyak averages.
+    seeds: how many runs the paper's number is the mean of.
+  """
+
+  kind: str
+  pretraining: Pretraining
+  dataset: str = ""
+  image_size: int = 384
+  averaged: bool = False
+  seeds: int = 1
+
+
+class Found(NamedTuple):
+  """What runs say of a cell.
+
+  Attributes:
+    values: percent, of each run.
+    paths: of these runs.
+    differs: in what they are not the paper's protocol.
+    others: how many more runs there are, of other settings.
+  """
+
+  values: tuple[float, ...] = ()
+  paths: tuple[str, ...] = ()
+  differs: tuple[str, ...] = ()
+  others: int = 0
+
+
+class Plan(NamedTuple):
+  """What it takes to fill a cell.
+
+  Attributes:
+    commands: in order.
+    images: that are trained on.
+    exaflops: of that training; None if nobody asked for it.
+  """
+
+  commands: tuple[str, ...]
+  images: int
+  exaflops: float | None
+
+
+# --- what runs say ---
+
+
+def measure(cell: Cell, runs: list[Run]) -> Found:
+  """Returns what finished runs say of a cell."""
+  if cell.kind == "vtab_mean":
+    return _measure_vtab_mean(cell, runs)
+  if cell.kind == "linear":
+    return _measure_linear(cell, runs)
+  group, others = _choose(_find_finetunings(cell, runs))
+  values, paths = [], []
+  for run in group:
+    value = _read_accuracy(run, cell)
+    if value is not None:
+      values.append(100 * value)
+      paths.append(str(run.path))
+  differs = sorted({text for run in group for text in _differences(run, cell)})
+  return Found(tuple(values), tuple(paths), tuple(differs), others)
+
+
+def _find_finetunings(cell, runs):
+  """Returns the finished runs that a cell is about."""
+  train, test = _splits(cell)
+  dataset = _training_set(cell)
+  return [
+    run
+    for run in runs
+    if run.results
+    and run.config.get("objective", "classification") == "classification"
+    and run.config["model.variant"] == cell.pretraining.variant
+    and run.config["train.dataset"] == dataset
+    and run.config["train.split"] == train
+    and run.config["eval.split"] == test
+    and run.config["image_size"] == cell.image_size
+    and bool(run.config["ema_decay"]) == cell.averaged
+    and comes_from(run, cell.pretraining, runs)
+  ]
+
+
+def _training_set(cell):
+  return "imagenet2012" if cell.kind == "real" else cell.dataset
+
+
+def _splits(cell):
+  """Returns the split to train on and the one to report."""
+  if cell.kind == "vtab":
+    return "train800val200", "test"
+  imagenet = _training_set(cell) == "imagenet2012"
+  return "train", "validation" if imagenet else "test"
+
+
+def _choose(runs):
+  """Returns the runs of the setting with most of them, and how many others.
+
+  Never by their results, which are those of the test set.
+  """
+  groups = {}
+  for run in runs:
+    groups.setdefault(run.setting(), []).append(run)
+  if not groups:
+    return [], 0
+  chosen = max(groups.values(), key=len)
+  return chosen, len(runs) - len(chosen)
+
+
+def _read_accuracy(run, cell):
+  """Returns a run's accuracy in a cell, None if nobody has measured it."""
+  results = run.results
+  if cell.kind == "real":
+    results = run.read_json(f"{cell.dataset}.json")
+  return results.get("accuracy", results.get("prec@1"))
+
+
+def _differences(run, cell):
+  """Yields in what a run is not the paper's protocol."""
+  protocol = data.load()["table4"]
+  expected = {
+    "total_steps": _steps(cell),
+    "batch_size": protocol["common"]["batch_size"],
+    "optimizer.name": protocol["common"]["optimizer"],
+    "optimizer.clip_norm": protocol["common"]["clip_norm"],
+    "schedule.decay": protocol["common"]["decay"],
+  }
+  values = run.config | {"total_steps": run.total_steps}
+  for key, value in expected.items():
+    if values[key] != value:
+      yield f"{key} {values[key]} (the paper: {value})"
+
+
+def _steps(cell):
+  """Returns Table 4's steps of a cell's fine-tuning."""
+  measures = data.load()["measures"]
+  wanted = "vtab_mean" if cell.kind == "vtab" else "finetune"
+  for row in data.load()["table4"]["rows"]:
+    found = measures[row["name"]]
+    same = found.get("dataset") == _training_set(cell) or wanted == "vtab_mean"
+    if found["kind"] == wanted and same:
+      return row["steps"]
+  raise AssertionError(f"no row of Table 4 for {cell}")
+
+
+def vtab_cells(cell: Cell) -> list[Cell]:
+  """Returns the cells of the tasks that a mean is the mean of."""
+  tasks = data.load()["vtab"]["tasks"].values()
+  return [cell._replace(kind="vtab", dataset=f"vtab:{task}") for task in tasks]
+
+
+def _measure_vtab_mean(cell, runs):
+  """The mean over the tasks, of as many runs as each task has."""
+  found = [measure(task, runs) for task in vtab_cells(cell)]
+  count = min(len(task.values) for task in found)
+  values = [
+    statistics.fmean(task.values[i] for task in found) for i in range(count)
+  ]
+  differs = sorted({text for task in found for text in task.differs})
+  paths = [path for task in found for path in task.paths]
+  return Found(tuple(values), tuple(paths if count else ()), tuple(differs))
+
+
+def _measure_linear(cell, runs):
+  """What `vit-jax linear` wrote into the folder of a pre-training."""
+  for run in runs:
+    if is_pretraining(run, cell.pretraining):
+      for row in run.read_json(_linear_file(cell)).get("results", ()):
+        if row["shots"] == 5:
+          values = tuple(100 * x for x in row["accuracies"])
+          return Found(values, (str(run.path),))
+  return Found()
+
+
+def _linear_file(cell):
+  return f"linear_{cell.dataset}.json"
+
+
+# --- what it takes ---
+
+
+def plan(cell: Cell, runs: list[Run], folder: str, costs: bool) -> Plan:
+  """Returns what it takes to fill a cell.
+
+  Args:
+    cell: the cell.
+    runs: that there are.
+    folder: where new runs go.
+    costs: whether to count exaFLOPs, which takes seconds for a model.
+  """
+  source, first = _find_weights(cell, runs, folder, costs)
+  parts = [first] if first else []
+  if cell.kind == "linear":
+    parts.append(_plan_linear(cell, source, costs))
+  elif cell.kind == "real":
+    parts += _plan_real(cell, runs, source, folder, costs)
+  elif cell.kind == "vtab_mean":
+    missing = [
+      task
+      for task in vtab_cells(cell)
+      if len(measure(task, runs).values) < cell.seeds
+    ]
+    parts.append(_plan_vtab(cell, missing, source, folder, costs))
+  elif cell.kind == "vtab":
+    parts.append(_plan_vtab(cell, [cell], source, folder, costs))
+  else:
+    parts += _plan_finetunings(cell, runs, source, folder, costs)
+  return _add(parts)
+
+
+def _add(parts: Iterable[Plan]) -> Plan:
+  parts = list(parts)
+  costs = [part.exaflops for part in parts if part.exaflops is not None]
+  return Plan(
+    tuple(command for part in parts for command in part.commands),
+    sum(part.images for part in parts),
+    sum(costs) if len(costs) == len(parts) else None,
+  )
+
+
+def _find_weights(cell, runs, folder, costs):
+  """Returns the source of a cell's weights, and how to make it if need be."""
+  wanted = cell.pretraining
+  for run in runs:
+    if run.finished and is_pretraining(run, wanted):
+      return str(run.path), None
+  # `linear` writes beside the weights, so it wants a folder.
+  if wanted.published() and cell.kind != "linear":
+    return wanted.published(), None
+  made = plan_pretraining(wanted, folder, costs)
+  return _pretraining_folder(wanted, folder), made
+
+
+def _pretraining_folder(wanted, folder):
+  kinds = "".join(
+    f"_{value}" for key, value in wanted.overrides if isinstance(value, str)
+  )
+  name = f"{wanted.variant}_{wanted.dataset}_{wanted.epochs}{kinds}"
+  return f"{folder}/{name}"
+
+
+def plan_pretraining(wanted: Pretraining, folder: str, costs: bool) -> Plan:
+  """Returns what a pre-training takes."""
+  spec = f"{wanted.variant},{wanted.dataset},{wanted.epochs}"
+  command = _command(
+    "train",
+    f"--config=configs/pretrain.py:{spec}",
+    f"--workdir={_pretraining_folder(wanted, folder)}",
+    *(f"--config.{key}={value}" for key, value in wanted.overrides),
+  )
+  known = _describe_set(wanted.dataset)
+  images = wanted.epochs * known["images"]
+  exaflops = pretraining_exaflops(wanted) if costs else None
+  return Plan((command,), images, exaflops)
+
+
+def pretraining_exaflops(wanted: Pretraining) -> float:
+  """Returns the exaFLOPs of a pre-training, as Table 6 counts them."""
+  known = _describe_set(wanted.dataset)
+  products = flops.count_multiply_adds(
+    wanted.variant, 224, known["classes"], hidden=True
+  )
+  return flops.count_exaflops(products, wanted.epochs * known["images"])
+
+
+def _describe_set(dataset):
+  sets = data.load()["pretraining"].values()
+  return next(known for known in sets if known["dataset"] == dataset)
+
+
+def _plan_finetunings(cell, runs, source, folder, costs):
+  """Yields the fine-tunings, one for each seed that is missing."""
+  there = {run.config["seed"] for run in _find_finetunings(cell, runs)}
+  for seed in range(cell.seeds):
+    if seed not in there:
+      workdir = _finetuning_folder(cell, folder, seed)
+      command = _finetune(cell, source, workdir, seed)
+      yield Plan((command,), *_cost(cell, costs))
+
+
+def _finetuning_folder(cell, folder, seed):
+  dataset = _training_set(cell)
+  size = f"_{cell.image_size}" if cell.image_size != 384 else ""
+  name = f"{_pretraining_folder(cell.pretraining, folder)}-{dataset}{size}"
+  return name + (f"_seed{seed}" if seed else "")
+
+
+def _finetune(cell, source, workdir, seed):
+  spec = f"{cell.pretraining.variant},{_training_set(cell)}"
+  if cell.image_size != 384:
+    spec += f",{cell.image_size}"
+  return _command(
+    "train",
+    f"--config=configs/finetune.py:{spec}",
+    f"--workdir={workdir}",
+    f"--config.init_from={source}",
+    *([f"--config.seed={seed}"] if seed else []),
+  )
+
+
+def _plan_real(cell, runs, source, folder, costs):
+  """Yields the fine-tunings that are missing, and their evaluations."""
+  finetuned = _find_finetunings(cell, runs)
+  yield from _plan_finetunings(cell, runs, source, folder, costs)
+  seeds = {run.config["seed"]: str(run.path) for run in finetuned}
+  for seed in range(cell.seeds):
+    path = seeds.get(seed) or _finetuning_folder(cell, folder, seed)
+    command = _command(
+      "evaluate",
+      f"--workdir={path}",
+      f"--dataset={cell.dataset}",
+      "--split=validation",
+      "--json",
+    )
+    output = shlex.quote(f"{path}/{cell.dataset}.json")
+    yield Plan((f"{command} > {output}",), 0, 0.0)
+
+
+def _plan_vtab(cell, tasks, source, folder, costs):
+  """Returns one command for all tasks that are missing."""
+  names = ",".join(task.dataset for task in tasks)
+  command = _command(
+    "vtab",
+    f"--checkpoint={source}",
+    f"--workdir={_pretraining_folder(cell.pretraining, folder)}-vtab",
+    f"--tasks={names}",
+    f"--seeds={cell.seeds}",
+  )
+  parts = [Plan((), *_cost(task, costs)) for task in tasks] * cell.seeds
+  return _add([Plan((command,), 0, 0.0), *parts])
+
+
+def _plan_linear(cell, source, costs):
+  """Returns the few-shot evaluation: features, and a small linear system."""
+  command = _command(
+    "linear",
+    f"--checkpoint={source}",
+    f"--dataset={cell.dataset}",
+    f"--train_split={_FEWSHOT_POOL}",
+    "--test_split=validation",
+    "--shots=5",
+    "--image_size=224",
+    "--json",
+  )
+  output = shlex.quote(f"{source}/{_linear_file(cell)}")
+  return Plan((f"{command} > {output}",), 0, 0.0 if costs else None)
+
+
+def _cost(cell, costs):
+  """Returns the images and the exaFLOPs of a fine-tuning, without its head."""
+  images = _steps(cell) * data.load()["table4"]["common"]["batch_size"]
+  if not costs:
+    return images, None
+  products = flops.count_multiply_adds(
+    cell.pretraining.variant, cell.image_size
+  )
+  return images, flops.count_exaflops(products, images)
+
+
+def _command(*words):
+  return shlex.join(["vit-jax", *words])
