@@ -1,0 +1,736 @@
+"""Downstream tasks: splits, labels and augmentations, through TFDS's builders.
+
+The examples are those of `tfds.testing.mock_data`; what is read is checked
+against tables that are written here a second time.
+"""
+
+import hashlib
+import io
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from vit_jax import config as configuration
+from vit_jax import data, datasets, evaluate
+from vit_jax import preprocess as preprocessing
+from vit_jax import train as training
+from vit_jax.data import objectnet, source, tasks
+from vit_jax.data.builders import mini_scenes, mini_tissue
+from vit_jax.errors import UserError
+from vit_jax.tasks import make_task
+
+# Examples of each split of the TFDS data sets: their published metadata, which
+# TFDS's package does not contain.
+_SIZES = {
+  "caltech101": {"train": 3060, "test": 6084},
+  "cifar10": {"train": 50_000, "test": 10_000},
+  "cifar100": {"train": 50_000, "test": 10_000},
+  "dtd": {"train": 1880, "validation": 1880, "test": 1880},
+  "oxford_flowers102": {"train": 1020, "validation": 1020, "test": 6149},
+  "oxford_iiit_pet": {"train": 3680, "test": 3669},
+  "sun397": {"train": 76_128, "validation": 10_875, "test": 21_750},
+  "svhn_cropped": {"train": 73_257, "test": 26_032, "extra": 531_131},
+  "patch_camelyon": {"train": 262_144, "validation": 32_768, "test": 32_768},
+  "eurosat": {"train": 27_000},
+  "resisc45": {"train": 31_500},
+  "diabetic_retinopathy_detection": {
+    **{"sample": 10, "train": 35_126, "validation": 10_906, "test": 42_670},
+  },
+  "clevr": {"train": 70_000, "validation": 15_000, "test": 15_000},
+  "dmlab": {"train": 65_550, "validation": 22_628, "test": 22_735},
+  "dsprites": {"train": 737_280},
+  "kitti": {"train": 6347, "validation": 423, "test": 711},
+  "smallnorb": {"train": 24_300, "test": 24_300},
+  "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+  "imagenet2012_real": {"validation": 50_000},
+  "imagenet_v2": {"test": 10_000},
+}
+
+# Name -> (data set and configuration, classes, where the 200 validation and
+# the test examples are: (split, start, stop); which of crop, flip are done).
+_VALIDATION = ("validation", 0, 200)
+_VTAB = {
+  "caltech101": (
+    *("caltech101", 102, ("train", 2754, 2954), ("test", 0, 6084), "cf"),
+  ),
+  "cifar100": (
+    *("cifar100", 100, ("train", 45_000, 45_200), ("test", 0, 10_000), "cf"),
+  ),
+  "dtd": ("dtd", 47, _VALIDATION, ("test", 0, 1880), "cf"),
+  "oxford_flowers102": (
+    *("oxford_flowers102", 102, _VALIDATION, ("test", 0, 6149), "cf"),
+  ),
+  "oxford_iiit_pet": (
+    *("oxford_iiit_pet", 37, ("train", 2944, 3144), ("test", 0, 3669), "cf"),
+  ),
+  "sun397": ("sun397/tfds", 397, _VALIDATION, ("test", 0, 21_750), "cf"),
+  "svhn": (
+    *("svhn_cropped", 10, ("train", 65_931, 66_131), ("test", 0, 26_032)),
+    "cf",
+  ),
+  "patch_camelyon": (
+    *("patch_camelyon", 2, _VALIDATION, ("test", 0, 32_768), "cf"),
+  ),
+  "eurosat": (
+    *("eurosat/rgb", 10, ("train", 16_200, 16_400)),
+    *(("train", 21_600, 27_000), "cf"),
+  ),
+  "resisc45": (
+    *("resisc45", 45, ("train", 18_900, 19_100)),
+    *(("train", 25_200, 31_500), "cf"),
+  ),
+  "diabetic_retinopathy": (
+    *("diabetic_retinopathy_detection/btgraham-300", 5, _VALIDATION),
+    *(("test", 0, 42_670), "cf"),
+  ),
+  "clevr_count": (
+    *("clevr", 8, ("train", 63_000, 63_200), ("validation", 0, 15_000), "f"),
+  ),
+  "clevr_distance": (
+    *("clevr", 6, ("train", 63_000, 63_200), ("validation", 0, 15_000), "f"),
+  ),
+  "dmlab": ("dmlab", 6, _VALIDATION, ("test", 0, 22_735), "f"),
+  "dsprites_location": (
+    *("dsprites", 16, ("train", 589_824, 590_024)),
+    *(("train", 663_552, 737_280), ""),
+  ),
+  "dsprites_orientation": (
+    *("dsprites", 16, ("train", 589_824, 590_024)),
+    *(("train", 663_552, 737_280), "c"),
+  ),
+  "kitti_distance": ("kitti", 4, _VALIDATION, ("test", 0, 711), "f"),
+  "smallnorb_azimuth": (
+    *("smallnorb", 18, ("test", 0, 200), ("test", 12_150, 24_300), "c"),
+  ),
+  "smallnorb_elevation": (
+    *("smallnorb", 9, ("test", 0, 200), ("test", 12_150, 24_300), "cf"),
+  ),
+}
+_PLAIN = {
+  "imagenet2012": (1000, "validation", 50_000),
+  "imagenet2012_real": (1000, "test", 50_000),
+  "imagenet_v2": (1000, "test", 10_000),
+  "cifar10": (10, "test", 10_000),
+  "cifar100": (100, "test", 10_000),
+  "oxford_iiit_pet": (37, "test", 3669),
+  "oxford_flowers102": (102, "test", 6149),
+}
+_NUM_MOCKED = 5
+
+
+# --- mocked data sets ---
+
+
+class Mocked:
+  """Folders as TFDS leaves them, of the real sizes, with mocked examples.
+
+  `read_places` says which example of which split each record would have been.
+  """
+
+  def __init__(self, root, monkeypatch):
+    self.root = str(root)
+    self._records = {}
+    mocked = self
+
+    class Files:
+      def __init__(self, instructions):
+        self._parts = list(instructions)
+
+      def __getitems__(self, indices):
+        return [self._get(index) for index in indices]
+
+      def _get(self, index):
+        for part in self._parts:
+          if index < part.take:
+            records = mocked._records[str(pathlib.Path(part.filename).parent)]
+            return records[(part.skip + index) % len(records)]
+          index -= part.take
+        raise IndexError(index)
+
+    monkeypatch.setattr(
+      source.array_record_data_source, "ArrayRecordDataSource", Files
+    )
+
+  def prepare(self, name, overrides=(), sizes=None):
+    """Makes the builder's folder; `overrides` go round the examples."""
+    task = tasks.find_task(name)
+    builder = source.find_builder(name, self.root, "array_record")
+    with tfds.testing.mock_data(num_examples=_NUM_MOCKED):
+      examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
+    for i, example in enumerate(examples if overrides else ()):
+      example.update(overrides[i % len(overrides)])
+    features = builder.info.features
+    # Not all features: random boxes, say, are none.
+    used = tfds.features.FeaturesDict(
+      {key: features[key] for key in ("image", task.feature)}
+    )
+    folder = pathlib.Path(builder.data_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    infos = []
+    for split, size in (sizes or _SIZES[builder.name]).items():
+      template = tfds.core.ShardedFileTemplate(
+        data_dir=folder,
+        dataset_name=builder.name,
+        split=split,
+        filetype_suffix="array_record",
+      )
+      infos.append(
+        tfds.core.SplitInfo(
+          name=split,
+          shard_lengths=[size],
+          num_bytes=0,
+          filename_template=template,
+        )
+      )
+      template.sharded_filepath(shard_index=0, num_shards=1).touch()
+    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    builder.info.write_to_directory(folder)
+    self._records[str(folder)] = [
+      used.serialize_example(
+        used.encode_example({key: example[key] for key in used})
+      )
+      for example in examples
+    ]
+    return [{key: example[key] for key in used} for example in examples]
+
+
+@pytest.fixture
+def mocked(tmp_path, monkeypatch):
+  return Mocked(tmp_path, monkeypatch)
+
+
+def _objects(depths, key="pixel_coords"):
+  """Objects of CLEVR or KITTI at these depths."""
+  n = len(depths)
+  places = np.zeros((n, 3), np.float32)
+  places[:, 2] = depths
+  if key == "location":
+    return {
+      "type": np.zeros(n, np.int64),
+      "truncated": np.zeros(n, np.float32),
+      "occluded": np.zeros(n, np.int64),
+      "alpha": np.zeros(n, np.float32),
+      "bbox": [tfds.features.BBox(0.1, 0.2, 0.3, 0.4)] * n,
+      "dimensions": np.ones((n, 3), np.float32),
+      "location": places,
+      "rotation_y": np.zeros(n, np.float32),
+    }
+  classes = {
+    k: np.zeros(n, np.int64) for k in ("color", "material", "shape", "size")
+  }
+  rotation = np.zeros(n, np.float32)
+  return classes | {
+    "rotation": rotation,
+    "3d_coords": places[:, ::-1],
+    "pixel_coords": places,
+  }
+
+
+def _overrides(name):
+  """What must not be random: the mocked objects may be too many, or none."""
+  if name.startswith("vtab:clevr"):
+    return [{"objects": _objects([9.2] * n)} for n in (3, 4, 5, 10, 7)]
+  if name.startswith("vtab:kitti"):
+    depths = ([3.0], [9.0, 70.0], [50.0], [], [8.5])
+    return [{"objects": _objects(d, "location")} for d in depths]
+  return ()
+
+
+# --- splits, classes, augmentations ---
+
+
+def test_vtab_has_the_papers_19_tasks_in_its_order():
+  assert [t.name for t in data.list_tasks("vtab:")] == [
+    f"vtab:{name}" for name in _VTAB
+  ]
+  groups = [t.group for t in data.list_tasks("vtab:")]
+  assert groups == ["natural"] * 7 + ["specialized"] * 4 + ["structured"] * 8
+
+
+@pytest.mark.parametrize("name", _VTAB)
+def test_splits_of_vtab(mocked, name):
+  dataset, num_classes, val, test, _ = _VTAB[name]
+  name = f"vtab:{name}"
+  task = data.find_task(name)
+  assert task.dataset.partition(":")[0] == dataset
+  builder = source.find_builder(name, mocked.root)
+  assert builder.name == dataset.partition("/")[0]
+  mocked.prepare(name, _overrides(name))
+  train = ("train", 0, 800)
+  for split, parts in (
+    ("train800", [train]),
+    ("val200", [val]),
+    ("train800val200", [train, val]),
+    ("test", [test]),
+    ("val200+train[:3]", [val, ("train", 0, 3)]),
+  ):
+    found = data.get_source(name, split, mocked.root)
+    assert found.num_examples == sum(stop - start for _, start, stop in parts)
+    assert (found.num_classes, len(found.class_names)) == (num_classes,) * 2
+    assert not found.multilabel
+    assert [
+      (pathlib.Path(p.filename).name.split("-")[1].split(".")[0], p.skip,
+       p.skip + p.take)
+      for p in found._files._parts
+    ] == parts  # fmt: skip
+  # The 1,000 examples and the test set share none.
+  assert not any(
+    a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
+    for a, b in ((train, val), (train, test), (val, test))
+  )
+
+
+@pytest.mark.parametrize("name", _PLAIN)
+def test_other_test_sets(mocked, name):
+  num_classes, split, size = _PLAIN[name]
+  mocked.prepare(name, [{"real_label": [3, 999]}, {"real_label": []}])
+  found = data.get_source(name, split, mocked.root)
+  assert (found.num_examples, found.num_classes) == (size, num_classes)
+  assert len(data.list_splits(name, mocked.root)) >= 1
+  if num_classes == 1000:
+    wnids = found.class_names
+    assert (wnids[0], wnids[999]) == ("n01440764", "n15075141")
+    assert wnids == sorted(wnids)
+  if name == "imagenet2012_real":
+    assert (found.multilabel, found.max_labels) == (True, 9)
+    labels = [found.parse(r)[1].numpy().tolist() for r in found.read([0, 1])]
+    assert labels == [[3, 999] + [-1] * 7, [-1] * 9]
+
+
+def test_version_and_configuration_may_be_given():
+  for name in ("imagenet_v2/topimages", "imagenet2012_real:1.0.0"):
+    assert data.find_task(name).dataset == name
+  assert (
+    data.find_task("imagenet_v2").dataset == "imagenet_v2/matched-frequency"
+  )
+  for name in ("digits", "folder:/cifar10", "objectnet:/x", "mnist"):
+    assert data.find_task(name) is None
+
+
+@pytest.mark.parametrize("name", _VTAB)
+def test_augmentation_leaves_the_label_alone(name):
+  done = _VTAB[name][-1]
+  task = data.find_task(f"vtab:{name}")
+  expected = {
+    "cf": "resize(448)|random_crop(size)|flip_lr",
+    "c": "resize(448)|random_crop(size)",
+    "f": "resize(size)|flip_lr",
+    "": "resize(size)",
+  }[done]
+  assert task.train_preprocess(384) == expected
+  assert task.eval_preprocess == "resize(size)"
+  for size in (384, 48, (32, 96)):
+    preprocessing.parse(task.train_preprocess(size), size)
+
+
+# --- labels that are computed ---
+
+
+@pytest.mark.parametrize("count", range(3, 11))
+def test_clevr_counts(mocked, count):
+  mocked.prepare("vtab:clevr_count", [{"objects": _objects([9] * count)}])
+  found = data.get_source("vtab:clevr_count", "test", mocked.root)
+  labels, _ = found.check_example(0)
+  assert labels == [count - 3]
+  assert found.class_names[labels[0]] == f"{count} objects"
+
+
+def _derive(name, objects):
+  tensors = {k: tf.constant(v) for k, v in objects.items() if k != "bbox"}
+  return int(data.find_task(name).derive(tensors))
+
+
+@pytest.mark.parametrize(
+  ("depths", "label"),
+  [
+    *(([0.01], 0), ([8.0], 0), ([8.01], 1), ([8.5], 1), ([8.51], 2)),
+    *(([9.0], 2), ([9.01], 3), ([9.5], 3), ([9.51], 4), ([10.0], 4)),
+    *(([10.01], 5), ([99.0], 5), ([12.0, 9.2, 15.0], 3), ([0.0], -1)),
+  ],
+)
+def test_distance_of_the_closest_object(depths, label):
+  assert _derive("vtab:clevr_distance", _objects(depths)) == label
+
+
+@pytest.mark.parametrize(
+  ("depths", "types", "label"),
+  [
+    ([8.0], [0], 0),
+    ([8.01], [0], 1),
+    ([20.0], [1], 1),
+    ([20.01], [2], 2),
+    ([999.0], [0], 2),
+    ([999.5], [0], 3),
+    ([-4.0], [0], 0),
+    ([], [], 3),  # nothing at all
+    ([5.0, 6.0], [3, 4], 3),  # people and the like only
+    ([5.0, 30.0, 12.0], [3, 0, 1], 1),  # a nearer pedestrian
+  ],
+)
+def test_distance_of_the_closest_vehicle(depths, types, label):
+  objects = _objects(np.array(depths, np.float32), "location")
+  objects["type"] = np.array(types, np.int64)
+  assert _derive("vtab:kitti_distance", objects) == label
+
+
+def test_vehicles_are_kittis_first_types():
+  features = source.find_builder("vtab:kitti_distance").info.features
+  names = features["objects"].feature["type"].names
+  assert names[: tasks._KITTI_VEHICLES] == ["Car", "Van", "Truck"]
+  assert data.find_task("vtab:kitti_distance").class_names == (
+    *("up to 8 m", "8 to 20 m", "over 20 m", "no vehicle"),
+  )
+
+
+def test_dsprites_merge_neighbouring_values():
+  for name, values, width in (("location", 32, 2.0), ("orientation", 40, 2.5)):
+    task = data.find_task(f"vtab:dsprites_{name}")
+    labels = [int(task.derive(tf.constant(v))) for v in range(values)]
+    assert labels == [int(np.floor(v / width)) for v in range(values)]
+    assert set(labels) == set(range(16))
+    assert len(task.class_names) == 16
+  assert data.find_task("vtab:dsprites_orientation").class_names[:3] == (
+    *("0 to 2", "3 to 4", "5 to 7"),
+  )
+
+
+def test_dsprites_are_white_on_black(mocked):
+  name = "vtab:dsprites_location"
+  sprite = np.zeros((64, 64, 1), np.uint8)
+  sprite[10:20, 30:40] = 1
+  mocked.prepare(name, [{"image": sprite, "label_x_position": 31}])
+  found = data.get_source(name, "train800", mocked.root)
+  encoded, labels = found.parse(found.read([0])[0])
+  pixels = np.asarray(Image.open(io.BytesIO(encoded.numpy())))
+  np.testing.assert_array_equal(pixels, sprite[..., 0] * 255)
+  assert labels.numpy().tolist() == [15]
+
+
+def test_unusable_derived_label_names_the_example(mocked):
+  name = "vtab:clevr_count"
+  mocked.prepare(name, [{"objects": _objects([9] * 11)}])
+  found = data.get_source(name, "test", mocked.root)
+  with pytest.raises(UserError, match="example 0 of vtab:clevr_count te"):
+    found.check_example(0)
+
+
+# --- a step of fine-tuning on each ---
+
+_SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def fine_tune():
+  """(source, preprocessing) -> batch, loss; compiled once, 1,000 classes."""
+  common = pathlib.Path(__file__).parents[1] / "configs" / "common.py"
+  config = configuration.load(str(common))
+  with config.unlocked():
+    config.image_size = _SIZE
+    config.model.variant = "ViT-N_8"
+    config.model.dtype = "float32"
+    config.model.scan = True
+    config.batch_size = 8
+    config.loss.name = "softmax"
+    config.optimizer.name = "sgd"
+    config.schedule.warmup_steps = 0
+  task = make_task(config, [str(k) for k in range(1000)], False)
+  train_step, init_state = training.build(config, task, 10)
+  state = jax.jit(init_state)(jax.random.key(0))
+  train_step = jax.jit(train_step)
+
+  def step(found, preprocess):
+    [batch] = data.train_batches(
+      [(found, 1.0)],
+      seed=0,
+      batch_size=8,
+      rows=np.arange(8),
+      preprocess=preprocess,
+      image_size=_SIZE,
+      start_step=0,
+      num_steps=1,
+      max_labels=9,
+    )
+    new, values = train_step(state, batch)
+    moved = jax.tree.map(lambda a, b: (a != b).any(), new.params, state.params)
+    assert any(jax.tree.leaves(moved))
+    return batch, float(values["loss"])
+
+  return step
+
+
+@pytest.mark.parametrize("name", [*(f"vtab:{n}" for n in _VTAB), *_PLAIN])
+def test_one_step_of_fine_tuning(mocked, fine_tune, name):
+  task = data.find_task(name)
+  examples = mocked.prepare(name, [
+    {**override, "real_label": [7]} for override in _overrides(name) or [{}]
+  ])  # fmt: skip
+  split = "train800" if name.startswith("vtab:") else _PLAIN[name][1]
+  found = data.get_source(name, split, mocked.root)
+  batch, loss = fine_tune(found, task.train_preprocess(_SIZE))
+  assert batch["image"].shape == (8, _SIZE, _SIZE, 3)
+  assert np.isfinite(loss)
+  # The head starts at zero: every class is as likely.
+  assert abs(loss - np.log(1000)) < 1e-3
+  if not task.derive and task.feature != "real_label":
+    expected = {int(e[task.feature]) for e in examples}
+    assert set(batch["labels"][:, 0].tolist()) <= expected
+  assert (batch["labels"][:, 0] < task.num_classes).all()
+  assert (batch["labels"][:, 1:] == -1).all()
+
+
+# --- the mini-VTAB ---
+
+
+@pytest.fixture(scope="module")
+def mini_dir(tmp_path_factory):
+  root = str(tmp_path_factory.mktemp("mini"))
+  for task in data.list_tasks("mini:"):
+    data.prepare(task.name, root)
+  return root
+
+
+def test_mini_vtab_has_every_group_and_no_overlap(mini_dir):
+  found = data.list_tasks("mini:")
+  assert {t.group for t in found} == set(tasks.GROUPS)
+  for task in found:
+    sizes = [
+      data.get_source(task.name, split, mini_dir).num_examples
+      for split in ("train800", "val200", "train800val200", "test")
+    ]
+    assert sizes[:3] == [800, 200, 1000]
+    assert sizes[3] in (797, 1000)
+    test = data.get_source(task.name, "test", mini_dir)
+    train = data.get_source(task.name, "train800val200", mini_dir)
+    images = [test.read(np.arange(sizes[3])), train.read(np.arange(1000))]
+    if task.name != "mini:digits":  # people wrote some of those alike
+      assert not set(images[0]) & set(images[1])
+    train.check_labels()
+
+
+@pytest.mark.parametrize("name", ["mini:tissue", "mini:count", "mini:distance"])
+def test_mini_classes_are_about_equally_frequent(mini_dir, name):
+  for split, size in (("train800", 800), ("val200", 200), ("test", 1000)):
+    found = data.get_source(name, split, mini_dir)
+    records = tf.data.Dataset.from_tensor_slices(found.read(np.arange(size)))
+    labels = [int(x[0]) for x in records.map(found.parse_labels)]
+    shares = np.bincount(labels, minlength=found.num_classes) / size
+    assert shares.max() < 1.4 / found.num_classes
+    assert shares.min() > 0.6 / found.num_classes
+
+
+def test_mini_images_never_change():
+  index = np.array([0, 1, 999, 1000, 1999])
+  tissue, classes = mini_tissue.draw_images(index)
+  scenes, counts, nears = mini_scenes.draw_images(index)
+  # An image depends on its number alone.
+  np.testing.assert_array_equal(
+    tissue[2:3], mini_tissue.draw_images(index[2:3])[0]
+  )
+  np.testing.assert_array_equal(
+    scenes[4:], mini_scenes.draw_images(index[4:])[0]
+  )
+  assert [
+    hashlib.sha256(x.tobytes()).hexdigest()[:12]
+    for x in (tissue, classes, scenes, counts, nears)
+  ] == [
+    *("5e747d739d59", "0602be7180ef", "90406fe12be0"),
+    *("186dd9eb551f", "b3dccb707ce5"),
+  ]
+
+
+def test_scenes_show_what_their_labels_say():
+  images, counts, nears = mini_scenes.draw_images(np.arange(300))
+  lone = np.flatnonzero(counts == 0)
+  # Balls are the only saturated things: of one ball the width is 11 / distance.
+  colour = images.astype(int).max(-1) - images.astype(int).min(-1) > 60
+  for i in lone:
+    columns = np.flatnonzero(colour[i].any(0))
+    if columns[0] == 0 or columns[-1] == 31:
+      continue  # cut off by the edge
+    # A rim darker and greyer than the ball is not counted.
+    rows = np.flatnonzero(colour[i].any(1))
+    low, high = mini_scenes.DISTANCES[nears[i] : nears[i] + 2]
+    assert 11 / high - 2.5 <= len(rows) <= 11 / low + 1.5
+  # The more balls, the more columns of the picture have one.
+  covered = colour.any(1).sum(1)
+  means = [covered[counts == c].mean() for c in range(6)]
+  assert (np.diff(means) > 0).all()
+
+
+# --- ObjectNet ---
+
+
+def _make_objectnet(root, leave_out=()):
+  """Two images of each class, in a red frame, and a class that is none."""
+  for label, name in enumerate([*objectnet.CLASSES, "air_freshener"]):
+    if name in leave_out:
+      continue
+    (root / name).mkdir(parents=True)
+    for i in range(2):
+      pixels = np.full((12, 14, 3), (255, 0, 0), np.uint8)
+      pixels[2:-2, 2:-2] = (label, i, 7)
+      Image.fromarray(pixels).save(root / name / f"{i}.png")
+  return f"objectnet:{root}"
+
+
+def test_objectnet_maps_its_classes_and_loses_its_frame(tmp_path):
+  name = _make_objectnet(tmp_path)
+  found = data.get_source(name, "test")
+  assert data.list_splits(name) == {"test": 226}
+  assert (found.num_examples, found.num_classes) == (226, 1000)
+  assert (found.multilabel, found.max_labels) == (True, 3)
+  seen = []
+  for record in found.read(np.arange(226)):
+    encoded, labels = found.parse(record)
+    pixels = np.asarray(Image.open(io.BytesIO(encoded.numpy())))
+    assert pixels.shape == (8, 10, 3)
+    [colour] = np.unique(pixels.reshape(-1, 3), axis=0)
+    folder = list(objectnet.CLASSES)[colour[0]]
+    seen.append((folder, int(colour[1])))
+    expected = objectnet.CLASSES[folder]
+    assert labels.numpy().tolist() == [*expected, -1, -1][:3]
+  assert len(set(seen)) == 226
+  [batch, *_] = data.eval_batches(
+    found,
+    batch_size=8,
+    rows=np.arange(8),
+    preprocess="resize_small(512)|central_crop(480)|resize(size)",
+    image_size=32,
+  )
+  assert batch["image"].shape == (8, 32, 32, 3)
+
+
+def test_objectnets_map_names_the_same_things():
+  names = data.find_task("imagenet2012")
+  wnids = source.find_builder(names.dataset).info.features["label"].names
+  # Of WordNet: banana, lemon, teapot, umbrella, wok, clocks, pens, skirts.
+  for folder, expected in (
+    ("banana", ["n07753592"]),
+    ("lemon", ["n07749582"]),
+    ("teapot", ["n04398044"]),
+    ("umbrella", ["n04507155"]),
+    ("wok", ["n04596742"]),
+    ("alarm_clock", ["n02708093", "n03196217"]),
+    ("pen", ["n02783161", "n04033901", "n03388183"]),
+    ("skirt", ["n03534580", "n03770439", "n03866082"]),
+  ):
+    assert [wnids[k] for k in objectnet.CLASSES[folder]] == expected
+  classes = [k for ks in objectnet.CLASSES.values() for k in ks]
+  assert (len(objectnet.CLASSES), len(classes), len(set(classes))) == (
+    *(113, 125, 125),
+  )
+
+
+# --- the data command ---
+
+
+def test_check_says_what_is_fetched_by_hand_and_where_it_goes(tmp_path, capsys):
+  root = str(tmp_path)
+  for name, files in (
+    ("imagenet2012", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"]),
+    ("imagenet2012_real", ["ILSVRC2012_img_val.tar"]),
+    ("vtab:resisc45", ["NWPU-RESISC45"]),
+    ("vtab:diabetic_retinopathy", ["train", "test", "trainLabels.csv"]),
+  ):
+    with pytest.raises(UserError, match=f"run `vit-jax data prepare {name} "):
+      datasets.check(name, data_dir=root)
+    out = capsys.readouterr().out
+    manual = tmp_path / "downloads" / "manual"
+    assert f"fetched by hand, into {manual}:" in out
+    assert all(f"{file}  missing" in out for file in files)
+    with pytest.raises(UserError, match=f"put .*{files[0]}.* into {manual}"):
+      datasets.prepare(name, root)
+  (tmp_path / "downloads" / "manual" / "NWPU-RESISC45").mkdir(parents=True)
+  needs = data.find_needs("vtab:resisc45", root)
+  assert needs.manual_files == {"NWPU-RESISC45": True}
+  assert needs.state == "missing"
+
+
+def test_check_of_every_task(mocked, capsys):
+  for name in ("vtab:dtd", "vtab:clevr_count", "imagenet2012_real", "cifar10"):
+    with pytest.raises(UserError, match="data prepare"):
+      datasets.check(name, data_dir=mocked.root)
+    assert "not ready (missing)" in capsys.readouterr().out
+    mocked.prepare(name, [*_overrides(name), {"real_label": [5]}][:5])
+    datasets.check(name, data_dir=mocked.root, num_examples=5)
+    out = capsys.readouterr().out
+    assert f"{name} is {data.find_task(name).title}" in out
+    assert "5 checked and sound" in out
+
+
+def test_list_has_the_tasks_by_group(mocked, capsys):
+  mocked.prepare("vtab:dtd")
+  datasets.list_datasets(mocked.root)
+  lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ["natural", "vtab:dtd", "ready"] in lines
+  assert ["structured", "vtab:dmlab", "to", "download"] in lines
+  assert ["specialized", "vtab:resisc45", "by", "hand:"] in [
+    line[:4] for line in lines
+  ]
+  assert ["natural", "mini:digits", "run"] in [line[:3] for line in lines]
+  for name in (*(f"vtab:{n}" for n in _VTAB), *_PLAIN):
+    assert sum(name in line for line in lines) == 1
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+  ("name", "split", "words"),
+  [
+    ("vtab:clevr_coutn", "test", r"did you mean 'vtab:clevr_count'\?; there"),
+    ("vtab:", "test", "unknown task 'vtab:'.*; there are vtab:caltech101, "),
+    ("mini:tisue", "test", "did you mean 'mini:tissue'"),
+    ("clevr_count", "test", "did you mean 'vtab:clevr_count'"),
+    ("vtab:dtd", "trian800", "Unknown split 'trian800'; there are train800, v"),
+    ("vtab:dtd", "train800+", "split 'train800\\+'"),
+    ("vtab:dtd", "train[:0]", "it has no examples"),
+    ("vtab:dtd", "train[5:5]+test[:0]", "it has no examples"),
+    ("vtab:dtd", "", "split ''"),
+    ("vtab:dtd", "train[1880:]", "no examples"),
+    ("vtab:dtd", "train[5000:]", "incompatible with 1880"),
+    ("vtab:dmlab", "test", "run `vit-jax data prepare vtab:dmlab --data_dir"),
+  ],
+)
+def test_what_is_no_task_or_split_is_explained(mocked, name, split, words):
+  mocked.prepare("vtab:dtd")
+  with pytest.raises(UserError, match=words) as e:
+    data.get_source(name, split, mocked.root)
+  assert "\n" not in str(e.value)
+
+
+def test_a_set_too_small_for_its_splits_is_explained(mocked):
+  mocked.prepare("vtab:svhn", sizes={"train": 900, "test": 50})
+  assert data.get_source("vtab:svhn", "train800", mocked.root)
+  with pytest.raises(UserError, match=r"'val200' of 'vtab:svhn': .*n \(900"):
+    data.get_source("vtab:svhn", "val200", mocked.root)
+
+
+def test_another_number_of_classes_is_explained(mocked, monkeypatch):
+  mocked.prepare("vtab:dtd")
+  folder = next(pathlib.Path(mocked.root).glob("dtd/*/features.json"))
+  features = json.loads(folder.read_text())
+  label = features["featuresDict"]["features"]["label"]["classLabel"]
+  label["numClasses"] = "46"
+  folder.write_text(json.dumps(features))
+  (folder.parent / "label.labels.txt").write_text(
+    "\n".join(f"c{k}" for k in range(46))
+  )
+  with pytest.raises(UserError, match=r"has 46 classes .* not the 47 of DTD"):
+    data.get_source("vtab:dtd", "test", mocked.root)
+
+
+def test_a_task_of_other_classes_is_not_evaluated(mini_dir):
+  class Weights:
+    class_names, num_classes, run = tuple("ab"), 2, {}
+    source = "runs/x"
+
+  test = data.get_source("mini:count", "test", mini_dir)
+  with pytest.raises(UserError, match="mini:count has 6 classes and the check"):
+    evaluate.check_classes(Weights, test, "mini:count")
