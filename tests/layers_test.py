@@ -29,7 +29,7 @@ _LAYERS = (
     "inspect",
     "convert",
   ),
-  ("quickstart",),  # runs the commands one after the other
+  ("quickstart", "sweep"),  # run the commands one after the other
   ("__main__",),
 )
 _LAYER_OF = {unit: i for i, layer in enumerate(_LAYERS) for unit in layer}

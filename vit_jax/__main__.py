@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = _make_parser().parse_known_args(argv)
   try:
     overrides = _parse_overrides(rest)
-    if overrides and args.run is not _train:
+    if overrides and args.run not in (_train, _sweep):
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
     args.run(args)
@@ -93,6 +93,8 @@ def _make_parser():
   )
   train.add_argument("--workdir", required=True, help="the run folder")
   _add_distributed(train)
+
+  _add_sweep(add("sweep", _sweep, "train with every value of some keys"))
 
   evaluate = add("evaluate", _evaluate, "evaluate saved weights")
   where = evaluate.add_mutually_exclusive_group(required=True)
@@ -148,6 +150,40 @@ def _make_parser():
   )
   quickstart.add_argument("--workdir", default="runs/quickstart")
   return parser
+
+
+def _add_sweep(sweep):
+  sweep.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:ARG]",
+    help="as for train; --config.key=value as well",
+  )
+  sweep.add_argument("--workdir", required=True, help="one folder a run in it")
+  sweep.add_argument(
+    "--grid",
+    action="append",
+    default=[],
+    metavar="KEY=A,B,...",
+    help="a key and its values; several grids are multiplied",
+  )
+  sweep.add_argument(
+    "--seeds", type=int, default=3, help="runs of each setting (default: 3)"
+  )
+  _add_jobs(sweep)
+  sweep.add_argument(
+    "--select", metavar="METRIC", help="what is compared (default: accuracy)"
+  )
+  _add_json(sweep)
+
+
+def _add_jobs(command):
+  command.add_argument(
+    "--jobs",
+    type=int,
+    default=1,
+    help="runs at once; they divide the GPUs or TPU chips (default: 1)",
+  )
 
 
 def _add_linear(linear):
@@ -277,6 +313,22 @@ def _train(args):
   from vit_jax.train import train
 
   train(loaded, args.workdir)
+
+
+def _sweep(args):
+  from vit_jax import sweep
+
+  result = sweep.sweep(
+    args.config,
+    args.workdir,
+    overrides=args.overrides,
+    grid=sweep.parse_grids(args.grid),
+    seeds=args.seeds,
+    jobs=args.jobs,
+    select=args.select,
+  )
+  print(json.dumps(result) if args.json else sweep.format_summary(result))
+  sweep.raise_if_failed(result["runs"])
 
 
 def _evaluate(args):
