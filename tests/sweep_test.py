@@ -1,0 +1,355 @@
+"""Sweeps: which runs, killed and resumed, one at a time in a folder."""
+
+import json
+import os
+import re
+import signal
+import sys
+
+import pytest
+from tiny_runs import Process, snapshot
+
+from vit_jax import sweep
+from vit_jax.__main__ import main
+from vit_jax.errors import UserError
+
+LEARNING_RATES = "--grid=schedule.base_lr=0.001,0.003"
+
+
+@pytest.fixture
+def args(runs, tmp_path):
+  """The command line of a sweep of four tiny runs."""
+  first, *rest = runs.train_args(tmp_path / "sweep")
+  assert first == "train"
+  # No more steps than it takes to be killed among them.
+  short = ["total_steps=6", "eval_every=0", "checkpoint_every=1"]
+  overrides = [f"--config.{text}" for text in short]
+  return ["sweep", *rest, *overrides, LEARNING_RATES, "--seeds=2"]
+
+
+def test_grids():
+  assert sweep.parse_grids(
+    [
+      "schedule.base_lr=1e-3, 0.003",
+      "train.preprocess=resize(8)|random_crop(size),inception_crop(size, 80)",
+      "optimizer.lr_multipliers=('a=1','b,c=0'),()",
+    ]
+  ) == {
+    "schedule.base_lr": ["1e-3", "0.003"],
+    "train.preprocess": [
+      "resize(8)|random_crop(size)",
+      "inception_crop(size, 80)",
+    ],
+    "optimizer.lr_multipliers": ["('a=1','b,c=0')", "()"],
+  }
+
+
+@pytest.mark.parametrize(
+  ("grids", "words"),
+  [
+    (["schedule.base_lr"], "needs a key and values"),
+    (["schedule.base_lr=1,,2"], "needs a key and values"),
+    (["seed=1,2"], "--seeds=N"),
+    (["schedule.base_lr=0.001,1e-3"], "given twice"),
+    (["batch_size=8", "batch_size=16"], "given twice"),
+  ],
+)
+def test_grids_that_are_none(grids, words):
+  with pytest.raises(UserError, match=words):
+    sweep.parse_grids(grids)
+
+
+def test_names():
+  assert sweep.make_name({}, 0) == "seed=0"
+  setting = {"schedule.base_lr": "0.01", "train.mixup_alpha": "0.2"}
+  assert sweep.make_name(setting, 3) == "base_lr=0.01,mixup_alpha=0.2,seed=3"
+  alike = {"a.lr": "1", "b.lr": "2"}
+  assert sweep.make_name(alike, 0) == "a.lr=1,b.lr=2,seed=0"
+  odd = [sweep.make_name({"a": text}, 0) for text in ("x/y", "x|y", "x" * 200)]
+  assert len(set(odd)) == 3
+  assert all("/" not in name and len(name) < 100 for name in odd)
+
+
+@pytest.mark.parametrize(
+  ("platform", "count", "jobs", "known", "expected"),
+  [
+    ("cpu", 1, 3, "", [{}, {}, {}]),
+    (
+      "gpu",
+      4,
+      2,
+      "",
+      [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}],
+    ),
+    (
+      "gpu",
+      3,
+      2,
+      "7,5,6",
+      [{"CUDA_VISIBLE_DEVICES": "7"}, {"CUDA_VISIBLE_DEVICES": "5"}],
+    ),
+  ],
+)
+def test_devices_are_divided(platform, count, jobs, known, expected):
+  environment = {"CUDA_VISIBLE_DEVICES": known}
+  found = sweep.make_environments(platform, count, jobs, environment)
+  assert found == expected
+
+
+def test_chips_are_divided():
+  found = sweep.make_environments("tpu", 4, 2, {})
+  assert [e["TPU_VISIBLE_CHIPS"] for e in found] == ["0,1", "2,3"]
+  assert {e["TPU_CHIPS_PER_PROCESS_BOUNDS"] for e in found} == {"1,2,1"}
+  with pytest.raises(UserError, match="there are 1 devices"):
+    sweep.make_environments("gpu", 1, 2, {})
+
+
+def test_the_best_setting():
+  """By the mean of all seeds, of settings that have them all."""
+
+  def choose(select, values):
+    rows = [
+      {"setting": {"a": str(i)}, "status": status, "metric": x, "select": "m"}
+      for i, group in enumerate(values)
+      for status, x in group
+    ]
+    return sweep.compare(rows, select)
+
+  done = "finished"
+  values = [
+    [(done, 0.9), (done, 0.5)],
+    [(done, 0.8), (done, 0.7)],
+    [(done, 1.0), ("failed", None)],
+  ]
+  settings, best = choose("accuracy", values)
+  assert best["setting"] == {"a": "1"}
+  assert best["mean"] == pytest.approx(0.75)
+  assert best["spread"] == pytest.approx(0.05)
+  assert [entry["runs"] for entry in settings] == [2, 2, 1]
+  assert choose("loss", values)[1]["setting"] == {"a": "0"}
+  assert choose("accuracy", values[2:])[1] is None
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--grid=schedule.base_rl=1,2", "did you mean 'schedule.base_lr'?"),
+    ("--grid=batch_size=8,many", "config.batch_size is int"),
+    ("--grid=log_every=0", "log_every"),
+    ("--config.schedule.base_lr=0.1", "is in --grid and in --config."),
+    ("--config.eval.split=", "--config.eval.split"),
+    ("--seeds=0", "--seeds is 0"),
+    ("--jobs=0", "--jobs is 0"),
+    ("--workdir=gs://bucket/sweep", "a local folder"),
+  ],
+)
+def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
+  assert main([*args, argument]) == 2
+  out, err = capsys.readouterr()
+  assert not out
+  (line,) = err.splitlines()
+  assert words in line
+  assert not list(tmp_path.iterdir())
+
+
+def test_two_sweeps_on_one_folder(args, tmp_path, capsys):
+  with sweep.lock(tmp_path / "sweep"):
+    before = snapshot(tmp_path)
+    assert main(args) == 2
+    assert "another sweep (process " in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+# What stands in for `train`, where only the sweep is tested: it begins where
+# its folder says, takes a step every 20 ms, and saves on SIGTERM.
+_STAND_IN = """
+import json, os, pathlib, signal, sys, time
+os.getppid() == int(sys.argv.pop(1)) or sys.exit("orphan")
+keys = dict(a[2:].partition("=")[::2] for a in sys.argv[2:])
+folder = pathlib.Path(keys["workdir"])
+total = int(keys["config.total_steps"])
+parts = {"dataset": "d", "split": "s", "preprocess": "p"}
+config = {"train": parts, "eval": parts, "image_size": 8}
+run = json.dumps({"config": config, "total_steps": total})
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+print("begins", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+if (folder / "fail").exists():
+  sys.exit("error: it is told to")
+(folder / "config.json").write_text(run)
+(folder / "checkpoints").mkdir(exist_ok=True)
+steps = [int(f.name) for f in (folder / "checkpoints").iterdir()]
+step = max(steps, default=0)
+print("from", step, flush=True)
+with open(folder / "metrics.jsonl", "a") as f:
+  while step < total and not stop and os.getppid() != 1:
+    time.sleep(0.02)
+    step += 1
+    line = {"step": step}
+    if step == total:
+      rate = float(keys["config.schedule.base_lr"])
+      line["eval/accuracy"] = rate + 0.1 * int(keys["config.seed"])
+    f.write(json.dumps(line) + "\\n")
+    f.flush()
+(folder / "checkpoints" / str(step)).mkdir(exist_ok=True)
+"""
+_NAMES = [f"base_lr={x},seed={i}" for x in ("0.001", "0.003") for i in (0, 1)]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+  # config.json of the stand-in is no real one to compare with.
+  monkeypatch.setattr(sweep, "_CHILD", _STAND_IN)
+  monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
+
+
+def _read(folder):
+  return json.loads((folder / "sweep.json").read_text())
+
+
+def test_failures_are_reported_and_tried_again(
+  args, tmp_path, stand_in, capsys, caplog, monkeypatch
+):
+  environments = [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(2)]
+  monkeypatch.setattr(sweep, "divide_devices", lambda jobs: environments)
+  folder = tmp_path / "sweep"
+  (folder / _NAMES[2]).mkdir(parents=True)
+  (folder / _NAMES[2] / "fail").touch()
+  assert main([*args, "--jobs=2"]) == 1
+  out, err = capsys.readouterr()
+  assert f"FAILED {folder / _NAMES[2]}: error: it is told to" in out
+  assert "1 of 4 runs failed" in err
+  assert "3 of 4 runs finished" in caplog.text
+  result = _read(folder)
+  statuses = [row["status"] for row in result["runs"]]
+  assert statuses == ["finished", "finished", "failed", "finished"]
+  assert result["best"]["setting"] == {"schedule.base_lr": "0.001"}
+  assert result["best"]["mean"] == pytest.approx(0.051)
+  assert result["best"]["spread"] == pytest.approx(0.05)
+  logs = [(folder / name / "log.txt").read_text() for name in _NAMES]
+  assert {"begins 0", "begins 1"} == {log.splitlines()[0] for log in logs}
+
+  (folder / _NAMES[2] / "fail").unlink()
+  before = [snapshot(folder / name) for name in _NAMES]
+  assert main(args) == 0
+  after = [snapshot(folder / name) for name in _NAMES]
+  assert [a == b for a, b in zip(before, after, strict=True)] == [
+    True,
+    True,
+    False,
+    True,
+  ]
+  result = _read(folder)
+  assert result["best"]["setting"] == {"schedule.base_lr": "0.003"}
+  recipe = result["runs"][0]["recipe"]
+  assert recipe["eval_preprocess"] == recipe["train_preprocess"] == "p"
+
+
+def test_an_unknown_metric(args, stand_in, capsys):
+  assert main([*args, "--select=f1", "--seeds=1"]) == 2
+  assert "--select=f1: the evaluation has accuracy" in capsys.readouterr().err
+
+
+_SWEEP = f"""
+import sys
+from vit_jax import sweep
+from vit_jax.__main__ import main
+sweep._CHILD = {_STAND_IN!r}
+sweep.train.check_workdir = lambda *_: False
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _start(args):
+  return Process([sys.executable, "-c", _SWEEP, *args], dict(os.environ))
+
+
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_stopped_it_goes_on_without_repeating_a_run(number, args, tmp_path):
+  folder = tmp_path / "sweep"
+  args = [*args, "--config.total_steps=100"]
+  process = _start(args)
+  second = folder / _NAMES[1] / "metrics.jsonl"
+  assert process.wait_until(lambda: second.exists() and second.read_text())
+  process.send(number)
+  code = process.wait()
+  if number == signal.SIGINT:
+    assert code == 0, process.stderr()
+    assert "stopped; run it again to go on" in process.stderr()
+    statuses = [row["status"] for row in _read(folder)["runs"]]
+    assert statuses == ["finished", "interrupted", "waiting", "waiting"]
+  finished = snapshot(folder / _NAMES[0])
+
+  # The second run saves before the lock is free.
+  process = _start(args)
+  assert process.wait() == 0, process.stderr()
+  assert snapshot(folder / _NAMES[0]) == finished
+  assert {row["status"] for row in _read(folder)["runs"]} == {"finished"}
+  froms = [
+    [int(x) for x in re.findall(r"from (\d+)", log.read_text())]
+    for log in (folder / name / "log.txt" for name in _NAMES)
+  ]
+  assert froms == [[0], [0, froms[1][1]], [0], [0]]
+  assert 0 < froms[1][1] < 100
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_without_repeating_a_run(args, runs, tmp_path):
+  """SIGKILL in the second run; a failure among the others; then all again."""
+  folder = tmp_path / "sweep"
+  names = [f"base_lr={x},seed={i}" for x in ("0.001", "0.003") for i in (0, 1)]
+  # What is in the way of the third run makes it fail.
+  (folder / names[2]).mkdir(parents=True)
+  (folder / names[2] / "checkpoints").write_text("in the way")
+
+  first = runs.start(args, devices=1)
+  begun = folder / names[1] / "metrics.jsonl"
+  assert first.wait_until(lambda: begun.exists() and begun.read_text())
+  first.send(signal.SIGKILL)
+  first.wait()
+  finished = snapshot(folder / names[0])
+  assert "checkpoints/6/files.json" in finished
+
+  # It waits for the orphan, which saves.
+  second = runs.start([*args, "--jobs=2"], devices=1)
+  assert second.wait() == 1, second.stderr()
+  assert snapshot(folder / names[0]) == finished
+  assert "going on from step" in (folder / names[1] / "log.txt").read_text()
+  result = json.loads((folder / "sweep.json").read_text())
+  statuses = {row["name"]: row["status"] for row in result["runs"]}
+  assert statuses == dict.fromkeys(names, "finished") | {names[2]: "failed"}
+  assert "1 of 4 runs failed" in second.stderr()
+  assert "FAILED" in second.stdout()
+  assert result["best"]["setting"] == {"schedule.base_lr": "0.001"}
+
+  (folder / names[2] / "checkpoints").unlink()
+  third = runs.start([*args, "--json"], devices=1)
+  assert third.wait() == 0, third.stderr()
+  assert snapshot(folder / names[0]) == finished
+  result = json.loads(third.stdout())
+  assert {row["status"] for row in result["runs"]} == {"finished"}
+  assert [entry["runs"] for entry in result["settings"]] == [2, 2]
+  logs = "".join((folder / name / "log.txt").read_text() for name in names)
+  assert logs.count("the run is complete") == 4
+  recipe = result["runs"][0]["recipe"]
+  assert recipe["eval"] == "digits test[:40]"
+  assert recipe["eval_preprocess"] == "resize(size)"
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_runs(args, runs, tmp_path):
+  folder = tmp_path / "sweep"
+  process = runs.start([*args, "--config.total_steps=5000"], devices=1)
+  begun = folder / "base_lr=0.001,seed=0" / "metrics.jsonl"
+  assert process.wait_until(lambda: begun.exists() and begun.read_text())
+  process.send(signal.SIGINT)
+  assert process.wait() == 0, process.stderr()
+  result = json.loads((folder / "sweep.json").read_text())
+  first, *others = [row["status"] for row in result["runs"]]
+  assert first == "interrupted"
+  assert set(others) == {"waiting"}
+  assert "run again to go on" in (begun.parent / "log.txt").read_text()
+  assert "run it again to go on" in process.stderr()

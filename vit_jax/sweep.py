@@ -1,0 +1,675 @@
+"""The `sweep` command: many runs of `train` that differ in a few keys.
+
+Every run is a process of its own with a folder of its own, so that a sweep is
+resumed run by run: what is finished stays, what was interrupted goes on. What
+a run has come to is read from its folder; the sweep itself remembers nothing.
+
+One sweep works in a folder at a time. Its lock is flock's, which other machines
+see only where the file system says so; a sweep is for one machine.
+"""
+
+import ast
+import collections
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_jax import checkpoint, train
+from vit_jax import config as configuration
+from vit_jax.errors import RunStopped, UserError
+from vit_jax.metrics import duration
+
+log = logging.getLogger(__name__)
+
+# Which result is compared where the user does not say; the first there is.
+_METRICS = ("accuracy", "prec@1", "r2")
+_POLL_SECONDS = 0.2
+
+# `python -m vit_jax`, but for one thing: should the sweep be killed, Linux
+# sends its runs SIGTERM, on which they save and stop. 1 is PR_SET_PDEATHSIG.
+_CHILD = """
+import ctypes, os, runpy, signal, sys
+if sys.platform == "linux":
+  ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv.pop(1)):
+  sys.exit("the sweep is gone")
+runpy.run_module("vit_jax", run_name="__main__", alter_sys=True)
+"""
+
+_PROBE = """
+import jax
+d = jax.local_devices()
+print(d[0].platform, len({str(getattr(x, "coords", x.id)) for x in d}))
+"""
+# How many chips -> their shape; a process that sees some of them is told it.
+_TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}
+
+
+class Run(NamedTuple):
+  """One training of a sweep.
+
+  Attributes:
+    name: of its folder, and in tables.
+    workdir: its folder.
+    config: "FILE[:ARG]".
+    overrides: {key: text}, all of them.
+    setting: {key: text} of the grid alone.
+    seed: the configuration's.
+  """
+
+  name: str
+  workdir: Path
+  config: str
+  overrides: dict[str, str]
+  setting: dict[str, str]
+  seed: int
+
+  def arguments(self) -> list[str]:
+    """Returns the command line of `train`."""
+    changes = [f"--config.{key}={x}" for key, x in self.overrides.items()]
+    where = f"--workdir={self.workdir}"
+    return ["train", f"--config={self.config}", where, *changes]
+
+
+# --- which runs ---
+
+
+def parse_grids(texts: Sequence[str]) -> dict[str, list[str]]:
+  """Reads ["schedule.base_lr=0.001,0.003", ...].
+
+  Commas in brackets or quotes belong to a value.
+
+  Raises:
+    UserError: no key, no value, or one that comes twice.
+  """
+  grid = {}
+  for text in texts:
+    key, _, values = text.partition("=")
+    values = [v.strip() for v in _split(values)]
+    if not key or not all(values):
+      raise UserError(
+        f"--grid={text} needs a key and values, as in "
+        "--grid=schedule.base_lr=0.001,0.003"
+      )
+    if key == "seed":
+      raise UserError("--grid=seed: give --seeds=N for N seeds")
+    if key in grid or len({_plain(v) for v in values}) < len(values):
+      raise UserError(f"--grid={text}: a key or value is given twice")
+    grid[key] = values
+  return grid
+
+
+def _split(text):
+  """Splits at the commas that stand in no brackets and no quotes."""
+  pieces = re.findall(r"(?:'[^']*'|\"[^\"]*\"|[\[\](){}]|[^,])|,", text)
+  parts, depth = [""], 0
+  for piece in pieces:
+    depth += (piece in "([{") - (piece in ")]}")
+    if piece == "," and not depth:
+      parts.append("")
+    else:
+      parts[-1] += piece
+  return parts
+
+
+def _plain(text):
+  """A value as Python has it: 1e-3 and 0.001 are the same."""
+  try:
+    return repr(ast.literal_eval(text))
+  except (ValueError, SyntaxError):
+    return text
+
+
+def plan(
+  config: str,
+  workdir: Path,
+  overrides: dict[str, str],
+  grid: dict[str, list[str]],
+  seeds: int,
+) -> list[Run]:
+  """Returns the runs of a sweep, checked, and touches nothing.
+
+  Args:
+    config: "FILE[:ARG]".
+    workdir: the folder that gets one folder a run.
+    overrides: {key: text}, of all runs.
+    grid: {key: texts}; every combination is a setting.
+    seeds: how many of each setting, from the configuration's seed on.
+
+  Raises:
+    UserError: a configuration that cannot be run, or a folder that holds a run
+      of another one.
+  """
+  if seeds < 1:
+    raise UserError(f"--seeds is {seeds}; it must be 1 or more")
+  both = sorted(grid.keys() & overrides.keys())
+  if both:
+    raise UserError(f"{both[0]} is in --grid and in --config.{both[0]}")
+  first_seed = configuration.load(config, overrides).seed
+  runs = []
+  for values in itertools.product(*grid.values()):
+    setting = dict(zip(grid, values, strict=True))
+    for seed in range(first_seed, first_seed + seeds):
+      name = make_name(setting, seed)
+      changed = {**overrides, **setting, "seed": str(seed)}
+      run = Run(name, workdir / name, config, changed, setting, seed)
+      _check(run)
+      runs.append(run)
+  return runs
+
+
+def make_name(setting: dict[str, str], seed: int) -> str:
+  """Returns a folder's name: "base_lr=0.003,seed=1".
+
+  The same for the same setting; a long one is cut, and gets a digest.
+  """
+  lasts = collections.Counter(key.rpartition(".")[2] for key in setting)
+  parts = []
+  for key, value in setting.items():
+    last = key.rpartition(".")[2]
+    parts.append(f"{last if lasts[last] == 1 else key}={value}")
+  whole = ",".join([*parts, f"seed={seed}"])
+  name = re.sub(r"[^\w.,=+-]+", "_", whole)
+  if name == whole and len(name) <= 100:
+    return name
+  digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+  return f"{name[:80]},{digest}"
+
+
+def _check(run):
+  loaded = configuration.load(run.config, run.overrides)
+  configuration.check_ranges(loaded)
+  train.check_workdir(loaded, checkpoint.absolute(run.workdir))
+  if not loaded.eval.split:
+    raise UserError(
+      "a sweep compares evaluations; set --config.eval.split to a held-out part"
+    )
+
+
+# --- what they have come to ---
+
+
+def inspect_run(run: Run) -> dict[str, Any]:
+  """Reads a run's folder.
+
+  Returns:
+    {"status": "waiting", "interrupted" or "finished", "step", "total_steps",
+    "results": the last evaluation, "recipe": data and preprocessing}.
+  """
+  found = {"status": "waiting", "step": 0, "total_steps": 0, "results": {}}
+  file = run.workdir / "config.json"
+  if not file.exists():
+    return found
+  written = json.loads(file.read_text())
+  found |= {
+    "status": "interrupted",
+    "total_steps": written["total_steps"],
+    "recipe": describe_recipe(written["config"]),
+  }
+  for line in _read_metrics(run.workdir):
+    found["step"] = max(found["step"], line["step"])
+    results = {
+      name.removeprefix("eval/"): x
+      for name, x in line.items()
+      if name.startswith("eval/")
+    }
+    found["results"] = results or found["results"]
+  # A run evaluates, then saves: what is saved at the end is complete.
+  last = run.workdir / "checkpoints" / str(found["total_steps"])
+  if last.is_dir() and found["step"] == found["total_steps"]:
+    found["status"] = "finished"
+  return found
+
+
+def describe_recipe(config: dict) -> dict[str, Any]:
+  """Returns what was trained and evaluated on, and how it was prepared."""
+  train_part, eval_part = config["train"], config["eval"]
+  return {
+    "image_size": config["image_size"],
+    "train": f"{train_part['dataset']} {train_part['split']}",
+    "train_preprocess": train_part["preprocess"],
+    "eval": f"{eval_part['dataset'] or train_part['dataset']} "
+    f"{eval_part['split']}",
+    "eval_preprocess": eval_part["preprocess"],
+  }
+
+
+def _read_metrics(workdir):
+  """Yields the lines of metrics.jsonl; the last may be in the making."""
+  file = workdir / "metrics.jsonl"
+  for line in file.read_text().splitlines() if file.exists() else []:
+    with contextlib.suppress(json.JSONDecodeError):
+      yield json.loads(line)
+
+
+# --- running them ---
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[int]:
+  """Makes a folder this process's own; yields the lock's file descriptor.
+
+  Who has the descriptor has the lock: runs inherit it. So, should their sweep
+  be killed, the next one waits until they have saved.
+
+  Raises:
+    UserError: another sweep is at work there.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / "lock", "a+") as file:
+    waiting = False
+    while not _try_lock(file):
+      file.seek(0)
+      owner = file.read().strip()
+      if owner and _is_alive(int(owner)):
+        raise UserError(
+          f"{folder}: another sweep (process {owner}) is at work there; wait "
+          "for it, or choose another --workdir"
+        )
+      if not waiting:
+        log.info("%s: waiting for the runs of a sweep that was killed", folder)
+      waiting = True
+      time.sleep(_POLL_SECONDS)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    yield file.fileno()
+
+
+def _try_lock(file):
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
+
+
+def _is_alive(process):
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # somebody else's
+    pass
+  return True
+
+
+def divide_devices(jobs: int) -> list[dict[str, str]]:
+  """Returns for each job the environment that gives it its devices.
+
+  CPUs are shared, GPUs and TPU chips are divided.
+
+  Raises:
+    UserError: more jobs than devices, or chips that have no such part.
+  """
+  if jobs < 1:
+    raise UserError(f"--jobs is {jobs}; it must be 1 or more")
+  if jobs == 1:
+    return [{}]
+  probe = subprocess.run(
+    [sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False
+  )
+  if probe.returncode:
+    last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
+    raise UserError(f"no devices to divide among --jobs={jobs}: {last}")
+  platform, count = probe.stdout.split()[-2:]
+  return make_environments(platform, int(count), jobs, os.environ)
+
+
+def make_environments(platform, count, jobs, environment):
+  """Returns `divide_devices` for `count` devices of a platform."""
+  if platform == "cpu":
+    return [{}] * jobs
+  share = count // jobs
+  if not share:
+    raise UserError(f"--jobs={jobs}: there are {count} devices, one a job")
+  if platform == "tpu":
+    if share not in _TPU_BOUNDS:
+      share = max(n for n in _TPU_BOUNDS if n <= share)
+    shape = {
+      "TPU_CHIPS_PER_PROCESS_BOUNDS": _TPU_BOUNDS[share],
+      "TPU_PROCESS_BOUNDS": "1,1,1",
+    }
+    name, known = "TPU_VISIBLE_CHIPS", ""
+  else:
+    shape, name = {}, "CUDA_VISIBLE_DEVICES"
+    known = environment.get(name, "")
+  devices = known.split(",") if known else [str(i) for i in range(count)]
+  return [
+    {name: ",".join(devices[j * share : (j + 1) * share]), **shape}
+    for j in range(jobs)
+  ]
+
+
+class _Job(NamedTuple):
+  run: Run
+  process: subprocess.Popen
+  environment: dict[str, str]
+  started: float
+
+
+class _Signals:
+  """Counts SIGTERM and Ctrl-C instead of ending the sweep."""
+
+  def __enter__(self):
+    self.count = 0
+    self._previous = {
+      number: signal.signal(number, self._handle)
+      for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, *_):
+    self.count += 1
+
+
+def run_all(
+  runs: Sequence[Run], environments: list[dict[str, str]], lock_fd: int
+) -> tuple[dict[Path, str], bool]:
+  """Runs what is not finished, as many at once as there are environments.
+
+  Args:
+    runs: from `plan`.
+    environments: from `divide_devices`.
+    lock_fd: from `lock`.
+
+  Returns:
+    ({workdir: last line} of the runs that failed, whether it was stopped).
+  """
+  waiting = collections.deque(
+    run for run in runs if inspect_run(run)["status"] != "finished"
+  )
+  progress = _Progress(len(runs), len(runs) - len(waiting))
+  free, active, failed = list(environments), [], {}
+  try:
+    with _Signals() as signals:
+      told = 0  # how many signals the runs have been passed
+      while (waiting and not signals.count) or active:
+        while waiting and free and not signals.count:
+          active.append(_start(waiting.popleft(), free.pop(0), lock_fd))
+        if told < min(signals.count, 2):
+          told += 1
+          log.info("stopping: %d runs save; once more to quit", len(active))
+          for job in active:
+            (job.process.terminate, job.process.kill)[told - 1]()
+        for job in [job for job in active if job.process.poll() is not None]:
+          active.remove(job)
+          free.append(job.environment)
+          if job.process.returncode and not signals.count:
+            failed[job.run.workdir] = _last_line(job.run.workdir / "log.txt")
+          progress.ended(job, failed.get(job.run.workdir))
+        progress.show(active)
+        time.sleep(_POLL_SECONDS)
+      return failed, bool(signals.count)
+  finally:
+    progress.close()
+    for job in active:
+      job.process.kill()
+
+
+def _start(run, environment, lock_fd):
+  run.workdir.mkdir(parents=True, exist_ok=True)
+  with open(run.workdir / "log.txt", "a") as file:
+    process = subprocess.Popen(
+      [sys.executable, "-c", _CHILD, str(os.getpid()), *run.arguments()],
+      stdin=subprocess.DEVNULL,
+      stdout=file,
+      stderr=file,
+      env={**os.environ, **environment},
+      # The terminal's Ctrl-C is for the sweep, which passes it on.
+      start_new_session=True,
+      pass_fds=(lock_fd,),
+    )
+  return _Job(run, process, environment, time.monotonic())
+
+
+def _last_line(file):
+  lines = file.read_text(errors="replace").strip().splitlines()
+  line = lines[-1] if lines else "no message"
+  return line if len(line) <= 300 else f"{line[:140]} ... {line[-150:]}"
+
+
+class _Progress:
+  """The table of the runs at work, on stderr: in place on a terminal."""
+
+  def __init__(self, total, done):
+    self._total, self._done = total, done
+    self._terminal = sys.stderr.isatty()
+    self._lines = 0
+    self._shown = (0.0, None)
+
+  def ended(self, job, error):
+    """Says what became of a run."""
+    found = inspect_run(job.run)
+    self._done += found["status"] == "finished"
+    self._erase()
+    took = duration(time.monotonic() - job.started)
+    what = f"FAILED: {error}" if error else found["status"]
+    log.info("%s  %s  %s", _format_run(job.run, found), what, took)
+
+  def show(self, active):
+    """Shows the runs at work, if something is new."""
+    names = [job.run.workdir for job in active]
+    now = time.monotonic()
+    due = now - self._shown[0] > (1 if self._terminal else 60)
+    if (names == self._shown[1] and not due) or not names:
+      return
+    self._erase()
+    rows = [_format_run(job.run, inspect_run(job.run)) for job in active]
+    rows.append(self._count())
+    print("\n".join(rows), file=sys.stderr, flush=True)
+    self._lines = len(rows)
+    self._shown = (now, names)
+
+  def close(self):
+    """Leaves one line instead of the table."""
+    self._erase()
+    log.info("%s", self._count())
+
+  def _count(self):
+    return f"{self._done} of {self._total} runs finished"
+
+  def _erase(self):
+    if self._terminal and self._lines:
+      print(f"\x1b[{self._lines}A\x1b[J", end="", file=sys.stderr, flush=True)
+    self._lines = 0
+
+
+def _format_run(run, found):
+  steps = f"{found['step']}/{found['total_steps'] or '?'}"
+  name, metric = _choose_metric(found["results"], None)
+  result = f"{name} {metric:.4f}" if name else ""
+  return f"  {run.workdir.parent.name}/{run.name:32} {steps:>12}  {result:16}"
+
+
+# --- what comes out ---
+
+
+def sweep(
+  config: str,
+  workdir: str,
+  *,
+  overrides: dict[str, str],
+  grid: dict[str, list[str]],
+  seeds: int = 3,
+  jobs: int = 1,
+  select: str | None = None,
+) -> dict[str, Any]:
+  """Runs a sweep, or what is left of it, and writes `workdir`/sweep.json.
+
+  Args:
+    config, overrides, grid, seeds: see `plan`.
+    workdir: a local folder; it gets a folder a run.
+    jobs: how many runs at once.
+    select: the result that is compared; unset: accuracy, or what is in its
+      place. Of "loss" less is better.
+
+  Returns:
+    See `summarize`.
+
+  Raises:
+    UserError: see `plan`, `lock`, `divide_devices`; no such result.
+  """
+  folder = local_folder(workdir)
+  runs = plan(config, folder, overrides, grid, seeds)
+  environments = divide_devices(jobs)
+  with lock(folder) as lock_fd:
+    failed, stopped = run_all(runs, environments, lock_fd)
+    result = write_summary(folder, runs, failed, select)
+  if stopped:
+    log.info("stopped; run it again to go on")
+  return result
+
+
+def local_folder(workdir: str) -> Path:
+  """Returns the absolute path of a folder that can be locked.
+
+  Raises:
+    UserError: it is in a bucket.
+  """
+  if "://" in workdir:
+    raise UserError(
+      f"--workdir={workdir}: a sweep needs a local folder; single runs of "
+      "`vit-jax train` can be in a bucket"
+    )
+  return Path(workdir).expanduser().absolute()
+
+
+def write_summary(folder, runs, failed, select) -> dict[str, Any]:
+  """Writes `summarize` to `folder`/sweep.json and returns it."""
+  result = summarize(runs, failed, select)
+  text = json.dumps(result, indent=1) + "\n"
+  checkpoint.write_atomically(folder / "sweep.json", text)
+  return result
+
+
+def summarize(
+  runs: Sequence[Run], failed: dict[Path, str], select: str | None
+) -> dict[str, Any]:
+  """Returns what the runs have come to.
+
+  Returns:
+    {"config", "select", "best": one of "settings" or None, "settings":
+    [{"setting", "runs": how many are finished, "mean", "spread": the standard
+    deviation}], "runs": [{"name", "workdir", "setting", "seed", "status",
+    "metric", "results", "recipe", "error"}]}. The best has the best mean of
+    the settings whose runs are all finished.
+
+  Raises:
+    UserError: the evaluations have no `select`.
+  """
+  rows = [_summarize_run(run, failed, select) for run in runs]
+  select = select or next((r["select"] for r in rows if r["select"]), None)
+  settings, best = compare(rows, select)
+  return {
+    "config": runs[0].config,
+    "select": select,
+    "best": best,
+    "settings": settings,
+    "runs": rows,
+  }
+
+
+def compare(rows, select) -> tuple[list[dict], dict | None]:
+  """Returns `summarize`'s "settings" and "best" of its "runs"."""
+  settings = []
+  for setting, group in itertools.groupby(rows, key=lambda r: r["setting"]):
+    group = list(group)
+    metrics = [row["metric"] for row in group if row["status"] == "finished"]
+    settings.append(
+      {
+        "setting": setting,
+        "runs": len(metrics),
+        "mean": float(np.mean(metrics)) if metrics else None,
+        "spread": float(np.std(metrics)) if metrics else None,
+        "complete": len(metrics) == len(group),
+      }
+    )
+  sign = -1 if select == "loss" else 1
+  complete = [entry for entry in settings if entry["complete"]]
+  best = max(complete, key=lambda entry: sign * entry["mean"], default=None)
+  return settings, best
+
+
+def _summarize_run(run, failed, select):
+  found = inspect_run(run)
+  status = "failed" if run.workdir in failed else found["status"]
+  name, metric = None, None
+  if status == "finished":
+    name, metric = _choose_metric(found["results"], select)
+  return {
+    "name": run.name,
+    "workdir": str(run.workdir),
+    "setting": run.setting,
+    "seed": run.seed,
+    "status": status,
+    "select": name,
+    "metric": metric,
+    "step": found["step"],
+    "results": found["results"],
+    "recipe": found.get("recipe"),
+    "error": failed.get(run.workdir),
+  }
+
+
+def _choose_metric(results, select):
+  """Returns (name, value) of what is compared, (None, None) for no results."""
+  if not results:
+    return None, None
+  name = select or next((n for n in _METRICS if n in results), "loss")
+  if name not in results:
+    raise UserError(f"--select={name}: the evaluation has {', '.join(results)}")
+  return name, results[name]
+
+
+def format_summary(result: dict[str, Any]) -> str:
+  """Returns the result as lines for people."""
+  rows = [("setting", result["select"] or "metric", "spread", "runs")]
+  for entry in result["settings"]:
+    name = make_name(entry["setting"], 0).removesuffix("seed=0").rstrip(",")
+    mean = "-" if entry["mean"] is None else f"{entry['mean']:.4f}"
+    spread = "-" if entry["spread"] is None else f"{entry['spread']:.4f}"
+    mark = " *" if entry == result["best"] else ""
+    rows.append(
+      (name or "(as configured)", mean, spread, f"{entry['runs']}{mark}")
+    )
+  width = max(len(row[0]) for row in rows) + 2
+  lines = [f"{a:{width}}{b:>10}{c:>10}{d:>8}" for a, b, c, d in rows]
+  recipe = next((r["recipe"] for r in result["runs"] if r["recipe"]), None)
+  if recipe:
+    lines.append(
+      f"evaluated on {recipe['eval']} at {recipe['image_size']}: "
+      f"{recipe['eval_preprocess']}"
+    )
+  for row in result["runs"]:
+    if row["error"]:
+      lines.append(f"FAILED {row['workdir']}: {row['error']}")
+  return "\n".join(lines)
+
+
+def raise_if_failed(rows: Sequence[dict[str, Any]]) -> None:
+  """Raises RunStopped if one of `summarize`'s "runs" failed."""
+  failed = [row["name"] for row in rows if row["error"]]
+  if failed:
+    raise RunStopped(
+      f"{len(failed)} of {len(rows)} runs failed, the first is {failed[0]}; "
+      "the same command tries them again and goes on with the others"
+    )
