@@ -63,7 +63,8 @@ def get_config(arg="ViT-B_16,cifar10"):
   config = get_common_config()
   config.unlock()
   config.model.variant = variant
-  config.image_size = 384
+  # H/14 has no whole patch in the last 6 of 384 pixels.
+  config.image_size = 378 if variant.endswith("_14") else 384
   config.batch_size = 512
   steps, warmup_steps, test = TABLE_4[dataset]
   config.total_steps = steps

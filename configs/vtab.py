@@ -28,7 +28,8 @@ def get_config(arg="ViT-B_16,caltech101"):
   config = get_common_config()
   config.unlock()
   config.model.variant = variant
-  config.image_size = 384
+  # H/14 has no whole patch in the last 6 of 384 pixels.
+  config.image_size = 378 if variant.endswith("_14") else 384
   config.train.dataset = task.name
   config.train.split = "train800val200"
   config.train.preprocess = task.train_preprocess(config.image_size)

@@ -209,6 +209,12 @@ def test_imagenet_in_table_2_is_larger_and_averaged(model):
   assert config.ema_decay == special["ema_decay"]
 
 
+def test_large_patches_are_whole():
+  # 384 pixels hold 27 patches of 14; the paper's convolution drops the rest.
+  for file in ("finetune.py:ViT-H_14,cifar10", "vtab.py:ViT-H_14,dtd"):
+    assert _load(file).image_size == 384 // 14 * 14 == 378
+
+
 def test_vtab_is_the_same_for_every_task():
   row = next(
     row for row in _PAPER["table4"]["rows"] if row["name"].startswith("VTAB")
@@ -235,6 +241,7 @@ _CLASSES = {x["dataset"]: x["classes"] for x in _SETS.values()}
 _CLASSES |= {"cifar10": 10, "cifar100": 100, "oxford_iiit_pet": 37}
 _CLASSES |= {"oxford_flowers102": 102, "digits": 10, "jft_like": 100}
 _MULTILABEL = {"jft", "jft_like"}
+_MINI = data_tasks.list_tasks("mini:")
 
 
 def _list_specs():
@@ -250,6 +257,7 @@ def _list_specs():
   ]
   specs += ["finetune.py:ViT-L_16,imagenet2012,512"]
   specs += ["finetune.py:ViT-H_14,imagenet2012,518"]
+  specs += [f"vtab_mini.py:ViT-N_8,{x.name}" for x in _MINI]
   specs += [f"vtab.py:{variant},caltech101" for variant in variants]
   specs += [f"vtab.py:ViT-B_32,{x}" for x in _PAPER["vtab"]["tasks"].values()]
   plain = [variant for variant in variants if variant.startswith("ViT-")]
@@ -300,6 +308,7 @@ _QUICK = {
   "finetune.py:ViT-B_32,oxford_iiit_pet",
   "finetune.py:ViT-L_16,imagenet2012,512",
   "vtab.py:ViT-B_32,clevr_count",
+  "vtab_mini.py:ViT-N_8,mini:count",
   "masked.py:ViT-B_32,jft",
 }
 

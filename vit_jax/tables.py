@@ -77,7 +77,7 @@ def _make_sizes(row):
   size = row["name"].removeprefix("ViT-")[0]
   counts = {
     f"ViT-{size}_{patch}": flops.count_parameters(
-      f"ViT-{size}_{patch}", 224, num_classes=1000
+      f"ViT-{size}_{patch}", 224, 1000
     )
     for patch in row["patches"]
   }
@@ -229,17 +229,25 @@ def _find_cell(name, row, column, known):
     tuple(overrides.items()),
   )
   seeds = table.get("seeds", 1)
+  size = _whole_patches(pretraining.variant)
   if name == "table8":
     return Cell("linear", pretraining, "imagenet2012", image_size=224)
   if name == "table9" and column in data.load()["vtab"]["tasks"]:
     task = data.load()["vtab"]["tasks"][column]
-    return Cell("vtab", pretraining, f"vtab:{task}", seeds=seeds)
+    return Cell("vtab", pretraining, f"vtab:{task}", size, seeds=seeds)
   measure = data.load()["measures"][column]
-  cell = Cell(measure["kind"], pretraining, seeds=seeds)
-  cell = cell._replace(dataset=measure.get("dataset", ""))
+  dataset = measure.get("dataset", "")
+  cell = Cell(measure["kind"], pretraining, dataset, size, seeds=seeds)
   if "imagenet_size" in row and column.startswith("ImageNet"):
     cell = cell._replace(image_size=row["imagenet_size"], averaged=True)
   return cell
+
+
+def _whole_patches(variant):
+  """Returns Table 4's image size, without the pixels that fill no patch."""
+  size = data.load()["table4"]["common"]["image_size"]
+  sizes = variants.parse(variant)
+  return size // sizes.stride * sizes.stride if sizes.encoder else size
 
 
 def _show_paper(paper):
@@ -266,11 +274,13 @@ def _fill(cell: Cell, paper, runs: list[Run], folder: str, costs: bool):
 
 def _summarize(values, paper):
   ours = statistics.fmean(values) if values else None
-  both = ours is not None and paper is not None
+  difference = None
+  if ours is not None and paper is not None:
+    difference = ours - paper
   return {
     "ours": ours,
     "spread": statistics.stdev(values) if len(values) > 1 else None,
-    "difference": ours - paper if both else None,
+    "difference": difference,
   }
 
 

@@ -306,14 +306,14 @@ def _plan_finetunings(cell, runs, source, folder, costs):
 
 def _finetuning_folder(cell, folder, seed):
   dataset = _training_set(cell)
-  size = f"_{cell.image_size}" if cell.image_size != 384 else ""
+  size = f"_{cell.image_size}" if cell.averaged else ""
   name = f"{_pretraining_folder(cell.pretraining, folder)}-{dataset}{size}"
   return name + (f"_seed{seed}" if seed else "")
 
 
 def _finetune(cell, source, workdir, seed):
   spec = f"{cell.pretraining.variant},{_training_set(cell)}"
-  if cell.image_size != 384:
+  if cell.averaged:
     spec += f",{cell.image_size}"
   return _command(
     "train",
@@ -347,7 +347,7 @@ def _plan_vtab(cell, tasks, source, folder, costs):
   names = ",".join(task.dataset for task in tasks)
   command = _command(
     "vtab",
-    f"--checkpoint={source}",
+    f"--init_from={source}",
     f"--workdir={_pretraining_folder(cell.pretraining, folder)}-vtab",
     f"--tasks={names}",
     f"--seeds={cell.seeds}",

@@ -15,6 +15,8 @@ _KINDS = {
   "model.pos_embedding": "learned",
   "model.pos_embedding_at": "input",
 }
+# Folders of a run; they have many files and no runs.
+_OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
 # What runs of the same setting may differ in.
 _OF_ONE_RUN = {"seed", "init_from", *configuration.RESUMABLE}
 # A step more or less, or some images held out, is the same number of epochs.
@@ -102,14 +104,24 @@ def find_runs(folder: str) -> list[Run]:
   root = checkpoint.absolute(folder)
   if not root.is_dir():
     raise UserError(f"--runs={folder}: there is no such folder")
-  found = [read_run(file.parent) for file in sorted(root.rglob("config.json"))]
-  runs = [run for run in found if run]
+  runs = [run for path in _walk(root) if (run := read_run(path))]
   if not runs:
     raise UserError(
       f"--runs={folder} has no run in it or below it; a run is a folder with "
       "config.json and metrics.jsonl, which `vit-jax train` writes"
     )
   return runs
+
+
+def _walk(folder):
+  """Yields a folder and those below it, but what a run itself made there."""
+  names = {path.name: path for path in folder.iterdir()}
+  is_run = "config.json" in names
+  if is_run:
+    yield folder
+  for name in sorted(names):
+    if names[name].is_dir() and not (is_run and name in _OF_A_RUN):
+      yield from _walk(names[name])
 
 
 def read_run(path) -> Run | None:

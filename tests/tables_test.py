@@ -1,0 +1,470 @@
+"""The paper's tables beside made-up runs: values, commands, formats."""
+
+import json
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+from vit_jax import config as configuration
+from vit_jax import tables
+from vit_jax.__main__ import _make_parser, _parse_overrides, main
+from vit_jax.errors import UserError
+from vit_jax.paper import cells, data, flops
+
+_REPO = Path(__file__).parents[1]
+_PRETRAINED = "pretrain.py:ViT-B_32,jft,7"
+_RESULTS = (2, 5, 6, 7, 8, 9)
+
+
+def _write_run(path, spec, accuracy=None, *, steps=None, **overrides):
+  """Makes a run folder as `train` leaves it, complete unless told otherwise."""
+  given = {key.replace("__", "."): str(x) for key, x in overrides.items()}
+  config = configuration.load(str(_REPO / "configs" / spec), given)
+  total = config.total_steps or 1000
+  written = {"config": configuration.to_dict(config), "total_steps": total}
+  path.mkdir(parents=True)
+  (path / "config.json").write_text(json.dumps(written))
+  lines = [{"step": 1, "train/loss": 3.0}]
+  last = {"step": total if steps is None else steps}
+  if accuracy is not None:
+    lines.append({"step": 1, "eval/accuracy": 0.01})
+    last["eval/accuracy"] = accuracy
+  text = "".join(json.dumps(line) + "\n" for line in [*lines, last])
+  (path / "metrics.jsonl").write_text(text)
+  return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """A pre-training and three fine-tunings from it."""
+  origin = _write_run(tmp_path / "runs" / "b32", _PRETRAINED, 0.4)
+  for seed, accuracy in enumerate((0.98, 0.985, 0.99)):
+    _write_run(
+      tmp_path / "runs" / f"cifar10_{seed}",
+      "finetune.py:ViT-B_32,cifar10",
+      accuracy,
+      init_from=origin,
+      seed=seed,
+    )
+  return tmp_path / "runs"
+
+
+def _find_row(rows, name, pretraining="JFT-300M", epochs=7):
+  (row,) = (
+    row
+    for row in rows
+    if row["name"] == name
+    and row["pretraining"] == pretraining
+    and row["epochs"] == epochs
+  )
+  return row
+
+
+def _cell(runs, table="table5", column="CIFAR-10", name="ViT-B/32", **kwargs):
+  rows = tables.make_table(table, str(runs))
+  return _find_row(rows, name, **kwargs)["cells"][column]
+
+
+# --- what is computed from models ---
+
+
+def test_table_1_is_exact():
+  rows = tables.make_table("table1")
+  found = [
+    [row[key] for key in ("layers", "hidden_size", "mlp_dim", "num_heads")]
+    for row in rows
+  ]
+  assert found == [
+    [12, 768, 3072, 12],
+    [24, 1024, 4096, 16],
+    [32, 1280, 5120, 16],
+  ]
+  assert [row["params_M"] for row in rows] == [86, 307, 632]
+  for row in rows:
+    assert {key: row[key] for key in row["paper"]} == row["paper"]
+  # What the rows say of other ways to count.
+  assert rows[0]["parameters_with_1000_classes"]["ViT-B_16"] == 86_567_656
+  assert rows[1]["parameters_with_1000_classes"]["ViT-L_16"] == 304_326_632
+  assert rows[2]["parameters_with_1000_classes"]["ViT-H_14"] == 632_045_800
+  assert flops.count_parameters("ViT-B_16") == 85_798_656
+  assert "303.30 M" in rows[1]["note"]
+  assert round(304_326_632 - 1025 * 1000, -4) == 303_300_000
+  assert "630.76 M" in rows[2]["note"]
+  assert round(632_045_800 - 1281 * 1000, -4) == 630_760_000
+
+
+def test_table_6_has_18_rows_with_exaflops(monkeypatch, capsys):
+  monkeypatch.setattr(flops, "count_multiply_adds", lambda *_, **__: 10**10)
+  assert main(["tables", "table6", "--json"]) == 0
+  rows = json.loads(capsys.readouterr().out)
+  assert len(rows) == 18
+  paper = {(row["name"], row["epochs"]): row["paper_exaflops"] for row in rows}
+  assert paper["ViT-B/32", 7] == 55
+  assert paper["ViT-H/14", 14] == 4262
+  assert paper["R50x1+ViT-L/16", 7] == 859
+  for row in rows:
+    expected = 3 * 2 * 1e10 * 303e6 * row["epochs"] / 1e18
+    assert row["exaflops"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow  # every model is traced
+def test_the_exaflops_of_table_6_are_the_papers():
+  rows = tables.make_table("table6")
+  far = [row for row in rows if abs(row["exaflops_difference"]) > 0.03]
+  assert [(row["name"], row["epochs"]) for row in far] == [
+    ("R50x1+ViT-L/16", 7)
+  ]
+  assert "1668" in far[0]["note"]
+
+
+# --- what runs say ---
+
+
+@pytest.mark.parametrize("table", ["table5", "table6"])
+def test_runs_become_mean_spread_and_difference(runs, table, monkeypatch):
+  monkeypatch.setattr(flops, "count_multiply_adds", lambda *_, **__: 1)
+  cell = _cell(runs, table)
+  assert cell["paper"] == 98.61
+  assert cell["ours"] == pytest.approx(98.5)
+  assert cell["spread"] == pytest.approx(statistics.stdev([98, 98.5, 99]))
+  assert cell["difference"] == pytest.approx(98.5 - 98.61)
+  assert [Path(path).name for path in cell["runs"]] == [
+    "cifar10_0",
+    "cifar10_1",
+    "cifar10_2",
+  ]
+  assert cell["differs"] == []
+  assert "commands" not in cell
+  # It is nobody else's cell.
+  rows = tables.make_table(table, str(runs))
+  filled = [
+    (row["name"], column)
+    for row in rows
+    for made in (row, row.get("stand_in") or {"cells": {}})
+    for column, other in made["cells"].items()
+    if other["ours"] is not None
+  ]
+  assert filled == [("ViT-B/32", "CIFAR-10")]
+
+
+@pytest.mark.parametrize(
+  ("spec", "overrides"),
+  [
+    ("finetune.py:ViT-B_32,cifar10,held_out", {}),
+    ("finetune.py:ViT-B_32,cifar10", {"steps": 9000}),
+    ("finetune.py:ViT-B_32,cifar10", {"image_size": 224}),
+    ("finetune.py:ViT-B_32,cifar10", {"ema_decay": 0.9999}),
+    ("finetune.py:ViT-B_16,cifar10", {}),
+    ("finetune.py:ViT-B_32,cifar100", {}),
+    ("finetune.py:ViT-B_32,cifar10", {"init_from": ""}),
+    ("finetune.py:ViT-B_32,cifar10", {"init_from": "ViT-B_32-imagenet21k"}),
+    ("finetune.py:ViT-B_32,cifar10", {"init_from": "elsewhere"}),
+  ],
+)
+def test_other_runs_are_not_counted(runs, spec, overrides):
+  overrides = {"init_from": runs / "b32"} | overrides
+  _write_run(runs / "other", spec, 0.5, seed=3, **overrides)
+  assert _cell(runs)["ours"] == pytest.approx(98.5)
+
+
+def test_the_setting_with_most_runs_is_taken_not_the_best(runs):
+  _write_run(
+    runs / "another_rate",
+    "finetune.py:ViT-B_32,cifar10",
+    0.999,
+    init_from=runs / "b32",
+    schedule__base_lr=0.003,
+  )
+  cell = _cell(runs)
+  assert cell["ours"] == pytest.approx(98.5)
+  assert cell["other_runs"] == 1
+
+
+def test_another_protocol_is_named(runs):
+  _write_run(
+    runs / "short",
+    "finetune.py:ViT-B_32,cifar100",
+    0.9,
+    init_from=runs / "b32",
+    total_steps=500,
+  )
+  cell = _cell(runs, column="CIFAR-100")
+  assert cell["ours"] == pytest.approx(90)
+  assert cell["differs"] == ["total_steps 500 (the paper: 10000)"]
+  text = tables.format_table("table5", tables.make_table("table5", str(runs)))
+  assert "90.49 | 90.00 (-0.49)!" in text
+
+
+def test_folders_that_moved_together_are_still_related(runs, tmp_path):
+  runs.rename(tmp_path / "moved")
+  assert _cell(tmp_path / "moved")["ours"] == pytest.approx(98.5)
+
+
+def test_a_checkpoint_of_a_run_is_the_run(runs):
+  _write_run(
+    runs / "pets",
+    "finetune.py:ViT-B_32,oxford_iiit_pet",
+    0.93,
+    init_from=runs / "b32" / "checkpoints" / "1000",
+  )
+  cell = _cell(runs, column="Oxford-IIIT Pets")
+  assert cell["ours"] == pytest.approx(93)
+
+
+def test_published_weights_are_those_of_90_epochs(tmp_path):
+  _write_run(
+    tmp_path / "b16",
+    "finetune.py:ViT-B_16,cifar100",
+    0.92,
+    init_from="ViT-B_16-imagenet21k",
+  )
+  public = {"name": "ViT-B/16", "pretraining": "ImageNet-21k", "epochs": 90}
+  cell = _cell(tmp_path, column="CIFAR-100", **public)
+  assert cell["ours"] == pytest.approx(92)
+  # It also stands in for the row that needs JFT, beside its own paper value.
+  row = _find_row(tables.make_table("table5", str(tmp_path)), "ViT-B/16")
+  assert row["private"]
+  stand_in = row["stand_in"]["cells"]["CIFAR-100"]
+  assert stand_in["ours"] == pytest.approx(92)
+  assert stand_in["paper"] == 91.67
+  assert row["cells"]["CIFAR-100"]["ours"] is None
+
+
+def test_epochs_tell_pretrainings_apart(tmp_path, monkeypatch):
+  monkeypatch.setattr(flops, "count_multiply_adds", lambda *_, **__: 1)
+  for epochs, accuracy in ((7, 0.86), (14, 0.87)):
+    origin = _write_run(
+      tmp_path / f"l16_{epochs}", f"pretrain.py:ViT-L_16,jft,{epochs}"
+    )
+    _write_run(
+      tmp_path / f"imagenet_{epochs}",
+      "finetune.py:ViT-L_16,imagenet2012",
+      accuracy,
+      init_from=origin,
+    )
+  row = {"name": "ViT-L/16", "table": "table6", "column": "ImageNet"}
+  assert _cell(tmp_path, **row)["ours"] == pytest.approx(86)
+  assert _cell(tmp_path, epochs=14, **row)["ours"] == pytest.approx(87)
+
+
+def test_real_is_read_from_the_finetuned_run(runs):
+  _write_run(
+    runs / "imagenet",
+    "finetune.py:ViT-B_32,imagenet2012",
+    0.8,
+    init_from=runs / "b32",
+  )
+  (command,) = _cell(runs, column="ImageNet ReaL")["commands"]
+  assert f"--workdir={runs / 'imagenet'} " in command
+  (runs / "imagenet" / "imagenet2012_real.json").write_text('{"prec@1": 0.86}')
+  assert _cell(runs, column="ImageNet ReaL")["ours"] == pytest.approx(86)
+  assert _cell(runs, column="ImageNet")["ours"] == pytest.approx(80)
+
+
+def test_few_shot_is_read_from_the_pretraining(tmp_path):
+  two_d = {"model__pos_embedding": "2d"}
+  spec = "pretrain.py:ViT-B_16,jft"
+  for name, overrides in (("one", {}), ("two", two_d)):
+    path = _write_run(tmp_path / name, spec, **overrides)
+    shots = [{"shots": 5, "accuracies": [0.6, 0.62] if overrides else [0.5]}]
+    text = json.dumps({"results": shots})
+    (path / "linear_imagenet2012.json").write_text(text)
+  cell = {"table": "table8", "column": "at the input"}
+  found = _cell(tmp_path, name="2-D", **cell)
+  assert found["paper"] == 64.001
+  assert found["ours"] == pytest.approx(61)
+  assert _cell(tmp_path, name="1-D", **cell)["ours"] == pytest.approx(50)
+  other = cell | {"column": "every layer"}
+  assert _cell(tmp_path, name="2-D", **other)["ours"] is None
+
+
+def test_vtab_is_the_mean_of_its_19_tasks(tmp_path):
+  tasks = data.load()["vtab"]["tasks"]
+  public = {"name": "ViT-L/16", "pretraining": "ImageNet-21k", "epochs": 90}
+  mean = public | {"table": "table9", "column": "VTAB (19 tasks)"}
+  for i, task in enumerate(tasks.values()):
+    if i == 18:
+      assert _cell(tmp_path, **mean)["ours"] is None
+    _write_run(
+      tmp_path / task,
+      f"vtab.py:ViT-L_16,{task}",
+      0.5 + i / 100,
+      init_from="ViT-L_16-imagenet21k",
+    )
+  assert _cell(tmp_path, **mean)["ours"] == pytest.approx(50 + 9)
+  one = public | {"table": "table9", "column": "sNORB-Elev"}
+  assert _cell(tmp_path, **one)["ours"] == pytest.approx(50 + 18)
+
+
+def test_the_average_of_table_7(tmp_path):
+  origin = _write_run(tmp_path / "r50", "pretrain.py:R50x1,jft")
+  datasets = ("imagenet2012", "cifar10", "cifar100", "oxford_iiit_pet")
+  for i, name in enumerate((*datasets, "oxford_flowers102")):
+    path, spec = tmp_path / name, f"finetune.py:R50x1,{name}"
+    _write_run(path, spec, 0.5 + 0.1 * i, init_from=origin)
+  adam, sgd = (
+    _cell(tmp_path, "table7", "Average", f"ResNet50 {kind}")
+    for kind in ("Adam", "SGD")
+  )
+  assert adam["ours"] == pytest.approx(70)
+  assert sgd["ours"] is None
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+  with pytest.raises(UserError, match="there is no such folder"):
+    tables.make_table("table5", str(tmp_path / "nowhere"))
+  with pytest.raises(UserError, match="has no run in it or below it"):
+    tables.make_table("table5", str(tmp_path))
+  with pytest.raises(UserError, match="did you mean 'table3'"):
+    tables.make_table("tabel3")
+  path = _write_run(tmp_path / "damaged", _PRETRAINED)
+  (path / "config.json").write_text('{"config"')
+  with pytest.raises(UserError, match="is damaged") as error:
+    tables.make_table("table5", str(tmp_path))
+  assert "\n" not in str(error.value)
+
+
+def test_a_line_that_is_being_written_does_not_matter(runs):
+  with (runs / "cifar10_0" / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 10000, "eval/acc')
+  assert _cell(runs)["ours"] == pytest.approx(98.5)
+
+
+# --- what would fill the cells ---
+
+
+def _list_plans(made):
+  if isinstance(made, dict):
+    if "commands" in made:
+      yield made
+    for value in made.values():
+      yield from _list_plans(value)
+  elif isinstance(made, list):
+    for value in made:
+      yield from _list_plans(value)
+
+
+@pytest.mark.parametrize("number", [3, *_RESULTS])
+def test_every_command_is_one(number, monkeypatch):
+  monkeypatch.setattr(flops, "count_multiply_adds", lambda *_, **__: 1)
+  plans = list(_list_plans(tables.make_table(f"table{number}")))
+  commands = {command for plan in plans for command in plan["commands"]}
+  assert commands
+  monkeypatch.chdir(_REPO)
+  for command in commands:
+    words = shlex.split(command)
+    assert words.pop(0) == "vit-jax"
+    if ">" in words:
+      assert len(words) - words.index(">") == 2
+      words = words[: words.index(">")]
+    if words[0] == "vtab":
+      continue
+    args, rest = _make_parser().parse_known_args(words)
+    overrides = _parse_overrides(rest)
+    if words[0] == "train":
+      config = configuration.load(args.config, overrides)
+      assert f"ViT-{config.image_size}" not in args.config
+    else:
+      assert not overrides
+
+
+def test_commands_make_what_is_looked_for(tmp_path):
+  """Does what the commands of a cell say; then the cell is filled."""
+  runs = tmp_path / "runs"
+  _write_run(runs / "another", "finetune.py:ViT-B_16,cifar10", 0.1)
+  row = {"name": "ViT-L/16", "table": "table2", "epochs": 14}
+  for column in ("ImageNet", "Oxford-IIIT Pets"):
+    plan = _cell(runs, column=column, **row)
+    for command in plan["commands"]:
+      words = shlex.split(command)[1:]
+      args, rest = _make_parser().parse_known_args(words)
+      overrides = _parse_overrides(rest)
+      if not Path(args.workdir).exists():
+        spec = args.config.removeprefix("configs/")
+        _write_run(Path(args.workdir), spec, 0.9, **overrides)
+    cell = _cell(runs, column=column, **row)
+    assert cell["values"] == pytest.approx([90] * 3)
+    assert "commands" not in cell
+    # The weights are there now: the next cell needs no pre-training.
+    images = plan["images"]
+    pretraining = 14 * 303_000_000 if column == "ImageNet" else 0
+    steps = 20_000 if column == "ImageNet" else 500
+    assert images == pretraining + 3 * steps * 512
+
+
+def test_seeds_that_are_there_are_not_run_again(tmp_path):
+  public = {"name": "ViT-L/16", "pretraining": "ImageNet-21k", "epochs": 90}
+  _write_run(
+    tmp_path / "one",
+    "finetune.py:ViT-L_16,cifar10",
+    0.9,
+    init_from="ViT-L_16-imagenet21k",
+    seed=1,
+  )
+  cell = _cell(tmp_path, "table2", **public)
+  assert cell["ours"] == pytest.approx(90)
+  seeded = ["--config.seed" in command for command in cell["commands"]]
+  assert seeded == [False, True]
+  assert cell["commands"][1].endswith("--config.seed=2")
+
+
+def test_costs_are_the_products_of_the_images():
+  public = cells.Pretraining("ViT-B_32", "imagenet21k", 90)
+  cell = cells.Cell("finetune", public, "cifar10")
+  plan = cells.plan(cell, [], "runs", costs=True)
+  products = flops.count_multiply_adds("ViT-B_32", 384)
+  # Weights are published, so a fine-tuning is all.
+  assert plan.images == 10_000 * 512
+  assert plan.exaflops == pytest.approx(6 * products * plan.images / 1e18)
+  assert len(plan.commands) == 1
+
+
+# --- formats ---
+
+
+def test_the_list_of_tables(capsys):
+  assert main(["tables"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines] == list(tables.NAMES)
+  assert main(["tables", "--json"]) == 0
+  assert len(json.loads(capsys.readouterr().out)) == 9
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 7, 8, 9])
+def test_text_markdown_and_json(number, capsys):
+  name = f"table{number}"
+  assert main(["tables", name]) == 0
+  text = capsys.readouterr().out
+  assert text.startswith(f"Table {number}: ")
+  assert main(["tables", name, "--markdown"]) == 0
+  rows = [x for x in capsys.readouterr().out.splitlines() if x[:1] == "|"]
+  assert len({row.count("|") for row in rows}) == 1
+  assert rows[1].replace("|", "").split() == ["---"] * (rows[0].count("|") - 1)
+  assert main(["tables", name, "--json"]) == 0
+  assert isinstance(json.loads(capsys.readouterr().out), list)
+
+
+def test_every_paper_value_is_shown():
+  for number in (2, 5, 7, 8, 9):
+    name = f"table{number}"
+    text = tables.format_table(name, tables.make_table(name))
+    for row in data.load()[name]["rows"]:
+      for paper in row["values"].values():
+        value = paper[0] if isinstance(paper, list) else paper
+        assert f"{value:.2f}" in text
+
+
+def test_ours_stands_beside_the_papers(runs, capsys):
+  assert main(["tables", "table5", f"--runs={runs}"]) == 0
+  assert "98.61 | 98.50 ±0.50 (-0.11)" in capsys.readouterr().out
+  assert main(["tables", "table5", f"--runs={runs}", "--markdown"]) == 0
+  assert "98.61 / 98.50 ±0.50 (-0.11)" in capsys.readouterr().out
+
+
+def test_mistakes_exit_with_2(capsys, tmp_path):
+  assert main(["tables", "tabel5"]) == 2
+  assert "did you mean 'table5'" in capsys.readouterr().err
+  assert main(["tables", "table5", f"--runs={tmp_path}"]) == 2
+  assert "has no run" in capsys.readouterr().err
