@@ -25,6 +25,8 @@ def get_config(arg="ViT-B_16,caltech101"):
   """Returns the configuration of "VARIANT,TASK"."""
   variant, _, name = arg.partition(",")
   task = tasks.find_task(name if ":" in name else f"vtab:{name}")
+  if task is None:
+    raise ValueError(f"vtab.py:{arg} names no task; give VARIANT,caltech101")
   config = get_common_config()
   config.unlock()
   config.model.variant = variant

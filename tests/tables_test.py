@@ -10,6 +10,7 @@ import pytest
 from vit_jax import config as configuration
 from vit_jax import tables
 from vit_jax.__main__ import _make_parser, _parse_overrides, main
+from vit_jax.data import tasks as data_tasks
 from vit_jax.errors import UserError
 from vit_jax.paper import cells, data, flops
 
@@ -359,15 +360,14 @@ def test_every_command_is_one(number, monkeypatch):
     if ">" in words:
       assert len(words) - words.index(">") == 2
       words = words[: words.index(">")]
-    if words[0] == "vtab":
-      continue
     args, rest = _make_parser().parse_known_args(words)
     overrides = _parse_overrides(rest)
     if words[0] == "train":
       config = configuration.load(args.config, overrides)
       assert f"ViT-{config.image_size}" not in args.config
-    else:
-      assert not overrides
+    elif words[0] == "vtab":
+      tasks = data_tasks.list_tasks("vtab:")
+      assert {t.name for t in tasks} >= set(args.tasks.split(","))
 
 
 def test_commands_make_what_is_looked_for(tmp_path):
@@ -419,6 +419,19 @@ def test_costs_are_the_products_of_the_images():
   assert plan.images == 10_000 * 512
   assert plan.exaflops == pytest.approx(6 * products * plan.images / 1e18)
   assert len(plan.commands) == 1
+
+
+def test_vtab_costs_its_selection_as_well():
+  public = cells.Pretraining("ViT-L_16", "imagenet21k", 90)
+  mean = cells.Cell("vtab_mean", public, seeds=3)
+  plan = cells.plan(mean, [], "runs", costs=False)
+  # Two rates with 500 and with 2,500 steps, then 2,500 with each seed.
+  assert plan.images == 19 * (2 * 3000 + 3 * 2500) * 512
+  (command,) = plan.commands
+  assert command.count("vtab:") == 19
+  one = mean._replace(kind="vtab", dataset="vtab:dtd", seeds=1)
+  plan = cells.plan(one, [], "runs", costs=False)
+  assert plan.images == 2 * 2500 * 512
 
 
 # --- formats ---
