@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax import config as configuration
-from vit_jax import data, datasets, evaluate
+from vit_jax import data, datasets, evaluate, sharding
 from vit_jax import preprocess as preprocessing
 from vit_jax import train as training
 from vit_jax.data import objectnet, source, tasks
@@ -426,8 +426,8 @@ _SIZE = 16
 
 
 @pytest.fixture(scope="module")
-def fine_tune():
-  """(source, preprocessing) -> batch, loss; compiled once, 1,000 classes."""
+def tiny():
+  """Returns (task, training step, state) of a small ViT of 1,000 classes."""
   common = pathlib.Path(__file__).parents[1] / "configs" / "common.py"
   config = configuration.load(str(common))
   with config.unlocked():
@@ -442,7 +442,13 @@ def fine_tune():
   task = make_task(config, [str(k) for k in range(1000)], False)
   train_step, init_state = training.build(config, task, 10)
   state = jax.jit(init_state)(jax.random.key(0))
-  train_step = jax.jit(train_step)
+  return task, jax.jit(train_step), state
+
+
+@pytest.fixture(scope="module")
+def fine_tune(tiny):
+  """Returns (source, preprocessing) -> batch, loss."""
+  _, train_step, state = tiny
 
   def step(found, preprocess):
     [batch] = data.train_batches(
@@ -482,6 +488,27 @@ def test_one_step_of_fine_tuning(mocked, fine_tune, name):
     assert set(batch["labels"][:, 0].tolist()) <= expected
   assert (batch["labels"][:, 0] < task.num_classes).all()
   assert (batch["labels"][:, 1:] == -1).all()
+
+
+def test_real_counts_any_of_an_images_labels_and_no_image_without(mocked, tiny):
+  labels = ([3, 999], [], [5, 0], [0], [7])
+  mocked.prepare(
+    "imagenet2012_real",
+    [{"real_label": ids} for ids in labels],
+    sizes={"validation": 20},
+  )
+  task, _, state = tiny
+  found = data.get_source("imagenet2012_real", "test", mocked.root)
+  run = task.make_evaluate(
+    source=found,
+    mesh=sharding.make_mesh(),
+    batch_size=8,
+    preprocess="resize(size)",
+  )
+  results = dict(run(state.params))
+  assert results["examples"] == 20
+  # The head is zero and says class 0: right for two of each four with labels.
+  assert results["prec@1"] == 0.5
 
 
 # --- the mini-VTAB ---

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from vit_jax import preprocess
 from vit_jax.errors import UserError, suggest
 
 NATURAL, SPECIALIZED, STRUCTURED = GROUPS = (
@@ -76,7 +77,7 @@ class Task:
     """
     ops = ["resize(size)"]
     if self.crop:
-      pair = image_size if hasattr(image_size, "__len__") else [image_size] * 2
+      pair = preprocess.as_pair(image_size)
       larger = tuple(round(side * _CROP_FROM) for side in pair)
       size = larger[0] if larger[0] == larger[1] else larger
       ops = [f"resize({size})", "random_crop(size)"]
