@@ -68,19 +68,19 @@ def _draw_cells(draws, labels):
   ink = np.zeros((len(labels), SIZE, SIZE))
   pixel = np.arange(SIZE) + 0.5
   for k in range(_MOST_CELLS):
-    x, y = place[:, k, 0, None, None], place[:, k, 1, None, None]
-    p, q = heading[:, k, 0, None, None], heading[:, k, 1, None, None]
-    dx, dy = pixel - x, pixel[:, None] - y
-    wide = radius[:, k, None, None]
-    long = wide * stretch[:, :, None]
+    n = np.flatnonzero(exists[:, k])
+    dx = pixel - place[n, k, 0, None, None]
+    dy = pixel[:, None] - place[n, k, 1, None, None]
+    p, q = heading[n, k, 0, None, None], heading[n, k, 1, None, None]
+    wide = radius[n, k, None, None]
+    long = wide * stretch[n, :, None]
     along, across = p * dx + q * dy, p * dy - q * dx
     square = along * along / (long * long) + across * across / (wide * wide)
     square = square / (p * p + q * q)  # 1 on the edge
     edge = np.clip(2.0 * (1.0 - square) + 0.5, 0, 1)
-    pale = np.clip(3.0 * (hollow[:, :, None] - square) + 0.5, 0, 1)
-    pale = np.where(hollow[:, :, None] > 0, pale, 0)
-    cell = edge * (1 - 0.75 * pale) * exists[:, k, None, None]
-    ink = np.maximum(ink, cell)
+    middle = hollow[n, :, None]
+    pale = np.clip(3.0 * (middle - square) + 0.5, 0, 1) * (middle > 0)
+    ink[n] = np.maximum(ink[n], edge * (1 - 0.75 * pale))
   return np.floor(ink * 230).astype(np.int64)
 
 
