@@ -66,7 +66,8 @@ def get_config() -> Any:
   # Where TFDS data sets live; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
   config.data_dir = placeholder(str)
   config.train = ml_collections.ConfigDict()
-  # A TFDS name, `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
+  # A TFDS name, a task (`vtab:clevr_count`, with splits `train800`, ..., see
+  # `vit-jax data list`), `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
   config.train.dataset = "imagenet21k"
   config.train.split = "train"
   config.train.preprocess = "inception_crop(size)|flip_lr"
