@@ -30,6 +30,7 @@ _LAYERS = (
     "convert",
   ),
   ("quickstart", "sweep"),  # run the commands one after the other
+  ("vtab",),
   ("__main__",),
 )
 _LAYER_OF = {unit: i for i, layer in enumerate(_LAYERS) for unit in layer}

@@ -7,6 +7,7 @@ import signal
 import sys
 
 import pytest
+from stand_in import STAND_IN
 from tiny_runs import Process, snapshot
 
 from vit_jax import sweep
@@ -160,46 +161,13 @@ def test_two_sweeps_on_one_folder(args, tmp_path, capsys):
     assert snapshot(tmp_path) == before
 
 
-# What stands in for `train`, where only the sweep is tested: it begins where
-# its folder says, takes a step every 20 ms, and saves on SIGTERM.
-_STAND_IN = """
-import json, os, pathlib, signal, sys, time
-os.getppid() == int(sys.argv.pop(1)) or sys.exit("orphan")
-keys = dict(a[2:].partition("=")[::2] for a in sys.argv[2:])
-folder = pathlib.Path(keys["workdir"])
-total = int(keys["config.total_steps"])
-parts = {"dataset": "d", "split": "s", "preprocess": "p"}
-config = {"train": parts, "eval": parts, "image_size": 8}
-run = json.dumps({"config": config, "total_steps": total})
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-print("begins", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
-if (folder / "fail").exists():
-  sys.exit("error: it is told to")
-(folder / "config.json").write_text(run)
-(folder / "checkpoints").mkdir(exist_ok=True)
-steps = [int(f.name) for f in (folder / "checkpoints").iterdir()]
-step = max(steps, default=0)
-print("from", step, flush=True)
-with open(folder / "metrics.jsonl", "a") as f:
-  while step < total and not stop and os.getppid() != 1:
-    time.sleep(0.02)
-    step += 1
-    line = {"step": step}
-    if step == total:
-      rate = float(keys["config.schedule.base_lr"])
-      line["eval/accuracy"] = rate + 0.1 * int(keys["config.seed"])
-    f.write(json.dumps(line) + "\\n")
-    f.flush()
-(folder / "checkpoints" / str(step)).mkdir(exist_ok=True)
-"""
 _NAMES = [f"base_lr={x},seed={i}" for x in ("0.001", "0.003") for i in (0, 1)]
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
   # config.json of the stand-in is no real one to compare with.
-  monkeypatch.setattr(sweep, "_CHILD", _STAND_IN)
+  monkeypatch.setattr(sweep, "_CHILD", STAND_IN)
   monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
 
 
@@ -254,7 +222,7 @@ _SWEEP = f"""
 import sys
 from vit_jax import sweep
 from vit_jax.__main__ import main
-sweep._CHILD = {_STAND_IN!r}
+sweep._CHILD = {STAND_IN!r}
 sweep.train.check_workdir = lambda *_: False
 sys.exit(main(sys.argv[1:]))
 """
@@ -297,43 +265,25 @@ def test_stopped_it_goes_on_without_repeating_a_run(number, args, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_it_goes_on_without_repeating_a_run(args, runs, tmp_path):
-  """SIGKILL in the second run; a failure among the others; then all again."""
+def test_the_real_train_goes_on_too(args, runs, tmp_path):
+  """As above with the real entry point: SIGKILL in the second run."""
   folder = tmp_path / "sweep"
-  names = [f"base_lr={x},seed={i}" for x in ("0.001", "0.003") for i in (0, 1)]
-  # What is in the way of the third run makes it fail.
-  (folder / names[2]).mkdir(parents=True)
-  (folder / names[2] / "checkpoints").write_text("in the way")
-
   first = runs.start(args, devices=1)
-  begun = folder / names[1] / "metrics.jsonl"
+  begun = folder / _NAMES[1] / "metrics.jsonl"
   assert first.wait_until(lambda: begun.exists() and begun.read_text())
   first.send(signal.SIGKILL)
   first.wait()
-  finished = snapshot(folder / names[0])
+  finished = snapshot(folder / _NAMES[0])
   assert "checkpoints/6/files.json" in finished
 
-  # It waits for the orphan, which saves.
-  second = runs.start([*args, "--jobs=2"], devices=1)
-  assert second.wait() == 1, second.stderr()
-  assert snapshot(folder / names[0]) == finished
-  assert "going on from step" in (folder / names[1] / "log.txt").read_text()
-  result = json.loads((folder / "sweep.json").read_text())
-  statuses = {row["name"]: row["status"] for row in result["runs"]}
-  assert statuses == dict.fromkeys(names, "finished") | {names[2]: "failed"}
-  assert "1 of 4 runs failed" in second.stderr()
-  assert "FAILED" in second.stdout()
-  assert result["best"]["setting"] == {"schedule.base_lr": "0.001"}
-
-  (folder / names[2] / "checkpoints").unlink()
-  third = runs.start([*args, "--json"], devices=1)
-  assert third.wait() == 0, third.stderr()
-  assert snapshot(folder / names[0]) == finished
-  result = json.loads(third.stdout())
+  second = runs.start([*args, "--jobs=2", "--json"], devices=1)
+  assert second.wait() == 0, second.stderr()
+  assert snapshot(folder / _NAMES[0]) == finished
+  logs = [(folder / name / "log.txt").read_text() for name in _NAMES]
+  assert "".join(logs).count("the run is complete") == 4
+  result = json.loads(second.stdout())
   assert {row["status"] for row in result["runs"]} == {"finished"}
   assert [entry["runs"] for entry in result["settings"]] == [2, 2]
-  logs = "".join((folder / name / "log.txt").read_text() for name in names)
-  assert logs.count("the run is complete") == 4
   recipe = result["runs"][0]["recipe"]
   assert recipe["eval"] == "digits test[:40]"
   assert recipe["eval_preprocess"] == "resize(size)"

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = _make_parser().parse_known_args(argv)
   try:
     overrides = _parse_overrides(rest)
-    if overrides and args.run not in (_train, _sweep):
+    if overrides and args.run not in (_train, _sweep, _vtab):
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
     args.run(args)
@@ -95,6 +95,8 @@ def _make_parser():
   _add_distributed(train)
 
   _add_sweep(add("sweep", _sweep, "train with every value of some keys"))
+
+  _add_vtab(add("vtab", _vtab, "fine-tune on VTAB's tasks, 1,000 images each"))
 
   evaluate = add("evaluate", _evaluate, "evaluate saved weights")
   where = evaluate.add_mutually_exclusive_group(required=True)
@@ -177,6 +179,40 @@ def _add_sweep(sweep):
   _add_json(sweep)
 
 
+def _add_vtab(vtab):
+  vtab.add_argument(
+    "--init_from",
+    "--checkpoint",
+    required=True,
+    dest="source",
+    metavar="SOURCE",
+    help=f"{_SOURCE}; --config.key=value as for train",
+  )
+  vtab.add_argument("--workdir", required=True, help="one folder a task in it")
+  vtab.add_argument(
+    "--tasks",
+    default="all",
+    help="all 19, mini (no download needed), or names: caltech101,dtd",
+  )
+  vtab.add_argument(
+    "--grid",
+    action="append",
+    default=[],
+    metavar="KEY=A,B,...",
+    help="what is tried on the 200 images (default: a rate and a schedule)",
+  )
+  vtab.add_argument(
+    "--per_task",
+    action="store_true",
+    help="each task gets its best setting; default: one for all, as the paper",
+  )
+  vtab.add_argument(
+    "--seeds", type=int, default=1, help="final runs of a task (default: 1)"
+  )
+  _add_jobs(vtab)
+  _add_json(vtab)
+
+
 def _add_jobs(command):
   command.add_argument(
     "--jobs",
@@ -232,6 +268,27 @@ def _add_tables(tables):
 def _add_data_commands(add):
   _add_data_dir(add("list", _data_list, "what there is"))
   prepare = add("prepare", _data_prepare, "make, download or convert a set")
+  build = add("build", _data_build, "make a set of your own labelled images")
+  build.add_argument("name", metavar="NAME", help="of the new data set")
+  build.add_argument(
+    "--images", required=True, help="a folder, or .tar or .parquet files"
+  )
+  build.add_argument(
+    "--labels", required=True, help="CSV (image,label[,confidence]) or .jsonl"
+  )
+  build.add_argument("--classes", help="a file with a class a line")
+  build.add_argument("--min_confidence", type=float, default=0.0)
+  build.add_argument(
+    "--against",
+    action="append",
+    metavar="DATASET:SPLIT",
+    help="a test set whose images are left out; may be repeated",
+  )
+  build.add_argument(
+    "--holdout", type=float, default=0.0, help="part that becomes `test`"
+  )
+  build.add_argument("--workers", type=int, help="default: one a core")
+  _add_data_dir(build)
   check = add("check", _data_check, "read a set and say what is in it")
   show = add("show", _data_show, "draw augmented training images")
   for command in (prepare, check, show):
@@ -329,6 +386,22 @@ def _sweep(args):
   )
   print(json.dumps(result) if args.json else sweep.format_summary(result))
   sweep.raise_if_failed(result["runs"])
+
+
+def _vtab(args):
+  from vit_jax import sweep, vtab
+
+  result = vtab.vtab(
+    args.source,
+    args.workdir,
+    tasks=args.tasks,
+    overrides=args.overrides,
+    grid=sweep.parse_grids(args.grid),
+    per_task=args.per_task,
+    seeds=args.seeds,
+    jobs=args.jobs,
+  )
+  print(json.dumps(result) if args.json else vtab.format_report(result))
 
 
 def _evaluate(args):
@@ -436,6 +509,22 @@ def _data_prepare(args):
   from vit_jax import datasets
 
   datasets.prepare(args.name, args.data_dir)
+
+
+def _data_build(args):
+  from vit_jax import datasets
+
+  datasets.build(
+    args.name,
+    images=args.images,
+    labels=args.labels,
+    classes=args.classes,
+    min_confidence=args.min_confidence,
+    against=args.against,
+    holdout=args.holdout,
+    workers=args.workers,
+    data_dir=args.data_dir,
+  )
 
 
 def _data_check(args):

@@ -397,7 +397,7 @@ def run_all(
   waiting = collections.deque(
     run for run in runs if inspect_run(run)["status"] != "finished"
   )
-  progress = _Progress(len(runs), len(runs) - len(waiting))
+  progress = _Progress(runs, len(runs) - len(waiting))
   free, active, failed = list(environments), [], {}
   try:
     with _Signals() as signals:
@@ -450,8 +450,9 @@ def _last_line(file):
 class _Progress:
   """The table of the runs at work, on stderr: in place on a terminal."""
 
-  def __init__(self, total, done):
-    self._total, self._done = total, done
+  def __init__(self, runs, done):
+    self._total, self._done = len(runs), done
+    self._root = os.path.commonpath([run.workdir.parent for run in runs])
     self._terminal = sys.stderr.isatty()
     self._lines = 0
     self._shown = (0.0, None)
@@ -463,7 +464,7 @@ class _Progress:
     self._erase()
     took = duration(time.monotonic() - job.started)
     what = f"FAILED: {error}" if error else found["status"]
-    log.info("%s  %s  %s", _format_run(job.run, found), what, took)
+    log.info("%s  %s  %s", self._format(job.run, found), what, took)
 
   def show(self, active):
     """Shows the runs at work, if something is new."""
@@ -473,7 +474,7 @@ class _Progress:
     if (names == self._shown[1] and not due) or not names:
       return
     self._erase()
-    rows = [_format_run(job.run, inspect_run(job.run)) for job in active]
+    rows = [self._format(job.run, inspect_run(job.run)) for job in active]
     rows.append(self._count())
     print("\n".join(rows), file=sys.stderr, flush=True)
     self._lines = len(rows)
@@ -492,12 +493,12 @@ class _Progress:
       print(f"\x1b[{self._lines}A\x1b[J", end="", file=sys.stderr, flush=True)
     self._lines = 0
 
-
-def _format_run(run, found):
-  steps = f"{found['step']}/{found['total_steps'] or '?'}"
-  name, metric = _choose_metric(found["results"], None)
-  result = f"{name} {metric:.4f}" if name else ""
-  return f"  {run.workdir.parent.name}/{run.name:32} {steps:>12}  {result:16}"
+  def _format(self, run, found):
+    steps = f"{found['step']}/{found['total_steps'] or '?'}"
+    name, metric = _choose_metric(found["results"], None)
+    result = f"{name} {metric:.4f}" if name else ""
+    path = os.path.relpath(run.workdir, self._root)
+    return f"  {path:36} {steps:>12}  {result:16}"
 
 
 # --- what comes out ---

@@ -1,0 +1,42 @@
+r"""VTAB in small, without a download, on a CPU: `vtab_mini.py:VARIANT,TASK`.
+
+  vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini \
+    --tasks=mini
+
+TASK is one of `mini:digits`, `mini:tissue`, `mini:count`, `mini:distance`; they
+have the form of VTAB's, 1,000 training images of 32 pixels among them. A short
+schedule for small models, where vtab.py has the paper's.
+"""
+
+from common import get_config as get_common_config
+
+from vit_jax.data import tasks
+
+
+def get_config(arg="ViT-N_8,mini:digits"):
+  """Returns the configuration of "VARIANT,TASK"."""
+  variant, _, name = arg.partition(",")
+  task = tasks.find_task(name if ":" in name else f"mini:{name}")
+  config = get_common_config()
+  config.unlock()
+  config.model.variant = variant
+  config.model.classifier = "gap"
+  config.model.dtype = "float32"  # CPUs compute faster in it
+  config.image_size = 48
+  config.train.dataset = task.name
+  config.train.split = "train800val200"
+  config.train.preprocess = task.train_preprocess(config.image_size)
+  config.eval.split = "test"
+  config.eval.preprocess = task.eval_preprocess
+  config.batch_size = 32
+  config.total_steps = 240
+  config.loss.name = "softmax"
+  config.optimizer.name = "sgd"
+  config.optimizer.clip_norm = 1.0
+  config.schedule.base_lr = 0.05
+  config.schedule.decay = "cosine"
+  config.schedule.warmup_steps = 15
+  config.log_every = 20
+  config.eval_every = 0  # the test set is for the end
+  config.checkpoint_every = 0
+  return config.lock()

@@ -1,0 +1,171 @@
+"""VTAB: which tasks, one setting for all, the means; resumed like a sweep."""
+
+import json
+
+import numpy as np
+import pytest
+from random_models import random_params
+from stand_in import STAND_IN
+from tiny_runs import snapshot
+
+from vit_jax import data, models, pretrained, sweep, vtab
+from vit_jax.__main__ import main
+from vit_jax.errors import UserError
+from vit_jax.pretrained.weights import Weights
+from vit_jax.state import as_lazy, flatten
+
+_VARIANT = "ViT-w32d1m64h2_8"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  """A folder with random weights of a small model."""
+  model = models.create(variant=_VARIANT, num_classes=4, image_size=16)
+  flat = {name: as_lazy(x) for name, x in flatten(random_params(model)).items()}
+  path = tmp_path_factory.mktemp("weights") / "weights"
+  options = {"variant": _VARIANT, "activation": "gelu_erf"}
+  there = Weights("test", "here", options, (16, 16), 4, flat)
+  pretrained.write(there, str(path), "orbax")
+  return path
+
+
+@pytest.fixture
+def args(weights, tmp_path):
+  return [
+    "vtab",
+    f"--init_from={weights}",
+    f"--workdir={tmp_path}/vtab",
+    f"--config.data_dir={tmp_path}/data",
+    "--config.total_steps=6",
+  ]
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+  monkeypatch.setattr(sweep, "_CHILD", STAND_IN)
+  monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
+  monkeypatch.setattr(sweep, "divide_devices", lambda _: [{}] * 5)
+  # Data sets have tests of their own.
+  monkeypatch.setattr(vtab, "_open_data", lambda *_: None)
+
+
+def test_tasks():
+  assert len(vtab.parse_tasks("all")) == 19
+  mini = vtab.parse_tasks("mini")
+  assert len({task.group for task in mini}) == 3
+  names = [t.name for t in vtab.parse_tasks("dtd, vtab:clevr_count")]
+  assert names == ["vtab:dtd", "vtab:clevr_count"]
+  for text, words in (
+    ("dtt", "unknown task 'vtab:dtt'; did you mean 'vtab:dtd'"),
+    ("", "unknown task"),
+    ("dtd,vtab:dtd", "given twice"),
+    ("dtd,mini:count", "not both"),
+    ("folder:x", "no task of VTAB"),
+  ):
+    with pytest.raises(UserError, match=words):
+      vtab.parse_tasks(text)
+
+
+def test_one_setting_for_all_or_each_its_own():
+  means = {"a": (0.9, 0.7, 0.1), "b": (0.2, 0.5, 0.6)}
+  selected = {}
+  for name, some in means.items():
+    entries = [
+      {"setting": {"lr": str(i)}, "mean": x} for i, x in enumerate(some)
+    ]
+    best = max(entries, key=lambda e: e["mean"])
+    selected[name] = {"settings": entries, "best": best}
+  together = vtab.choose(selected, per_task=False)
+  assert together == {"a": {"lr": "1"}, "b": {"lr": "1"}}
+  apart = vtab.choose(selected, per_task=True)
+  assert apart == {"a": {"lr": "0"}, "b": {"lr": "2"}}
+
+
+def test_the_mini_tasks(args, stand_in, tmp_path, capsys):
+  """All of it but the training, which a stand-in does."""
+  grid = "--grid=schedule.base_lr=0.01,0.5,0.2"
+  folder = tmp_path / "vtab"
+  code = main([*args, "--tasks=mini", grid, "--seeds=2", "--json"])
+  out, err = capsys.readouterr()
+  assert code == 0, err
+  result = json.loads(out)
+  assert result == json.loads((folder / "vtab.json").read_text())
+  expected = {}
+  for row in result["tasks"]:
+    base = 0.5 + len(row["task"]) / 1000
+    assert row["setting"] == {"schedule.base_lr": "0.5"}
+    assert row["validation"] == pytest.approx(base)
+    assert row["accuracies"] == pytest.approx([base, base + 0.1])
+    assert row["accuracy"] == pytest.approx(base + 0.05)
+    assert row["spread"] == pytest.approx(0.05)
+    assert row["recipe"]["train"] == "d train800val200"
+    assert row["recipe"]["eval"] == "d test"
+    expected.setdefault(row["group"], []).append(base + 0.05)
+  assert result["groups"] == pytest.approx(
+    {name: np.mean(some) for name, some in expected.items()}
+  )
+  assert list(result["groups"]) == ["natural", "specialized", "structured"]
+  every = [x for some in expected.values() for x in some]
+  assert result["mean"] == pytest.approx(np.mean(every))
+
+  trial = json.loads((folder / "count/select/sweep.json").read_text())
+  recipe = trial["runs"][0]["recipe"]
+  assert (recipe["train"], recipe["eval"]) == ("d train800", "d val200")
+  runs = {p: snapshot(p.parent) for p in folder.rglob("metrics.jsonl")}
+  assert len(runs) == 4 * (3 + 2)
+  assert main([*args, "--tasks=mini", grid, "--seeds=2"]) == 0
+  assert all(snapshot(p.parent) == before for p, before in runs.items())
+  assert "structured" in capsys.readouterr().out
+
+
+def test_the_model_is_that_of_the_weights(args, stand_in, monkeypatch):
+  commands = []
+  plan = sweep.plan
+
+  def remember(*args):
+    runs = plan(*args)
+    commands.extend(run.arguments() for run in runs)
+    return runs
+
+  monkeypatch.setattr(sweep, "plan", remember)
+  assert main([*args, "--tasks=mini:count"]) == 0
+  for command in commands:
+    assert f"--config=configs/vtab_mini.py:{_VARIANT},mini:count" in command
+    assert "--config.model.activation=gelu_erf" in command
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--tasks=caltech", "did you mean 'vtab:caltech101'?"),
+    ("--tasks=dtd", "run `vit-jax data prepare"),
+    ("--config.eval.split=test", "is for vtab to set"),
+    ("--config.image_siz=32", "did you mean 'image_size'?"),
+    ("--init_from=/no/such", "/no/such"),
+    ("--jobs=0", "--jobs is 0"),
+    ("--seeds=0", "--seeds is 0"),
+    ("--workdir=gs://bucket/vtab", "a local folder"),
+  ],
+)
+def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
+  tasks = [] if argument.startswith("--tasks") else ["--tasks=mini:count"]
+  assert main([*args, *tasks, argument]) == 2
+  out, err = capsys.readouterr()
+  assert not out
+  (line,) = err.splitlines()
+  assert words in line
+  assert not (tmp_path / "vtab").exists()
+
+
+@pytest.mark.slow
+def test_a_task_with_the_real_train(args, tmp_path, capsys):
+  """Short trainings of a small model, through the command."""
+  short = ["--config.schedule.warmup_steps=1", "--config.image_size=16"]
+  code = main([*args, "--tasks=mini:count", *short, "--json"])
+  out, err = capsys.readouterr()
+  assert code == 0, err
+  (row,) = json.loads(out)["tasks"]
+  test = data.get_source("mini:count", "test", f"{tmp_path}/data")
+  assert row["examples"] == test.num_examples
+  assert 0 <= row["accuracy"] <= 1
+  assert row["recipe"]["eval"] == "mini:count test"

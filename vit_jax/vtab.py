@@ -1,0 +1,254 @@
+"""The `vtab` command: VTAB-1k, from a checkpoint to the mean of its tasks.
+
+Two sweeps. The first tries a few settings on 800 images of each task and looks
+at 200 others; one setting is chosen, by default as in the paper (Appendix
+B.1.1): the same for all tasks, that with the best mean. The second trains with
+it on all 1,000 images, and reports the test set, which nothing else looks at.
+
+  WORKDIR/TASK/select/SETTING,seed=0    WORKDIR/TASK/final/seed=0
+  WORKDIR/TASK/{select,final}/sweep.json    WORKDIR/vtab.json
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vit_jax import checkpoint, data, pretrained, sweep
+from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Of the paper's two learning rates and two schedules only the winner is
+# printed: 0.01 and 2,500 steps. The others here are ours.
+GRID = {"schedule.base_lr": ["0.003", "0.01"], "total_steps": ["500", "2500"]}
+MINI_GRID = {"schedule.base_lr": ["0.02", "0.05"]}
+_SELECTION = {"train.split": "train800", "eval.split": "val200"}
+_FINAL = {"train.split": "train800val200", "eval.split": "test"}
+
+# What of a model its weights decide.
+_OF_THE_WEIGHTS = (
+  "classifier",
+  "pos_embedding",
+  "pos_embedding_at",
+  "activation",
+  "layer_norm_epsilon",
+)
+
+
+def vtab(
+  source: str,
+  workdir: str,
+  *,
+  tasks: str = "all",
+  overrides: dict[str, str] | None = None,
+  grid: dict[str, list[str]] | None = None,
+  per_task: bool = False,
+  seeds: int = 1,
+  jobs: int = 1,
+) -> dict[str, Any]:
+  """Runs VTAB, or what is left of it, and writes `workdir`/vtab.json.
+
+  Args:
+    source: the weights, whatever `vit_jax.load` reads.
+    workdir: a local folder.
+    tasks: "all", "mini" or names: "caltech101,dtd".
+    overrides: {key: text} of configs/vtab.py, for all tasks.
+    grid: {key: texts}; unset: `GRID`, or `MINI_GRID` for the mini tasks.
+    per_task: whether each task gets the setting that is best for it.
+    seeds: how many final trainings of each task.
+    jobs: how many runs at once.
+
+  Returns:
+    See `summarize`.
+
+  Raises:
+    UserError: no such task, weights or data; see `sweep.plan`.
+    RunStopped: a run failed.
+  """
+  if seeds < 1:
+    raise UserError(f"--seeds is {seeds}; it must be 1 or more")
+  chosen = parse_tasks(tasks)
+  folder = sweep.local_folder(workdir)
+  overrides = overrides or {}
+  given = sorted(overrides.keys() & {*_FINAL, "train.dataset", "init_from"})
+  if given:
+    raise UserError(f"--config.{given[0]} is for vtab to set; leave it out")
+  is_mini = chosen[0].name.startswith(data.MINI)
+  if not grid:  # what is given is not tried
+    default = MINI_GRID if is_mini else GRID
+    grid = {k: v for k, v in default.items() if k not in overrides}
+  weights = pretrained.read(source)
+  model = {
+    f"model.{name}": str(weights.model[name])
+    for name in _OF_THE_WEIGHTS
+    if name in weights.model
+  }
+  common = {**model, "init_from": source, **overrides}
+  variant = weights.model["variant"]
+
+  def plan(task, kind, changes, grid, seeds):
+    name = "vtab_mini" if is_mini else "vtab"
+    return sweep.plan(
+      f"configs/{name}.py:{variant},{task.name}",
+      folder / task.name.partition(":")[2] / kind,
+      {**common, **changes},
+      grid,
+      seeds,
+    )
+
+  trials = {t.name: plan(t, "select", _SELECTION, grid, 1) for t in chosen}
+  environments = sweep.divide_devices(jobs)
+  _open_data(chosen, overrides.get("data_dir"), is_mini)
+  with sweep.lock(folder) as lock_fd:
+
+    def run(runs):
+      """Returns what the runs of each task have come to, None if stopped."""
+      every = [run for some in runs.values() for run in some]
+      failed, stopped = sweep.run_all(every, environments, lock_fd)
+      results = {
+        name: sweep.write_summary(some[0].workdir.parent, some, failed, None)
+        for name, some in runs.items()
+      }
+      sweep.raise_if_failed([r for s in results.values() for r in s["runs"]])
+      return None if stopped else results
+
+    log.info("selecting: %d images of each task, %s", 800, grid)
+    selected = run(trials)
+    settings = selected and choose(selected, per_task)
+    finals = None
+    if settings:
+      log.info("final: 1,000 images of each task, %s", settings)
+      finals = run(
+        {
+          t.name: plan(t, "final", _FINAL | settings[t.name], {}, seeds)
+          for t in chosen
+        }
+      )
+    if not finals:
+      log.info("stopped; run it again to go on")
+    result = summarize(source, chosen, grid, selected, settings, finals)
+    text = json.dumps(result, indent=1) + "\n"
+    checkpoint.write_atomically(folder / "vtab.json", text)
+  return result
+
+
+def parse_tasks(text: str) -> list[data.Task]:
+  """Returns the tasks of "all", "mini" or "caltech101,dtd".
+
+  Raises:
+    UserError: there is no such task, or tasks of both kinds.
+  """
+  for word, prefix in (("all", data.VTAB), ("mini", data.MINI)):
+    if text == word:
+      return data.list_tasks(prefix)
+  names = [name.strip() for name in text.split(",")]
+  names = [name if ":" in name else data.VTAB + name for name in names]
+  if len(set(names)) < len(names):
+    raise UserError(f"--tasks={text}: a task is given twice")
+  found = [data.find_task(name) for name in names]
+  for name, task in zip(names, found, strict=True):
+    if task is None or not name.startswith((data.VTAB, data.MINI)):
+      raise UserError(f"--tasks={text}: {name} is no task of VTAB")
+  if len({name.partition(":")[0] for name in names}) > 1:
+    raise UserError(f"--tasks={text}: take tasks of vtab or of mini, not both")
+  return found
+
+
+def _open_data(tasks, data_dir, is_mini):
+  """Sees that all splits are there, before the first run starts.
+
+  Raises:
+    UserError: one is not.
+  """
+  for task in tasks:
+    if is_mini:  # made in seconds, without a download
+      data.prepare(task.name, data_dir)
+    for split in ("train800", "val200", "test"):
+      data.get_source(task.name, split, data_dir)
+
+
+def choose(
+  selected: dict[str, dict[str, Any]], per_task: bool
+) -> dict[str, dict[str, str]]:
+  """Returns the setting of each task.
+
+  Args:
+    selected: {task: `sweep.summarize` of it}; the same settings in each.
+    per_task: its own best, or that with the best mean over the tasks.
+  """
+  if per_task:
+    return {name: found["best"]["setting"] for name, found in selected.items()}
+  groups = [found["settings"] for found in selected.values()]
+  means = [
+    (float(np.mean([entry["mean"] for entry in column])), column[0]["setting"])
+    for column in zip(*groups, strict=True)
+  ]
+  best = max(means, key=lambda pair: pair[0])[1]
+  return dict.fromkeys(selected, best)
+
+
+def summarize(
+  source, tasks, grid, selected, settings, finals
+) -> dict[str, Any]:
+  """Returns the results of the tasks, their groups and all.
+
+  Returns:
+    {"checkpoint", "grid", "tasks": [{"task", "title", "group", "setting",
+    "validation": accuracy on 200 images with it, "accuracy": the mean on the
+    test set, "spread": the standard deviation, "accuracies": of each seed,
+    "recipe"}], "groups": {group: the mean of its tasks}, "mean": of all
+    tasks}. What is not known yet is None.
+  """
+  rows = []
+  for task in tasks:
+    row = {"task": task.name, "title": task.title, "group": task.group}
+    row |= dict.fromkeys(("setting", "validation", "accuracy", "spread"))
+    if settings:
+      row["setting"] = settings[task.name]
+      entries = selected[task.name]["settings"]
+      row["validation"] = next(
+        entry["mean"] for entry in entries if entry["setting"] == row["setting"]
+      )
+    if finals:
+      (entry,) = finals[task.name]["settings"]
+      runs = finals[task.name]["runs"]
+      row |= {
+        "accuracy": entry["mean"],
+        "spread": entry["spread"],
+        "accuracies": [run["metric"] for run in runs],
+        "examples": runs[0]["results"]["examples"],
+        "recipe": runs[0]["recipe"],
+      }
+    rows.append(row)
+
+  def mean(some: Sequence[dict]) -> float | None:
+    return float(np.mean([r["accuracy"] for r in some])) if finals else None
+
+  groups = dict.fromkeys(task.group for task in tasks)
+  return {
+    "checkpoint": source,
+    "grid": grid,
+    "tasks": rows,
+    "groups": {g: mean([r for r in rows if r["group"] == g]) for g in groups},
+    "mean": mean(rows),
+  }
+
+
+def format_report(result: dict[str, Any]) -> str:
+  """Returns the result as lines for people."""
+  lines = [f"  {'task':16}{'val200':>9}{'test':>9}{'spread':>9}  setting"]
+
+  def show(value):
+    return "-" if value is None else f"{value:.2%}"
+
+  for row in result["tasks"]:
+    numbers = (row[name] for name in ("validation", "accuracy", "spread"))
+    cells = "".join(f"{show(value):>9}" for value in numbers)
+    setting = ",".join(f"{k}={v}" for k, v in (row["setting"] or {}).items())
+    lines.append(f"  {row['title']:16}{cells}  {setting}")
+  for name, value in {**result["groups"], "mean": result["mean"]}.items():
+    lines.append(f"  {name:16}{'':9}{show(value):>9}")
+  return "\n".join(lines)
