@@ -1,15 +1,16 @@
-"""The `data` command: list, prepare, check and show data sets."""
+"""The `data` command: list, prepare, build, check and show data sets."""
 
 import concurrent.futures
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
-from vit_jax.data import builders, tasks
+from vit_jax.data import builders, labelled, tasks
 from vit_jax.errors import UserError
 
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
@@ -102,6 +103,67 @@ def _find_prepared(root):
       }
     )
   return found
+
+
+# --- build ---
+
+
+def build(
+  name: str,
+  *,
+  images: str,
+  labels: str,
+  classes: str | None = None,
+  min_confidence: float = 0.0,
+  against: list[str] | None = None,
+  holdout: float = 0.0,
+  workers: int | None = None,
+  data_dir: str | None = None,
+) -> dict:
+  """Makes a multi-label data set of one's own images, or goes on with it.
+
+  Args:
+    name: of the new data set.
+    images: a folder, or tar or Parquet files, see `data.labelled`.
+    labels: a CSV or JSON-lines file.
+    classes: a file with a class a line; None: those that occur.
+    min_confidence: labels of less are left out.
+    against: "DATASET:SPLIT", test sets whose images must not be in it.
+    holdout: part of the images that become the split "test".
+    workers: processes; None: one a core.
+    data_dir: where TFDS data sets are.
+
+  Returns:
+    What report.json says.
+
+  Raises:
+    UserError: nothing to read, bad labels, or a name that is taken.
+  """
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    raise UserError(
+      f"{name!r} is no name of a data set; use lower-case letters, digits and _"
+    )
+  if not 0 <= holdout < 1:
+    raise UserError(f"--holdout is {holdout}; it must be in [0, 1)")
+  pairs = []
+  for text in against or []:
+    # Data sets and splits may have colons of their own.
+    part = r"\w+(\[[^\]]*\])?"
+    match = re.fullmatch(rf"(.+):({part}(\+{part})*)", text)
+    if not match:
+      raise UserError(
+        f"--against {text!r}: give DATASET:SPLIT, as in cifar10:test"
+      )
+    pairs.append((match[1], match[2]))
+  class_names, by_image = labelled.read_labels(labels, classes, min_confidence)
+  plan = labelled.Plan(name, images, class_names, by_image, pairs, holdout)
+  folder = labelled.build(plan, str(_resolve(data_dir)), workers)
+  report = json.loads((folder / "report.json").read_text())
+  for what, found in report.items():
+    count = found if isinstance(found, int) else len(found)
+    print(f"{what:15}{count:,}")
+  print(f"{name} is ready in {folder}; report.json lists what was left out")
+  return report
 
 
 # --- prepare ---
