@@ -40,11 +40,11 @@ def predict(
   if top < 1:
     raise UserError(f"--top is {top}; it must be 1 or more")
   model = pretrained.load(source)
-  config = model.config
-  names = _read_names(class_names, config.num_classes) or config.class_names
+  about = model.config
+  names = _read_names(class_names, about.num_classes) or about.class_names
   # All files are read before the model is compiled: a wrong path shows now.
   pixels = [
-    preprocess.preprocess_image(image, config.preprocess, config.image_size)
+    preprocess.preprocess_image(image, about.preprocess, about.image_size)
     for image in images
   ]
   results = []
