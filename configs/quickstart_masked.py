@@ -6,9 +6,10 @@ r"""The quickstart's first half without labels: masked patches of jft_like.
     --config.init_from=runs/masked --workdir=runs/finetune_masked
 
 Expected on the test split: accuracy 0.397 and loss 2.21, where the best
-constant guess has 0.141 and 4.46. Fine-tuning from it with 150 labels gives 84.1
-to 89.1 % with seeds 0 to 3, and from scratch 80.9 to 83.1 %. At the 670 images a
-second that two shared CPU cores reached at best it takes four minutes.
+constant guess has 0.141 and 4.46. Fine-tuning from it with 150 labels gives
+84.1 to 89.1 % with seeds 0 to 3, and from scratch 80.9 to 83.1 %. At the 670
+images a second that two shared CPU cores reached at best it takes four
+minutes.
 """
 
 from common import get_config as get_common_config
