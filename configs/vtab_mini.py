@@ -17,6 +17,8 @@ def get_config(arg="ViT-N_8,mini:digits"):
   """Returns the configuration of "VARIANT,TASK"."""
   variant, _, name = arg.partition(",")
   task = tasks.find_task(name if ":" in name else f"mini:{name}")
+  if task is None:
+    raise ValueError(f"vtab_mini.py:{arg} has no task; VARIANT,mini:count has")
   config = get_common_config()
   config.unlock()
   config.model.variant = variant

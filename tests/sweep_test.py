@@ -123,11 +123,14 @@ def test_the_best_setting():
     [(done, 1.0), ("failed", None)],
   ]
   settings, best = choose("accuracy", values)
+  assert best
   assert best["setting"] == {"a": "1"}
   assert best["mean"] == pytest.approx(0.75)
   assert best["spread"] == pytest.approx(0.05)
   assert [entry["runs"] for entry in settings] == [2, 2, 1]
-  assert choose("loss", values)[1]["setting"] == {"a": "0"}
+  _, least = choose("loss", values)
+  assert least
+  assert least["setting"] == {"a": "0"}
   assert choose("accuracy", values[2:])[1] is None
 
 

@@ -637,7 +637,8 @@ def _choose_metric(results, select):
     return None, None
   name = select or next((n for n in _METRICS if n in results), "loss")
   if name not in results:
-    raise UserError(f"--select={name}: the evaluation has {', '.join(results)}")
+    others = ", ".join(n for n in results if n != "examples")
+    raise UserError(f"--select={name}: the evaluation has {others}")
   return name, results[name]
 
 

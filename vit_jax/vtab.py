@@ -148,10 +148,12 @@ def parse_tasks(text: str) -> list[data.Task]:
   names = [name if ":" in name else data.VTAB + name for name in names]
   if len(set(names)) < len(names):
     raise UserError(f"--tasks={text}: a task is given twice")
-  found = [data.find_task(name) for name in names]
-  for name, task in zip(names, found, strict=True):
+  found = []
+  for name in names:
+    task = data.find_task(name)
     if task is None or not name.startswith((data.VTAB, data.MINI)):
       raise UserError(f"--tasks={text}: {name} is no task of VTAB")
+    found.append(task)
   if len({name.partition(":")[0] for name in names}) > 1:
     raise UserError(f"--tasks={text}: take tasks of vtab or of mini, not both")
   return found
@@ -181,13 +183,9 @@ def choose(
   """
   if per_task:
     return {name: found["best"]["setting"] for name, found in selected.items()}
-  groups = [found["settings"] for found in selected.values()]
-  means = [
-    (float(np.mean([entry["mean"] for entry in column])), column[0]["setting"])
-    for column in zip(*groups, strict=True)
-  ]
-  best = max(means, key=lambda pair: pair[0])[1]
-  return dict.fromkeys(selected, best)
+  columns = zip(*(f["settings"] for f in selected.values()), strict=True)
+  best = max(columns, key=lambda column: np.mean([e["mean"] for e in column]))
+  return dict.fromkeys(selected, best[0]["setting"])
 
 
 def summarize(
