@@ -327,6 +327,14 @@ def test_what_cannot_be_read_is_said(tmp_path):
   assert "\n" not in str(error.value)
 
 
+def test_runs_of_older_versions_are_read(runs):
+  file = runs / "b32" / "config.json"
+  written = json.loads(file.read_text())
+  del written["config"]["init_from"], written["config"]["objective"]
+  file.write_text(json.dumps(written))
+  assert _cell(runs)["ours"] == pytest.approx(98.5)
+
+
 def test_a_line_that_is_being_written_does_not_matter(runs):
   with (runs / "cifar10_0" / "metrics.jsonl").open("a") as file:
     file.write('{"step": 10000, "eval/acc')

@@ -104,7 +104,7 @@ def _find_finetunings(cell, runs):
     run
     for run in runs
     if run.results
-    and run.config.get("objective", "classification") == "classification"
+    and run.config["objective"] == "classification"
     and run.config["model.variant"] == cell.pretraining.variant
     and run.config["train.dataset"] == dataset
     and run.config["train.split"] == train

@@ -15,6 +15,14 @@ _KINDS = {
   "model.pos_embedding": "learned",
   "model.pos_embedding_at": "input",
 }
+# Of keys that the first runs do not have.
+_OLD_DEFAULTS = {
+  "objective": "classification",
+  "init_from": None,
+  "ema_decay": 0.0,
+  "total_epochs": 0.0,
+  "optimizer.clip_norm": 0.0,
+}
 # Folders of a run; they have many files and no runs.
 _OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
 # What runs of the same setting may differ in.
@@ -134,7 +142,7 @@ def read_run(path) -> Run | None:
   written = _parse((path / "config.json").read_text(), path / "config.json")
   if not metrics.exists() or not {"config", "total_steps"} <= written.keys():
     return None
-  config = configuration.flatten(written["config"])
+  config = _OLD_DEFAULTS | configuration.flatten(written["config"])
   if "train.dataset" not in config:
     return None
   total_steps = written["total_steps"]
@@ -171,7 +179,7 @@ def is_pretraining(run: Run, wanted: Pretraining) -> bool:
   """Returns whether a run is this pre-training, finished or not."""
   kinds = _KINDS | {k: v for k, v in wanted.overrides if k in _KINDS}
   return (
-    run.config.get("objective", "classification") == "classification"
+    run.config["objective"] == "classification"
     and run.config["model.variant"] == wanted.variant
     and plain_name(run.config["train.dataset"]) == wanted.dataset
     and not run.config["init_from"]
