@@ -23,6 +23,9 @@ _OLD_DEFAULTS = {
   "total_epochs": 0.0,
   "optimizer.clip_norm": 0.0,
 }
+# Without these a folder is no run of ours.
+_NEEDED = {"model.variant", "train.dataset", "train.split", "eval.split"}
+_NEEDED |= {"image_size", "batch_size", "optimizer.name", "schedule.decay"}
 # Folders of a run; they have many files and no runs.
 _OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
 # What runs of the same setting may differ in.
@@ -143,7 +146,7 @@ def read_run(path) -> Run | None:
   if not metrics.exists() or not {"config", "total_steps"} <= written.keys():
     return None
   config = _OLD_DEFAULTS | configuration.flatten(written["config"])
-  if "train.dataset" not in config:
+  if not config.keys() >= _NEEDED:
     return None
   total_steps = written["total_steps"]
   last = _read_last(metrics, total_steps)
