@@ -243,7 +243,9 @@ def format_report(result: dict[str, Any]) -> str:
     return "-" if value is None else f"{value:.2%}"
 
   for row in result["tasks"]:
-    numbers = (row[name] for name in ("validation", "accuracy", "spread"))
+    several = len(row.get("accuracies", ())) > 1
+    spread = row["spread"] if several else None
+    numbers = (row["validation"], row["accuracy"], spread)
     cells = "".join(f"{show(value):>9}" for value in numbers)
     setting = ",".join(f"{k}={v}" for k, v in (row["setting"] or {}).items())
     lines.append(f"  {row['title']:16}{cells}  {setting}")
