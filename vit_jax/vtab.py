@@ -185,7 +185,7 @@ def choose(
     return {name: found["best"]["setting"] for name, found in selected.items()}
   columns = zip(*(f["settings"] for f in selected.values()), strict=True)
   best = max(columns, key=lambda column: np.mean([e["mean"] for e in column]))
-  setting: Any = best[0]["setting"]
+  setting: dict[str, str] = dict(best[0]["setting"])
   return dict.fromkeys(selected, setting)
 
 
