@@ -7,8 +7,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_INTEROP := .venv/installed-interop
-# Every core runs its own test files; a file's tests share what they set up.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+# Every core runs its own test files, in the order of tests/conftest.py; a
+# file's tests share what they set up.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
+  --no-loadscope-reorder
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 

@@ -265,9 +265,16 @@ def test_data_without_what_it_needs(fails, tmp_path):
   where = f"--data_dir={tmp_path}"
   fails(["data"], "ACTION")
   fails(["data", "prepare", "digit", where], "did you mean 'digits'?")
-  fails(["data", "check", "digits", where], "data prepare digits")
   fails(["data", "show", "folder:/no/such"], "/no/such is not a folder")
   assert not list(tmp_path.iterdir())
+
+
+def test_data_check_says_what_is_missing(capsys, tmp_path):
+  assert main(["data", "check", "digits", f"--data_dir={tmp_path}"]) == 2
+  out, err = capsys.readouterr()
+  assert f"not ready (missing): {tmp_path}/digits" in out
+  (line,) = err.splitlines()
+  assert "data prepare digits" in line
 
 
 # --- a process of its own ---

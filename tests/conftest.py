@@ -20,6 +20,16 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 
+# These run programs that take a while. A worker that meets one of them last
+# works on it alone.
+_LONG = ("train_test.py", "cli_test.py", "exchange_test.py", "masked_test.py")
+
+
+def pytest_collection_modifyitems(items):
+  """Puts the longest files first."""
+  items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
   """Starts commands that share a folder with the digits, see tiny_runs.py."""

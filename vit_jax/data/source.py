@@ -328,9 +328,16 @@ def find_builder(
 
 
 def one_line(error: Exception, limit: int = 200) -> str:
-  """Returns an exception's words in one line of at most `limit` characters."""
+  """Returns an exception's words in one line of at most `limit` characters.
+
+  A long one loses its middle: what went wrong stands at its ends, and long
+  paths between.
+  """
   words = " ".join(str(error).split()) or type(error).__name__
-  return words if len(words) <= limit else words[: limit - 3] + "..."
+  if len(words) <= limit:
+    return words
+  half = (limit - 5) // 2
+  return f"{words[:half]} ... {words[-half:]}"
 
 
 def _expand(data_dir):
