@@ -171,7 +171,12 @@ def assemble(
     source=weights.source,
     resize=resize,
   )
-  flat = {path: jnp.asarray(x.read(), jnp.float32) for path, x in given.items()}
+  # One after the other: copies that wait for their turn would hold the arrays
+  # that they are made of.
+  flat = {
+    path: jnp.asarray(x.read(), jnp.float32).block_until_ready()
+    for path, x in given.items()
+  }
   notes = list(weights.notes)
   if "head/kernel" in flat and not flat["head/kernel"].any():
     notes.append(HEAD_OF_ZEROS)
