@@ -12,12 +12,14 @@ from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray
 
 _MEASURE = """
-import resource, sys
+import re, sys
 import jax, jax.numpy as jnp
 import vit_jax
 jnp.zeros(3).block_until_ready()
 from vit_jax.pretrained import load
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage's, which begins with that of the process that started this one.
+status = lambda: open("/proc/self/status").read()
+peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", status())[1]) * 1024
 before = peak()
 model = vit_jax.load(sys.argv[1])
 jax.block_until_ready(model.params)

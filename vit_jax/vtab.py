@@ -9,8 +9,10 @@ it on all 1,000 images, and reports the test set, which nothing else looks at.
   WORKDIR/TASK/{select,final}/sweep.json    WORKDIR/vtab.json
 """
 
+import contextlib
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -167,7 +169,9 @@ def _open_data(tasks, data_dir, is_mini):
   """
   for task in tasks:
     if is_mini:  # made in seconds, without a download
-      data.prepare(task.name, data_dir)
+      # TFDS prints its progress; stdout is for the result.
+      with contextlib.redirect_stdout(sys.stderr):
+        data.prepare(task.name, data_dir)
     for split in ("train800", "val200", "test"):
       data.get_source(task.name, split, data_dir)
 
