@@ -59,7 +59,7 @@ def evaluate(
   run = make_evaluate(
     source=test,
     mesh=mesh,
-    batch_size=round_up(batch_size, mesh.size),
+    batch_size=sharding.round_up(batch_size, mesh),
     preprocess=weights.preprocess,
   )
   params = {path: x.read() for path, x in weights.params.items()}
@@ -124,8 +124,3 @@ def check_classes(weights, test, dataset: str) -> None:
       weights.source,
       dataset,
     )
-
-
-def round_up(batch_size: int, devices: int) -> int:
-  """Returns the batch size that these devices can share; results are equal."""
-  return -(-batch_size // devices) * devices

@@ -68,7 +68,7 @@ def linear(
   loaded = pretrained.load(source, image_size=image_size, num_classes=1)
   preprocess = preprocess or loaded.config.preprocess
   mesh = sharding.make_mesh()
-  batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
+  batch_size = sharding.round_up(_BATCH_SIZE, mesh)
   extractors = [
     fewshot.make_extract(
       model=loaded.model,

@@ -112,6 +112,14 @@ def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
     )
 
 
+def round_up(batch_size: int, mesh) -> int:
+  """Returns the next batch size that splits evenly over the devices.
+
+  For evaluations, whose results do not depend on it.
+  """
+  return -(-batch_size // mesh.size) * mesh.size
+
+
 def local_rows(mesh, batch_size: int) -> np.ndarray:
   """Returns the rows i64[r] of a global batch that this process feeds."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))

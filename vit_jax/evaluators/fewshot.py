@@ -10,7 +10,6 @@ The features come from the devices; the rest is NumPy in float64, since the
 normal equations square the condition number.
 """
 
-import collections
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vit_jax import data, models, sharding, steps
+from vit_jax import data, models, steps
 from vit_jax.errors import UserError
-from vit_jax.evaluators.sums import make_sums
+from vit_jax.evaluators.sums import fetch, make_sums
 
 L2 = 2.0**10
 _CONSTANT = 100.0  # the feature that stands for a bias
@@ -135,7 +134,7 @@ def make_extract(
     _, out = model.apply(
       params, steps.normalize(batch["image"]), intermediates=True
     )
-    features = out["pre_logits"] if "pre_logits" in out else out["pooled"]
+    features = models.representation(out)
     found = (features.astype(np.float32), batch["labels"][:, 0], batch["mask"])
     return jax.lax.with_sharding_constraint(found, everywhere)
 
@@ -149,18 +148,10 @@ def make_extract(
   )
 
   def run(params):
-    kept, running = [], collections.deque()
-
-    def collect():
-      features, labels, mask = jax.device_get(running.popleft())
-      kept.append((features[mask], labels[mask]))
-
-    for found in batches(params):
-      running.append(found)
-      if len(running) > sharding.RUN_AHEAD:
-        collect()
-    while running:
-      collect()
+    kept = [
+      (features[mask], labels[mask])
+      for features, labels, mask in fetch(batches(params))
+    ]
     features, labels = zip(*kept, strict=True)
     return np.concatenate(features), np.concatenate(labels)
 

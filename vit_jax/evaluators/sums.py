@@ -1,7 +1,7 @@
 """A whole test set through a step that returns sums."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -62,16 +62,18 @@ def add_up(sums: Iterable[dict]) -> dict:
     {name: f64[...]}; what is not there counts as 0.
   """
   totals: collections.defaultdict = collections.defaultdict(np.float64)
-  running = collections.deque()
-
-  def collect():
-    for name, x in jax.device_get(running.popleft()).items():
+  for batch_sums in fetch(sums):
+    for name, x in batch_sums.items():
       totals[name] = totals[name] + np.asarray(x, np.float64)
-
-  for batch_sums in sums:
-    running.append(batch_sums)
-    if len(running) > sharding.RUN_AHEAD:
-      collect()
-  while running:
-    collect()
   return totals
+
+
+def fetch(results: Iterable) -> Iterator:
+  """Yields results of the devices on the host, a few behind their start."""
+  running = collections.deque()
+  for result in results:
+    running.append(result)
+    if len(running) > sharding.RUN_AHEAD:
+      yield jax.device_get(running.popleft())
+  while running:
+    yield jax.device_get(running.popleft())

@@ -278,6 +278,13 @@ def _check_resnet_options(variant, options):
     )
 
 
+def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
+  """Returns what the head gets, f32[b d], of a model's intermediates."""
+  if "pre_logits" in intermediates:
+    return intermediates["pre_logits"]
+  return intermediates["pooled"]
+
+
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
   """Raises a UserError unless `value` is one of `choices`."""
   if value not in choices:

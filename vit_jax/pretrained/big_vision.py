@@ -7,14 +7,12 @@ token: what the token would get is added to the token itself, which is the same.
 import pathlib
 from collections.abc import Mapping
 
-import numpy as np
-
 from vit_jax.models import variants
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.vision_transformer import check_sayable
 from vit_jax.pretrained.weights import (
+  NO_TOKEN,
   POS_EMBEDDING,
-  Kind,
   Rule,
   Weights,
   count_numbers,
@@ -32,21 +30,12 @@ _OLD_POS_EMBEDDING = "Transformer/pos_embedding"
 _MAP_HEAD = ("probe", "MultiHeadDotProductAttention_0", "LayerNorm_0")
 
 
-def _add_token(x, shape):
-  """[1 n d] -> [1 n+1 d] with a zero first, if the model has a class token."""
-  extra = shape[1] - x.shape[1]
-  return np.pad(x, ((0, 0), (extra, 0), (0, 0)))
-
-
 RULES = (
-  # The first entry is zero by the time it is dropped, see `write`.
   Rule(POS_EMBEDDING, "pos_embedding"),
   Rule(r"(.*)", r"\1"),
 )
-TOKEN_RULES = (
-  Rule(POS_EMBEDDING, "pos_embedding", Kind(_add_token, lambda x: x[:, 1:])),
-  *RULES[1:],
-)
+# The token has got the first entry by the time it is dropped, see `write`.
+TOKEN_RULES = (Rule(POS_EMBEDDING, "pos_embedding", NO_TOKEN), *RULES[1:])
 
 
 def matches(arrays: Mapping[str, LazyArray]) -> bool:

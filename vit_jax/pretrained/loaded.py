@@ -91,7 +91,7 @@ class Pretrained:
   def features(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> what the head would get, f32[b d]."""
     _, out = self._forward(self.params, self._check(images))
-    return out["pre_logits"] if "pre_logits" in out else out["pooled"]
+    return models.representation(out)
 
   def probabilities(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> f32[b k], softmax or sigmoid as trained."""

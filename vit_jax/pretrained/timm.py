@@ -19,8 +19,8 @@ from vit_jax.pretrained import hub
 from vit_jax.pretrained.hub import dense_rules, norm_rules, out_rules
 from vit_jax.pretrained.weights import (
   CONV,
+  NO_TOKEN,
   POS_EMBEDDING,
-  Kind,
   Rule,
   Weights,
   count_numbers,
@@ -89,16 +89,8 @@ _HARMLESS = {
 }
 
 
-def _add_token(x, shape):
-  """[1 n d] -> [1 n+1 d] with a zero first, if the file's has none."""
-  extra = shape[1] - x.shape[1]
-  return np.pad(x, ((0, 0), (extra, 0), (0, 0)))
-
-
 _WITH_TOKEN = Rule(POS_EMBEDDING, "pos_embed")
-_WITHOUT_TOKEN = Rule(
-  POS_EMBEDDING, "pos_embed", Kind(_add_token, lambda x: x[:, 1:])
-)
+_WITHOUT_TOKEN = Rule(POS_EMBEDDING, "pos_embed", NO_TOKEN)
 
 
 def _make_rules() -> tuple[Rule, ...]:

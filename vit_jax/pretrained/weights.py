@@ -19,8 +19,7 @@ from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.state import LazyArray, flatten
-
-POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
+from vit_jax.warmstart import POS_EMBEDDING as POS_EMBEDDING
 
 
 class Weights(NamedTuple):
@@ -101,6 +100,12 @@ FLAT = Kind(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
 CONV = Kind(
   lambda x, shape: x.transpose(2, 3, 1, 0),
   lambda x: x.transpose(3, 2, 0, 1),
+)
+# A position embedding whose first entry, the class token's, is zero and not in
+# the file.
+NO_TOKEN = Kind(
+  lambda x, shape: np.pad(x, ((0, 0), (shape[1] - x.shape[1], 0), (0, 0))),
+  lambda x: x[:, 1:],
 )
 # A dense layer that the file has as a 1x1 convolution.
 CONV_1X1 = Kind(
