@@ -90,8 +90,22 @@ def _evaluate(source, devices, batch_size, loss="softmax"):
   return dict(first)
 
 
-@pytest.mark.parametrize("num_examples", [1, 24, 41])
-def test_single_label_metrics_are_the_same_on_any_machine(num_examples):
+_MACHINES = ((1, 7), (3, 24), (8, 24), (8, 64))  # devices, batch size
+
+
+@pytest.mark.parametrize(
+  ("num_examples", "machines"),
+  [
+    *((n, _MACHINES) for n in (1, 24, 41)),
+    # Whole batches on one device, a last one of padding on the others.
+    pytest.param(
+      10_000, ((1, 500), (3, 768), (8, 512)), marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_single_label_metrics_are_the_same_on_any_machine(
+  num_examples, machines
+):
   source, labels, colors = _make_source(num_examples, multilabel=False)
   logits = (colors / 127.5 - 1) @ _KERNEL.astype(float)
   labels = np.array(labels)[:, 0]
@@ -99,7 +113,7 @@ def test_single_label_metrics_are_the_same_on_any_machine(num_examples):
   log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
   loss = -log_p[np.arange(num_examples), labels].mean()
   accuracy = (logits.argmax(-1) == labels).mean()
-  for devices, batch_size in ((1, 7), (3, 24), (8, 24), (8, 64)):
+  for devices, batch_size in machines:
     found = _evaluate(source, devices, batch_size)
     assert found.keys() == {"examples", "loss", "accuracy"}
     assert found["examples"] == num_examples
@@ -121,11 +135,13 @@ def test_multi_label_metrics_are_the_same_on_any_machine():
     targets[labelled], logits[labelled]
   )
   p = 1 / (1 + np.exp(-logits))
-  loss = -np.log(np.where(targets, p, 1 - p)).sum(-1).mean()
+  loss = -np.log(np.where(targets, p, 1 - p)).sum(-1)[labelled].mean()
   for devices, batch_size in ((1, 10), (3, 12), (8, 16)):
     found = _evaluate(source, devices, batch_size, "sigmoid")
-    assert found.keys() == {"examples", "loss", "prec@1", "lrap"}
+    names = {"examples", "labelled", "loss", "prec@1", "lrap"}
+    assert found.keys() == names
     assert found["examples"] == 41
+    assert found["labelled"] == labelled.sum()
     assert found["prec@1"] == top.mean()
     np.testing.assert_allclose(found["lrap"], lrap, rtol=1e-6)
     np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
@@ -166,13 +182,14 @@ def test_summarize_divides_by_what_counts():
   ]
   assert dict(classification.summarize(sums, multilabel=True)) == {
     "examples": 10,
-    "loss": 1.0,
+    "loss": 1.25,
+    "labelled": 8,
     "prec@1": 0.5,
     "lrap": 0.75,
   }
   assert dict(classification.summarize(sums, multilabel=False)) == {
     "examples": 10,
-    "loss": 1.0,
+    "loss": 1.25,
     "accuracy": 0.5,
   }
 
@@ -187,10 +204,10 @@ def test_summarize_counts_beyond_what_float32_can():
 
 
 def test_summarize_without_labels_divides_by_nothing():
-  sums = [_sums(examples=3, loss=6)]
+  sums = [_sums(examples=3)]
   assert dict(classification.summarize(sums, multilabel=False)) == {
     "examples": 3,
-    "loss": 2.0,
+    "loss": 0.0,
     "accuracy": 0.0,
   }
   assert dict(classification.summarize([], multilabel=False))["examples"] == 0

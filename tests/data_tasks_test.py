@@ -507,6 +507,9 @@ def test_real_counts_any_of_an_images_labels_and_no_image_without(mocked, tiny):
   )
   results = dict(run(state.params))
   assert results["examples"] == 20
+  assert results["labelled"] == 16
+  # An image without labels adds neither to the loss nor to its divisor.
+  assert abs(results["loss"] - np.log(1000)) < 1e-3
   # The head is zero and says class 0: right for two of each four with labels.
   assert results["prec@1"] == 0.5
 

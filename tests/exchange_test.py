@@ -132,6 +132,9 @@ def test_evaluate_and_predict_take_a_converted_run(
   assert found["examples"] == 40
   assert found["accuracy"] == expected["accuracy"]
   assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+  # Every result says how it was come by.
+  assert expected["preprocess"] == found["preprocess"] == "resize(size)"
+  assert expected["image_size"] == found["image_size"]
 
   image = tmp_path / "digit.png"
   _save_digit(runs, image)

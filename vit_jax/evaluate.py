@@ -36,7 +36,8 @@ def evaluate(
     data_dir: where the TFDS data sets are, if not where they were.
 
   Returns:
-    {"checkpoint", "dataset", "split", "examples", "loss", ...metrics}.
+    {"checkpoint", "dataset", "split", "image_size", "preprocess", "examples",
+    "loss", ...metrics}.
 
   Raises:
     UserError: no checkpoint, no data, or other classes.
@@ -67,6 +68,8 @@ def evaluate(
     "checkpoint": weights.source,
     "dataset": dataset,
     "split": split,
+    "image_size": list(weights.image_size),
+    "preprocess": weights.preprocess,
     **dict(run(sharding.replicate(mesh, unflatten(params)))),
   }
 

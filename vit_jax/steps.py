@@ -179,8 +179,8 @@ def make_train_step(
 def make_eval_step(*, apply, loss_fn, num_classes: int):
   """Returns eval_step(params, batch) -> sums over the unmasked examples.
 
-  The sums: "examples", "loss", "labelled" (examples with at least one label),
-  and over those "correct" (the top class is one of the labels) and
+  The sums: "examples", "labelled" (examples with at least one label), and over
+  those alone "loss", "correct" (the top class is one of the labels) and
   "ranking_precision" (label ranking average precision, see below).
   """
 
@@ -193,8 +193,8 @@ def make_eval_step(*, apply, loss_fn, num_classes: int):
     correct = jnp.take_along_axis(targets, top[:, None], 1)[:, 0] > 0
     return {
       "examples": jnp.sum(mask),
-      "loss": jnp.sum(jnp.where(mask, loss_fn(logits, targets), 0)),
       "labelled": jnp.sum(labelled),
+      "loss": jnp.sum(jnp.where(labelled, loss_fn(logits, targets), 0)),
       "correct": jnp.sum(labelled & correct),
       "ranking_precision": jnp.sum(
         jnp.where(labelled, ranking_precision(logits, batch["labels"]), 0)

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 # Which result is compared where the user does not say; the first there is.
 _METRICS = ("accuracy", "prec@1", "r2")
+_COUNTS = ("examples", "labelled")
 _POLL_SECONDS = 0.2
 
 # `python -m vit_jax`, but for one thing: should the sweep be killed, Linux
@@ -637,7 +638,7 @@ def _choose_metric(results, select):
     return None, None
   name = select or next((n for n in _METRICS if n in results), "loss")
   if name not in results:
-    others = ", ".join(n for n in results if n != "examples")
+    others = ", ".join(n for n in results if n not in _COUNTS)
     raise UserError(f"--select={name}: the evaluation has {others}")
   return name, results[name]
 

@@ -48,15 +48,17 @@ def summarize(
   """Turns the sums of `steps.make_eval_step`, a batch each, into metrics.
 
   Yields:
-    "examples"; "loss", the mean; then, over the images with a label, for
-    single-label sets "accuracy", for multi-label ones "prec@1" (the top class
-    is one of the labels) and "lrap" (label ranking average precision).
+    "examples", all that were seen; then, over those with a label, "loss", the
+    mean, and for single-label sets "accuracy", for multi-label ones "labelled",
+    their number, "prec@1" (the top class is one of the labels) and "lrap"
+    (label ranking average precision). ImageNet-ReaL has images without.
   """
   totals = add_up(sums)
   labelled = max(totals["labelled"], 1)
   yield "examples", int(totals["examples"])
-  yield "loss", float(totals["loss"] / max(totals["examples"], 1))
+  yield "loss", float(totals["loss"] / labelled)
   if multilabel:
+    yield "labelled", int(totals["labelled"])
     yield "prec@1", float(totals["correct"] / labelled)
     yield "lrap", float(totals["ranking_precision"] / labelled)
   else:
