@@ -162,7 +162,7 @@ def test_the_command(weights, runs, capsys):
   for row in (two, five):
     assert len(row["accuracies"]) == 3
     assert row["accuracy"] == pytest.approx(np.mean(row["accuracies"]))
-    assert row["spread"] == pytest.approx(np.std(row["accuracies"]))
+    assert row["spread"] == pytest.approx(np.std(row["accuracies"], ddof=1))
   assert probe["shots"] == "all"
   assert len(probe["accuracies"]) == 1
   assert probe["accuracy"] > five["accuracy"] > two["accuracy"] > 0.15

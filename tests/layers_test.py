@@ -29,7 +29,8 @@ _LAYERS = (
     "inspect",
     "convert",
   ),
-  ("quickstart", "sweep"),  # run the commands one after the other
+  ("quickstart", "jobs"),  # run the commands one after the other
+  ("sweep",),
   ("vtab",),
   ("__main__",),
 )

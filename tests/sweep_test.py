@@ -10,7 +10,7 @@ import pytest
 from stand_in import STAND_IN
 from tiny_runs import Process, snapshot
 
-from vit_jax import sweep
+from vit_jax import jobs, sweep
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-  ("platform", "count", "jobs", "known", "expected"),
+  ("platform", "count", "parts", "known", "expected"),
   [
     ("cpu", 1, 3, "", [{}, {}, {}]),
     (
@@ -91,18 +91,18 @@ def test_names():
     ),
   ],
 )
-def test_devices_are_divided(platform, count, jobs, known, expected):
+def test_devices_are_divided(platform, count, parts, known, expected):
   environment = {"CUDA_VISIBLE_DEVICES": known}
-  found = sweep.make_environments(platform, count, jobs, environment)
+  found = jobs.make_environments(platform, count, parts, environment)
   assert found == expected
 
 
 def test_chips_are_divided():
-  found = sweep.make_environments("tpu", 4, 2, {})
+  found = jobs.make_environments("tpu", 4, 2, {})
   assert [e["TPU_VISIBLE_CHIPS"] for e in found] == ["0,1", "2,3"]
   assert {e["TPU_CHIPS_PER_PROCESS_BOUNDS"] for e in found} == {"1,2,1"}
   with pytest.raises(UserError, match="there are 1 devices"):
-    sweep.make_environments("gpu", 1, 2, {})
+    jobs.make_environments("gpu", 1, 2, {})
 
 
 def test_the_best_setting():
@@ -126,7 +126,7 @@ def test_the_best_setting():
   assert best
   assert best["setting"] == {"a": "1"}
   assert best["mean"] == pytest.approx(0.75)
-  assert best["spread"] == pytest.approx(0.05)
+  assert best["spread"] == pytest.approx(0.1 / 2**0.5)
   assert [entry["runs"] for entry in settings] == [2, 2, 1]
   _, least = choose("loss", values)
   assert least
@@ -157,7 +157,7 @@ def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
 
 
 def test_two_sweeps_on_one_folder(args, tmp_path, capsys):
-  with sweep.lock(tmp_path / "sweep"):
+  with jobs.lock(tmp_path / "sweep"):
     before = snapshot(tmp_path)
     assert main(args) == 2
     assert "another sweep (process " in capsys.readouterr().err
@@ -170,7 +170,7 @@ _NAMES = [f"base_lr={x},seed={i}" for x in ("0.001", "0.003") for i in (0, 1)]
 @pytest.fixture
 def stand_in(monkeypatch):
   # config.json of the stand-in is no real one to compare with.
-  monkeypatch.setattr(sweep, "_CHILD", STAND_IN)
+  monkeypatch.setattr(jobs, "_CHILD", STAND_IN)
   monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
 
 
@@ -182,7 +182,7 @@ def test_failures_are_reported_and_tried_again(
   args, tmp_path, stand_in, capsys, caplog, monkeypatch
 ):
   environments = [{"CUDA_VISIBLE_DEVICES": str(i)} for i in range(2)]
-  monkeypatch.setattr(sweep, "divide_devices", lambda jobs: environments)
+  monkeypatch.setattr(sweep, "divide_devices", lambda _: environments)
   folder = tmp_path / "sweep"
   (folder / _NAMES[2]).mkdir(parents=True)
   (folder / _NAMES[2] / "fail").touch()
@@ -196,7 +196,7 @@ def test_failures_are_reported_and_tried_again(
   assert statuses == ["finished", "finished", "failed", "finished"]
   assert result["best"]["setting"] == {"schedule.base_lr": "0.001"}
   assert result["best"]["mean"] == pytest.approx(0.051)
-  assert result["best"]["spread"] == pytest.approx(0.05)
+  assert result["best"]["spread"] == pytest.approx(0.1 / 2**0.5)
   logs = [(folder / name / "log.txt").read_text() for name in _NAMES]
   assert {"begins 0", "begins 1"} == {log.splitlines()[0] for log in logs}
 
@@ -216,6 +216,54 @@ def test_failures_are_reported_and_tried_again(
   assert recipe["eval_preprocess"] == recipe["train_preprocess"] == "p"
 
 
+def test_the_best_setting_is_trained_on_everything(
+  args, stand_in, tmp_path, capsys
+):
+  """The paper's protocol: selection on one part, then the final runs."""
+  config = next(a for a in args if a.startswith("--config="))
+  final = f"--final={config.removeprefix('--config=')}"
+  folder = tmp_path / "sweep"
+  assert main([*args, final, "--seeds=3", "--json"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert result["select"] == _read(folder / "select")
+  assert result["final"] == _read(folder / "final")
+  assert [run["seed"] for run in result["select"]["runs"]] == [0, 0]
+  best = {"schedule.base_lr": "0.003"}
+  assert result["select"]["best"]["setting"] == best
+  assert sorted(p.name for p in (folder / "final").iterdir()) == [
+    *(f"seed={i}" for i in range(3)),
+    "sweep.json",
+  ]
+  (entry,) = result["final"]["settings"]
+  assert entry["mean"] == pytest.approx(0.003 + 0.1)
+  assert entry["spread"] == pytest.approx(0.1)
+
+  before = snapshot(folder / "final" / "seed=1")
+  (folder / "select" / "base_lr=0.001,seed=0" / "fail").touch()
+  assert main([*args, final, "--seeds=3"]) == 0
+  assert snapshot(folder / "final" / "seed=1") == before
+  assert capsys.readouterr().out.count("accuracy") == 2
+
+
+def test_nothing_is_selected_among_failures(args, stand_in, tmp_path, capsys):
+  config = next(a for a in args if a.startswith("--config="))
+  final = f"--final={config.removeprefix('--config=')}"
+  failing = tmp_path / "sweep" / "select" / "base_lr=0.001,seed=0"
+  failing.mkdir(parents=True)
+  (failing / "fail").touch()
+  assert main([*args, final]) == 1
+  assert "1 of 2 runs failed" in capsys.readouterr().err
+  assert not (tmp_path / "sweep" / "final").exists()
+
+
+def test_a_mistake_in_the_final_configuration_shows_first(
+  args, tmp_path, capsys
+):
+  assert main([*args, "--final=configs/no_such.py"]) == 2
+  assert "no_such.py" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_metric(args, stand_in, capsys):
   assert main([*args, "--select=f1", "--seeds=1"]) == 2
   assert "--select=f1: the evaluation has accuracy" in capsys.readouterr().err
@@ -223,9 +271,9 @@ def test_an_unknown_metric(args, stand_in, capsys):
 
 _SWEEP = f"""
 import sys
-from vit_jax import sweep
+from vit_jax import jobs, sweep
 from vit_jax.__main__ import main
-sweep._CHILD = {STAND_IN!r}
+jobs._CHILD = {STAND_IN!r}
 sweep.train.check_workdir = lambda *_: False
 sys.exit(main(sys.argv[1:]))
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import tables
+from vit_jax import sweep, tables
 from vit_jax.__main__ import _make_parser, _parse_overrides, main
 from vit_jax.data import tasks as data_tasks
 from vit_jax.errors import UserError
@@ -138,6 +138,11 @@ def test_runs_become_mean_spread_and_difference(runs, table, monkeypatch):
   ]
   assert cell["differs"] == []
   assert "commands" not in cell
+  (recipe,) = cell["recipes"]
+  assert recipe == (
+    "image_size 384, train.preprocess inception_crop(size)|flip_lr, "
+    "eval.preprocess resize(size)"
+  )
   # It is nobody else's cell.
   rows = tables.make_table(table, str(runs))
   filled = [
@@ -270,12 +275,14 @@ def test_few_shot_is_read_from_the_pretraining(tmp_path):
   for name, overrides in (("one", {}), ("two", two_d)):
     path = _write_run(tmp_path / name, spec, **overrides)
     shots = [{"shots": 5, "accuracies": [0.6, 0.62] if overrides else [0.5]}]
-    text = json.dumps({"results": shots})
+    recipe = {"image_size": [224, 224], "preprocess": "resize(size)"}
+    text = json.dumps({"results": shots, **recipe})
     (path / "linear_imagenet2012.json").write_text(text)
   cell = {"table": "table8", "column": "at the input"}
   found = _cell(tmp_path, name="2-D", **cell)
   assert found["paper"] == 64.001
   assert found["ours"] == pytest.approx(61)
+  assert found["recipes"] == ["image_size [224, 224], preprocess resize(size)"]
   assert _cell(tmp_path, name="1-D", **cell)["ours"] == pytest.approx(50)
   other = cell | {"column": "every layer"}
   assert _cell(tmp_path, name="2-D", **other)["ours"] is None
@@ -370,7 +377,12 @@ def test_every_command_is_one(number, monkeypatch):
       words = words[: words.index(">")]
     args, rest = _make_parser().parse_known_args(words)
     overrides = _parse_overrides(rest)
-    if words[0] == "train":
+    if words[0] == "sweep":
+      grid = sweep.parse_grids(args.grid)
+      setting = {key: values[0] for key, values in grid.items()}
+      for spec in (args.config, args.final):
+        configuration.load(spec, overrides | setting)
+    elif words[0] == "train":
       config = configuration.load(args.config, overrides)
       assert f"ViT-{config.image_size}" not in args.config
     elif words[0] == "vtab":
@@ -389,9 +401,15 @@ def test_commands_make_what_is_looked_for(tmp_path):
       words = shlex.split(command)[1:]
       args, rest = _make_parser().parse_known_args(words)
       overrides = _parse_overrides(rest)
-      if not Path(args.workdir).exists():
-        spec = args.config.removeprefix("configs/")
-        _write_run(Path(args.workdir), spec, 0.9, **overrides)
+      specs = {Path(args.workdir): args.config}
+      if words[0] == "sweep":
+        specs = {
+          Path(args.workdir) / "final" / f"seed={seed}": args.final
+          for seed in range(args.seeds)
+        }
+      for seed, (path, spec) in enumerate(specs.items()):
+        spec = spec.removeprefix("configs/")
+        _write_run(path, spec, 0.9, **overrides | {"seed": seed})
     cell = _cell(runs, column=column, **row)
     assert cell["values"] == pytest.approx([90] * 3)
     assert "commands" not in cell
@@ -399,7 +417,8 @@ def test_commands_make_what_is_looked_for(tmp_path):
     images = plan["images"]
     pretraining = 14 * 303_000_000 if column == "ImageNet" else 0
     steps = 20_000 if column == "ImageNet" else 500
-    assert images == pretraining + 3 * steps * 512
+    # Four learning rates are tried, then the best one has three seeds.
+    assert images == pretraining + (4 + 3) * steps * 512
 
 
 def test_seeds_that_are_there_are_not_run_again(tmp_path):
@@ -413,9 +432,12 @@ def test_seeds_that_are_there_are_not_run_again(tmp_path):
   )
   cell = _cell(tmp_path, "table2", **public)
   assert cell["ours"] == pytest.approx(90)
-  seeded = ["--config.seed" in command for command in cell["commands"]]
-  assert seeded == [False, True]
-  assert cell["commands"][1].endswith("--config.seed=2")
+  # With the learning rate of the run that is there, whoever chose it.
+  for seed, command in zip((0, 2), cell["commands"], strict=True):
+    assert f"/final/seed={seed} " in command
+    assert "--config.schedule.base_lr=0.01 " in command
+    assert command.endswith(f"--config.seed={seed}")
+  assert cell["images"] == 2 * 10_000 * 512
 
 
 def test_costs_are_the_products_of_the_images():
@@ -423,8 +445,8 @@ def test_costs_are_the_products_of_the_images():
   cell = cells.Cell("finetune", public, "cifar10")
   plan = cells.plan(cell, [], "runs", costs=True)
   products = flops.count_multiply_adds("ViT-B_32", 384)
-  # Weights are published, so a fine-tuning is all.
-  assert plan.images == 10_000 * 512
+  # Weights are published, so fine-tuning is all.
+  assert plan.images == (4 + 1) * 10_000 * 512
   assert plan.exaflops == pytest.approx(6 * products * plan.images / 1e18)
   assert len(plan.commands) == 1
 

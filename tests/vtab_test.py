@@ -8,7 +8,7 @@ from random_models import random_params
 from stand_in import STAND_IN
 from tiny_runs import snapshot
 
-from vit_jax import data, models, pretrained, sweep, vtab
+from vit_jax import data, jobs, models, pretrained, sweep, vtab
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.pretrained.weights import Weights
@@ -42,9 +42,9 @@ def args(weights, tmp_path):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-  monkeypatch.setattr(sweep, "_CHILD", STAND_IN)
+  monkeypatch.setattr(jobs, "_CHILD", STAND_IN)
   monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
-  monkeypatch.setattr(sweep, "divide_devices", lambda _: [{}] * 5)
+  monkeypatch.setattr(vtab, "divide_devices", lambda _: [{}] * 5)
   # Data sets have tests of their own.
   monkeypatch.setattr(vtab, "_open_data", lambda *_: None)
 
@@ -97,7 +97,7 @@ def test_the_mini_tasks(args, stand_in, tmp_path, capsys):
     assert row["validation"] == pytest.approx(base)
     assert row["accuracies"] == pytest.approx([base, base + 0.1])
     assert row["accuracy"] == pytest.approx(base + 0.05)
-    assert row["spread"] == pytest.approx(0.05)
+    assert row["spread"] == pytest.approx(0.1 / 2**0.5)
     assert row["recipe"]["train"] == "d train800val200"
     assert row["recipe"]["eval"] == "d test"
     expected.setdefault(row["group"], []).append(base + 0.05)

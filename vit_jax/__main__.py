@@ -161,6 +161,11 @@ def _add_sweep(sweep):
     metavar="FILE[:ARG]",
     help="as for train; --config.key=value as well",
   )
+  sweep.add_argument(
+    "--final",
+    metavar="FILE[:ARG]",
+    help="what the best setting is then trained with; --seeds are of that",
+  )
   sweep.add_argument("--workdir", required=True, help="one folder a run in it")
   sweep.add_argument(
     "--grid",
@@ -375,8 +380,10 @@ def _train(args):
 def _sweep(args):
   from vit_jax import sweep
 
-  result = sweep.sweep(
-    args.config,
+  configs = [args.config, args.final] if args.final else [args.config]
+  run = sweep.select_and_train if args.final else sweep.sweep
+  result = run(
+    *configs,
     args.workdir,
     overrides=args.overrides,
     grid=sweep.parse_grids(args.grid),
@@ -384,8 +391,13 @@ def _sweep(args):
     jobs=args.jobs,
     select=args.select,
   )
-  print(json.dumps(result) if args.json else sweep.format_summary(result))
-  sweep.raise_if_failed(result["runs"])
+  summaries = [s for s in result.values() if s] if args.final else [result]
+  if args.json:
+    print(json.dumps(result))
+  else:
+    print("\n\n".join(map(sweep.format_summary, summaries)))
+  for summary in summaries:
+    sweep.raise_if_failed(summary["runs"])
 
 
 def _vtab(args):

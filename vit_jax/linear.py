@@ -4,6 +4,7 @@ Few-shot accuracy and the linear probe, in closed form: no learning rate, no
 steps, the same numbers every time.
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def linear(
   Returns:
     {"checkpoint", "dataset", "train_split", "test_split", "train_examples",
     "test_examples", "preprocess", "image_size", "features", "l2", "results":
-    [{"shots", "accuracy": the mean, "spread": the standard deviation,
+    [{"shots", "accuracy": the mean, "spread": the sample standard deviation,
     "accuracies": [of each seed]}]}. "shots" is "all" for a probe.
 
   Raises:
@@ -91,8 +92,8 @@ def linear(
     ]
     return {
       "shots": count or "all",
-      "accuracy": float(np.mean(accuracies)),
-      "spread": float(np.std(accuracies)),
+      "accuracy": statistics.fmean(accuracies),
+      "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
       "accuracies": accuracies,
     }
 
@@ -135,6 +136,8 @@ def format_report(found: dict[str, Any]) -> str:
   ]
   for row in found["results"]:
     draws = len(row["accuracies"])
-    spread = f" +- {row['spread']:.2%} over {draws} draws" * (draws > 1)
+    spread = ""
+    if row["spread"] is not None:
+      spread = f" +- {row['spread']:.2%} over {draws} draws"
     lines.append(f"  {row['shots']:>4} shots {row['accuracy']:8.2%}{spread}")
   return "\n".join(lines)

@@ -1,89 +1,39 @@
 """The `sweep` command: many runs of `train` that differ in a few keys.
 
-Every run is a process of its own with a folder of its own, so that a sweep is
-resumed run by run: what is finished stays, what was interrupted goes on. What
-a run has come to is read from its folder; the sweep itself remembers nothing.
+With a `final` configuration it is the paper's protocol: the settings are tried
+once each, on what is held out of the training set; then the best one is trained
+on all of it, with several seeds.
 
-One sweep works in a folder at a time. Its lock is flock's, which other machines
-see only where the file system says so; a sweep is for one machine.
+  WORKDIR/SETTING,seed=0                  WORKDIR/sweep.json
+  or, with a final configuration,
+  WORKDIR/{select/SETTING,seed=0 and sweep.json, final/seed=0 and sweep.json}
 """
 
 import ast
 import collections
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from vit_jax import checkpoint, train
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
-from vit_jax.metrics import duration
+from vit_jax.jobs import (
+  Run,
+  choose_metric,
+  divide_devices,
+  inspect_run,
+  lock,
+  run_all,
+)
 
 log = logging.getLogger(__name__)
-
-# Which result is compared where the user does not say; the first there is.
-_METRICS = ("accuracy", "prec@1", "r2")
-_COUNTS = ("examples", "labelled")
-_POLL_SECONDS = 0.2
-
-# `python -m vit_jax`, but for one thing: should the sweep be killed, Linux
-# sends its runs SIGTERM, on which they save and stop. 1 is PR_SET_PDEATHSIG.
-_CHILD = """
-import ctypes, os, runpy, signal, sys
-if sys.platform == "linux":
-  ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv.pop(1)):
-  sys.exit("the sweep is gone")
-runpy.run_module("vit_jax", run_name="__main__", alter_sys=True)
-"""
-
-_PROBE = """
-import jax
-d = jax.local_devices()
-print(d[0].platform, len({str(getattr(x, "coords", x.id)) for x in d}))
-"""
-# How many chips -> their shape; a process that sees some of them is told it.
-_TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}
-
-
-class Run(NamedTuple):
-  """One training of a sweep.
-
-  Attributes:
-    name: of its folder, and in tables.
-    workdir: its folder.
-    config: "FILE[:ARG]".
-    overrides: {key: text}, all of them.
-    setting: {key: text} of the grid alone.
-    seed: the configuration's.
-  """
-
-  name: str
-  workdir: Path
-  config: str
-  overrides: dict[str, str]
-  setting: dict[str, str]
-  seed: int
-
-  def arguments(self) -> list[str]:
-    """Returns the command line of `train`."""
-    changes = [f"--config.{key}={x}" for key, x in self.overrides.items()]
-    where = f"--workdir={self.workdir}"
-    return ["train", f"--config={self.config}", where, *changes]
 
 
 # --- which runs ---
@@ -201,307 +151,6 @@ def _check(run):
     )
 
 
-# --- what they have come to ---
-
-
-def inspect_run(run: Run) -> dict[str, Any]:
-  """Reads a run's folder.
-
-  Returns:
-    {"status": "waiting", "interrupted" or "finished", "step", "total_steps",
-    "results": the last evaluation, "recipe": data and preprocessing}.
-  """
-  found = {"status": "waiting", "step": 0, "total_steps": 0, "results": {}}
-  file = run.workdir / "config.json"
-  if not file.exists():
-    return found
-  written = json.loads(file.read_text())
-  found |= {
-    "status": "interrupted",
-    "total_steps": written["total_steps"],
-    "recipe": describe_recipe(written["config"]),
-  }
-  for line in _read_metrics(run.workdir):
-    found["step"] = max(found["step"], line["step"])
-    results = {
-      name.removeprefix("eval/"): x
-      for name, x in line.items()
-      if name.startswith("eval/")
-    }
-    found["results"] = results or found["results"]
-  # A run evaluates, then saves: what is saved at the end is complete.
-  last = run.workdir / "checkpoints" / str(found["total_steps"])
-  if last.is_dir() and found["step"] == found["total_steps"]:
-    found["status"] = "finished"
-  return found
-
-
-def describe_recipe(config: dict) -> dict[str, Any]:
-  """Returns what was trained and evaluated on, and how it was prepared."""
-  train_part, eval_part = config["train"], config["eval"]
-  return {
-    "image_size": config["image_size"],
-    "train": f"{train_part['dataset']} {train_part['split']}",
-    "train_preprocess": train_part["preprocess"],
-    "eval": f"{eval_part['dataset'] or train_part['dataset']} "
-    f"{eval_part['split']}",
-    "eval_preprocess": eval_part["preprocess"],
-  }
-
-
-def _read_metrics(workdir):
-  """Yields the lines of metrics.jsonl; the last may be in the making."""
-  file = workdir / "metrics.jsonl"
-  for line in file.read_text().splitlines() if file.exists() else []:
-    with contextlib.suppress(json.JSONDecodeError):
-      yield json.loads(line)
-
-
-# --- running them ---
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[int]:
-  """Makes a folder this process's own; yields the lock's file descriptor.
-
-  Who has the descriptor has the lock: runs inherit it. So, should their sweep
-  be killed, the next one waits until they have saved.
-
-  Raises:
-    UserError: another sweep is at work there.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / "lock", "a+") as file:
-    waiting = False
-    while not _try_lock(file):
-      file.seek(0)
-      owner = file.read().strip()
-      if owner and _is_alive(int(owner)):
-        raise UserError(
-          f"{folder}: another sweep (process {owner}) is at work there; wait "
-          "for it, or choose another --workdir"
-        )
-      if not waiting:
-        log.info("%s: waiting for the runs of a sweep that was killed", folder)
-      waiting = True
-      time.sleep(_POLL_SECONDS)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    yield file.fileno()
-
-
-def _try_lock(file):
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  return True
-
-
-def _is_alive(process):
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:  # somebody else's
-    pass
-  return True
-
-
-def divide_devices(jobs: int) -> list[dict[str, str]]:
-  """Returns for each job the environment that gives it its devices.
-
-  CPUs are shared, GPUs and TPU chips are divided.
-
-  Raises:
-    UserError: more jobs than devices, or chips that have no such part.
-  """
-  if jobs < 1:
-    raise UserError(f"--jobs is {jobs}; it must be 1 or more")
-  if jobs == 1:
-    return [{}]
-  probe = subprocess.run(
-    [sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False
-  )
-  if probe.returncode:
-    last = (probe.stderr.strip().splitlines() or ["no message"])[-1]
-    raise UserError(f"no devices to divide among --jobs={jobs}: {last}")
-  platform, count = probe.stdout.split()[-2:]
-  return make_environments(platform, int(count), jobs, os.environ)
-
-
-def make_environments(platform, count, jobs, environment):
-  """Returns `divide_devices` for `count` devices of a platform."""
-  if platform == "cpu":
-    return [{}] * jobs
-  share = count // jobs
-  if not share:
-    raise UserError(f"--jobs={jobs}: there are {count} devices, one a job")
-  if platform == "tpu":
-    if share not in _TPU_BOUNDS:
-      share = max(n for n in _TPU_BOUNDS if n <= share)
-    shape = {
-      "TPU_CHIPS_PER_PROCESS_BOUNDS": _TPU_BOUNDS[share],
-      "TPU_PROCESS_BOUNDS": "1,1,1",
-    }
-    name, known = "TPU_VISIBLE_CHIPS", ""
-  else:
-    shape, name = {}, "CUDA_VISIBLE_DEVICES"
-    known = environment.get(name, "")
-  devices = known.split(",") if known else [str(i) for i in range(count)]
-  return [
-    {name: ",".join(devices[j * share : (j + 1) * share]), **shape}
-    for j in range(jobs)
-  ]
-
-
-class _Job(NamedTuple):
-  run: Run
-  process: subprocess.Popen
-  environment: dict[str, str]
-  started: float
-
-
-class _Signals:
-  """Counts SIGTERM and Ctrl-C instead of ending the sweep."""
-
-  def __enter__(self):
-    self.count = 0
-    self._previous = {
-      number: signal.signal(number, self._handle)
-      for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def _handle(self, *_):
-    self.count += 1
-
-
-def run_all(
-  runs: Sequence[Run], environments: list[dict[str, str]], lock_fd: int
-) -> tuple[dict[Path, str], bool]:
-  """Runs what is not finished, as many at once as there are environments.
-
-  Args:
-    runs: from `plan`.
-    environments: from `divide_devices`.
-    lock_fd: from `lock`.
-
-  Returns:
-    ({workdir: last line} of the runs that failed, whether it was stopped).
-  """
-  waiting = collections.deque(
-    run for run in runs if inspect_run(run)["status"] != "finished"
-  )
-  progress = _Progress(runs, len(runs) - len(waiting))
-  free, active, failed = list(environments), [], {}
-  try:
-    with _Signals() as signals:
-      told = 0  # how many signals the runs have been passed
-      while (waiting and not signals.count) or active:
-        while waiting and free and not signals.count:
-          active.append(_start(waiting.popleft(), free.pop(0), lock_fd))
-        if told < min(signals.count, 2):
-          told += 1
-          log.info("stopping: %d runs save; once more to quit", len(active))
-          for job in active:
-            (job.process.terminate, job.process.kill)[told - 1]()
-        for job in [job for job in active if job.process.poll() is not None]:
-          active.remove(job)
-          free.append(job.environment)
-          if job.process.returncode and not signals.count:
-            failed[job.run.workdir] = _last_line(job.run.workdir / "log.txt")
-          progress.ended(job, failed.get(job.run.workdir))
-        progress.show(active)
-        time.sleep(_POLL_SECONDS)
-      return failed, bool(signals.count)
-  finally:
-    progress.close()
-    for job in active:
-      job.process.kill()
-
-
-def _start(run, environment, lock_fd):
-  run.workdir.mkdir(parents=True, exist_ok=True)
-  with open(run.workdir / "log.txt", "a") as file:
-    process = subprocess.Popen(
-      [sys.executable, "-c", _CHILD, str(os.getpid()), *run.arguments()],
-      stdin=subprocess.DEVNULL,
-      stdout=file,
-      stderr=file,
-      env={**os.environ, **environment},
-      # The terminal's Ctrl-C is for the sweep, which passes it on.
-      start_new_session=True,
-      pass_fds=(lock_fd,),
-    )
-  return _Job(run, process, environment, time.monotonic())
-
-
-def _last_line(file):
-  lines = file.read_text(errors="replace").strip().splitlines()
-  line = lines[-1] if lines else "no message"
-  return line if len(line) <= 300 else f"{line[:140]} ... {line[-150:]}"
-
-
-class _Progress:
-  """The table of the runs at work, on stderr: in place on a terminal."""
-
-  def __init__(self, runs, done):
-    self._total, self._done = len(runs), done
-    self._root = os.path.commonpath([run.workdir.parent for run in runs])
-    self._terminal = sys.stderr.isatty()
-    self._lines = 0
-    self._shown = (0.0, None)
-
-  def ended(self, job, error):
-    """Says what became of a run."""
-    found = inspect_run(job.run)
-    self._done += found["status"] == "finished"
-    self._erase()
-    took = duration(time.monotonic() - job.started)
-    what = f"FAILED: {error}" if error else found["status"]
-    log.info("%s  %s  %s", self._format(job.run, found), what, took)
-
-  def show(self, active):
-    """Shows the runs at work, if something is new."""
-    names = [job.run.workdir for job in active]
-    now = time.monotonic()
-    due = now - self._shown[0] > (1 if self._terminal else 60)
-    if (names == self._shown[1] and not due) or not names:
-      return
-    self._erase()
-    rows = [self._format(job.run, inspect_run(job.run)) for job in active]
-    rows.append(self._count())
-    print("\n".join(rows), file=sys.stderr, flush=True)
-    self._lines = len(rows)
-    self._shown = (now, names)
-
-  def close(self):
-    """Leaves one line instead of the table."""
-    self._erase()
-    log.info("%s", self._count())
-
-  def _count(self):
-    return f"{self._done} of {self._total} runs finished"
-
-  def _erase(self):
-    if self._terminal and self._lines:
-      print(f"\x1b[{self._lines}A\x1b[J", end="", file=sys.stderr, flush=True)
-    self._lines = 0
-
-  def _format(self, run, found):
-    steps = f"{found['step']}/{found['total_steps'] or '?'}"
-    name, metric = _choose_metric(found["results"], None)
-    result = f"{name} {metric:.4f}" if name else ""
-    path = os.path.relpath(run.workdir, self._root)
-    return f"  {path:36} {steps:>12}  {result:16}"
-
-
 # --- what comes out ---
 
 
@@ -534,11 +183,91 @@ def sweep(
   runs = plan(config, folder, overrides, grid, seeds)
   environments = divide_devices(jobs)
   with lock(folder) as lock_fd:
-    failed, stopped = run_all(runs, environments, lock_fd)
-    result = write_summary(folder, runs, failed, select)
+    results, stopped = run_groups({"": runs}, environments, lock_fd, select)
   if stopped:
     log.info("stopped; run it again to go on")
-  return result
+  return results[""]
+
+
+def select_and_train(
+  config: str,
+  final: str,
+  workdir: str,
+  *,
+  overrides: dict[str, str],
+  grid: dict[str, list[str]],
+  seeds: int = 3,
+  jobs: int = 1,
+  select: str | None = None,
+) -> dict[str, Any]:
+  """Tries every setting once, then trains the best with several seeds.
+
+  Args:
+    config: "FILE[:ARG]" that holds out a part of the training set.
+    final: "FILE[:ARG]" that trains on all of it.
+    workdir, overrides, grid, jobs, select: as `sweep`, of both.
+    seeds: how many of the final run.
+
+  Returns:
+    {"select", "final"}, each `summarize`; what was not begun is None.
+
+  Raises:
+    UserError: as `sweep`.
+    RunStopped: a run of the selection failed.
+  """
+  folder = local_folder(workdir)
+
+  def plan_final(setting):
+    changed = {**overrides, **setting}
+    return plan(final, folder / "final", changed, {}, seeds)
+
+  trials = plan(config, folder / "select", overrides, grid, 1)
+  plan_final(trials[0].setting)  # a mistake in it shows now
+  environments = divide_devices(jobs)
+  found: dict[str, Any] = {"select": None, "final": None}
+  with lock(folder) as lock_fd:
+
+    def run(name, runs):
+      results, stopped = run_groups({name: runs}, environments, lock_fd, select)
+      found.update(results)
+      return stopped
+
+    stopped = run("select", trials)
+    if not stopped:
+      raise_if_failed(found["select"]["runs"])
+      setting = found["select"]["best"]["setting"]
+      log.info("selected: %s", setting)
+      stopped = run("final", plan_final(setting))
+  if stopped:
+    log.info("stopped; run it again to go on")
+  return found
+
+
+def run_groups(
+  groups: dict[str, list[Run]], environments, lock_fd: int, select: str | None
+) -> tuple[dict[str, dict[str, Any]], bool]:
+  """Runs what is not finished; writes a sweep.json for each group.
+
+  Args:
+    groups: {name: runs of one folder}; all of them share the devices.
+    environments, lock_fd: as `jobs.run_all`.
+    select: as `sweep`.
+
+  Returns:
+    ({name: `summarize`}, whether it was stopped).
+
+  Raises:
+    UserError: no such result.
+  """
+  every = [run for runs in groups.values() for run in runs]
+  failed, stopped = run_all(every, environments, lock_fd)
+  results = {}
+  for name, runs in groups.items():
+    results[name] = summarize(runs, failed, select)
+    text = json.dumps(results[name], indent=1) + "\n"
+    file = runs[0].workdir.parent / "sweep.json"
+    checkpoint.write_atomically(file, text)
+  return results, stopped
 
 
 def local_folder(workdir: str) -> Path:
@@ -555,14 +284,6 @@ def local_folder(workdir: str) -> Path:
   return Path(workdir).expanduser().absolute()
 
 
-def write_summary(folder, runs, failed, select) -> dict[str, Any]:
-  """Writes `summarize` to `folder`/sweep.json and returns it."""
-  result = summarize(runs, failed, select)
-  text = json.dumps(result, indent=1) + "\n"
-  checkpoint.write_atomically(folder / "sweep.json", text)
-  return result
-
-
 def summarize(
   runs: Sequence[Run], failed: dict[Path, str], select: str | None
 ) -> dict[str, Any]:
@@ -570,10 +291,10 @@ def summarize(
 
   Returns:
     {"config", "select", "best": one of "settings" or None, "settings":
-    [{"setting", "runs": how many are finished, "mean", "spread": the standard
-    deviation}], "runs": [{"name", "workdir", "setting", "seed", "status",
-    "metric", "results", "recipe", "error"}]}. The best has the best mean of
-    the settings whose runs are all finished.
+    [{"setting", "runs": how many are finished, "mean", "spread": the sample
+    standard deviation, None for one run}], "runs": [{"name", "workdir",
+    "setting", "seed", "status", "metric", "results", "recipe", "error"}]}. The
+    best has the best mean of the settings whose runs are all finished.
 
   Raises:
     UserError: the evaluations have no `select`.
@@ -600,8 +321,8 @@ def compare(rows, select) -> tuple[list[dict], dict | None]:
       {
         "setting": setting,
         "runs": len(metrics),
-        "mean": float(np.mean(metrics)) if metrics else None,
-        "spread": float(np.std(metrics)) if metrics else None,
+        "mean": statistics.fmean(metrics) if metrics else None,
+        "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
         "complete": len(metrics) == len(group),
       }
     )
@@ -616,7 +337,7 @@ def _summarize_run(run, failed, select):
   status = "failed" if run.workdir in failed else found["status"]
   name, metric = None, None
   if status == "finished":
-    name, metric = _choose_metric(found["results"], select)
+    name, metric = choose_metric(found["results"], select)
   return {
     "name": run.name,
     "workdir": str(run.workdir),
@@ -630,17 +351,6 @@ def _summarize_run(run, failed, select):
     "recipe": found.get("recipe"),
     "error": failed.get(run.workdir),
   }
-
-
-def _choose_metric(results, select):
-  """Returns (name, value) of what is compared, (None, None) for no results."""
-  if not results:
-    return None, None
-  name = select or next((n for n in _METRICS if n in results), "loss")
-  if name not in results:
-    others = ", ".join(n for n in results if n not in _COUNTS)
-    raise UserError(f"--select={name}: the evaluation has {others}")
-  return name, results[name]
 
 
 def format_summary(result: dict[str, Any]) -> str:

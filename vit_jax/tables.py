@@ -38,9 +38,10 @@ def make_table(
     [{"name", ...}]. Of results (tables 2 and 5 to 9): "pretraining", "epochs",
     "variant", "private", "note", "stand_in" (a row, where the pre-training set
     is private) and "cells": {column: {"paper", "paper_spread", "ours",
-    "spread", "difference", "values", "runs", "differs", "commands", "images",
-    "exaflops"}}, in percent. Table 6 also has "exaflops" and "paper_exaflops",
-    table 1 "parameters", tables 3 and 4 hyper-parameters and "runs".
+    "spread", "difference", "values", "runs", "differs", "recipes",
+    "commands", "images", "exaflops"}}, in percent. Table 6 also has "exaflops"
+    and "paper_exaflops", table 1 "parameters", tables 3 and 4 hyper-parameters
+    and "runs".
 
   Raises:
     UserError: an unknown name, or a folder without runs.
@@ -264,6 +265,7 @@ def _fill(cell: Cell, paper, runs: list[Run], folder: str, costs: bool):
     "values": list(found.values),
     "runs": list(found.paths),
     "differs": list(found.differs),
+    "recipes": list(found.recipes),
     "other_runs": found.others,
   }
   if len(found.values) < cell.seeds:

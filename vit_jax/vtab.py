@@ -20,6 +20,7 @@ import numpy as np
 
 from vit_jax import checkpoint, data, pretrained, sweep
 from vit_jax.errors import UserError
+from vit_jax.jobs import divide_devices, lock
 
 log = logging.getLogger(__name__)
 
@@ -102,18 +103,13 @@ def vtab(
     )
 
   trials = {t.name: plan(t, "select", _SELECTION, grid, 1) for t in chosen}
-  environments = sweep.divide_devices(jobs)
+  environments = divide_devices(jobs)
   _open_data(chosen, overrides.get("data_dir"), is_mini)
-  with sweep.lock(folder) as lock_fd:
+  with lock(folder) as lock_fd:
 
     def run(runs):
       """Returns what the runs of each task have come to, None if stopped."""
-      every = [run for some in runs.values() for run in some]
-      failed, stopped = sweep.run_all(every, environments, lock_fd)
-      results = {
-        name: sweep.write_summary(some[0].workdir.parent, some, failed, None)
-        for name, some in runs.items()
-      }
+      results, stopped = sweep.run_groups(runs, environments, lock_fd, None)
       sweep.raise_if_failed([r for s in results.values() for r in s["runs"]])
       return None if stopped else results
 
@@ -201,9 +197,9 @@ def summarize(
   Returns:
     {"checkpoint", "grid", "tasks": [{"task", "title", "group", "setting",
     "validation": accuracy on 200 images with it, "accuracy": the mean on the
-    test set, "spread": the standard deviation, "accuracies": of each seed,
-    "recipe"}], "groups": {group: the mean of its tasks}, "mean": of all
-    tasks}. What is not known yet is None.
+    test set, "spread": the sample standard deviation, None for one seed,
+    "accuracies": of each seed, "recipe"}], "groups": {group: the mean of its
+    tasks}, "mean": of all tasks}. What is not known yet is None.
   """
   rows = []
   for task in tasks:
@@ -248,9 +244,7 @@ def format_report(result: dict[str, Any]) -> str:
     return "-" if value is None else f"{value:.2%}"
 
   for row in result["tasks"]:
-    several = len(row.get("accuracies", ())) > 1
-    spread = row["spread"] if several else None
-    numbers = (row["validation"], row["accuracy"], spread)
+    numbers = (row["validation"], row["accuracy"], row["spread"])
     cells = "".join(f"{show(value):>9}" for value in numbers)
     setting = ",".join(f"{k}={v}" for k, v in (row["setting"] or {}).items())
     lines.append(f"  {row['title']:16}{cells}  {setting}")

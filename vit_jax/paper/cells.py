@@ -3,6 +3,7 @@
 A cell is one model, pre-trained in one way, measured in one way.
 """
 
+import itertools
 import math
 import shlex
 import statistics
@@ -53,12 +54,14 @@ class Found(NamedTuple):
     values: percent, of each run.
     paths: of these runs.
     differs: in what they are not the paper's protocol.
+    recipes: their image sizes and preprocessing.
     others: how many more runs there are, of other settings.
   """
 
   values: tuple[float, ...] = ()
   paths: tuple[str, ...] = ()
   differs: tuple[str, ...] = ()
+  recipes: tuple[str, ...] = ()
   others: int = 0
 
 
@@ -93,7 +96,15 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
       values.append(100 * value)
       paths.append(str(run.path))
   differs = sorted({text for run in group for text in _differences(run, cell)})
-  return Found(tuple(values), tuple(paths), tuple(differs), others)
+  recipes = sorted({_describe_recipe(run) for run in group})
+  return Found(
+    tuple(values), tuple(paths), tuple(differs), tuple(recipes), others
+  )
+
+
+def _describe_recipe(run):
+  keys = ("image_size", "train.preprocess", "eval.preprocess")
+  return ", ".join(f"{key} {run.config[key]}" for key in keys)
 
 
 def _find_finetunings(cell, runs):
@@ -153,7 +164,7 @@ def _differences(run, cell):
   """Yields in what a run is not the paper's protocol."""
   protocol = data.load()["table4"]
   expected = {
-    "total_steps": _steps(cell),
+    "total_steps": _row_of_table_4(cell)["steps"],
     "batch_size": protocol["common"]["batch_size"],
     "optimizer.name": protocol["common"]["optimizer"],
     "optimizer.clip_norm": protocol["common"]["clip_norm"],
@@ -165,15 +176,15 @@ def _differences(run, cell):
       yield f"{key} {values[key]} (the paper: {value})"
 
 
-def _steps(cell):
-  """Returns Table 4's steps of a cell's fine-tuning."""
+def _row_of_table_4(cell):
+  """Returns Table 4's row of a cell's fine-tuning."""
   measures = data.load()["measures"]
-  wanted = "vtab_mean" if cell.kind == "vtab" else "finetune"
+  wanted = "vtab_mean" if cell.kind.startswith("vtab") else "finetune"
   for row in data.load()["table4"]["rows"]:
     found = measures[row["name"]]
     same = found.get("dataset") == _training_set(cell) or wanted == "vtab_mean"
     if found["kind"] == wanted and same:
-      return row["steps"]
+      return row
   raise AssertionError(f"no row of Table 4 for {cell}")
 
 
@@ -191,18 +202,22 @@ def _measure_vtab_mean(cell, runs):
     statistics.fmean(task.values[i] for task in found) for i in range(count)
   ]
   differs = sorted({text for task in found for text in task.differs})
-  paths = [path for task in found for path in task.paths]
-  return Found(tuple(values), tuple(paths if count else ()), tuple(differs))
+  recipes = sorted({text for task in found for text in task.recipes})
+  paths = [path for task in found for path in task.paths if count]
+  return Found(tuple(values), tuple(paths), tuple(differs), tuple(recipes))
 
 
 def _measure_linear(cell, runs):
   """What `vit-jax linear` wrote into the folder of a pre-training."""
   for run in runs:
     if is_pretraining(run, cell.pretraining):
-      for row in run.read_json(_linear_file(cell)).get("results", ()):
+      found = run.read_json(_linear_file(cell))
+      for row in found.get("results", ()):
         if row["shots"] == 5:
           values = tuple(100 * x for x in row["accuracies"])
-          return Found(values, (str(run.path),))
+          keys = ("image_size", "preprocess")
+          recipe = ", ".join(f"{key} {found.get(key)}" for key in keys)
+          return Found(values, (str(run.path),), recipes=(recipe,))
   return Found()
 
 
@@ -303,42 +318,81 @@ def _describe_set(dataset):
 
 
 def _plan_finetunings(cell, runs, source, folder, costs):
-  """Yields the fine-tunings, one for each seed that is missing."""
-  there = {run.config["seed"] for run in _find_finetunings(cell, runs)}
-  for seed in range(cell.seeds):
+  """Yields what makes the fine-tuned runs that are missing.
+
+  The paper's protocol as a sweep; or, where there are runs of a setting, the
+  same setting with the seeds that they lack.
+  """
+  group, _ = _choose(_find_finetunings(cell, runs))
+  if not group:
+    yield _plan_sweep(cell, source, folder, costs)
+    return
+  there = [run.config["seed"] for run in group]
+  rate = group[0].config["schedule.base_lr"]
+  for seed, workdir in _place_finetunings(cell, runs, folder).items():
     if seed not in there:
-      workdir = _finetuning_folder(cell, folder, seed)
-      command = _finetune(cell, source, workdir, seed)
+      command = _command(
+        "train",
+        f"--config={_finetuning_config(cell)}",
+        f"--workdir={workdir}",
+        f"--config.init_from={source}",
+        f"--config.schedule.base_lr={rate}",
+        f"--config.seed={seed}",
+      )
       yield Plan((command,), *_cost(cell, costs))
 
 
-def _finetuning_folder(cell, folder, seed):
+def _place_finetunings(cell, runs, folder):
+  """Returns {seed: folder} of a cell's fine-tunings, made and to be made."""
+  group, _ = _choose(_find_finetunings(cell, runs))
+  found = {run.config["seed"]: str(run.path) for run in group}
+  # Of a sweep that was not finished, or will be.
+  base = f"{_finetuning_folder(cell, folder)}/final"
+  if group and group[0].path.parent.name == "final":
+    base = str(group[0].path.parent)
+  missing = (seed for seed in itertools.count() if seed not in found)
+  for seed in itertools.islice(missing, max(0, cell.seeds - len(found))):
+    found[seed] = f"{base}/seed={seed}"
+  return found
+
+
+def _plan_sweep(cell, source, folder, costs):
+  """Returns the selection of a learning rate, and the final runs with it."""
+  row = _row_of_table_4(cell)
+  rates = row["base_lrs"]
+  config = _finetuning_config(cell)
+  command = _command(
+    "sweep",
+    f"--config={config},held_out",
+    f"--final={config}",
+    f"--workdir={_finetuning_folder(cell, folder)}",
+    f"--config.init_from={source}",
+    f"--grid=schedule.base_lr={','.join(map(str, rates))}",
+    f"--seeds={cell.seeds}",
+  )
+  steps = (len(rates) + cell.seeds) * row["steps"]
+  return Plan((command,), *_cost(cell, costs, steps))
+
+
+def _finetuning_folder(cell, folder):
   dataset = _training_set(cell)
   size = f"_{cell.image_size}" if cell.averaged else ""
-  name = f"{_pretraining_folder(cell.pretraining, folder)}-{dataset}{size}"
-  return name + (f"_seed{seed}" if seed else "")
+  return f"{_pretraining_folder(cell.pretraining, folder)}-{dataset}{size}"
 
 
-def _finetune(cell, source, workdir, seed):
+def _finetuning_config(cell):
   spec = f"{cell.pretraining.variant},{_training_set(cell)}"
   if cell.averaged:
     spec += f",{cell.image_size}"
-  return _command(
-    "train",
-    f"--config=configs/finetune.py:{spec}",
-    f"--workdir={workdir}",
-    f"--config.init_from={source}",
-    *([f"--config.seed={seed}"] if seed else []),
-  )
+  return f"configs/finetune.py:{spec}"
 
 
 def _plan_real(cell, runs, source, folder, costs):
   """Yields the fine-tunings that are missing, and their evaluations."""
-  finetuned = _find_finetunings(cell, runs)
-  yield from _plan_finetunings(cell, runs, source, folder, costs)
-  seeds = {run.config["seed"]: str(run.path) for run in finetuned}
-  for seed in range(cell.seeds):
-    path = seeds.get(seed) or _finetuning_folder(cell, folder, seed)
+  places = _place_finetunings(cell, runs, folder)
+  if len(_choose(_find_finetunings(cell, runs))[0]) < cell.seeds:
+    yield from _plan_finetunings(cell, runs, source, folder, costs)
+  for path in places.values():
     command = _command(
       "evaluate",
       f"--workdir={path}",
@@ -347,7 +401,7 @@ def _plan_real(cell, runs, source, folder, costs):
       "--json",
     )
     output = shlex.quote(f"{path}/{cell.dataset}.json")
-    yield Plan((f"{command} > {output}",), 0, 0.0)
+    yield Plan((f"{command} > {output}",), 0, 0.0 if costs else None)
 
 
 def _plan_vtab(cell, tasks, source, folder, costs):
@@ -396,7 +450,7 @@ def _plan_linear(cell, source, costs):
 
 def _cost(cell, costs, steps=None):
   """Returns the images and the exaFLOPs of a fine-tuning, without its head."""
-  steps = steps or _steps(cell)
+  steps = steps or _row_of_table_4(cell)["steps"]
   images = steps * data.load()["table4"]["common"]["batch_size"]
   if not costs:
     return images, None
