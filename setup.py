@@ -32,7 +32,10 @@ setuptools.setup(
   long_description_content_type="text/markdown",
   license="Apache-2.0",
   packages=setuptools.find_packages(include=["vit_jax", "vit_jax.*"]),
-  package_data={"vit_jax.paper": ["tables.json"]},
+  package_data={
+    "vit_jax.data.builders": ["imagenet21k.txt"],
+    "vit_jax.paper": ["tables.json"],
+  },
   python_requires=">=3.11",
   install_requires=[
     "absl-py>=2.1",

@@ -20,7 +20,7 @@ _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
 
 
 def list_datasets(data_dir: str | None = None) -> list[dict]:
-  """Prints what can be trained on without a download, and what is prepared.
+  """Prints what is built in, and what is prepared.
 
   Returns:
     [{"name", "version", "format", "splits": {split: examples}}], prepared
@@ -38,7 +38,10 @@ def list_datasets(data_dir: str | None = None) -> list[dict]:
   if not prepared:
     print("  nothing yet")
   for name in missing:
-    print(f"built in: {name}  (run `vit-jax data prepare {name}`)")
+    how = "run `vit-jax data prepare"
+    if name in tasks.BY_HAND:
+      how = "by hand: see `vit-jax data check"
+    print(f"built in: {name}  ({how} {name}`)")
   _print_tasks({p["name"] for p in prepared if p["format"] == "array_record"})
   print("folders of images by class: folder:PATH")
   print("ObjectNet, as it was unpacked: objectnet:PATH/images")

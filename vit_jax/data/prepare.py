@@ -52,7 +52,7 @@ class Needs:
     state: "ready", "to convert" (there, in another format), or "missing".
     folder: where it is, or would be.
     manual_folder: where files that are fetched by hand go; None for no such.
-    manual_files: {name: whether it is there}.
+    manual_files: {name: whether it is there}; a name may be "a or b".
     instructions: what TFDS says on how to get them, in one line.
     packages: Python packages that are not installed and that making it takes.
   """
@@ -87,7 +87,10 @@ def find_needs(name: str, data_dir: str | None = None) -> Needs:
     state=state,
     folder=Path(builder.data_path),
     manual_folder=manual_folder,
-    manual_files={f: (manual_folder / f).exists() for f in files},
+    manual_files={
+      f: any((manual_folder / name).exists() for name in f.split(" or "))
+      for f in files
+    },
     instructions=" ".join((instructions or "").split()),
     packages=[
       package

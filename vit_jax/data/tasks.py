@@ -256,8 +256,13 @@ _PLAIN_TASKS = (
 )  # fmt: skip
 
 # What TFDS does not download: files and folders, by data set, for its folder
-# `downloads/manual`, and the Python packages that only making the set needs.
+# `downloads/manual` ("a or b": one of them will do), and the Python packages
+# that only making the set needs.
 BY_HAND = {
+  "imagenet21k": (
+    "fall11_whole.tar or winter21_whole.tar.gz or fall11_whole/ or "
+    "winter21_whole/",
+  ),
   "imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"),
   "imagenet2012_real": ("ILSVRC2012_img_val.tar",),
   "resisc45": ("NWPU-RESISC45",),

@@ -11,7 +11,7 @@ from vit_jax.errors import UserError, suggest
 
 
 def names() -> list[str]:
-  """Returns the names of the data sets that need no download."""
+  """Returns the names of the data sets that are built in."""
   return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 
