@@ -10,7 +10,6 @@ import pathlib
 import tarfile
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -288,11 +287,10 @@ def test_mocked_examples_make_a_batch_of_the_papers_configuration(
   with config.unlocked():
     config.model.scan = True  # one block is traced for all
   task = make_task(config, found.class_names, found.multilabel)
-  step, init = train.build(config, task, 20_000)
+  _, init = train.build(config, task, 20_000)
   state = jax.eval_shape(init, jax.random.key(0))
+  # `paper_test.py` traces the step.
   assert state.params["head"]["kernel"].shape == (768, 21_843)
-  _, values = jax.eval_shape(step, state, batch)
-  assert (values["loss"].shape, values["loss"].dtype) == ((), jnp.float32)
 
 
 # --- what is missing, and mistakes ---
