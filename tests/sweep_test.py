@@ -235,6 +235,7 @@ def test_the_best_setting_is_trained_on_everything(
     "sweep.json",
   ]
   (entry,) = result["final"]["settings"]
+  assert entry["setting"] == best
   assert entry["mean"] == pytest.approx(0.003 + 0.1)
   assert entry["spread"] == pytest.approx(0.1)
 

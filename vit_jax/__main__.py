@@ -297,7 +297,9 @@ def _add_data_commands(add):
   check = add("check", _data_check, "read a set and say what is in it")
   show = add("show", _data_show, "draw augmented training images")
   for command in (prepare, check, show):
-    command.add_argument("name", metavar="NAME", help="TFDS name, folder:/path")
+    command.add_argument(
+      "name", metavar="NAME", help="of a data set, a task or folder:PATH"
+    )
     _add_data_dir(command)
   check.add_argument("--split", help="default: every split")
   check.add_argument(

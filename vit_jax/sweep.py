@@ -219,7 +219,8 @@ def select_and_train(
 
   def plan_final(setting):
     changed = {**overrides, **setting}
-    return plan(final, folder / "final", changed, {}, seeds)
+    runs = plan(final, folder / "final", changed, {}, seeds)
+    return [run._replace(setting=setting) for run in runs]
 
   trials = plan(config, folder / "select", overrides, grid, 1)
   plan_final(trials[0].setting)  # a mistake in it shows now
