@@ -101,6 +101,13 @@ def _make_pattern(seed, weights):
   return slots[order], counts
 
 
+def count_cpus() -> int:
+  """Returns the cores of this process, where the system says (not on a Mac)."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 def train_batches(
   sources_and_weights: Sequence[tuple[Source, float]],
   *,
@@ -290,7 +297,7 @@ def _make_dataset(reader, steps, process, max_labels):
 
   options = tf.data.Options()
   options.deterministic = True
-  options.threading.private_threadpool_size = _count_cpus()
+  options.threading.private_threadpool_size = count_cpus()
   options.threading.max_intra_op_parallelism = 1
   return (
     tf.data.Dataset.range(steps.start, steps.stop)
@@ -301,13 +308,6 @@ def _make_dataset(reader, steps, process, max_labels):
     .prefetch(2)
     .with_options(options)
   )
-
-
-def _count_cpus():
-  """Those that this process may use, where the system says (not on a Mac)."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def _parse(source, record, max_labels):
