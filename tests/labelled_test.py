@@ -1,20 +1,25 @@
 """A data set of one's own images: labels, parts, twins, mistakes."""
 
+import concurrent.futures
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
+import measure_data_build
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 from tiny_runs import REPO
 
-from vit_jax import data, datasets
+from vit_jax import data, datasets, preprocess
 from vit_jax.data import labelled, near_duplicates
 from vit_jax.errors import UserError
 
@@ -37,6 +42,35 @@ def _make(root, count, bad=()):
   for i in bad:
     (root / "images" / "a" / f"{i}.jpg").write_bytes(b"no image")
   (root / "labels.csv").write_text("\n".join(rows))
+
+
+class _Inline:
+  """A pool whose only worker is this process, which need not be started."""
+
+  def __init__(self, _, initializer, initargs, **kwargs):
+    initializer(*initargs)
+
+  def submit(self, function, *args):
+    future = concurrent.futures.Future()
+    future.set_result(function(*args))
+    return future
+
+  def shutdown(self, **kwargs):
+    pass
+
+
+@pytest.fixture
+def inline(monkeypatch):
+  """Lists the parts that are written, here."""
+  monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", _Inline)
+  written = []
+  write_part = labelled._write_part
+  monkeypatch.setattr(
+    labelled,
+    "_write_part",
+    lambda part: written.append(part.number) or write_part(part),
+  )
+  return written
 
 
 def _build(root, **options):
@@ -63,7 +97,7 @@ def test_a_folder_becomes_a_data_set(tmp_path):
   _make(tmp_path, 30, bad=[7])
   (tmp_path / "images" / "a" / "nobody.jpg").write_bytes(b"")
   report = _build(tmp_path, min_confidence=0.5, holdout=0.3)
-  assert report["unreadable"] == ["a/7.jpg"]
+  assert report["unreadable"] == [["a/7.jpg", "UnidentifiedImageError"]]
   assert report["without labels"] == ["a/nobody.jpg"]
   assert report["images"] == 31
   assert report["train"] + report["test"] == 29
@@ -82,7 +116,7 @@ def test_a_folder_becomes_a_data_set(tmp_path):
     _build(tmp_path)
 
 
-def test_tar_and_parquet_and_json_lines(tmp_path):
+def test_tar_and_parquet_and_json_lines(tmp_path, inline):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 
@@ -114,7 +148,7 @@ def test_tar_and_parquet_and_json_lines(tmp_path):
   ]
 
 
-def test_webp_is_encoded_anew_without_loss(tmp_path):
+def test_webp_is_encoded_anew_without_loss(tmp_path, inline):
   (tmp_path / "images").mkdir()
   picture = _image(1)
   picture.save(tmp_path / "images" / "1.webp", lossless=True)
@@ -127,50 +161,7 @@ def test_webp_is_encoded_anew_without_loss(tmp_path):
   np.testing.assert_array_equal(np.asarray(found), np.asarray(picture))
 
 
-# --- twins ---
-
-
-def _encode(image, quality=60):
-  out = io.BytesIO()
-  image.save(out, "JPEG", quality=quality)
-  return Image.open(io.BytesIO(out.getvalue()))
-
-
-_CHANGES = {
-  "the same": lambda x: x,
-  "smaller": lambda x: x.resize((x.width * 2 // 3, x.height * 2 // 3)),
-  "larger": lambda x: x.resize((x.width * 2, x.height * 2)),
-  "encoded anew": _encode,
-  "mirrored": lambda x: x.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-  "cropped": lambda x: x.crop((3, 2, x.width - 1, x.height - 3)),
-  "darker": lambda x: x.point(lambda v: int(0.7 * v)),
-  "all of it": lambda x: _encode(
-    x.transpose(Image.Transpose.FLIP_LEFT_RIGHT).crop((2, 0, x.width, x.height))
-  ),
-}
-
-
-@pytest.mark.parametrize("change", _CHANGES)
-def test_twins_are_found(change):
-  tests = [(str(i), _image(i, (96, 80))) for i in range(40)]
-  index = near_duplicates.Index(tests)
-  twins = [index.find(_CHANGES[change](image)) for _, image in tests]
-  found = [
-    twin is not None and twin.name == name
-    for twin, (name, _) in zip(twins, tests, strict=True)
-  ]
-  assert sum(found) >= 39
-
-
-def test_others_are_no_twins():
-  index = near_duplicates.Index((str(i), _image(i)) for i in range(100))
-  assert not any(index.find(_image(i)) for i in range(1000, 1200))
-  assert near_duplicates.Index([]).find(_image(0)) is None
-  flat = Image.new("RGB", (40, 32), (90, 90, 90))
-  assert index.find(flat) is None
-
-
-def test_a_build_leaves_twins_out(tmp_path):
+def test_a_build_leaves_twins_out(tmp_path, inline):
   data.prepare("digits", str(tmp_path / "data"))
   source = data.get_source("digits", "test[:3]", str(tmp_path / "data"))
   _make(tmp_path, 5)
@@ -186,46 +177,213 @@ def test_a_build_leaves_twins_out(tmp_path):
   assert report["train"] == 3
 
 
-# --- going on, and mistakes ---
+# --- odd files ---
 
 
-def test_a_killed_build_goes_on(tmp_path, monkeypatch):
-  count = 2400
-  _make(tmp_path, count)
+def _save(image, kind, **options):
+  out = io.BytesIO()
+  image.save(out, kind, **options)
+  return out.getvalue()
+
+
+def _turned():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # a quarter turn
+  return exif
+
+
+def _grey16():
+  pixels = np.asarray(_image(1).convert("L")).astype(np.uint16)
+  return Image.fromarray(pixels * 256 + 255)
+
+
+_ODD = {
+  "cmyk.jpg": lambda x: _save(x.convert("CMYK"), "JPEG", quality=95),
+  "16_bits.png": lambda x: _save(_grey16(), "PNG"),
+  "palette.png": lambda x: _save(
+    x.quantize(32), "PNG", transparency=bytes(16) + b"\xff" * 16
+  ),
+  "moving.png": lambda x: _save(
+    x, "GIF", save_all=True, append_images=[x.rotate(90)]
+  ),
+  "alpha.webp": lambda x: _save(x.convert("RGBA"), "WEBP", lossless=True),
+  "turned.jpg": lambda x: _save(x, "JPEG", exif=_turned()),
+  "phone.jpg": lambda x: _save(
+    x, "MPO", save_all=True, append_images=[x.rotate(90)]
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _ODD)
+def test_odd_files_are_read_as_training_reads_them(name):
+  encoded = _ODD[name](_image(1))
+  kept, thumbnail = labelled._decode(encoded)
+  decoded = tf.io.decode_image(kept, channels=3, expand_animations=False)
+  expected = preprocess.decode_image(encoded)
+  assert decoded.shape == (32, 40, 3)  # also the one that is to be turned
+  # TensorFlow's JPEG decoder and Pillow's round differently.
+  difference = np.abs(decoded.numpy().astype(int) - expected)
+  assert difference.max() <= (4 if kept[:2] == b"\xff\xd8" else 0)
+  found = near_duplicates.Index(["it"], thumbnail[None]).find(thumbnail[None])
+  assert found[0].similarity > 0.999
+
+
+def test_bombs_and_ruins_are_listed(tmp_path, inline):
+  _make(tmp_path, 6)
+  folder = tmp_path / "images" / "a"
+  whole = (folder / "1.jpg").read_bytes()
+  (folder / "1.jpg").write_bytes(whole[: len(whole) // 2])
+  (folder / "2.jpg").write_bytes(b"")
+  for i, side in ((3, 10_000), (4, 14_000)):  # 100 megapixels, and 196
+    Image.new("1", (side, side)).save(folder / f"{i}.jpg", "PNG")
+  report = _build(tmp_path)
+  why = dict(report["unreadable"])
+  assert list(why) == [f"a/{i}.jpg" for i in (1, 2, 3, 4)]
+  assert "too many pixels" in why["a/3.jpg"]
+  assert "too many pixels" in why["a/4.jpg"]
+  assert report["train"] == 2
+
+
+# --- twins, going on, and mistakes ---
+
+
+_COUNT = 2400  # images of builds that are interrupted: three parts
+
+
+@pytest.fixture(scope="module")
+def three_parts(tmp_path_factory):
+  root = tmp_path_factory.mktemp("three_parts")
+  _make(root, _COUNT)
+  return root
+
+
+def _interrupt(source, root, prefix="", workers=1):
+  """Starts a build, and waits for its first part.
+
+  Returns:
+    The process and the folder that it writes into.
+  """
+  for name in ("images", "labels.csv"):
+    (root / name).symlink_to(source / name)
   command = [sys.executable, "-m", "vit_jax", "data", "build", "mine"]
-  command += [f"--images={tmp_path}/images", f"--labels={tmp_path}/labels.csv"]
-  command += [f"--data_dir={tmp_path}/data", "--workers=1"]
-  environment = os.environ | {"PYTHONPATH": str(REPO)}
+  command += [f"--images={root}/images", f"--labels={root}/labels.csv"]
+  command += [f"--data_dir={root}/data", f"--workers={workers}"]
   process = subprocess.Popen(
-    command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    ["bash", "-c", f'{prefix} exec "$@"', "bash", *command],
+    env=os.environ | {"PYTHONPATH": str(REPO)},
+    start_new_session=True,
+    stderr=subprocess.PIPE,
+    text=True,
   )
-  partial = tmp_path / "data" / "mine" / "1.0.0.building"
+  partial = root / "data" / "mine" / "1.0.0.building"
   deadline = time.monotonic() + 120
-  while not list(partial.glob("part-*.json")):
-    assert process.poll() is None
+  while not list(partial.glob("part-*.json")) and process.poll() is None:
     assert time.monotonic() < deadline
-    time.sleep(0.05)
+    time.sleep(0.02)
+  return process, partial
+
+
+def _list_workers(process):
+  """Returns the numbers of the processes that a pool has started."""
+  found = []
+  for folder in Path("/proc").glob("[0-9]*"):
+    try:
+      parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+      command = (folder / "cmdline").read_text()
+    except OSError:  # it has just ended
+      continue
+    if parent == process.pid and "spawn_main" in command:
+      found.append(int(folder.name))
+  return found
+
+
+def _go_on(root, partial, inline):
+  """Builds to the end; only what was not finished is written."""
+  done = len(list(partial.glob("part-*.json")))
+  assert 0 < done < 3
+  assert _build(root)["train"] == _COUNT
+  assert len(inline) == 3 - done
+  assert not partial.exists()
+  assert data.get_source("mine", "train", str(root / "data")).num_examples
+
+
+def test_a_killed_build_goes_on(three_parts, tmp_path, inline):
+  process, partial = _interrupt(three_parts, tmp_path)
+  with pytest.raises(UserError, match="another build is at work in it"):
+    _build(tmp_path)
   os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
-  done = {file: file.stat().st_mtime_ns for file in partial.glob("*.json")}
-  assert 0 < len(done) < 3
+  process.communicate()
   with pytest.raises(UserError, match="a build of other images"):
     _build(tmp_path, holdout=0.5)
-  written = []
-  write_part = labelled._write_part
-  monkeypatch.setattr(
-    labelled,
-    "_run_parts",
-    lambda plan, data_dir, parts, workers: (
-      labelled._start_worker(plan, near_duplicates.Index([])),
-      [written.append(p.number) or write_part(p) for p in parts],
-    ),
+  _go_on(tmp_path, partial, inline)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(three_parts, tmp_path, inline):
+  process, partial = _interrupt(three_parts, tmp_path, workers=2)
+  start = time.monotonic()
+  os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+  said = process.communicate()[1]
+  assert time.monotonic() - start < 20
+  assert process.returncode == 130
+  assert "stopped; finished parts are kept, the same command goes on" in said
+  assert "Traceback" not in said
+  assert "KeyboardInterrupt" not in said
+  _go_on(tmp_path, partial, inline)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed(three_parts, tmp_path, inline):
+  process, partial = _interrupt(three_parts, tmp_path)
+  os.kill(_list_workers(process)[0], signal.SIGKILL)
+  said = process.communicate()[1]
+  assert process.returncode == 1
+  assert re.search("^stopped: a worker died.* goes on", said, re.MULTILINE)
+  assert "Traceback" not in said
+  _go_on(tmp_path, partial, inline)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_build_that_is_killed_alone(three_parts, tmp_path):
+  process, _ = _interrupt(three_parts, tmp_path)
+  workers = _list_workers(process)
+  assert workers
+  process.kill()
+  process.wait()
+  deadline = time.monotonic() + 10
+  while any(Path(f"/proc/{worker}/stat").exists() for worker in workers):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(three_parts, tmp_path, inline):
+  # No file may have more than 64 kB: a part has some 1.5 MB.
+  process, partial = _interrupt(three_parts, tmp_path, "ulimit -f 64;")
+  said = process.communicate()[1]
+  assert process.returncode == 1
+  assert re.search("^stopped: .*File too large.* goes on", said, re.MULTILINE)
+  assert "Traceback" not in said
+  assert not list(partial.glob("part-*.json"))
+  assert _build(tmp_path)["train"] == _COUNT
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_readme_in_small(tmp_path):
+  """`python tests/measure_data_build.py` makes those in README."""
+  found = measure_data_build.measure(tmp_path, 3000, tests=200, workers=2)
+  assert found["same"]
+  assert 1 <= found["untouched"] == found["kept"] < found["parts"] == 3
+  assert found["listed"] == found["ruined"] == found["unreadable"] == 10
+  for kind, (right, count) in found["found"].items():
+    assert right >= 0.9 * count, kind
+  assert found["false"] <= 3
+  assert found["strangers"] > 2800
+  wrong, digits = found["digits"]
+  assert wrong < 0.1 * digits
+  assert "the same records as without" in measure_data_build.format_tables(
+    found
   )
-  report = _build(tmp_path)
-  assert len(written) == 3 - len(done)
-  assert report["train"] == count
-  assert not partial.exists()
-  assert data.get_source("mine", "train", str(tmp_path / "data")).num_examples
 
 
 @pytest.mark.parametrize(
@@ -235,7 +393,12 @@ def test_a_killed_build_goes_on(tmp_path, monkeypatch):
     ("image,label\na.jpg,\n", "line 2: a field is empty"),
     ("image,label,confidence\na.jpg,x,much\n", "'much' is no number"),
     ("image,label\na.jpg,dgo\n", "unknown class 'dgo'; did you mean 'dog'"),
-    ("image,label\n", "has no labels"),
+    ("image,label\n", "has no labels$"),
+    ("image,label,weight\na.jpg,x,0.1\n", "no labels of a confidence of 0.5"),
+    ("image,label,confidence\na.jpg,x,nan\n", "'nan' is no number"),
+    ("image,label\na.jpg,x\n./a.jpg,x\n", "line 3: 'a.jpg' has the label 'x'"),
+    ("image,label\na, b.jpg,x\n", "line 2: more fields than columns"),
+    ('image,label\n"a.jpg,x\n', "unexpected end of data"),
   ],
 )
 def test_bad_labels(tmp_path, text, words):
@@ -243,11 +406,106 @@ def test_bad_labels(tmp_path, text, words):
   file = tmp_path / "labels.csv"
   file.write_text(text)
   with pytest.raises(UserError, match=words) as error:
-    labelled.read_labels(file, str(tmp_path / "classes.txt"), 0.0)
+    labelled.read_labels(file, str(tmp_path / "classes.txt"), 0.5)
   assert str(file) in str(error.value)
+  assert "\n" not in str(error.value)
 
 
-def test_other_mistakes(tmp_path):
+@pytest.mark.parametrize(
+  ("lines", "words"),
+  [
+    (['{"image": "a.jpg", "labels": "x"}'], "line 1: .* the labels a list"),
+    (['{"image": "a.jpg"}'], "line 1: 'labels' is missing; a line is"),
+    (["", "{"], "line 2: "),
+    (
+      ['{"image": "a.jpg", "labels": ["x"]}'] * 2,
+      "'a.jpg' is in the lines 1 and 2",
+    ),
+    (
+      ['{"image": "a.jpg", "labels": ["x"], "confidences": [1, 2]}'],
+      "differ in number",
+    ),
+    (
+      ['{"image": "a.jpg", "labels": ["x"], "weights": ["much"]}'],
+      "'much' is no number",
+    ),
+  ],
+)
+def test_bad_json_labels(tmp_path, lines, words):
+  file = tmp_path / "labels.jsonl"
+  file.write_text("\n".join(lines))
+  with pytest.raises(UserError, match=words):
+    labelled.read_labels(file, None, 0.0)
+
+
+def test_labels_have_weights_or_confidences(tmp_path):
+  file = tmp_path / "labels.csv"
+  # As a spreadsheet writes it: a byte order mark, two characters a line end.
+  for column in ("weight", "confidence"):
+    text = f"image,label,{column}\r\na.jpg,x,0.2\r\n'b.jpg',y,7\r\n'b.jpg',x,"
+    file.write_bytes(text.replace("'", '"').encode("utf-8-sig"))
+    names, labels = labelled.read_labels(file, None, 0.5)
+    assert names == ["x", "y"]
+    assert labels == {"a.jpg": [], "b.jpg": [1, 0]}
+
+
+def test_names_in_labels_that_no_image_has(tmp_path, inline, caplog, capsys):
+  _make(tmp_path, 4)
+  labels = tmp_path / "labels.csv"
+  text = labels.read_text()
+  labels.write_text(text.replace("a/2.jpg", "a/2.jpeg"))
+  report = _build(tmp_path)
+  assert report["labels of no image"] == ["a/2.jpeg"]
+  assert report["without labels"] == ["a/2.jpg"]
+  assert "1 of 4 names in the labels file" in caplog.text
+  assert re.search(r"labels of no image +1\n", capsys.readouterr().out)
+  labels.write_text(text.replace("a/", "b/"))
+  with pytest.raises(UserError, match=r"'b/0.jpg', .* such as 'a/0.jpg'"):
+    labelled.build(_plan(tmp_path), str(tmp_path / "other"))
+  assert not (tmp_path / "other").exists()
+
+
+def _plan(root):
+  names, labels = labelled.read_labels(root / "labels.csv", None, 0.0)
+  return labelled.Plan("mine", str(root / "images"), names, labels, [], 0.0)
+
+
+def test_a_name_twice_names_both_places(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  _make(tmp_path, 1)
+  file = tmp_path / "images" / "a" / "0.jpg"
+  for shard in ("0.tar", "1.tar"):
+    with tarfile.open(tmp_path / "images" / shard, "w") as archive:
+      archive.add(file, "./b/0.jpg")
+  with pytest.raises(UserError, match=r"'b/0.jpg', .*0.tar .*1.tar"):
+    labelled.list_images(str(tmp_path / "images"))
+  (tmp_path / "images" / "1.tar").unlink()
+  rows = {"name": ["c", "d", "c"], "image": [file.read_bytes()] * 3}
+  table = pyarrow.table(rows)
+  parquet.write_table(table, tmp_path / "images" / "2.parquet")
+  with pytest.raises(UserError, match=r"'c', .*\(row 0\) .*\(row 2\)"):
+    labelled.list_images(str(tmp_path / "images"))
+  rows = {"name": ["c", None], "image": [b"", b""]}
+  file = tmp_path / "3.parquet"
+  parquet.write_table(pyarrow.table(rows), file)
+  with pytest.raises(UserError, match="row 1: None is no name"):
+    labelled.list_images(str(file))
+
+
+def test_rows_of_all_row_groups_are_read(tmp_path):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  rows = {"name": list("abcdefg"), "image": [bytes([i]) for i in range(7)]}
+  file = tmp_path / "x.parquet"
+  parquet.write_table(pyarrow.table(rows), file, row_group_size=3)
+  found = labelled.list_images(str(file))
+  assert [labelled.read_image(place) for _, place in found] == rows["image"]
+
+
+def test_other_mistakes(tmp_path, inline):
   _make(tmp_path, 3)
   (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
   for options, words in (
@@ -257,10 +515,12 @@ def test_other_mistakes(tmp_path):
     ({"labels": tmp_path / "no.csv"}, "cannot be read"),
     ({"against": ["digits"]}, "give DATASET:SPLIT"),
     ({"holdout": 1.5}, "--holdout is 1.5"),
+    ({"workers": 0}, "--workers is 0"),
   ):
     with pytest.raises(UserError, match=words):
       _build(tmp_path, **options)
   assert not (tmp_path / "data").exists()
-  (tmp_path / "labels.csv").write_text("image,label\nother.jpg,x\n")
-  with pytest.raises(UserError, match="3 have no labels"):
+  for i in range(3):
+    (tmp_path / "images" / "a" / f"{i}.jpg").write_bytes(b"")
+  with pytest.raises(UserError, match="3 cannot be read"):
     _build(tmp_path)

@@ -141,6 +141,7 @@ def build(
 
   Raises:
     UserError: nothing to read, bad labels, or a name that is taken.
+    RunStopped: the disk is full, or a worker died; the same call goes on.
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
@@ -164,7 +165,7 @@ def build(
   report = json.loads((folder / "report.json").read_text())
   for what, found in report.items():
     count = found if isinstance(found, int) else len(found)
-    print(f"{what:15}{count:,}")
+    print(f"{what:20}{count:,}")
   print(f"{name} is ready in {folder}; report.json lists what was left out")
   return report
 

@@ -11,21 +11,21 @@ and contrast hardly matter to either step.
 
 import functools
 import itertools
-from collections.abc import Iterable
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from PIL import Image
 
 SIDE = 16  # pixels of a signature's side
+HALF = SIDE * SIDE // 2  # numbers in its even part, and in its odd one
 THUMBNAIL = 48  # pixels of the images that are laid over each other
 _FIT = 24  # pixels at which they are compared
 CANDIDATE = 0.75  # similarity of signatures that is worth a second look
 THRESHOLD = 0.98  # of the colour images; README has what it finds and claims
-# Pixels of a thumbnail that may be missing at each side, up to a tenth, and
-# where the search for them begins.
-_MOST = 5
-_STARTS = (0, 2, 4)
+_MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
+_CHUNK = 1024  # thumbnails whose signatures are made together
 
 
 class Twin(NamedTuple):
@@ -38,14 +38,28 @@ class Twin(NamedTuple):
 def make_thumbnail(image: Image.Image) -> np.ndarray:
   """Returns u8[THUMBNAIL THUMBNAIL 3]."""
   size = (THUMBNAIL, THUMBNAIL)
-  small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+  image = image if image.mode == "RGB" else image.convert("RGB")
+  # Large images are halved or the like first, which takes half the time.
+  small = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
   return np.asarray(small)
 
 
-def make_signature(thumbnail: np.ndarray) -> np.ndarray:
-  """Returns f32[SIDE * SIDE] of length one; zeros for a flat image."""
-  cells = thumbnail.reshape(SIDE, THUMBNAIL // SIDE, SIDE, -1, 3)
-  return _unit(cells.mean((1, 3, 4)))
+def make_signatures(thumbnails: np.ndarray) -> np.ndarray:
+  """Returns f32[2 n HALF] of u8[n THUMBNAIL THUMBNAIL 3].
+
+  A grey image of SIDE pixels, its mean taken away and its length made one (or
+  all zero, if it is flat), is kept as its even and its odd part: those that
+  mirroring leaves alone and turns round. So the similarity with an image and
+  that with its mirror image are the sum and the difference of two products,
+  each over half as many numbers.
+  """
+  count = len(thumbnails)
+  cells = thumbnails.reshape(count, SIDE, THUMBNAIL // SIDE, SIDE, -1)
+  grey = np.array([_unit(x) for x in cells.mean((2, 4))])
+  left, right = np.split(grey.reshape(count, SIDE, SIDE), 2, axis=2)
+  right = right[:, :, ::-1]
+  parts = np.stack([left + right, left - right]) / np.sqrt(2)
+  return parts.reshape(2, count, HALF).astype(np.float32)
 
 
 def _unit(x):
@@ -59,69 +73,105 @@ def _unit(x):
 class Index:
   """The test images, to be asked for twins."""
 
-  def __init__(self, images: Iterable[tuple[str, Image.Image]]):
-    """Takes (name, image) of every test image; keeps 7 kB of each."""
-    pairs = [(name, make_thumbnail(image)) for name, image in images]
-    self._names = [name for name, _ in pairs]
-    self._thumbnails = [thumbnail for _, thumbnail in pairs]
-    self._matrix = np.stack(
-      [make_signature(x) for x in self._both_ways()]
-      or [np.zeros(SIDE * SIDE, np.float32)],
-      axis=1,
-    )
+  def __init__(self, names: list[str], thumbnails: np.ndarray):
+    """Takes a name and a thumbnail of each; keeps 8 kB of each."""
+    self._names = names
+    self._thumbnails = thumbnails
+    self._signatures = np.empty((2, len(names), HALF), np.float32)
+    for start in range(0, len(names), _CHUNK):
+      chunk = slice(start, start + _CHUNK)
+      self._signatures[:, chunk] = make_signatures(thumbnails[chunk])
 
-  def _both_ways(self):
-    return [x for t in self._thumbnails for x in (t, t[:, ::-1])]
+  def save(self, folder: Path) -> None:
+    """Writes files that `load` knows; names.json is the last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "thumbnails.npy", self._thumbnails)
+    np.save(folder / "signatures.npy", self._signatures)
+    temporary = folder / "names.tmp"
+    temporary.write_text(json.dumps(self._names))
+    temporary.replace(folder / "names.json")
 
-  def find(self, image: Image.Image) -> Twin | None:
-    """Returns the twin of an image, None if it has none."""
-    thumbnail = make_thumbnail(image)
-    similarity = make_signature(thumbnail) @ self._matrix
-    best = int(similarity.argmax())
-    if similarity[best] < CANDIDATE:
-      return None
-    which, mirrored = divmod(best, 2)
-    other = self._thumbnails[which]
+  @classmethod
+  def load(cls, folder: Path) -> Self:
+    """Opens saved files: mapped, so that all processes share one copy.
+
+    Raises:
+      FileNotFoundError: `save` was not finished.
+    """
+    index = cls.__new__(cls)
+    index._names = json.loads((folder / "names.json").read_text())
+    index._thumbnails = np.load(folder / "thumbnails.npy", mmap_mode="r")
+    index._signatures = np.load(folder / "signatures.npy", mmap_mode="r")
+    return index
+
+  def find(self, thumbnails: np.ndarray) -> list[Twin | None]:
+    """Returns the twin of each image, None if it has none.
+
+    Args:
+      thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. Several at once are faster by an
+        order: the signatures are then read from memory once for all of them.
+    """
+    if not self._names:
+      return [None] * len(thumbnails)
+    even, odd = make_signatures(thumbnails)
+    similarity = odd @ self._signatures[1].T
+    np.abs(similarity, out=similarity)  # the better one of the two
+    similarity += even @ self._signatures[0].T
+    best = similarity.argmax(1)
+    return [
+      self._compare(thumbnail, i, odd[k] @ self._signatures[1, i] < 0)
+      if similarity[k, i] >= CANDIDATE
+      else None
+      for k, (thumbnail, i) in enumerate(zip(thumbnails, best, strict=True))
+    ]
+
+  def _compare(self, thumbnail, i, mirrored):
+    other = self._thumbnails[i]
     if mirrored:
       other = other[:, ::-1]
     fit = max(_fit(thumbnail, other), _fit(other, thumbnail))
-    return Twin(self._names[which], fit) if fit >= THRESHOLD else None
+    return Twin(self._names[i], fit) if fit >= THRESHOLD else None
 
 
 def _fit(whole, part) -> float:
   """Returns how well the best cut-out of `whole` fits `part`, at most 1.
 
-  The four cuts are climbed to, a pixel at a time, from several beginnings.
+  All cuts are tried at once. Cutting and shrinking is a product with a matrix
+  at each side, V @ whole @ H.T, so that of all pairs (V, H) the products with
+  `part` and the lengths are themselves products of matrices.
   """
-  target = _unit(_shrink(Image.fromarray(part), (0, 0, 0, 0)))
-  image = Image.fromarray(whole)
-
-  @functools.cache
-  def measure(cuts):
-    return float(_unit(_shrink(image, cuts)) @ target)
-
-  best = 0.0
-  for start in _STARTS:
-    cuts = (start,) * 4
-    while True:
-      steps = [cuts, *_neighbours(cuts)]
-      better = max(steps, key=measure)
-      if better == cuts:
-        break
-      cuts = better
-    best = max(best, measure(cuts))
-  return best
-
-
-def _neighbours(cuts):
-  for side, step in itertools.product(range(4), (-1, 1)):
-    cut = cuts[side] + step
-    if 0 <= cut <= _MOST:
-      yield (*cuts[:side], cut, *cuts[side + 1 :])
+  cut, gram, total = _make_cuts()
+  shrunk = Image.fromarray(part).resize((_FIT, _FIT), Image.Resampling.BILINEAR)
+  target = _unit(np.asarray(shrunk)).reshape(_FIT, _FIT, 3)
+  image = whole.astype(np.float32) - whole.mean(dtype=np.float32)
+  # Letters: v and h number V and H, y and x are pixels of `part`, i and j of
+  # `whole`, k is another j, c is the colour.
+  seen = np.tensordot(cut, target, (1, 0))  # v i x c
+  seen = np.tensordot(seen, image, ((1, 3), (0, 2)))  # v x j
+  product = np.tensordot(seen, cut, ((1, 2), (1, 2)))  # v h
+  columns = np.tensordot(image, gram, (1, 1))  # i c h k
+  rows = np.tensordot(columns, image, ((1, 3), (2, 1)))  # i h j
+  square = np.tensordot(gram, rows, ((1, 2), (0, 2)))  # v h
+  mean = total @ image.sum(2) @ total.T / target.size
+  square -= target.size * mean**2
+  # As in _unit, what is all but flat fits nothing.
+  fit = product / np.sqrt(np.maximum(square, target.size))
+  return float(fit.max())
 
 
-def _shrink(image, cuts):
-  left, top, right, bottom = cuts
-  box = (left, top, THUMBNAIL - right, THUMBNAIL - bottom)
-  size = (_FIT, _FIT)
-  return np.asarray(image.resize(size, Image.Resampling.BILINEAR, box=box))
+@functools.cache
+def _make_cuts():
+  """Returns f32[36 _FIT THUMBNAIL] that cut and shrink one axis, each.
+
+  Also f32[36 THUMBNAIL THUMBNAIL], each one's product with itself, and
+  f32[36 THUMBNAIL], its sums.
+  """
+  eye = Image.fromarray(np.eye(THUMBNAIL, dtype=np.float32))
+  size = (_FIT, THUMBNAIL)
+  cuts = []
+  for before, after in itertools.product(range(_MOST + 1), repeat=2):
+    box = (before, 0, THUMBNAIL - after, THUMBNAIL)
+    shrunk = eye.resize(size, Image.Resampling.BILINEAR, box=box)
+    cuts.append(np.asarray(shrunk).T)
+  cut = np.stack(cuts)
+  return cut, cut.transpose(0, 2, 1) @ cut, cut.sum(1)

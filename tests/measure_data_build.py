@@ -1,0 +1,391 @@
+"""Measures `vit-jax data build`: what README says of it comes from here.
+
+  python tests/measure_data_build.py
+
+draws a test set and 20,000 images, hides copies of test images among them,
+changed in known ways, builds the set, also with a kill in the middle, and
+prints tables. tests/labelled_test.py does the same with fewer images.
+"""
+
+import os
+
+if __name__ == "__main__":
+  os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the workers of a build have it
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from array_record.python import array_record_module
+from PIL import Image, ImageDraw
+from sklearn import datasets as sklearn_datasets
+
+from vit_jax.data import near_duplicates
+
+_REPO = Path(__file__).parents[1]
+_CHUNK = 250  # images that a process draws or decodes at a time
+_MOST = 8  # pixels that are cropped off a side
+_INDEX = 50_000  # test images of ImageNet
+
+# Of copies; there are equally many of each.
+KINDS = (
+  *(f"resized by {x}" for x in (0.4, 0.7, 1.5, 2)),
+  *(f"encoded anew, JPEG quality {x}" for x in (30, 60, 90)),
+  f"cropped by 0 to {_MOST} pixels a side",
+  "mirrored",
+  "resized by 0.4 to 2, JPEG quality 30 to 90",
+  "cropped, mirrored",
+  "cropped, mirrored, resized by 0.4 to 2, JPEG quality 30 to 90",
+)
+RUINS = ("cut short", "a text", "empty")
+
+
+# --- pictures ---
+
+
+def draw(seed: int) -> Image.Image:
+  """Returns a picture of 200 to 500 pixels: ground, shapes, texture, grain."""
+  rng = np.random.default_rng(seed)
+  size = tuple(rng.integers(200, 501, 2).tolist())
+
+  def noise(cells):
+    grid = rng.integers(0, 256, (cells, cells, 3), np.uint8)
+    return Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
+
+  picture = noise(int(rng.integers(2, 7)))
+  pen = ImageDraw.Draw(picture)
+  for _ in range(rng.integers(0, 9)):
+    (x, y), (w, h) = rng.uniform(-0.1, 0.9, 2), rng.uniform(0.05, 0.5, 2)
+    box = np.array([x, y, x + w, y + h]) * (size * 2)
+    shape = (pen.ellipse, pen.rectangle)[rng.integers(2)]
+    shape(box.tolist(), fill=tuple(rng.integers(0, 256, 3).tolist()))
+  texture = noise(int(rng.integers(16, 65)))
+  picture = Image.blend(picture, texture, rng.uniform(0.05, 0.3))
+  grain = Image.frombytes("RGB", size, rng.bytes(3 * size[0] * size[1]))
+  return Image.blend(picture, grain, rng.uniform(0.02, 0.08))
+
+
+def change(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image, int]:
+  """Returns a copy, changed in a way of KINDS, and the JPEG quality for it."""
+  rng = np.random.default_rng(seed)
+  quality, scale = 92, 1.0
+  if "cropped" in kind:
+    left, top, right, bottom = rng.integers(0, _MOST + 1, 4).tolist()
+    box = (left, top, image.width - right, image.height - bottom)
+    image = image.crop(box)
+  if "mirrored" in kind:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  if "0.4 to 2" in kind:
+    scale = rng.uniform(0.4, 2)
+  elif "resized" in kind:
+    scale = float(kind.split()[-1])
+  if scale != 1:
+    size = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(size, Image.Resampling.BICUBIC)
+  if "30 to 90" in kind:
+    quality = int(rng.integers(30, 91))
+  elif "quality" in kind:
+    quality = int(kind.split()[-1])
+  return image, quality
+
+
+# --- files ---
+
+
+def make_files(root: Path, images: int, tests: int, workers: int) -> dict:
+  """Writes root/tests, root/images and a labels file for each.
+
+  Returns:
+    {name: kind} of the images that are copies or ruined. One in 20 is a copy,
+    one in 300 cannot be read.
+  """
+  planted = {}
+  for i in range(0, images, 20):
+    planted[i] = KINDS[i // 20 % len(KINDS)]
+  for i in range(7, images, 300):
+    planted[i] = RUINS[i // 300 % len(RUINS)]
+  jobs = [(root, "tests", i, {}) for i in range(0, tests, _CHUNK)]
+  jobs += [(root, "images", i, planted) for i in range(0, images, _CHUNK)]
+  jobs = [(*job, images, tests) for job in jobs]
+  for name, count in (("tests", tests), ("images", images)):
+    rows = [f"{_name(i)},label{i % 5}\n" for i in range(count)]
+    (root / f"{name}.csv").write_text("image,label\n" + "".join(rows))
+  with _open_pool(workers) as pool:
+    list(pool.map(_make_some, jobs))
+  return {_name(i): kind for i, kind in planted.items()}
+
+
+def _open_pool(workers):
+  return concurrent.futures.ProcessPoolExecutor(
+    workers, mp_context=multiprocessing.get_context("spawn")
+  )
+
+
+def _name(i):
+  return f"{i % 100:02}/{i:06}.jpg"
+
+
+def _make_some(job):
+  root, which, start, planted, images, tests = job
+  first = images if which == "tests" else 0  # other seeds: other pictures
+  count = tests if which == "tests" else images
+  for i in range(start, min(start + _CHUNK, count)):
+    file = root / which / _name(i)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kind = planted.get(i)
+    if kind in KINDS:
+      image, quality = change(draw(images + i // 20 % tests), kind, i)
+    else:
+      image, quality = draw(first + i), 75 + i % 20
+    image.save(file, "JPEG", quality=quality)
+    if kind in RUINS:
+      whole = file.read_bytes()
+      ruins = (whole[: len(whole) * 2 // 3], b"This is no image.", b"")
+      file.write_bytes(ruins[RUINS.index(kind)])
+
+
+# --- the build ---
+
+
+def start_build(
+  root: Path, name: str, source: str, workers: int, *options: str
+) -> subprocess.Popen:
+  """Starts the command, in a process group of its own."""
+  command = [sys.executable, "-m", "vit_jax", "data", "build", name]
+  command += [f"--images={root / source}", f"--labels={root / source}.csv"]
+  command += [f"--data_dir={root / 'data'}", f"--workers={workers}", *options]
+  return subprocess.Popen(
+    command,
+    env=os.environ | {"PYTHONPATH": str(_REPO)},
+    start_new_session=True,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def finish(process: subprocess.Popen) -> None:
+  """Waits until a command has ended well."""
+  _, said = process.communicate()
+  assert process.returncode == 0, said
+
+
+def kill_in_the_middle(process, folder: Path, parts: int) -> dict:
+  """Kills a build when so many parts are done.
+
+  Returns:
+    {(inode, time): name} of the records of finished parts.
+  """
+  while len(list(folder.glob("part-*.json"))) < parts:
+    assert process.poll() is None, process.stderr.read()
+    time.sleep(0.02)
+  os.killpg(process.pid, signal.SIGKILL)
+  process.communicate()
+  reports = folder.glob("part-*.json")
+  return list_files(folder, [f"{r.stem}-*.array_record" for r in reports])
+
+
+def list_files(folder: Path, patterns: list[str]) -> dict:
+  """Returns {(inode, time of the last change): name}."""
+  files = [file for pattern in patterns for file in folder.glob(pattern)]
+  stats = [(file.stat(), file.name) for file in files]
+  return {(s.st_ino, s.st_mtime_ns): name for s, name in stats}
+
+
+def is_same(one: Path, other: Path) -> bool:
+  """Returns whether two data sets have the same records in the same files."""
+  files = [sorted(folder.glob("*.array_record*")) for folder in (one, other)]
+  if not files[0] or len(files[0]) != len(files[1]):
+    return False
+  return all(
+    _read(a) == _read(b) for a, b in zip(files[0], files[1], strict=True)
+  )
+
+
+def _read(file):
+  reader = array_record_module.ArrayRecordReader(str(file))
+  return reader.read_all()
+
+
+# --- speeds ---
+
+
+def measure_decoding(folder: Path, workers: int) -> float:
+  """Returns images/s of decoding alone, by as many processes."""
+  files = sorted(folder.rglob("*.jpg"))
+  chunks = [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]
+  with _open_pool(workers) as pool:
+    list(pool.map(_decode_some, [[]] * workers))  # all are there
+    start = time.monotonic()
+    list(pool.map(_decode_some, chunks))
+    return len(files) / (time.monotonic() - start)
+
+
+def _decode_some(files):
+  for file in files:
+    try:
+      Image.open(file).convert("RGB")
+    except Exception:  # the ruined ones
+      continue
+
+
+def measure_comparing(folder: Path, tests: int) -> float:
+  """Returns images/s of looking for twins alone, in one process."""
+  rng = np.random.default_rng(0)
+
+  def make_one():
+    cells = rng.integers(3, 17)
+    grid = rng.integers(0, 256, (cells, cells, 3), np.uint8)
+    return near_duplicates.make_thumbnail(Image.fromarray(grid))
+
+  thumbnails = np.stack([make_one() for _ in range(tests)])
+  index = near_duplicates.Index([""] * tests, thumbnails)
+  files = [file for file in sorted(folder.rglob("*.jpg")) if _is_whole(file)]
+  asked = [near_duplicates.make_thumbnail(Image.open(f)) for f in files[:640]]
+  start = time.monotonic()
+  for i in range(0, len(asked), 32):
+    index.find(np.stack(asked[i : i + 32]))
+  return len(asked) / (time.monotonic() - start)
+
+
+def _is_whole(file):
+  return file.read_bytes().endswith(b"\xff\xd9")
+
+
+def count_digits() -> tuple[int, int]:
+  """Asks for half of the digits among the other half.
+
+  Returns:
+    How many are said to be twins, and of how many.
+  """
+  pixels = (sklearn_datasets.load_digits().images * 255 / 16).astype(np.uint8)
+  thumbnails = np.stack(
+    [near_duplicates.make_thumbnail(Image.fromarray(x)) for x in pixels]
+  )
+  half = len(pixels) // 2
+  index = near_duplicates.Index([""] * half, thumbnails[:half])
+  found = index.find(thumbnails[half:])
+  return sum(twin is not None for twin in found), len(found)
+
+
+# --- all of it ---
+
+
+def measure(root: Path, images: int, tests: int, workers: int) -> dict:
+  """Returns the figures; see `format_tables`."""
+  planted = make_files(root, images, tests, workers)
+  data = root / "data"
+  finish(start_build(root, "tests", "tests", workers))
+  against = "--against=tests:train"
+
+  process = start_build(root, "killed", "images", workers, against)
+  partial = data / "killed" / "1.0.0.building"
+  kept = kill_in_the_middle(process, partial, max(1, images // 2500))
+  finish(start_build(root, "killed", "images", workers, against))
+  after = list_files(data / "killed" / "1.0.0", ["*.array_record*"])
+
+  start = time.monotonic()
+  finish(start_build(root, "whole", "images", workers, against))
+  seconds = time.monotonic() - start
+  folder = data / "whole" / "1.0.0"
+  report = json.loads((folder / "report.json").read_text())
+  twins = {name: twin for name, twin, _ in report["twins"]}
+  copies = {n: kind for n, kind in planted.items() if kind in KINDS}
+  right = {n for n in copies if twins.get(n) == _original(n, tests)}
+  return {
+    "images": images,
+    "tests": tests,
+    "workers": workers,
+    "speed": images / seconds,
+    "decoding": measure_decoding(root / "images", workers),
+    "comparing": measure_comparing(root / "images", _INDEX),
+    "parts": len(after),
+    "kept": len(kept),
+    "untouched": len(kept.keys() & after.keys()),
+    "same": is_same(folder, data / "killed" / "1.0.0"),
+    "ruined": sum(kind in RUINS for kind in planted.values()),
+    "listed": len({n for n, _ in report["unreadable"]} & planted.keys()),
+    "unreadable": len(report["unreadable"]),
+    "found": {
+      kind: [sum(copies[n] == kind for n in names) for names in (right, copies)]
+      for kind in KINDS
+    },
+    "false": len(twins.keys() - copies.keys()),
+    "strangers": images - len(planted),
+    "digits": count_digits(),
+  }
+
+
+def _original(name, tests):
+  """Returns the name in the index of what an image is a copy of."""
+  original = int(Path(name).stem) // 20 % tests
+  place = sorted(map(_name, range(tests))).index(_name(original))
+  return f"tests:train:{place}"
+
+
+def format_tables(x: dict) -> str:
+  """Returns Markdown."""
+  ratio = x["speed"] / x["decoding"]
+  wrong, digits = x["digits"]
+  rows = [
+    ("", ""),
+    ("---", "---"),
+    (
+      f"{x['images']:,} JPEGs of 200 to 500 pixels, {x['workers']} processes",
+      f"{x['speed']:.0f} images/s",
+    ),
+    (
+      "decoding alone, as many processes",
+      f"{x['decoding']:.0f} images/s: the build has {ratio:.0%} of that",
+    ),
+    (
+      f"comparing with {_INDEX:,} test images, one process",
+      f"{x['comparing']:.0f} images/s",
+    ),
+    (
+      "killed (SIGKILL) and started again",
+      f"{x['untouched']} of {x['kept']} finished parts kept, "
+      f"{x['parts'] - x['kept']} written; "
+      f"{'the same records' if x['same'] else 'OTHER RECORDS'} as without",
+    ),
+    ("unreadable files listed", f"{x['listed']} of {x['ruined']}"),
+    None,
+    (f"copies of {x['tests']:,} test images", "found"),
+    ("---", "---"),
+    *(
+      (kind, f"{right} of {count} ({right / count:.1%})")
+      for kind, (right, count) in x["found"].items()
+    ),
+    (
+      "false alarms: other pictures by the same program",
+      f"{x['false']} of {x['strangers']:,}",
+    ),
+    (
+      "false alarms: other handwritten digits of 8 x 8 pixels",
+      f"{wrong} of {digits} ({wrong / digits:.1%})",
+    ),
+  ]
+  return "\n".join("| " + " | ".join(row) + " |" if row else "" for row in rows)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--images", type=int, default=20_000)
+  parser.add_argument("--tests", type=int, default=1_000)
+  parser.add_argument("--workers", type=int, default=os.cpu_count())
+  args = parser.parse_args()
+  with tempfile.TemporaryDirectory() as folder:
+    found = measure(Path(folder), args.images, args.tests, args.workers)
+  print(format_tables(found))
+
+
+if __name__ == "__main__":
+  main()
