@@ -28,6 +28,7 @@ _LAYERS = (
     "datasets",
     "inspect",
     "convert",
+    "bench",
   ),
   ("quickstart", "jobs"),  # run the commands one after the other
   ("sweep",),
@@ -46,6 +47,8 @@ _CONTAINED = {
   "clu": {"metrics", "train"},  # train prints its parameter overview
   "tensorboard": {"metrics"},
   "orbax": {"checkpoint"},
+  "torch": {"bench"},  # in processes that run nothing else
+  "timm": {"bench"},
 }
 
 # A model and its step run on a bare accelerator machine with these alone.
@@ -151,3 +154,9 @@ def test_models_steps_and_predict_load_no_tensorflow():
   statement = "\n".join(f"import vit_jax.{unit}" for unit in units)
   roots = ("jax", "tensorflow", "tensorflow_datasets", "clu")
   assert _list_loaded(statement, roots) == {"jax"}
+
+
+def test_bench_step_loads_what_a_bare_machine_has():
+  statement = "import vit_jax.__main__, vit_jax.bench.step"
+  roots = {*_CONTAINED, "ml_collections", "safetensors", "PIL", "jax"}
+  assert _list_loaded(statement, roots) == {"jax", "flax"}

@@ -336,14 +336,12 @@ def _add_bench_commands(add):
   step.add_argument("--beside", help="timm: the same model there")
   _add_json(step)
 
-  inputs = add(
-    "input", _bench_input, "images a second that this host reads"
-  )
+  inputs = add("input", _bench_input, "images a second that this host reads")
   inputs.add_argument("--dataset", help="default: made for the occasion")
   inputs.add_argument("--split", default="train")
   _add_data_dir(inputs)
   inputs.add_argument("--image_size", type=int, default=224)
-  inputs.add_argument("--batch_size", type=int, default=64)
+  inputs.add_argument("--batch_size", type=int, default=256)
   inputs.add_argument(
     "--needs",
     type=float,

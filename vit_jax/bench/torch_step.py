@@ -58,7 +58,8 @@ def measure(
     )
   except ImportError as e:
     raise UserError(
-      f"--beside=timm needs PyTorch and timm: {e}; pip install torch torchvision timm"
+      f"--beside=timm needs PyTorch and timm: {e}; pip install torch "
+      "torchvision timm"
     ) from e
   if device == "cuda" and not torch.cuda.is_available():
     raise UserError(f"PyTorch {torch.__version__} sees no GPU")

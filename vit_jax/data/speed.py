@@ -1,23 +1,27 @@
-"""How many images a second this host prepares, beside two other ways to do it.
+"""The `bench input` command: how many images a second this host prepares.
 
-All read the same JPEG files, crop and resize them as Inception did, and give
-batches. They take turns, so that a noisy machine is noisy for all of them.
+Four ways to do it, or a part of it, take turns: a machine with other work has
+it for all of them.
 
   pipeline: what training uses: random access, the same batches on every run.
-  plain: a tf.data pipeline as it is usually written: TFRecord files read in
-    order, a shuffle buffer, float32 pixels; not the same batches twice.
-  decoding: TFRecord files, and only the crops decoded: what no pipeline around
-    the same decoder can exceed.
+  plain: tf.data as it is usually written: TFRecord files in their order, a
+    shuffle buffer, pixels as float32, batches after the map; never the same
+    batches again.
+  resizing: TFRecord files, their crops decoded and resized, no batch.
+  decoding: TFRecord files and their crops decoded. All four decode windows of
+    the same distribution with the same decoder, so none can exceed this.
 """
 
 # TensorFlow's annotations do not know what `iter` of a data set gives.
 # pyright: reportAttributeAccessIssue=false
 
-import io
-import itertools
+import functools
+import math
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,86 +29,199 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from vit_jax.data import labelled
+from vit_jax.data import labelled, ops
 from vit_jax.data.pipeline import count_cpus, train_batches
 from vit_jax.data.source import Source, get_source
+from vit_jax.errors import UserError
 
 _RECIPE = "inception_crop(size)|flip_lr"
-_SHUFFLE_BUFFER = 2000  # of the plain pipeline: as many as there are images
+_AREA = (5, 100)  # percent, of `inception_crop`
+_SHUFFLE_BUFFER = 2000  # of the plain pipeline
+_RECORDS = 2000  # at most, that all but the pipeline read
+_PHOTOS = 512  # that are made
 _PHOTO = (375, 500)  # height and width; ImageNet's median
 _CANVAS = (1200, 1600)
 _QUALITY = 90
+_WARM_UP = 3  # batches
+_TURN = 2048  # images
+
+
+def bench(
+  dataset: str | None = None,
+  split: str = "train",
+  data_dir: str | None = None,
+  *,
+  image_size: int = 224,
+  batch_size: int = 256,
+  rounds: int = 5,
+  needs: float | None = None,
+) -> dict[str, Any]:
+  """Measures the input pipeline of this host, beside others.
+
+  Args:
+    dataset, split, data_dir: as `get_source`; None for JPEGs that are made.
+    image_size: pixels.
+    batch_size: images of a batch of this host.
+    rounds: the median of them counts.
+    needs: images a second that some machines take.
+
+  Returns:
+    As `measure`, and "needs" and "hosts", which is how many such hosts read
+    that much.
+
+  Raises:
+    UserError: no such data set, images that are no JPEGs, a size or a number
+      that is not positive.
+  """
+  numbers = {"image_size": image_size, "batch_size": batch_size}
+  numbers |= {} if needs is None else {"needs": needs}
+  for name, value in numbers.items():
+    if not value > 0:
+      raise UserError(f"--{name}={value}; it must be more than 0")
+  with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    if dataset is None:
+      source = make_photos(folder / "photos", _PHOTOS)
+    else:
+      source = get_source(dataset, split, data_dir)
+    found = measure(
+      source,
+      folder / "images.tfrecord",
+      image_size=image_size,
+      batch_size=batch_size,
+      rounds=rounds,
+    )
+  found = {"dataset": dataset, "split": split, **found}
+  if needs is not None:
+    hosts = math.ceil(needs / found["images_per_second"]["pipeline"])
+    found |= {"needs": needs, "hosts": hosts}
+  return found
 
 
 def measure(
   source: Source,
-  folder: Path,
+  file: Path,
   *,
-  image_size: int = 224,
-  batch_size: int = 64,
-  batches: int = 16,
-  rounds: int = 5,
+  image_size: int,
+  batch_size: int,
+  rounds: int,
 ) -> dict[str, Any]:
-  """Measures the three, `rounds` times `batches` batches each, in turns.
+  """Measures the four in turns, some batches of each a round.
 
   Args:
-    source: what to read; of its images those that are JPEG.
-    folder: gets a TFRecord file of the same images.
-    image_size: pixels.
-    batch_size: images.
-    batches: of a round.
-    rounds: the median of them counts.
+    source: what to read.
+    file: is written, a TFRecord file of some of its records.
+    image_size, batch_size, rounds: as `bench`.
 
   Returns:
-    {"images_per_second": {"pipeline", "plain", "decoding"}, "per_core",
-    "of_decoding": the median ratio of a round, "of_plain", "cores",
-    "image_bytes": the mean, "image_size", "batch_size"}.
+    "images_per_second": {name: median over the rounds}, "cpu_ms": {name: time
+    of all cores for an image, the least}, "per_core": of the pipeline, "ratio":
+    {name of another: the pipeline's images a second are so many times its}, the
+    median of a round's, "cpu_ratio": the same of CPU time, "cores", "load": of
+    the machine before, "image_bytes": the mean, "image_size", "batch_size".
+
+  Raises:
+    UserError: an image is no JPEG.
   """
-  file, mean_bytes = _write_records(source, folder)
-  turns = {
-    "pipeline": _pipeline(source, image_size, batch_size),
-    "plain": _plain(file, image_size, batch_size),
-    "decoding": _decoding(file, batch_size),
+  load = os.getloadavg()[0]
+  image_bytes = _write_records(source, file)
+  turns: dict[str, Callable[[], Iterator]] = {
+    "pipeline": functools.partial(_pipeline, source, image_size, batch_size),
+    "plain": _plain(source, file, image_size).batch(batch_size),
+    "resizing": _part(source, file, image_size).batch(batch_size),
+    "decoding": _part(source, file, None).batch(batch_size),
   }
-  for batch in turns.values():  # fills buffers, traces graphs
-    for _ in range(4):
-      next(batch)
-  seen: dict[str, list[float]] = {name: [] for name in turns}
+  for name, batches in turns.items():
+    if isinstance(batches, tf.data.Dataset):
+      turns[name] = batches.prefetch(2).as_numpy_iterator
+  seconds = {name: [] for name in turns}
+  cpu = {name: [] for name in turns}
   for _ in range(rounds):
-    for name, batch in turns.items():
-      start = time.perf_counter()
-      for _ in range(batches):
-        next(batch)
-      seconds = time.perf_counter() - start
-      seen[name].append(batches * batch_size / seconds)
-
-  def ratio(name):
-    pairs = zip(seen["pipeline"], seen[name], strict=True)
-    return statistics.median(ours / other for ours, other in pairs)
-
-  medians = {name: statistics.median(x) for name, x in seen.items()}
+    for name, start in turns.items():
+      one, cpu_one = _take_turn(start(), max(2, _TURN // batch_size))
+      seconds[name].append(one / batch_size)
+      cpu[name].append(cpu_one / batch_size)
+  rates = {name: 1 / statistics.median(x) for name, x in seconds.items()}
+  cores = count_cpus()
   return {
-    "images_per_second": medians,
-    "per_core": medians["pipeline"] / count_cpus(),
-    "of_decoding": ratio("decoding"),
-    "of_plain": ratio("plain"),
-    "cores": count_cpus(),
-    "image_bytes": mean_bytes,
+    "images_per_second": rates,
+    "cpu_ms": {name: min(x) * 1e3 for name, x in cpu.items()},
+    "per_core": rates["pipeline"] / cores,
+    "ratio": _compare(seconds),
+    "cpu_ratio": _compare(cpu),
+    "cores": cores,
+    "load": load,
+    "image_bytes": image_bytes,
     "image_size": image_size,
     "batch_size": batch_size,
   }
 
 
+def _take_turn(batches, count):
+  """Returns the seconds and the CPU seconds of a batch.
+
+  What is begun is not finished: it goes with `batches`, and leaves the machine
+  to the next one.
+  """
+  for _ in range(_WARM_UP):
+    next(batches)
+  start, cpu = time.perf_counter(), time.process_time()
+  for _ in range(count):
+    next(batches)
+  cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
+  return seconds / count, cpu / count
+
+
+def _compare(times):
+  """Returns how many times as fast as each other the pipeline is."""
+  return {
+    name: statistics.median(
+      other / ours
+      for ours, other in zip(times["pipeline"], others, strict=True)
+    )
+    for name, others in times.items()
+    if name != "pipeline"
+  }
+
+
+def format_report(found: dict[str, Any]) -> str:
+  """Returns what `bench` found, for people."""
+  lines = [
+    f"{'':10}{'images/s':>10}{'CPU ms':>8}   pipeline is, by time, by CPU"
+  ]
+  for name, rate in found["images_per_second"].items():
+    line = f"{name:10}{rate:10,.0f}{found['cpu_ms'][name]:8.2f}"
+    if name != "pipeline":
+      line += f"{found['ratio'][name]:18.2f} x"
+      line += f"{found['cpu_ratio'][name]:8.2f} x"
+    lines.append(line)
+  lines += [
+    f"{found['per_core']:,.0f} images/s a core of {found['cores']}; JPEGs of "
+    f"{found['image_bytes'] / 1000:.0f} kB to {found['image_size']} pixels, "
+    f"batches of {found['batch_size']}; load before: {found['load']:.1f}"
+  ]
+  if found["load"] > 0.2 * found["cores"]:
+    lines.append("the machine has other work: trust the CPU column")
+  if "hosts" in found:
+    lines.append(
+      f"{found['needs']:,.0f} images/s take {found['hosts']} such hosts"
+    )
+  return "\n".join(lines)
+
+
+# --- the images ---
+
+
 def make_photos(folder: Path, count: int) -> Source:
   """Makes JPEGs that are as large as photographs, as an ArrayRecord data set.
 
-  Blotches of many sizes, whose spectrum falls as that of photographs does.
+  They show blotches of many sizes; the spectrum falls as that of photographs.
   """
   images = folder / "images"
   images.mkdir(parents=True)
   rng = np.random.default_rng(0)
   canvas = _draw_canvas(rng)
-  room = np.subtract(canvas.shape[:2], _PHOTO)
+  room = np.subtract(_CANVAS, _PHOTO)
   for i in range(count):
     top, left = rng.integers(0, room)
     pixels = canvas[top : top + _PHOTO[0], left : left + _PHOTO[1]]
@@ -117,34 +234,40 @@ def make_photos(folder: Path, count: int) -> Source:
 
 
 def _draw_canvas(rng):
-  """Draws u8[h w 3], which photographs are cut out of: drawing each is slow."""
+  """Draws u8[h w 3] that photographs are cut out of: drawing each is slow."""
   total = np.zeros((*_CANVAS, 3), np.float32)
   for level in range(8):
     scale = 2**level
-    shape = [-(-side // scale) + 1 for side in _CANVAS]
-    noise = rng.integers(0, 256, (*shape, 3), np.uint8)
-    size = (shape[1] * scale, shape[0] * scale)
-    layer = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    height, width = (-(-side // scale) + 1 for side in _CANVAS)
+    noise = rng.integers(0, 256, (height, width, 3), np.uint8)
+    layer = Image.fromarray(noise).resize(
+      (width * scale, height * scale), Image.Resampling.BICUBIC
+    )
     crop = np.asarray(layer)[: _CANVAS[0], : _CANVAS[1]]
     total += crop.astype(np.float32) * (0.35 * 1.35**level)
   low, high = np.percentile(total[::7, ::7], (1, 99))
   return (np.clip((total - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
-def _write_records(source, folder):
-  """Writes the images as TFRecord; returns the file and their mean size."""
-  folder.mkdir(parents=True, exist_ok=True)
-  file, sizes = str(folder / "images.tfrecord"), []
-  count = min(_SHUFFLE_BUFFER, source.num_examples)
-  with tf.io.TFRecordWriter(file) as writer:
-    for record in source.read(np.arange(count)):
-      encoded = source.parse_image(record).numpy()
-      sizes.append(len(encoded))
-      writer.write(encoded)
-  return file, statistics.fmean(sizes)
+def _write_records(source, file):
+  """Writes records of the source; returns the mean size of their images."""
+  records = source.read(np.arange(min(_RECORDS, source.num_examples)))
+  images = tf.data.Dataset.from_tensor_slices(records).map(source.parse_image)
+  sizes = []
+  for i, encoded in enumerate(images.as_numpy_iterator()):
+    if encoded[:3] != b"\xff\xd8\xff":
+      raise UserError(
+        f"{source.describe(i)} is no JPEG; bench input compares the decoding "
+        "of JPEGs, so give a data set of those, or none"
+      )
+    sizes.append(len(encoded))
+  with tf.io.TFRecordWriter(str(file)) as writer:
+    for record in records:
+      writer.write(record)
+  return statistics.fmean(sizes)
 
 
-# --- the three ---
+# --- the four ---
 
 
 def _pipeline(source, image_size, batch_size) -> Iterator:
@@ -160,47 +283,53 @@ def _pipeline(source, image_size, batch_size) -> Iterator:
   )
 
 
-def _plain(file, image_size, batch_size) -> Iterator:
-  def process(encoded):
-    image = _crop(encoded)
+def _plain(source, file, image_size):
+  def process(record):
+    encoded, labels = source.parse(record)
+    begin, extent, _ = tf.image.sample_distorted_bounding_box(
+      tf.io.extract_jpeg_shape(encoded),
+      tf.zeros([0, 0, 4]),
+      min_object_covered=0.0,
+      aspect_ratio_range=(0.75, 1.33),
+      area_range=(_AREA[0] / 100, _AREA[1] / 100),
+      max_attempts=100,
+      use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([begin[:2], extent[:2]], axis=0)
+    image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
     image = tf.image.resize(image, (image_size, image_size))
     image = tf.image.random_flip_left_right(image)
-    return image / 127.5 - 1
+    return {"image": image / 127.5 - 1, "labels": labels}
 
-  return iter(
-    tf.data.TFRecordDataset(file)
+  return (
+    tf.data.TFRecordDataset(str(file))
     .repeat()
     .shuffle(_SHUFFLE_BUFFER)
     .map(process, num_parallel_calls=tf.data.AUTOTUNE)
-    .batch(batch_size)
-    .prefetch(tf.data.AUTOTUNE)
-    .as_numpy_iterator()
   )
 
 
-def _decoding(file, batch_size) -> Iterator:
-  return iter(
-    tf.data.TFRecordDataset(file)
-    .repeat()
-    .map(
-      lambda encoded: tf.reduce_max(tf.shape(_crop(encoded))),
-      num_parallel_calls=tf.data.AUTOTUNE,
+def _part(source, file, image_size):
+  """Decodes crops, and resizes them unless `image_size` is None.
+
+  Gives one pixel of each image, lest what is not used be not computed.
+  """
+
+  def process(number, record):
+    encoded = source.parse_image(record)
+    shape = tf.io.extract_jpeg_shape(encoded)
+    seed = tf.stack([number, 0])
+    window = ops.sample_window(shape, *_AREA, seed)
+    image = tf.io.decode_and_crop_jpeg(
+      encoded, window, channels=3, dct_method="INTEGER_FAST"
     )
-    .batch(batch_size)
-    .prefetch(tf.data.AUTOTUNE)
-    .as_numpy_iterator()
-  )
+    if image_size is not None:
+      image = ops.resize(image, image_size)
+    return image[0, 0]
 
-
-def _crop(encoded):
-  begin, extent, _ = tf.image.sample_distorted_bounding_box(
-    tf.io.extract_jpeg_shape(encoded),
-    tf.zeros([0, 0, 4]),
-    min_object_covered=0.0,
-    aspect_ratio_range=(0.75, 1.33),
-    area_range=(0.05, 1.0),
-    max_attempts=100,
-    use_image_if_no_bounding_boxes=True,
+  return (
+    tf.data.TFRecordDataset(str(file))
+    .repeat()
+    .enumerate()
+    .map(process, num_parallel_calls=tf.data.AUTOTUNE)
   )
-  window = tf.concat([begin[:2], extent[:2]], axis=0)
-  return tf.io.decode_and_crop_jpeg(encoded, window, channels=3)

@@ -1,0 +1,227 @@
+"""The bench commands: figures that follow from each other, and their limits."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from vit_jax.__main__ import main
+from vit_jax.bench import step
+from vit_jax.data import pipeline, speed
+
+TINY = "ViT-w16d1m32h2_8"
+OPTIONS = {
+  "image_size": 16,
+  "num_classes": 5,
+  "batch_size": 8,
+  "steps": 2,
+  "dtype": "float32",
+  "remat": "none",
+}
+FOUND = {
+  "batch_size": 8,
+  "step_seconds": 0.5,
+  "images_per_second": 16.0,
+  "tflops": 2.0,
+  "ceiling_tflops": 4.0,
+  "ceilings": [4.0, 3.0],
+  "mfu": 0.5,
+  "memory_gib": 1.0,
+  "memory_from": "device",
+  "compile_seconds": 3.0,
+  "devices": 1,
+  "device": "card",
+  "versions": {"jax": "1"},
+}
+
+
+# --- the step ---
+
+
+def test_figures_follow_from_the_time_of_a_step(monkeypatch):
+  monkeypatch.setattr(step, "_CPU_SIDES", (64,))
+  found = step.measure(variant=TINY, **OPTIONS)
+  tokens, width, mlp = 5, 16, 32
+  products = 4 * (8 * 8 * 3) * width  # the patches
+  products += tokens * 4 * width**2 + 2 * tokens**2 * width  # attention
+  products += tokens * 2 * width * mlp + width * 5  # the MLP and the head
+  flops = 3 * 2 * products * 8
+  seconds = found["step_seconds"]
+  assert found["fastest_seconds"] <= seconds
+  assert found["tflops"] == pytest.approx(flops / seconds / 1e12)
+  assert found["images_per_second"] == pytest.approx(8 / seconds)
+  ceiling = max(found["ceilings"]) * found["devices"]
+  assert found["mfu"] == pytest.approx(found["tflops"] / ceiling)
+  assert found["memory_gib"] > 0
+  # Before anything is learnt all of 5 classes are alike, but for the noise.
+  assert 0 < found["loss"] < 10
+
+
+def test_the_largest_batch_is_looked_for(monkeypatch):
+  calls = []
+
+  def call(module, spec):
+    calls.append((spec["batch_size"], spec["steps"]))
+    if spec["batch_size"] > 20:
+      return {"error": "out of memory", "out_of_memory": True}
+    return FOUND | {"batch_size": 4 * spec["batch_size"]}
+
+  monkeypatch.setattr(step, "call", call)
+  [row] = step.bench([TINY], **OPTIONS | {"batch_size": 0})
+  assert calls == [(8, 2), (16, 2), (32, 2), (16, 2)]
+  assert row["batch_size"] == 64
+  monkeypatch.setattr(step, "call", lambda *_: {"error": "no such thing"})
+  [row] = step.bench([TINY], **OPTIONS | {"batch_size": 0})
+  assert row["error"] == "no such thing"
+  assert "no such thing" in step.format_report([row])
+
+
+def test_beside_timm(monkeypatch):
+  def call(module, spec):
+    if module.endswith("torch_step"):
+      assert spec["hidden_size"] == 16
+      figures = {"step_seconds": 1.0, "memory_gib": 2.0, "compile_seconds": 9.0}
+      figures |= {"how": "compiled", "devices": 1, "device": "card"}
+      return figures | {"versions": {"torch": "2"}}
+    return FOUND
+
+  monkeypatch.setattr(step, "call", call)
+  ours, theirs = step.bench([TINY], beside="timm", **OPTIONS)
+  assert theirs["times_ours"] == 2
+  assert theirs["images_per_second"] == 8
+  assert "vit_jax is 2.00 x as fast" in step.format_report([ours, theirs])
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["step", "--variant=ViT-Q_16"], "ViT-Q_16"),
+    (["step", "--variant=ViT-B_16", "--image_size=225"], "nearest valid: 224"),
+    (["step", "--variant=ViT-B_16", "--batch_size=-1"], "at least one image"),
+    (["step", "--variant=ViT-B_16", "--beside=other"], "only timm is known"),
+    (["step", "--variant=ViT-B_16", "--dtype=int8"], "int8"),
+    (["input", "--needs=0"], "--needs=0.0; it must be more than 0"),
+    (["input", "--dataset=no_such_set"], "unknown data set 'no_such_set'"),
+  ],
+)
+def test_mistakes_take_one_line(arguments, words, capsys):
+  assert main(["bench", *arguments]) == 2
+  error = capsys.readouterr().err
+  assert words in error
+  assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_processes_end_to_end(capsys):
+  options = "--image_size=16 --batch_size=8 --num_classes=5 --steps=2"
+  command = ["bench", "step", f"--variant={TINY},{TINY}", *options.split()]
+  assert main(command) == 0
+  table = capsys.readouterr().out
+  assert table.count(f"{TINY} vit_jax") == 2
+  assert "matrix products" in table
+
+
+@pytest.mark.slow
+def test_a_batch_for_each_device():
+  found = step.measure(variant=TINY, **OPTIONS | {"per_device": True})
+  assert found["batch_size"] == 8 * found["devices"]
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_an_error():
+  found = step.call("vit_jax.no_such_module", {})
+  assert "No module named" in found["error"]
+
+
+@pytest.mark.interop
+def test_timms_model_is_ours():
+  import torch_libraries  # noqa: F401, torchvision is not there
+
+  from vit_jax.bench import torch_step
+
+  options = {k: v for k, v in OPTIONS.items() if k != "remat"}
+  shape = {"patch_size": 8, "hidden_size": 16, "num_layers": 1}
+  shape |= {"mlp_dim": 32, "num_heads": 2}
+  found = torch_step.measure(
+    variant=TINY, device="cpu", compiled=False, **options, **shape
+  )
+  assert found["step_seconds"] > 0
+  assert 0 < found["loss"] < 10
+
+
+# --- the input ---
+
+
+def test_seeds_of_a_batch_are_those_of_its_images():
+  fold_in = tf.random.experimental.stateless_fold_in
+  seed = tf.constant([2**40 + 3, 0], tf.int64)
+  for number in (0, 7, 2**33):
+    rows = tf.constant([0, 5, 2**34], tf.int64)
+    of_step = fold_in(seed, tf.constant(number, tf.int64))
+    each = [fold_in(of_step, row).numpy().tolist() for row in rows]
+    seeds = pipeline._fold(2**40 + 3, tf.constant(number, tf.int64), rows)
+    assert seeds.numpy().tolist() == each
+
+
+def _jpeg(i):
+  file = io.BytesIO()
+  noise = np.random.default_rng(i).integers(0, 256, (40, 60, 3), np.uint8)
+  Image.fromarray(noise).save(file, "JPEG")
+  return file.getvalue()
+
+
+def test_report_of_the_input():
+  times = {"pipeline": [1.0, 2.0, 4.0], "plain": [3.0, 4.0, 4.0]}
+  assert speed._compare(times) == {"plain": 2.0}
+  found = {
+    "images_per_second": {"pipeline": 2000.0, "plain": 1500.0},
+    "cpu_ms": {"pipeline": 1.0, "plain": 1.25},
+    "ratio": {"plain": 1.33},
+    "cpu_ratio": {"plain": 1.25},
+    "per_core": 1000.0,
+    "cores": 2,
+    "load": 3.0,
+    "image_bytes": 70_000.0,
+    "image_size": 224,
+    "batch_size": 256,
+    "needs": 5000.0,
+    "hosts": 3,
+  }
+  text = speed.format_report(found)
+  assert "1,000 images/s a core of 2; JPEGs of 70 kB" in text
+  assert "5,000 images/s take 3 such hosts" in text
+  assert "trust the CPU column" in text
+
+
+@pytest.mark.slow
+def test_input_of_a_folder(tmp_path):
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    for i in range(10):
+      (tmp_path / name / f"{i}.jpg").write_bytes(_jpeg(i))
+  options = {"image_size": 32, "batch_size": 8, "rounds": 1}
+  found = speed.bench(f"folder:{tmp_path}", needs=1e9, **options)
+  rates = found["images_per_second"]
+  assert list(rates) == ["pipeline", "plain", "resizing", "decoding"]
+  assert found["per_core"] == pytest.approx(rates["pipeline"] / found["cores"])
+  assert found["hosts"] == np.ceil(1e9 / rates["pipeline"])
+  assert found["ratio"].keys() == {"plain", "resizing", "decoding"}
+
+
+@pytest.mark.slow
+def test_input_of_what_is_made(capsys):
+  arguments = ["bench", "input", "--image_size=32", "--batch_size=64"]
+  assert main(arguments) == 0
+  assert "images/s a core" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_input_needs_jpegs(tmp_path, capsys):
+  for name in ("cat", "dog"):
+    (tmp_path / name).mkdir()
+    for i in range(4):
+      Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+  assert main(["bench", "input", f"--dataset=folder:{tmp_path}"]) == 2
+  assert "is no JPEG" in capsys.readouterr().err
