@@ -2,6 +2,7 @@
 
 import io
 
+import jax
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -42,6 +43,8 @@ FOUND = {
 
 def test_figures_follow_from_the_time_of_a_step(monkeypatch):
   monkeypatch.setattr(step, "_CPU_SIDES", (64,))
+  one = jax.devices()[:1]  # which takes half the time to compile for
+  monkeypatch.setattr(jax, "local_devices", lambda: one)
   found = step.measure(variant=TINY, **OPTIONS)
   tokens, width, mlp = 5, 16, 32
   products = 4 * (8 * 8 * 3) * width  # the patches
@@ -211,7 +214,9 @@ def test_input_of_a_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_input_of_what_is_made(capsys):
+def test_input_of_what_is_made(capsys, monkeypatch):
+  monkeypatch.setattr(speed, "_TURN", 128)
+  monkeypatch.setattr(speed, "_PHOTOS", 32)
   arguments = ["bench", "input", "--image_size=32", "--batch_size=64"]
   assert main(arguments) == 0
   assert "images/s a core" in capsys.readouterr().out

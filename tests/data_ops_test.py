@@ -68,7 +68,7 @@ def test_windows_of_the_inception_crop():
   height, width = 120, 200
   areas, aspects, tops = [], [], []
   for i in range(400):
-    top, left, h, w = ops._sample_window(
+    top, left, h, w = ops.sample_window(
       tf.constant([height, width, 3]), 5, 100, _seed(i)
     ).numpy()
     assert top >= 0

@@ -163,7 +163,7 @@ def _time_steps(
     "fastest_seconds": min(timed),
     "compile_seconds": seconds[0],
     "memory_gib": peak / 2**30,
-    "loss": float(loss),
+    "loss": float(loss.detach()),
   }
 
 

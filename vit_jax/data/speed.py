@@ -125,15 +125,16 @@ def measure(
   """
   load = os.getloadavg()[0]
   image_bytes = _write_records(source, file)
-  turns: dict[str, Callable[[], Iterator]] = {
-    "pipeline": functools.partial(_pipeline, source, image_size, batch_size),
-    "plain": _plain(source, file, image_size).batch(batch_size),
-    "resizing": _part(source, file, image_size).batch(batch_size),
-    "decoding": _part(source, file, None).batch(batch_size),
+  others = {
+    "plain": _plain(source, file, image_size),
+    "resizing": _part(source, file, image_size),
+    "decoding": _part(source, file, None),
   }
-  for name, batches in turns.items():
-    if isinstance(batches, tf.data.Dataset):
-      turns[name] = batches.prefetch(2).as_numpy_iterator
+  turns: dict[str, Callable[[], Iterator]] = {
+    "pipeline": functools.partial(_pipeline, source, image_size, batch_size)
+  }
+  for name, images in others.items():
+    turns[name] = images.batch(batch_size).prefetch(2).as_numpy_iterator
   seconds = {name: [] for name in turns}
   cpu = {name: [] for name in turns}
   for _ in range(rounds):
