@@ -278,7 +278,7 @@ def list_images(source: str) -> list[tuple[str, Place]]:
     elif lower.endswith(_SUFFIXES):
       name = os.path.basename(path)
       if path != root:
-        name = os.path.relpath(path, root).replace(os.sep, "/")
+        name = path[len(root) :].lstrip(os.sep).replace(os.sep, "/")
       found.append((name, Place(path)))
   if not found:
     raise UserError(
@@ -435,7 +435,9 @@ def _find_unknown(plan, images):
   if unknown:
     log.warning(
       "%d of %d names in the labels file are those of no image, such as %r",
-      *(len(unknown), len(plan.labels), unknown[0]),
+      len(unknown),
+      len(plan.labels),
+      unknown[0],
     )
   return unknown
 
