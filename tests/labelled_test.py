@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_runs import REPO
 
 from vit_jax import data, datasets, preprocess
-from vit_jax.data import labelled, near_duplicates
+from vit_jax.data import labelled, near_duplicates, own_files
 from vit_jax.errors import UserError
 
 
@@ -91,6 +91,28 @@ def _read_all(root, split="train"):
     labels, size = source.check_example(i)
     found.append((size, labels))
   return source, found
+
+
+def test_a_data_set_is_freed_of_test_images(tmp_path, inline, capsys):
+  """As ImageNet-21k is for the paper, with the labels that it has."""
+  _make(tmp_path, 20)
+  _build(tmp_path)
+  first, examples = _read_all(tmp_path)
+  again = {"data_dir": str(tmp_path / "data"), "against": ["mine:train[3:5]"]}
+  report = datasets.build("clean", images="tfds:mine:train", **again)
+  assert [name for name, *_ in report["twins"]] == ["00000003", "00000004"]
+  clean = data.get_source("clean", "train", str(tmp_path / "data"))
+  assert clean.class_names == first.class_names
+  kept = [clean.check_example(i) for i in range(18)]
+  assert [(size, ls) for ls, size in kept] == examples[:3] + examples[5:]
+  for options, words in (
+    ({"images": "tfds:mine:train", "labels": "x.csv"}, "labels of its own"),
+    ({"images": "tfds:mine"}, "give DATASET:SPLIT"),
+    ({"images": "tfds:mine:tset"}, "split 'tset'"),
+    ({"images": str(tmp_path / "images")}, "--labels is missing"),
+  ):
+    with pytest.raises(UserError, match=words):
+      datasets.build("other", **options, **again)
 
 
 def test_a_folder_becomes_a_data_set(tmp_path):
@@ -307,6 +329,7 @@ def _go_on(root, partial, inline):
   assert data.get_source("mine", "train", str(root / "data")).num_examples
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on(three_parts, tmp_path, inline):
   process, partial = _interrupt(three_parts, tmp_path)
   with pytest.raises(UserError, match="another build is at work in it"):
@@ -406,7 +429,7 @@ def test_bad_labels(tmp_path, text, words):
   file = tmp_path / "labels.csv"
   file.write_text(text)
   with pytest.raises(UserError, match=words) as error:
-    labelled.read_labels(file, str(tmp_path / "classes.txt"), 0.5)
+    own_files.read_labels(file, str(tmp_path / "classes.txt"), 0.5)
   assert str(file) in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -435,7 +458,7 @@ def test_bad_json_labels(tmp_path, lines, words):
   file = tmp_path / "labels.jsonl"
   file.write_text("\n".join(lines))
   with pytest.raises(UserError, match=words):
-    labelled.read_labels(file, None, 0.0)
+    own_files.read_labels(file, None, 0.0)
 
 
 def test_labels_have_weights_or_confidences(tmp_path):
@@ -444,7 +467,7 @@ def test_labels_have_weights_or_confidences(tmp_path):
   for column in ("weight", "confidence"):
     text = f"image,label,{column}\r\na.jpg,x,0.2\r\n'b.jpg',y,7\r\n'b.jpg',x,"
     file.write_bytes(text.replace("'", '"').encode("utf-8-sig"))
-    names, labels = labelled.read_labels(file, None, 0.5)
+    names, labels = own_files.read_labels(file, None, 0.5)
     assert names == ["x", "y"]
     assert labels == {"a.jpg": [], "b.jpg": [1, 0]}
 
@@ -466,7 +489,7 @@ def test_names_in_labels_that_no_image_has(tmp_path, inline, caplog, capsys):
 
 
 def _plan(root):
-  names, labels = labelled.read_labels(root / "labels.csv", None, 0.0)
+  names, labels = own_files.read_labels(root / "labels.csv", None, 0.0)
   return labelled.Plan("mine", str(root / "images"), names, labels, [], 0.0)
 
 
@@ -480,18 +503,18 @@ def test_a_name_twice_names_both_places(tmp_path):
     with tarfile.open(tmp_path / "images" / shard, "w") as archive:
       archive.add(file, "./b/0.jpg")
   with pytest.raises(UserError, match=r"'b/0.jpg', .*0.tar .*1.tar"):
-    labelled.list_images(str(tmp_path / "images"))
+    own_files.list_images(str(tmp_path / "images"))
   (tmp_path / "images" / "1.tar").unlink()
   rows = {"name": ["c", "d", "c"], "image": [file.read_bytes()] * 3}
   table = pyarrow.table(rows)
   parquet.write_table(table, tmp_path / "images" / "2.parquet")
   with pytest.raises(UserError, match=r"'c', .*\(row 0\) .*\(row 2\)"):
-    labelled.list_images(str(tmp_path / "images"))
+    own_files.list_images(str(tmp_path / "images"))
   rows = {"name": ["c", None], "image": [b"", b""]}
   file = tmp_path / "3.parquet"
   parquet.write_table(pyarrow.table(rows), file)
   with pytest.raises(UserError, match="row 1: None is no name"):
-    labelled.list_images(str(file))
+    own_files.list_images(str(file))
 
 
 def test_rows_of_all_row_groups_are_read(tmp_path):
@@ -501,8 +524,8 @@ def test_rows_of_all_row_groups_are_read(tmp_path):
   rows = {"name": list("abcdefg"), "image": [bytes([i]) for i in range(7)]}
   file = tmp_path / "x.parquet"
   parquet.write_table(pyarrow.table(rows), file, row_group_size=3)
-  found = labelled.list_images(str(file))
-  assert [labelled.read_image(place) for _, place in found] == rows["image"]
+  found = own_files.list_images(str(file))
+  assert [own_files.read_image(place) for _, place in found] == rows["image"]
 
 
 def test_other_mistakes(tmp_path, inline):

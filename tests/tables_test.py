@@ -238,6 +238,19 @@ def test_published_weights_are_those_of_90_epochs(tmp_path):
   assert row["cells"]["CIFAR-100"]["ours"] is None
 
 
+def test_a_set_without_test_images_is_the_same_set(tmp_path):
+  origin = _write_run(
+    tmp_path / "b32",
+    "pretrain.py:ViT-B_32,imagenet21k",
+    train__dataset="imagenet21k_clean",
+  )
+  _write_run(
+    tmp_path / "tuned", "finetune.py:ViT-B_32,cifar10", 0.9, init_from=origin
+  )
+  row = {"pretraining": "ImageNet-21k", "epochs": 90}
+  assert _cell(tmp_path, **row)["ours"] == pytest.approx(90)
+
+
 def test_epochs_tell_pretrainings_apart(tmp_path, monkeypatch):
   monkeypatch.setattr(flops, "count_multiply_adds", lambda *_, **__: 1)
   for epochs, accuracy in ((7, 0.86), (14, 0.87)):

@@ -282,10 +282,12 @@ def _add_data_commands(add):
   build = add("build", _data_build, "make a set of your own labelled images")
   build.add_argument("name", metavar="NAME", help="of the new data set")
   build.add_argument(
-    "--images", required=True, help="a folder, or .tar or .parquet files"
+    "--images",
+    required=True,
+    help="a folder, .tar or .parquet files, or tfds:DATASET:SPLIT",
   )
   build.add_argument(
-    "--labels", required=True, help="CSV (image,label[,confidence]) or .jsonl"
+    "--labels", help="CSV (image,label[,confidence]) or .jsonl"
   )
   build.add_argument("--classes", help="a file with a class a line")
   build.add_argument("--min_confidence", type=float, default=0.0)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
-from vit_jax.data import builders, labelled, tasks
+from vit_jax.data import builders, labelled, own_files, tasks
 from vit_jax.errors import UserError
 
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
@@ -115,7 +115,7 @@ def build(
   name: str,
   *,
   images: str,
-  labels: str,
+  labels: str | None = None,
   classes: str | None = None,
   min_confidence: float = 0.0,
   against: list[str] | None = None,
@@ -127,8 +127,9 @@ def build(
 
   Args:
     name: of the new data set.
-    images: a folder, or tar or Parquet files, see `data.labelled`.
-    labels: a CSV or JSON-lines file.
+    images: a folder, tar or Parquet files, or "tfds:DATASET:SPLIT"; see
+      `data.own_files`.
+    labels: a CSV or JSON-lines file; None for a data set's own.
     classes: a file with a class a line; None: those that occur.
     min_confidence: labels of less are left out.
     against: "DATASET:SPLIT", test sets whose images must not be in it.
@@ -149,19 +150,20 @@ def build(
     )
   if not 0 <= holdout < 1:
     raise UserError(f"--holdout is {holdout}; it must be in [0, 1)")
-  pairs = []
-  for text in against or []:
-    # Data sets and splits may have colons of their own.
-    part = r"\w+(\[[^\]]*\])?"
-    match = re.fullmatch(rf"(.+):({part}(\+{part})*)", text)
-    if not match:
-      raise UserError(
-        f"--against {text!r}: give DATASET:SPLIT, as in cifar10:test"
-      )
-    pairs.append((match[1], match[2]))
-  class_names, by_image = labelled.read_labels(labels, classes, min_confidence)
+  root = str(_resolve(data_dir))
+  pairs = [own_files.parse_pair(text, "--against") for text in against or []]
+  if images.startswith(own_files.TFDS):
+    if labels or classes or min_confidence:
+      raise UserError(f"--images {images} has labels of its own; leave others")
+    class_names, by_image = own_files.open_set(images, root).class_names, None
+  elif labels:
+    class_names, by_image = own_files.read_labels(
+      labels, classes, min_confidence
+    )
+  else:
+    raise UserError("--labels is missing: a CSV or JSON-lines file")
   plan = labelled.Plan(name, images, class_names, by_image, pairs, holdout)
-  folder = labelled.build(plan, str(_resolve(data_dir)), workers)
+  folder = labelled.build(plan, root, workers)
   report = json.loads((folder / "report.json").read_text())
   for what, found in report.items():
     count = found if isinstance(found, int) else len(found)

@@ -11,25 +11,20 @@ they get their final names and TFDS's description, and the folder its own name.
 
 import concurrent.futures
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import io
 import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import shutil
 import signal
-import tarfile
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,17 +38,16 @@ from tensorflow_datasets.core import example_serializer
 
 from vit_jax import preprocess
 from vit_jax.data import near_duplicates
+from vit_jax.data.own_files import Place, list_images, open_set, read_image
 from vit_jax.data.source import get_source, one_line
-from vit_jax.errors import RunStopped, UserError, suggest
+from vit_jax.errors import RunStopped, UserError
 
 log = logging.getLogger(__name__)
 
 VERSION = "1.0.0"
 _PART = 1000  # images
 _TOGETHER = 32  # images that are compared with the test images at once
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _KEPT = ("JPEG", "MPO", "PNG")  # others are encoded anew as PNG
-_COLUMNS = ("confidence", "weight")  # of labels; two names of one thing
 _ADVICE = "finished parts are kept, the same command goes on"
 
 
@@ -65,7 +59,7 @@ class Plan:
     name: of the data set.
     images: a folder, or tar or Parquet files.
     class_names: in the order of their ids.
-    labels: {image: class ids}.
+    labels: {image: class ids}; None for a data set's own.
     against: (data set, split) pairs whose images must not be in the result.
     holdout: part of the images that become the split "test".
   """
@@ -73,308 +67,17 @@ class Plan:
   name: str
   images: str
   class_names: list[str]
-  labels: dict[str, list[int]]
+  labels: dict[str, list[int]] | None
   against: list[tuple[str, str]]
   holdout: float
-
-
-class Place(NamedTuple):
-  """Where an image's bytes are: all of a file, a piece of one, or a row."""
-
-  path: str
-  offset: int = 0
-  size: int = -1
-  row: int = -1
 
 
 class Part(NamedTuple):
   """One piece of the work: (name, place, labels) of images; where to write."""
 
   number: int
-  images: list[tuple[str, Place, list[int]]]
+  images: list[tuple[str, Place, list[int] | None]]
   folder: Path
-
-
-# --- labels ---
-
-
-def read_labels(
-  file: str | os.PathLike, classes: str | None, min_confidence: float
-) -> tuple[list[str], dict[str, list[int]]]:
-  """Reads a labels file.
-
-  Args:
-    file: CSV with the columns image, label and perhaps confidence, a row a
-      label; or JSON lines {"image": "a/1.jpg", "labels": ["cat", "dog"],
-      "confidences": [0.9, 0.4]}. Weights are taken as confidences.
-    classes: a file with a class a line; None: those that occur, sorted.
-    min_confidence: labels of less are left out.
-
-  Returns:
-    The class names, and {image: class ids}.
-
-  Raises:
-    UserError: a line that cannot be read, an unknown class, the same label of
-      the same image twice, no label left.
-  """
-  path = Path(file)
-  known = None if classes is None else _read_classes(Path(classes))
-  ids = {name: i for i, name in enumerate(known or ())}
-  seen: dict[str, dict[int, bool]] = {}  # {image: {class: sure enough}}
-  for line, image, label, confidence in _read_rows(path):
-    if known is not None and label not in ids:
-      raise UserError(
-        f"{path}, line {line}: unknown class {label!r}{suggest(label, known)}; "
-        f"the classes are those of {classes}"
-      )
-    of_image = seen.setdefault(image, {})
-    number = ids.setdefault(label, len(ids))
-    if number in of_image:
-      raise UserError(
-        f"{path}, line {line}: {image!r} has the label {label!r} already; "
-        "remove one of the two"
-      )
-    of_image[number] = confidence >= min_confidence
-  names = known or sorted(ids)
-  order = {ids[name]: i for i, name in enumerate(names)}
-  labels = {
-    image: [order[number] for number, sure in of_image.items() if sure]
-    for image, of_image in seen.items()
-  }
-  if not any(labels.values()):
-    least = f" of a confidence of {min_confidence} or more" if labels else ""
-    raise UserError(f"{path} has no labels{least}")
-  return names, labels
-
-
-def _read_classes(path):
-  names = [line.rstrip("\r\n") for line in _read_lines(path)]
-  for line, name in enumerate(names, 1):
-    if not name.strip():
-      raise UserError(f"{path}, line {line}: no class; remove the line")
-  twice = [name for name, count in Counter(names).items() if count > 1]
-  if twice:
-    first = names.index(twice[0])
-    second = names.index(twice[0], first + 1)
-    raise UserError(
-      f"{path}: {twice[0]!r} is there twice, in the lines {first + 1} and "
-      f"{second + 1}"
-    )
-  if not names:
-    raise UserError(f"{path} has no classes")
-  return names
-
-
-def _read_lines(path) -> Iterator[str]:
-  try:
-    # Spreadsheets begin their CSV files with a byte order mark.
-    with open(path, encoding="utf-8-sig", newline="") as f:
-      yield from f
-  except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"{path}: cannot be read: {one_line(e)}") from e
-
-
-def _read_rows(path) -> Iterator[tuple[int, str, str, float]]:
-  """Yields (line, image, label, confidence)."""
-  as_json = path.suffix.lower() in (".jsonl", ".json")
-  read = _read_json if as_json else _read_csv
-  for line, image, label, confidence in read(path):
-    if not image or not label:
-      raise UserError(f"{path}, line {line}: a field is empty")
-    try:
-      number = float(1 if confidence in (None, "") else confidence)
-    except (ValueError, TypeError):
-      number = math.nan
-    if not math.isfinite(number):
-      raise UserError(
-        f"{path}, line {line}: confidence {confidence!r} is no number"
-      )
-    yield line, _tidy(image), label, number
-
-
-def _read_csv(path):
-  reader = csv.DictReader(_read_lines(path), strict=True)
-  try:
-    columns = reader.fieldnames or ["nothing"]
-    if not {"image", "label"} <= set(columns):
-      raise UserError(
-        f"{path}: the first line must name the columns image, label and "
-        f"perhaps confidence; it names {', '.join(columns)}"
-      )
-    weight = next((name for name in _COLUMNS if name in columns), "")
-    for row in reader:
-      if None in row:
-        raise UserError(
-          f"{path}, line {reader.line_num}: more fields than columns; a name "
-          "with a comma needs quotation marks"
-        )
-      yield reader.line_num, row["image"], row["label"], row.get(weight)
-  except csv.Error as e:
-    raise UserError(f"{path}, line {reader.line_num}: {e}") from e
-
-
-def _read_json(path):
-  first: dict[str, int] = {}
-  for number, line in enumerate(_read_lines(path), 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-      image, labels = row["image"], row["labels"]
-      confidences = next(
-        (row[f"{name}s"] for name in _COLUMNS if row.get(f"{name}s")), None
-      )
-      if not isinstance(image, str) or not isinstance(labels, list):
-        raise ValueError("the image must be a text, the labels a list")
-      if len(confidences or labels) != len(labels):
-        raise ValueError("labels and confidences differ in number")
-    except (ValueError, KeyError, TypeError) as e:
-      words = f"{e} is missing" if isinstance(e, KeyError) else one_line(e)
-      raise UserError(
-        f"{path}, line {number}: {words}; a line is "
-        '{"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
-      ) from e
-    if image in first:
-      raise UserError(
-        f"{path}: {image!r} is in the lines {first[image]} and {number}; give "
-        "each image one line"
-      )
-    first[image] = number
-    pairs = zip(labels, confidences or [1] * len(labels), strict=True)
-    for label, confidence in pairs:
-      yield number, image, str(label), confidence
-
-
-def _tidy(name):
-  """Takes the "./" away that tar and find put before names."""
-  return name.removeprefix("./")
-
-
-# --- images ---
-
-
-def list_images(source: str) -> list[tuple[str, Place]]:
-  """Returns [(name, where)] of all images, sorted by name.
-
-  Args:
-    source: a folder of images or of tar or Parquet files, or one such file. A
-      name is the path below the folder, or in the tar file; in Parquet files
-      it is the column "name", and the bytes are the column "image". Links to
-      folders are not followed.
-
-  Raises:
-    UserError: no image, or two of one name: labels are given by name.
-  """
-  root = os.path.expanduser(source)
-  if not os.path.exists(root):
-    raise UserError(f"--images {source} does not exist")
-  found = []
-  for path in _walk(root) if os.path.isdir(root) else [root]:
-    lower = path.lower()
-    if lower.endswith(".tar"):
-      found += _list_tar(path)
-    elif lower.endswith(".parquet"):
-      found += _list_parquet(path)
-    elif lower.endswith(_SUFFIXES):
-      name = os.path.basename(path)
-      if path != root:
-        name = os.path.relpath(path, root).replace(os.sep, "/")
-      found.append((name, Place(path)))
-  if not found:
-    raise UserError(
-      f"--images {source} has no images; {', '.join(_SUFFIXES)} files, .tar or "
-      ".parquet files of them are read"
-    )
-  found.sort()
-  for (name, one), (other_name, other) in itertools.pairwise(found):
-    if name == other_name:
-      raise UserError(
-        f"two images have the name {name!r}, one in {_describe(one)} and one "
-        f"in {_describe(other)}; rename or remove one"
-      )
-  return found
-
-
-def _walk(root) -> Iterator[str]:
-  """Yields the paths of files; of a million in seconds, with no stat of any."""
-
-  def fail(error):
-    raise UserError(f"--images {root}: {one_line(error)}")
-
-  for folder, _, files in os.walk(root, onerror=fail):
-    for name in files:
-      yield os.path.join(folder, name)
-
-
-def _describe(place):
-  if place.row >= 0:
-    return f"{place.path} (row {place.row})"
-  return f"{place.path} (byte {place.offset})" if place.offset else place.path
-
-
-def _list_tar(path):
-  try:
-    with tarfile.open(path) as archive:
-      return [
-        (_tidy(member.name), Place(path, member.offset_data, member.size))
-        for member in archive
-        if member.isfile() and member.name.lower().endswith(_SUFFIXES)
-      ]
-  except (tarfile.TarError, OSError) as e:
-    raise UserError(f"{path}: no readable tar file ({e})") from e
-
-
-def _list_parquet(path):
-  try:
-    table = _open_parquet(path).read(columns=["name"])
-  except OSError as e:
-    raise UserError(f"{path}: a damaged Parquet file ({one_line(e)})") from e
-  names = table.column("name").to_pylist()
-  for row, name in enumerate(names):
-    if not isinstance(name, str) or not name:
-      raise UserError(f"{path}, row {row}: {name!r} is no name of an image")
-  return [(_tidy(name), Place(path, row=i)) for i, name in enumerate(names)]
-
-
-@functools.lru_cache(maxsize=2)
-def _open_parquet(path):
-  try:
-    from pyarrow import parquet
-  except ImportError as e:
-    raise UserError("Parquet files need pyarrow: pip install pyarrow") from e
-  problem = None
-  try:
-    file = parquet.ParquetFile(path)
-    if {"name", "image"} <= set(file.schema_arrow.names):
-      return file
-    problem = f"its columns are {', '.join(file.schema_arrow.names)}"
-  except (OSError, ValueError) as e:
-    problem = one_line(e)
-  raise UserError(
-    f"{path}: no readable Parquet file with the columns name and image "
-    f"({problem})"
-  )
-
-
-@functools.lru_cache(maxsize=2)
-def _read_row_group(path, group):
-  return _open_parquet(path).read_row_group(group, ["image"]).column("image")
-
-
-def read_image(place: Place) -> bytes:
-  """Returns the bytes of an image file."""
-  if place.row >= 0:
-    # A whole file would be gigabytes in each worker.
-    metadata = _open_parquet(place.path).metadata
-    group, row = 0, place.row
-    while row >= metadata.row_group(group).num_rows:
-      row -= metadata.row_group(group).num_rows
-      group += 1
-    value = _read_row_group(place.path, group)[row].as_py()
-    return value["bytes"] if isinstance(value, dict) else value
-  with open(place.path, "rb") as f:
-    f.seek(place.offset)
-    return f.read(place.size)
 
 
 # --- building ---
@@ -400,7 +103,7 @@ def build(plan: Plan, data_dir: str, workers: int | None = None) -> Path:
   folder, partial = root / VERSION, root / f"{VERSION}.building"
   if folder.exists():
     raise UserError(f"{folder} exists; nothing is overwritten, choose a name")
-  images = list_images(plan.images)
+  images = list_images(plan.images, data_dir)
   unknown = _find_unknown(plan, images)
   try:
     partial.mkdir(parents=True, exist_ok=True)
@@ -424,6 +127,8 @@ def build(plan: Plan, data_dir: str, workers: int | None = None) -> Path:
 
 def _find_unknown(plan, images):
   """Returns the names in the labels file that no image has; says how many."""
+  if plan.labels is None:
+    return []
   names = {name for name, _ in images}
   unknown = sorted(plan.labels.keys() - names)
   if len(unknown) == len(plan.labels):
@@ -435,7 +140,9 @@ def _find_unknown(plan, images):
   if unknown:
     log.warning(
       "%d of %d names in the labels file are those of no image, such as %r",
-      *(len(unknown), len(plan.labels), unknown[0]),
+      len(unknown),
+      len(plan.labels),
+      unknown[0],
     )
   return unknown
 
@@ -462,7 +169,7 @@ def _check_same_plan(plan, images, partial):
   options = (plan.name, plan.images, plan.class_names, plan.against)
   digest = hashlib.sha256(repr((*options, plan.holdout)).encode())
   for name, place in images:
-    line = (name, tuple(place), plan.labels.get(name))
+    line = (name, tuple(place), plan.labels and plan.labels.get(name))
     digest.update(repr(line).encode())
   file = partial / "plan.sha256"
   if not file.exists():
@@ -486,13 +193,17 @@ def _make_parts(plan, images, partial):
     Part(
       number,
       [
-        (name, place, plan.labels.get(name, []))
+        (name, place, _find_labels(plan, name))
         for name, place in images[start : start + _PART]
       ],
       partial,
     )
     for number, start in enumerate(range(0, len(images), _PART))
   ]
+
+
+def _find_labels(plan, name):
+  return None if plan.labels is None else plan.labels.get(name, [])
 
 
 def _report_of(part) -> Path:
@@ -513,7 +224,7 @@ def _run_parts(plan, data_dir, parts, workers):
     min(workers or os.cpu_count() or 1, len(parts)),
     mp_context=context,
     initializer=_start_worker,
-    initargs=(dataclasses.replace(plan, labels={}), index, stop),
+    initargs=(dataclasses.replace(plan, labels={}), data_dir, index, stop),
   )
   try:
     with _for_workers():
@@ -599,10 +310,11 @@ def _make_thumbnails(source) -> Iterator[np.ndarray]:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(plan, index, stop):
+def _start_worker(plan, data_dir, index, stop):
   # Pillow remarks on what can be read all the same.
   warnings.simplefilter("ignore")
-  _worker.update(plan=plan, features=make_features(plan), stop=stop)
+  _worker.update(plan=plan, features=make_features(plan))
+  _worker.update(data_dir=data_dir, stop=stop)
   _worker.update(index=near_duplicates.Index.load(index))
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -685,11 +397,16 @@ def _write_images(images, writer):
   """Writes those that can be read and are no twins."""
   read = []
   for name, place, labels in images:
-    if not labels:
-      writer.report["without labels"].append(name)
-      continue
     try:
-      read.append((name, labels, *_decode(read_image(place))))
+      if labels is None:
+        source = open_set(place.path, _worker["data_dir"])
+        encoded, labels = source.read_example(place.row)
+      else:
+        encoded = labels and read_image(place)
+      if not labels:
+        writer.report["without labels"].append(name)
+        continue
+      read.append((name, labels, *_decode(encoded)))
     except Exception as e:  # Pillow's plugins raise what they like
       why = one_line(e) if isinstance(e, UserError) else type(e).__name__
       writer.report["unreadable"].append([name, why])

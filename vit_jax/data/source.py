@@ -121,15 +121,20 @@ class Source(abc.ABC):
     if bad.any():
       self.check_example(int(indices[bad.argmax()]))
 
+  def read_example(self, index: int) -> tuple[bytes, list[int]]:
+    """Returns an example's encoded image and its labels, unchecked."""
+    record = tf.constant(self.read(np.array([index]))[0])
+    encoded, labels = self._parse_unchecked(record)
+    return encoded.numpy(), labels.numpy().tolist()
+
   def check_example(self, index: int) -> tuple[list[int], tuple[int, int]]:
     """Returns the labels of an example and its (height, width) in pixels.
 
     Raises:
       UserError: it cannot be used; names the example.
     """
-    record = tf.constant(self.read(np.array([index]))[0])
-    encoded, labels = (x.numpy() for x in self._parse_unchecked(record))
-    what, labels = self.describe(index), labels.tolist()
+    encoded, labels = self.read_example(index)
+    what = self.describe(index)
     allowed = f"0 to {self.num_classes - 1}"
     for label in labels:
       if not 0 <= label < self.num_classes:

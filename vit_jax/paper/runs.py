@@ -172,10 +172,14 @@ def _read_last(metrics, total_steps):
 
 
 def plain_name(dataset: str) -> str:
-  """Returns a data set's name without configuration and version."""
+  """Returns a data set's name without configuration and version.
+
+  "imagenet21k_clean", that is freed of test images, is "imagenet21k": as the
+  paper's are.
+  """
   if dataset.startswith(("vtab:", "mini:", "folder:")):
     return dataset
-  return dataset.partition(":")[0].partition("/")[0]
+  return dataset.partition(":")[0].partition("/")[0].removesuffix("_clean")
 
 
 def is_pretraining(run: Run, wanted: Pretraining) -> bool:
