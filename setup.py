@@ -56,6 +56,7 @@ setuptools.setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
+    "plan": ["libtpu>=0.0.50; sys_platform == 'linux'"],
     "cuda": ["jax[cuda12]"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.6"],
     # The libraries that tests compare with. timm is missing: it asks for

@@ -28,6 +28,7 @@ _LAYERS = (
     "datasets",
     "inspect",
     "convert",
+    "plan",
   ),
   ("quickstart", "sweep"),  # run the commands one after the other
   ("vtab",),

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = _make_parser().parse_known_args(argv)
   try:
     overrides = _parse_overrides(rest)
-    if overrides and args.run not in (_train, _sweep, _vtab):
+    if overrides and args.run not in (_train, _sweep, _vtab, _plan):
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
     args.run(args)
@@ -93,6 +93,8 @@ def _make_parser():
   )
   train.add_argument("--workdir", required=True, help="the run folder")
   _add_distributed(train)
+
+  _add_plan(add("plan", _plan, "say what a run would take on TPUs"))
 
   _add_sweep(add("sweep", _sweep, "train with every value of some keys"))
 
@@ -152,6 +154,31 @@ def _make_parser():
   )
   quickstart.add_argument("--workdir", default="runs/quickstart")
   return parser
+
+
+def _add_plan(plan):
+  plan.add_argument(
+    "--config",
+    action="append",
+    default=[],
+    metavar="FILE[:ARG]",
+    help="may be repeated; --config.key=value as for train",
+  )
+  plan.add_argument(
+    "--topology", default="v5e:4x4", help="CHIP:SIZE (default: v5e:4x4)"
+  )
+  plan.add_argument("--num_classes", type=int, help="of unknown data")
+  plan.add_argument("--num_examples", type=int, help="of unknown data")
+  plan.add_argument("--price", type=float, help="dollars of a chip-hour")
+  plan.add_argument("--dump-hlo", metavar="FILE", help="the compiled step")
+  what = plan.add_mutually_exclusive_group()
+  what.add_argument(
+    "--scale", action="store_true", help="on larger slices as well"
+  )
+  what.add_argument(
+    "--table2", action="store_true", help="the paper's core-days, estimated"
+  )
+  _add_json(plan)
 
 
 def _add_sweep(sweep):
@@ -370,6 +397,39 @@ def _train(args):
   from vit_jax.train import train
 
   train(loaded, args.workdir)
+
+
+def _plan(args):
+  from vit_jax import plan
+  from vit_jax.plan import report
+
+  if args.table2:
+    rows = plan.plan_table2()
+    print(json.dumps(rows) if args.json else report.format_table2(rows))
+    return
+  if not args.config:
+    raise UserError("plan needs --config=FILE[:ARG], or --table2")
+  if args.dump_hlo and (len(args.config) > 1 or args.scale):
+    raise UserError("--dump-hlo takes the program of one plan; give one config")
+  options = {
+    "overrides": args.overrides,
+    "num_classes": args.num_classes,
+    "num_examples": args.num_examples,
+    "price": args.price,
+  }
+  found = []
+  for spec in args.config:
+    if args.scale:
+      found += plan.plan_scale(spec, args.topology, **options)
+    else:
+      options["dump_hlo"] = args.dump_hlo
+      found.append(plan.plan(spec, args.topology, **options))
+  if args.json:
+    print(json.dumps(found if len(found) > 1 else found[0]))
+  elif args.scale:
+    print(report.format_table(found), report.LEFT_OUT, sep="\n\n")
+  else:
+    print(report.format_plans(found))
 
 
 def _sweep(args):
