@@ -13,7 +13,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # layers above its own line here, never one of its own line.
 _LAYERS = (
   ("errors",),
-  ("state", "losses", "masking", "preprocess"),
+  ("state", "losses", "masking", "preprocess", "hosts"),
   ("models", "optim", "sharding", "data"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),

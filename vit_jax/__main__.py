@@ -354,6 +354,13 @@ def _add_distributed(command):
   group.add_argument("--coordinator", metavar="HOST:PORT")
   group.add_argument("--num_processes", type=int)
   group.add_argument("--process_id", type=int)
+  group.add_argument(
+    "--start_timeout",
+    type=float,
+    default=300,
+    metavar="SECONDS",
+    help="how long it waits for the others (default: 300)",
+  )
 
 
 def _parse_overrides(arguments):
@@ -373,19 +380,29 @@ def _parse_overrides(arguments):
   return overrides
 
 
-def _connect(args):
-  """Joins the other processes of a run, if there are any."""
+def _find_place(args):
+  """Returns where this process stands among others, None if it is alone."""
   given = (args.coordinator, args.num_processes, args.process_id)
   if not args.distributed and given == (None, None, None):
-    return
+    return None
   if not args.distributed and None in given:
     raise UserError(
       "--coordinator, --num_processes and --process_id are given together"
     )
-  import jax
+  from vit_jax import hosts
 
-  jax.distributed.initialize(*given)
-  if jax.process_index():
+  return hosts.find_place(*given, timeout=args.start_timeout)
+
+
+def _connect(args):
+  """Joins the other processes of a run, if there are any."""
+  place = _find_place(args)
+  if place is None:
+    return
+  from vit_jax import hosts
+
+  hosts.connect(place, args.start_timeout)
+  if place.index:
     logging.getLogger("vit_jax").setLevel(logging.WARNING)
 
 
