@@ -30,7 +30,8 @@ _LAYERS = (
     "convert",
     "plan",
   ),
-  ("quickstart", "sweep"),  # run the commands one after the other
+  # These run or read the commands of the line before.
+  ("quickstart", "sweep", "preflight"),
   ("vtab",),
   ("__main__",),
 )

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = _make_parser().parse_known_args(argv)
   try:
     overrides = _parse_overrides(rest)
-    if overrides and args.run not in (_train, _sweep, _vtab, _plan):
+    if overrides and args.run not in _OVERRIDDEN:
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
     args.run(args)
@@ -93,6 +93,10 @@ def _make_parser():
   )
   train.add_argument("--workdir", required=True, help="the run folder")
   _add_distributed(train)
+
+  _add_preflight(
+    add("preflight", _preflight, "check what a run needs, on all its hosts")
+  )
 
   _add_plan(add("plan", _plan, "say what a run would take on TPUs"))
 
@@ -154,6 +158,23 @@ def _make_parser():
   )
   quickstart.add_argument("--workdir", default="runs/quickstart")
   return parser
+
+
+def _add_preflight(preflight):
+  preflight.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:ARG]",
+    help="the run's; --config.key=value as for train",
+  )
+  preflight.add_argument("--workdir", required=True, help="the run's")
+  preflight.add_argument(
+    "--hosts", type=int, help="how many processes there have to be"
+  )
+  preflight.add_argument(
+    "--topology", metavar="CHIP:SIZE", help="plan the memory: v5e:4x4"
+  )
+  _add_distributed(preflight)
 
 
 def _add_plan(plan):
@@ -416,6 +437,21 @@ def _train(args):
   train(loaded, args.workdir)
 
 
+def _preflight(args):
+  place = _find_place(args)
+  from vit_jax.preflight import preflight
+
+  preflight(
+    args.config,
+    args.workdir,
+    overrides=args.overrides,
+    place=place,
+    expected=args.hosts,
+    topology=args.topology,
+    timeout=args.start_timeout,
+  )
+
+
 def _plan(args):
   from vit_jax import plan
   from vit_jax.plan import report
@@ -628,6 +664,10 @@ def _quickstart(args):
   from vit_jax.quickstart import quickstart
 
   quickstart(args.workdir)
+
+
+# The commands that take --config.key=value.
+_OVERRIDDEN = (_train, _sweep, _vtab, _plan, _preflight)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ import time
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from vit_jax import __version__
 from vit_jax.errors import RunStopped, UserError
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 300  # seconds, as JAX's own
 _REPEAT = 30  # seconds between two lines of a process that waits
-_PACKAGES = ("vit_jax", "jax", "jaxlib", "libtpu", "flax", "optax")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 class Place(NamedTuple):
@@ -134,7 +135,7 @@ def call_roll(place: Place, facts: dict, timeout: float) -> list[dict]:
 
 def read_versions() -> dict[str, str]:
   """Returns {package: version} of what has to be the same everywhere."""
-  versions = {"python": platform.python_version()}
+  versions = {"python": platform.python_version(), "vit_jax": __version__}
   for name in _PACKAGES:
     try:
       versions[name] = metadata.version(name)
