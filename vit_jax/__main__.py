@@ -28,7 +28,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
-  0: done (also: stopped by a signal, and saved). 1: the run cannot go on.
+  0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
+  a signal, and saved). 1: the run cannot go on.
   2: something that was given cannot be used.
   """
   # TensorFlow only reads and decodes images here; it need not introduce itself.
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if overrides and args.run not in _OVERRIDDEN:
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
-    args.run(args)
+    return args.run(args) or 0
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
@@ -56,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   except KeyboardInterrupt:
     return 130
-  return 0
 
 
 def _print_unless_stray(unraisable):
@@ -92,6 +92,13 @@ def _make_parser():
     help="a configuration; --config.key=value changes one of its keys",
   )
   train.add_argument("--workdir", required=True, help="the run folder")
+  train.add_argument(
+    "--stopped_exit_code",
+    type=int,
+    default=0,
+    metavar="CODE",
+    help="of a run that was told to stop, and saved (default: 0)",
+  )
   _add_distributed(train)
 
   _add_preflight(
@@ -435,6 +442,16 @@ def _train(args):
   from vit_jax.train import train
 
   train(loaded, args.workdir)
+  return 0 if _is_complete(args.workdir) else args.stopped_exit_code
+
+
+def _is_complete(workdir):
+  """Returns whether a run's last step has been saved."""
+  from vit_jax import checkpoint
+
+  folder = checkpoint.absolute(workdir)
+  total = json.loads((folder / "config.json").read_text())["total_steps"]
+  return (folder / "checkpoints" / str(total)).exists()
 
 
 def _preflight(args):

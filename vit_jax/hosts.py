@@ -53,26 +53,26 @@ def find_place(
     UserError: neither says it, or it makes no sense.
     RunStopped: the scheduler's answer did not come.
   """
-  given = (coordinator, num_processes, process_id)
+  address, count, index = coordinator, num_processes, process_id
   devices = None
-  if None in given:
+  if None in (address, count, index):
     # JAX knows how each of them is asked. Named here and nowhere else: it is
     # not part of JAX's interface.
     from jax._src.clusters import ClusterEnv
 
     try:
-      *given, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        *given, None, None, int(timeout)
+      found = ClusterEnv.auto_detect_unset_distributed_params(
+        address, count, index, None, None, int(timeout)
       )
     except (RuntimeError, OSError) as e:
       raise RunStopped(f"--distributed: {e}") from e
-  if None in given:
+    address, count, index, devices = found
+  if address is None or count is None or index is None:
     raise UserError(
       "--distributed finds no TPU pod and no Slurm step here; on other "
       "machines give --coordinator=HOST:PORT, --num_processes, --process_id"
     )
-  address, count, index = given
-  host, _, port = str(address).rpartition(":")
+  host, _, port = address.rpartition(":")
   if not host or not port.isdigit():
     raise UserError(f"--coordinator={address}: give HOST:PORT of process 0")
   if not 0 <= index < count:
@@ -80,7 +80,7 @@ def find_place(
       f"--process_id={index} of --num_processes={count}; it goes from 0 to "
       f"{count - 1}"
     )
-  return Place(address, count, index, devices and list(devices))
+  return Place(address, count, index, list(devices) if devices else None)
 
 
 def connect(place: Place, timeout: float = START_TIMEOUT) -> None:
@@ -177,7 +177,8 @@ def _listen(place, facts, end, timeout) -> dict:
       _wait_for_goodbyes(connections.values())
     finally:
       for key in [*ready.get_map().values()]:
-        key.fileobj.close()
+        connection: Any = key.fileobj
+        connection.close()
   return reply
 
 

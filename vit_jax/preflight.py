@@ -324,7 +324,8 @@ def _compare_region(bucket, zone):
   places = found.get("customPlacementConfig", {}).get("dataLocations", [])
   near = region == location or region in [p.lower() for p in places]
   if found.get("locationType") == "multi-region":
-    near = region.startswith({"eu": "europe"}.get(location, location) + "-")
+    continent = "europe" if location == "eu" else location
+    near = region.startswith(f"{continent}-")
   if near:
     return Found(OK, f"{bucket} is in {location}, this machine in {zone}")
   return Found(
