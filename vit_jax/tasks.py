@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vit_jax import losses, models, optim, steps
+from vit_jax import losses, models, optim, sharding, steps
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification, masked
 from vit_jax.state import TrainState
@@ -148,4 +148,5 @@ def jit_train_step(train_step: Callable, layout: TrainState) -> Callable:
     train_step: (state, batch) -> (state, metrics).
     layout: how the state lies on the devices, before and after.
   """
+  train_step = sharding.on_mesh(layout.step.mesh, train_step)
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))

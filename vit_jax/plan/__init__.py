@@ -170,7 +170,8 @@ def _compile_evaluation(config, task, mesh, state):
   batch = make_batch(mesh, size, task.model.image_size)
   if config.objective == "classification":
     del batch["index"]
-  return compile_step(jax.jit(task.eval_step), state.params, batch)
+  step = jax.jit(sharding.on_mesh(mesh, task.eval_step))
+  return compile_step(step, state.params, batch)
 
 
 def count_products(task: Task) -> float:

@@ -86,6 +86,8 @@ def parse(text: str) -> Program:
   """Returns the program of a compiled executable's text."""
   computations: dict[str, dict[str, Instruction]] = {}
   entry, current = "", {}
+  # What a kernel says of itself stands on lines of its own.
+  text = re.sub(r'\{\n("[^\n]*)\n\}', r"{\1}", text)
   for line in text.splitlines():
     head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
     if head:
@@ -245,7 +247,8 @@ def count_cycles(
   Args:
     program: from `parse`.
     cost_kernel: a custom kernel's own count {"flops", "transcendentals",
-      "bytes_accessed"} -> cycles.
+      "bytes_accessed"} -> cycles. If it says "cycles" as well, the larger
+      of the two counts.
   """
   return sum(row[0] for row in list_cycles(program, cost_kernel))
 
@@ -256,7 +259,8 @@ def list_cycles(program, cost_kernel) -> list[tuple[float, int, Instruction]]:
   for instruction, times, _ in walk(program):
     cycles = instruction.number("estimated_cycles") or 0
     if cycles <= 0 and is_kernel(instruction):
-      cycles = cost_kernel(read_kernel_cost(instruction))
+      counted = cost_kernel(read_kernel_cost(instruction))
+      cycles = max(instruction.number("cycles") or 0, counted)
     if cycles > 0:
       rows.append((cycles * times, times, instruction))
   return sorted(rows, key=lambda row: -row[0])
