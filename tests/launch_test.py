@@ -6,12 +6,15 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_runs import Process, find_port, saved_steps
 
 REPO = Path(__file__).parents[1]
 TPU = REPO / "launch" / "tpu.py"
@@ -473,3 +476,171 @@ def test_dry_runs_print_commands_and_run_nothing(cloud):
   assert len(list(cloud.folder.glob("workers/*/vit-jax/code/setup.py"))) == 4
   words = cloud.read_words("pod-1-w-1", "started")
   assert words[-1] == "--a=it's $1\n2"
+
+
+# --- shell ---
+
+
+def test_scripts_for_workers_are_sound(cloud):
+  shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
+  if not shellcheck:
+    pytest.skip("shellcheck is not installed: pip install -e '.[dev]'")
+  files = [REPO / "launch" / "slurm.sbatch"]
+  out = cloud.do("watch", "--dry-run", *TRAIN) + cloud.do("stop", "--dry-run")
+  scripts = [
+    word.partition("=")[2]
+    for word in shlex.split(out)
+    if word.startswith("--command=")
+  ]
+  assert len(scripts) == 6
+  for i, script in enumerate(scripts):
+    file = cloud.folder / f"{i}.sh"
+    file.write_text(f"#!/bin/sh\n{script}")
+    files.append(file)
+  # 2317: `say` is not called by a script that ends before.
+  done = subprocess.run(
+    [shellcheck, *files], capture_output=True, text=True, check=False
+  )
+  assert not done.stdout
+
+
+# --- Slurm and Kubernetes: two processes, started as the manifest says ---
+
+
+@pytest.fixture
+def machine(runs, tmp_path):
+  """The environment of a machine whose PATH has a vit-jax."""
+  (tmp_path / "bin").mkdir()
+  write_script(
+    tmp_path / "bin" / "vit-jax", f'exec {sys.executable} -m vit_jax "$@"'
+  )
+  return {
+    "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+    "PYTHONPATH": str(REPO),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
+    "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": str(runs.compiled),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "TFDS_DATA_DIR": str(runs.data_dir),
+  }
+
+
+def write_script(path, text):
+  path.write_text(f"#!/bin/sh\n{text}\n")
+  path.chmod(0o755)
+
+
+def read_manifest():
+  """Returns the Service and the Job."""
+  text = (REPO / "launch" / "kubernetes.yaml").read_text()
+  service, job = yaml.safe_load_all(text)
+  assert (service["kind"], job["kind"]) == ("Service", "Job")
+  return service, job["spec"], job["metadata"]["name"]
+
+
+def test_the_pods_of_the_manifest_find_each_other():
+  service, spec, name = read_manifest()
+  pod = spec["template"]["spec"]
+  assert service["spec"]["clusterIP"] == "None"
+  assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+  assert pod["subdomain"] == service["metadata"]["name"]
+  (container,) = pod["containers"]
+  environment = {e["name"]: e["value"] for e in container["env"]}
+  # An indexed Job names its pods so.
+  host = f"{name}-0.{pod['subdomain']}"
+  assert environment["COORDINATOR"].partition(":")[0] == host
+  assert spec["completionMode"] == "Indexed"
+  assert spec["completions"] == spec["parallelism"]
+  assert environment["PROCESSES"] == str(spec["completions"])
+  rules = spec["podFailurePolicy"]["rules"]
+  codes = {r["action"]: r["onExitCodes"]["values"] for r in rules[:2]}
+  assert codes == {"FailJob": [2], "Ignore": [75]}
+  assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
+
+
+@pytest.mark.slow
+def test_kubernetes_pods_train_stop_and_go_on(runs, machine, tmp_path):
+  _, spec, _ = read_manifest()
+  (container,) = spec["template"]["spec"]["containers"]
+
+  def start():
+    port = find_port()
+    return [
+      Process(
+        [*container["command"], *container["args"]],
+        {e["name"]: e["value"] for e in container["env"]}
+        | machine
+        | {
+          "CONFIG": str(runs.config),
+          "WORKDIR": str(tmp_path / "run"),
+          "COORDINATOR": f"localhost:{port}",
+          "JOB_COMPLETION_INDEX": str(i),
+        },
+      )
+      for i in range(spec["completions"])
+    ]
+
+  pods = start()
+  assert pods[0].wait_until(lambda: 4 in pods[0].steps()), pods[0].stderr()
+  pods[1].send(signal.SIGTERM)  # as when its machine is drained
+  assert [pod.wait() for pod in pods] == [75, 75]
+  stopped = saved_steps(tmp_path / "run")[-1]
+  assert 4 <= stopped < 14
+  pods = start()
+  assert [pod.wait() for pod in pods] == [0, 0], pods[0].stderr()
+  assert min(pods[0].steps()) == stopped + 1
+  assert "the run is complete" in pods[0].stderr()
+
+
+# `srun`: a process for each task, with Slurm's variables.
+_SRUN = """\
+for i in 0 1; do
+  SLURM_STEP_NODELIST=localhost SLURM_NTASKS=2 \\
+    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+  echo $! > task$i
+done
+wait "$(cat task0)"; first=$?
+wait "$(cat task1)" || exit
+exit $first
+"""
+
+
+@pytest.mark.slow
+def test_slurm_trains_and_is_requeued_when_time_is_up(runs, machine, tmp_path):
+  write_script(tmp_path / "bin" / "srun", _SRUN)
+  write_script(tmp_path / "bin" / "scontrol", 'echo "$@" >> scontrol')
+  (tmp_path / ".venv" / "bin").mkdir(parents=True)
+  (tmp_path / ".venv" / "bin" / "activate").touch()
+  job = find_job()
+
+  def start():
+    return Process(
+      [
+        "bash",
+        str(REPO / "launch" / "slurm.sbatch"),
+        f"--config={runs.config}",
+        f"--workdir={tmp_path}/run",
+      ],
+      machine | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": str(job)},
+    )
+
+  batch = start()
+  assert batch.wait_until(lambda: 4 in batch.steps()), batch.stderr()
+  for i in range(2):  # --signal=TERM@300 tells all tasks, not the script
+    os.kill(int((tmp_path / f"task{i}").read_text()), signal.SIGTERM)
+  assert batch.wait() == 75
+  assert (tmp_path / "scontrol").read_text() == f"requeue {job}\n"
+  batch = start()
+  assert batch.wait() == 0, batch.stderr()
+  assert "the run is complete" in batch.stderr()
+  assert len((tmp_path / "scontrol").read_text().splitlines()) == 1
+
+
+def find_job():
+  """Returns a job number whose port, by JAX's rule, is free now."""
+  for job in range(4096):
+    with contextlib.closing(socket.socket()) as s:
+      if s.connect_ex(("localhost", 2**16 - 2**12 + job)):
+        return job
+  raise AssertionError("no port is free")
