@@ -287,8 +287,8 @@ class Tpu:
   def ask(self, script: str, show=False) -> dict[str, dict[str, str]]:
     """Runs a script on every worker; returns {worker: {key: value}}.
 
-    The script calls `say KEY VALUE`, and `say done yes` at its end. Lines of
-    several workers come mixed, so each begins with its worker's name.
+    The script calls `say KEY VALUE`, and `say finished yes` at its end. Lines
+    of several workers come mixed, so each begins with its worker's name.
 
     Args:
       script: for sh.
@@ -312,7 +312,9 @@ class Tpu:
       elif show:
         say(line)
     expected = self.workers or sum(n for _, _, n in self.list_nodes())
-    done = sorted(worker for worker, said in answers.items() if "done" in said)
+    done = sorted(
+      worker for worker, said in answers.items() if "finished" in said
+    )
     if problem or len(done) < expected:
       raise Failed(
         f"saw {len(done)} of {expected} workers ({', '.join(done)}): "
@@ -446,7 +448,7 @@ say commit %(commit)s
 say versions "$(venv/bin/python -c '
 from vit_jax.hosts import read_versions
 print(*(f"{name} {x}" for name, x in read_versions().items()), sep=", ")')"
-say done yes
+say finished yes
 """
 
 
@@ -512,7 +514,7 @@ def run_preflight(tpu, command):
   say("preflight")
   answers = tpu.ask(
     f"cd vit-jax/code || exit 1\n{shlex.join(words)} 2>&1\n"
-    "say code $?\nsay done yes\n",
+    "say code $?\nsay finished yes\n",
     show=True,
   )
   codes = {said["code"] for said in answers.values()}
@@ -549,7 +551,7 @@ rm -f ../logs/exit_code ../logs/told_to_stop ../logs/pid
 echo {name} > ../logs/name
 nohup setsid sh -c {inner} \\
   >> ../logs/{name}.log 2>&1 </dev/null &
-say done yes
+say finished yes
 """
 
 
@@ -569,7 +571,7 @@ fi
 test -f told_to_stop && say told_to_stop yes
 say step "$(grep -o '^step [0-9]*' "$name.log" 2>/dev/null | tail -n 1)"
 say last "$(tail -n 1 "$name.log" 2>/dev/null | cut -c 1-300)"
-say done yes
+say finished yes
 """
 
 
@@ -613,7 +615,7 @@ while kill -0 "$pid" 2>/dev/null && test $i -lt 300; do
   i=$((i+1))
 done
 kill -0 "$pid" 2>/dev/null && say slow yes
-say done yes
+say finished yes
 """
   )
   if tpu.dry:

@@ -349,6 +349,7 @@ def test_watch_starts_again_what_gets_further(pod):
   assert (pod.folder / "pod-w-1").read_text() == "6\n"
 
 
+@pytest.mark.slow
 def test_watch_does_not_repeat_a_mistake(pod):
   pod.runs('echo "error: no such data set"; exit 2')
   line = pod.fails("watch", *TRAIN)
@@ -363,6 +364,7 @@ def test_watch_ends_when_the_run_is_told_to_stop(pod):
   assert "told to stop" in pod.do("watch", *TRAIN)
 
 
+@pytest.mark.slow
 def test_watch_stops_at_a_preflight_that_finds_a_mistake(pod):
   (pod.worker("pod-w-0") / "preflight_code").write_text("2")
   assert "preflight failed" in pod.fails("watch", *TRAIN)
@@ -497,7 +499,6 @@ def test_scripts_for_workers_are_sound(cloud):
     file = cloud.folder / f"{i}.sh"
     file.write_text(f"#!/bin/sh\n{script}")
     files.append(file)
-  # 2317: `say` is not called by a script that ends before.
   done = subprocess.run(
     [shellcheck, *files], capture_output=True, text=True, check=False
   )
