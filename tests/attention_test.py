@@ -21,17 +21,18 @@ def _draw(b, n, d, valid):
   arrays = [jax.random.normal(key, (b, n, d)) for key in keys]
   is_padding = (jnp.arange(n) >= valid)[:, None]
   q, k, v = (jnp.where(is_padding, 100.0, x) for x in arrays[:3])
-  return q / 8, k, v, jnp.where(is_padding, 0, arrays[3])
+  return q, k, v, jnp.where(is_padding, 0, arrays[3])
 
 
 def _compute_in_float64(q, k, v, num_heads, valid):
-  """softmax(q k^T) v, one image and head after the other."""
+  """softmax(q k^T / sqrt(d/a)) v, one image and head after the other."""
   b, n, d = q.shape
   out = np.zeros((b, n, d))
   for i in range(b):
     for h in range(num_heads):
       at = slice(h * d // num_heads, (h + 1) * d // num_heads)
       scores = np.float64(q[i, :, at]) @ np.float64(k[i, :valid, at]).T
+      scores /= np.sqrt(d / num_heads)
       e = np.exp(scores - scores.max(1, keepdims=True))
       out[i, :, at] = e / e.sum(1, keepdims=True) @ v[i, :valid, at]
   return out

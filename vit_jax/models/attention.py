@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
 ROWS, LANES = 8, 128  # of a vector register
+_UNROLL = 4  # images that the compiler may interleave: their steps wait less
 _MAX_TOKENS = 640  # beyond them an image's scores do not fit on the chip
 _BLOCK = 2**19  # bytes of an array that one program of the kernel has
 _MINUS = -1e30  # a score that no softmax sees
@@ -63,7 +64,7 @@ def _forward(q_ref, k_ref, v_ref, o_ref, *, head_dim, valid):
   def one(i, _):
     outs = [jnp.zeros((n, LANES), jnp.float32)] * (lanes // LANES)
     for head in range(lanes // head_dim):
-      s = _scores(q_ref, k_ref, i, head, head_dim)
+      s = _scores(q_ref, k_ref, i, head, head_dim) / math.sqrt(head_dim)
       key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
       s = jnp.where(key < valid, s, _MINUS)
       e = jnp.exp(s - s.max(1, keepdims=True))
@@ -77,7 +78,7 @@ def _forward(q_ref, k_ref, v_ref, o_ref, *, head_dim, valid):
       o_ref[i, :, pl.ds(tile * LANES, LANES)] = out.astype(o_ref.dtype)
     return 0
 
-  jax.lax.fori_loop(0, images, one, 0)
+  jax.lax.fori_loop(0, images, one, 0, unroll=min(images, _UNROLL))
 
 
 def _backward(
@@ -92,13 +93,13 @@ def _backward(
     tiles = lanes // LANES
     dq, dk, dv = [zero] * tiles, [zero] * tiles, [zero] * tiles
     for head in range(lanes // head_dim):
-      s = _scores(k_ref, q_ref, i, head, head_dim)
+      s = _scores(k_ref, q_ref, i, head, head_dim) / math.sqrt(head_dim)
       key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
       s = jnp.where(key < valid, s, _MINUS)
       e = jnp.exp(s - s.max(0, keepdims=True))
       p = e * (1 / e.sum(0, keepdims=True))
       dp = _scores(v_ref, do_ref, i, head, head_dim)
-      ds = p * (dp - (p * dp).sum(0, keepdims=True))
+      ds = p * (dp - (p * dp).sum(0, keepdims=True)) / math.sqrt(head_dim)
       p, ds = p.astype(dtype), ds.astype(dtype)
       for offset, first, last in _tiles(head, head_dim):
         at = (i, slice(None), pl.ds(offset, LANES))
@@ -113,7 +114,7 @@ def _backward(
       dv_ref[at] = dv[tile].astype(dtype)
     return 0
 
-  jax.lax.fori_loop(0, images, one, 0)
+  jax.lax.fori_loop(0, images, one, 0, unroll=min(images, _UNROLL))
 
 
 def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
@@ -156,9 +157,10 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
 _KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
 
 # Instructions for each register of scores, as the compiler schedules them for
-# v5e: 903 and 1,474 for two heads of 200 tokens, 6,258 and 12,380 for eight of
-# 264 (its dump of the final bundles, libtpu 0.0.52).
-_CYCLES = {1: 9.1, 3: 15.7}
+# v5e (its dump of the final bundles, libtpu 0.0.52): of heads that keep to
+# their registers 2,493 and 5,631 for eight of 200 tokens, of others 6,251 and
+# 12,809 for eight of 264.
+_CYCLES = {1: (6.3, 7.9), 3: (14.1, 16.2)}
 
 
 def _count_cost(arrays, num_outputs, head_dim):
@@ -174,7 +176,8 @@ def _count_cost(arrays, num_outputs, head_dim):
     transcendentals=heads * n * n,
     bytes_accessed=(len(arrays) + num_outputs) * arrays[0].nbytes,
   )
-  return cost, round(_CYCLES[num_outputs] * registers)
+  straddling = LANES % head_dim > 0 and head_dim % LANES > 0
+  return cost, round(_CYCLES[num_outputs][straddling] * registers)
 
 
 # Jitted so that a model's layers share what is traced.
@@ -199,11 +202,11 @@ def can_fuse(tokens: int, width: int, num_heads: int) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attend(query, key, value, num_heads: int, valid: int):
-  """softmax(query key^T) value of each head: [b n d] each -> [b n d].
+  """softmax(query key^T / sqrt(d/a)) value of each head: [b n d].
 
   Args:
-    query: divided by the root of a head's width already.
-    key: as wide as query; rows from `valid` on are padding.
+    query: [b n d].
+    key: [b n d]; rows from `valid` on are padding.
     value: likewise.
     num_heads: a, whose columns lie side by side.
     valid: the tokens that are no padding.
@@ -233,6 +236,7 @@ def attend_plainly(
     drop: function of the weights, applied before the product with the values.
   """
   query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
+  query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
   scores = jnp.einsum(
     "bqad,bnad->baqn", query, key, preferred_element_type=jnp.float32
   )
