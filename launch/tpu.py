@@ -194,7 +194,7 @@ def parse(argv):
     action = actions.add_parser(
       name,
       parents=[everywhere, *flags],
-      help=do.__doc__.splitlines()[0],
+      help=do.__doc__,
       allow_abbrev=False,
     )
     action.set_defaults(do=do, needs_command=needs_command)

@@ -87,6 +87,16 @@ class Cloud:
       check=False,
     )
 
+  def start(self, *words):
+    """Starts launch/tpu.py; what it says is to be read."""
+    return subprocess.Popen(
+      [sys.executable, "-S", "-E", TPU, *words],
+      env=self.environment,
+      stdout=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+
   def do(self, *words):
     """Runs launch/tpu.py, which ends well; returns what it says."""
     done = self.call(*words)
@@ -272,13 +282,7 @@ def wait_for(pod, text):
 def test_logs_follow_worker_0(pod):
   pod.runs('echo "hello from $WORKER"')
   pod.do("run", "--no-preflight", *TRAIN)
-  process = subprocess.Popen(
-    [sys.executable, "-S", "-E", TPU, "logs"],
-    env=pod.environment,
-    stdout=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
+  process = pod.start("logs")
   try:
     assert process.stdout.readline() == "hello from pod-w-0\n"
   finally:
@@ -372,11 +376,12 @@ def test_watch_stops_at_a_preflight_that_finds_a_mistake(pod):
 
 @pytest.mark.slow
 def test_watch_follows_a_run_that_goes_on_already(pod):
-  pod.runs("sleep 0.5")
+  pod.runs('until test -e "$FAKE_CLOUD/enough"; do sleep 0.05; done')
   pod.do("run", *TRAIN)
-  out = pod.do("watch", *TRAIN)
-  assert "it runs already" in out
-  assert "started" not in out
+  with pod.start("watch", *TRAIN) as watch:
+    assert watch.stdout.readline() == "it runs already\n"
+    (pod.folder / "enough").touch()
+    assert watch.communicate(timeout=60)[0].startswith("the run is complete")
 
 
 # --- what gcloud says ---
