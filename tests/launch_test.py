@@ -223,12 +223,14 @@ def test_setup_brings_the_same_commit_and_constraints_everywhere(cloud):
     assert installed[1].endswith("--editable ./code[tpu]")
 
 
+@pytest.mark.slow
 def test_setup_refuses_different_versions(pod):
   (pod.worker("pod-w-1") / "old").touch()
   line = pod.fails("setup")
   assert "versions differ: pod-w-" in line
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer(pod):
   (pod.worker("pod-w-1") / "broken").touch()
   for command in (["setup"], ["status"], ["stop"], ["run", *TRAIN]):
@@ -422,10 +424,16 @@ def test_watch_follows_a_run_that_goes_on_already(pod):
 )
 def test_what_is_said_about_errors(cloud, error, advice):
   (cloud.folder / "errors" / "create").write_text(error)
-  for command in (["create"], ["watch", *TRAIN]):
-    line = cloud.fails(*command)
-    assert advice in line
-    assert error.splitlines()[0] in line
+  line = cloud.fails("create")
+  assert advice in line
+  assert error.splitlines()[0] in line
+
+
+@pytest.mark.slow
+def test_watch_does_not_ask_again_for_what_there_is_no_quota_for(cloud):
+  (cloud.folder / "errors" / "create").write_text("ERROR: Quota exceeded")
+  assert "ask for more" in cloud.fails("watch", *TRAIN)
+  assert [call[1] for call in cloud.calls()] == ["describe", "create"]
 
 
 def test_a_name_that_is_taken(pod):
@@ -471,8 +479,13 @@ def test_dry_runs_print_commands_and_run_nothing(cloud):
   for command in ("create", "setup", "logs", "status", "stop", "delete"):
     out = cloud.do(command, "--dry-run")
     assert out.startswith(("gcloud compute tpus ", "git -C "))
-  out = cloud.do("watch", "--dry-run", "--slices=2", *TRAIN, "--a=it's $1\n2")
+  cloud.do("watch", "--dry-run", *TRAIN)
   assert not (cloud.folder / "calls").exists()
+
+
+@pytest.mark.slow
+def test_what_a_dry_run_prints_can_be_pasted(cloud):
+  out = cloud.do("watch", "--dry-run", "--slices=2", *TRAIN, "--a=it's $1\n2")
   # What is printed is what a shell would run: pasted, it does the same.
   (pasted := cloud.folder.parent / "pasted.sh").write_text(f"set -e\n{out}")
   archive = shlex.split(out[out.index("--output=") :])[0].partition("=")[2]
