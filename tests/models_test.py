@@ -305,16 +305,20 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
   # attention's output and after both dense layers of the MLP; none of query,
   # key, value, pre_logits or head.
   model = _create(dropout_rate=0.25, representation_size=-1)
-  tokens, hidden = (3, 7, 16), (3, 7, 24)
+  embedded = (3, 7, 16)
+  # In the blocks the tokens of all images are in a row, padded from 7 to 8.
+  tokens, hidden = (3 * 8, 16), (3 * 8, 24)
   draws = _record_draws(monkeypatch, model)
   assert {float(p) for p, _ in draws} == {0.75}
-  assert [s for _, s in draws] == [tokens, *[tokens, hidden, tokens] * 2]
+  blocks = [tokens, hidden, tokens] * 2
+  assert [s for _, s in draws] == [embedded, *blocks]
 
 
 def test_attention_dropout_drops_single_weights(monkeypatch):
   model = _create(attention_dropout_rate=0.5)
   draws = _record_draws(monkeypatch, model)
-  assert [(float(p), s) for p, s in draws] == [(0.5, (3, 2, 7, 7))] * 2
+  # Seven tokens, padded to eight.
+  assert [(float(p), s) for p, s in draws] == [(0.5, (3, 2, 8, 8))] * 2
 
 
 def test_stochastic_depth_draws_one_number_an_example(monkeypatch):

@@ -14,8 +14,7 @@ from vit_jax.data import tasks as data_tasks
 from vit_jax.errors import UserError
 from vit_jax.paper import data
 from vit_jax.state import flatten
-from vit_jax.tasks import make_task
-from vit_jax.train import build
+from vit_jax.tasks import build, make_task
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _PAPER = data.load()

@@ -28,7 +28,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
-  0: done (also: stopped by a signal, and saved). 1: the run cannot go on.
+  0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
+  a signal, and saved). 1: the run cannot go on.
   2: something that was given cannot be used.
   """
   # TensorFlow only reads and decodes images here; it need not introduce itself.
@@ -44,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = _make_parser().parse_known_args(argv)
   try:
     overrides = _parse_overrides(rest)
-    if overrides and args.run not in (_train, _sweep, _vtab):
+    if overrides and args.run not in _OVERRIDDEN:
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
-    args.run(args)
+    return args.run(args) or 0
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     return 2
@@ -56,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   except KeyboardInterrupt:
     return 130
-  return 0
 
 
 def _print_unless_stray(unraisable):
@@ -92,7 +92,20 @@ def _make_parser():
     help="a configuration; --config.key=value changes one of its keys",
   )
   train.add_argument("--workdir", required=True, help="the run folder")
+  train.add_argument(
+    "--stopped_exit_code",
+    type=int,
+    default=0,
+    metavar="CODE",
+    help="of a run that was told to stop, and saved (default: 0)",
+  )
   _add_distributed(train)
+
+  _add_preflight(
+    add("preflight", _preflight, "check what a run needs, on all its hosts")
+  )
+
+  _add_plan(add("plan", _plan, "say what a run would take on TPUs"))
 
   _add_sweep(add("sweep", _sweep, "train with every value of some keys"))
 
@@ -158,6 +171,48 @@ def _make_parser():
   )
   quickstart.add_argument("--workdir", default="runs/quickstart")
   return parser
+
+
+def _add_preflight(preflight):
+  preflight.add_argument(
+    "--config",
+    required=True,
+    metavar="FILE[:ARG]",
+    help="the run's; --config.key=value as for train",
+  )
+  preflight.add_argument("--workdir", required=True, help="the run's")
+  preflight.add_argument(
+    "--hosts", type=int, help="how many processes there have to be"
+  )
+  preflight.add_argument(
+    "--topology", metavar="CHIP:SIZE", help="plan the memory: v5e:4x4"
+  )
+  _add_distributed(preflight)
+
+
+def _add_plan(plan):
+  plan.add_argument(
+    "--config",
+    action="append",
+    default=[],
+    metavar="FILE[:ARG]",
+    help="may be repeated; --config.key=value as for train",
+  )
+  plan.add_argument(
+    "--topology", default="v5e:4x4", help="CHIP:SIZE (default: v5e:4x4)"
+  )
+  plan.add_argument("--num_classes", type=int, help="of unknown data")
+  plan.add_argument("--num_examples", type=int, help="of unknown data")
+  plan.add_argument("--price", type=float, help="dollars of a chip-hour")
+  plan.add_argument("--dump-hlo", metavar="FILE", help="the compiled step")
+  what = plan.add_mutually_exclusive_group()
+  what.add_argument(
+    "--scale", action="store_true", help="on larger slices as well"
+  )
+  what.add_argument(
+    "--table2", action="store_true", help="the paper's core-days, estimated"
+  )
+  _add_json(plan)
 
 
 def _add_sweep(sweep):
@@ -373,6 +428,13 @@ def _add_distributed(command):
   group.add_argument("--coordinator", metavar="HOST:PORT")
   group.add_argument("--num_processes", type=int)
   group.add_argument("--process_id", type=int)
+  group.add_argument(
+    "--start_timeout",
+    type=float,
+    default=300,
+    metavar="SECONDS",
+    help="how long it waits for the others (default: 300)",
+  )
 
 
 def _parse_overrides(arguments):
@@ -392,19 +454,29 @@ def _parse_overrides(arguments):
   return overrides
 
 
-def _connect(args):
-  """Joins the other processes of a run, if there are any."""
+def _find_place(args):
+  """Returns where this process stands among others, None if it is alone."""
   given = (args.coordinator, args.num_processes, args.process_id)
   if not args.distributed and given == (None, None, None):
-    return
+    return None
   if not args.distributed and None in given:
     raise UserError(
       "--coordinator, --num_processes and --process_id are given together"
     )
-  import jax
+  from vit_jax import hosts
 
-  jax.distributed.initialize(*given)
-  if jax.process_index():
+  return hosts.find_place(*given, timeout=args.start_timeout)
+
+
+def _connect(args):
+  """Joins the other processes of a run, if there are any."""
+  place = _find_place(args)
+  if place is None:
+    return
+  from vit_jax import hosts
+
+  hosts.connect(place, args.start_timeout)
+  if place.index:
     logging.getLogger("vit_jax").setLevel(logging.WARNING)
 
 
@@ -416,6 +488,64 @@ def _train(args):
   from vit_jax.train import train
 
   train(loaded, args.workdir)
+  return 0 if _is_complete(args.workdir) else args.stopped_exit_code
+
+
+def _is_complete(workdir):
+  """Returns whether a run's last step has been saved."""
+  from vit_jax import checkpoint
+
+  folder = checkpoint.absolute(workdir)
+  total = json.loads((folder / "config.json").read_text())["total_steps"]
+  return (folder / "checkpoints" / str(total)).exists()
+
+
+def _preflight(args):
+  place = _find_place(args)
+  from vit_jax.preflight import preflight
+
+  preflight(
+    args.config,
+    args.workdir,
+    overrides=args.overrides,
+    place=place,
+    expected=args.hosts,
+    topology=args.topology,
+    timeout=args.start_timeout,
+  )
+
+
+def _plan(args):
+  from vit_jax import plan
+  from vit_jax.plan import report
+
+  if args.table2:
+    rows = plan.plan_table2()
+    print(json.dumps(rows) if args.json else report.format_table2(rows))
+    return
+  if not args.config:
+    raise UserError("plan needs --config=FILE[:ARG], or --table2")
+  if args.dump_hlo and (len(args.config) > 1 or args.scale):
+    raise UserError("--dump-hlo takes the program of one plan; give one config")
+  options = {
+    "overrides": args.overrides,
+    "num_classes": args.num_classes,
+    "num_examples": args.num_examples,
+    "price": args.price,
+  }
+  found = []
+  for spec in args.config:
+    if args.scale:
+      found += plan.plan_scale(spec, args.topology, **options)
+    else:
+      options["dump_hlo"] = args.dump_hlo
+      found.append(plan.plan(spec, args.topology, **options))
+  if args.json:
+    print(json.dumps(found if len(found) > 1 else found[0]))
+  elif args.scale:
+    print(report.format_table(found), report.LEFT_OUT, sep="\n\n")
+  else:
+    print(report.format_plans(found))
 
 
 def _sweep(args):
@@ -636,6 +766,10 @@ def _quickstart(args):
   from vit_jax.quickstart import quickstart
 
   quickstart(args.workdir)
+
+
+# The commands that take --config.key=value.
+_OVERRIDDEN = (_train, _sweep, _vtab, _plan, _preflight)
 
 
 if __name__ == "__main__":

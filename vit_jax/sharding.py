@@ -5,7 +5,9 @@ optimizer moments, so that a device holds 1/fsdp of them. There is no
 communication code here: jit inserts it where these layouts make it necessary.
 """
 
+import functools
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -94,6 +96,21 @@ def tree_shardings(mesh, tree):
 def batch_sharding(mesh) -> NamedSharding:
   """Returns the layout of a batch: its first axis over every device."""
   return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def on_mesh(mesh, function: Callable) -> Callable:
+  """Returns the function, to be jitted, that knows which mesh it is traced for.
+
+  The compiler splits all but kernels over the devices by itself; those have to
+  know what there is to split for (see `models/attention.py`).
+  """
+
+  @functools.wraps(function)
+  def run(*args):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args)
+
+  return run
 
 
 def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:

@@ -1,12 +1,16 @@
-"""What a run trains for: its model, objective and evaluation, by name."""
+"""What a run trains for, by name, and the steps that this comes to."""
 
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vit_jax import losses, models, steps
+import jax
+import jax.numpy as jnp
+
+from vit_jax import losses, models, optim, sharding, steps
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification, masked
+from vit_jax.state import TrainState
 
 
 class Task(NamedTuple):
@@ -15,6 +19,7 @@ class Task(NamedTuple):
   Attributes:
     model: the model.
     objective: what a training step minimises.
+    eval_step: what `make_evaluate` computes on the devices.
     make_evaluate: (source=, mesh=, batch_size=, preprocess=) -> evaluate, see
       the evaluators.
     main_metric: the result by which checkpoints are compared; more is better.
@@ -23,6 +28,7 @@ class Task(NamedTuple):
 
   model: models.Model
   objective: steps.Objective
+  eval_step: Callable
   make_evaluate: Callable
   main_metric: str
   class_names: list[str]
@@ -58,6 +64,9 @@ def make_classification(config, class_names, multilabel) -> Task:
       num_classes=num_classes,
       mixup_alpha=config.train.mixup_alpha,
     ),
+    eval_step=steps.make_eval_step(
+      apply=model.apply, loss_fn=loss_fn, num_classes=num_classes
+    ),
     make_evaluate=functools.partial(
       classification.make_evaluate, model=model, loss_fn=loss_fn
     ),
@@ -77,13 +86,15 @@ def make_masked_patches(config, class_names, multilabel) -> Task:
   model = models.create_masked(
     target=target, image_size=config.image_size, **config.model
   )
+  options = {
+    "apply": model.apply,
+    "patch_size": model.image_size[0] // model.grid[0],
+    "target": target,
+  }
   return Task(
     model=model,
-    objective=steps.make_masked_patches(
-      apply=model.apply,
-      patch_size=model.image_size[0] // model.grid[0],
-      target=target,
-    ),
+    objective=steps.make_masked_patches(**options),
+    eval_step=steps.make_masked_eval_step(**options),
     make_evaluate=functools.partial(
       masked.make_evaluate, model=model, target=target
     ),
@@ -96,3 +107,46 @@ TASKS = {
   "classification": make_classification,
   "masked_patches": make_masked_patches,
 }
+
+
+def build(config, task: Task, total_steps: int):
+  """Returns train_step(state, batch) and init_state(key), both pure."""
+  schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
+  optimizer = optim.make_optimizer(
+    **config.optimizer,
+    schedule=schedule,
+    base_lr=config.schedule.base_lr,
+    params=jax.eval_shape(task.model.init, jax.random.key(0)),
+  )
+  train_step = steps.make_train_step(
+    objective=task.objective,
+    optimizer=optimizer,
+    schedule=schedule,
+    micro_batches=config.micro_batches,
+    ema_decay=config.ema_decay,
+  )
+
+  def init_state(key):
+    init_key, step_key = jax.random.split(key)
+    params = task.model.init(init_key)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.init(params),
+      ema=ema,
+      rng=jax.random.key_data(step_key),
+    )
+
+  return train_step, init_state
+
+
+def jit_train_step(train_step: Callable, layout: TrainState) -> Callable:
+  """Returns the step as a program: the new state takes the old one's memory.
+
+  Args:
+    train_step: (state, batch) -> (state, metrics).
+    layout: how the state lies on the devices, before and after.
+  """
+  train_step = sharding.on_mesh(layout.step.mesh, train_step)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from vit_jax import checkpoint, data, optim, pretrained, sharding, steps
+from vit_jax import checkpoint, data, pretrained, sharding
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.metrics import MetricLog, NotFinite
-from vit_jax.state import TrainState, flatten, unflatten
-from vit_jax.tasks import make_task
+from vit_jax.state import flatten, unflatten
+from vit_jax.tasks import build, jit_train_step, make_task
 from vit_jax.warmstart import warm_start
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,7 @@ def train(config, workdir) -> dict[str, float]:
     log_every=config.log_every,
     batch_size=config.batch_size,
   )
-  train_step = jax.jit(
-    train_step, donate_argnums=0, out_shardings=(layout, None)
-  )
+  train_step = jit_train_step(train_step, layout)
   results = {}
   try:
     with StopSignal() as stop:
@@ -153,38 +151,6 @@ def open_sources(config):
     )
   test.check_labels()
   return sources, test
-
-
-def build(config, task, total_steps):
-  """Returns train_step(state, batch) and init_state(key), both pure."""
-  schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
-  optimizer = optim.make_optimizer(
-    **config.optimizer,
-    schedule=schedule,
-    base_lr=config.schedule.base_lr,
-    params=jax.eval_shape(task.model.init, jax.random.key(0)),
-  )
-  train_step = steps.make_train_step(
-    objective=task.objective,
-    optimizer=optimizer,
-    schedule=schedule,
-    micro_batches=config.micro_batches,
-    ema_decay=config.ema_decay,
-  )
-
-  def init_state(key):
-    init_key, step_key = jax.random.split(key)
-    params = task.model.init(init_key)
-    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=optimizer.init(params),
-      ema=ema,
-      rng=jax.random.key_data(step_key),
-    )
-
-  return train_step, init_state
 
 
 def check_workdir(config, workdir) -> bool:

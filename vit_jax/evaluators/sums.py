@@ -37,7 +37,7 @@ def make_sums(
   sharding.check_batch_size(batch_size, mesh)
   # A mistake shows now, not at the first evaluation.
   preprocessing.parse(preprocess, model.image_size, evaluation=True)
-  eval_step = jax.jit(eval_step)
+  eval_step = jax.jit(sharding.on_mesh(mesh, eval_step))
 
   def run(params):
     rows = sharding.local_rows(mesh, batch_size)

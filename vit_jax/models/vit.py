@@ -7,13 +7,14 @@ Everything after the pooling is float32: it is one vector an image.
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models import posemb
+from vit_jax.models import attention, posemb
 from vit_jax.models.resnet import hybrid_stem
 
 # The published npz files were trained with the tanh approximation; PyTorch's
@@ -45,6 +46,82 @@ def drop_path(x, rate, key):
   return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 
+def count_rows(n: int) -> int:
+  """Returns the rows of `pad_tokens`: 200 for 197 tokens."""
+  return n + -n % attention.ROWS
+
+
+def pad_tokens(x):
+  """Appends zeros to [b n d], so that n fills the rows of TPU registers.
+
+  Then [b n d] and [b*n d] lie in memory alike, and XLA needs no copies between
+  what is about images and what is about tokens alone.
+  """
+  n = x.shape[1]
+  return jnp.pad(x, ((0, 0), (0, count_rows(n) - n), (0, 0)))
+
+
+@jax.custom_vjp
+def add_bias(x, bias):
+  """[r o] + [o]; the bias's gradient is a product with ones, where it may be.
+
+  It sums over all tokens, for which XLA's estimate on v5e is 256,000 cycles for
+  B/16's keys alone: as much as for two of their products. A product with ones
+  adds in float32 as well and is but a pass through memory.
+  """
+  return x + bias
+
+
+def _add_bias_backward(_, gradient):
+  if gradient.dtype != jnp.bfloat16:
+    # Products of float32 are rounded to bfloat16 on TPUs; sums are not.
+    return gradient, gradient.sum(0)
+  ones = jnp.ones((attention.ROWS, gradient.shape[0]), gradient.dtype)
+  # One row would be enough, but XLA would make a sum of it again.
+  sums = jnp.matmul(ones, gradient, preferred_element_type=jnp.float32)
+  return gradient, sums[0].astype(gradient.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
+
+
+class Dense(nn.Module):
+  """A dense layer, whose kernel may be stored with the heads apart.
+
+  The product is that of the flattened kernel: its result has the heads side by
+  side, as `attention.attend` takes them, which a product with the kernel as it
+  is stored would have to be copied for.
+  """
+
+  kernel_shape: tuple[int, ...]
+  in_axes: int = 1  # leading axes of the kernel that are summed over
+  bias_init: Any = nn.initializers.zeros
+  sum_by_product: bool = True  # see `add_bias`
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """[... i] -> [... o]."""
+    shape = self.kernel_shape
+    flat = (
+      math.prod(shape[: self.in_axes]),
+      math.prod(shape[self.in_axes :]),
+    )
+    # Xavier's of the flattened shape, not of one head's.
+    init = nn.initializers.xavier_uniform()
+    kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))
+    bias = self.param("bias", self.bias_init, shape[self.in_axes :])
+    kernel, bias = (y.astype(self.dtype) for y in (kernel, bias))
+    kernel = kernel.reshape(flat)
+    if len(shape) > 2:
+      # Else the kernel's gradient is computed in the layout of what is stored,
+      # for which XLA transposes the tokens: 117,000 cycles for each of B/16's.
+      kernel = jax.lax.optimization_barrier(kernel)
+    y = x.astype(self.dtype).reshape(-1, flat[0]) @ kernel
+    add = add_bias if self.sum_by_product else jnp.add
+    return add(y, bias.reshape(-1)).reshape(*x.shape[:-1], flat[1])
+
+
 class MlpBlock(nn.Module):
   """Two dense layers with GELU between them."""
 
@@ -56,17 +133,14 @@ class MlpBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """[b n d] -> [b n d]."""
+    """[... d] -> [... d]."""
     width = x.shape[-1]
-    inits = {
-      "kernel_init": nn.initializers.xavier_uniform(),
-      "bias_init": nn.initializers.normal(1e-6),
-      "dtype": self.dtype,
-    }
-    x = nn.Dense(self.mlp_dim, **inits)(x)
+    options = {"bias_init": nn.initializers.normal(1e-6), "dtype": self.dtype}
+    # XLA sums this bias's gradient where it makes it, beside a product.
+    x = Dense((width, self.mlp_dim), sum_by_product=False, **options)(x)
     x = ACTIVATIONS[self.activation](x)
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
-    x = nn.Dense(width, **inits)(x)
+    x = Dense((self.mlp_dim, width), **options)(x)
     return nn.Dropout(self.dropout_rate)(x, self.deterministic)
 
 
@@ -84,48 +158,51 @@ class MultiHeadDotProductAttention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, inputs_q, inputs_kv):
-    """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n]."""
+  def __call__(self, inputs_q, inputs_kv, valid, weights=False):
+    """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
+
+    Args:
+      inputs_q: what asks.
+      inputs_kv: what is asked; rows from `valid` on are padding.
+      valid: how many rows are not.
+      weights: whether they are wanted; else None stands in their place.
+    """
     width = inputs_q.shape[-1]
-    # Of the flattened shape [d d], not of one head's.
-    kernel_init = nn.initializers.xavier_uniform()
     heads = (self.num_heads, width // self.num_heads)
 
     def project(name, x):
-      return nn.DenseGeneral(
-        heads, dtype=self.dtype, kernel_init=kernel_init, name=name
-      )(x)
+      return Dense((width, *heads), dtype=self.dtype, name=name)(x)
 
     query, key, value = (
       project("query", inputs_q),
       project("key", inputs_kv),
       project("value", inputs_kv),
     )
-    query = query / jnp.sqrt(heads[1]).astype(self.dtype)
-    scores = jnp.einsum(
-      "bqad,bnad->baqn", query, key, preferred_element_type=jnp.float32
-    )
-    if self.relative:
-      scores = scores + self.score_offsets(query)
-    weights = jax.nn.softmax(scores, axis=-1)
-    dropped = nn.Dropout(self.dropout_rate)(weights, self.deterministic)
-    x = jnp.einsum("baqn,bnad->bqad", dropped.astype(self.dtype), value)
-    out = nn.DenseGeneral(
-      width,
-      axis=(-2, -1),
-      dtype=self.dtype,
-      kernel_init=kernel_init,
-      name="out",
-    )(x)
-    return out, weights
+    plainly = weights or self.relative or inputs_q is not inputs_kv
+    if self.dropout_rate > 0 and not self.deterministic:
+      plainly = True
+    if not plainly and attention.can_fuse(*query.shape[1:], self.num_heads):
+      x = attention.attend(query, key, value, self.num_heads, valid)
+      found = None
+    else:
+      offsets = self.score_offsets(query, valid) if self.relative else None
+      drop = nn.Dropout(self.dropout_rate, deterministic=self.deterministic)
+      x, found = attention.attend_plainly(
+        query, key, value, self.num_heads, valid, offsets, drop
+      )
+    out = Dense((*heads, width), in_axes=2, dtype=self.dtype, name="out")
+    return out(x), found
 
-  def score_offsets(self, query):
-    """[b n a d/a] -> f32[b a n n]: the query against each offset's embedding.
+  def score_offsets(self, query, valid):
+    """[b n d] -> f32[b a n n]: the query against each offset's embedding.
 
     One-dimensional relative attention (the paper, Appendix D.4): the offset is
     the distance in the sequence, the class token's place included.
     """
-    n = query.shape[1]
+    padding = query.shape[1] - valid
+    query = attention.split_heads(query[:, :valid], self.num_heads)
+    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    n = valid
     embedding = self.param(
       "relative_embedding",
       nn.initializers.normal(0.02),
@@ -140,7 +217,8 @@ class MultiHeadDotProductAttention(nn.Module):
     # Row q holds the offsets -q .. n-1-q of its keys 0 .. n-1.
     row = jnp.arange(n)[:, None]
     index = jnp.arange(n)[None, :] - row + n - 1
-    return by_offset[:, :, row, index]
+    offsets = by_offset[:, :, row, index]
+    return jnp.pad(offsets, ((0, 0), (0, 0), (0, padding), (0, padding)))
 
 
 class PositionEmbs(nn.Module):
@@ -182,6 +260,7 @@ class Encoder1DBlock(nn.Module):
 
   num_heads: int
   mlp_dim: int
+  num_tokens: int  # what comes behind them is padding
   positions: Any = None
   relative: bool = False
   activation: str = "gelu_tanh"
@@ -198,14 +277,19 @@ class Encoder1DBlock(nn.Module):
     """Applies the block.
 
     Args:
-      x: [b n d].
+      x: [b*n d]: the tokens of `pad_tokens`, those of all images in a row.
       drop_path_rate: f32[].
-      shared_positions: f32[1 n d], added first, or None.
+      shared_positions: f32[1 num_tokens d], added first, or None.
 
     Returns:
-      [b n d], and the intermediates by name (empty if not asked for).
+      [b*n d], and the intermediates by name (empty if not asked for).
     """
     options = {"deterministic": self.deterministic, "dtype": self.dtype}
+    n = self.num_tokens
+
+    def split(y):
+      """[b*n d] -> [b n d]."""
+      return y.reshape(-1, count_rows(n), y.shape[-1])
 
     def norm(y):
       return nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(y)
@@ -213,29 +297,34 @@ class Encoder1DBlock(nn.Module):
     def branch(y):
       if not self.stochastic_depth or self.deterministic:
         return y
-      return drop_path(y, drop_path_rate, self.make_rng("dropout"))
+      y = drop_path(split(y), drop_path_rate, self.make_rng("dropout"))
+      return y.reshape(x.shape)
 
     if self.positions:
-      shared_positions = self.positions(name="posembed")(*x.shape[1:])
+      shared_positions = self.positions(name="posembed")(n, x.shape[-1])
     if shared_positions is not None:
-      x = x + shared_positions.astype(x.dtype)
-    y = norm(x)
+      x = (split(x) + pad_tokens(shared_positions.astype(x.dtype))).reshape(
+        x.shape
+      )
+    y = split(norm(x))
     y, weights = MultiHeadDotProductAttention(
       self.num_heads, self.relative, self.attention_dropout_rate, **options
-    )(y, y)
-    attention = nn.Dropout(self.dropout_rate)(y, self.deterministic)
-    x = x + branch(attention)
+    )(y, y, n, self.intermediates)
+    y = y.reshape(x.shape)
+    attended = nn.Dropout(self.dropout_rate)(y, self.deterministic)
+    x = x + branch(attended)
     mlp = MlpBlock(self.mlp_dim, self.activation, self.dropout_rate, **options)(
       norm(x)
     )
     x = x + branch(mlp)
     if not self.intermediates:
       return x, {}
+    assert weights is not None
     return x, {
-      "attention_weights": weights,
-      "attention": attention,
-      "mlp": mlp,
-      "out": x,
+      "attention_weights": weights[:, :, :n, :n],
+      "attention": split(attended)[:, :n],
+      "mlp": split(mlp)[:, :n],
+      "out": split(x)[:, :n],
     }
 
 
@@ -274,20 +363,24 @@ class Encoder(nn.Module):
           shared = embedding
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
     out = {"embedded": x}
-    x, blocks = self.run_blocks(x, positions, shared)
+    b, n, d = x.shape
+    x = pad_tokens(x).reshape(-1, d)
+    x, blocks = self.run_blocks(x, n, positions, shared)
     for i, values in enumerate(blocks):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
     x = nn.LayerNorm(
       self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm"
     )(x)
+    x = x.reshape(b, -1, d)[:, :n]
     return x, out | {"encoded": x}
 
-  def run_blocks(self, x, positions, shared_positions):
+  def run_blocks(self, x, num_tokens, positions, shared_positions):
     """Applies every block; returns x and each block's intermediates."""
     rates = jnp.linspace(0, self.stochastic_depth_rate, self.num_layers)
     options = {
       "num_heads": self.num_heads,
       "mlp_dim": self.mlp_dim,
+      "num_tokens": num_tokens,
       "positions": positions,
       "relative": self.pos_embedding == "relative",
       "activation": self.activation,
@@ -342,7 +435,7 @@ class MAPHead(nn.Module):
     )
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
     x, _ = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)(
-      probe, x
+      probe, x, x.shape[1]
     )
     y = nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(x)
     x = x + MlpBlock(self.mlp_dim, self.activation, dtype=self.dtype)(y)

@@ -1,0 +1,257 @@
+"""What `vit-jax plan` reads from a compiled program and makes of it."""
+
+import importlib.util
+import json
+
+import pytest
+
+from vit_jax import config as configuration
+from vit_jax import plan
+from vit_jax.errors import UserError
+from vit_jax.plan import chips, compiling, hlo, report
+
+# Five times around a loop of one product and a copy; before it a sum over
+# devices, a kernel and a product of batches, as TPU programs write it.
+_TEXT = """HloModule jit_step, is_scheduled=true
+
+%fused (p.0: bf16[64,128], p.1: bf16[128,32]) -> bf16[64,32] {
+  %p.0 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.1 = bf16[128,32]{1,0} parameter(1)
+  ROOT %c.1 = bf16[64,32]{1,0} convolution(%p.0, %p.1), dim_labels=bf_io->bf
+}
+
+%body (b.0: (s32[], bf16[64,128], bf16[128,32])) -> (s32[], bf16[64,128]) {
+  %b.0 = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%b.0), index=0
+  %x = bf16[64,128]{1,0} get-tuple-element(%b.0), index=1
+  %w = bf16[128,32]{1,0} get-tuple-element(%b.0), index=2
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %f = bf16[64,32]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused, \
+metadata={op_name="jit(step)/encoderblock_3/dot"}, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
+  %copy = bf16[64,128]{1,0} copy(%x), backend_config={"estimated_cycles":"7"}
+  ROOT %t = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) \
+tuple(%next, %copy, %w)
+}
+
+%condition (c.0: (s32[], bf16[64,128], bf16[128,32])) -> pred[] {
+  %c.0 = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) parameter(0)
+  %limit = s32[] constant(11)
+  %j = s32[] get-tuple-element(%c.0), index=0
+  ROOT %less = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (x.0: bf16[64,128], w.0: bf16[128,32]) -> bf16[64,128] {
+  %x.0 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %w.0 = bf16[128,32]{1,0} parameter(1)
+  %one = s32[] constant(1)
+  %first = s32[] copy(%one)
+  %sum = (f32[10]{0}, /*index=1*/f32[6]{0}) all-reduce(%x.0, %x.0), channel_id=1
+  %kernel = bf16[64,128]{1,0} custom-call(%x.0), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"cycles":"5000"
+}}, backend_config={"custom_call_config":{"body":"QUJD","cost_estimate":\
+{"flops":"640","transcendentals":"0","bytes_accessed":"32768"}}}
+  %heads = bf16[4,8,16]{2,1,0} parameter(2)
+  %keys = bf16[4,8,16]{2,1,0} parameter(3)
+  %scores = bf16[4,8,8]{2,1,0} convolution(%heads, %keys), \
+window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0oi->0bf, \
+backend_config={"estimated_cycles":"50"}
+  %start = (bf16[64,128]{1,0}, bf16[64,128]{1,0}, u32[]) copy-start(%x.0)
+  %done = bf16[64,128]{1,0} copy-done(%start)
+  %init = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) \
+tuple(%first, %done, %w.0)
+  %loop = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) while(%init), \
+condition=%condition, body=%body
+  ROOT %out = bf16[64,128]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+_ROUNDS = 5  # 1, 3, 5, 7, 9
+_PRODUCT = 2 * 64 * 128 * 32
+_SCORES = 2 * 4 * 8 * 8 * 16
+
+
+def _no_cost(cost):
+  return 0
+
+
+def test_cycles_count_as_often_as_they_run():
+  program = hlo.parse(_TEXT)
+  expected = _ROUNDS * (100 + 7) + 50 + 5000
+  assert hlo.count_cycles(program, _no_cost) == expected
+  rows = hlo.summarize(hlo.list_cycles(program, _no_cost))
+  assert [(row["cycles"], row["count"]) for row in rows] == [
+    (5000, 1),
+    (500, 5),
+    (50, 1),
+    (35, 5),
+  ]
+  assert rows[1]["what"] == "fusion bf16[64,32] jit(step)/encoderblock/dot"
+
+
+def test_a_known_trip_count_wins():
+  known = '"known_trip_count":{"n":"9"}'
+  text = _TEXT.replace("body=%body", f"body=%body, backend_config={{{known}}}")
+  expected = 9 * (100 + 7) + 50 + 5000
+  assert hlo.count_cycles(hlo.parse(text), _no_cost) == expected
+
+
+def test_a_loop_that_does_not_count_is_no_guess():
+  text = _TEXT.replace("%limit = s32[] constant(11)", "%limit = s32[] rng()")
+  with pytest.raises(ValueError, match="nobody knows how often loop runs"):
+    hlo.count_cycles(hlo.parse(text), _no_cost)
+
+
+def test_kernels_are_never_free():
+  silent = _TEXT.replace('"cycles":"5000"', '"about":"5000"')
+  program = hlo.parse(silent)
+  counted = hlo.count_cycles(program, lambda cost: cost["bytes_accessed"])
+  assert counted == _ROUNDS * 107 + 50 + 32768
+  zero = silent.replace('"640"', '"0"').replace('"32768"', '"0"')
+  with pytest.raises(ValueError, match="neither cycles nor a cost_estimate"):
+    hlo.count_cycles(hlo.parse(zero), _no_cost)
+
+
+def test_products_are_two_operations_a_multiply_add():
+  # Batches of a product are a dilated axis: of its 16 taps 4 meet something.
+  assert hlo.count_flops(hlo.parse(_TEXT)) == _ROUNDS * _PRODUCT + _SCORES + 640
+
+
+def test_loops_access_memory_each_time():
+  read = 2 * (64 * 128 + 128 * 32)
+  fusion, copy, add = read + 2 * 64 * 32, 2 * 2 * 64 * 128, 4 * 3
+  assert hlo.count_loop_bytes(hlo.parse(_TEXT)) == (_ROUNDS - 1) * (
+    fusion + copy + add
+  )
+
+
+def test_collectives_have_the_bytes_of_their_results():
+  found = hlo.list_collectives(hlo.parse(_TEXT))
+  assert found == [hlo.Collective("all-reduce", 1, 4 * 16)]
+
+
+def test_a_convolution_leaves_its_padding_out():
+  # 3 taps on 5 places with one zero on either side: 13 of 15 products.
+  text = """ENTRY %main (x: f32[2,5,3], k: f32[3,3,7]) -> f32[2,5,7] {
+  %x = f32[2,5,3]{2,1,0} parameter(0)
+  %k = f32[3,3,7]{2,1,0} parameter(1)
+  ROOT %c = f32[2,5,7]{2,1,0} convolution(%x, %k), window={size=3 pad=1_1}, \
+dim_labels=b0f_0io->b0f
+}
+"""
+  assert hlo.count_flops(hlo.parse(text)) == 2 * 13 * 3 * 7 * 2
+
+
+@pytest.mark.parametrize(
+  ("chip", "gigahertz"),
+  [("v3", 0.94), ("v4", 1.05), ("v5e", 1.5), ("v5p", 1.75)],
+)
+def test_clocks_are_the_published_ones(chip, gigahertz):
+  assert chips.CHIPS[chip].clock() / 1e9 == pytest.approx(gigahertz, abs=0.005)
+
+
+@pytest.mark.parametrize("topology", ["v5:4x4", "v5e", "a100:8"])
+def test_unknown_chips_are_named(topology):
+  with pytest.raises(UserError, match="the chips are v2, v3, v4, v5e"):
+    chips.find_chip(topology)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'vit_jax\[plan\]'"):
+    compiling.find_slice("v5e:4x4")
+
+
+def test_sizes_of_known_data():
+  config = configuration.load("configs/pretrain.py:ViT-B_16,jft")
+  assert plan.find_sizes(config, None, None) == (18291, 303_000_000)
+  assert plan.find_sizes(config, 10, None) == (10, 303_000_000)
+  config = configuration.load(
+    "configs/pretrain.py:ViT-B_16,jft", {"train.dataset": "folder:/mine"}
+  )
+  assert plan.find_sizes(config, 3, 50) == (3, 50)
+  with pytest.raises(UserError, match="--num_classes=N"):
+    plan.find_sizes(config, None, None)
+
+
+def test_fallbacks_come_in_their_order():
+  config = configuration.load(
+    "configs/pretrain.py:ViT-B_16,jft", {"batch_size": "16"}
+  )
+  machines = compiling.Slice("v5e:2x2", chips.CHIPS["v5e"], 4, (None,) * 4)
+  found = list(plan.list_fallbacks(config, machines))
+  full = {"model.remat": "full"}
+  assert found == [
+    {"model.remat": "dots"},
+    full,
+    full | {"fsdp": "2"},
+    full | {"fsdp": "4"},
+    full | {"fsdp": "4", "micro_batches": "2"},
+    full | {"fsdp": "4", "micro_batches": "4"},
+  ]
+
+
+def test_larger_slices_double():
+  assert plan.list_larger("v5e:2x2") == ["v5e:2x2", "v5e:4x4", "v5e:8x8"]
+  assert plan.list_larger("v5p:2x2x1") == [
+    "v5p:2x2x1",
+    "v5p:2x4x2",
+    "v5p:4x4x4",
+  ]
+
+
+def test_the_run_follows_from_the_step():
+  run = plan.estimate_run({"step_seconds": 0.36}, 10_000, chips=16, price=2.0)
+  assert run["hours"] == pytest.approx(1)
+  assert run["chip_hours"] == pytest.approx(16)
+  assert run["dollars"] == pytest.approx(32)
+
+
+def test_the_needed_memory_is_read_from_the_error():
+  error = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
+  assert compiling._read_need(error) == 20.5
+  assert compiling._read_need("Used 512.0M of 1.0G hbm") == 0.5
+  assert compiling._read_need("something else") is None
+
+
+# --- with the compiler ---
+
+_TINY = {
+  "model.variant": "ViT-N_8",
+  "image_size": "32",
+  "batch_size": "64",
+  "model.representation_size": "0",
+}
+_SPEC = "configs/pretrain.py:ViT-B_16,imagenet2012"
+
+
+@pytest.mark.tpu_compile
+def test_a_scanned_program_has_the_products_of_an_unrolled_one(tmp_path):
+  file = tmp_path / "step.txt"
+  loop = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY | {"model.scan": "true"})
+  flat = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY, dump_hlo=str(file))
+  assert loop["fits"]
+  assert loop["flops"] == pytest.approx(flat["flops"], rel=0.01)
+  assert flat["flops"] == pytest.approx(
+    flat["mfu"] * flat["step_seconds"] * 197e12, rel=0.5
+  )
+  assert flat["estimated_cycles"] == hlo.count_cycles(
+    hlo.parse(file.read_text()),
+    lambda cost: chips.CHIPS["v5e"].cost_kernel(cost, 1),
+  )
+  assert json.loads(json.dumps(flat)) == flat
+  assert "images/s a chip" in report.format_plans([flat, loop])
+
+
+@pytest.mark.tpu_compile
+def test_what_does_not_fit_has_a_fallback_that_does():
+  found = plan.plan(
+    "configs/pretrain.py:ViT-B_16,jft",
+    "v5e:2x2",
+    overrides={"batch_size": "4096", "model.scan": "true"},
+  )
+  assert not found["fits"]
+  assert found["fallback"]
+  assert found["then"]["fits"]
+  assert "DOES NOT FIT" in report.format_plan(found)

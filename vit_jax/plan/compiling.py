@@ -1,0 +1,165 @@
+"""The steps of a configuration, compiled for TPUs that are not there."""
+
+import importlib.util
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax import sharding
+from vit_jax.errors import UserError
+from vit_jax.plan.chips import Chip, find_chip
+from vit_jax.tasks import build, jit_train_step
+
+# Nothing that libtpu would ask the machine for is there, and a second process
+# may compile at the same time: no device is opened.
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "none",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Slice(NamedTuple):
+  """The machines to plan for.
+
+  Attributes:
+    name: such as "v5e:4x4".
+    chip: of each.
+    chips: how many there are.
+    devices: to compile for, one or two a chip.
+  """
+
+  name: str
+  chip: Chip
+  chips: int
+  devices: tuple
+
+  def per_chip(self) -> int:
+    """Returns the devices of a chip."""
+    return len(self.devices) // self.chips
+
+
+class Program(NamedTuple):
+  """A compiled step, on one device.
+
+  Attributes:
+    text: its HLO.
+    bytes: accessed by a step, the bodies of loops counted once.
+    memory: bytes of "arguments", "outputs" (that are no argument's memory),
+      "temporaries" and "program".
+  """
+
+  text: str
+  bytes: float
+  memory: dict[str, int]
+
+
+class OutOfMemory(Exception):
+  """A step does not fit; `needed` has the GiB that a device would need."""
+
+  def __init__(self, needed: float | None):
+    super().__init__("out of memory")
+    self.needed = needed
+
+
+def find_slice(topology: str) -> Slice:
+  """Returns the machines of "v5e:4x4".
+
+  Raises:
+    UserError: an unknown chip or size, or no TPU compiler.
+  """
+  chip = find_chip(topology)
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      "plan needs libtpu, the TPU compiler, which is not installed; "
+      "pip install 'vit_jax[plan]'"
+    )
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  if not jax.config.jax_platforms:
+    # Else libtpu, now that it is there, is asked for devices first.
+    jax.config.update("jax_platforms", "cpu")
+  from jax.experimental import topologies
+
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, **dict(chip.options)
+    )
+  except (jax.errors.JaxRuntimeError, ValueError) as e:
+    line = str(e).splitlines()[0][:200]
+    raise UserError(
+      f"--topology={topology} is none that the compiler knows ({line}); give "
+      "CHIP:SIZE such as v5e:4x4 or v5p:2x2x4"
+    ) from e
+  chips = math.prod(map(int, topology.partition(":")[2].split("x")))
+  return Slice(topology, chip, chips, tuple(found.devices))
+
+
+def make_shapes(config, task, mesh, total_steps: int):
+  """Returns (train_step, its state, its batch) of shapes and layouts alone.
+
+  Raises:
+    UserError: a batch or a layout that does not fit these machines.
+  """
+  sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
+  train_step, init_state = build(config, task, total_steps)
+  shapes = jax.eval_shape(init_state, jax.random.key(0))
+  layout = sharding.tree_shardings(mesh, shapes)
+  state = jax.tree.map(_place, shapes, layout)
+  batch = make_batch(mesh, config.batch_size, task.model.image_size)
+  batch = {name: batch[name] for name in ("image", "labels")}
+  return jit_train_step(train_step, layout), state, batch
+
+
+def make_batch(mesh, batch_size: int, image_size) -> dict[str, Any]:
+  """Returns the shapes of what `data` hands to a step, with one label each."""
+  layout = sharding.batch_sharding(mesh)
+  shapes = {
+    "image": jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.uint8),
+    "labels": jax.ShapeDtypeStruct((batch_size, 1), jnp.int32),
+    "mask": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
+    "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+  }
+  return {name: _place(x, layout) for name, x in shapes.items()}
+
+
+def _place(x, layout):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+
+def compile_step(step, *shapes) -> Program:
+  """Compiles a jitted function for the devices that its arguments lie on.
+
+  Raises:
+    OutOfMemory: the compiler found no way to make it fit.
+  """
+  try:
+    compiled = step.lower(*shapes).compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise OutOfMemory(_read_need(str(e))) from None
+  memory = compiled.memory_analysis()
+  return Program(
+    text=compiled.as_text(),
+    bytes=compiled.cost_analysis()["bytes accessed"],
+    memory={
+      "arguments": memory.argument_size_in_bytes,
+      "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+      "program": memory.generated_code_size_in_bytes,
+    },
+  )
+
+
+def _read_need(message):
+  """Returns the GiB that the compiler says a device would need, if it does."""
+  found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", message)
+  if not found:
+    return None
+  return float(found[1]) / {"G": 1, "M": 1024}[found[2]]

@@ -1,0 +1,118 @@
+"""Plans as text."""
+
+from typing import Any
+
+LEFT_OUT = (
+  "Estimated by the compiler, not measured: left out are waits for input, for "
+  "other chips (see exchange), copies that the compute does not hide, "
+  "evaluations, checkpoints and restarts."
+)
+
+
+def format_plans(plans: list[dict[str, Any]]) -> str:
+  """Returns a block for each plan; a table before them if there are several."""
+  blocks = [format_plan(found) for found in plans]
+  if len(plans) > 1:
+    blocks.insert(0, format_table(plans))
+  return "\n\n".join([*blocks, LEFT_OUT])
+
+
+def format_plan(found: dict[str, Any]) -> str:
+  """Returns what `plan` found of one configuration."""
+  lines = [f"{found['config']} on {found['topology']}, {found['chips']} chips"]
+  if found["fits"]:
+    return "\n".join(lines + _list_figures(found))
+  need = f"{found['hbm_gib']:.2f}" if found["hbm_gib"] else "more"
+  lines.append(
+    f"DOES NOT FIT: needs {need} of {found['hbm_limit_gib']:.2f} GiB a chip"
+  )
+  for attempt in found["tried"]:
+    word = "fits" if attempt["fits"] else "does not fit"
+    lines.append(f"  {_flags(attempt['overrides'])}  {word}")
+  if found["fallback"]:
+    return "\n".join(lines + _list_figures(found["then"]))
+  return "\n".join([*lines, "nothing of this fits; take more or larger chips"])
+
+
+def _flags(overrides):
+  return " ".join(f"--config.{k}={v}" for k, v in overrides.items())
+
+
+def _list_figures(found):
+  parts = ", ".join(f"{name} {x:.2f}" for name, x in found["hbm"].items())
+  exchanged = ", ".join(
+    f"{x['count']} {x['kind']} {x['bytes'] / 1e6:.0f} MB"
+    for x in found["collectives"]
+  )
+  lines = [
+    f"fits           {found['hbm_gib']:.2f} of {found['hbm_limit_gib']:.2f} "
+    f"GiB a chip ({parts})",
+    f"a step         {1e3 * found['step_seconds']:.1f} ms, "
+    f"{found['estimated_cycles'] / 1e6:.1f} M cycles; "
+    f"roofline {1e3 * found['roofline_seconds']:.1f} ms "
+    f"({found['flops'] / 1e12:.2f} TFLOP, {found['bytes'] / 1e9:.1f} GB)",
+    f"exchange       {exchanged or 'none'}; "
+    f"{1e3 * found['collective_seconds']:.1f} ms if nothing hides it",
+    f"speed          {found['images_per_second_per_chip']:.0f} images/s a "
+    f"chip, MFU {found['mfu']:.1%}",
+  ]
+  if "hours" in found:
+    dollars = f", ${found['dollars']:,.0f}" if "dollars" in found else ""
+    lines.append(
+      f"the run        {found['total_steps']:,} steps, {found['hours']:.1f} h, "
+      f"{found['chip_hours']:,.0f} chip-hours{dollars}"
+    )
+  return lines
+
+
+def format_table(plans: list[dict[str, Any]]) -> str:
+  """Returns a line for each plan."""
+  head = ("", "fits", "GiB", "ms", "images/s/chip", "MFU", "chip-hours")
+  rows = [head] + [_row(found) for found in plans]
+  return _align(rows)
+
+
+def _row(found):
+  best = found.get("then") or found
+  name = f"{found.get('scaling', '')} {found.get('config', '')} "
+  name = f"{name}{found['topology']}".strip()
+  if not best["fits"]:
+    return (name, "no", *[""] * 5)
+  hours = best.get("chip_hours")
+  return (
+    name,
+    "yes" if found["fits"] else _flags(found["fallback"]),
+    f"{best['hbm_gib']:.2f}",
+    f"{1e3 * best['step_seconds']:.1f}",
+    f"{best['images_per_second_per_chip']:.0f}",
+    f"{best['mfu']:.1%}",
+    f"{hours:,.0f}" if hours else "?",
+  )
+
+
+def format_table2(rows: list[dict[str, Any]]) -> str:
+  """Returns the core-days of Table 2, estimated and as printed."""
+  lines = [("", "TPUv3-core-days", "paper", "ratio", "changed to fit")]
+  for row in rows:
+    days = row["core_days"]
+    lines.append(
+      (
+        row["name"],
+        f"{days:.0f}" if days else "does not fit",
+        str(row["paper_core_days"]),
+        f"{days / row['paper_core_days']:.2f}" if days else "",
+        _flags(row.get("fallback") or {}),
+      )
+    )
+  return "\n".join([_align(lines), "", LEFT_OUT])
+
+
+def _align(rows):
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(width) if not i else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )
