@@ -46,9 +46,17 @@ def drop_path(x, rate, key):
   return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 
+_MOST_PADDING = 0.05  # of the tokens
+
+
 def count_rows(n: int) -> int:
-  """Returns the rows of `pad_tokens`: 200 for 197 tokens."""
-  return n + -n % attention.ROWS
+  """Returns the rows of `pad_tokens`: 200 for 197 tokens, 9 for 9.
+
+  Of few tokens the padding would be a large part, and small models do not run
+  on machines whose registers it fills.
+  """
+  padding = -n % attention.ROWS
+  return n + padding if padding <= n * _MOST_PADDING else n
 
 
 def pad_tokens(x):
