@@ -511,3 +511,20 @@ def test_a_run_stopped_names_its_cause(run, monkeypatch):
 @pytest.fixture(autouse=True)
 def _quiet():
   logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+  ("given", "expected"),
+  [
+    ("gs://bucket/run", "gs://bucket/run"),
+    ("/runs/b16", "/runs/b16"),
+    ("runs/b16", f"{os.getcwd()}/runs/b16"),
+    ("~/b16", os.path.expanduser("~/b16")),
+  ],
+)
+def test_addresses_are_absolute_as_they_are(given, expected):
+  """A bucket is no folder of the working directory."""
+  found = checkpoint.absolute(given)
+  assert str(found) == expected
+  assert str(found / "config.json") == f"{expected}/config.json"
+  assert str(checkpoint.absolute(found)) == expected

@@ -258,7 +258,9 @@ def write_atomically(path, text: str) -> None:
 
 def absolute(path) -> epath.Path:
   """Returns a local path or gs:// address as an absolute epath.Path."""
-  return epath.Path(path).expanduser().absolute()
+  path = epath.Path(path).expanduser()
+  # `absolute` puts the working directory before gs:// too.
+  return path if path.is_absolute() else path.absolute()
 
 
 def _restore(manager, step, abstract_state):
