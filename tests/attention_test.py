@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax import models
-from vit_jax.models import attention
+from vit_jax.models import attention, vit
 
 # Heads of half a register's lanes, of a whole, and across two of them.
 _HEADS = ((128, 2, 64), (128, 1, 128), (640, 8, 80))
@@ -87,7 +87,6 @@ def test_what_does_not_fill_registers_is_computed_plainly():
 
 def test_a_bias_has_the_gradient_of_a_sum():
   # bfloat16's own sum of 4,096 ones ends at 256, where adding 1 rounds away.
-  from vit_jax.models import vit
 
   x = jnp.zeros((4096, 3), jnp.bfloat16)
   bias = jnp.zeros(3, jnp.bfloat16)
@@ -95,20 +94,40 @@ def test_a_bias_has_the_gradient_of_a_sum():
   assert backward(jnp.ones_like(x))[1].tolist() == [4096] * 3
 
 
-def test_padding_changes_nothing():
-  # 17 tokens are padded to 24; 16 of "gap" to 16. Logits of the first example
-  # do not depend on how many others there are, nor gradients on padding.
+def test_where_padding_is_worth_it():
+  assert [vit.count_rows(n) for n in (197, 257, 577, 9, 10, 16)] == [
+    *(200, 264, 584, 9, 10, 16),
+  ]
+
+
+@pytest.mark.parametrize(
+  "options", [{"classifier": "map"}, {"pos_embedding": "relative"}]
+)
+def test_padding_changes_nothing(options, monkeypatch):
+  """The same logits, gradients and intermediates with it and without."""
   model = models.create(
-    variant="ViT-N_8", num_classes=5, image_size=32, dtype="float32"
+    variant="ViT-w32d2m48h2_8",
+    num_classes=5,
+    image_size=32,
+    dtype="float32",
+    stochastic_depth_rate=0.2,
+    **options,
   )
   params = model.init(jax.random.key(0))
-  params["head"]["kernel"] += 0.1
+  params["head"]["kernel"] += jax.random.normal(jax.random.key(2), (32, 5))
   images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
-  together = model.apply(params, images)
-  plain, out = model.apply(params, images, intermediates=True)
-  np.testing.assert_allclose(together, plain, rtol=1e-5, atol=1e-5)
-  assert out["block00/attention_weights"].shape == (3, 4, 17, 17)
-  assert out["block00/out"].shape == (3, 17, 128)
-  np.testing.assert_allclose(
-    out["block00/attention_weights"].sum(-1), 1, rtol=1e-5
+
+  def loss(params):
+    logits = model.apply(params, images, train=True, key=jax.random.key(3))
+    return (logits**2).sum()
+
+  found = []
+  for most in (0, 1):  # 17 tokens stay 17, or become 24
+    monkeypatch.setattr(vit, "_MOST_PADDING", most)
+    logits, out = model.apply(params, images, intermediates=True)
+    together = model.apply(params, images)
+    np.testing.assert_allclose(together, logits, rtol=1e-5, atol=1e-5)
+    found.append((logits, out, jax.grad(loss)(params)))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found
   )
