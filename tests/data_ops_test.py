@@ -87,6 +87,15 @@ def test_windows_of_the_inception_crop():
   assert len(set(tops)) > 30
 
 
+def test_resize_is_the_same_for_small_and_large_images(monkeypatch):
+  image = tf.constant(_image((40, 60)))
+  results = []
+  for limit in (0, 100):  # the two ways to call the kernel
+    monkeypatch.setattr(ops, "_CAST_UP_TO", limit)
+    results.append(ops.resize(image, (24, 31)).numpy())
+  np.testing.assert_array_equal(*results)
+
+
 def test_fused_crop_equals_decoding_first():
   encoded = tf.constant(_jpeg(_image((120, 200))))
   for i in range(5):

@@ -18,6 +18,8 @@ from vit_jax import preprocess
 
 # RandAugment's pixel distances are stated for images of this size.
 _REFERENCE_SIZE = 224
+# Pixels, as a multiple of those of the result; from three on it does not pay.
+_CAST_UP_TO = 2
 _GREY = 128  # what fills the pixels that an operation leaves empty
 
 
@@ -106,9 +108,17 @@ def decode_and_inception_crop(
 
 def resize(image, size, method="bilinear"):
   """Resizes to `size`, aspect ignored; half-pixel centres, no antialiasing."""
-  # TensorFlow's bilinear kernel is so much faster on floats that casting pays.
-  pixels = tf.cast(image, tf.float32) if method == "bilinear" else image
-  resized = tf.image.resize(pixels, preprocess.as_pair(size), method=method)
+  pair = preprocess.as_pair(size)
+  run = functools.partial(tf.image.resize, size=pair, method=method)
+  if method != "bilinear":
+    return tf.cast(tf.round(run(image)), tf.uint8)
+  # TensorFlow's kernel gives the same for floats, and faster; but casting takes
+  # time for each pixel, also for those that are skipped when shrinking.
+  height, width = _height_width(image, tf.int64)
+  few = height * width <= _CAST_UP_TO * pair[0] * pair[1]
+  resized = tf.cond(
+    few, lambda: run(tf.cast(image, tf.float32)), lambda: run(image)
+  )
   return tf.cast(tf.round(resized), tf.uint8)
 
 
