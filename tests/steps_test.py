@@ -278,7 +278,7 @@ def test_evaluation_sums_equal_numpy_and_sklearn(labels, loss):
   assert found["labelled"] == labelled.sum()
   assert found["labelled"] == (18 if labels == 1 else 17)
   assert found["correct"] == top[labelled].sum()
-  np.testing.assert_allclose(found["loss"], each.sum(), rtol=1e-5)
+  np.testing.assert_allclose(found["loss"], each[labelled].sum(), rtol=1e-5)
   np.testing.assert_allclose(
     found["ranking_precision"], lrap * labelled.sum(), rtol=1e-5
   )
