@@ -1,12 +1,14 @@
 """The fused attention is the plain one, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vit_jax import models
-from vit_jax.models import attention
+from vit_jax.models import attention, vit
 
 # Heads of half a register's lanes, of a whole, and across two of them.
 _HEADS = ((128, 2, 64), (128, 1, 128), (640, 8, 80))
@@ -87,28 +89,61 @@ def test_what_does_not_fill_registers_is_computed_plainly():
 
 def test_a_bias_has_the_gradient_of_a_sum():
   # bfloat16's own sum of 4,096 ones ends at 256, where adding 1 rounds away.
-  from vit_jax.models import vit
-
   x = jnp.zeros((4096, 3), jnp.bfloat16)
   bias = jnp.zeros(3, jnp.bfloat16)
   _, backward = jax.vjp(vit.add_bias, x, bias)
   assert backward(jnp.ones_like(x))[1].tolist() == [4096] * 3
 
 
-def test_padding_changes_nothing():
-  # 17 tokens are padded to 24; 16 of "gap" to 16. Logits of the first example
-  # do not depend on how many others there are, nor gradients on padding.
+def _create(monkeypatch, dtype, classifier="token"):
+  """A model of 17 or 16 tokens, parameters without zeros, and images."""
+  one = models.variants.Encoder(128, 1, 256, 2)
+  monkeypatch.setitem(models.ENCODERS, "One", one)
   model = models.create(
-    variant="ViT-N_8", num_classes=5, image_size=32, dtype="float32"
+    variant="ViT-One_8",
+    num_classes=5,
+    image_size=32,
+    dtype=dtype,
+    classifier=classifier,
   )
-  params = model.init(jax.random.key(0))
-  params["head"]["kernel"] += 0.1
-  images = jax.random.uniform(jax.random.key(1), (3, 32, 32, 3))
-  together = model.apply(params, images)
-  plain, out = model.apply(params, images, intermediates=True)
-  np.testing.assert_allclose(together, plain, rtol=1e-5, atol=1e-5)
-  assert out["block00/attention_weights"].shape == (3, 4, 17, 17)
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  generator = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: generator.normal(0, 0.1, x.shape).astype(x.dtype), shapes
+  )
+  images = generator.uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32)
+  return model, params, images
+
+
+@pytest.mark.parametrize("classifier", ["token", "map"])
+def test_the_fast_way_is_the_plain_one(monkeypatch, classifier):
+  # Both in float32, which is else always the plain one: so they may differ by
+  # rounding alone. 17 tokens are padded to 24.
+  model, params, images = _create(monkeypatch, "float32", classifier)
+
+  def loss(params):
+    logits = model.apply(params, images)
+    return jnp.sum(logits * jnp.arange(5.0)), logits
+
+  expected = jax.jit(jax.grad(loss, has_aux=True))(params)
+  monkeypatch.setattr(vit, "is_fast", lambda dtype: True)
+  found = jax.jit(jax.grad(loss, has_aux=True))(params)
+
+  def compare(path, x, y):
+    scale = float(jnp.abs(y).max()) + 1e-3
+    np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=path)
+
+  jax.tree_util.tree_map_with_path(compare, found, expected)
+
+
+def test_padding_is_not_seen(monkeypatch):
+  model, params, images = _create(monkeypatch, "bfloat16")
+  logits = jax.jit(model.apply)(params, images)
+  plain, out = jax.jit(functools.partial(model.apply, intermediates=True))(
+    params, images
+  )
+  np.testing.assert_allclose(logits, plain, rtol=0.1, atol=0.1)
+  weights = out["block00/attention_weights"]
+  assert weights.shape == (3, 2, 17, 17)
+  np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
   assert out["block00/out"].shape == (3, 17, 128)
-  np.testing.assert_allclose(
-    out["block00/attention_weights"].sum(-1), 1, rtol=1e-5
-  )
