@@ -1,14 +1,27 @@
 """The lifeline: one process is lost, and the others say so and end."""
 
 import contextlib
+import json
+import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from tiny_runs import REPO, find_port
+from tiny_runs import (
+  REPO,
+  TIMEOUT,
+  Process,
+  assert_same_run,
+  find_port,
+  read_losses,
+  read_state,
+  saved_steps,
+)
 
 from vit_jax import lifeline
 
@@ -164,3 +177,167 @@ def test_a_machine_that_vanishes_is_lost_in_time(start):
   begin = time.monotonic()
   assert end(first) == end(second) == says_lost(2, "no answer for 6 s")
   assert 3 < time.monotonic() - begin < 12
+
+
+# --- runs that train: 2 or 4 processes with a device each ---
+
+_LONGER = ("total_steps=48", "eval_every=12")
+
+
+class Forked(Process):
+  """A process that forker.py has made."""
+
+  def __init__(self, folder, pid):
+    self._pid = pid
+    self._code, self._log = folder / f"{pid}.code", folder / f"{pid}.log"
+
+  def is_running(self):
+    return not self._code.exists()
+
+  def wait(self):
+    end = time.monotonic() + TIMEOUT
+    while self.is_running():
+      assert time.monotonic() < end, f"it hangs:\n{self.stderr()}"
+      time.sleep(0.01)
+    return int(self._code.read_text())
+
+  def send(self, number):
+    os.kill(self._pid, number)
+
+  def stderr(self):
+    return self._log.read_text() if self._log.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def train_together(runs):
+  """Starts the processes of a run, with a device each."""
+  folder = runs.folder / "forked"
+  folder.mkdir()
+  environment = {
+    **os.environ,
+    "PYTHONPATH": str(REPO),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
+    "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": str(runs.compiled),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  }
+  forker = subprocess.Popen(
+    [sys.executable, str(REPO / "tests" / "forker.py"), str(folder)],
+    env=environment,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+  def start(count, workdir, *flags):
+    port, processes = find_port(), []
+    for i in range(count):
+      args = [
+        *runs.train_args(workdir, *_LONGER),
+        *(f"--coordinator=localhost:{port}", f"--num_processes={count}"),
+        *(f"--process_id={i}", "--start_timeout=30", *flags),
+      ]
+      tell(forker, json.dumps(args))
+      processes.append(Forked(folder, int(forker.stdout.readline())))
+    return processes
+
+  yield start
+  forker.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(runs, train_together):
+  """The folder of a run of four processes that nothing has disturbed."""
+  processes = train_together(4, runs.folder / "whole")
+  assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
+  for process in processes:
+    assert "stopped" not in process.stderr()
+  return runs.folder / "whole"
+
+
+def lose_one(train_together, workdir, count, random_):
+  """Kills one of the processes at any time; returns how long it took."""
+  before = saved_steps(workdir)[-1:]
+  processes = train_together(count, workdir)
+  lost, steps = random_.randrange(count), random_.randint(0, 5)
+  if steps:
+    assert processes[0].wait_until(lambda: len(processes[0].steps()) >= steps)
+    time.sleep(random_.uniform(0, 0.3))
+  else:  # while it starts
+    time.sleep(random_.uniform(0, 6))
+  begin = time.monotonic()
+  processes[lost].send(signal.SIGKILL)
+  codes = [p.wait() for p in processes]
+  took = time.monotonic() - begin
+  print(f"{count} processes, {lost} killed, {took:.1f} s, {codes}, {before}")
+  for i, process in enumerate(processes):
+    said = process.stderr().splitlines()
+    if i == lost:
+      assert codes[i] == -signal.SIGKILL
+    elif codes[i] == 1:  # it came before the roll
+      assert not processes[0].steps()
+      assert f"missing {lost}" in said[-1] or "did not meet" in said[-1]
+    else:
+      assert codes[i] == lifeline.LOST, process.stderr()
+      assert f"stopped: process {lost} on" in said[-1]
+      assert "*** Check failure" not in process.stderr()
+  seen = processes[0].steps()
+  assert not seen or seen[0] == 1 + (before[0] if before else 0)
+  assert saved_steps(workdir)[-1:] >= before
+  assert not (workdir / "damaged").exists()
+  return took
+
+
+def survive(train_together, workdir, kills, counts, seed=0):
+  """Loses a process again and again, goes on each time, ends well."""
+  print(f"seed {seed}")
+  random_ = random.Random(seed)
+  for _ in range(kills):
+    count = random_.choice(counts)
+    assert lose_one(train_together, workdir, count, random_) < lifeline.TIMEOUT
+  processes = train_together(random_.choice(counts), workdir)
+  assert {p.wait() for p in processes} == {0}, processes[0].stderr()
+
+
+@pytest.mark.slow
+def test_ten_losses_with_2_or_4_processes(train_together, whole, tmp_path):
+  survive(train_together, tmp_path / "run", 10, (2, 4))
+  for kind in ("checkpoints", "best"):
+    step, arrays = read_state(tmp_path / "run", kind)
+    expected_step, expected = read_state(whole, kind)
+    assert step == expected_step
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+      np.testing.assert_allclose(
+        array, expected[path], rtol=1e-3, atol=1e-4, err_msg=path
+      )
+  losses = read_losses(whole)
+  assert read_losses(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_as_many_processes_end_with_the_same_bits(
+  train_together, whole, tmp_path
+):
+  survive(train_together, tmp_path / "run", 3, (4,), seed=1)
+  assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_notice_during_a_save_stops_all_four(train_together, whole, tmp_path):
+  workdir = tmp_path / "run"
+  processes = train_together(4, workdir, "--stopped_exit_code=75")
+  folder = workdir / "checkpoints"
+  assert processes[3].wait_until(
+    lambda: any(not name.name.isdigit() for name in folder.glob("*"))
+  )
+  processes[3].send(signal.SIGTERM)
+  assert [p.wait() for p in processes] == [75] * 4, processes[0].stderr()
+  assert "stopping: saved step" in processes[0].stderr()
+  stopped = saved_steps(workdir)[-1]
+  assert stopped == processes[0].steps()[-1] < 48
+  processes = train_together(4, workdir)
+  assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
+  assert min(processes[0].steps()) == stopped + 1
+  assert_same_run(workdir, whole)
