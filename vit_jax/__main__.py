@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
   except RunStopped as e:
     return _fail(args.lifeline, f"stopped: {e}", 1)
   except KeyboardInterrupt:
-    return _fail(args.lifeline, "interrupted", 130)
+    return _fail(args.lifeline, "", 130, "interrupted")
   except Exception as e:
     if not args.lifeline:
       raise
@@ -74,7 +74,8 @@ def _fail(lifeline, text, code, line=None):
   """
   if lifeline:
     lifeline.fail(line or text, code)
-  print(text, file=sys.stderr)
+  if text:
+    print(text, file=sys.stderr)
   if lifeline:
     lifeline.end(code)
   return code
