@@ -107,6 +107,7 @@ def test_a_killed_process_ends_the_others_with_a_sentence(start, lost):
   assert time.monotonic() - begin < 5
 
 
+@pytest.mark.slow  # it waits whether the error is but an echo
 def test_an_error_of_one_is_told_by_all(start):
   first, second = start(2)
   tell(second, "error: no such class:2")
