@@ -306,8 +306,8 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
   # key, value, pre_logits or head.
   model = _create(dropout_rate=0.25, representation_size=-1)
   embedded = (3, 7, 16)
-  # In the blocks the tokens of all images are in a row, padded from 7 to 8.
-  tokens, hidden = (3 * 8, 16), (3 * 8, 24)
+  # In the blocks the tokens of all images are in a row.
+  tokens, hidden = (3 * 7, 16), (3 * 7, 24)
   draws = _record_draws(monkeypatch, model)
   assert {float(p) for p, _ in draws} == {0.75}
   blocks = [tokens, hidden, tokens] * 2
@@ -317,8 +317,7 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
 def test_attention_dropout_drops_single_weights(monkeypatch):
   model = _create(attention_dropout_rate=0.5)
   draws = _record_draws(monkeypatch, model)
-  # Seven tokens, padded to eight.
-  assert [(float(p), s) for p, s in draws] == [(0.5, (3, 2, 8, 8))] * 2
+  assert [(float(p), s) for p, s in draws] == [(0.5, (3, 2, 7, 7))] * 2
 
 
 def test_stochastic_depth_draws_one_number_an_example(monkeypatch):

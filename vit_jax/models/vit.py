@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from vit_jax.models import attention, posemb
 from vit_jax.models.resnet import hybrid_stem
@@ -69,6 +70,23 @@ def pad_tokens(x):
   """
   n = x.shape[1]
   return jnp.pad(x, ((0, 0), (0, count_rows(n, x.dtype) - n), (0, 0)))
+
+
+def gather(kernel):
+  """Has each device get all of a kernel that is split by fsdp.
+
+  Left to itself, XLA's partitioner makes a loop of a product with a split
+  kernel, of small products with a piece each.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    return kernel
+  return jax.lax.with_sharding_constraint(kernel, P())
+
+
+def convolve(x, kernel, *args, **kwargs):
+  """Returns a convolution with a kernel that `gather` gathers."""
+  return jax.lax.conv_general_dilated(x, gather(kernel), *args, **kwargs)
 
 
 @jax.custom_vjp
@@ -130,6 +148,7 @@ class Dense(nn.Module):
       moved = moved.astype(self.dtype) @ kernel.astype(self.dtype)
       kernel, bias = kernel * scale[:, None], bias + moved[0]
     kernel, bias = (y.astype(self.dtype) for y in (kernel, bias))
+    kernel = gather(kernel)
     if len(shape) > 2:
       # Else the kernel's gradient is computed in the layout of what is stored,
       # for which XLA transposes the tokens: 117,000 cycles for each of B/16's.
@@ -551,6 +570,7 @@ class VisionTransformer(nn.Module):
       strides=(self.patch_size, self.patch_size),
       padding="VALID",
       dtype=self.dtype,
+      conv_general_dilated=convolve,
       name="embedding",
     )(x)
     return x, out | {"stem": x}
