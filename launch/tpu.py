@@ -28,6 +28,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 # What vit-jax says when it was told to stop, and saved: sysexits' "try again".
 STOPPED = 75
+# What it says when it ended because another of its processes was lost.
+LOST_PROCESS = 69
 # https://docs.cloud.google.com/tpu/docs/runtimes; first match wins.
 RUNTIMES = (
   (r"v6e-", "v2-alpha-tpuv6e"),
@@ -598,6 +600,7 @@ def name_state(said) -> str:
     "1": "cannot go on (exit code 1)",
     "2": "wrong input (exit code 2)",
     str(STOPPED): "stopped, and saved",
+    str(LOST_PROCESS): "ended, because another process was lost",
   }
   return words.get(state, f"ended with exit code {state}")
 

@@ -574,7 +574,7 @@ def test_the_pods_of_the_manifest_find_each_other():
   assert environment["PROCESSES"] == str(spec["completions"])
   rules = spec["podFailurePolicy"]["rules"]
   codes = {r["action"]: r["onExitCodes"]["values"] for r in rules[:2]}
-  assert codes == {"FailJob": [2], "Ignore": [75]}
+  assert codes == {"FailJob": [2], "Ignore": [69, 75]}
   assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
 
 

@@ -14,7 +14,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 _LAYERS = (
   ("errors",),
   ("state", "losses", "masking", "preprocess", "hosts"),
-  ("models", "optim", "sharding", "data"),
+  ("models", "optim", "sharding", "data", "lifeline"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
   ("evaluators", "paper"),

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 
 from vit_jax.errors import RunStopped, UserError
 
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
 
   0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
   a signal, and saved). 1: the run cannot go on.
-  2: something that was given cannot be used.
+  2: something that was given cannot be used. 69: another process of the run is
+  lost. When one ends with an error, the others end with its code.
   """
   # TensorFlow only reads and decodes images here; it need not introduce itself.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -43,20 +45,40 @@ def main(argv: list[str] | None = None) -> int:
   logging.getLogger("vit_jax").setLevel(logging.INFO)
   sys.unraisablehook = _print_unless_stray
   args, rest = _make_parser().parse_known_args(argv)
+  args.lifeline = None  # to the other processes of a run
   try:
     overrides = _parse_overrides(rest)
     if overrides and args.run not in _OVERRIDDEN:
       raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
     args.overrides = overrides
-    return args.run(args) or 0
+    code = args.run(args) or 0
+    if args.lifeline:
+      args.lifeline.leave()
+    return code
   except UserError as e:
-    print(f"error: {e}", file=sys.stderr)
-    return 2
+    return _fail(args.lifeline, f"error: {e}", 2)
   except RunStopped as e:
-    print(f"stopped: {e}", file=sys.stderr)
-    return 1
+    return _fail(args.lifeline, f"stopped: {e}", 1)
   except KeyboardInterrupt:
-    return 130
+    return _fail(args.lifeline, "", 130, "interrupted")
+  except Exception as e:
+    if not args.lifeline:
+      raise
+    return _fail(args.lifeline, traceback.format_exc(), 1, f"{e!r}"[:500])
+
+
+def _fail(lifeline, text, code, line=None):
+  """Says what went wrong, in `line` to the other processes; returns the code.
+
+  If it went wrong because another process is lost, that is said instead.
+  """
+  if lifeline:
+    lifeline.fail(line or text, code)
+  if text:
+    print(text, file=sys.stderr)
+  if lifeline:
+    lifeline.end(code)
+  return code
 
 
 def _print_unless_stray(unraisable):
@@ -435,6 +457,13 @@ def _add_distributed(command):
     metavar="SECONDS",
     help="how long it waits for the others (default: 300)",
   )
+  group.add_argument(
+    "--lost_timeout",
+    type=float,
+    default=60,
+    metavar="SECONDS",
+    help="a machine that does not answer for so long is lost (default: 60)",
+  )
 
 
 def _parse_overrides(arguments):
@@ -468,13 +497,16 @@ def _find_place(args):
   return hosts.find_place(*given, timeout=args.start_timeout)
 
 
-def _connect(args):
+def _connect(args, say_saved=None):
   """Joins the other processes of a run, if there are any."""
   place = _find_place(args)
   if place is None:
     return
-  from vit_jax import hosts
+  from vit_jax import hosts, lifeline
 
+  args.lifeline = lifeline.hold(
+    place, args.start_timeout, args.lost_timeout, say_saved
+  )
   hosts.connect(place, args.start_timeout)
   if place.index:
     logging.getLogger("vit_jax").setLevel(logging.WARNING)
@@ -484,7 +516,7 @@ def _train(args):
   from vit_jax import config
 
   loaded = config.load(args.config, args.overrides)
-  _connect(args)
+  _connect(args, lambda: _say_saved(args.workdir))
   from vit_jax.train import train
 
   train(loaded, args.workdir)
@@ -498,6 +530,14 @@ def _is_complete(workdir):
   folder = checkpoint.absolute(workdir)
   total = json.loads((folder / "config.json").read_text())["total_steps"]
   return (folder / "checkpoints" / str(total)).exists()
+
+
+def _say_saved(workdir):
+  """Says which step of a run has been saved last."""
+  from vit_jax import checkpoint
+
+  steps = checkpoint.list_steps(workdir)
+  return f"saved last: step {steps[-1]}" if steps else "nothing was saved"
 
 
 def _preflight(args):

@@ -193,6 +193,15 @@ class Checkpoints:
       ) from e
 
 
+def list_steps(workdir) -> list[int]:
+  """Returns the steps of the complete checkpoints of a run, oldest first.
+
+  Without a manager, whose making waits for all processes.
+  """
+  folder = absolute(workdir) / "checkpoints"
+  return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
+
+
 def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, or its type's name.
 

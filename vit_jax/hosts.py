@@ -3,9 +3,11 @@
 JAX waits for all of them, and when one does not come it ends the others with a
 trace of C++ that names nobody. So before JAX meets, a roll is called at the
 same address: process 0 listens, the others say who they are, and either all go
-on or each ends with the same sentence about who was seen.
+on or each ends with the same sentence about who was seen. The connections of
+the roll may stay open: they are how lifeline.py notices who is lost later.
 """
 
+import contextlib
 import json
 import logging
 import platform
@@ -21,6 +23,7 @@ from vit_jax.errors import RunStopped, UserError
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 300  # seconds, as JAX's own
+_DAY = 24 * 3600
 _REPEAT = 30  # seconds between two lines of a process that waits
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
@@ -84,18 +87,9 @@ def find_place(
 
 
 def connect(place: Place, timeout: float = START_TIMEOUT) -> None:
-  """Calls the roll, then lets JAX connect the processes.
-
-  Raises:
-    UserError: their versions differ.
-    RunStopped: not all came in time.
-  """
+  """Lets JAX connect the processes, once a roll has been called."""
   import jax
 
-  facts = call_roll(place, {"versions": read_versions()}, timeout)
-  different = compare_versions(facts)
-  if different:
-    raise UserError(different)
   jax.distributed.initialize(
     place.address,
     place.count,
@@ -103,11 +97,26 @@ def connect(place: Place, timeout: float = START_TIMEOUT) -> None:
     local_device_ids=place.devices,
     cluster_detection_method="deactivate",
     initialization_timeout=int(timeout),
+    # lifeline.py is quicker, says who, and lets a stopped process be.
+    heartbeat_timeout_seconds=_DAY,
+    shutdown_timeout_seconds=60,
   )
 
 
 def call_roll(place: Place, facts: dict, timeout: float) -> list[dict]:
   """Returns the facts of every process, once all of them are there.
+
+  Takes and raises what `meet` does; the connections are closed.
+  """
+  everyone, connections = meet(place, facts, timeout)
+  _close(place, connections)
+  return everyone
+
+
+def meet(
+  place: Place, facts: dict, timeout: float
+) -> tuple[list[dict], dict[int, socket.socket]]:
+  """Calls the roll; returns what all said, and the connections it took.
 
   Args:
     place: of this process.
@@ -115,7 +124,8 @@ def call_roll(place: Place, facts: dict, timeout: float) -> list[dict]:
     timeout: seconds that it waits.
 
   Returns:
-    [facts], by process, each with "host" added.
+    [facts], by process, each with "host" added; and {index: connection}, of
+    process 0 to all others, of each of them to process 0.
 
   Raises:
     UserError: two processes say that they are the same one.
@@ -123,14 +133,16 @@ def call_roll(place: Place, facts: dict, timeout: float) -> list[dict]:
   """
   facts = {"host": socket.gethostname(), **facts}
   if place.count == 1:
-    return [facts]
+    return [facts], {}
   end = time.monotonic() + timeout
-  reply = (_listen if place.index == 0 else _report)(place, facts, end, timeout)
+  take_part = _listen if place.index == 0 else _report
+  reply, connections = take_part(place, facts, end, timeout)
+  if "facts" in reply:
+    return reply["facts"], connections
+  _close(place, connections)
   if "wrong" in reply:
     raise UserError(reply["wrong"])
-  if "missing" in reply:
-    raise RunStopped(reply["missing"])
-  return reply["facts"]
+  raise RunStopped(reply["missing"])
 
 
 def read_versions() -> dict[str, str]:
@@ -164,8 +176,8 @@ def compare_versions(facts: list[dict]) -> str | None:
 # --- process 0 ---
 
 
-def _listen(place, facts, end, timeout) -> dict:
-  """Waits for the others, tells them how it went, and returns that."""
+def _listen(place, facts, end, timeout):
+  """Waits for the others, tells them how it went; returns that, and them."""
   roll: dict[int, dict] = {0: facts}
   connections: dict[int, socket.socket] = {}
   with _open_port(place, end) as listener, selectors.DefaultSelector() as ready:
@@ -173,13 +185,13 @@ def _listen(place, facts, end, timeout) -> dict:
     try:
       reply = _gather(place, ready, listener, roll, connections, end, timeout)
       for connection in connections.values():
-        _send(connection, reply)
-      _wait_for_goodbyes(connections.values())
+        send(connection, reply)
     finally:
       for key in [*ready.get_map().values()]:
         connection: Any = key.fileobj
-        connection.close()
-  return reply
+        if connection not in connections.values():
+          connection.close()
+  return reply, connections
 
 
 def _gather(place, ready, listener, roll, connections, end, timeout) -> dict:
@@ -213,7 +225,7 @@ def _hear(place, key, ready, roll, connections) -> str | None:
   heard += new
   if new and not heard.endswith(b"\n") and len(heard) < 2**20:
     return None
-  message = _parse(heard) if new else None
+  message = parse(heard) if new else None
   if message is None:  # it left, or is a stranger: a scanner, a health check
     for index in [i for i, c in connections.items() if c is connection]:
       del connections[index], roll[index]
@@ -235,7 +247,7 @@ def _hear(place, key, ready, roll, connections) -> str | None:
   else:
     roll[index], connections[index] = message["facts"], connection
     return None
-  _send(connection, {"wrong": wrong})
+  send(connection, {"wrong": wrong})
   return wrong
 
 
@@ -281,35 +293,39 @@ def _open_port(place, end):
     time.sleep(0.5)
 
 
-def _wait_for_goodbyes(connections):
-  """Lets the others close first: the port is then free at once."""
-  for connection in connections:
+def _close(place, connections):
+  """Closes them; the others first: the port is then free at once."""
+  for connection in connections.values():
     connection.settimeout(5)
     try:
-      while connection.recv(2**16):
+      while place.index == 0 and connection.recv(2**16):
         pass
     except OSError:
       pass
+    connection.close()
 
 
 # --- the others ---
 
 
-def _report(place, facts, end, timeout) -> dict:
-  """Reports to process 0 until it answers; returns the answer."""
+def _report(place, facts, end, timeout):
+  """Reports to process 0 until it answers; returns the answer, and it."""
   message = {"index": place.index, "count": place.count, "facts": facts}
   host, _, port = place.address.rpartition(":")
   why, told = "", time.monotonic()
   while (left := end - time.monotonic()) > 0:
     try:
-      with socket.create_connection(
+      connection = socket.create_connection(
         (host.strip("[]"), int(port)), min(left, 10)
-      ) as connection:
-        _send(connection, message)
+      )
+      with contextlib.ExitStack() as stack:
+        stack.enter_context(connection)
+        send(connection, message)
         # Process 0 may have started later; its clock knows who is missing.
         reply = _receive(connection, end + _REPEAT)
-      if reply is not None:
-        return reply
+        if reply is not None:
+          stack.pop_all()  # it stays open
+          return reply, {0: connection}
       why = "something else answers there, or it ended"
     except OSError as e:
       why = e.strerror or str(e)
@@ -317,14 +333,13 @@ def _report(place, facts, end, timeout) -> dict:
       told = time.monotonic()
       log.info("waiting for process 0 at %s: %s", place.address, why)
     time.sleep(0.5)
-  return {
-    "missing": (
-      f"process {place.index} on {facts['host']} did not meet all others at "
-      f"process 0, {place.address}, in {timeout:g} s ({why}); was the command "
-      "started there, did it end with an error, does a firewall let "
-      f"tcp:{port} through?"
-    )
-  }
+  missing = (
+    f"process {place.index} on {facts['host']} did not meet all others at "
+    f"process 0, {place.address}, in {timeout:g} s ({why}); was the command "
+    "started there, did it end with an error, does a firewall let "
+    f"tcp:{port} through?"
+  )
+  return {"missing": missing}, {}
 
 
 def _receive(connection, end) -> dict | None:
@@ -333,16 +348,22 @@ def _receive(connection, end) -> dict | None:
   while not heard.endswith(b"\n") and len(heard) < 2**26:
     connection.settimeout(max(0.01, end - time.monotonic()))
     try:
-      new = connection.recv(2**16)
+      # No more than the reply: what follows is the lifeline's.
+      new = connection.recv(2**16, socket.MSG_PEEK)
+      new = connection.recv(new.find(b"\n") + 1 or len(new) or 1)
     except TimeoutError as e:
       raise OSError(0, "process 0 is there, others are not") from e
     if not new:
       break
     heard += new
-  return _parse(heard)
+  return parse(heard)
 
 
-def _send(connection, message) -> None:
+# --- messages: a line of JSON each ---
+
+
+def send(connection: socket.socket, message: dict) -> None:
+  """Sends a message, if it can be sent."""
   connection.settimeout(10)
   try:
     message = {"from": "vit_jax", **message}
@@ -351,7 +372,7 @@ def _send(connection, message) -> None:
     log.debug("not sent: %s", e)  # it is told by its own clock
 
 
-def _parse(text) -> dict[str, Any] | None:
+def parse(text: bytes | bytearray) -> dict[str, Any] | None:
   """Returns a message of ours, None for anything else."""
   try:
     message = json.loads(text)

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from vit_jax.models import attention, posemb
 from vit_jax.models.resnet import hybrid_stem
@@ -46,17 +47,19 @@ def drop_path(x, rate, key):
   return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 
-_MOST_PADDING = 0.05  # of the tokens
+def is_fast(dtype) -> bool:
+  """Returns whether to compute in the way that suits TPUs best.
 
-
-def count_rows(n: int) -> int:
-  """Returns the rows of `pad_tokens`: 200 for 197 tokens, 9 for 9.
-
-  Of few tokens the padding would be a large part, and small models do not run
-  on machines whose registers it fills.
+  That is in bfloat16: tokens are padded, attention is a kernel, LayerNorm's
+  scale and bias become part of the next product. Float32 is as the paper has
+  it, and what the former is tested against.
   """
-  padding = -n % attention.ROWS
-  return n + padding if padding <= n * _MOST_PADDING else n
+  return dtype == jnp.bfloat16
+
+
+def count_rows(n: int, dtype) -> int:
+  """Returns the rows of `pad_tokens`: 200 for 197 tokens."""
+  return n + -n % attention.ROWS if is_fast(dtype) else n
 
 
 def pad_tokens(x):
@@ -66,7 +69,24 @@ def pad_tokens(x):
   what is about images and what is about tokens alone.
   """
   n = x.shape[1]
-  return jnp.pad(x, ((0, 0), (0, count_rows(n) - n), (0, 0)))
+  return jnp.pad(x, ((0, 0), (0, count_rows(n, x.dtype) - n), (0, 0)))
+
+
+def gather(kernel):
+  """Has each device get all of a kernel that is split by fsdp.
+
+  Left to itself, XLA's partitioner makes a loop of a product with a split
+  kernel, of small products with a piece each.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    return kernel
+  return jax.lax.with_sharding_constraint(kernel, P())
+
+
+def convolve(x, kernel, *args, **kwargs):
+  """Returns a convolution with a kernel that `gather` gathers."""
+  return jax.lax.conv_general_dilated(x, gather(kernel), *args, **kwargs)
 
 
 @jax.custom_vjp
@@ -108,8 +128,8 @@ class Dense(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """[... i] -> [... o]."""
+  def __call__(self, x, affine=None):
+    """[... i] -> [... o]; `affine` see `LayerNorm`."""
     shape = self.kernel_shape
     flat = (
       math.prod(shape[: self.in_axes]),
@@ -119,15 +139,49 @@ class Dense(nn.Module):
     init = nn.initializers.xavier_uniform()
     kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))
     bias = self.param("bias", self.bias_init, shape[self.in_axes :])
+    kernel, bias = kernel.reshape(flat), bias.reshape(-1)
+    if affine:
+      # (x scale + shift) kernel + bias, with as much of it as possible done
+      # once, not for each token: then gradients need no sums over tokens.
+      scale, shift = affine
+      moved = jnp.broadcast_to(shift, (attention.ROWS, flat[0]))
+      moved = moved.astype(self.dtype) @ kernel.astype(self.dtype)
+      kernel, bias = kernel * scale[:, None], bias + moved[0]
     kernel, bias = (y.astype(self.dtype) for y in (kernel, bias))
-    kernel = kernel.reshape(flat)
+    kernel = gather(kernel)
     if len(shape) > 2:
       # Else the kernel's gradient is computed in the layout of what is stored,
       # for which XLA transposes the tokens: 117,000 cycles for each of B/16's.
       kernel = jax.lax.optimization_barrier(kernel)
     y = x.astype(self.dtype).reshape(-1, flat[0]) @ kernel
     add = add_bias if self.sum_by_product else jnp.add
-    return add(y, bias.reshape(-1)).reshape(*x.shape[:-1], flat[1])
+    return add(y, bias).reshape(*x.shape[:-1], flat[1])
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm for the `Dense` layers that follow.
+
+  With bfloat16 the scale and bias are left to them: their gradients are sums
+  over all tokens, which cost as much as a product, unless they follow from the
+  kernel's gradient, as they do there.
+  """
+
+  epsilon: float
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """[... d] -> [... d], and (scale f32[d], bias f32[d]) if still to do."""
+    shape = x.shape[-1:]
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    variance = jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean)
+    factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + self.epsilon)
+    if is_fast(self.dtype):
+      return ((y - mean) * factor).astype(self.dtype), (scale, bias)
+    return ((y - mean) * (factor * scale) + bias).astype(self.dtype), None
 
 
 class MlpBlock(nn.Module):
@@ -140,12 +194,12 @@ class MlpBlock(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """[... d] -> [... d]."""
+  def __call__(self, x, affine=None):
+    """[... d] -> [... d]; `affine` see `LayerNorm`."""
     width = x.shape[-1]
     options = {"bias_init": nn.initializers.normal(1e-6), "dtype": self.dtype}
     # XLA sums this bias's gradient where it makes it, beside a product.
-    x = Dense((width, self.mlp_dim), sum_by_product=False, **options)(x)
+    x = Dense((width, self.mlp_dim), sum_by_product=False, **options)(x, affine)
     x = ACTIVATIONS[self.activation](x)
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
     x = Dense((self.mlp_dim, width), **options)(x)
@@ -166,7 +220,7 @@ class MultiHeadDotProductAttention(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, inputs_q, inputs_kv, valid, weights=False):
+  def __call__(self, inputs_q, inputs_kv, valid, weights=False, affine=None):
     """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
 
     Args:
@@ -174,19 +228,27 @@ class MultiHeadDotProductAttention(nn.Module):
       inputs_kv: what is asked; rows from `valid` on are padding.
       valid: how many rows are not.
       weights: whether they are wanted; else None stands in their place.
+      affine: of both inputs, see `LayerNorm`.
     """
     width = inputs_q.shape[-1]
     heads = (self.num_heads, width // self.num_heads)
 
-    def project(name, x):
-      return Dense((width, *heads), dtype=self.dtype, name=name)(x)
+    # In rows, so that the three gradients are added where LayerNorm's begins:
+    # a change of shape between them costs XLA one more pass.
+    alike = inputs_q is inputs_kv
+    rows_q = inputs_q.reshape(-1, width)
+    rows_kv = rows_q if alike else inputs_kv.reshape(-1, width)
+
+    def project(name, rows, like):
+      y = Dense((width, *heads), dtype=self.dtype, name=name)(rows, affine)
+      return y.reshape(like.shape)
 
     query, key, value = (
-      project("query", inputs_q),
-      project("key", inputs_kv),
-      project("value", inputs_kv),
+      project("query", rows_q, inputs_q),
+      project("key", rows_kv, inputs_kv),
+      project("value", rows_kv, inputs_kv),
     )
-    plainly = weights or self.relative or inputs_q is not inputs_kv
+    plainly = weights or self.relative or not alike or not is_fast(self.dtype)
     if self.dropout_rate > 0 and not self.deterministic:
       plainly = True
     if not plainly and attention.can_fuse(*query.shape[1:], self.num_heads):
@@ -297,10 +359,10 @@ class Encoder1DBlock(nn.Module):
 
     def split(y):
       """[b*n d] -> [b n d]."""
-      return y.reshape(-1, count_rows(n), y.shape[-1])
+      return y.reshape(-1, count_rows(n, y.dtype), y.shape[-1])
 
     def norm(y):
-      return nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(y)
+      return LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(y)
 
     def branch(y):
       if not self.stochastic_depth or self.deterministic:
@@ -314,15 +376,16 @@ class Encoder1DBlock(nn.Module):
       x = (split(x) + pad_tokens(shared_positions.astype(x.dtype))).reshape(
         x.shape
       )
-    y = split(norm(x))
+    y, affine = norm(x)
+    y = split(y)
     y, weights = MultiHeadDotProductAttention(
       self.num_heads, self.relative, self.attention_dropout_rate, **options
-    )(y, y, n, self.intermediates)
+    )(y, y, n, self.intermediates, affine)
     y = y.reshape(x.shape)
     attended = nn.Dropout(self.dropout_rate)(y, self.deterministic)
     x = x + branch(attended)
     mlp = MlpBlock(self.mlp_dim, self.activation, self.dropout_rate, **options)(
-      norm(x)
+      *norm(x)
     )
     x = x + branch(mlp)
     if not self.intermediates:
@@ -445,8 +508,8 @@ class MAPHead(nn.Module):
     x, _ = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)(
       probe, x, x.shape[1]
     )
-    y = nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(x)
-    x = x + MlpBlock(self.mlp_dim, self.activation, dtype=self.dtype)(y)
+    y = LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(x)
+    x = x + MlpBlock(self.mlp_dim, self.activation, dtype=self.dtype)(*y)
     return x[:, 0]
 
 
@@ -507,6 +570,7 @@ class VisionTransformer(nn.Module):
       strides=(self.patch_size, self.patch_size),
       padding="VALID",
       dtype=self.dtype,
+      conv_general_dilated=convolve,
       name="embedding",
     )(x)
     return x, out | {"stem": x}

@@ -47,7 +47,11 @@ def count_multiply_adds(
     # A loop is traced once, however deep the model.
     options = {"scan": True, "representation_size": -1 if hidden else 0}
   model = models.create(
-    variant=variant, num_classes=num_classes, image_size=image_size, **options
+    variant=variant,
+    num_classes=num_classes,
+    image_size=image_size,
+    dtype="float32",  # bfloat16 computes with padding, for the sake of TPUs
+    **options,
   )
   params = jax.eval_shape(model.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)

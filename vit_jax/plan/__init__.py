@@ -119,7 +119,8 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   config = configuration.load(spec, overrides)
   configuration.check_ranges(config)
   num_classes, num_examples = find_sizes(config, *sizes)
-  task = make_task(config, [str(i) for i in range(num_classes)], False)
+  names = [str(i) for i in range(num_classes)]
+  task = make_task(config, names, False)
   total_steps = _count_steps(config, num_examples)
   mesh = sharding.make_mesh(config.fsdp, machines.devices)
   step, state, batch = make_shapes(config, task, mesh, total_steps or 10**6)
@@ -131,7 +132,11 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
     return {"fits": False, "hbm_gib": need, "hbm_limit_gib": _limit(machines)}
   if dump_hlo:
     Path(dump_hlo).write_text(train.text, encoding="utf-8")
-  found = estimate(train, machines, config.batch_size, count_products(task))
+  # In float32 nothing is computed that is not part of the model.
+  given = overrides | {"model.dtype": "float32"}
+  plain = make_task(configuration.load(spec, given), names, False)
+  products = count_products(plain)
+  found = estimate(train, machines, config.batch_size, products)
   memory = add_up_memory(train, evaluation, state, batch, machines)
   found = {"fits": memory["hbm_gib"] <= _limit(machines), **memory, **found}
   return found | estimate_run(found, total_steps, machines.chips, price)

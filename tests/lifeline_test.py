@@ -1,0 +1,344 @@
+"""The lifeline: one process is lost, and the others say so and end."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tiny_runs import (
+  REPO,
+  TIMEOUT,
+  Process,
+  assert_same_run,
+  find_port,
+  read_losses,
+  read_state,
+  saved_steps,
+)
+
+from vit_jax import lifeline
+
+# A process of a run without JAX: it does what it is told, line by line.
+_PROCESS = """
+import socket, struct, sys, ctypes
+from vit_jax import hosts, lifeline
+port, index, count, timeout = int(sys.argv[1]), *map(int, sys.argv[2:])
+place = hosts.Place(f"localhost:{port}", count, index)
+line = lifeline.hold(place, 60, timeout, lambda: "saved last: step 7")
+print("met", flush=True)
+for words in sys.stdin:
+  if words == "vanish\\n":
+    # A filter that drops all that comes, before TCP sees it (SO_ATTACH_FILTER).
+    code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+    filter_ = struct.pack("HL", 1, ctypes.addressof(code))
+    line._peers[0].setsockopt(socket.SOL_SOCKET, 26, filter_)
+    print("vanished", flush=True)
+  elif words == "leave\\n":
+    line.leave()
+    sys.exit(0)
+  elif words:
+    text, code = words.rsplit(":", 1)
+    line.fail(text, int(code))
+    print("my own error", file=sys.stderr)
+    line.end(int(code))
+"""
+
+
+@pytest.fixture
+def start():
+  """Starts processes that have met; what is left of them is killed."""
+  with contextlib.ExitStack() as stack:
+
+    def start_all(count, timeout=60):
+      port, options = find_port(), [str(count), str(timeout)]
+      processes = []
+      for i in range(count):
+        process = subprocess.Popen(
+          [sys.executable, "-c", _PROCESS, str(port), str(i), *options],
+          env={"PYTHONPATH": str(REPO)},
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+          text=True,
+        )
+        stack.callback(process.communicate)
+        stack.callback(process.kill)
+        processes.append(process)
+      for process in processes:
+        assert process.stdout.readline() == "met\n", process.stderr.read()
+      return processes
+
+    yield start_all
+
+
+def tell(process, words):
+  process.stdin.write(f"{words}\n")
+  process.stdin.flush()
+
+
+def end(process):
+  """Returns how it ended: (exit code, what it said)."""
+  return process.wait(30), process.stderr.read()
+
+
+def says_lost(index, why="killed or crashed; its own log may say more"):
+  return (
+    lifeline.LOST,
+    f"stopped: process {index} on {socket.gethostname()} is gone ({why}); "
+    "saved last: step 7; the same command goes on, also with another number of "
+    "processes\n",
+  )
+
+
+@pytest.mark.parametrize("lost", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_others_with_a_sentence(start, lost):
+  processes = start(3)
+  begin = time.monotonic()
+  processes.pop(lost).kill()
+  for process in processes:
+    assert end(process) == says_lost(lost)
+  assert time.monotonic() - begin < 5
+
+
+@pytest.mark.slow  # it waits whether the error is but an echo
+def test_an_error_of_one_is_told_by_all(start):
+  first, second = start(2)
+  tell(second, "error: no such class:2")
+  assert end(second) == (2, "my own error\n")
+  code, said = end(first)
+  assert code == 2
+  assert f"process 1 on {socket.gethostname()} ended: error: no such" in said
+  assert "mend that, then the same command goes on" in said
+
+
+@pytest.mark.slow
+def test_an_error_of_all_is_each_ones_own(start):
+  processes = start(3)
+  for process in processes:
+    tell(process, "stopped: loss is nan:1")
+  assert [end(p) for p in processes] == [(1, "my own error\n")] * 3
+
+
+@pytest.mark.slow
+def test_an_error_that_comes_of_a_loss_is_not_told(start):
+  first, second, third = start(3)
+  tell(second, "Gloo all-reduce failed:1")
+  time.sleep(0.5)
+  third.kill()
+  assert end(first) == end(second) == says_lost(2)
+
+
+@pytest.mark.slow
+def test_goodbye_waits_for_all_and_tells_nothing(start):
+  processes = start(3)
+  for process in processes[:2]:
+    tell(process, "leave")
+  time.sleep(1)
+  assert [p.poll() for p in processes] == [None] * 3
+  tell(processes[2], "leave")
+  assert [end(p) for p in processes] == [(0, "")] * 3
+
+
+@pytest.mark.slow
+def test_a_process_that_left_still_hears_of_a_loss(start):
+  first, second, third = start(3)
+  tell(first, "leave")
+  tell(second, "leave")
+  time.sleep(0.5)
+  third.kill()
+  assert end(first) == end(second) == says_lost(2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_process_is_not_lost(start, stopped):
+  processes = start(2, timeout=6)
+  processes[stopped].send_signal(signal.SIGSTOP)
+  time.sleep(15)
+  assert processes[1 - stopped].poll() is None
+  processes[stopped].send_signal(signal.SIGCONT)
+  for process in processes:
+    tell(process, "leave")
+  assert [end(p) for p in processes] == [(0, "")] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs socket filters")
+def test_a_machine_that_vanishes_is_lost_in_time(start):
+  first, second, third = start(3, timeout=6)
+  tell(third, "vanish")
+  assert third.stdout.readline() == "vanished\n"
+  begin = time.monotonic()
+  assert end(first) == end(second) == says_lost(2, "no answer for 6 s")
+  assert 3 < time.monotonic() - begin < 12
+
+
+# --- runs that train: 2 or 4 processes with a device each ---
+
+_LONGER = ("total_steps=48", "eval_every=12")
+
+
+class Forked(Process):
+  """A process that forker.py has made."""
+
+  def __init__(self, folder, pid):
+    self._pid = pid
+    self._code, self._log = folder / f"{pid}.code", folder / f"{pid}.log"
+
+  def is_running(self):
+    return not self._code.exists()
+
+  def wait(self):
+    end = time.monotonic() + TIMEOUT
+    while self.is_running():
+      assert time.monotonic() < end, f"it hangs:\n{self.stderr()}"
+      time.sleep(0.01)
+    return int(self._code.read_text())
+
+  def send(self, number):
+    os.kill(self._pid, number)
+
+  def stderr(self):
+    return self._log.read_text() if self._log.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def train_together(runs):
+  """Starts the processes of a run, with a device each."""
+  folder = runs.folder / "forked"
+  folder.mkdir()
+  environment = {
+    **os.environ,
+    "PYTHONPATH": str(REPO),
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
+    "--xla_backend_optimization_level=0",
+    "JAX_COMPILATION_CACHE_DIR": str(runs.compiled),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+  }
+  forker = subprocess.Popen(
+    [sys.executable, str(REPO / "tests" / "forker.py"), str(folder)],
+    env=environment,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+  def start(count, workdir, *flags):
+    port, processes = find_port(), []
+    for i in range(count):
+      args = [
+        *runs.train_args(workdir, *_LONGER),
+        *(f"--coordinator=localhost:{port}", f"--num_processes={count}"),
+        *(f"--process_id={i}", "--start_timeout=30", *flags),
+      ]
+      tell(forker, json.dumps(args))
+      processes.append(Forked(folder, int(forker.stdout.readline())))
+    return processes
+
+  yield start
+  forker.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(runs, train_together):
+  """The folder of a run of four processes that nothing has disturbed."""
+  processes = train_together(4, runs.folder / "whole")
+  assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
+  for process in processes:
+    assert "stopped" not in process.stderr()
+  return runs.folder / "whole"
+
+
+def lose_one(train_together, workdir, count, random_):
+  """Kills one of the processes at any time; returns how long it took."""
+  before = saved_steps(workdir)[-1:]
+  processes = train_together(count, workdir)
+  lost, steps = random_.randrange(count), random_.randint(0, 5)
+  if steps:
+    assert processes[0].wait_until(lambda: len(processes[0].steps()) >= steps)
+    time.sleep(random_.uniform(0, 0.3))
+  else:  # while it starts
+    time.sleep(random_.uniform(0, 6))
+  begin = time.monotonic()
+  processes[lost].send(signal.SIGKILL)
+  codes = [p.wait() for p in processes]
+  took = time.monotonic() - begin
+  print(f"{count} processes, {lost} killed, {took:.1f} s, {codes}, {before}")
+  for i, process in enumerate(processes):
+    said = process.stderr().splitlines()
+    if i == lost:
+      assert codes[i] == -signal.SIGKILL
+    elif codes[i] == 1:  # it came before the roll
+      assert not processes[0].steps()
+      assert f"missing {lost}" in said[-1] or "did not meet" in said[-1]
+    else:
+      assert codes[i] == lifeline.LOST, process.stderr()
+      assert f"stopped: process {lost} on" in said[-1]
+      assert "*** Check failure" not in process.stderr()
+  seen = processes[0].steps()
+  assert not seen or seen[0] == 1 + (before[0] if before else 0)
+  assert saved_steps(workdir)[-1:] >= before
+  assert not (workdir / "damaged").exists()
+  return took
+
+
+def survive(train_together, workdir, kills, counts, seed=0):
+  """Loses a process again and again, goes on each time, ends well."""
+  print(f"seed {seed}")
+  random_ = random.Random(seed)
+  for _ in range(kills):
+    count = random_.choice(counts)
+    assert lose_one(train_together, workdir, count, random_) < lifeline.TIMEOUT
+  processes = train_together(random_.choice(counts), workdir)
+  assert {p.wait() for p in processes} == {0}, processes[0].stderr()
+
+
+@pytest.mark.slow
+def test_ten_losses_with_2_or_4_processes(train_together, whole, tmp_path):
+  survive(train_together, tmp_path / "run", 10, (2, 4))
+  for kind in ("checkpoints", "best"):
+    step, arrays = read_state(tmp_path / "run", kind)
+    expected_step, expected = read_state(whole, kind)
+    assert step == expected_step
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+      np.testing.assert_allclose(
+        array, expected[path], rtol=1e-3, atol=1e-4, err_msg=path
+      )
+  losses = read_losses(whole)
+  assert read_losses(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_as_many_processes_end_with_the_same_bits(
+  train_together, whole, tmp_path
+):
+  survive(train_together, tmp_path / "run", 3, (4,), seed=1)
+  assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_a_notice_during_a_save_stops_all_four(train_together, whole, tmp_path):
+  workdir = tmp_path / "run"
+  processes = train_together(4, workdir, "--stopped_exit_code=75")
+  folder = workdir / "checkpoints"
+  assert processes[3].wait_until(
+    lambda: any(not name.name.isdigit() for name in folder.glob("*"))
+  )
+  processes[3].send(signal.SIGTERM)
+  assert [p.wait() for p in processes] == [75] * 4, processes[0].stderr()
+  assert "stopping: saved step" in processes[0].stderr()
+  stopped = saved_steps(workdir)[-1]
+  assert stopped == processes[0].steps()[-1] < 48
+  processes = train_together(4, workdir)
+  assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
+  assert min(processes[0].steps()) == stopped + 1
+  assert_same_run(workdir, whole)
