@@ -591,18 +591,21 @@ def _plan(args):
 def _sweep(args):
   from vit_jax import sweep
 
-  configs = [args.config, args.final] if args.final else [args.config]
-  run = sweep.select_and_train if args.final else sweep.sweep
-  result = run(
-    *configs,
-    args.workdir,
-    overrides=args.overrides,
-    grid=sweep.parse_grids(args.grid),
-    seeds=args.seeds,
-    jobs=args.jobs,
-    select=args.select,
-  )
-  summaries = [s for s in result.values() if s] if args.final else [result]
+  options = {
+    "overrides": args.overrides,
+    "grid": sweep.parse_grids(args.grid),
+    "seeds": args.seeds,
+    "jobs": args.jobs,
+    "select": args.select,
+  }
+  if args.final:
+    result = sweep.select_and_train(
+      args.config, args.final, args.workdir, **options
+    )
+    summaries = [summary for summary in result.values() if summary]
+  else:
+    result = sweep.sweep(args.config, args.workdir, **options)
+    summaries = [result]
   if args.json:
     print(json.dumps(result))
   else:

@@ -81,7 +81,7 @@ def find_slice(topology: str) -> Slice:
     )
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
-  if not jax.config.jax_platforms:
+  if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
     # Else libtpu, now that it is there, is asked for devices first.
     jax.config.update("jax_platforms", "cpu")
   from jax.experimental import topologies
