@@ -33,7 +33,7 @@ def _compute_in_float64(q, k, v, num_heads, valid):
   for i in range(b):
     for h in range(num_heads):
       at = slice(h * d // num_heads, (h + 1) * d // num_heads)
-      scores = np.float64(q[i, :, at]) @ np.float64(k[i, :valid, at]).T
+      scores = np.float64(q[i, :, at]) @ np.float64(k[i, :valid, at]).T  # pyright: ignore[reportOperatorIssue]
       scores /= np.sqrt(d / num_heads)
       e = np.exp(scores - scores.max(1, keepdims=True))
       out[i, :, at] = e / e.sum(1, keepdims=True) @ v[i, :valid, at]
@@ -44,7 +44,7 @@ def _compute_in_float64(q, k, v, num_heads, valid):
 def test_kernel_is_the_formula(width, num_heads, head_dim):
   q, k, v, _ = _draw(2, 24, width, valid=21)
   fused = attention.run_kernel("forward", head_dim, 21, q, k, v, interpret=True)
-  expected = _compute_in_float64(*map(np.asarray, (q, k, v)), num_heads, 21)
+  expected = _compute_in_float64(*map(np.asarray, (q, k, v)), num_heads, 21)  # pyright: ignore[reportCallIssue]
   np.testing.assert_allclose(
     fused[0][:, :21], expected[:, :21], rtol=1e-4, atol=1e-5
   )
@@ -56,9 +56,11 @@ def test_kernel_has_the_plain_gradients(width, num_heads, head_dim):
   fused = attention.run_kernel(
     "backward", head_dim, 21, q, k, v, gradient, interpret=True
   )
-  _, backward = jax.vjp(
-    lambda *x: attention.attend_plainly(*x, num_heads, 21)[0], q, k, v
-  )
+
+  def plain(q, k, v):
+    return attention.attend_plainly(q, k, v, num_heads, 21)[0]
+
+  _, backward = jax.vjp(plain, q, k, v)
   for x, y in zip(fused, backward(gradient), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
     assert not np.any(x[:, 21:])  # nothing flows into padding
@@ -69,7 +71,7 @@ def test_attend_has_its_own_gradients():
   q, k, v, gradient = _draw(2, 8, 128, valid=7)
 
   def loss(q, k, v):
-    return (attention.attend(q, k, v, 2, 7) * gradient).sum()
+    return (attention.attend(q, k, v, 2, 7) * gradient).sum()  # pyright: ignore[reportOperatorIssue]
 
   def plain_loss(q, k, v):
     return (attention.attend_plainly(q, k, v, 2, 7)[0] * gradient).sum()

@@ -8,6 +8,7 @@ once, and writes the result alone. The backward pass computes them again.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ _TN = ((0,), (0,))
 
 def _scores(x_ref, y_ref, i, head, head_dim):
   """[n n] products of one head's rows of x with those of y."""
-  total = 0.0
+  total: Any = 0.0
   for offset, first, last in _tiles(head, head_dim):
     at = (i, slice(None), pl.ds(offset, LANES))
     total += _dot(_only(x_ref[at], first, last), y_ref[at], _NT)
@@ -217,7 +218,7 @@ def attend(query, key, value, num_heads: int, valid: int):
     key,
     value,
     tpu=lambda *x: _run("forward", head_dim, valid, *x)[0],
-    default=lambda *x: attend_plainly(*x, num_heads, valid)[0],
+    default=lambda *x: attend_plainly(*x, num_heads, valid)[0],  # pyright: ignore[reportCallIssue]
   )
 
 
@@ -264,7 +265,7 @@ def _attend_backward(num_heads, valid, saved, gradient):
 
   def plain(query, key, value, gradient):
     def forward(*x):
-      return attend_plainly(*x, num_heads, valid)[0]
+      return attend_plainly(*x, num_heads, valid)[0]  # pyright: ignore[reportCallIssue]
 
     return tuple(jax.vjp(forward, query, key, value)[1](gradient))
 

@@ -235,7 +235,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
     # In rows, so that the three gradients are added where LayerNorm's begins:
     # a change of shape between them costs XLA one more pass.
-    alike = inputs_q is inputs_kv
+    alike, n = inputs_q is inputs_kv, inputs_q.shape[1]
     rows_q = inputs_q.reshape(-1, width)
     rows_kv = rows_q if alike else inputs_kv.reshape(-1, width)
 
@@ -251,7 +251,7 @@ class MultiHeadDotProductAttention(nn.Module):
     plainly = weights or self.relative or not alike or not is_fast(self.dtype)
     if self.dropout_rate > 0 and not self.deterministic:
       plainly = True
-    if not plainly and attention.can_fuse(*query.shape[1:], self.num_heads):
+    if not plainly and attention.can_fuse(n, width, self.num_heads):
       x = attention.attend(query, key, value, self.num_heads, valid)
       found = None
     else:
