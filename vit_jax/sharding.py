@@ -113,6 +113,18 @@ def on_mesh(mesh, function: Callable) -> Callable:
   return run
 
 
+def jit_train_step(mesh, train_step: Callable, layout) -> Callable:
+  """Returns the step as a program: the new state takes the old one's memory.
+
+  Args:
+    mesh: to compute on.
+    train_step: (state, batch) -> (state, metrics).
+    layout: how the state lies on the devices, before and after: its shardings.
+  """
+  train_step = on_mesh(mesh, train_step)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+
+
 def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
   """Raises a UserError unless the batch splits evenly over the devices."""
   pieces = mesh.size * micro_batches

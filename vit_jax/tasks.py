@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax import losses, models, optim, sharding, steps
+from vit_jax import losses, models, optim, steps
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification, masked
 from vit_jax.state import TrainState
@@ -139,14 +139,3 @@ def build(config, task: Task, total_steps: int):
     )
 
   return train_step, init_state
-
-
-def jit_train_step(train_step: Callable, layout: Any) -> Callable:
-  """Returns the step as a program: the new state takes the old one's memory.
-
-  Args:
-    train_step: (state, batch) -> (state, metrics).
-    layout: how the state lies on the devices, before and after: its shardings.
-  """
-  train_step = sharding.on_mesh(layout.step.mesh, train_step)
-  return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))

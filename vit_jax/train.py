@@ -17,7 +17,7 @@ from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.metrics import MetricLog, NotFinite
 from vit_jax.state import flatten, unflatten
-from vit_jax.tasks import build, jit_train_step, make_task
+from vit_jax.tasks import build, make_task
 from vit_jax.warmstart import warm_start
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def train(config, workdir) -> dict[str, float]:
     log_every=config.log_every,
     batch_size=config.batch_size,
   )
-  train_step = jit_train_step(train_step, layout)
+  train_step = sharding.jit_train_step(mesh, train_step, layout)
   results = {}
   try:
     with StopSignal() as stop:

@@ -249,9 +249,7 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
   state = jax.jit(init_state, out_shardings=layout)(key)
   on_devices = sharding.batch_sharding(mesh)
   batch = jax.jit(make_batch, out_shardings=on_devices)(key)
-  train_step = sharding.on_mesh(mesh, train_step)
-  jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
-  return jitted, state, batch
+  return sharding.jit_train_step(mesh, train_step, layout), state, batch
 
 
 def measure_ceiling(dtype: str) -> float:

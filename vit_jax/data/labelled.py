@@ -169,7 +169,7 @@ def _check_same_plan(plan, images, partial):
   options = (plan.name, plan.images, plan.class_names, plan.against)
   digest = hashlib.sha256(repr((*options, plan.holdout)).encode())
   for name, place in images:
-    line = (name, tuple(place), plan.labels and plan.labels.get(name))
+    line = (name, tuple(place), _find_labels(plan, name))
     digest.update(repr(line).encode())
   file = partial / "plan.sha256"
   if not file.exists():

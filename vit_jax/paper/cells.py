@@ -242,7 +242,8 @@ def plan(cell: Cell, runs: list[Run], folder: str, costs: bool) -> Plan:
   if cell.kind == "linear":
     parts.append(_plan_linear(cell, source, costs))
   elif cell.kind == "real":
-    parts += _plan_real(cell, runs, source, folder, costs)
+    group, _ = _choose(_find_finetunings(cell, runs))
+    parts += _plan_real(cell, group, source, folder, costs)
   elif cell.kind == "vtab_mean":
     missing = [
       task
@@ -253,7 +254,8 @@ def plan(cell: Cell, runs: list[Run], folder: str, costs: bool) -> Plan:
   elif cell.kind == "vtab":
     parts.append(_plan_vtab(cell, [cell], source, folder, costs))
   else:
-    parts += _plan_finetunings(cell, runs, source, folder, costs)
+    group, _ = _choose(_find_finetunings(cell, runs))
+    parts += _plan_finetunings(cell, group, source, folder, costs)
   return _add(parts)
 
 
@@ -317,19 +319,18 @@ def _describe_set(dataset):
   return next(known for known in sets if known["dataset"] == dataset)
 
 
-def _plan_finetunings(cell, runs, source, folder, costs):
-  """Yields what makes the fine-tuned runs that are missing.
+def _plan_finetunings(cell, group, source, folder, costs):
+  """Yields what makes the fine-tuned runs that a group of them lacks.
 
   The paper's protocol as a sweep; or, where there are runs of a setting, the
   same setting with the seeds that they lack.
   """
-  group, _ = _choose(_find_finetunings(cell, runs))
   if not group:
     yield _plan_sweep(cell, source, folder, costs)
     return
   there = [run.config["seed"] for run in group]
   rate = group[0].config["schedule.base_lr"]
-  for seed, workdir in _place_finetunings(cell, runs, folder).items():
+  for seed, workdir in _place_finetunings(cell, group, folder).items():
     if seed not in there:
       command = _command(
         "train",
@@ -342,9 +343,8 @@ def _plan_finetunings(cell, runs, source, folder, costs):
       yield Plan((command,), *_cost(cell, costs))
 
 
-def _place_finetunings(cell, runs, folder):
+def _place_finetunings(cell, group, folder):
   """Returns {seed: folder} of a cell's fine-tunings, made and to be made."""
-  group, _ = _choose(_find_finetunings(cell, runs))
   found = {run.config["seed"]: str(run.path) for run in group}
   # Of a sweep that was not finished, or will be.
   base = f"{_finetuning_folder(cell, folder)}/final"
@@ -387,12 +387,11 @@ def _finetuning_config(cell):
   return f"configs/finetune.py:{spec}"
 
 
-def _plan_real(cell, runs, source, folder, costs):
+def _plan_real(cell, group, source, folder, costs):
   """Yields the fine-tunings that are missing, and their evaluations."""
-  places = _place_finetunings(cell, runs, folder)
-  if len(_choose(_find_finetunings(cell, runs))[0]) < cell.seeds:
-    yield from _plan_finetunings(cell, runs, source, folder, costs)
-  for path in places.values():
+  if len(group) < cell.seeds:
+    yield from _plan_finetunings(cell, group, source, folder, costs)
+  for path in _place_finetunings(cell, group, folder).values():
     command = _command(
       "evaluate",
       f"--workdir={path}",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from vit_jax import sharding
 from vit_jax.errors import UserError
 from vit_jax.plan.chips import Chip, find_chip
-from vit_jax.tasks import build, jit_train_step
+from vit_jax.tasks import build
 
 # Nothing that libtpu would ask the machine for is there, and a second process
 # may compile at the same time: no device is opened.
@@ -113,7 +113,8 @@ def make_shapes(config, task, mesh, total_steps: int):
   state = jax.tree.map(_place, shapes, layout)
   batch = make_batch(mesh, config.batch_size, task.model.image_size)
   batch = {name: batch[name] for name in ("image", "labels")}
-  return jit_train_step(train_step, layout), state, batch
+  step = sharding.jit_train_step(mesh, train_step, layout)
+  return step, state, batch
 
 
 def make_batch(mesh, batch_size: int, image_size) -> dict[str, Any]:
