@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from random_models import random_images, random_params
 from vit_jax import models
 from vit_jax.models import attention, vit
+from vit_jax.paper.flops import count_in_jaxpr
 
 # Heads of half a register's lanes, of a whole, and across two of them.
 _HEADS = ((128, 2, 64), (128, 1, 128), (640, 8, 80))
@@ -130,9 +132,19 @@ def test_the_fast_way_is_the_plain_one(monkeypatch, classifier):
   expected = jax.jit(jax.grad(loss, has_aux=True))(params)
   monkeypatch.setattr(vit, "is_fast", lambda dtype: True)
   found = jax.jit(jax.grad(loss, has_aux=True))(params)
+  compare_trees(found, expected)
+
+
+def compare_trees(found, expected):
+  """Asserts that arrays differ by rounding alone.
+
+  That of what is zero but for rounding, as keys' biases have no gradient, is
+  as large as the largest arrays' is.
+  """
+  least = 1e-3 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
 
   def compare(path, x, y):
-    scale = float(jnp.abs(y).max()) + 1e-3
+    scale = max(float(jnp.abs(y).max()), least)
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * scale, err_msg=path)
 
   jax.tree_util.tree_map_with_path(compare, found, expected)
@@ -149,3 +161,37 @@ def test_padding_is_not_seen(monkeypatch):
   assert weights.shape == (3, 2, 17, 17)
   np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
   assert out["block00/out"].shape == (3, 17, 128)
+
+
+@pytest.mark.parametrize("pos_embedding", ["learned", "relative"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_tokens_that_nobody_reads_change_nothing(
+  monkeypatch, pos_embedding, fast
+):
+  monkeypatch.setattr(vit, "is_fast", lambda dtype: fast)
+  model = models.create(
+    variant="ViT-N_8",
+    num_classes=5,
+    image_size=32,
+    dtype="float32",
+    pos_embedding=pos_embedding,
+  )
+  params, images = random_params(model), random_images(model)
+
+  def loss(params, intermediates):
+    found = model.apply(params, images, intermediates=intermediates)
+    logits = found[0] if intermediates else found
+    return jnp.sum(logits * jnp.arange(5.0)), logits
+
+  trained = jax.grad(loss, has_aux=True)
+  expected = jax.jit(functools.partial(trained, intermediates=True))(params)
+  found = jax.jit(functools.partial(trained, intermediates=False))(params)
+  compare_trees(found, expected)
+
+  # Of the last block's products with kernels half of the attention's are left.
+  def count(intermediates):
+    traced = functools.partial(model.apply, intermediates=intermediates)
+    return count_in_jaxpr(jax.make_jaxpr(traced)(params, images).jaxpr)
+
+  saved = 3 * 16 * (2 * 128 * 128 + 2 * 128 * 512)
+  assert count(True) - count(False) > saved

@@ -235,7 +235,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
     # In rows, so that the three gradients are added where LayerNorm's begins:
     # a change of shape between them costs XLA one more pass.
-    alike, n = inputs_q is inputs_kv, inputs_q.shape[1]
+    alike, n = inputs_q is inputs_kv, inputs_kv.shape[1]
     rows_q = inputs_q.reshape(-1, width)
     rows_kv = rows_q if alike else inputs_kv.reshape(-1, width)
 
@@ -255,7 +255,7 @@ class MultiHeadDotProductAttention(nn.Module):
       x = attention.attend(query, key, value, self.num_heads, valid)
       found = None
     else:
-      offsets = self.score_offsets(query, valid) if self.relative else None
+      offsets = self.score_offsets(query, n, valid) if self.relative else None
       drop = nn.Dropout(self.dropout_rate, deterministic=self.deterministic)
       x, found = attention.attend_plainly(
         query, key, value, self.num_heads, valid, offsets, drop
@@ -263,16 +263,15 @@ class MultiHeadDotProductAttention(nn.Module):
     out = Dense((*heads, width), in_axes=2, dtype=self.dtype, name="out")
     return out(x), found
 
-  def score_offsets(self, query, valid):
-    """[b n d] -> f32[b a n n]: the query against each offset's embedding.
+  def score_offsets(self, query, num_keys, valid):
+    """[b q d] -> f32[b a q n]: the query against each offset's embedding.
 
     One-dimensional relative attention (the paper, Appendix D.4): the offset is
     the distance in the sequence, the class token's place included.
     """
-    padding = query.shape[1] - valid
-    query = attention.split_heads(query[:, :valid], self.num_heads)
+    num_queries, n = query.shape[1], valid
+    query = attention.split_heads(query[:, :n], self.num_heads)
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    n = valid
     embedding = self.param(
       "relative_embedding",
       nn.initializers.normal(0.02),
@@ -285,10 +284,11 @@ class MultiHeadDotProductAttention(nn.Module):
       preferred_element_type=jnp.float32,
     )
     # Row q holds the offsets -q .. n-1-q of its keys 0 .. n-1.
-    row = jnp.arange(n)[:, None]
+    row = jnp.arange(query.shape[1])[:, None]
     index = jnp.arange(n)[None, :] - row + n - 1
     offsets = by_offset[:, :, row, index]
-    return jnp.pad(offsets, ((0, 0), (0, 0), (0, padding), (0, padding)))
+    padding = (0, num_queries - len(row)), (0, num_keys - n)
+    return jnp.pad(offsets, ((0, 0), (0, 0), *padding))
 
 
 class PositionEmbs(nn.Module):
@@ -325,12 +325,14 @@ class Encoder1DBlock(nn.Module):
   """Pre-LayerNorm transformer block.
 
   `positions` makes the embeddings that this block adds to its own input; it is
-  None where they are added elsewhere or not at all.
+  None where they are added elsewhere or not at all. With `first_only` nobody
+  reads what the other tokens would become, so they are keys and values alone.
   """
 
   num_heads: int
   mlp_dim: int
   num_tokens: int  # what comes behind them is padding
+  first_only: bool = False
   positions: Any = None
   relative: bool = False
   activation: str = "gelu_tanh"
@@ -352,14 +354,16 @@ class Encoder1DBlock(nn.Module):
       shared_positions: f32[1 num_tokens d], added first, or None.
 
     Returns:
-      [b*n d], and the intermediates by name (empty if not asked for).
+      [b*n d], or [b d] of the first tokens, and the intermediates by name
+      (empty if not asked for).
     """
     options = {"deterministic": self.deterministic, "dtype": self.dtype}
     n = self.num_tokens
+    b = x.shape[0] // count_rows(n, x.dtype)
 
     def split(y):
       """[b*n d] -> [b n d]."""
-      return y.reshape(-1, count_rows(n, y.dtype), y.shape[-1])
+      return y.reshape(b, -1, y.shape[-1])
 
     def norm(y):
       return LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(y)
@@ -377,10 +381,12 @@ class Encoder1DBlock(nn.Module):
         x.shape
       )
     y, affine = norm(x)
-    y = split(y)
+    queries = keys = split(y)
+    if self.first_only:
+      queries, x = keys[:, :1], split(x)[:, 0]
     y, weights = MultiHeadDotProductAttention(
       self.num_heads, self.relative, self.attention_dropout_rate, **options
-    )(y, y, n, self.intermediates, affine)
+    )(queries, keys, n, self.intermediates, affine)
     y = y.reshape(x.shape)
     attended = nn.Dropout(self.dropout_rate)(y, self.deterministic)
     x = x + branch(attended)
@@ -400,7 +406,11 @@ class Encoder1DBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Position embedding, the blocks, a last LayerNorm."""
+  """Position embedding, the blocks, a last LayerNorm.
+
+  With `first_only` just the first token of the result is returned, unless there
+  are intermediates; the last block does the less, but for scanned ones.
+  """
 
   num_layers: int
   num_heads: int
@@ -417,11 +427,12 @@ class Encoder(nn.Module):
   intermediates: bool = False
   scan: bool = False
   remat: str = "none"
+  first_only: bool = False
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x):
-    """[b n d] -> [b n d], intermediates by name."""
+    """[b n d] -> [b n d] or [b 1 d], intermediates by name."""
     positions, shared = None, None
     if self.pos_embedding not in ("none", "relative"):
       positions = functools.partial(PositionEmbs, self.pos_embedding, self.grid)
@@ -439,6 +450,8 @@ class Encoder(nn.Module):
     x, blocks = self.run_blocks(x, n, positions, shared)
     for i, values in enumerate(blocks):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
+    if self.first_only and not self.intermediates:
+      x = x.reshape(b, -1, d)[:, 0]
     x = nn.LayerNorm(
       self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm"
     )(x)
@@ -472,6 +485,8 @@ class Encoder(nn.Module):
     if not self.scan:
       blocks = []
       for i in range(self.num_layers):
+        if self.first_only and not self.intermediates:
+          options["first_only"] = i == self.num_layers - 1
         x, values = block(**options, name=f"encoderblock_{i}")(
           x, rates[i], shared_positions
         )
@@ -544,7 +559,8 @@ class VisionTransformer(nn.Module):
     Without classes the representation f32[b d] takes the logits' place.
     """
     x, out = self.embed(images)
-    x, encoder_out = self.encode(x, train, intermediates)
+    first_only = self.classifier == "token"
+    x, encoder_out = self.encode(x, train, intermediates, first_only)
     out |= encoder_out
     x = out["pooled"] = self.pool(x).astype(jnp.float32)
     if self.representation_size:
@@ -575,8 +591,11 @@ class VisionTransformer(nn.Module):
     )(x)
     return x, out | {"stem": x}
 
-  def encode(self, x, train, intermediates):
-    """[b h' w' d] -> the encoder's tokens [b n d], intermediates by name."""
+  def encode(self, x, train, intermediates, first_only=False):
+    """[b h' w' d] -> the encoder's tokens [b n d], intermediates by name.
+
+    With `first_only` perhaps the first token alone, see `Encoder`.
+    """
     grid = x.shape[1:3]
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     if self.classifier == "token":
@@ -599,6 +618,7 @@ class VisionTransformer(nn.Module):
       intermediates=intermediates,
       scan=self.scan,
       remat=self.remat,
+      first_only=first_only,
       dtype=self.dtype,
       name="Transformer",
     )(x)
