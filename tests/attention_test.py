@@ -1,13 +1,14 @@
 """The fused attention is the plain one, forward and backward."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from random_models import random_images, random_params
+
 from vit_jax import models
 from vit_jax.models import attention, vit
 from vit_jax.paper.flops import count_in_jaxpr
@@ -84,11 +85,68 @@ def test_attend_has_its_own_gradients():
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_what_does_not_fill_registers_is_computed_plainly():
-  assert attention.can_fuse(200, 768, 12)
-  assert attention.can_fuse(264, 1280, 16)
-  assert not attention.can_fuse(200, 192, 3)  # Ti: 1.5 registers
-  assert not attention.can_fuse(1032, 768, 12)  # 512 pixels
+def _pretend(monkeypatch, **device):
+  """Has programs traced as if for a device with these attributes."""
+  found = types.SimpleNamespace(**device)
+  monkeypatch.setattr(jax, "devices", lambda: [found])
+
+
+def test_what_does_not_fill_registers_is_computed_plainly(monkeypatch):
+  find = attention.find_fused
+  _pretend(monkeypatch, platform="tpu", device_kind="TPU v5 lite")
+  assert find(200, 768, 12) is attention.attend
+  assert find(264, 1280, 16) is attention.attend
+  assert find(200, 192, 3) is None  # Ti: 1.5 registers
+  assert find(1032, 768, 12) is None  # 512 pixels
+  _pretend(monkeypatch, platform="tpu", device_kind="TPU v3")
+  assert find(200, 768, 12) is None
+
+
+def test_gpus_take_cudnn_where_it_can(monkeypatch):
+  find = attention.find_fused
+  _pretend(monkeypatch, platform="gpu", compute_capability="9.0")
+  assert find(200, 768, 12) is attention.attend_by_cudnn
+  assert find(1032, 192, 3) is attention.attend_by_cudnn
+  assert find(200, 768, 4) is None  # heads of 192
+  _pretend(monkeypatch, platform="gpu", compute_capability="7.5")
+  assert find(200, 768, 12) is None
+  _pretend(monkeypatch, platform="gpu", compute_capability="gfx942")  # AMD
+  assert find(200, 768, 12) is None
+
+
+@pytest.mark.parametrize(
+  "implementation",
+  [None, pytest.param("cudnn", marks=pytest.mark.gpu)],
+)
+def test_cudnn_is_told_what_to_do(monkeypatch, implementation):
+  # Without a GPU its arguments are given to the same function of XLA.
+  given = jax.nn.dot_product_attention
+
+  def fused(*args, **kwargs):
+    assert kwargs["implementation"] == "cudnn"
+    return given(*args, **kwargs | {"implementation": implementation})
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+  arrays = [x.astype(jnp.bfloat16) for x in _draw(2, 24, 128, 17)]
+
+  def run(function):
+    return jax.vjp(lambda *x: function(*x, 2, 17), *arrays[:3])
+
+  def plainly(*args):
+    return attention.attend_plainly(*args)[0]
+
+  (out, back), (expected, plain_back) = (
+    run(attention.attend_by_cudnn),
+    run(plainly),
+  )
+  np.testing.assert_allclose(_rows(out), _rows(expected), rtol=0, atol=0.03)
+  for x, y in zip(back(arrays[3]), plain_back(arrays[3]), strict=True):
+    np.testing.assert_allclose(_rows(x), _rows(y), rtol=0, atol=0.03)
+
+
+def _rows(x):
+  """The tokens that are no padding, float32."""
+  return x[:, :17].astype(jnp.float32)
 
 
 def test_a_bias_has_the_gradient_of_a_sum():

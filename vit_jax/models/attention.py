@@ -1,4 +1,6 @@
-"""Attention over the tokens of an image, as a kernel for TPUs.
+"""Attention over the tokens of an image, fused: it has no [n n] in memory.
+
+On GPUs that is cuDNN's. On TPUs it is a kernel of this module.
 
 What XLA makes of it writes every head's [n n] scores to memory and reads them
 again, several times, forward and backward. The kernel keeps them on the chip:
@@ -8,6 +10,8 @@ once, and writes the result alone. The backward pass computes them again.
 
 import functools
 import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +25,9 @@ _UNROLL = 4  # images that the compiler may interleave: their steps wait less
 _MAX_TOKENS = 640  # beyond them an image's scores do not fit on the chip
 _BLOCK = 2**19  # bytes of an array that one program of the kernel has
 _MINUS = -1e30  # a score that no softmax sees
+# For these the compiler of kernels knows no products of bfloat16.
+_OLD_TPUS = ("TPU v2", "TPU v3")
+_AMPERE = 8  # compute capability of the first GPUs that cuDNN's is for
 
 
 def _tiles(head, head_dim):
@@ -195,10 +202,43 @@ def _run(which, head_dim, valid, *arrays):
   )
 
 
-def can_fuse(tokens: int, width: int, num_heads: int) -> bool:
-  """Returns whether the kernel can: whole registers, scores that fit."""
-  whole = width % math.lcm(LANES, width // num_heads) == 0
-  return whole and tokens % ROWS == 0 and tokens <= _MAX_TOKENS
+def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
+  """Returns the fused attention for the devices that are traced for.
+
+  Args:
+    tokens: n of an image, with padding.
+    width: d.
+    num_heads: a.
+
+  Returns:
+    A function as `attend`, or None if nothing fused can do that there.
+  """
+  head_dim = width // num_heads
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  if device.platform == "gpu":
+    return attend_by_cudnn if _has_flash(head_dim) else None
+  whole = width % math.lcm(LANES, head_dim) == 0
+  fits = whole and tokens % ROWS == 0 and tokens <= _MAX_TOKENS
+  return attend if fits and device.device_kind not in _OLD_TPUS else None
+
+
+def _has_flash(head_dim):
+  """Returns whether this machine's GPU and cuDNN can do heads of that width."""
+  capability = getattr(jax.devices()[0], "compute_capability", "")
+  number = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's have names
+  recent = number is not None and int(number[1]) >= _AMPERE
+  return recent and head_dim % 8 == 0 and head_dim <= 128
+
+
+def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
+  """As `attend`, for bfloat16 on NVIDIA's GPUs."""
+  b, n, _ = query.shape
+  arrays = (split_heads(x, num_heads) for x in (query, key, value))
+  lengths = jnp.full(b, valid, jnp.int32) if valid < n else None
+  x = jax.nn.dot_product_attention(
+    *arrays, key_value_seq_lengths=lengths, implementation="cudnn"
+  )
+  return x.reshape(query.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -251,9 +251,11 @@ class MultiHeadDotProductAttention(nn.Module):
     plainly = weights or self.relative or not alike or not is_fast(self.dtype)
     if self.dropout_rate > 0 and not self.deterministic:
       plainly = True
-    if not plainly and attention.can_fuse(n, width, self.num_heads):
-      x = attention.attend(query, key, value, self.num_heads, valid)
-      found = None
+    fused = None
+    if not plainly:
+      fused = attention.find_fused(n, width, self.num_heads)
+    if fused:
+      x, found = fused(query, key, value, self.num_heads, valid), None
     else:
       offsets = self.score_offsets(query, n, valid) if self.relative else None
       drop = nn.Dropout(self.dropout_rate, deterministic=self.deterministic)
