@@ -306,18 +306,22 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
   # key, value, pre_logits or head.
   model = _create(dropout_rate=0.25, representation_size=-1)
   embedded = (3, 7, 16)
-  # In the blocks the tokens of all images are in a row.
-  tokens, hidden = (3 * 7, 16), (3 * 7, 24)
+  # In a block the tokens of all images are in a row, in the last one those that
+  # are read, as elsewhere with a class token.
   draws = _record_draws(monkeypatch, model)
   assert {float(p) for p, _ in draws} == {0.75}
-  blocks = [tokens, hidden, tokens] * 2
+  blocks = [
+    *[(3 * 7, 16), (3 * 7, 24), (3 * 7, 16)],
+    *[(3, 1, 16), (3, 24), (3, 16)],
+  ]
   assert [s for _, s in draws] == [embedded, *blocks]
 
 
 def test_attention_dropout_drops_single_weights(monkeypatch):
   model = _create(attention_dropout_rate=0.5)
   draws = _record_draws(monkeypatch, model)
-  assert [(float(p), s) for p, s in draws] == [(0.5, (3, 2, 7, 7))] * 2
+  shapes = [(3, 2, 7, 7), (3, 2, 1, 7)]  # the class token asks last, alone
+  assert [(float(p), s) for p, s in draws] == [(0.5, s) for s in shapes]
 
 
 def test_stochastic_depth_draws_one_number_an_example(monkeypatch):

@@ -84,6 +84,18 @@ def gather(kernel):
   return jax.lax.with_sharding_constraint(kernel, P())
 
 
+def spread(x):
+  """Keeps [b*n d] where its images are: every device has its own.
+
+  With kernels split by fsdp the partitioner may think it better to gather the
+  tokens.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(mesh.axis_names))
+
+
 def convolve(x, kernel, *args, **kwargs):
   """Returns a convolution with a kernel that `gather` gathers."""
   return jax.lax.conv_general_dilated(x, gather(kernel), *args, **kwargs)
@@ -391,11 +403,11 @@ class Encoder1DBlock(nn.Module):
     )(queries, keys, n, self.intermediates, affine)
     y = y.reshape(x.shape)
     attended = nn.Dropout(self.dropout_rate)(y, self.deterministic)
-    x = x + branch(attended)
+    x = spread(x + branch(attended))
     mlp = MlpBlock(self.mlp_dim, self.activation, self.dropout_rate, **options)(
       *norm(x)
     )
-    x = x + branch(mlp)
+    x = spread(x + branch(mlp))
     if not self.intermediates:
       return x, {}
     assert weights is not None
@@ -435,20 +447,23 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, x):
     """[b n d] -> [b n d] or [b 1 d], intermediates by name."""
+    b, n, d = x.shape
+    x = pad_tokens(x)
     positions, shared = None, None
     if self.pos_embedding not in ("none", "relative"):
       positions = functools.partial(PositionEmbs, self.pos_embedding, self.grid)
       if self.pos_embedding_at != "every_layer":
-        embedding = positions(name="posembed_input")(*x.shape[1:])
+        embedding = positions(name="posembed_input")(n, d)
         positions = None
         if self.pos_embedding_at == "input":
-          x = x + embedding.astype(x.dtype)
+          # Its gradient is a sum over images, in float32.
+          padding = ((0, 0), (0, x.shape[1] - n), (0, 0))
+          x = (x + jnp.pad(embedding, padding)).astype(x.dtype)
         else:
           shared = embedding
     x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
-    out = {"embedded": x}
-    b, n, d = x.shape
-    x = pad_tokens(x).reshape(-1, d)
+    out = {"embedded": x[:, :n]}
+    x = spread(x.reshape(-1, d))
     x, blocks = self.run_blocks(x, n, positions, shared)
     for i, values in enumerate(blocks):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
