@@ -312,7 +312,7 @@ def test_dropout_is_where_the_paper_has_it(monkeypatch):
   assert {float(p) for p, _ in draws} == {0.75}
   blocks = [
     *[(3 * 7, 16), (3 * 7, 24), (3 * 7, 16)],
-    *[(3, 1, 16), (3, 24), (3, 16)],
+    *[(3, 16), (3, 24), (3, 16)],
   ]
   assert [s for _, s in draws] == [embedded, *blocks]
 
