@@ -81,8 +81,6 @@ def get_config(arg="ViT-B_16,imagenet21k"):
   ](config)
   if "ViT" in variant:
     config.model.representation_size = -1
-    # 24 layers and more compile faster as a loop.
-    config.model.scan = "ViT-L" in variant or "ViT-H" in variant
   else:
     # A ResNet has no dense layer to drop out after.
     config.model.dropout_rate = 0.0

@@ -131,6 +131,31 @@ def test_collectives_have_the_bytes_of_their_results():
   assert found == [hlo.Collective("all-reduce", 1, 4 * 16)]
 
 
+def test_a_collective_in_pieces_is_one():
+  # The TPU compiler writes it once more in each fusion that hides some of it.
+  program = hlo.parse(
+    """%begin (p: bf16[4]) -> bf16[8] {
+  %p = bf16[4]{0} parameter(0)
+  ROOT %a = bf16[8]{0} all-gather(%p), channel_id=3, dimensions={0}
+}
+
+%go_on (q: bf16[4]) -> bf16[8] {
+  %q = bf16[4]{0} parameter(0)
+  ROOT %b = bf16[8]{0} all-gather(%q), channel_id=3, dimensions={0}
+}
+
+ENTRY %main (x: bf16[4]) -> bf16[8] {
+  %x = bf16[4]{0} parameter(0)
+  %f = bf16[8]{0} fusion(%x), kind=kCustom, calls=%begin
+  %g = bf16[8]{0} fusion(%x), kind=kCustom, calls=%go_on
+  %other = bf16[8]{0} all-gather(%x), channel_id=4, dimensions={0}
+  ROOT %c = bf16[8]{0} add(%f, %other)
+}
+"""
+  )
+  assert hlo.list_collectives(program) == [hlo.Collective("all-gather", 2, 32)]
+
+
 def test_a_convolution_leaves_its_padding_out():
   # 3 taps on 5 places with one zero on either side: 13 of 15 products.
   text = """ENTRY %main (x: f32[2,5,3], k: f32[3,3,7]) -> f32[2,5,7] {

@@ -322,15 +322,23 @@ def count_loop_bytes(program: Program) -> float:
 
 
 def list_collectives(program: Program) -> list[Collective]:
-  """Returns what devices exchange in a step, by kind."""
+  """Returns what devices exchange in a step, by kind.
+
+  One that other work hides is written several times, in the fusions that begin
+  it, go on with it and end it; all of them are on the same channel.
+  """
   found: dict[str, list[int]] = {}
+  channels = set()
   for instruction, times, _ in walk(program, into_fusions=True):
     kind = instruction.opcode.removesuffix("-start")
-    if kind in COLLECTIVES:
-      size = _result_bytes(instruction)
-      count = found.setdefault(kind, [0, 0])
-      count[0] += times
-      count[1] += times * size
+    channel = instruction.called("channel_id")
+    if kind not in COLLECTIVES or (channel and channel in channels):
+      continue
+    channels.add(channel)
+    size = _result_bytes(instruction)
+    count = found.setdefault(kind, [0, 0])
+    count[0] += times
+    count[1] += times * size
   return [Collective(kind, *found[kind]) for kind in sorted(found)]
 
 
