@@ -160,6 +160,7 @@ def test_preflight_of_several_processes(runs, tmp_path):
   assert "saw 2 of 2 hosts" in lines["hosts"]
   assert lines["data"].startswith("ok")
   assert lines["workdir"].startswith("warning")  # a local path
+  assert "images/s from 2 hosts" in lines["input"]
   assert not pair[1].stdout()  # one of them speaks
   assert not list(tmp_path.iterdir())
   alone = runs.start([*args, "--hosts=4"])

@@ -161,7 +161,33 @@ def test_a_plan_that_does_not_fit(monkeypatch):
   plan = {"fits": False, "fallback": {"model.remat": "full"}}
   done = subprocess.CompletedProcess([], 0, json.dumps(plan), "")
   monkeypatch.setattr(preflight.subprocess, "run", lambda *_, **__: done)
-  found = preflight.check_memory("c.py", {"fsdp": "2"}, "v5e:4x4")
+  found, _ = preflight.ask_plan("c.py", {"fsdp": "2"}, "v5e:4x4")
+  assert found == plan
+  found = preflight.check_memory(plan, "v5e:4x4")
   assert found.state == FAILED
   assert "--config.model.remat=full" in found.text
-  assert preflight.check_memory("c.py", None, None).state == SKIPPED
+  nothing, why = preflight.ask_plan("c.py", None, None)
+  assert nothing is None
+  assert why.state == SKIPPED
+
+
+def test_the_slowest_host_sets_the_pace_of_the_input():
+  hosts = [{"images_per_second": x} for x in (1000.0, 900.0)]
+  plan = {"fits": True, "images_per_second_per_chip": 100, "chips": 16}
+  found = preflight.check_input(hosts, plan)
+  assert found.state == OK
+  assert found.text.startswith(
+    "1,800 images/s from 2 hosts; the step takes 1,6"
+  )
+  found = preflight.check_input(hosts, plan | {"chips": 20})
+  assert found.state == WARNING
+  assert "chips will wait" in found.text
+  for nothing in (None, {"fits": False}):
+    assert preflight.check_input(hosts, nothing).state == OK
+  unknown = [*hosts, {"images_per_second": None}]
+  assert preflight.check_input(unknown, plan).state == SKIPPED
+
+
+def test_without_data_there_is_no_input():
+  config = configuration.load("configs/common.py", {"train.dataset": "no"})
+  assert preflight.measure_input(config) is None

@@ -24,6 +24,8 @@ import numpy as np
 
 from vit_jax import checkpoint, hosts
 from vit_jax import config as configuration
+from vit_jax.data import train_batches
+from vit_jax.data.speed import time_batches
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.train import check_workdir, open_sources
 
@@ -33,6 +35,7 @@ OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 LOCK = "/tmp/libtpu_lockfile"
 _CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 _GIB = 2**30
+_ROWS = 256  # of a batch, that the input is measured with
 _LITTLE_SPACE, _NO_SPACE = 10 * _GIB, _GIB
 
 
@@ -82,8 +85,11 @@ def preflight(
   facts = {
     "versions": hosts.read_versions(),
     "chips": len(find_chips()),
+    "images_per_second": None,
     "found": found,
   }
+  if found["data"].state == OK:
+    facts["images_per_second"] = measure_input(config)
   try:
     everyone = hosts.call_roll(place, facts, timeout)
   except RunStopped:
@@ -93,7 +99,9 @@ def preflight(
   found["versions"] = check_versions(everyone)
   found |= merge([(f["host"], f["found"]) for f in everyone])
   if place.index == 0:
-    found["memory"] = check_memory(spec, overrides, topology)
+    plan, why_not = ask_plan(spec, overrides, topology)
+    found["memory"] = check_memory(plan, topology) if plan else why_not
+    found["input"] = check_input(everyone, plan)
     _print(found)
   failed = [name for name, check in found.items() if check.state == FAILED]
   if found["hosts"].state == FAILED:
@@ -389,15 +397,16 @@ def check_disk(workdir: str) -> Found:
 # --- the plan ---
 
 
-def check_memory(
+def ask_plan(
   spec: str, overrides: dict[str, str] | None, topology: str | None
-) -> Found:
-  """Asks `plan` whether the step fits; in a process of its own.
+) -> tuple[dict | None, Found]:
+  """Returns what `plan` says, and why it says nothing if it does not.
 
-  That process loads the TPU's compiler, which this one keeps away from.
+  It runs in a process of its own, which loads the TPU's compiler; this one
+  keeps away from that.
   """
   if topology is None:
-    return Found(SKIPPED, "give --topology=v5e:4x4 (yours) to plan it")
+    return None, Found(SKIPPED, "give --topology=v5e:4x4 (yours) to plan it")
   flags = [
     f"--config.{key}={value}" for key, value in (overrides or {}).items()
   ]
@@ -411,8 +420,12 @@ def check_memory(
   )
   if done.returncode:
     lines = done.stderr.strip().splitlines() or ["it says nothing"]
-    return Found(WARNING, f"cannot be planned: {lines[-1]}")
-  plan = json.loads(done.stdout.splitlines()[-1])
+    return None, Found(WARNING, f"cannot be planned: {lines[-1]}")
+  return json.loads(done.stdout.splitlines()[-1]), Found(OK, "")
+
+
+def check_memory(plan: dict, topology: str | None) -> Found:
+  """Says whether the step fits, from what `plan` says."""
   if plan["fits"]:
     return Found(OK, f"{plan['hbm_gib']:.2f} GiB a chip of {topology}, planned")
   change = plan.get("fallback")
@@ -422,3 +435,47 @@ def check_memory(
     else "take more or larger chips"
   )
   return Found(FAILED, f"does not fit on {topology}; what would: {advice}")
+
+
+# --- the input ---
+
+
+def measure_input(config) -> float | None:
+  """Returns the images a second that this machine prepares for the run.
+
+  None if it cannot; `check_data` says why.
+  """
+  rows = np.arange(min(_ROWS, config.batch_size))
+  try:
+    batches = train_batches(
+      open_sources(config)[0],
+      seed=config.seed,
+      batch_size=config.batch_size,
+      rows=rows,
+      preprocess=config.train.preprocess,
+      image_size=config.image_size,
+      start_step=0,
+      num_steps=2**40,
+    )
+    return time_batches(batches, len(rows))
+  except UserError as e:
+    log.warning("%s", e)
+    return None
+
+
+def check_input(everyone: list[dict], plan: dict | None) -> Found:
+  """Compares what all hosts prepare with what the planned step takes."""
+  rates = [facts["images_per_second"] for facts in everyone]
+  if not all(rates):
+    return Found(SKIPPED, "not measured without data")
+  # Each host feeds as many rows, so the slowest sets the pace.
+  total = min(rates) * len(rates)
+  text = f"{total:,.0f} images/s from {len(rates)} hosts"
+  if plan is None or not plan["fits"]:
+    return Found(OK, f"{text}; how many the step takes is not planned")
+  needed = plan["images_per_second_per_chip"] * plan["chips"]
+  text += f"; the step takes {needed:,.0f}, planned"
+  if total < needed:
+    text += ", so chips will wait: take machines with more cores for them"
+    return Found(WARNING, text)
+  return Found(OK, text)

@@ -158,6 +158,17 @@ def measure(
   }
 
 
+def time_batches(batches: Iterator, batch_size: int) -> float:
+  """Returns the images a second of a pipeline that is not in use yet.
+
+  Args:
+    batches: it yields.
+    batch_size: images of each.
+  """
+  seconds, _ = _take_turn(batches, max(2, _TURN // batch_size))
+  return batch_size / seconds
+
+
 def _take_turn(batches, count):
   """Returns the seconds and the CPU seconds of a batch.
 
