@@ -270,6 +270,34 @@ def test_a_scanned_program_has_the_products_of_an_unrolled_one(tmp_path):
 
 
 @pytest.mark.tpu_compile
+@pytest.mark.parametrize("chip", ["v3", "v4", "v5e", "v5p", "v6e"])
+def test_every_chip_has_a_step(chip, tmp_path):
+  sides = "2x2x1" if chip in ("v4", "v5p") else "2x2"
+  file = tmp_path / "step.txt"
+  found = plan.plan(
+    _SPEC, f"{chip}:{sides}", overrides=_TINY, dump_hlo=str(file)
+  )
+  assert found["fits"]
+  assert found["chips"] == 4
+  kernels = file.read_text().count('custom_call_target="tpu_custom_call"')
+  # One each way in all blocks but the last, where the class token asks alone.
+  assert kernels == (0 if chip == "v3" else 2 * 3)
+
+
+@pytest.mark.tpu_compile
+def test_fsdp_gathers_each_kernel_once():
+  found = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY | {"fsdp": "4"})
+  whole = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY)
+  exchanged = {x["kind"]: x["bytes"] for x in found["collectives"]}
+  assert set(exchanged) <= {"all-gather", "all-reduce", "reduce-scatter"}
+  # In bfloat16, half of float32; biases and the like are on every device.
+  parameters = whole["hbm"]["parameters"] * plan.GIB
+  assert exchanged["all-gather"] <= parameters / 2
+  # Loops over pieces of kernels would be several times as many.
+  assert found["estimated_cycles"] < 1.3 * whole["estimated_cycles"]
+
+
+@pytest.mark.tpu_compile
 def test_what_does_not_fit_has_a_fallback_that_does():
   found = plan.plan(
     "configs/pretrain.py:ViT-B_16,jft",

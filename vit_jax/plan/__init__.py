@@ -4,6 +4,7 @@ The real steps are compiled for a TPU topology from shapes alone, on a machine
 that has no TPU. What comes out is an estimate: see `report.LEFT_OUT`.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from vit_jax.plan.compiling import (
   make_shapes,
 )
 from vit_jax.tasks import Task, make_task
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 # Of the memory, what the compiler leaves to the system: 0.25 GiB of 16.
@@ -116,6 +119,8 @@ def _double(value, limit):
 
 def _try(spec, overrides, machines, sizes, price, dump_hlo):
   """Returns the estimate of one configuration as it is."""
+  flags = " ".join(f"{key}={value}" for key, value in overrides.items())
+  log.info("compiling %s for %s %s", spec, machines.name, flags)
   config = configuration.load(spec, overrides)
   configuration.check_ranges(config)
   num_classes, num_examples = find_sizes(config, *sizes)

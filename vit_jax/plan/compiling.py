@@ -138,6 +138,7 @@ def compile_step(step, *shapes) -> Program:
 
   Raises:
     OutOfMemory: the compiler found no way to make it fit.
+    UserError: the compiled program cannot be read.
   """
   try:
     compiled = step.lower(*shapes).compile()
@@ -146,8 +147,16 @@ def compile_step(step, *shapes) -> Program:
       raise
     raise OutOfMemory(_read_need(str(e))) from None
   memory = compiled.memory_analysis()
+  try:
+    text = compiled.as_text()
+  except jax.errors.JaxRuntimeError as e:
+    # So it is with jaxlib 0.10.2 and what libtpu 0.0.52 makes for tpu7x.
+    raise UserError(
+      f"jaxlib cannot read what libtpu compiled ({str(e)[:100]}); try other "
+      "versions of the two, or another chip"
+    ) from None
   return Program(
-    text=compiled.as_text(),
+    text=text,
     bytes=compiled.cost_analysis()["bytes accessed"],
     memory={
       "arguments": memory.argument_size_in_bytes,
