@@ -7,6 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_INTEROP := .venv/installed-interop
+INSTALLED_PLAN := .venv/installed-plan
 # Every core runs its own test files, in the order of tests/conftest.py; a
 # file's tests share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
@@ -14,7 +15,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop lint format hooks clean
+.PHONY: help setup quickstart test test-slow test-interop test-plan lint format \
+  hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
@@ -33,6 +35,10 @@ test-slow: $(INSTALLED)  ## only the tests that take minutes each
 
 test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 	@$(PYTEST) -m interop
+
+# One after the other: a compilation has threads of its own, and gigabytes.
+test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile
 
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check
@@ -73,4 +79,8 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(INSTALLED_INTEROP): $(INSTALLED)
 	@$(INSTALL) --editable '.[interop]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
+	@touch $@
+
+$(INSTALLED_PLAN): $(INSTALLED)
+	@$(INSTALL) --editable '.[plan]'
 	@touch $@

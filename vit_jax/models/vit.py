@@ -47,6 +47,26 @@ def drop_path(x, rate, key):
   return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 
+class Dropout(nn.Module):
+  """Dropout (arXiv 1207.0580).
+
+  The barrier keeps XLA from drawing the mask anew in each product that reads
+  it, forward and backward: that would take as long as these (RESULTS.md).
+  """
+
+  rate: float
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x):
+    """[...] -> [...]"""
+    if self.deterministic or not self.rate:
+      return x
+    keep = 1 - self.rate
+    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+    return jnp.where(jax.lax.optimization_barrier(kept), x / keep, 0)
+
+
 def is_fast(dtype) -> bool:
   """Returns whether to compute in the way that suits TPUs best.
 
@@ -213,9 +233,9 @@ class MlpBlock(nn.Module):
     # XLA sums this bias's gradient where it makes it, beside a product.
     x = Dense((width, self.mlp_dim), sum_by_product=False, **options)(x, affine)
     x = ACTIVATIONS[self.activation](x)
-    x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
+    x = Dropout(self.dropout_rate, self.deterministic)(x)
     x = Dense((self.mlp_dim, width), **options)(x)
-    return nn.Dropout(self.dropout_rate)(x, self.deterministic)
+    return Dropout(self.dropout_rate, self.deterministic)(x)
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -270,7 +290,7 @@ class MultiHeadDotProductAttention(nn.Module):
       x, found = fused(query, key, value, self.num_heads, valid), None
     else:
       offsets = self.score_offsets(query, n, valid) if self.relative else None
-      drop = nn.Dropout(self.dropout_rate, deterministic=self.deterministic)
+      drop = Dropout(self.dropout_rate, self.deterministic)
       x, found = attention.attend_plainly(
         query, key, value, self.num_heads, valid, offsets, drop
       )
@@ -402,7 +422,7 @@ class Encoder1DBlock(nn.Module):
       self.num_heads, self.relative, self.attention_dropout_rate, **options
     )(queries, keys, n, self.intermediates, affine)
     y = y.reshape(x.shape)
-    attended = nn.Dropout(self.dropout_rate)(y, self.deterministic)
+    attended = Dropout(self.dropout_rate, self.deterministic)(y)
     x = spread(x + branch(attended))
     mlp = MlpBlock(self.mlp_dim, self.activation, self.dropout_rate, **options)(
       *norm(x)
@@ -461,7 +481,7 @@ class Encoder(nn.Module):
           x = (x + jnp.pad(embedding, padding)).astype(x.dtype)
         else:
           shared = embedding
-    x = nn.Dropout(self.dropout_rate)(x, self.deterministic)
+    x = Dropout(self.dropout_rate, self.deterministic)(x)
     out = {"embedded": x[:, :n]}
     x = spread(x.reshape(-1, d))
     x, blocks = self.run_blocks(x, n, positions, shared)

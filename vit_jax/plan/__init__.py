@@ -119,6 +119,8 @@ def _double(value, limit):
 
 def _try(spec, overrides, machines, sizes, price, dump_hlo):
   """Returns the estimate of one configuration as it is."""
+  # What was traced for other plans is gigabytes by then.
+  jax.clear_caches()
   flags = " ".join(f"{key}={value}" for key, value in overrides.items())
   log.info("compiling %s for %s %s", spec, machines.name, flags)
   config = configuration.load(spec, overrides)
