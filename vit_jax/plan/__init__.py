@@ -344,8 +344,8 @@ def plan_table2() -> list[dict[str, Any]]:
 def plan_scale(spec: str, topology: str, **kwargs) -> list[dict[str, Any]]:
   """Returns plans of a configuration from `topology` up to 16 times its chips.
 
-  Each is of "scaling" strong (the same global batch) or weak (the same batch of
-  a chip); arguments as of `plan`.
+  The first is the "base"; the others are of "scaling" strong (the same global
+  batch) and weak (the same batch of a chip). Arguments as of `plan`.
   """
   overrides = kwargs.pop("overrides", None) or {}
   base = find_slice(topology)
@@ -353,10 +353,10 @@ def plan_scale(spec: str, topology: str, **kwargs) -> list[dict[str, Any]]:
   rows = []
   for name in list_larger(topology):
     factor = find_slice(name).chips // base.chips
-    for scaling, size in (
-      ("strong", batch_size),
-      ("weak", batch_size * factor),
-    ):
+    sizes = {"strong": batch_size, "weak": batch_size * factor}
+    if factor == 1:
+      sizes = {"base": batch_size}
+    for scaling, size in sizes.items():
       given = overrides | {"batch_size": str(size)}
       try:
         found = plan(spec, name, overrides=given, **kwargs)
