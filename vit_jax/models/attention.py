@@ -67,10 +67,10 @@ def _scores(x_ref, y_ref, i, head, head_dim):
 
 
 def _forward(q_ref, k_ref, v_ref, o_ref, *, head_dim, valid):
-  images, n, lanes = q_ref.shape
+  images, q, lanes = q_ref.shape
 
   def one(i, _):
-    outs = [jnp.zeros((n, LANES), jnp.float32)] * (lanes // LANES)
+    outs = [jnp.zeros((q, LANES), jnp.float32)] * (lanes // LANES)
     for head in range(lanes // head_dim):
       s = _scores(q_ref, k_ref, i, head, head_dim) / math.sqrt(head_dim)
       key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
@@ -93,13 +93,15 @@ def _backward(
   q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *, head_dim, valid
 ):
   """Scores stand as [keys queries]: so only one product is of a transpose."""
-  images, n, lanes = q_ref.shape
+  images, _, lanes = q_ref.shape
   dtype = q_ref.dtype
 
   def one(i, _):
-    zero = jnp.zeros((n, LANES), jnp.float32)
     tiles = lanes // LANES
-    dq, dk, dv = [zero] * tiles, [zero] * tiles, [zero] * tiles
+    dq, dk, dv = (
+      [jnp.zeros((ref.shape[1], LANES), jnp.float32)] * tiles
+      for ref in (q_ref, k_ref, v_ref)
+    )
     for head in range(lanes // head_dim):
       s = _scores(k_ref, q_ref, i, head, head_dim) / math.sqrt(head_dim)
       key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
@@ -129,30 +131,35 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   """Runs a kernel over the images and groups of heads of one device.
 
   Args:
-    which: "forward" of query, key and value [b n d]; "backward" of these and
-      the result's gradient, whose padding is zero.
+    which: "forward" of query [b q d], key and value [b n d]; "backward" of
+      these and the result's gradient [b q d], whose padding is zero.
     head_dim: width of a head.
     valid: the tokens that are no padding.
-    *arrays: alike.
+    *arrays: as these.
     interpret: whether to compute it without a TPU, for tests.
 
   Returns:
     [the result], or the gradients of query, key and value.
   """
   kernel, num_outputs = _KERNELS[which]
-  b, n, d = arrays[0].shape
+  b, n, d = arrays[1].shape
   lanes = math.lcm(LANES, head_dim)
-  size = n * lanes * arrays[0].dtype.itemsize
+  size = n * lanes * arrays[1].dtype.itemsize
   images = math.gcd(b, max(1, 2 ** int(math.log2(max(1, _BLOCK / size)))))
-  spec = pl.BlockSpec((images, n, lanes), lambda i, j: (i, 0, j))
-  shape = jax.ShapeDtypeStruct((b, n, d), arrays[0].dtype)
-  cost, cycles = _count_cost(arrays, num_outputs, head_dim)
+
+  def block(x):
+    return pl.BlockSpec((images, x.shape[1], lanes), lambda i, j: (i, 0, j))
+
+  # The result is as the query; gradients are as what they are of.
+  outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+  outputs = outputs[:num_outputs]
+  cost, cycles = _count_cost(arrays, outputs, head_dim)
   return pl.pallas_call(
     functools.partial(kernel, head_dim=head_dim, valid=valid),
     grid=(b // images, d // lanes),
-    in_specs=[spec] * len(arrays),
-    out_specs=[spec] * num_outputs,
-    out_shape=[shape] * num_outputs,
+    in_specs=[block(x) for x in arrays],
+    out_specs=[block(x) for x in outputs],
+    out_shape=outputs,
     interpret=interpret,
     cost_estimate=cost,
     metadata={"cycles": str(cycles)},
@@ -165,27 +172,31 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
 _KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
 
 # Instructions for each register of scores, as the compiler schedules them for
-# v5e (its dump of the final bundles, libtpu 0.0.52): of heads that keep to
-# their registers 2,493 and 5,631 for eight of 200 tokens, of others 6,251 and
-# 12,809 for eight of 264.
+# v5e (its dump of the final bundles, libtpu 0.0.52): of eight heads that keep
+# to their registers 2,493 and 5,631 with 200 tokens, of others 6,251 and 12,809
+# with 264; with as many keys but eight queries 471 and 3,469, 886 and 5,902.
 _CYCLES = {1: (6.3, 7.9), 3: (14.1, 16.2)}
+_CYCLES_OF_FEW = {1: (29.4, 36.9), 3: (17.3, 22.4)}
 
 
-def _count_cost(arrays, num_outputs, head_dim):
+def _count_cost(arrays, outputs, head_dim):
   """Returns (cost, cycles) for whoever estimates a program.
 
   The compiler has an estimate of cycles for each instruction, but for kernels.
   """
-  b, n, d = arrays[0].shape
+  (b, q, d), n = arrays[0].shape, arrays[1].shape[1]
   heads = b * (d // head_dim)
-  registers = heads * (-(-n // ROWS)) * (-(-n // LANES))
+  # Forward the keys are side by side, backward the queries.
+  rows, lanes = (q, n) if len(outputs) == 1 else (n, q)
+  registers = heads * (-(-rows // ROWS)) * (-(-lanes // LANES))
   cost = pl.CostEstimate(
-    flops={1: 4, 3: 10}[num_outputs] * heads * n * n * head_dim,
-    transcendentals=heads * n * n,
-    bytes_accessed=(len(arrays) + num_outputs) * arrays[0].nbytes,
+    flops={1: 4, 3: 10}[len(outputs)] * heads * q * n * head_dim,
+    transcendentals=heads * q * n,
+    bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs)),
   )
   straddling = LANES % head_dim > 0 and head_dim % LANES > 0
-  return cost, round(_CYCLES[num_outputs][straddling] * registers)
+  cycles = _CYCLES_OF_FEW if q < LANES else _CYCLES
+  return cost, round(cycles[len(outputs)][straddling] * registers)
 
 
 # Jitted so that a model's layers share what is traced.
@@ -232,7 +243,7 @@ def _has_flash(head_dim):
 
 def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
   """As `attend`, for bfloat16 on NVIDIA's GPUs."""
-  b, n, _ = query.shape
+  b, n, _ = key.shape
   arrays = (split_heads(x, num_heads) for x in (query, key, value))
   lengths = jnp.full(b, valid, jnp.int32) if valid < n else None
   x = jax.nn.dot_product_attention(
@@ -243,10 +254,10 @@ def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attend(query, key, value, num_heads: int, valid: int):
-  """softmax(query key^T / sqrt(d/a)) value of each head: [b n d].
+  """softmax(query key^T / sqrt(d/a)) value of each head: [b q d].
 
   Args:
-    query: [b n d].
+    query: [b q d].
     key: [b n d]; rows from `valid` on are padding.
     value: likewise.
     num_heads: a, whose columns lie side by side.

@@ -280,7 +280,9 @@ class MultiHeadDotProductAttention(nn.Module):
       project("key", rows_kv, inputs_kv),
       project("value", rows_kv, inputs_kv),
     )
-    plainly = weights or self.relative or not alike or not is_fast(self.dtype)
+    plainly = weights or self.relative or not is_fast(self.dtype)
+    if inputs_q.shape[1] % attention.ROWS:
+      plainly = True
     if self.dropout_rate > 0 and not self.deterministic:
       plainly = True
     fused = None
@@ -388,8 +390,8 @@ class Encoder1DBlock(nn.Module):
       shared_positions: f32[1 num_tokens d], added first, or None.
 
     Returns:
-      [b*n d], or [b d] of the first tokens, and the intermediates by name
-      (empty if not asked for).
+      [b*n d], or the first token or tokens of each image alone, and the
+      intermediates by name (empty if not asked for).
     """
     options = {"deterministic": self.deterministic, "dtype": self.dtype}
     n = self.num_tokens
@@ -417,7 +419,9 @@ class Encoder1DBlock(nn.Module):
     y, affine = norm(x)
     queries = keys = split(y)
     if self.first_only:
-      queries, x = keys[:, :1], split(x)[:, 0]
+      # With as many rows as a register has, where there are registers.
+      first = slice(0, count_rows(1, x.dtype))
+      queries, x = keys[:, first], split(x)[:, first].reshape(-1, x.shape[-1])
     y, weights = MultiHeadDotProductAttention(
       self.num_heads, self.relative, self.attention_dropout_rate, **options
     )(queries, keys, n, self.intermediates, affine)
