@@ -458,8 +458,8 @@ def measure_input(config) -> float | None:
       num_steps=2**40,
     )
     return time_batches(batches, len(rows))
-  except UserError as e:
-    log.warning("%s", e)
+  except Exception as e:  # as in `check_machine`
+    log.warning("the input cannot be measured: %s", checkpoint.first_line(e))
     return None
 
 
