@@ -291,7 +291,11 @@ def test_fsdp_gathers_each_kernel_once():
   found = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY | {"fsdp": "4"})
   whole = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY)
   exchanged = {x["kind"]: x["bytes"] for x in found["collectives"]}
-  assert set(exchanged) <= {"all-gather", "all-reduce", "reduce-scatter"}
+  # Else pieces of the class tokens at most, not tokens or loops over kernels.
+  others = set(exchanged) - {"all-gather", "all-reduce", "reduce-scatter"}
+  assert sum(exchanged[kind] for kind in others) < 0.02 * sum(
+    exchanged.values()
+  )
   # In bfloat16, half of float32; biases and the like are on every device.
   parameters = whole["hbm"]["parameters"] * plan.GIB
   assert exchanged["all-gather"] <= parameters / 2
