@@ -296,8 +296,8 @@ def test_fsdp_gathers_each_kernel_once():
   assert sum(exchanged[kind] for kind in others) < 0.02 * sum(
     exchanged.values()
   )
-  # In bfloat16, half of float32, and a batch's logits, which count for more here
-  # than they do with real models.
+  # In bfloat16, half of float32, and a batch's logits, which count for more
+  # here than they do with real models.
   parameters = whole["hbm"]["parameters"] * plan.GIB
   assert exchanged["all-gather"] <= 1.1 * parameters / 2
   # Loops over pieces of kernels would be several times as many.
