@@ -162,17 +162,18 @@ def test_a_bias_has_the_gradient_of_a_sum():
   assert backward(jnp.ones_like(x))[1].tolist() == [4096] * 3
 
 
+def _create_model(monkeypatch, dtype, sizes, **options):
+  """A model of 17 or 16 tokens."""
+  encoder = models.variants.Encoder(*sizes)
+  monkeypatch.setitem(models.ENCODERS, "Small", encoder)
+  options |= {"num_classes": 5, "image_size": 32, "dtype": dtype}
+  return models.create(variant="ViT-Small_8", **options)
+
+
 def _create(monkeypatch, dtype, classifier="token"):
-  """A model of 17 or 16 tokens, parameters without zeros, and images."""
-  one = models.variants.Encoder(128, 1, 256, 2)
-  monkeypatch.setitem(models.ENCODERS, "One", one)
-  model = models.create(
-    variant="ViT-One_8",
-    num_classes=5,
-    image_size=32,
-    dtype=dtype,
-    classifier=classifier,
-  )
+  """A model, parameters without zeros, and images."""
+  sizes = (128, 1, 256, 2)
+  model = _create_model(monkeypatch, dtype, sizes, classifier=classifier)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   generator = np.random.default_rng(0)
   params = jax.tree.map(
@@ -234,14 +235,9 @@ def test_tokens_that_nobody_reads_change_nothing(
   monkeypatch, pos_embedding, fast
 ):
   monkeypatch.setattr(vit, "is_fast", lambda dtype: fast)
-  two = models.variants.Encoder(128, 2, 512, 2)
-  monkeypatch.setitem(models.ENCODERS, "Two", two)
-  model = models.create(
-    variant="ViT-Two_8",
-    num_classes=5,
-    image_size=32,
-    dtype="float32",
-    pos_embedding=pos_embedding,
+  sizes = (128, 2, 512, 2)
+  model = _create_model(
+    monkeypatch, "float32", sizes, pos_embedding=pos_embedding
   )
   params, images = random_params(model), random_images(model)
 

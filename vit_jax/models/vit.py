@@ -446,8 +446,8 @@ class Encoder1DBlock(nn.Module):
 class Encoder(nn.Module):
   """Position embedding, the blocks, a last LayerNorm.
 
-  With `first_only` just the first token of the result is returned, unless there
-  are intermediates; the last block does the less, but for scanned ones.
+  With `first_only` just the first token of the result is returned, and the last
+  block does the less, but for scanned ones.
   """
 
   num_layers: int
@@ -491,7 +491,7 @@ class Encoder(nn.Module):
     x, blocks = self.run_blocks(x, n, positions, shared)
     for i, values in enumerate(blocks):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
-    if self.first_only and not self.intermediates:
+    if self.first_only:
       x = x.reshape(b, -1, d)[:, 0]
     x = nn.LayerNorm(
       self.layer_norm_epsilon, dtype=self.dtype, name="encoder_norm"
@@ -526,8 +526,7 @@ class Encoder(nn.Module):
     if not self.scan:
       blocks = []
       for i in range(self.num_layers):
-        if self.first_only and not self.intermediates:
-          options["first_only"] = i == self.num_layers - 1
+        options["first_only"] = self.first_only and i == self.num_layers - 1
         x, values = block(**options, name=f"encoderblock_{i}")(
           x, rates[i], shared_positions
         )
@@ -600,7 +599,7 @@ class VisionTransformer(nn.Module):
     Without classes the representation f32[b d] takes the logits' place.
     """
     x, out = self.embed(images)
-    first_only = self.classifier == "token"
+    first_only = self.classifier == "token" and not intermediates
     x, encoder_out = self.encode(x, train, intermediates, first_only)
     out |= encoder_out
     x = out["pooled"] = self.pool(x).astype(jnp.float32)
@@ -635,7 +634,7 @@ class VisionTransformer(nn.Module):
   def encode(self, x, train, intermediates, first_only=False):
     """[b h' w' d] -> the encoder's tokens [b n d], intermediates by name.
 
-    With `first_only` perhaps the first token alone, see `Encoder`.
+    With `first_only` the first token alone, [b 1 d].
     """
     grid = x.shape[1:3]
     x = x.reshape(x.shape[0], -1, x.shape[-1])
