@@ -24,10 +24,9 @@ import numpy as np
 
 from vit_jax import checkpoint, hosts
 from vit_jax import config as configuration
-from vit_jax.data import train_batches
 from vit_jax.data.speed import time_batches
 from vit_jax.errors import RunStopped, UserError
-from vit_jax.train import check_workdir, open_sources
+from vit_jax.train import check_workdir, open_sources, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -447,16 +446,8 @@ def measure_input(config) -> float | None:
   """
   rows = np.arange(min(_ROWS, config.batch_size))
   try:
-    batches = train_batches(
-      open_sources(config)[0],
-      seed=config.seed,
-      batch_size=config.batch_size,
-      rows=rows,
-      preprocess=config.train.preprocess,
-      image_size=config.image_size,
-      start_step=0,
-      num_steps=2**40,
-    )
+    sources, _ = open_sources(config)
+    batches = read_rows(config, sources, rows, 0, 2**40)
     return time_batches(batches, len(rows))
   except Exception as e:  # as in `check_machine`
     log.warning("the input cannot be measured: %s", checkpoint.first_line(e))

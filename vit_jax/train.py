@@ -255,18 +255,24 @@ def restore(checkpoints, init_state, layout):
 
 def read_batches(config, mesh, sources, step, total_steps) -> Iterator:
   """Returns the batches of the steps to come, on their way to the devices."""
-  host_batches = data.train_batches(
+  rows = sharding.local_rows(mesh, config.batch_size)
+  host_batches = read_rows(config, sources, rows, step, total_steps - step)
+  return prefetch(
+    sharding.put_batch(mesh, batch, config.batch_size) for batch in host_batches
+  )
+
+
+def read_rows(config, sources, rows, start_step, num_steps) -> Iterator:
+  """Returns these rows of the run's batches, on the host."""
+  return data.train_batches(
     sources,
     seed=config.seed,
     batch_size=config.batch_size,
-    rows=sharding.local_rows(mesh, config.batch_size),
+    rows=rows,
     preprocess=config.train.preprocess,
     image_size=config.image_size,
-    start_step=step,
-    num_steps=total_steps - step,
-  )
-  return prefetch(
-    sharding.put_batch(mesh, batch, config.batch_size) for batch in host_batches
+    start_step=start_step,
+    num_steps=num_steps,
   )
 
 
