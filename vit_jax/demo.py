@@ -238,12 +238,13 @@ def _check_address(host, port):
 # --- the page ---
 
 _CSS = """
-.classes table {width: 100%; border-collapse: collapse}
-.classes th, .classes td {padding: .35rem .25rem; border: 0}
-.classes th {text-align: left; font-weight: normal; overflow-wrap: anywhere}
-.classes td {text-align: right; font-variant-numeric: tabular-nums}
-.classes meter {width: 100%; min-width: 5rem}
-.classes [role=alert] {font-weight: 600}
+#classes table {width: 100%; border-collapse: collapse}
+#classes table :is(tr, th, td) {border: 0 !important; padding: .3rem .25rem}
+#classes th {text-align: left; font-weight: normal; overflow-wrap: anywhere}
+#classes td {text-align: right; font-variant-numeric: tabular-nums}
+#classes td:first-of-type {width: 40%}
+#classes meter {width: 100%}
+#classes [role=alert] {font-weight: 600}
 """
 _WAITING = "<p>Drop, paste or choose a picture.</p>"
 
@@ -291,7 +292,12 @@ def _make_page(gradio, viewer):
         )
       with gradio.Column():
         classes = gradio.HTML(
-          _WAITING, label="Classes", elem_classes="classes", container=True
+          _WAITING,
+          label="Classes",
+          show_label=True,
+          container=True,
+          padding=True,
+          elem_id="classes",
         )
         seen = gradio.Image(
           label="Where the model looks",
@@ -327,5 +333,6 @@ def _format_classes(classes: Sequence[dict], note: str) -> str:
     f"</meter></td><td>{entry['probability']:.2%}</td></tr>"
     for entry in classes
   ]
-  table = f"<table>{''.join(rows)}</table>" if rows else ""
+  label = "Classes and their probabilities"
+  table = f'<table aria-label="{label}">{"".join(rows)}</table>' if rows else ""
   return table + (f"<p>{html.escape(note)}</p>" if note else "")
