@@ -221,56 +221,53 @@ def served(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def open_demo(served, open_page):  # noqa: F811
-  """Opens the page; it asks nobody but its own server."""
-  asked = []
+  """Opens the page."""
+  return lambda **options: open_served(served, open_page, **options)
 
-  def open_one(**options):
-    # Gradio stops reading its queue's event stream when nothing is due.
-    stream = f"{served.url}gradio_api/queue/data?"
-    page = open_page(served.url, stream=stream, **options)
-    page.on("request", lambda r: asked.append(r.url))
-    page.reload()
-    page.get_by_text("Drop, paste or choose a picture.").wait_for()
-    return page
 
-  yield open_one
-  own = (served.url, "blob:", "data:")
-  assert [url for url in asked if not url.startswith(own)] == []
+def open_served(served, open_page, **options):  # noqa: F811
+  # Gradio stops reading its queue's event stream when nothing is due.
+  stream = f"{served.url}gradio_api/queue/data?"
+  page = open_page(served.url, stream=stream, **options)
+  page.get_by_text("Drop, paste or choose a picture.").wait_for()
+  page.get_by_label("Drop an image file here to upload").wait_for()
+  return page
+
+
+# What the page shows: [[class, percent], ...] or a message or null, and the
+# address of the map or null.
+READ = """() => {
+  const box = document.querySelector('#classes');
+  const rows = [...box.querySelectorAll('tr')].map(row =>
+    [...row.querySelectorAll('th, td:last-child')].map(x => x.innerText));
+  const map = document.querySelector('img[alt^="What the model is given"]');
+  const message = box.querySelector('[role=alert]');
+  return [rows.length ? rows : message && message.innerText, map && map.src];
+}"""
+NEWS = f"""old => {{
+  const [text, map] = ({READ})();
+  return (typeof text == 'string' && text != old[0])
+    || (text && String(text) != String(old[0]) && map && map != old[1]);
+}}"""
 
 
 def give(page, file):
-  """Uploads a file in place of what is there; returns when it is judged."""
-  old = page.locator("#classes").inner_text()
+  """Uploads a file in place of what is there; returns what the page shows."""
   if page.get_by_label("Remove Image").count():
-    page.get_by_label("Remove Image").click()
-    page.get_by_text("Drop, paste or choose a picture.").wait_for()
-    old = ""
+    remove(page)
   page.locator("input[type=file]").first.set_input_files(file)
-  return wait_for_news(page, old)
+  return wait_for_news(page, [None, None])
+
+
+def remove(page):
+  page.get_by_label("Remove Image").click()
+  page.get_by_text("Drop, paste or choose a picture.").wait_for()
 
 
 def wait_for_news(page, old):
-  """Waits for other classes than `old`; returns (classes, address of the map).
-
-  Classes are [(name, percent)], or a message.
-  """
-  page.wait_for_function(
-    """old => {
-      const now = document.querySelector('#classes');
-      return now.querySelector('table, [role=alert]') && now.innerText != old;
-    }""",
-    arg=old,
-  )
-  box = page.locator("#classes")
-  if box.locator("[role=alert]").count():
-    return box.locator("[role=alert]").inner_text(), None
-  rows = [
-    tuple(row.locator("th, td:last-child").all_inner_texts())
-    for row in box.locator("tr").all()
-  ]
-  image = page.get_by_alt_text("What the model is given")
-  image.wait_for()
-  return rows, image.get_attribute("src")
+  """Waits until the page shows other than `old`, and returns it."""
+  page.wait_for_function(NEWS, arg=old)
+  return page.evaluate(READ)
 
 
 def judge(checkpoint, file):
@@ -279,7 +276,11 @@ def judge(checkpoint, file):
     (found,) = predict(checkpoint, [str(file)], top=demo.TOP)
   except UserError as e:
     return str(e).replace(str(file), file.name)
-  return [(c["name"], f"{c['probability']:.2%}") for c in found["classes"]]
+  return as_shown(found["classes"])
+
+
+def as_shown(classes):
+  return [[c["name"], f"{c['probability']:.2%}"] for c in classes]
 
 
 def make_turn():
@@ -342,8 +343,8 @@ def test_uploads_are_judged_as_by_predict(
   # After what was no picture the next one is judged as ever.
   good = tmp_path / "bird.jpg"
   assert give(page, good)[0] == judge(checkpoint, good)
-  page.get_by_label("Remove Image").click()
-  page.get_by_text("Drop, paste or choose a picture.").wait_for()
+  remove(page)
+  assert page.evaluate(READ) == [None, None]
   assert "Traceback" not in served.process.stderr()
 
 
@@ -354,19 +355,15 @@ def test_resolution_moves_classes_and_map(open_demo, checkpoint, tmp_path):
   page = open_demo()
   found = {"32 px": give(page, file)}
   for label in ("64 px", "16 px", "32 px"):
-    old = page.locator("#classes").inner_text()
+    old = page.evaluate(READ)
     page.get_by_label(label).check()
     again = wait_for_news(page, old)
-    if label in found:
-      assert again[0] == found[label][0]
-    found[label] = again
-  classes, maps = zip(*found.values(), strict=True)
-  assert len(set(map(tuple, classes))) == len(set(maps)) == 3
+    assert again == found.setdefault(label, again)
+  assert len({str(classes) for classes, _ in found.values()}) == 3
+  assert len({seen for _, seen in found.values()}) == 3
   viewer = demo.Viewer(checkpoint)
   expected = viewer.view(file.read_bytes(), "", (64, 64)).classes
-  assert found["64 px"][0] == [
-    (c["name"], f"{c['probability']:.2%}") for c in expected
-  ]
+  assert found["64 px"][0] == as_shown(expected)
 
 
 @pytest.mark.browser
@@ -382,16 +379,14 @@ def test_by_keyboard_alone(open_demo, tmp_path):
         return
     raise AssertionError(f"no way to {selector}")
 
-  tab_to("button[aria-label*=pload]")
+  tab_to("button[aria-label^=Drop]")
   with page.expect_file_chooser() as chooser:
     page.keyboard.press("Enter")
-  old = page.locator("#classes").inner_text()
   chooser.value.set_files(file)
-  wait_for_news(page, old)
+  old = wait_for_news(page, [None, None])
   # To gradio each choice is a stop of its own.
   tab_to("input[type=radio]:checked")
   page.keyboard.press("Tab")
-  old = page.locator("#classes").inner_text()
   page.keyboard.press("Space")
   wait_for_news(page, old)
   assert page.get_by_label("48 px").is_checked()
@@ -404,13 +399,11 @@ def test_phone_in_the_dark(open_demo, tmp_path):
   page = open_demo(size=PHONE, dark=True)
   give(page, file)
   assert page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
-  light = """selector => {
-    const style = getComputedStyle(document.querySelector(selector));
-    return [style.color, style.backgroundColor].map(
-      c => c.match(/[0-9.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765);
-  }"""
-  assert page.evaluate(light, "body")[1] < 0.2
-  assert page.evaluate(light, "#classes th")[0] > 0.7
+  light = """([selector, key]) => getComputedStyle(
+    document.querySelector(selector))[key].match(/[0-9.]+/g).slice(0, 3)
+    .reduce((sum, x) => sum + Number(x), 0) / 765"""
+  assert page.evaluate(light, ["body", "backgroundColor"]) < 0.2
+  assert page.evaluate(light, ["#classes th", "color"]) > 0.7
 
 
 @pytest.mark.browser
@@ -420,11 +413,11 @@ def test_resnet_has_classes_only(tmp_path, open_page):  # noqa: F811
   file = tmp_path / "bird.jpg"
   file.write_bytes(encode("JPEG"))
   served = Served(checkpoint, tmp_path)
-  page = open_page(served.url, stream=f"{served.url}gradio_api/queue/data?")
+  page = open_served(served, open_page)
   page.locator("input[type=file]").first.set_input_files(file)
   page.locator("#classes table").wait_for()
-  text = page.locator("#classes").inner_text()
-  assert "RNx1 is a ResNet, which has no attention: classes only" in text
+  assert page.evaluate(READ) == [judge(checkpoint, file), None]
+  text = "RNx1 is a ResNet, which has no attention: classes only"
+  assert page.get_by_text(text).is_visible()
   assert not page.get_by_text("Where the model looks").is_visible()
-  page.goto("about:blank")
   served.close()
