@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -109,7 +110,7 @@ class Viewer:
       (classes,) = predict.classify(model, pixels[None], self._names, TOP)
     if look is None:
       return View(classes, None)
-    seen = np.asarray(look(normalize(pixels[None])).maps[0])
+    seen = np.asarray(look(jnp.asarray(normalize(pixels[None]))).maps[0])
     return View(classes, attention_maps.overlay(_enlarge(pixels), seen))
 
   @functools.cache  # noqa: B019 - a viewer lives as long as its process
@@ -206,15 +207,12 @@ def launch(
     footer_links=[],
     max_file_size=_FILE_LIMIT,
     css=_CSS,
-    # Fonts that are on the reader's machine.
-    theme=gradio.themes.Default(
-      font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    ),
+    theme=_make_theme(gradio),
   )
   return page
 
 
-def _import_gradio():
+def _import_gradio() -> Any:
   # Read when it is imported: nothing is told to anybody.
   os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
   try:
@@ -238,8 +236,10 @@ def _check_address(host, port):
 # --- the page ---
 
 _CSS = """
-#classes table {width: 100%; border-collapse: collapse}
-#classes table :is(tr, th, td) {border: 0 !important; padding: .3rem .25rem}
+#classes table {width: 100%; border-collapse: collapse; margin-top: .75rem}
+#classes :is(table, tbody, tr, th, td) {border: 0 !important}
+#classes :is(th, td) {padding: .3rem .25rem}
+#classes p {margin-top: .75rem}
 #classes th {text-align: left; font-weight: normal; overflow-wrap: anywhere}
 #classes td {text-align: right; font-variant-numeric: tabular-nums}
 #classes td:first-of-type {width: 40%}
@@ -247,6 +247,16 @@ _CSS = """
 #classes [role=alert] {font-weight: 600}
 """
 _WAITING = "<p>Drop, paste or choose a picture.</p>"
+
+
+def _make_theme(gradio):
+  """Returns fonts that are on the reader's machine, and greys to be read."""
+  return gradio.themes.Default(
+    font=["system-ui", "sans-serif"], font_mono=["monospace"]
+  ).set(
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+  )
 
 
 def _make_page(gradio, viewer):
