@@ -4,6 +4,7 @@ In the browser the command runs as a user starts it, in a process of its own,
 and everything is done through the page.
 """
 
+import base64
 import hashlib
 import io
 import os
@@ -390,6 +391,21 @@ def test_by_keyboard_alone(open_demo, tmp_path):
   page.keyboard.press("Space")
   wait_for_news(page, old)
   assert page.get_by_label("48 px").is_checked()
+
+
+@pytest.mark.browser
+def test_pasted_from_the_clipboard(open_demo, checkpoint, tmp_path):
+  file = tmp_path / "bird.png"
+  file.write_bytes(encode())
+  page = open_demo()
+  page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+  copy = """async data => {
+    const blob = await (await fetch('data:image/png;base64,' + data)).blob();
+    await navigator.clipboard.write([new ClipboardItem({[blob.type]: blob})]);
+  }"""
+  page.evaluate(copy, base64.b64encode(file.read_bytes()).decode())
+  page.get_by_label("Paste from clipboard").click()
+  assert wait_for_news(page, [None, None])[0] == judge(checkpoint, file)
 
 
 @pytest.mark.browser
