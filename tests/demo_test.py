@@ -424,7 +424,7 @@ def test_phone_in_the_dark(open_demo, tmp_path):
 
 @pytest.mark.browser
 def test_resnet_has_classes_only(tmp_path, open_page):  # noqa: F811
-  """And Ctrl-C ends the command while a page is open."""
+  """And Ctrl-C ends the command while a page is open, and it computes."""
   checkpoint = write(tmp_path / "resnet", "RNx1")
   file = tmp_path / "bird.jpg"
   file.write_bytes(encode("JPEG"))
@@ -436,4 +436,5 @@ def test_resnet_has_classes_only(tmp_path, open_page):  # noqa: F811
   text = "RNx1 is a ResNet, which has no attention: classes only"
   assert page.get_by_text(text).is_visible()
   assert not page.get_by_text("Where the model looks").is_visible()
+  page.get_by_label("64 px").check()
   served.close()

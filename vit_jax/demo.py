@@ -56,6 +56,7 @@ class Viewer:
     note: what it cannot show, and why; "" for nothing.
     sizes: [(h, w)] in pixels that it offers.
     attends: whether there is attention to show.
+    lock: held while it computes, one picture at a time.
   """
 
   def __init__(self, source: str, class_names: str | None = None):
@@ -82,6 +83,8 @@ class Viewer:
         raise UserError(f"{source}: {self.note}; and {no_map}")
       self.note = f"{no_map}: classes only"
     self.sizes = list_sizes(about)
+    self.lock = threading.Lock()
+    self._at = functools.cache(self._load)
 
   def view(self, encoded: bytes, name: str, size: Size) -> View:
     """Looks at a picture.
@@ -104,17 +107,17 @@ class Viewer:
       size,
       name,
     )
-    model, look = self._at(size)
-    classes = []
-    if self._has_head:
-      (classes,) = predict.classify(model, pixels[None], self._names, TOP)
-    if look is None:
-      return View(classes, None)
-    seen = np.asarray(look(jnp.asarray(normalize(pixels[None]))).maps[0])
-    return View(classes, attention_maps.overlay(_enlarge(pixels), seen))
+    with self.lock:
+      model, look = self._at(size)
+      classes = []
+      if self._has_head:
+        (classes,) = predict.classify(model, pixels[None], self._names, TOP)
+      if look is None:
+        return View(classes, None)
+      seen = np.asarray(look(jnp.asarray(normalize(pixels[None]))).maps[0])
+      return View(classes, attention_maps.overlay(_enlarge(pixels), seen))
 
-  @functools.cache  # noqa: B019 - a viewer lives as long as its process
-  def _at(self, size):
+  def _load(self, size):
     """Returns the model for images of a size, and what looks, compiled once."""
     model = self._model
     if size != self.about.image_size:
@@ -161,14 +164,17 @@ def demo(
   share: bool = False,
 ) -> None:
   """Serves the page until Ctrl-C; see `launch`."""
-  page = launch(source, class_names, host, port, share)
+  viewer, page = _start(source, class_names, host, port, share)
   try:
     print(f"{page.local_url} shows the demo; Ctrl-C ends it", flush=True)
-    threading.Event().wait()
+    threading.Event().wait()  # which nobody sets
   except KeyboardInterrupt:
     pass  # how it is meant to end
   finally:
     page.close(verbose=False)
+    # Ending amid a computation, Python would abort in C++.
+    with viewer.lock:
+      pass
 
 
 def launch(
@@ -193,23 +199,30 @@ def launch(
   Raises:
     UserError: no gradio, the address is taken, or see `Viewer`.
   """
+  return _start(source, class_names, host, port, share)[1]
+
+
+def _start(source, class_names, host, port, share):
+  """Returns the viewer, and its page, served; see `launch`."""
   gradio = _import_gradio()
   _check_address(host, port)
-  page = _make_page(gradio, Viewer(source, class_names))
+  viewer = Viewer(source, class_names)
+  page = _make_page(gradio, viewer)
   page.launch(
     server_name=host,
-    server_port=port,
+    server_port=port or None,
     share=share,
     quiet=True,
     prevent_thread_lock=True,
     ssr_mode=False,  # it would take Node.js
     run_history=False,
     footer_links=[],
+    height=900,  # in a notebook
     max_file_size=_FILE_LIMIT,
     css=_CSS,
     theme=_make_theme(gradio),
   )
-  return page
+  return viewer, page
 
 
 def _import_gradio() -> Any:
