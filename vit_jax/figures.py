@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
 NUM_FILTERS = 28  # that the paper shows
-_FIGURE_OF_PIXELS = 150  # dots an inch
+_DPI = 150
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s"}
 
 
@@ -132,7 +132,10 @@ def make_figures(
         raise UserError(f"--only={name}: {e}") from e
       log.info("%s: left out: %s", name, e)
       continue
-    _write(drawing, paths)
+    try:
+      _write(drawing, paths)
+    except OSError as e:
+      raise UserError(f"--out={out}: cannot be written: {e.strerror}") from e
     written += map(str, paths)
   return written
 
@@ -160,7 +163,7 @@ def _write(drawing, paths):
 
 def _save(drawing, file, path, options):
   kind = path.suffix.removeprefix(".")
-  drawing.figure.savefig(file, format=kind, dpi=_FIGURE_OF_PIXELS, **options)
+  drawing.figure.savefig(file, format=kind, dpi=_DPI, **options)
 
 
 def _write_csv(drawing, file):
