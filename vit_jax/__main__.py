@@ -176,6 +176,16 @@ def _make_parser():
 
   _add_tables(add("tables", _tables, "the paper's tables, beside your runs"))
 
+  report = add("report", _report, "one page of HTML on runs, to look at")
+  report.add_argument(
+    "workdirs",
+    nargs="+",
+    metavar="WORKDIR",
+    help="a run folder, or one with runs below it",
+  )
+  report.add_argument("--out", default="report.html", help="the file to write")
+  _add_data_dir(report)
+
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
     required=True, metavar="ACTION", parser_class=_Parser
@@ -723,6 +733,13 @@ def _tables(args):
       args.name, rows, markdown=args.markdown, commands=args.commands
     )
   )
+
+
+def _report(args):
+  from vit_jax.report import report
+
+  file = report(args.workdirs, args.out, args.data_dir)
+  print(f"{file}: {file.stat().st_size / 1e3:,.0f} kB")
 
 
 def _data_list(args):

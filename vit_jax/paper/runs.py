@@ -1,6 +1,7 @@
 """Run folders as results: what was trained on what, from what, how well."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vit_jax import checkpoint
@@ -115,7 +116,7 @@ def find_runs(folder: str) -> list[Run]:
   root = checkpoint.absolute(folder)
   if not root.is_dir():
     raise UserError(f"--runs={folder}: there is no such folder")
-  runs = [run for path in _walk(root) if (run := read_run(path))]
+  runs = [run for path in walk(root) if (run := read_run(path))]
   if not runs:
     raise UserError(
       f"--runs={folder} has no run in it or below it; a run is a folder with "
@@ -124,15 +125,18 @@ def find_runs(folder: str) -> list[Run]:
   return runs
 
 
-def _walk(folder):
-  """Yields a folder and those below it, but what a run itself made there."""
+def walk(folder) -> Iterator:
+  """Yields what may be run folders: this one and those below it.
+
+  They have a config.json. What a run itself made in its folder is left out.
+  """
   names = {path.name: path for path in folder.iterdir()}
   is_run = "config.json" in names
   if is_run:
     yield folder
   for name in sorted(names):
     if names[name].is_dir() and not (is_run and name in _OF_A_RUN):
-      yield from _walk(names[name])
+      yield from walk(names[name])
 
 
 def read_run(path) -> Run | None:
