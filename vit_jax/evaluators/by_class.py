@@ -145,7 +145,8 @@ def _add_up(batches: Iterable[dict], multilabel: bool, count: int) -> Tally:
     top, correct = batch["top"][mine], batch["correct"][mine]
     label = np.where(correct, top, -1) if multilabel else batch["label"][mine]
     pairs.update(zip(label.tolist(), top.tolist(), strict=True))
-    kept += [_make_mistake(*row) for row in zip(*batch["worst"]) if row[0] >= 0]
+    worst = zip(*batch["worst"], strict=True)
+    kept += [_make_mistake(*row) for row in worst if row[0] >= 0]
     kept = sorted(kept, key=lambda m: (-m.probability, m.index))[:count]
   return Tally(examples, labelled, pairs, kept)
 

@@ -25,8 +25,8 @@ _OLD_DEFAULTS = {
   "optimizer.clip_norm": 0.0,
 }
 # Without these a folder is no run of ours.
-_NEEDED = {"model.variant", "train.dataset", "train.split", "eval.split"}
-_NEEDED |= {"image_size", "batch_size", "optimizer.name", "schedule.decay"}
+NEEDED = {"model.variant", "train.dataset", "train.split", "eval.split"}
+NEEDED |= {"image_size", "batch_size", "optimizer.name", "schedule.decay"}
 # Folders of a run; they have many files and no runs.
 _OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
 # What runs of the same setting may differ in.
@@ -150,7 +150,7 @@ def read_run(path) -> Run | None:
   if not metrics.exists() or not {"config", "total_steps"} <= written.keys():
     return None
   config = _OLD_DEFAULTS | configuration.flatten(written["config"])
-  if not config.keys() >= _NEEDED:
+  if not config.keys() >= NEEDED:
     return None
   total_steps = written["total_steps"]
   last = _read_last(metrics, total_steps)

@@ -131,7 +131,7 @@ def _thin(line):
   if many == 1:
     return line
   starts = np.arange(0, len(line.xs), many)
-  counts = np.diff([*starts, len(line.xs)])
+  counts = np.diff(starts, append=len(line.xs))
   xs, ys = (np.add.reduceat(v, starts) / counts for v in (line.xs, line.ys))
   return line._replace(xs=xs.tolist(), ys=ys.tolist())
 

@@ -5,7 +5,6 @@ import logging
 from typing import NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from PIL import Image
 
@@ -55,8 +54,7 @@ class Details(NamedTuple):
   """One pass over a test set.
 
   Attributes:
-    checkpoint: the folder of the weights.
-    step: their step.
+    checkpoint: the folder of the weights in the run's, such as "best/240".
     dataset, split: what was looked at.
     class_names: a name for each class.
     multilabel: whether an image may have several labels.
@@ -66,7 +64,6 @@ class Details(NamedTuple):
   """
 
   checkpoint: str
-  step: int
   dataset: str
   split: str
   class_names: list[str]
@@ -74,6 +71,11 @@ class Details(NamedTuple):
   tally: by_class.Tally
   mistakes: list[Mistake]
   attends: bool
+
+  @property
+  def step(self) -> int:
+    """Of the weights."""
+    return int(self.checkpoint.split("/")[-1])
 
 
 def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
@@ -106,13 +108,12 @@ def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
 
 
 def _look(run, data_dir, mistakes):
-  config = ml_collections.ConfigDict(run.written["config"])
-  dataset = config.eval.dataset
+  config = run.config
+  dataset = config["eval.dataset"]
   if not dataset:
-    dataset = data.parse_mixture(config.train.dataset)[0][0]
-  test = data.get_source(
-    dataset, config.eval.split, data_dir or config.data_dir
-  )
+    dataset = data.parse_mixture(config["train.dataset"])[0][0]
+  split = config["eval.split"]
+  test = data.get_source(dataset, split, data_dir or config["data_dir"])
   weights = pretrained.read(str(run.path))
   if weights.class_names != test.class_names:
     raise UserError(
@@ -126,16 +127,15 @@ def _look(run, data_dir, mistakes):
     source=test,
     mesh=mesh,
     batch_size=sharding.round_up(
-      config.eval.batch_size or config.batch_size, mesh
+      config["eval.batch_size"] or config["batch_size"], mesh
     ),
     preprocess=weights.preprocess,
     mistakes=mistakes,
   )(sharding.replicate(mesh, jax.tree.map(np.asarray, model.params)))
   return Details(
-    checkpoint=weights.source,
-    step=int(weights.source.rsplit("/", 1)[-1]),
+    checkpoint="/".join(weights.source.split("/")[-2:]),
     dataset=dataset,
-    split=config.eval.split,
+    split=split,
     class_names=test.class_names,
     multilabel=test.multilabel,
     tally=tally,
@@ -154,14 +154,15 @@ def _show(model, mistakes):
     attention = None
     if make_map:
       # One by one: the weights of a large model's layers are gigabytes.
-      seen = make_map(normalize(mistake.pixels[None])).maps[0]
-      attention = encode(attention_maps.overlay(mistake.pixels, seen))
+      seen = make_map(normalize(mistake.pixels[None])).maps
+      overlaid = attention_maps.overlay(mistake.pixels, np.asarray(seen[0]))
+      attention = encode(overlaid)
     shown.append(Mistake(mistake, encode(mistake.pixels), attention))
   return shown
 
 
 def encode(pixels: np.ndarray) -> Picture:
-  """Returns u8[h w 3] as a picture for the page, made smaller if it is large."""
+  """Returns u8[h w 3] as a picture for the page, a large one smaller."""
   image = Image.fromarray(pixels)
   small = max(image.size) <= _PICTURE // 2
   image.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vit_jax
-from vit_jax.metrics import duration
 from vit_jax.report import charts, results
 from vit_jax.report.details import Details
 from vit_jax.report.runs import (
@@ -95,8 +94,8 @@ def make_page(
   if left_out:
     note = tag(
       "p",
-      f"The test sets of {left_out} more runs were not looked at: name a run to "
-      "see its mistakes.",
+      f"The test sets of {left_out} more runs were not looked at: give their "
+      "folders to see their mistakes.",
     )
   body = [
     tag("a", "Skip to the report", class_="skip", href="#report"),
@@ -153,15 +152,17 @@ def make_page(
 def _tell_runs(runs):
   head = ("", "State", "Result", "Model", "Trained on", "Tested on", "Weights")
   rows = [(run.name, *_describe(run)) for run in runs]
+  kind = None
   if len(runs) <= _BESIDE:
     head, rows = transpose(head, rows)
+    kind = "facts"
   notes = [
     tag("p", tag("strong", f"{run.name}: "), note)
     for run in runs
     for note in run.notes
   ]
   folders = tag("p", "Folders: ", join((show_path(r.path) for r in runs), ", "))
-  return join([table("What was trained", head, rows), *notes, folders])
+  return join([table("What was trained", head, rows, kind), *notes, folders])
 
 
 def show_path(path) -> Raw:
@@ -178,9 +179,7 @@ def _describe(run):
       f"{run.step:,} of {run.total_steps:,} steps: in progress, or stopped"
     )
   size = config["image_size"]
-  size = (
-    "\u00a0×\u00a0".join(map(str, size)) if isinstance(size, list) else size
-  )
+  size = " x ".join(map(str, size)) if isinstance(size, list) else size
   task = ""
   if run.objective != "classification":
     task = f", {run.objective.replace('_', ' ')}"
@@ -237,8 +236,8 @@ def _draw_curves(runs):
     parts.append(
       tag(
         "p",
-        f"The first {charts.COLOURS} runs of the table have colours; the others "
-        "are grey.",
+        f"The first {charts.COLOURS} runs of the table have colours, the "
+        "others are grey.",
       )
     )
   for kind, members in kinds.items():
@@ -256,7 +255,7 @@ def _find_kind(run):
 
 
 def _draw_kind(members):
-  found = {name: 0 for name in _TITLES}
+  found = dict.fromkeys(_TITLES, 0)
   for run, _ in members:
     for name, values in run.series.items():
       found[name] = max(found.get(name, 0), len(values))
@@ -273,7 +272,7 @@ def _draw_kind(members):
   return parts
 
 
-def _title(name):
+def _title(name: str) -> str:
   return _TITLES.get(name, name)
 
 
@@ -297,8 +296,8 @@ def _draw_figure(name, members):
     tag(
       "li",
       Raw(charts.draw_sample(style)),
-      f"{run.name}: ",
-      tag("b", show_metric(name.partition("/")[2], run.last(name))),
+      run.name,
+      *_tell_last(run, name),
     )
     for run, style in drawn
     if style is not None
@@ -307,7 +306,16 @@ def _draw_figure(name, members):
     "figure",
     tag("figcaption", tag("strong", _title(name)), remark),
     Raw(chart.svg),
-    tag("ul", *legend, class_="legend", aria_label="Last values"),
+    tag("ul", *legend, class_="legend"),
+  )
+
+
+def _tell_last(run, name):
+  """Returns what stands behind a run's name; the last speed says nothing."""
+  if name == SPEED:
+    return ()
+  return " ends at ", tag(
+    "b", show_metric(name.partition("/")[2], run.last(name))
   )
 
 
@@ -329,12 +337,12 @@ def _tell_cost(runs):
   if len(runs) <= _BESIDE:
     head, rows = transpose(head, rows)
   note = (
-    "Estimated from the steps and the speeds of metrics.jsonl: the training "
-    "steps and their compilation alone, without starting, evaluating and saving. "
-    "The mean is that of all images over all of this time; the lowest speed is "
-    "often that of the first interval, which compiles. ExaFLOPs are six times "
-    "the multiply-adds of the model's forward pass for each image seen, as the "
-    "paper counts them; none of the tests is in them."
+    "Times are estimated from the steps and speeds in metrics.jsonl: they are "
+    "those of the training steps and their compilation, without starting, "
+    "evaluating and saving. The mean speed is all images over all of this "
+    "time; the first interval is slow because it compiles. ExaFLOPs are six "
+    "times the multiply-adds of the model's forward pass for each image seen, "
+    "as the paper counts them; evaluations are not in them."
   )
   return join([table("Speed and cost of each run", head, rows), tag("p", note)])
 
@@ -352,10 +360,18 @@ def _describe_cost(run):
     f"{speed.mean:,.0f}",
     f"{speed.least:,.0f} to {speed.most:,.0f}",
     f"{speed.devices}" if speed.devices else "unknown",
-    duration(speed.seconds),
-    f"{speed.device_seconds / 3600:.3g} hours",
+    show_time(speed.seconds),
+    show_time(speed.device_seconds) if speed.devices else "unknown",
     cost,
   )
+
+
+def show_time(seconds: float) -> str:
+  """Returns an estimated time, two or three digits of it."""
+  for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+    if seconds >= 2 * length:
+      return f"{seconds / length:,.3g} {unit}"
+  return f"{seconds:.2g} seconds"
 
 
 # --- configurations ---

@@ -1,4 +1,4 @@
-"""One run's test set: what is right by class, what is mixed up, what is worst."""
+"""One run's test set: right by class, mixed up, most confidently wrong."""
 
 import collections
 
@@ -7,7 +7,6 @@ from vit_jax.report.runs import Run
 from vit_jax.report.tags import (
   Raw,
   bar,
-  escape,
   fold,
   image,
   join,
@@ -21,6 +20,8 @@ _FEW = 20
 # Of more classes: the rows that are shown, and those that can be unfolded.
 _WORST = 20
 _FOLDED = 2000
+# An image's labels that are shown at once.
+_FEW_LABELS = 3
 
 
 def tell(run: Run, found: Details | str) -> Raw:
@@ -61,14 +62,14 @@ def _tell_total(run, found):
     beside = "The run itself measured the same."
   else:
     beside = (
-      f"The run itself measured {percent(measured)}: on other devices or in "
-      "other batches a close decision may fall the other way; otherwise the data "
-      "have changed."
+      f"The run itself measured {percent(measured)}: on other devices a close "
+      "decision may fall the other way, or the data have changed."
     )
   return tag(
     "p",
-    f"{found.dataset}, {found.split}, with the weights of step {found.step:,}: "
-    f"{tally.correct:,} of {images} right, ",
+    f"{found.dataset}, {found.split}, with the weights of ",
+    tag("code", found.checkpoint),
+    f": {tally.correct:,} of {images} right, ",
     tag("strong", f"{name} {percent(share)}"),
     f". {beside}",
   )
@@ -100,10 +101,15 @@ def _tell_classes(found):
       n, given = min(wrong[label])
       taken_for = f"{found.class_names[given]} ({-n:,})"
     share = right / count
-    cells = (f"{right:,} of {count:,}", bar(share, percent(share)), taken_for)
-    rows.append((share, (name, *cells)))
+    cells = (_of(right, count), bar(share, percent(share)), taken_for)
+    rows.append((share, count, (name, *cells)))
   head = ("Class", "Right", "Accuracy", "Most often taken for")
-  return _show_rows(found, rows, head, absent, "has no image in the test set")
+  why = "without an image in the test set"
+  return _show_rows(found, rows, head, absent, why)
+
+
+def _of(right, count):
+  return f"{right:,} of {count:,}".replace(" ", "\u00a0")
 
 
 def _tell_given(found):
@@ -115,32 +121,34 @@ def _tell_given(found):
     if not count:
       absent += 1
       continue
-    share = pairs[label, label] / count
+    right = pairs[label, label]
+    share = right / count
     cells = (
-      f"{pairs[label, label]:,} of {count:,}",
+      _of(right, count),
       bar(share, percent(share)),
     )
-    rows.append((share, (name, *cells)))
+    rows.append((share, count, (name, *cells)))
   head = ("Top class", "Among the labels", "Share")
-  return _show_rows(found, rows, head, absent, "is never the top class")
+  return _show_rows(found, rows, head, absent, "never the top class")
 
 
 def _show_rows(found, rows, head, absent, why):
   """Returns a table of all classes, of many the worst ones first."""
   parts = []
   if len(rows) <= _FEW:
-    parts.append(table("Each class", head, [row for _, row in rows]))
+    parts.append(table("Each class", head, [row for *_, row in rows]))
   else:
-    rows.sort(key=lambda row: row[0])
-    worst = [row for _, row in rows[:_WORST]]
+    # Of equal ones those with more images say more.
+    rows.sort(key=lambda row: (row[0], -row[1]))
+    worst = [row for *_, row in rows[:_WORST]]
     parts.append(table(f"The lowest {_WORST} of {len(rows):,}", head, worst))
-    rest = [row for _, row in rows[_WORST:_FOLDED]]
+    rest = [row for *_, row in rows[_WORST:_FOLDED]]
     summary = f"{len(rest):,} more classes"
     if rest:
       parts.append(fold(summary, table(summary, head, rest)))
   if absent:
-    classes = "1 class" if absent == 1 else f"{absent:,} classes"
-    parts.append(tag("p", f"Left out: {classes} that {why}."))
+    total = len(found.class_names)
+    parts.append(tag("p", f"Left out: {absent:,} of {total:,} classes, {why}."))
   return join(parts)
 
 
@@ -207,8 +215,10 @@ def _tell_mistakes(found):
 def _draw_mistake(found, mistake):
   about = mistake.found
   names = [found.class_names[label] for label in about.labels]
-  is_named = ", ".join(names)
-  pictures = [image(mistake.picture, f"Test image {about.index}: {is_named}")]
+  what = (
+    ", ".join(names) if len(names) <= _FEW_LABELS else (f"{len(names)} labels")
+  )
+  pictures = [image(mistake.picture, f"Test image {about.index}: {what}")]
   if mistake.attention:
     pictures.append(
       image(mistake.attention, "The same, dark where the model did not look")
@@ -218,13 +228,26 @@ def _draw_mistake(found, mistake):
     "figcaption",
     "Taken for ",
     tag("strong", found.class_names[about.given]),
-    f" with {about.probability:.1%}".replace("%", "\u00a0%"),
+    f" with {_show_probability(about.probability)}",
     Raw("<br>"),
-    "Is ",
-    tag("strong", is_named),
-    f", which got {about.label_probability:.1%}".replace("%", "\u00a0%"),
+    *_tell_labels(names, _show_probability(about.label_probability)),
     Raw("<br>"),
-    tag("small", escape(f"Test image {about.index:,}")),
+    tag("small", f"Test image {about.index:,}"),
   )
   kind = "pictures small" if small else "pictures"
   return tag("figure", tag("div", *pictures, class_=kind), caption)
+
+
+def _tell_labels(names, probability):
+  """Returns what an image is; a long list of labels is folded."""
+  if len(names) == 1:
+    return "Is ", tag("strong", names[0]), f", which got {probability}"
+  if len(names) <= _FEW_LABELS:
+    what = tag("strong", ", ".join(names))
+    return "Is ", what, f", the likeliest with {probability}"
+  summary = f"Has {len(names)} labels, the likeliest with {probability}"
+  return (fold(summary, ", ".join(names)),)
+
+
+def _show_probability(x):
+  return f"{x:.1%}".replace("%", "\u00a0%")

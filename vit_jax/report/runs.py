@@ -9,7 +9,7 @@ from vit_jax import checkpoint, models
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
 from vit_jax.paper import flops
-from vit_jax.paper.runs import walk
+from vit_jax.paper.runs import NEEDED, walk
 
 SPEED = "speed/images_per_second"
 _SPEED_PER_DEVICE = f"{SPEED}_per_device"
@@ -98,14 +98,17 @@ def _name(paths):
     return [paths[0].rstrip("/").split("/")[-1]]
   common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
   names = [os.path.relpath(p, common) if common else p for p in paths]
-  return [n if n != "." else p.split("/")[-1] for n, p in zip(names, paths)]
+  names = [common.split("/")[-1] if n == "." else n for n in names]
+  return names if len({*names}) == len(names) else paths
 
 
 def _is_run(path) -> bool:
   """Returns whether a folder is a run's; a converted checkpoint is none."""
   written = _parse_config(path / "config.json")
-  config = written.get("config", {})
-  return "total_steps" in written and "train" in config
+  config = written.get("config")
+  if not isinstance(config, dict) or "total_steps" not in written:
+    return False
+  return configuration.flatten(config).keys() >= NEEDED
 
 
 def _parse_config(file):
