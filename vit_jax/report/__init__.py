@@ -59,8 +59,7 @@ def _check_out(file, out):
   """Raises a UserError now, not after minutes, if `out` cannot be written."""
   if file.exists():
     raise UserError(
-      f"{out} exists; nothing is overwritten, give another name: "
-      f"--out={file.stem}2.html"
+      f"{out} exists; nothing is overwritten, give another one with --out="
     )
   if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
     raise UserError(

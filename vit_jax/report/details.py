@@ -113,7 +113,11 @@ def _look(run, data_dir, mistakes):
   if not dataset:
     dataset = data.parse_mixture(config["train.dataset"])[0][0]
   split = config["eval.split"]
-  test = data.get_source(dataset, split, data_dir or config["data_dir"])
+  try:
+    test = data.get_source(dataset, split, data_dir or config["data_dir"])
+  except UserError as e:
+    hint = "" if data_dir else "; or say where it is with --data_dir"
+    raise UserError(f"{e}{hint}") from e
   weights = pretrained.read(str(run.path))
   if weights.class_names != test.class_names:
     raise UserError(

@@ -334,8 +334,10 @@ def _tell_cost(runs):
     "ExaFLOPs, counted",
   )
   rows = [(run.name, *_describe_cost(run)) for run in runs]
+  kind = None
   if len(runs) <= _BESIDE:
     head, rows = transpose(head, rows)
+    kind = "facts"
   note = (
     "Times are estimated from the steps and speeds in metrics.jsonl: they are "
     "those of the training steps and their compilation, without starting, "
@@ -344,7 +346,9 @@ def _tell_cost(runs):
     "times the multiply-adds of the model's forward pass for each image seen, "
     "as the paper counts them; evaluations are not in them."
   )
-  return join([table("Speed and cost of each run", head, rows), tag("p", note)])
+  return join(
+    [table("Speed and cost of each run", head, rows, kind), tag("p", note)]
+  )
 
 
 def _describe_cost(run):
@@ -370,8 +374,8 @@ def show_time(seconds: float) -> str:
   """Returns an estimated time, two or three digits of it."""
   for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
     if seconds >= 2 * length:
-      return f"{seconds / length:,.3g} {unit}"
-  return f"{seconds:.2g} seconds"
+      return f"{seconds / length:,.1f} {unit}"
+  return f"{seconds:.0f} seconds"
 
 
 # --- configurations ---

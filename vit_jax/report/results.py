@@ -229,9 +229,7 @@ def _draw_mistake(found, mistake):
     "Taken for ",
     tag("strong", found.class_names[about.given]),
     f" with {_show_probability(about.probability)}",
-    Raw("<br>"),
-    *_tell_labels(names, _show_probability(about.label_probability)),
-    Raw("<br>"),
+    _tell_labels(names, _show_probability(about.label_probability)),
     tag("small", f"Test image {about.index:,}"),
   )
   kind = "pictures small" if small else "pictures"
@@ -241,12 +239,13 @@ def _draw_mistake(found, mistake):
 def _tell_labels(names, probability):
   """Returns what an image is; a long list of labels is folded."""
   if len(names) == 1:
-    return "Is ", tag("strong", names[0]), f", which got {probability}"
+    what = tag("strong", names[0])
+    return tag("div", "Is ", what, f", which got {probability}")
   if len(names) <= _FEW_LABELS:
     what = tag("strong", ", ".join(names))
-    return "Is ", what, f", the likeliest with {probability}"
+    return tag("div", "Is ", what, f", the likeliest with {probability}")
   summary = f"Has {len(names)} labels, the likeliest with {probability}"
-  return (fold(summary, ", ".join(names)),)
+  return fold(summary, ", ".join(names))
 
 
 def _show_probability(x):

@@ -1,5 +1,6 @@
 """Run folders, as far as a report tells of them."""
 
+import functools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 from vit_jax import checkpoint, models
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
+from vit_jax.models import variants
 from vit_jax.paper import flops
 from vit_jax.paper.runs import NEEDED, walk
 
@@ -211,18 +213,23 @@ def count_exaflops(run: Run) -> tuple[float | None, str]:
     return None, "not counted for masked patches"
   config = run.written["config"]
   try:
-    # In float32 FLOPs are counted, see `paper.flops`; a loop is traced once.
-    model = models.create(
-      num_classes=len(run.written["class_names"]),
-      image_size=_as_size(config["image_size"]),
-      **{**config["model"], "dtype": "float32"},
+    size = config["image_size"]
+    multiply_adds = _count_multiply_adds(
+      tuple(size) if isinstance(size, list) else size,
+      len(run.written["class_names"]),
+      json.dumps(config["model"]),
     )
-    multiply_adds = flops.count_forward(model)
   except (UserError, KeyError, TypeError) as e:
     return None, f"this model cannot be counted: {e}"
   images = run.step * config["batch_size"]
   return flops.count_exaflops(multiply_adds, images), ""
 
 
-def _as_size(size):
-  return tuple(size) if isinstance(size, list) else size
+@functools.cache
+def _count_multiply_adds(image_size, num_classes, options):
+  """Counts a model once, however many runs have it; see `paper.flops`."""
+  options = json.loads(options)
+  if variants.parse(options["variant"]).encoder:
+    options["scan"] = True
+  options |= {"dtype": "float32", "num_classes": num_classes}
+  return flops.count_forward(models.create(image_size=image_size, **options))
