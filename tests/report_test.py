@@ -342,7 +342,7 @@ def test_the_page_says_what_was_counted(text):
   assert "The run itself measured 97.50\u00a0%" in text
   keys = {row[0] for row in rows}
   assert {"few", "many", "multi", "none"} <= keys  # the runs, as rows
-  assert ["", "loss.name", "schedule.base_lr", "seed"] in rows
+  assert ["Run", "loss.name", "schedule.base_lr", "seed"] in rows
   assert ["many", "sigmoid", "0.5", "0"] in rows
 
 

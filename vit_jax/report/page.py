@@ -150,7 +150,15 @@ def make_page(
 
 
 def _tell_runs(runs):
-  head = ("", "State", "Result", "Model", "Trained on", "Tested on", "Weights")
+  head = (
+    "Run",
+    "State",
+    "Result",
+    "Model",
+    "Trained on",
+    "Tested on",
+    "Weights",
+  )
   rows = [(run.name, *_describe(run)) for run in runs]
   kind = None
   if len(runs) <= _BESIDE:
@@ -324,7 +332,7 @@ def _tell_last(run, name):
 
 def _tell_cost(runs):
   head = (
-    "",
+    "Run",
     "Images seen",
     "Images/s, mean",
     "Images/s, lowest to highest",
@@ -361,8 +369,8 @@ def _describe_cost(run):
     return images, unknown, unknown, unknown, unknown, unknown, cost
   return (
     images,
-    f"{speed.mean:,.0f}",
-    f"{speed.least:,.0f} to {speed.most:,.0f}",
+    charts.format_value(speed.mean),
+    f"{charts.format_value(speed.least)} to {charts.format_value(speed.most)}",
     f"{speed.devices}" if speed.devices else "unknown",
     show_time(speed.seconds),
     show_time(speed.device_seconds) if speed.devices else "unknown",
@@ -393,14 +401,14 @@ def _compare(runs):
   elif not different:
     parts.append(tag("p", "The configurations are the same."))
   else:
-    head = ("", *(run.name for run in runs))
+    head = ("Key", *(run.name for run in runs))
     rows = [
       (tag("code", key), *(_show(config, key) for config in configs))
       for key in different
     ]
     caption = f"{len(different)} of {len(keys)} keys have different values"
     if len(runs) > _BESIDE:
-      head, rows = transpose(head, rows)
+      head, rows = transpose(("Run", *head[1:]), rows)
     parts.append(table(caption, head, rows))
   for run, config in zip(runs, configs, strict=True):
     rows = [(tag("code", key), _show(config, key)) for key in sorted(config)]

@@ -66,7 +66,7 @@ def table(
       class_=class_,
     ),
     class_="scroll",
-    role="region",
+    role="group",
     aria_label=caption,
     tabindex=0,  # so that arrow keys can move it
   )
