@@ -388,6 +388,19 @@ def test_of_many_runs_the_best_have_colours(tmp_path, monkeypatch):
   ]
 
 
+def test_a_file_that_came_meanwhile_is_left_alone(tmp_path, monkeypatch):
+  run, out = write_run(tmp_path / "run"), tmp_path / "report.html"
+
+  def look(*_):
+    out.write_text("mine")
+    return "not now"
+
+  monkeypatch.setattr(report_package, "look", look)
+  with pytest.raises(UserError, match="exists; nothing is overwritten"):
+    report([str(run)], str(out))
+  assert out.read_text() == "mine"
+
+
 def test_mistakes_of_users_are_one_line(tmp_path, capsys):
   run = str(write_run(tmp_path / "run"))
   out = tmp_path / "there.html"
