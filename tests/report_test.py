@@ -346,6 +346,20 @@ def test_the_page_says_what_was_counted(text):
   assert ["many", "sigmoid", "0.5", "0"] in rows
 
 
+def test_runs_of_very_different_lengths_share_a_relative_axis(tmp_path):
+  write_run(tmp_path / "runs" / "short", total_steps=40)
+  write_run(tmp_path / "runs" / "long", total_steps=400, steps=400)
+  runs = find_runs([str(tmp_path / "runs")])
+  text = page.make_page(runs, {run.name: "not now" for run in runs})
+  (figure,) = re.findall(r"<figure>.*Training loss.*?</figure>", text, re.S)[:1]
+  assert "percent of the run&#x27;s steps" in figure
+  ends = [
+    path.split("L")[-1].split()[0]
+    for path in re.findall(r'class="line c\d"[^>]* d="M([^"]{20,})"', figure)
+  ]
+  assert ends == ["350.0", "350.0"]
+
+
 @pytest.mark.parametrize(
   ("overrides", "words"),
   [

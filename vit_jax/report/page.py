@@ -56,24 +56,25 @@ _BESIDE = 3
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def make_page(
-  runs: Sequence[Run],
-  looks: dict[str, Details | str],
-  date: datetime.date | None = None,
-) -> str:
+_HEAD = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+"""
+
+
+def make_page(runs: Sequence[Run], looks: dict[str, Details | str]) -> str:
   """Returns the page as HTML.
 
   Args:
     runs: to tell of, at least one; the first `charts.COLOURS` have colours.
     looks: by the names of the runs that were looked at: what was found, or why
       nothing was.
-    date: of the report; default: today.
   """
-  title = (
-    f"Report: {runs[0].name}"
-    if len(runs) == 1
-    else "Report: " + (f"{len(runs)} runs")
-  )
   sections = [
     ("runs", "Runs", _tell_runs(runs)),
     ("curves", "Curves", _draw_curves(runs)),
@@ -85,64 +86,46 @@ def make_page(
       if run.name in looks
     ),
   ]
+  title = f"Report: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
+  main = [_make_section(*section) for section in sections]
+  left_out = len(runs) - len(looks)
+  if left_out:
+    note = (
+      f"The test sets of {left_out} more runs were not looked at: give their "
+      "folders to see their mistakes."
+    )
+    main.append(tag("p", note))
+  style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+  body = [
+    tag("a", "Skip to the report", class_="skip", href="#report"),
+    _make_header(title, sections),
+    tag("main", *main, id="report", tabindex=-1),
+  ]
+  head = [tag("title", title), tag("style", Raw(f"\n{style}")), "</head>"]
+  return _HEAD + "\n".join([*head, tag("body", join(body)), "</html>\n"])
+
+
+def _make_header(title, sections):
   links = [
     tag("li", tag("a", heading, href=f"#{name}"))
     for name, heading, _ in sections
   ]
-  left_out = len(runs) - len(looks)
-  note = ""
-  if left_out:
-    note = tag(
-      "p",
-      f"The test sets of {left_out} more runs were not looked at: give their "
-      "folders to see their mistakes.",
-    )
-  body = [
-    tag("a", "Skip to the report", class_="skip", href="#report"),
-    tag(
-      "header",
-      tag("h1", title),
-      tag(
-        "p",
-        f"Made by vit_jax {vit_jax.__version__} on "
-        f"{date or datetime.date.today():%Y-%m-%d}.",
-      ),
-      tag("nav", tag("ul", *links), aria_label="Sections"),
-    ),
-    tag(
-      "main",
-      *(
-        tag(
-          "section",
-          tag("h2", heading, id=f"{name}-heading"),
-          content,
-          id=name,
-          aria_labelledby=f"{name}-heading",
-        )
-        for name, heading, content in sections
-      ),
-      note,
-      id="report",
-      tabindex=-1,
-    ),
-  ]
-  style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-  return "\n".join(
-    [
-      "<!DOCTYPE html>",
-      '<html lang="en">',
-      "<head>",
-      '<meta charset="utf-8">',
-      f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      '<meta name="color-scheme" content="light dark">',
-      '<link rel="icon" href="data:,">',
-      tag("title", title),
-      f"<style>\n{style}</style>",
-      "</head>",
-      tag("body", join(body)),
-      "</html>\n",
-    ]
+  today = f"{datetime.date.today():%Y-%m-%d}"
+  return tag(
+    "header",
+    tag("h1", title),
+    tag("p", f"Made by vit_jax {vit_jax.__version__} on {today}."),
+    tag("nav", tag("ul", *links), aria_label="Sections"),
+  )
+
+
+def _make_section(name, heading, content):
+  return tag(
+    "section",
+    tag("h2", heading, id=f"{name}-heading"),
+    content,
+    id=name,
+    aria_labelledby=f"{name}-heading",
   )
 
 
