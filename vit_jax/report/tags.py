@@ -60,7 +60,7 @@ def table(
     "div",
     tag(
       "table",
-      tag("caption", caption),
+      tag("caption", tag("span", caption)),
       tag("thead", tag("tr", *top)),
       tag("tbody", join(body)),
       class_=class_,
