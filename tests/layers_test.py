@@ -31,6 +31,7 @@ _LAYERS = (
     "convert",
     "bench",
     "plan",
+    "report",
   ),
   # These run or read the commands of the line before.
   ("quickstart", "jobs", "preflight", "demo"),

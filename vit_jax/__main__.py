@@ -199,6 +199,16 @@ def _make_parser():
 
   _add_figures(add("figures", _figures, "the paper's figures, of any weights"))
 
+  report = add("report", _report, "one page of HTML on runs, to look at")
+  report.add_argument(
+    "workdirs",
+    nargs="+",
+    metavar="WORKDIR",
+    help="a run folder, or one with runs below it",
+  )
+  report.add_argument("--out", default="report.html", help="the file to write")
+  _add_data_dir(report)
+
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
     required=True, metavar="ACTION", parser_class=_Parser
@@ -793,6 +803,13 @@ def _figures(args):
     image_size=args.image_size,
   )
   print("\n".join(written))
+
+
+def _report(args):
+  from vit_jax.report import report
+
+  file = report(args.workdirs, args.out, args.data_dir)
+  print(f"{file}: {file.stat().st_size / 1e3:,.0f} kB")
 
 
 def _data_list(args):
