@@ -71,6 +71,7 @@ setuptools.setup(
       "torch>=2.8",
       "transformers>=5.0",
     ],
+    "docs": ["furo>=2025.9.25", "myst-parser>=5.0", "sphinx>=9.0"],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",
