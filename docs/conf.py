@@ -5,9 +5,13 @@ configuration keys, configuration files, published names) is written into them
 by reference.py while the site is built.
 """
 
+import os
 import sys
 from pathlib import Path
 
+# As the command line does it, so that a build says nothing but warnings.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

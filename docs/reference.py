@@ -27,6 +27,8 @@ _WIDTH = "80"  # columns of a usage line
 
 def setup(app):
   app.connect("source-read", _fill_page)
+  # Before napoleon, which turns sections into markup.
+  app.connect("autodoc-process-docstring", _protect, priority=100)
   # A page that has not changed may still say something else than before.
   app.connect("env-get-outdated", _list_filled)
   return {"parallel_read_safe": True}
@@ -42,6 +44,23 @@ def _list_filled(app, env, *_):
     for name in env.found_docs
     if _MARK.search(Path(env.doc2path(name)).read_text(encoding="utf-8"))
   ]
+
+
+def _protect(app, what, name, thing, options, lines):
+  """Has a docstring's text shown as it is: it was not written as markup."""
+  out = []
+  for line in lines:
+    begins = line.startswith("  ") and out and not out[-1].strip()
+    before = next((x for x in reversed(out) if x.strip()), "")
+    if begins and not before.startswith(" ") and not before.endswith(":"):
+      out += ["::", ""]  # what is indented by itself is code
+    out.append(line)
+  code = False
+  for i, line in enumerate(out):
+    code = line == "::" or (code and (not line or line.startswith(" ")))
+    if not code:
+      out[i] = _outside_code(r"([*|])", line)
+  lines[:] = out
 
 
 def fill(text: str) -> str:
@@ -321,12 +340,14 @@ def _format_table(head, rows) -> list[str]:
 
 def _escape(text):
   """Keeps the text of a table's cell as it is; `code` is code."""
-  *pairs, last = re.split("(`[^`]*`)", text)
+  return _outside_code(r"([<>*_\[\]])", _keep_pipes(text))
+
+
+def _outside_code(characters, text):
+  """Escapes characters that do not stand between backticks."""
   return "".join(
-    _keep_pipes(part)
-    if part.startswith("`")
-    else re.sub(r"([|<>*_\[\]])", r"\\\1", part)
-    for part in (*pairs, last)
+    part if part.startswith("`") else re.sub(characters, r"\\\1", part)
+    for part in re.split("(`[^`]*`)", text)
   )
 
 
