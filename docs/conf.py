@@ -30,6 +30,7 @@ extensions = [
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
+smartquotes = False  # "--" is an option here, not a dash
 
 # Docstrings put code between single backticks.
 default_role = "code"

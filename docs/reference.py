@@ -69,8 +69,18 @@ def fill(text: str) -> str:
 
 
 def point_out(text: str) -> str:
-  """Lets links to files that are not of the site lead to the repository."""
-  return re.sub(r"\]\(\.\./", f"]({PUBLIC}/", text)
+  """Lets what is not of the site lead to the repository.
+
+  That is links to its files, and the names of tests, which read as sentences.
+  """
+  text = re.sub(r"\]\(\.\./", f"]({PUBLIC}/", text)
+  return re.sub(r"`(tests/\w+\.py)(?:::test_(\w+))?`", _link_test, text)
+
+
+def _link_test(found):
+  file, test = found.groups()
+  name = test.replace("_", " ") if test else f"`{file}`"
+  return f"[{name}]({PUBLIC}/{file})"
 
 
 # --- the commands ---
