@@ -443,10 +443,9 @@ def project(tmp_path_factory):
   _lay_out_weights(project)
   for name in ("jft_like", "digits"):
     project.call("data", "prepare", name, "--data_dir=data")
-  quickstart = project.folder / "runs" / "quickstart"
-  quickstart.mkdir(parents=True)
-  # In a place of its own: `data prepare` is among what is tried.
-  shutil.move(project.folder / "data", quickstart / "data")
+  shutil.copytree(
+    project.folder / "data", project.folder / "runs/quickstart/data"
+  )
   for half, rest in (
     ("pretrain", ()),
     ("finetune", ("--config.init_from=runs/quickstart/pretrain",)),
@@ -505,7 +504,7 @@ def _lay_out_weights(project):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", _RUN)
+@pytest.mark.parametrize("text", _RUN, ids=str)
 def test_a_command_runs(text, project):
   command = next(c for c in _list_commands() if c.text == text)
   project.call(*command.words[1:], *_RUN[text])
