@@ -44,6 +44,7 @@ setuptools.setup(
     "flax>=0.12",
     "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
     "jax>=0.10",
+    "matplotlib>=3.10",
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
@@ -72,6 +73,8 @@ setuptools.setup(
       "transformers>=5.0",
     ],
     "docs": ["furo>=2025.9.25", "myst-parser>=5.0", "sphinx>=9.0"],
+    "demo": ["gradio>=6.0"],
+    "browser": ["playwright>=1.50"],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

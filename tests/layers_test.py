@@ -17,13 +17,14 @@ _LAYERS = (
   ("models", "optim", "sharding", "data", "lifeline"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
-  ("evaluators", "paper"),
+  ("evaluators", "paper", "attention_maps"),
   ("tasks",),
   (
     "train",
     "evaluate",
     "linear",
     "tables",
+    "figures",
     "predict",
     "datasets",
     "inspect",
@@ -49,6 +50,7 @@ _CONTAINED = {
   "clu": {"metrics", "train"},  # train prints its parameter overview
   "tensorboard": {"metrics"},
   "orbax": {"checkpoint"},
+  "matplotlib": {"figures"},
   "torch": {"bench"},  # in processes that run nothing else
   "timm": {"bench"},
 }
