@@ -112,6 +112,9 @@ _RUN: dict[str, tuple[str, ...]] = {
   "--workdir=runs/rates --config.data_dir=runs/quickstart/data "
   "--config.init_from=runs/quickstart/pretrain "
   "--grid=schedule.base_lr=0.02,0.05 --seeds=2": _TINY,
+  "vit-jax figures --checkpoint=runs/quickstart/finetune --out=figures "
+  "runs/quickstart/images/*.png": (),
+  "vit-jax figures --runs=runs --out=figures_of_runs": (),
   "vit-jax tables": (),
   "vit-jax tables table5 --runs=runs": (),
   "vit-jax tables table5 --runs=runs --commands": (),
@@ -433,7 +436,13 @@ class Project:
     return done.stdout
 
   def call(self, *words):
-    return self.run("-m", "vit_jax", *words)
+    """Runs vit-jax; `*` in a word stands for files, as in a shell."""
+    expanded = []
+    for word in words:
+      pattern = "*" in word and not word.startswith("-")
+      files = self.folder.glob(word) if pattern else ()
+      expanded += sorted(map(str, files)) or [word]
+    return self.run("-m", "vit_jax", *expanded)
 
 
 @pytest.fixture(scope="module")
