@@ -71,7 +71,7 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax predict --checkpoint=ViT-B_16.npz --class_names=names.txt "
   "cat.jpg": (),
   "vit-jax evaluate --workdir=runs/quickstart/finetune": (),
-  "vit-jax convert runs/quickstart/finetune digits_hf --to=hf": (),
+  "vit-jax convert runs/quickstart/finetune digits_timm --to=timm": (),
   "vit-jax convert ViT-B_16.npz out --to=hf": (),
   "vit-jax linear --checkpoint=runs/quickstart/pretrain --dataset=digits "
   "--data_dir=runs/quickstart/data --shots=5,10,all": (),
@@ -84,7 +84,6 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax data build tagged --images=tagged_images --labels=tags.csv "
   "--holdout=0.1 --data_dir=data": ("--workers=1",),
   "vit-jax data check tagged --data_dir=data": (),
-  "vit-jax data check vtab:resisc45 --data_dir=data": (),
   "vit-jax preflight --config=configs/quickstart_pretrain.py "
   "--workdir=runs/preflighted --config.data_dir=runs/quickstart/data": (),
   "vit-jax train --config=configs/photos.py --workdir=runs/photos": _SMALL,
@@ -125,6 +124,10 @@ _RUN: dict[str, tuple[str, ...]] = {
 }
 # What other tests run, in small or with what it needs played.
 _TESTED = {
+  "vit-jax data check vtab:resisc45 --data_dir=data": (
+    "tests/data_tasks_test.py::"
+    "test_check_says_what_is_fetched_by_hand_and_where_it_goes"
+  ),
   "vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini "
   "--tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data": (
     "tests/vtab_test.py::test_a_task_with_the_real_train"
