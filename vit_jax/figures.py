@@ -132,7 +132,10 @@ def make_figures(
         raise UserError(f"--only={name}: {e}") from e
       log.info("%s: left out: %s", name, e)
       continue
-    _write(drawing, paths)
+    try:
+      _write(drawing, paths)
+    except OSError as e:
+      raise UserError(f"--out={out}: cannot be written: {e.strerror}") from e
     written += map(str, paths)
   return written
 
@@ -181,10 +184,14 @@ def _replace(path, write: Callable[[Path], Any]):
 
 def _read(source, images, image_size) -> Checkpoint:
   """Loads a checkpoint, runs it, and forgets it but for what is drawn."""
-  model = pretrained.load(source, image_size=image_size)
+  weights = pretrained.read(source)
+  model = pretrained.assemble(weights, image_size=image_size)
   about = model.config
+  recipe = weights.preprocess
+  if about.image_size != weights.image_size:
+    recipe = preprocess.rescale(recipe, weights.image_size, about.image_size)
   pixels = [
-    preprocess.preprocess_image(image, about.preprocess, about.image_size)
+    preprocess.preprocess_image(image, recipe, about.image_size)
     for image in images
   ]
   looks, titles = None, ["" for _ in images]
