@@ -87,8 +87,6 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax preflight --config=configs/quickstart_pretrain.py "
   "--workdir=runs/preflighted --config.data_dir=runs/quickstart/data": (),
   "vit-jax train --config=configs/photos.py --workdir=runs/photos": _SMALL,
-  "vit-jax sweep --config=configs/photos.py --workdir=runs/photos_rates "
-  "--seeds=1 --grid=schedule.base_lr=0.001,0.003,0.01,0.03": _SMALL,
   "vit-jax evaluate --workdir=runs/photos": (),
   "vit-jax predict --checkpoint=runs/photos cat.jpg --top=3": (),
   "vit-jax convert runs/photos photos_hf --to=hf": (),
@@ -124,6 +122,10 @@ _RUN: dict[str, tuple[str, ...]] = {
 }
 # What other tests run, in small or with what it needs played.
 _TESTED = {
+  "vit-jax sweep --config=configs/photos.py --workdir=runs/photos_rates "
+  "--seeds=1 --grid=schedule.base_lr=0.001,0.003,0.01,0.03": (
+    "tests/sweep_test.py::test_the_real_train_goes_on_too"
+  ),
   "vit-jax data check vtab:resisc45 --data_dir=data": (
     "tests/data_tasks_test.py::"
     "test_check_says_what_is_fetched_by_hand_and_where_it_goes"
@@ -134,6 +136,9 @@ _TESTED = {
   ),
   "vit-jax bench input --needs=20000": (
     "tests/bench_test.py::test_input_of_what_is_made"
+  ),
+  "vit-jax demo --checkpoint=runs/quickstart/finetune": (
+    "tests/demo_test.py::test_uploads_are_judged_as_by_predict"
   ),
   "make quickstart": "tests/documents_test.py::test_the_quickstart",
 }
@@ -356,7 +361,16 @@ def _check_launch(words):
     _check_vit_jax(command)
 
 
+def _check_pip(words):
+  """Fails unless the extra that is to be installed is one."""
+  if words[:2] == ["install", "-e"]:
+    extra = re.fullmatch(r"\.\[(\w+)\]", words[2])
+    assert extra, words
+    assert f'"{extra[1]}": [' in (REPO / "setup.py").read_text(), words
+
+
 _CHECKS = {
+  "pip": _check_pip,
   "vit-jax": _check_vit_jax,
   "make": _check_make,
   "launch/tpu.py": _check_launch,
@@ -380,6 +394,7 @@ def test_commands_are_run_or_say_what_they_need():
     f"{command.place}: {command.text}"
     for command in _list_commands()
     if not command.marked
+    and not command.text.startswith("pip install -e ")
     and command.text not in {*_RUN, *_TESTED, *_BY_CI, "make hooks"}
   ]
   assert not loose, "add them to _RUN, or say above them what they need"
