@@ -321,12 +321,15 @@ def test_every_published_name_is_in_its_list():
 # --- commands ---
 
 
+_make_parser = functools.cache(cli._make_parser)
+
+
 def _check_vit_jax(words):
   """Fails unless the command line takes these words; runs nothing."""
   with_names = [w for w in words if w != "--help"]
   if not with_names:
     return
-  args, rest = cli._make_parser().parse_known_args(with_names)
+  args, rest = _make_parser().parse_known_args(with_names)
   overrides = cli._parse_overrides(rest)
   assert not overrides or args.run in cli._OVERRIDDEN, words
   specs = getattr(args, "config", None) or []
@@ -334,7 +337,10 @@ def _check_vit_jax(words):
   for grid in getattr(args, "grid", []):
     key, _, values = grid.partition("=")
     overrides[key] = values.split(",")[0]
-  for spec in [*specs, getattr(args, "final", None) or "configs/common.py"]:
+  specs = [*specs, *filter(None, [getattr(args, "final", None)])]
+  if overrides and not specs:
+    specs = ["configs/common.py"]
+  for spec in specs:
     config.load(_find_config(spec), overrides)
 
 
