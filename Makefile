@@ -8,6 +8,7 @@ INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
+INSTALLED_DOCS := .venv/installed-docs
 INSTALLED_BROWSER := .venv/installed-browser
 # Every core runs its own test files, in the order of tests/conftest.py; a
 # file's tests share what they set up.
@@ -17,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup quickstart test test-slow test-interop test-browser \
-  test-plan lint format hooks clean
+  test-plan docs lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
@@ -44,6 +45,9 @@ test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile
 
+docs: $(INSTALLED_DOCS)  ## build the documents' site: docs/_build/index.html
+	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -57,7 +61,7 @@ hooks: $(INSTALLED_DEV)  ## lint at each git commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove .venv and caches; runs/ and data sets stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are older than setup.py or constraints.txt when those have changed:
@@ -91,4 +95,8 @@ $(INSTALLED_BROWSER): $(INSTALLED)
 
 $(INSTALLED_PLAN): $(INSTALLED)
 	@$(INSTALL) --editable '.[plan]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@

@@ -73,6 +73,7 @@ setuptools.setup(
       "torch>=2.8",
       "transformers>=5.0",
     ],
+    "docs": ["furo>=2025.9.25", "myst-parser>=5.0", "sphinx>=9.0"],
     "demo": ["gradio>=6.0"],
     "browser": ["playwright>=1.50"],
     "dev": [

@@ -506,10 +506,14 @@ def _add_distributed(command):
     "Run the same command on each. On TPU pods and under Slurm --distributed "
     "is enough; elsewhere give all three of the others.",
   )
-  group.add_argument("--distributed", action="store_true")
-  group.add_argument("--coordinator", metavar="HOST:PORT")
-  group.add_argument("--num_processes", type=int)
-  group.add_argument("--process_id", type=int)
+  group.add_argument(
+    "--distributed", action="store_true", help="they find each other"
+  )
+  group.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+  )
+  group.add_argument("--num_processes", type=int, help="of the run, in all")
+  group.add_argument("--process_id", type=int, help="of this one, from 0")
   group.add_argument(
     "--start_timeout",
     type=float,
