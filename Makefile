@@ -6,6 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_EXPORT := .venv/installed-export
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
 # Every core runs its own test files, in the order of tests/conftest.py; a
@@ -15,8 +16,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop test-plan lint format \
-  hooks clean
+.PHONY: help setup quickstart test test-slow test-interop test-export test-plan \
+  lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
@@ -35,6 +36,9 @@ test-slow: $(INSTALLED)  ## only the tests that take minutes each
 
 test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 	@$(PYTEST) -m interop
+
+test-export: $(INSTALLED_EXPORT)  ## run exports without our code
+	@$(PYTEST) -m export
 
 # One after the other: a compilation has threads of its own, and gigabytes.
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
@@ -79,6 +83,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(INSTALLED_INTEROP): $(INSTALLED)
 	@$(INSTALL) --editable '.[interop]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
+	@touch $@
+
+$(INSTALLED_EXPORT): $(INSTALLED)
+	@$(INSTALL) --editable '.[export]'
 	@touch $@
 
 $(INSTALLED_PLAN): $(INSTALLED)

@@ -200,7 +200,7 @@ FORMATS = {
       "stablehlo",
       "model.stablehlo",
       _LIMIT,
-      ("jax",),
+      ("jax", "flatbuffers"),
       _write_stablehlo,
       _read_stablehlo,
     ),
