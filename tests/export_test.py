@@ -7,6 +7,7 @@ before.
 import importlib.metadata
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -41,22 +42,26 @@ _CLASSES = 5
 
 
 def _write_run(folder, variant):
-  """Writes a run folder with random weights, that of small logits."""
+  """Writes a run folder with random weights and small logits."""
   options, size, preprocess, loss = _MODELS[variant]
   options = {"variant": variant, "dtype": "float32", **options}
   model = models.create(num_classes=_CLASSES, image_size=size, **options)
   flat = flatten(random_params(model))
   # Else probabilities are zeros and ones, and show little.
   flat["head/kernel"] = flat["head/kernel"] / 4
+  return _write(folder, options, size, preprocess, loss, flat)
+
+
+def _write(folder, options, size, preprocess, loss, flat):
   params = {path: as_lazy(x) for path, x in flat.items()}
   weights = Weights(
     runs.ORIGIN,
     "random",
     options,
     size,
-    _CLASSES,
+    len(flat["head/bias"]),
     params,
-    class_names=list("abcde"),
+    class_names=list("abcde") if len(flat["head/bias"]) == 5 else None,
     preprocess=preprocess,
     loss=loss,
   )
@@ -348,12 +353,11 @@ def test_pictures_are_classified_as_by_predict(to, variant, sources, tmp_path):
 
 
 @pytest.mark.export
-@_formats
-def test_other_resolution(to, sources, tmp_path):
+def test_other_resolution(sources, tmp_path):
   out = tmp_path / "out"
-  export(sources[_VIT], str(out), to, image_size=56)
+  export(sources[_VIT], str(out), "stablehlo", image_size=56)
   batches, files = _draw_images(tmp_path, (56, 56))
-  found = _run_elsewhere(out, to, files)
+  found = _run_elsewhere(out, "stablehlo", files)
   logits = np.asarray(vit_jax.load(sources[_VIT], image_size=56)(batches[1]))
   difference = np.abs(found["logits1"] - logits).max()
   assert difference <= 1e-4 * logits.std()
@@ -370,10 +374,58 @@ def test_other_resolution(to, sources, tmp_path):
   ],
   ids=str,
 )
-@_formats
-def test_other_models(to, options, tmp_path, monkeypatch):
+def test_other_models_as_onnx(options, tmp_path, monkeypatch):
   monkeypatch.setitem(_MODELS, _VIT, (options, *_MODELS[_VIT][1:]))
   source = _write_run(tmp_path / "source", _VIT)
-  # It raises where logits differ.
-  about = export(source, str(tmp_path / "out"), to)
+  # It raises where logits differ. The other formats have JAX's own operations.
+  about = export(source, str(tmp_path / "out"), "onnx")
   assert about["parity"]["standard_deviation_of_logits"] > 0.01
+
+
+@pytest.fixture(scope="module")
+def vit_b(tmp_path_factory):
+  """A run folder with new weights of ViT-B_16, and a head that is not zero."""
+  folder = tmp_path_factory.mktemp("vit_b") / "run"
+  options = {"variant": "ViT-B_16", "dtype": "float32"}
+  model = models.create(num_classes=1000, image_size=224, **options)
+  flat = flatten(jax.jit(model.init)(jax.random.key(0)))
+  flat = {path: np.asarray(x) for path, x in flat.items()}
+  rng = np.random.default_rng(0)
+  flat["head/kernel"] = rng.normal(0, 0.02, (768, 1000)).astype(np.float32)
+  preprocess = "resize_small(256)|central_crop(size)"
+  return _write(folder, options, (224, 224), preprocess, "softmax", flat)
+
+
+@pytest.mark.export
+@_formats
+def test_vit_b_costs(to, vit_b, tmp_path):
+  """Prints README's table, with `pytest -s`."""
+  out = tmp_path / "out"
+  command = [
+    sys.executable,
+    "-m",
+    "vit_jax",
+    "export",
+    vit_b,
+    out,
+    f"--to={to}",
+  ]
+  # Of conftest.py, for tests: it has programs compiled without optimisations.
+  environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  done = subprocess.run(
+    list(map(str, command)),
+    check=True,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  parity = json.loads((out / "export.json").read_text())["parity"]
+  off = parity["largest_difference"] / parity["standard_deviation_of_logits"]
+  print(f"{done.stdout.strip()}; {seconds:.0f} s of CPU; off by {off:.0e}")
+  assert off < 2e-5
+  # 86,567,656 weights of four bytes; the program adds little.
+  size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
+  assert 1 <= size / (4 * 86_567_656) < 1.02
