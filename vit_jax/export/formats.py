@@ -83,7 +83,12 @@ def _write_stablehlo(graph, folder):
 
 def _read_stablehlo(folder):
   data = bytearray((folder / "model.stablehlo").read_bytes())
-  return jax.export.deserialize(data).call
+  exported = jax.export.deserialize(data)
+
+  def run(images) -> dict[str, Any]:
+    return exported.call(images)  # pyright: ignore[reportReturnType]
+
+  return run
 
 
 # --- TensorFlow's SavedModel, by JAX's own jax2tf ---
@@ -94,10 +99,11 @@ def _write_saved_model(graph, folder):
   import tensorflow as tf
   from jax.experimental import jax2tf
 
-  module = tf.Module()
+  module: Any = tf.Module()
   # Not constants, as a program of TensorFlow ends at 2 GB.
   module.params = tf.nest.map_structure(
-    lambda x: tf.Variable(np.asarray(x), trainable=False), graph.params
+    lambda x: tf.Variable(tf.constant(np.asarray(x)), trainable=False),
+    graph.params,
   )
   apply = jax2tf.convert(
     graph.apply,

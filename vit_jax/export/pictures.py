@@ -59,7 +59,8 @@ def prepare(
     found = jnp.take(found, columns, axis=2, mode="clip")
     return found.astype(jnp.float32)
 
-  view = View(pictures.shape[1:3], True, (1, 1), sample)
+  _, height, width, _ = pictures.shape
+  view = View((height, width), True, (1, 1), sample)
   for name, args, kwargs in parse(text, image_size, evaluation=True):
     view = _OPS[name](view, *args, **kwargs)
   return view.sample(*map(jnp.arange, image_size))
