@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import export as jax_export
 
 from vit_jax.errors import UserError
 from vit_jax.export import lowering
@@ -36,7 +37,7 @@ class Graph(NamedTuple):
   def symbolic(self) -> jax.ShapeDtypeStruct:
     """Returns the images' shape with JAX's symbols for the names."""
     text = ", ".join(map(str, self.shape))
-    return jax.ShapeDtypeStruct(jax.export.symbolic_shape(text), self.dtype)
+    return jax.ShapeDtypeStruct(jax_export.symbolic_shape(text), self.dtype)
 
 
 class Format(NamedTuple):
@@ -77,13 +78,13 @@ class Format(NamedTuple):
 
 def _write_stablehlo(graph, folder):
   run = jax.jit(lambda images: graph.apply(graph.params, images))
-  exported = jax.export.export(run, platforms=PLATFORMS)(graph.symbolic())
+  exported = jax_export.export(run, platforms=PLATFORMS)(graph.symbolic())
   (folder / "model.stablehlo").write_bytes(exported.serialize())
 
 
 def _read_stablehlo(folder):
   data = bytearray((folder / "model.stablehlo").read_bytes())
-  exported = jax.export.deserialize(data)
+  exported = jax_export.deserialize(data)
 
   def run(images) -> dict[str, Any]:
     return exported.call(images)  # pyright: ignore[reportReturnType]
