@@ -9,6 +9,7 @@ INSTALLED_DEV := .venv/installed-dev
 INSTALLED_EXPORT := .venv/installed-export
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
+INSTALLED_BROWSER := .venv/installed-browser
 # Every core runs its own test files, in the order of tests/conftest.py; a
 # file's tests share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
@@ -16,8 +17,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop test-export test-plan \
-  lint format hooks clean
+.PHONY: help setup quickstart test test-slow test-interop test-export \
+  test-browser test-plan lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
@@ -32,13 +33,16 @@ test: $(INSTALLED)  ## the default tests, below 10 minutes
 	@$(PYTEST)
 
 test-slow: $(INSTALLED)  ## only the tests that take minutes each
-	@$(PYTEST) -m "slow and not gpu and not tpu_compile"
+	@$(PYTEST) -m "slow and not gpu and not tpu_compile and not browser"
 
 test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 	@$(PYTEST) -m interop
 
 test-export: $(INSTALLED_EXPORT)  ## run exports without our code
 	@$(PYTEST) -m export
+
+test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
+	@$(BIN)/python -m pytest -m browser
 
 # One after the other: a compilation has threads of its own, and gigabytes.
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
@@ -87,6 +91,10 @@ $(INSTALLED_INTEROP): $(INSTALLED)
 
 $(INSTALLED_EXPORT): $(INSTALLED)
 	@$(INSTALL) --editable '.[export]'
+	@touch $@
+
+$(INSTALLED_BROWSER): $(INSTALLED)
+	@$(INSTALL) --editable '.[demo,browser]'
 	@touch $@
 
 $(INSTALLED_PLAN): $(INSTALLED)

@@ -355,7 +355,11 @@ def test_pictures_are_classified_as_by_predict(to, variant, sources, tmp_path):
 @pytest.mark.export
 def test_other_resolution(sources, tmp_path):
   out = tmp_path / "out"
-  export(sources[_VIT], str(out), "stablehlo", image_size=56)
+  about = export(sources[_VIT], str(out), "stablehlo", image_size=56)
+  # As much of the picture as at 32x40 pixels: 48 are 1.5 times the height.
+  assert about["preprocessing"]["operations"] == (
+    "resize_small(smaller_size=84)|central_crop(size=(56, 56))"
+  )
   batches, files = _draw_images(tmp_path, (56, 56))
   found = _run_elsewhere(out, "stablehlo", files)
   logits = np.asarray(vit_jax.load(sources[_VIT], image_size=56)(batches[1]))
@@ -426,6 +430,7 @@ def test_vit_b_costs(to, vit_b, tmp_path):
   off = parity["largest_difference"] / parity["standard_deviation_of_logits"]
   print(f"{done.stdout.strip()}; {seconds:.0f} s of CPU; off by {off:.0e}")
   assert off < 2e-5
-  # 86,567,656 weights of four bytes; the program adds little.
+  # 86,567,656 weights of four bytes; the program adds little, and zeros may be
+  # written shorter.
   size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
-  assert 1 <= size / (4 * 86_567_656) < 1.02
+  assert 0.99 < size / (4 * 86_567_656) < 1.02

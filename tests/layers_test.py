@@ -17,13 +17,14 @@ _LAYERS = (
   ("models", "optim", "sharding", "data", "lifeline"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
-  ("evaluators", "paper"),
+  ("evaluators", "paper", "attention_maps"),
   ("tasks",),
   (
     "train",
     "evaluate",
     "linear",
     "tables",
+    "figures",
     "predict",
     "datasets",
     "inspect",
@@ -33,7 +34,7 @@ _LAYERS = (
     "plan",
   ),
   # These run or read the commands of the line before.
-  ("quickstart", "jobs", "preflight"),
+  ("quickstart", "jobs", "preflight", "demo"),
   ("sweep",),
   ("vtab",),
   ("__main__",),
@@ -52,8 +53,10 @@ _CONTAINED = {
   "clu": {"metrics", "train"},  # train prints its parameter overview
   "tensorboard": {"metrics"},
   "orbax": {"checkpoint"},
+  "matplotlib": {"figures"},
   "torch": {"bench"},  # in processes that run nothing else
   "timm": {"bench"},
+  "gradio": {"demo"},
 }
 
 # A model and its step run on a bare accelerator machine with these alone.

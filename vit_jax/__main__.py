@@ -158,6 +158,27 @@ def _make_parser():
   )
   _add_json(predict)
 
+  demo = add("demo", _demo, "classify pictures dropped on a page")
+  demo.add_argument(
+    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
+  )
+  demo.add_argument(
+    "--class_names",
+    metavar="FILE",
+    help="a name a line, for weights that have none",
+  )
+  demo.add_argument(
+    "--host",
+    default="127.0.0.1",
+    help="default: 127.0.0.1, for this machine alone; 0.0.0.0 for all",
+  )
+  demo.add_argument("--port", type=int, help="default: a free one from 7860 on")
+  demo.add_argument(
+    "--share",
+    action="store_true",
+    help="a public address too, through gradio's servers; for Colab",
+  )
+
   inspect = add("inspect", _inspect, "say what a file of weights holds")
   inspect.add_argument(
     "source",
@@ -177,6 +198,8 @@ def _make_parser():
   _add_export(add("export", _export, "write a model that runs without this"))
 
   _add_tables(add("tables", _tables, "the paper's tables, beside your runs"))
+
+  _add_figures(add("figures", _figures, "the paper's figures, of any weights"))
 
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
@@ -370,6 +393,33 @@ def _add_tables(tables):
     "--commands",
     action="store_true",
     help="what fills the cells that are missing, and what it costs",
+  )
+
+
+def _add_figures(figures):
+  figures.add_argument(
+    "--checkpoint",
+    action="append",
+    default=[],
+    metavar="SOURCE",
+    help=f"{_SOURCE}; may be repeated: a panel each",
+  )
+  figures.add_argument(
+    "images", nargs="*", metavar="IMAGE", help="for rollout and distances"
+  )
+  figures.add_argument(
+    "--runs", metavar="DIR", help="a folder with runs, for curves and compute"
+  )
+  figures.add_argument(
+    "--out", required=True, metavar="DIR", help="where they are written"
+  )
+  figures.add_argument(
+    "--only",
+    metavar="NAMES",
+    help="rollout, filters, positions, distances, curves, compute",
+  )
+  figures.add_argument(
+    "--image_size", type=int, help="default: the checkpoint's"
   )
 
 
@@ -709,6 +759,12 @@ def _predict(args):
       print(f"  {entry['probability']:7.2%}  {entry['name']}")
 
 
+def _demo(args):
+  from vit_jax.demo import demo
+
+  demo(args.checkpoint, args.class_names, args.host, args.port, args.share)
+
+
 def _inspect(args):
   from vit_jax.inspect import format_report, inspect, list_published
 
@@ -760,6 +816,20 @@ def _tables(args):
       args.name, rows, markdown=args.markdown, commands=args.commands
     )
   )
+
+
+def _figures(args):
+  from vit_jax.figures import make_figures
+
+  written = make_figures(
+    args.out,
+    checkpoints=args.checkpoint,
+    images=args.images,
+    runs=args.runs,
+    only=args.only.split(",") if args.only else (),
+    image_size=args.image_size,
+  )
+  print("\n".join(written))
 
 
 def _data_list(args):

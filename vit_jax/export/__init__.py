@@ -11,6 +11,7 @@ What is written is read again and run before it gets its name: nothing is left
 that computes something else than the model.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -114,7 +115,12 @@ def _load(source, image_size):
     raise UserError(
       f"{source} has no head and so no logits to export; fine-tune it first"
     )
-  return model
+  # With numbers where it says `size`, and at another size with larger ones.
+  text = numpy_preprocess.rescale(
+    weights.preprocess, weights.image_size, model.config.image_size
+  )
+  config = model.config._replace(preprocess=text)
+  return dataclasses.replace(model, config=config)
 
 
 def _check_size(model, form, to):
@@ -227,7 +233,7 @@ def _describe(source, model, graph, form, preprocess):
     },
     "preprocessing": {
       "included": preprocess,
-      "operations": _write_out(about.preprocess, about.image_size),
+      "operations": about.preprocess,
       "normalization": "(x - 127.5) / 127.5",
     },
     "outputs": {
@@ -238,12 +244,3 @@ def _describe(source, model, graph, form, preprocess):
     "class_names": about.class_names,
     "versions": {"vit_jax": vit_jax.__version__, **form.versions()},
   }
-
-
-def _write_out(text, image_size):
-  """Returns a preprocessing string with numbers where it says `size`."""
-  operations = []
-  for name, args, kwargs in numpy_preprocess.parse(text, image_size):
-    given = [*map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())]
-    operations.append(f"{name}({', '.join(given)})")
-  return "|".join(operations)
