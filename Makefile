@@ -6,6 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_EXPORT := .venv/installed-export
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
 INSTALLED_DOCS := .venv/installed-docs
@@ -17,8 +18,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop test-browser \
-  test-plan docs lint format hooks clean
+.PHONY: help setup quickstart test test-slow test-interop test-export \
+  test-browser test-plan docs lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
@@ -37,6 +38,9 @@ test-slow: $(INSTALLED)  ## only the tests that take minutes each
 
 test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 	@$(PYTEST) -m interop
+
+test-export: $(INSTALLED_EXPORT)  ## run exports without our code
+	@$(PYTEST) -m export
 
 test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
 	@$(BIN)/python -m pytest -m browser
@@ -87,6 +91,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(INSTALLED_INTEROP): $(INSTALLED)
 	@$(INSTALL) --editable '.[interop]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
+	@touch $@
+
+$(INSTALLED_EXPORT): $(INSTALLED)
+	@$(INSTALL) --editable '.[export]'
 	@touch $@
 
 $(INSTALLED_BROWSER): $(INSTALLED)

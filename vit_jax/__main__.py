@@ -195,6 +195,8 @@ def _make_parser():
     "--to", required=True, help="npz, big_vision, hf, timm or orbax"
   )
 
+  _add_export(add("export", _export, "write a model that runs without this"))
+
   _add_tables(add("tables", _tables, "the paper's tables, beside your runs"))
 
   _add_figures(add("figures", _figures, "the paper's figures, of any weights"))
@@ -366,6 +368,24 @@ def _add_linear(linear):
   _add_data_dir(linear)
   _add_json(linear)
   _add_distributed(linear)
+
+
+def _add_export(export):
+  export.add_argument("source", metavar="SOURCE", help=_SOURCE)
+  export.add_argument("out", metavar="OUT", help="the folder to write")
+  export.add_argument(
+    "--to", required=True, help="stablehlo, saved_model or onnx"
+  )
+  export.add_argument(
+    "--image_size",
+    type=int,
+    help="default: the checkpoint's; position embeddings are resized",
+  )
+  export.add_argument(
+    "--preprocess",
+    action="store_true",
+    help="take uint8 pictures of any size; default: floats in [-1, 1]",
+  )
 
 
 def _add_tables(tables):
@@ -774,6 +794,23 @@ def _convert(args):
 
   for note in convert(args.source, args.out, args.to):
     print(f"note: {note}")
+
+
+def _export(args):
+  from vit_jax.export import export
+
+  about = export(
+    args.source,
+    args.out,
+    args.to,
+    image_size=args.image_size,
+    preprocess=args.preprocess,
+  )
+  shape = ", ".join(map(str, about["input"]["shape"]))
+  print(
+    f"{args.out}: {about['variant']} as {args.to}, "
+    f"{about['bytes'] / 1e6:.1f} MB, images {about['input']['dtype']}[{shape}]"
+  )
 
 
 def _tables(args):
