@@ -63,7 +63,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "plan": ["libtpu>=0.0.50; sys_platform == 'linux'"],
     "cuda": ["jax[cuda12]"],
-    # What `vit-jax export` needs: flatbuffers for StableHLO, the others for ONNX.
+    # `vit-jax export`: flatbuffers for StableHLO, the others for ONNX.
     "export": ["flatbuffers>=24.3", "jax2onnx>=0.13", "onnxruntime>=1.24"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
     # The libraries that tests compare with. timm is missing: it asks for
