@@ -35,6 +35,7 @@ setuptools.setup(
   package_data={
     "vit_jax.data.builders": ["imagenet21k.txt"],
     "vit_jax.paper": ["tables.json"],
+    "vit_jax.pretrained.embedded": ["*/*"],
   },
   python_requires=">=3.11",
   install_requires=[
