@@ -8,6 +8,7 @@ INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
+INSTALLED_BROWSER := .venv/installed-browser
 # Every core runs its own test files, in the order of tests/conftest.py; a
 # file's tests share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
@@ -15,8 +16,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop test-plan lint format \
-  hooks clean
+.PHONY: help setup quickstart test test-slow test-interop test-browser \
+  test-plan lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
@@ -31,10 +32,13 @@ test: $(INSTALLED)  ## the default tests, below 10 minutes
 	@$(PYTEST)
 
 test-slow: $(INSTALLED)  ## only the tests that take minutes each
-	@$(PYTEST) -m "slow and not gpu and not tpu_compile"
+	@$(PYTEST) -m "slow and not gpu and not tpu_compile and not browser"
 
 test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 	@$(PYTEST) -m interop
+
+test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
+	@$(BIN)/python -m pytest -m browser
 
 # One after the other: a compilation has threads of its own, and gigabytes.
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
@@ -79,6 +83,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 $(INSTALLED_INTEROP): $(INSTALLED)
 	@$(INSTALL) --editable '.[interop]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
+	@touch $@
+
+$(INSTALLED_BROWSER): $(INSTALLED)
+	@$(INSTALL) --editable '.[demo,browser]'
 	@touch $@
 
 $(INSTALLED_PLAN): $(INSTALLED)

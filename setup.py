@@ -45,6 +45,7 @@ setuptools.setup(
     "flax>=0.12",
     "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
     "jax>=0.10",
+    "matplotlib>=3.10",
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
@@ -72,6 +73,8 @@ setuptools.setup(
       "torch>=2.8",
       "transformers>=5.0",
     ],
+    "demo": ["gradio>=6.0"],
+    "browser": ["playwright>=1.50"],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

@@ -17,7 +17,7 @@ _LAYERS = (
   ("models", "optim", "sharding", "data", "lifeline"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
-  ("evaluators", "paper"),
+  ("evaluators", "paper", "attention_maps"),
   ("tasks",),
   (
     "train",

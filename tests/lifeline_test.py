@@ -35,7 +35,7 @@ line = lifeline.hold(place, 60, timeout, lambda: "saved last: step 7")
 print("met", flush=True)
 for words in sys.stdin:
   if words == "vanish\\n":
-    # It asks no more, or it might find the others gone first, and say so to them.
+    # It asks no more, or it might find the others gone first, and say so.
     line._peers[0].setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 0)
     # A filter that drops all that comes, before TCP sees it (SO_ATTACH_FILTER).
     code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))

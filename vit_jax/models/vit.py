@@ -554,18 +554,18 @@ class MAPHead(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    """[b n d] -> [b d]."""
+  def __call__(self, x, weights=False):
+    """[b n d] -> [b d], and the weights f32[b a n] if they are wanted."""
     probe = self.param(
       "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
     )
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
-    x, _ = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)(
-      probe, x, x.shape[1]
+    x, seen = MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)(
+      probe, x, x.shape[1], weights
     )
     y = LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(x)
     x = x + MlpBlock(self.mlp_dim, self.activation, dtype=self.dtype)(*y)
-    return x[:, 0]
+    return x[:, 0], seen[:, :, 0] if weights else None
 
 
 class VisionTransformer(nn.Module):
@@ -602,7 +602,10 @@ class VisionTransformer(nn.Module):
     first_only = self.classifier == "token" and not intermediates
     x, encoder_out = self.encode(x, train, intermediates, first_only)
     out |= encoder_out
-    x = out["pooled"] = self.pool(x).astype(jnp.float32)
+    x, weights = self.pool(x, intermediates)
+    if weights is not None:
+      out["pooling_weights"] = weights
+    x = out["pooled"] = x.astype(jnp.float32)
     if self.representation_size:
       x = nn.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
       out["pre_logits"] = x
@@ -663,12 +666,12 @@ class VisionTransformer(nn.Module):
       name="Transformer",
     )(x)
 
-  def pool(self, x):
-    """[b n d] -> [b d]."""
+  def pool(self, x, weights):
+    """[b n d] -> [b d], and MAPHead's weights f32[b a n] if they are wanted."""
     if self.classifier == "token":
-      return x[:, 0]
+      return x[:, 0], None
     if self.classifier == "gap":
-      return x.mean(axis=1, dtype=jnp.float32)
+      return x.mean(axis=1, dtype=jnp.float32), None
     return MAPHead(
       self.num_heads,
       self.mlp_dim,
@@ -676,4 +679,4 @@ class VisionTransformer(nn.Module):
       self.layer_norm_epsilon,
       dtype=self.dtype,
       name="MAPHead_0",
-    )(x)
+    )(x, weights)

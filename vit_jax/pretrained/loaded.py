@@ -86,18 +86,22 @@ class Pretrained:
         "there is no head: vit_jax.load(..., num_classes=K) makes a new one, "
         ".features(images) gives what comes before it"
       )
-    return self._forward(self.params, self._check(images))[0]
+    return self._forward(self.params, self.check(images))[0]
 
   def features(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> what the head would get, f32[b d]."""
-    _, out = self._forward(self.params, self._check(images))
+    _, out = self._forward(self.params, self.check(images))
     return models.representation(out)
 
   def probabilities(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> f32[b k], softmax or sigmoid as trained."""
+    return self.to_probabilities(self(images))
+
+  def to_probabilities(self, logits) -> jax.Array:
+    """f32[b k] -> f32[b k], softmax or sigmoid as trained."""
     if self.config.loss == "sigmoid":
-      return jax.nn.sigmoid(self(images))
-    return jax.nn.softmax(self(images))
+      return jax.nn.sigmoid(logits)
+    return jax.nn.softmax(logits)
 
   @functools.cached_property
   def _forward(self):
@@ -108,7 +112,12 @@ class Pretrained:
 
     return jax.jit(forward)
 
-  def _check(self, images):
+  def check(self, images):
+    """Returns the images.
+
+    Raises:
+      UserError: of another size, rank or type than the model takes.
+    """
     height, width = self.model.image_size
     shape = np.shape(images)
     # A ResNet has no positions, and so no size of its own.

@@ -1,0 +1,181 @@
+"""Where a model looks: against NumPy float64, and in closed form."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_models
+import reference_vit
+
+from vit_jax import attention_maps, models, pretrained
+from vit_jax.errors import UserError
+from vit_jax.state import as_lazy, flatten
+
+_GRID, _PATCH = (2, 3), 4
+
+
+def load(classifier="token", variant="ViT-w8d3m12h2_4", **options):
+  """Returns a loaded tiny model with random parameters, and images for it."""
+  size = tuple(side * _PATCH for side in _GRID)
+  options |= {"variant": variant, "classifier": classifier}
+  model = models.create(num_classes=5, image_size=size, **options)
+  params = flatten(random_models.random_params(model))
+  weights = pretrained.Weights(
+    origin="test",
+    source="random",
+    model=options,
+    image_size=size,
+    num_classes=5,
+    params={k: as_lazy(x) for k, x in params.items()},
+  )
+  return pretrained.assemble(weights), random_models.random_images(model, 2)
+
+
+def roll_out_by_numpy(weights):
+  """Rolls attention out image by image, product by product, in float64."""
+  out = []
+  for image in range(len(weights[0])):
+    joint = np.eye(weights[0].shape[-1])
+    for layer in weights:
+      mean = np.mean([np.float64(head) for head in layer[image]], axis=0)
+      mixed = mean + np.eye(len(mean))
+      joint = mixed / mixed.sum(axis=1, keepdims=True) @ joint
+    out.append(joint)
+  return np.stack(out)
+
+
+def measure_by_numpy(heads, grid, patch):
+  """Returns the mean distance of [a n n], pair by pair, in float64."""
+  places = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+  extra = heads.shape[-1] - len(places)
+  out = []
+  for head in np.float64(heads)[:, extra:, extra:]:
+    means = []
+    for (y, x), row in zip(places, head, strict=True):
+      far = [patch * np.sqrt((y - v) ** 2 + (x - u) ** 2) for v, u in places]
+      means.append(np.average(far, weights=row))
+    out.append(np.mean(means))
+  return out
+
+
+@pytest.mark.parametrize("classifier", ["token", "gap", "map"])
+def test_look_equals_numpy_on_captured_weights(classifier):
+  model, images = load(classifier)
+  weights = [np.asarray(w) for w in attention_maps.capture(model, images)]
+  assert len(weights) == 3
+  n = 6 + (classifier == "token")
+  assert weights[0].shape == (2, 2, n, n)
+  looks = attention_maps.make_look(model)(images)
+
+  rolled = roll_out_by_numpy(weights)
+  if classifier == "token":
+    seen = rolled[:, 0, 1:]
+  elif classifier == "gap":
+    seen = rolled.mean(axis=1)
+  else:
+    _, out = random_models.jit(model.model)(
+      model.params, images, intermediates=True
+    )
+    pooling = np.float64(out["pooling_weights"]).mean(axis=1)
+    np.testing.assert_allclose(pooling.sum(1), 1, atol=1e-6)
+    seen = (pooling[:, :, None] * rolled).sum(axis=1)
+  seen /= seen.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(looks.maps.reshape(2, -1), seen, atol=1e-6)
+  for layer in range(3):
+    for image in range(2):
+      np.testing.assert_allclose(
+        looks.distances[image, layer],
+        measure_by_numpy(weights[layer][image], _GRID, _PATCH),
+        rtol=1e-5,
+      )
+  np.testing.assert_allclose(
+    looks.probabilities, model.probabilities(images), atol=1e-6
+  )
+
+
+def test_weights_are_those_of_the_reference_model():
+  model, images = load()
+  expected = reference_vit.apply(
+    flatten(model.params), images, patch=_PATCH, classifier="token"
+  )
+  for i, found in enumerate(attention_maps.capture(model, images)):
+    np.testing.assert_allclose(
+      found, expected[f"block{i:02d}/attention_weights"], atol=1e-5
+    )
+
+
+def test_no_kernel_is_in_the_way(monkeypatch):
+  """With bfloat16, which has its attention from a kernel on accelerators."""
+  model, images = load(dtype="bfloat16")
+  exact, _ = load()
+
+  def kernel(*_):
+    raise AssertionError("the kernel was asked")
+
+  monkeypatch.setattr(models.attention, "find_fused", lambda *_: kernel)
+  with pytest.raises(AssertionError, match="the kernel was asked"):
+    model.model.apply(model.params, images)
+  found = attention_maps.make_look(model)(images)
+  expected = attention_maps.make_look(exact)(images)
+  np.testing.assert_allclose(found.maps, expected.maps, atol=0.02)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_identity_rolls_out_to_the_identity(layers):
+  eye = jnp.broadcast_to(jnp.eye(7), (2, 3, 7, 7))
+  rolled = attention_maps.roll_out([eye] * layers)
+  np.testing.assert_allclose(rolled, np.broadcast_to(np.eye(7), (2, 7, 7)))
+  # Who looks at nobody but themselves look no distance away.
+  distances = attention_maps.attention_distance([eye], (2, 3), 16)
+  np.testing.assert_array_equal(distances, 0)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_uniform_attention_in_closed_form(layers):
+  """(I + J/n) / 2 to the power L is I / 2^L + (1 - 1 / 2^L) J/n."""
+  n = 7
+  uniform = jnp.full((1, 2, n, n), 1 / n)
+  rolled = attention_maps.roll_out([uniform] * layers)
+  kept = 0.5**layers
+  expected = kept * np.eye(n) + (1 - kept) / n
+  np.testing.assert_allclose(rolled[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [2, 5, 14])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_distance_of_uniform_attention_in_closed_form(length, extra):
+  """In one dimension the mean of |i - j| over all pairs is (n^2 - 1) / 3n."""
+  n = length + extra
+  uniform = jnp.full((1, 1, n, n), 1 / n)
+  found = attention_maps.attention_distance([uniform], (1, length), 16)
+  expected = 16 * (length**2 - 1) / (3 * length)
+  np.testing.assert_allclose(found, [[[expected]]], rtol=1e-6)
+
+
+def test_an_overlay_is_darkest_where_nothing_is_seen():
+  pixels = np.full((8, 12, 3), 200, np.uint8)
+  seen = np.zeros(_GRID)
+  seen[0, 2] = 0.7
+  found = attention_maps.overlay(pixels, seen)
+  assert found.shape == pixels.shape
+  assert found.dtype == np.uint8
+  assert found.max() == found[0, -1, 0] == 200
+  assert found.min() == found[-1, 0, 0] == 30
+  # The same everywhere tells nothing, and must not divide by zero.
+  assert len(np.unique(attention_maps.overlay(pixels, np.ones(_GRID)))) == 1
+
+
+def test_a_resnet_has_no_attention():
+  model = models.create(num_classes=3, image_size=32, variant="RNx1")
+  weights = pretrained.Weights(
+    origin="test",
+    source="random",
+    model={"variant": "RNx1"},
+    image_size=(32, 32),
+    num_classes=3,
+    params={
+      k: as_lazy(x)
+      for k, x in flatten(random_models.random_params(model)).items()
+    },
+  )
+  with pytest.raises(UserError, match=r"RNx1 is a ResNet and has no attention"):
+    attention_maps.make_look(pretrained.assemble(weights))

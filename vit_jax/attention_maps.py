@@ -1,0 +1,173 @@
+"""Where a model looks: attention rolled out, and how far it reaches.
+
+The pictures of the paper's Figures 6, 7 (right), 11 and 14, as numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from vit_jax.errors import UserError
+from vit_jax.pretrained import Pretrained
+
+# What is left of a picture's light where the model does not look at all.
+_DARKEST = 0.15
+
+
+class Looks(NamedTuple):
+  """What a model makes of images, and of which part of them.
+
+  Attributes:
+    probabilities: f32[b k]; of a model without a head f32[b 0].
+    maps: f32[b h w], a number for each patch; those of an image sum to 1.
+    distances: f32[b layers heads], in pixels, see `attention_distance`.
+  """
+
+  probabilities: jax.Array
+  maps: jax.Array
+  distances: jax.Array
+
+
+def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
+  """Returns images f32[b h w 3] in [-1, 1] -> `Looks`, compiled once a shape.
+
+  The weights of all layers and heads stay on the device, where they are reduced
+  to what is in `Looks`. Attention is computed plainly for it, whatever kernel a
+  forward pass uses otherwise.
+
+  Raises:
+    UserError: a ResNet, which has no attention.
+  """
+  check_attends(model)
+
+  @jax.jit
+  def look(params, images):
+    weights, logits, pooling = _apply(model, params, images)
+    n = weights[0].shape[-1]
+    if model.config.classifier == "token":
+      pooling = jnp.zeros((len(images), n)).at[:, 0].set(1)
+    elif model.config.classifier == "gap":
+      pooling = jnp.full((len(images), n), 1 / n)
+    seen = jnp.einsum("bn,bnm->bm", pooling, roll_out(weights))
+    height, width = model.model.grid
+    seen = seen[:, n - height * width :]
+    seen = seen / seen.sum(1, keepdims=True)
+    distances = attention_distance(
+      weights, model.model.grid, model.config.patch
+    )
+    return Looks(
+      model.to_probabilities(logits),
+      seen.reshape(-1, height, width),
+      jnp.moveaxis(distances, 0, 1),
+    )
+
+  return lambda images: look(model.params, model.check(images))
+
+
+def capture(model: Pretrained, images) -> list[jax.Array]:
+  """Returns each layer's attention weights f32[b a n n], query before key.
+
+  They are large: 1.6 GB for one image of 512 pixels and ViT-L/16.
+
+  Args:
+    model: with an encoder.
+    images: f32[b h w 3] in [-1, 1].
+
+  Raises:
+    UserError: a ResNet, or images that the model does not take.
+  """
+  check_attends(model)
+  run = jax.jit(lambda params, x: _apply(model, params, x)[0])
+  return run(model.params, model.check(images))
+
+
+def check_attends(model: Pretrained) -> None:
+  """Raises a UserError for a ResNet."""
+  if not model.model.num_layers:
+    raise UserError(
+      f"{model.config.variant} is a ResNet and has no attention; give a ViT or "
+      "a hybrid"
+    )
+
+
+def _apply(model, params, images):
+  """Returns the weights of each layer, the logits, and who is pooled [b n]."""
+  logits, out = model.model.apply(params, images, intermediates=True)
+  weights = [
+    out[f"block{i:02d}/attention_weights"]
+    for i in range(model.model.num_layers)
+  ]
+  if not model.config.num_classes:
+    logits = logits[:, :0]
+  pooling = out.get("pooling_weights")
+  return weights, logits, None if pooling is None else pooling.mean(1)
+
+
+def roll_out(weights: Sequence) -> jax.Array:
+  """Rolls attention out over all layers (arXiv 2005.00928).
+
+  Of each layer the mean of the heads, plus the identity for the residual
+  connection, rows scaled to 1; then the product of all layers.
+
+  Args:
+    weights: [b a n n] of each layer, the first one first.
+
+  Returns:
+    [b n n]: how much of each input token (the last axis) is in each output
+    token. Rows sum to 1.
+  """
+  rolled = None
+  for layer in weights:
+    mixed = (layer.mean(1) + jnp.eye(layer.shape[-1])) / 2
+    # The rows of softmax sum to 1 but for rounding, which layers would add up.
+    mixed = mixed / mixed.sum(-1, keepdims=True)
+    rolled = mixed if rolled is None else mixed @ rolled
+  assert rolled is not None
+  return rolled
+
+
+def attention_distance(
+  weights: Sequence, grid: tuple[int, int], patch: int
+) -> jax.Array:
+  """Returns how far each head looks, in pixels: f[layers b a].
+
+  The distance between the centres of the query's and the key's patch, weighted
+  by attention, mean over the queries (the paper, Figure 7, right). The class
+  token has no place: it is left out, and what remains is scaled to 1.
+
+  Args:
+    weights: [b a n n] of each layer; n is the patches, or one more.
+    grid: (h, w) in patches.
+    patch: pixels along a side of one.
+  """
+  rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1)
+  apart = np.hypot(*(x[:, None] - x[None, :] for x in (rows, columns))) * patch
+  found = []
+  for layer in weights:
+    extra = layer.shape[-1] - len(apart)
+    layer = layer[..., extra:, extra:]
+    sums = (layer * apart).sum(-1) / layer.sum(-1)
+    found.append(sums.mean(-1))
+  return jnp.stack(found)
+
+
+def overlay(pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+  """Returns a picture u8[h w 3] that is dark where the model does not look.
+
+  Args:
+    pixels: u8[h w 3].
+    seen: f[h' w'], one of `Looks.maps`; enlarged smoothly to the picture.
+  """
+  height, width = pixels.shape[:2]
+  light = np.asarray(seen, np.float32)
+  light = light - light.min()
+  light = light / max(light.max(), np.finfo(np.float32).tiny)
+  smooth = Image.fromarray(light).resize(
+    (width, height), Image.Resampling.BICUBIC
+  )
+  light = np.clip(smooth, 0, 1)[..., None]  # bicubic overshoots at edges
+  return np.rint(pixels * (_DARKEST + (1 - _DARKEST) * light)).astype(np.uint8)
