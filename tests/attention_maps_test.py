@@ -8,7 +8,7 @@ import reference_vit
 
 from vit_jax import attention_maps, models, pretrained
 from vit_jax.errors import UserError
-from vit_jax.state import as_lazy, flatten
+from vit_jax.state import flatten
 
 _GRID, _PATCH = (2, 3), 4
 
@@ -17,17 +17,10 @@ def load(classifier="token", variant="ViT-w8d3m12h2_4", **options):
   """Returns a loaded tiny model with random parameters, and images for it."""
   size = tuple(side * _PATCH for side in _GRID)
   options |= {"variant": variant, "classifier": classifier}
-  model = models.create(num_classes=5, image_size=size, **options)
-  params = flatten(random_models.random_params(model))
-  weights = pretrained.Weights(
-    origin="test",
-    source="random",
-    model=options,
-    image_size=size,
-    num_classes=5,
-    params={k: as_lazy(x) for k, x in params.items()},
+  model = pretrained.assemble(
+    random_models.random_weights(image_size=size, num_classes=5, **options)
   )
-  return pretrained.assemble(weights), random_models.random_images(model, 2)
+  return model, random_models.random_images(model.model, 2)
 
 
 def roll_out_by_numpy(weights):
@@ -165,17 +158,6 @@ def test_an_overlay_is_darkest_where_nothing_is_seen():
 
 
 def test_a_resnet_has_no_attention():
-  model = models.create(num_classes=3, image_size=32, variant="RNx1")
-  weights = pretrained.Weights(
-    origin="test",
-    source="random",
-    model={"variant": "RNx1"},
-    image_size=(32, 32),
-    num_classes=3,
-    params={
-      k: as_lazy(x)
-      for k, x in flatten(random_models.random_params(model)).items()
-    },
-  )
+  weights = random_models.random_weights("RNx1", image_size=32)
   with pytest.raises(UserError, match=r"RNx1 is a ResNet and has no attention"):
     attention_maps.make_look(pretrained.assemble(weights))

@@ -1,7 +1,7 @@
 """Pages in headless Chromium: what people look at, looked at.
 
-Chromium is that of the system (Debian: `apt-get install chromium`); playwright's
-own browsers are no packages.
+Chromium is that of the system (Debian: `apt-get install chromium`): browsers of
+playwright are no packages.
 """
 
 import contextlib

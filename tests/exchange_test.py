@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from random_models import random_params
+from random_models import random_weights
 
 import vit_jax
-from vit_jax import models, pretrained
+from vit_jax import pretrained
 from vit_jax.__main__ import main
-from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten
 
 SMALL = "w32d2m64h2"
@@ -29,20 +28,9 @@ def run(capsys):
 
 def _write(path, variant, to="npz", size=16, **options):
   """Writes random weights for the ten digits; returns {path: array}."""
-  model = models.create(
-    variant=variant, num_classes=10, image_size=size, **options
-  )
-  params = flatten(random_params(model))
-  weights = Weights(
-    "test",
-    "nowhere",
-    {"variant": variant, **options},
-    image_size=(size, size),
-    num_classes=10,
-    params={name: as_lazy(x) for name, x in params.items()},
-  )
+  weights = random_weights(variant, size, **options)
   pretrained.write(weights, str(path), to)
-  return params
+  return {name: x.read() for name, x in weights.params.items()}
 
 
 @pytest.mark.parametrize(

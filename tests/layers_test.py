@@ -24,6 +24,7 @@ _LAYERS = (
     "evaluate",
     "linear",
     "tables",
+    "figures",
     "predict",
     "datasets",
     "inspect",
@@ -49,6 +50,7 @@ _CONTAINED = {
   "clu": {"metrics", "train"},  # train prints its parameter overview
   "tensorboard": {"metrics"},
   "orbax": {"checkpoint"},
+  "matplotlib": {"figures"},
   "torch": {"bench"},  # in processes that run nothing else
   "timm": {"bench"},
 }

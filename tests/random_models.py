@@ -7,7 +7,9 @@ multiplied or added there would be compared.
 import jax
 import numpy as np
 
-from vit_jax.state import flatten, unflatten
+from vit_jax import models
+from vit_jax.pretrained import Weights
+from vit_jax.state import as_lazy, flatten, unflatten
 
 
 def random_params(model, seed=0):
@@ -18,6 +20,22 @@ def random_params(model, seed=0):
     center, spread = (1, 0.2) if path.endswith("scale") else (0, 0.3)
     flat[path] = rng.normal(center, spread, x.shape).astype(np.float32)
   return unflatten(flat)
+
+
+def random_weights(variant, image_size=16, num_classes=10, **options):
+  """Returns a model's random parameters as if they had been read."""
+  model = models.create(
+    variant=variant, num_classes=num_classes, image_size=image_size, **options
+  )
+  params = flatten(random_params(model))
+  return Weights(
+    "test",
+    "nowhere",
+    {"variant": variant, **options},
+    image_size=model.image_size,
+    num_classes=num_classes,
+    params={name: as_lazy(x) for name, x in params.items()},
+  )
 
 
 def random_images(model, batch=3, seed=1):

@@ -84,7 +84,8 @@ def apply(
   elif classifier == "gap":
     x = x.mean(axis=1)
   else:
-    x = _pool_by_attention(_sub(p, "MAPHead_0"), x, numerics)
+    head = _sub(p, "MAPHead_0")
+    x, out["pooling_weights"] = _pool_by_attention(head, x, numerics)
   out["pooled"] = x
   if "pre_logits/kernel" in p:
     x = out["pre_logits"] = np.tanh(_dense(_sub(p, "pre_logits"), x))
@@ -217,7 +218,7 @@ def _run_block(p, x, numerics):
 
 def _pool_by_attention(p, x, numerics):
   probe = np.repeat(p["probe"], len(x), axis=0)
-  x, _ = _attend(_sub(p, "MultiHeadDotProductAttention_0"), probe, x)
+  x, weights = _attend(_sub(p, "MultiHeadDotProductAttention_0"), probe, x)
   y = _layer_norm(_sub(p, "LayerNorm_0"), x, numerics)
   mlp = _run_mlp(_sub(p, "MlpBlock_0"), y, numerics)
-  return (x + mlp)[:, 0]
+  return (x + mlp)[:, 0], weights[:, :, 0]

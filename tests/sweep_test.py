@@ -284,10 +284,8 @@ def _start(args):
   return Process([sys.executable, "-c", _SWEEP, *args], dict(os.environ))
 
 
-@pytest.mark.parametrize(
-  "number",
-  [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_it_goes_on_without_repeating_a_run(number, args, tmp_path):
   folder = tmp_path / "sweep"
   args = [*args, "--config.total_steps=100"]

@@ -89,6 +89,7 @@ def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
 # --- interruptions ---
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(runs, reference, tmp_path):
   hits = kill_and_resume(runs, tmp_path / "run", kills=3)
   assert hits == {"before the first save": 1, "training": 1, "saving": 1}
@@ -337,6 +338,7 @@ def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
   assert_same_run(workdir, reference.workdir)
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_stops_the_run(runs, reference, tmp_path):
   workdir = take_back(reference.workdir, tmp_path / "run", to=10)
   before = read_state(workdir)

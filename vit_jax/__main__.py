@@ -176,6 +176,8 @@ def _make_parser():
 
   _add_tables(add("tables", _tables, "the paper's tables, beside your runs"))
 
+  _add_figures(add("figures", _figures, "the paper's figures, of any weights"))
+
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
     required=True, metavar="ACTION", parser_class=_Parser
@@ -350,6 +352,33 @@ def _add_tables(tables):
     "--commands",
     action="store_true",
     help="what fills the cells that are missing, and what it costs",
+  )
+
+
+def _add_figures(figures):
+  figures.add_argument(
+    "--checkpoint",
+    action="append",
+    default=[],
+    metavar="SOURCE",
+    help=f"{_SOURCE}; may be repeated: a panel each",
+  )
+  figures.add_argument(
+    "images", nargs="*", metavar="IMAGE", help="for rollout and distances"
+  )
+  figures.add_argument(
+    "--runs", metavar="DIR", help="a folder with runs, for curves and compute"
+  )
+  figures.add_argument(
+    "--out", required=True, metavar="DIR", help="where they are written"
+  )
+  figures.add_argument(
+    "--only",
+    metavar="NAMES",
+    help="rollout, filters, positions, distances, curves, compute",
+  )
+  figures.add_argument(
+    "--image_size", type=int, help="default: the checkpoint's"
   )
 
 
@@ -723,6 +752,20 @@ def _tables(args):
       args.name, rows, markdown=args.markdown, commands=args.commands
     )
   )
+
+
+def _figures(args):
+  from vit_jax.figures import make_figures
+
+  written = make_figures(
+    args.out,
+    checkpoints=args.checkpoint,
+    images=args.images,
+    runs=args.runs,
+    only=args.only.split(",") if args.only else (),
+    image_size=args.image_size,
+  )
+  print("\n".join(written))
 
 
 def _data_list(args):

@@ -4,7 +4,7 @@ The pictures of the paper's Figures 6, 7 (right), 11 and 14, as numbers.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,9 @@ class Looks(NamedTuple):
     distances: f32[b layers heads], in pixels, see `attention_distance`.
   """
 
-  probabilities: jax.Array
-  maps: jax.Array
-  distances: jax.Array
+  probabilities: Any
+  maps: Any
+  distances: Any
 
 
 def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
@@ -155,7 +155,7 @@ def attention_distance(
   return jnp.stack(found)
 
 
-def overlay(pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def overlay(pixels: np.ndarray, seen) -> np.ndarray:
   """Returns a picture u8[h w 3] that is dark where the model does not look.
 
   Args:
@@ -169,5 +169,6 @@ def overlay(pixels: np.ndarray, seen: np.ndarray) -> np.ndarray:
   smooth = Image.fromarray(light).resize(
     (width, height), Image.Resampling.BICUBIC
   )
-  light = np.clip(smooth, 0, 1)[..., None]  # bicubic overshoots at edges
+  # Bicubic overshoots at edges.
+  light = np.asarray(smooth).clip(0, 1)[..., None]
   return np.rint(pixels * (_DARKEST + (1 - _DARKEST) * light)).astype(np.uint8)

@@ -1,0 +1,256 @@
+"""Figures: their numbers against other code, their files as people get them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import random_models
+from PIL import Image
+from sklearn import decomposition
+
+from vit_jax import __main__, attention_maps, figures, pretrained
+from vit_jax.preprocess import preprocess_image
+from vit_jax.steps import normalize
+
+_VARIANT = "ViT-w8d2m12h2_8"
+
+
+def write(path, variant=_VARIANT, **options):
+  """Writes a tiny model with random weights in the published format."""
+  weights = random_models.random_weights(variant, **options)
+  pretrained.write(weights, str(path), "npz")
+  return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+  """Three pictures of different sizes."""
+  rng = np.random.default_rng(0)
+  paths = []
+  for i, shape in enumerate(((20, 30), (16, 16), (9, 50))):
+    path = tmp_path / f"{i}.png"
+    pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    paths.append(str(path))
+  return paths
+
+
+@pytest.fixture
+def run(capsys, caplog):
+  """Runs `vit-jax figures`; returns (exit code, stdout, stderr, log)."""
+
+  def run_one(*args):
+    caplog.clear()
+    code = __main__.main(["figures", *map(str, args)])
+    out, err = capsys.readouterr()
+    return code, out, err, caplog.text
+
+  return run_one
+
+
+def read_csv(path):
+  with open(path, newline="") as f:
+    return list(csv.DictReader(f))
+
+
+def write_run(path, losses, accuracy=None, init_from=None):
+  """Makes a run folder as `train` leaves it."""
+  total = len(losses)
+  config = {
+    "model": {"variant": "ViT-B_32"},
+    "train": {"dataset": "cifar10", "split": "train"},
+    "eval": {"split": "test"},
+    "image_size": 224,
+    "batch_size": 1000,
+    "optimizer": {"name": "sgd"},
+    "schedule": {"decay": "cosine"},
+    "init_from": init_from and str(init_from),
+    "total_epochs": 0.0,
+  }
+  written = {"config": config, "total_steps": total, "class_names": ["a"] * 9}
+  path.mkdir(parents=True)
+  (path / "config.json").write_text(json.dumps(written))
+  lines = [{"step": i + 1, "train/loss": x} for i, x in enumerate(losses)]
+  if accuracy is not None:
+    lines.append({"step": total, "eval/accuracy": accuracy})
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  # What is being written may be half a line.
+  (path / "metrics.jsonl").write_text(text + '{"step')
+  return path
+
+
+def test_everything_of_a_checkpoint(run, pictures, tmp_path):
+  source, out = write(tmp_path / "vit.npz"), tmp_path / "figures"
+  code, said, err, _ = run(f"--checkpoint={source}", *pictures, f"--out={out}")
+  assert code == 0, err
+  names = ("rollout", "filters", "positions", "distances")
+  files = [out / f"{n}.{kind}" for n in names for kind in ("png", "svg", "csv")]
+  assert said.split() == [str(file) for file in files]
+  assert sorted(out.iterdir()) == sorted(files)
+  for name in names:
+    with Image.open(out / f"{name}.png") as image:
+      image.load()
+    assert "<svg" in (out / f"{name}.svg").read_text()
+
+  model = pretrained.load(source)
+  about = model.config
+  pixels = [
+    preprocess_image(p, about.preprocess, about.image_size) for p in pictures
+  ]
+  looks = attention_maps.make_look(model)(normalize(np.stack(pixels)))
+  rows = read_csv(out / "rollout.csv")
+  found = np.array([float(row["attention"]) for row in rows])
+  np.testing.assert_allclose(found, looks.maps.ravel(), atol=1e-6)
+  assert rows[-1]["image"] == "2"
+  rows = read_csv(out / "distances.csv")
+  found = np.array([float(row["pixels"]) for row in rows]).reshape(2, 2)
+  np.testing.assert_allclose(found, looks.distances.mean(0), rtol=1e-5)
+  rows = read_csv(out / "positions.csv")
+  assert len(rows) == 2**4
+  assert float(rows[0]["similarity"]) == pytest.approx(1)
+
+  # Twice the same is the same to the byte, and nothing is overwritten.
+  again = tmp_path / "again"
+  run(f"--checkpoint={source}", *pictures, f"--out={again}", "--only=positions")
+  for kind in ("png", "svg", "csv"):
+    file = f"positions.{kind}"
+    assert (again / file).read_bytes() == (out / file).read_bytes()
+  code, _, err, _ = run(f"--checkpoint={source}", f"--out={out}")
+  assert code == 2
+  assert "rollout.png is there already; give another --out" in err
+
+
+@pytest.mark.slow
+def test_batches_of_images_are_all_drawn(monkeypatch, pictures, tmp_path):
+  source = write(tmp_path / "vit.npz")
+  whole = figures._read(source, pictures, None)
+  monkeypatch.setattr(figures, "BATCH_SIZE", 2)
+  parts = figures._read(source, pictures, None)
+  for x, y in zip(whole.looks, parts.looks, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_several_checkpoints_have_a_panel_each(run, pictures, tmp_path):
+  hybrid = write(tmp_path / "hybrid.npz", f"RN+{_VARIANT}", image_size=32)
+  resnet = write(tmp_path / "resnet.npz", "RNx1", image_size=32)
+  plain = write(tmp_path / "plain.npz")
+  sources = [f"--checkpoint={path}" for path in (plain, hybrid, resnet)]
+  code, *_, log = run(*sources, *pictures, f"--out={tmp_path / 'out'}")
+  assert code == 0
+  assert not log
+
+  def labels(name):
+    rows = read_csv(tmp_path / "out" / f"{name}.csv")
+    return list(dict.fromkeys(row["checkpoint"] for row in rows))
+
+  both = ["plain.npz", "hybrid.npz"]
+  assert labels("rollout") == labels("distances") == both
+  assert labels("positions") == both
+  assert labels("filters") == ["plain.npz"]
+
+  code, _, err, _ = run(
+    f"--checkpoint={resnet}", f"--out={tmp_path}", "--only=rollout"
+  )
+  assert code == 2
+  assert err == "error: --only=rollout: it takes images and a transformer\n"
+
+
+def test_components_are_those_of_another_library():
+  rng = np.random.default_rng(0)
+  filters = rng.normal(size=(4, 4, 3, 40)) * rng.uniform(size=(4, 4, 3, 1))
+  found, variance = figures.find_components(filters, 5)
+  pca = decomposition.PCA(5).fit(filters.reshape(48, 40).T)
+  expected = pca.components_
+  signs = np.sign(np.sum(found.reshape(5, 48) * expected, axis=1))
+  np.testing.assert_allclose(
+    found.reshape(5, 48), expected * signs[:, None], atol=1e-9
+  )
+  np.testing.assert_allclose(variance, pca.explained_variance_ratio_)
+  assert (found.max(axis=(1, 2, 3)) == np.abs(found).max(axis=(1, 2, 3))).all()
+
+
+def test_similarities_are_cosines():
+  positions = np.random.default_rng(0).normal(size=(2, 3, 5))
+  found = figures.compare_positions(positions)
+  for y, x, v, u in np.ndindex(2, 3, 2, 3):
+    a, b = positions[y, x], positions[v, u]
+    cosine = a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
+    assert found[y, x, v, u] == pytest.approx(cosine)
+
+
+@pytest.mark.parametrize(
+  ("kind", "at", "classifier"),
+  [
+    ("learned", "input", "token"),
+    ("2d", "input", "gap"),
+    ("sincos2d", "input", "token"),
+    ("learned", "every_layer", "gap"),
+  ],
+)
+def test_positions_are_what_the_model_adds(kind, at, classifier):
+  weights = random_models.random_weights(
+    _VARIANT,
+    (16, 24),
+    classifier=classifier,
+    pos_embedding=kind,
+    pos_embedding_at=at,
+  )
+  model = pretrained.assemble(weights)
+  about = model.config
+  params = {path: x.read() for path, x in weights.params.items()}
+  found = figures.read_positions(params, about)
+  images = random_models.random_images(model.model, 1)
+  if at == "input":
+    _, out = random_models.jit(model.model)(
+      model.params, images, intermediates=True
+    )
+    added = out["embedded"][0, -6:] - out["stem"].reshape(6, -1)
+  else:
+    name = "Transformer/encoderblock_0/posembed/pos_embedding"
+    added = params[name][0, -6:]
+  np.testing.assert_allclose(found.reshape(6, -1), added, atol=1e-5)
+
+
+def test_curves_and_compute_of_runs(run, tmp_path):
+  runs = tmp_path / "runs"
+  origin = write_run(runs / "big" / "pretrain", [3.0, 2.0, 1.0])
+  write_run(runs / "cifar10", [1.0, 0.5], 0.9, init_from=origin)
+  out = tmp_path / "out"
+  code, said, err, _ = run(f"--runs={runs}", f"--out={out}")
+  assert code == 0, err
+  assert len(said.split()) == 6
+  rows = read_csv(out / "curves.csv")
+  curve = [(r["step"], r["value"]) for r in rows if r["run"] == "big/pretrain"]
+  assert curve == [("1", "3.0"), ("2", "2.0"), ("3", "1.0")]
+  rows = read_csv(out / "compute.csv")
+  # Three steps of 1,000 images, 6 x the multiply-adds of ViT-B/32: 4.4 G by
+  # the usual formula, n d (4 d + 2 n + 8 d) a layer and the patches.
+  n, d = 50, 768
+  products = 12 * n * d * (4 * d + 2 * n + 8 * d) + 49 * 3072 * d + 9 * d
+  mine = next(row for row in rows if row["whose"] == "ours")
+  assert float(mine["exaflops"]) == pytest.approx(6 * 3000 * products / 1e18)
+  assert float(mine["accuracy"]) == 90
+  assert mine["dataset"] == "cifar10"
+  # The paper's 18 models beside it.
+  papers = [row for row in rows if row["whose"] == "the paper"]
+  assert len(papers) == 18
+  assert {row["kind"] for row in papers} == {"ViT", "hybrid", "ResNet"}
+
+
+@pytest.mark.parametrize(
+  ("args", "said"),
+  [
+    (["--only=rolout"], "no figure 'rolout'; did you mean 'rollout'?"),
+    ([], "nothing to draw from; give --checkpoint=SOURCE or --runs="),
+    (["--checkpoint=/no/such"], "/no/such"),
+    (["--runs=/no/such"], "there is no such folder"),
+  ],
+)
+def test_mistakes(run, args, said, tmp_path):
+  code, _, err, _ = run(*args, f"--out={tmp_path / 'out'}")
+  assert code == 2
+  assert said in err
+  assert err.count("\n") == 1
+  assert not (tmp_path / "out").exists()
