@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Packages with which JAX finds an accelerator, and the extras that ask for them.
+# What JAX finds an accelerator with, and the extra that asks for it.
 _PLUGINS = {
   "jax-cuda13-plugin": "cuda13",
   "jax-cuda12-plugin": "cuda12",
