@@ -132,7 +132,10 @@ def make_figures(
         raise UserError(f"--only={name}: {e}") from e
       log.info("%s: left out: %s", name, e)
       continue
-    _write(drawing, paths)
+    try:
+      _write(drawing, paths)
+    except OSError as e:
+      raise UserError(f"--out={out}: cannot be written: {e.strerror}") from e
     written += map(str, paths)
   return written
 
