@@ -9,6 +9,7 @@ INSTALLED_DEV := .venv/installed-dev
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
 INSTALLED_BROWSER := .venv/installed-browser
+INSTALLED_NOTEBOOKS := .venv/installed-notebooks
 # Every core runs its own test files, in the order of tests/conftest.py; a
 # file's tests share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
@@ -17,10 +18,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup quickstart test test-slow test-interop test-browser \
-  test-plan lint format hooks clean
+  test-notebooks test-plan notebooks lint format hooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
 	  Makefile
 
 setup: $(INSTALLED)  ## make .venv and install the package into it
@@ -40,9 +41,15 @@ test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
 	@$(BIN)/python -m pytest -m browser
 
+test-notebooks: $(INSTALLED_NOTEBOOKS)  ## run notebooks, also as on Colab
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m notebooks
+
 # One after the other: a compilation has threads of its own, and gigabytes.
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile
+
+notebooks: $(INSTALLED_NOTEBOOKS)  ## run them, and keep their outputs in them
+	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
 
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check
@@ -87,6 +94,10 @@ $(INSTALLED_INTEROP): $(INSTALLED)
 
 $(INSTALLED_BROWSER): $(INSTALLED)
 	@$(INSTALL) --editable '.[demo,browser]'
+	@touch $@
+
+$(INSTALLED_NOTEBOOKS): $(INSTALLED)
+	@$(INSTALL) --editable '.[notebooks,plan]'
 	@touch $@
 
 $(INSTALLED_PLAN): $(INSTALLED)

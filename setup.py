@@ -75,6 +75,7 @@ setuptools.setup(
     ],
     "demo": ["gradio>=6.0"],
     "browser": ["playwright>=1.50"],
+    "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

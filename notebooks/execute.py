@@ -82,7 +82,7 @@ def execute(
       resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env={**os.environ, **(env or {})})
-  return _tidy(notebook)
+  return _tidy(notebook, folder.parent)
 
 
 def _write_kernel(folder, python):
@@ -92,8 +92,11 @@ def _write_kernel(folder, python):
   (folder / "kernel.json").write_text(json.dumps(spec))
 
 
-def _tidy(notebook):
-  """Takes away what differs between runs without being a result."""
+def _tidy(notebook, root):
+  """Takes away what differs between runs without being a result.
+
+  Paths are shown as they are from `root`.
+  """
   notebook.metadata = {
     "kernelspec": {
       "display_name": "Python 3",
@@ -108,6 +111,8 @@ def _tidy(notebook):
     for output in cell.get("outputs", ()):
       if "metadata" in output:
         output.metadata = {}
+      if "text" in output:
+        output.text = output.text.replace(f"{root}/", "")
   return notebook
 
 
