@@ -174,12 +174,21 @@ def runtime(tmp_path_factory):
   subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
   python = str(folder / "env" / "bin" / "python")
   constraints = str(_REPO / "constraints.txt")
-  pip = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints]
+  pip = [
+    python,
+    "-I",
+    "-m",
+    "pip",
+    "install",
+    "-q",
+    "--constraint",
+    constraints,
+  ]
   subprocess.run([*pip, "ipykernel"], check=True)
   source = _load("execute").copy_checkout(folder / "source")
   git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-  for command in (["init"], ["add", "--all"], ["commit", "--message=all"]):
-    subprocess.run([*git, *command, "--quiet"], cwd=source, check=True)
+  for command in ("init --quiet", "add --all", "commit --quiet --message=all"):
+    subprocess.run([*git, *command.split()], cwd=source, check=True)
   return python, f"file://{source}"
 
 
@@ -188,7 +197,7 @@ def runtime(tmp_path_factory):
 def test_runs_as_on_colab(name, runtime, tmp_path):
   python, source = runtime
   # The install cell of each notebook has its work to do.
-  remove = [python, "-m", "pip", "uninstall", "--quiet", "--yes", "vit_jax"]
+  remove = [python, "-I", "-m", "pip", "uninstall", "-qy", "vit_jax"]
   subprocess.run(remove, check=True, capture_output=True)
   content = tmp_path / "content"
   content.mkdir()
