@@ -6,6 +6,7 @@ playwright are no packages.
 
 import contextlib
 import shutil
+import urllib.parse
 
 import pytest
 
@@ -30,15 +31,28 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-  """Opens (url, size, dark) -> playwright's page.
+  """Opens (url, size, dark, stream) -> playwright's page.
 
   When the test ends, no page may have written an error to its console, thrown
-  one, or failed to fetch something.
+  one, failed to fetch something, or asked anybody but its own server. An event
+  stream that a page itself stops reading counts as failed: `stream` is what the
+  addresses of such begin with.
   """
   said: list[str] = []
   with contextlib.ExitStack() as stack:
 
-    def open_one(url, size=(1280, 900), dark=False):
+    def open_one(url, size=(1280, 900), dark=False, stream=None):
+      own = (urllib.parse.urljoin(url, "/"), "data:", "blob:")
+
+      def note_request(request):
+        if not request.url.startswith(own):
+          said.append(f"asked for: {request.url}")
+
+      def note_failure(request):
+        ended = request.failure == "net::ERR_ABORTED"
+        if not (stream and ended and request.url.startswith(stream)):
+          said.append(f"not there: {request.url}")
+
       context = chromium.new_context(
         viewport={"width": size[0], "height": size[1]},
         color_scheme="dark" if dark else "light",
@@ -49,9 +63,10 @@ def open_page(chromium):
         "console", lambda m: said.append(m.text) if m.type == "error" else None
       )
       page.on("pageerror", lambda e: said.append(str(e)))
-      page.on("requestfailed", lambda r: said.append(f"not there: {r.url}"))
+      page.on("request", note_request)
+      page.on("requestfailed", note_failure)
       page.goto(url)
       return page
 
     yield open_one
-    assert not said
+    assert not said, said

@@ -33,7 +33,7 @@ _LAYERS = (
     "plan",
   ),
   # These run or read the commands of the line before.
-  ("quickstart", "jobs", "preflight"),
+  ("quickstart", "jobs", "preflight", "demo"),
   ("sweep",),
   ("vtab",),
   ("__main__",),
@@ -53,6 +53,7 @@ _CONTAINED = {
   "matplotlib": {"figures"},
   "torch": {"bench"},  # in processes that run nothing else
   "timm": {"bench"},
+  "gradio": {"demo"},
 }
 
 # A model and its step run on a bare accelerator machine with these alone.

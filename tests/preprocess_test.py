@@ -120,6 +120,34 @@ def test_numpy_equals_tensorflow_bit_for_bit(text, shape, kind):
     np.testing.assert_array_equal(ours, _run_tf(encoded, text, size))
 
 
+@pytest.mark.parametrize(
+  ("text", "size", "expected"),
+  [
+    ("resize(size)", 64, "resize(64)"),
+    ("resize(32, 'area')", (64, 48), "resize((64, 48), method='area')"),
+    (
+      "resize_small(40)|central_crop(32)",
+      64,
+      "resize_small(80)|central_crop(64)",
+    ),
+    ("resize(36)|central_crop(size)", 16, "resize(18)|central_crop(16)"),
+    # The larger factor, or the crop would have to be enlarged.
+    (
+      "resize_small(40)|central_crop(size)",
+      (64, 96),
+      "resize_small(120)|central_crop((64, 96))",
+    ),
+  ],
+)
+def test_rescaled_string_shows_as_much(text, size, expected):
+  scaled = preprocess.rescale(text, 32, size)
+  pixels = _photo((70, 50))
+  np.testing.assert_array_equal(
+    preprocess.preprocess_image(pixels, scaled, size),
+    preprocess.preprocess_image(pixels, expected, size),
+  )
+
+
 def test_resize_of_known_pixels():
   # Half-pixel centres: doubling puts the samples at -1/4, 1/4, 3/4, 5/4.
   image = np.array([[0, 100]], np.uint8)

@@ -158,6 +158,27 @@ def _make_parser():
   )
   _add_json(predict)
 
+  demo = add("demo", _demo, "classify pictures dropped on a page")
+  demo.add_argument(
+    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
+  )
+  demo.add_argument(
+    "--class_names",
+    metavar="FILE",
+    help="a name a line, for weights that have none",
+  )
+  demo.add_argument(
+    "--host",
+    default="127.0.0.1",
+    help="default: 127.0.0.1, for this machine alone; 0.0.0.0 for all",
+  )
+  demo.add_argument("--port", type=int, help="default: a free one from 7860 on")
+  demo.add_argument(
+    "--share",
+    action="store_true",
+    help="a public address too, through gradio's servers; for Colab",
+  )
+
   inspect = add("inspect", _inspect, "say what a file of weights holds")
   inspect.add_argument(
     "source",
@@ -716,6 +737,12 @@ def _predict(args):
     print(result["image"])
     for entry in result["classes"]:
       print(f"  {entry['probability']:7.2%}  {entry['name']}")
+
+
+def _demo(args):
+  from vit_jax.demo import demo
+
+  demo(args.checkpoint, args.class_names, args.host, args.port, args.share)
 
 
 def _inspect(args):

@@ -184,10 +184,14 @@ def _replace(path, write: Callable[[Path], Any]):
 
 def _read(source, images, image_size) -> Checkpoint:
   """Loads a checkpoint, runs it, and forgets it but for what is drawn."""
-  model = pretrained.load(source, image_size=image_size)
+  weights = pretrained.read(source)
+  model = pretrained.assemble(weights, image_size=image_size)
   about = model.config
+  recipe = weights.preprocess
+  if about.image_size != weights.image_size:
+    recipe = preprocess.rescale(recipe, weights.image_size, about.image_size)
   pixels = [
-    preprocess.preprocess_image(image, about.preprocess, about.image_size)
+    preprocess.preprocess_image(image, recipe, about.image_size)
     for image in images
   ]
   looks, titles = None, ["" for _ in images]

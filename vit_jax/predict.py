@@ -41,7 +41,7 @@ def predict(
     raise UserError(f"--top is {top}; it must be 1 or more")
   model = pretrained.load(source)
   about = model.config
-  names = _read_names(class_names, about.num_classes) or about.class_names
+  names = read_names(class_names, about)
   # All files are read before the model is compiled: a wrong path shows now.
   pixels = [
     preprocess.preprocess_image(image, about.preprocess, about.image_size)
@@ -50,35 +50,57 @@ def predict(
   results = []
   for start in range(0, len(pixels), BATCH_SIZE):
     batch = np.stack(pixels[start : start + BATCH_SIZE])
-    for row in np.asarray(model.probabilities(normalize(batch))):
-      best = np.argsort(-row, kind="stable")[:top]
-      results.append(
-        {
-          "image": str(images[len(results)]),
-          "classes": [
-            {
-              "name": names[i] if names else f"class {i}",
-              "probability": float(row[i]),
-            }
-            for i in best
-          ],
-        }
-      )
+    for classes in classify(model, batch, names, top):
+      image = str(images[len(results)])
+      results.append({"image": image, "classes": classes})
   return results
 
 
-def _read_names(file, num_classes):
-  """Returns the lines of a file, None for no file."""
+def classify(
+  model: pretrained.Pretrained,
+  pixels: np.ndarray,
+  names: Sequence[str] | None,
+  top: int,
+) -> list[list[dict[str, Any]]]:
+  """Returns the most probable classes of each image, best first.
+
+  Args:
+    model: with a head.
+    pixels: u8[b h w 3], from `preprocess.preprocess_image`.
+    names: of the classes; None: they are numbered.
+    top: how many classes for each.
+  """
+  probabilities = np.asarray(model.probabilities(normalize(pixels)))
+  return [
+    [
+      {
+        "name": names[i] if names else f"class {i}",
+        "probability": float(row[i]),
+      }
+      for i in np.argsort(-row, kind="stable")[:top]
+    ]
+    for row in probabilities
+  ]
+
+
+def read_names(
+  file: str | None, about: pretrained.Config
+) -> Sequence[str] | None:
+  """Returns the lines of a file; for None the names that came with weights.
+
+  Raises:
+    UserError: it cannot be read, or has not a line for each class.
+  """
   if file is None:
-    return None
+    return about.class_names
   try:
     with open(file, encoding="utf-8") as f:
       names = f.read().splitlines()
   except (OSError, ValueError) as e:
     raise UserError(f"--class_names {file}: cannot be read: {e}") from e
-  if len(names) != num_classes:
+  if len(names) != about.num_classes:
     raise UserError(
       f"--class_names {file} has {len(names)} lines; the head has "
-      f"{num_classes} classes"
+      f"{about.num_classes} classes"
     )
   return names

@@ -221,6 +221,36 @@ def _check_output_size(ops, text, image_size):
     )
 
 
+def rescale(
+  text: str,
+  old_size: int | tuple[int, int],
+  new_size: int | tuple[int, int],
+) -> str:
+  """Returns an evaluation string that shows as much at another resolution.
+
+  Every size in it grows alike, the fixed ones as well as `size`: of
+  resize_small(256)|central_crop(size), for 224 pixels, comes
+  resize_small(512)|central_crop(448) for 448, with the same part of the image.
+
+  Args:
+    text: the string, for images of `old_size`.
+    old_size: (height, width) or both, pixels.
+    new_size: alike.
+
+  Raises:
+    UserError: the string is wrong.
+  """
+  old_size, new_size = as_pair(old_size), as_pair(new_size)
+  ops = []
+  for name, args, kwargs in parse(text, old_size, evaluation=True):
+    given = inspect.signature(_OPS[name]).bind(*args, **kwargs).arguments
+    key, size = next(iter(given.items()))  # the size is what they take first
+    sides = tuple(map(scale_side, as_pair(size), old_size, new_size))
+    given[key] = max(sides) if name == "resize_small" else sides
+    ops.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})")
+  return "|".join(ops)
+
+
 # --- evaluation in NumPy ---
 
 
