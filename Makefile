@@ -6,8 +6,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_EXPORT := .venv/installed-export
 INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
+INSTALLED_DOCS := .venv/installed-docs
 INSTALLED_BROWSER := .venv/installed-browser
 INSTALLED_NOTEBOOKS := .venv/installed-notebooks
 # Every core runs its own test files, in the order of tests/conftest.py; a
@@ -17,8 +19,8 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop test-browser \
-  test-notebooks test-plan notebooks lint format hooks clean
+.PHONY: help setup quickstart test test-slow test-interop test-export \
+  test-browser test-notebooks test-plan notebooks docs lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
@@ -38,6 +40,9 @@ test-slow: $(INSTALLED)  ## only the tests that take minutes each
 test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
 	@$(PYTEST) -m interop
 
+test-export: $(INSTALLED_EXPORT)  ## run exports without our code
+	@$(PYTEST) -m export
+
 test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
 	@$(BIN)/python -m pytest -m browser
 
@@ -50,6 +55,9 @@ test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
 
 notebooks: $(INSTALLED_NOTEBOOKS)  ## run them, and keep their outputs in them
 	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
+
+docs: $(INSTALLED_DOCS)  ## build the documents' site: docs/_build/index.html
+	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
 
 lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check
@@ -64,7 +72,7 @@ hooks: $(INSTALLED_DEV)  ## lint at each git commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove .venv and caches; runs/ and data sets stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are older than setup.py or constraints.txt when those have changed:
@@ -92,6 +100,10 @@ $(INSTALLED_INTEROP): $(INSTALLED)
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
 	@touch $@
 
+$(INSTALLED_EXPORT): $(INSTALLED)
+	@$(INSTALL) --editable '.[export]'
+	@touch $@
+
 $(INSTALLED_BROWSER): $(INSTALLED)
 	@$(INSTALL) --editable '.[demo,browser]'
 	@touch $@
@@ -102,4 +114,8 @@ $(INSTALLED_NOTEBOOKS): $(INSTALLED)
 
 $(INSTALLED_PLAN): $(INSTALLED)
 	@$(INSTALL) --editable '.[plan]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@

@@ -36,6 +36,7 @@ setuptools.setup(
     "vit_jax.data.builders": ["imagenet21k.txt"],
     "vit_jax.paper": ["tables.json"],
     "vit_jax.pretrained.embedded": ["*/*"],
+    "vit_jax.report": ["style.css"],
   },
   python_requires=">=3.11",
   install_requires=[
@@ -63,6 +64,8 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "plan": ["libtpu>=0.0.50; sys_platform == 'linux'"],
     "cuda": ["jax[cuda12]"],
+    # What `vit-jax export` needs: flatbuffers for StableHLO, the others for ONNX.
+    "export": ["flatbuffers>=24.3", "jax2onnx>=0.13", "onnxruntime>=1.24"],
     "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
     # The libraries that tests compare with. timm is missing: it asks for
     # torchvision, which PyTorch without CUDA cannot load. `make test-interop`
@@ -73,6 +76,7 @@ setuptools.setup(
       "torch>=2.8",
       "transformers>=5.0",
     ],
+    "docs": ["furo>=2025.9.25", "myst-parser>=5.0", "sphinx>=9.0"],
     "demo": ["gradio>=6.0"],
     "browser": ["playwright>=1.50"],
     "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],

@@ -47,15 +47,15 @@ def get_config() -> Any:
   # "learned" (1-D), "2d", "sincos2d" (fixed), "relative" or "none"; added at
   # the "input", in "every_layer", or in "every_layer_shared" (Appendix D.4).
   config.model.pos_embedding = "learned"
-  config.model.pos_embedding_at = "input"
+  config.model.pos_embedding_at = "input"  # where it is added, see above
   # "gelu_tanh" and 1e-6 are the paper's; weights from PyTorch need "gelu_erf",
   # and some of Hugging Face's 1e-12. Loaded weights say which.
   config.model.activation = "gelu_tanh"
-  config.model.layer_norm_epsilon = 1e-6
-  config.model.dropout_rate = 0.0
-  config.model.attention_dropout_rate = 0.0
+  config.model.layer_norm_epsilon = 1e-6  # see above
+  config.model.dropout_rate = 0.0  # where the paper has it; 0: off
+  config.model.attention_dropout_rate = 0.0  # of the attention weights
   config.model.stochastic_depth_rate = 0.0  # of the last block; linear in depth
-  config.model.head_bias_init = 0.0
+  config.model.head_bias_init = 0.0  # every class's logit at the beginning
   # Matrix products run in this dtype; parameters, LayerNorm, softmax and loss
   # stay in float32.
   config.model.dtype = "bfloat16"
@@ -69,35 +69,37 @@ def get_config() -> Any:
   # A TFDS name, a task (`vtab:clevr_count`, with splits `train800`, ..., see
   # `vit-jax data list`), `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
   config.train.dataset = "imagenet21k"
-  config.train.split = "train"
+  config.train.split = "train"  # as TFDS writes it: "train[:98%]"
+  # Operations joined by "|", see `vit_jax.preprocess`.
   config.train.preprocess = "inception_crop(size)|flip_lr"
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
   config.eval = ml_collections.ConfigDict()
   config.eval.dataset = placeholder(str)  # unset: the training data set
-  config.eval.split = "validation"
+  config.eval.split = "validation"  # held-out images, or the test set
+  # Nothing random; kept with the weights, for `predict`.
   config.eval.preprocess = "resize_small(256)|central_crop(size)"
   config.eval.batch_size = 0  # 0: the training batch size
 
   # --- duration: exactly one of the three is set ---
-  config.batch_size = 4096
-  config.total_steps = 0
-  config.total_epochs = 0.0
-  config.total_examples = 0
+  config.batch_size = 4096  # over all hosts and devices
+  config.total_steps = 0  # updates
+  config.total_epochs = 0.0  # of the training split
+  config.total_examples = 0  # images, each time one is seen
 
   # --- optimisation ---
   # The loss of a classification; masked patches have one of their own.
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
-  config.loss.label_smoothing = 0.0
+  config.loss.label_smoothing = 0.0  # 0: off
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "adam"  # "adam" or "sgd"
   config.optimizer.b1 = 0.9  # Adam
-  config.optimizer.b2 = 0.999
-  config.optimizer.eps = 1e-8
+  config.optimizer.b2 = 0.999  # Adam
+  config.optimizer.eps = 1e-8  # Adam
   config.optimizer.momentum = 0.9  # SGD
   # dtype of Adam's first moment or SGD's momentum: "float32" or "bfloat16".
   config.optimizer.accumulator_dtype = "float32"
-  config.optimizer.weight_decay = 0.0
+  config.optimizer.weight_decay = 0.0  # decoupled; 0: none
   # "lr": decay * lr(t), as in the paper; "schedule": decay * lr(t)/base_lr, as
   # in big_vision (0.1 there = 0.1 / base_lr here).
   config.optimizer.weight_decay_scaling = "lr"
@@ -107,11 +109,11 @@ def get_config() -> Any:
   # "regex=factor" pairs, first match wins; factor 0 freezes.
   config.optimizer.lr_multipliers = ()
   config.schedule = ml_collections.ConfigDict()
-  config.schedule.base_lr = 1e-3
+  config.schedule.base_lr = 1e-3  # the learning rate after the warm-up
   config.schedule.decay = "linear"  # "linear", "cosine", "rsqrt", "constant"
-  config.schedule.warmup_steps = 10_000
+  config.schedule.warmup_steps = 10_000  # from 0 in a straight line
   config.schedule.linear_end = 1e-5  # learning rate at the end of linear decay
-  config.schedule.rsqrt_timescale = 10_000
+  config.schedule.rsqrt_timescale = 10_000  # steps
   config.schedule.cooldown_steps = 0  # linear to 0 at the end
   config.micro_batches = 1  # gradient accumulation; same result, less memory
   config.ema_decay = 0.0  # Polyak averaging of the parameters; 0: off
@@ -127,5 +129,5 @@ def get_config() -> Any:
   config.checkpoint_every = 1000  # steps; 0: at the end only
   config.keep_checkpoints = 2  # the newest that are kept, beside the best
   config.profile_step = 0  # first step of a profiler window; 0: none
-  config.profile_steps = 5
+  config.profile_steps = 5  # its length
   return config.lock()

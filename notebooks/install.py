@@ -30,7 +30,7 @@ _PLUGINS = {
 
 def main():
   """Installs the package, then what it needs and the runtime has not."""
-  installed = {canonicalize_name(d.name) for d in metadata.distributions()}
+  installed = {str(canonicalize_name(d.name)) for d in metadata.distributions()}
   _pip("--no-deps", "--editable", str(_ROOT))
   importlib.invalidate_caches()
   wanted = list_requirements(

@@ -1,6 +1,8 @@
 """The evaluation of a whole test set: each image once, on any machine."""
 
+import collections
 import io
+import types
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from sklearn import metrics
 
 from vit_jax import data, losses, models, sharding
 from vit_jax.errors import UserError
-from vit_jax.evaluators import classification
+from vit_jax.evaluators import by_class, classification
 
 _CLASSES = 4
 
@@ -211,3 +213,92 @@ def test_summarize_without_labels_divides_by_nothing():
     "accuracy": 0.0,
   }
   assert dict(classification.summarize([], multilabel=False))["examples"] == 0
+
+
+# --- by class ---
+
+
+@pytest.fixture
+def count(monkeypatch):
+  """Counts (labels, colours, batch size) without a pipeline, which is slow."""
+
+  def count_one(labels, colors, batch_size, kernel=_KERNEL, kept=6):
+    padded = -(-len(labels) // batch_size) * batch_size
+    most = max(map(len, labels))
+    everything = {
+      "image": np.zeros((padded, 4, 4, 3), np.uint8),
+      "labels": np.full((padded, most), -1, np.int32),
+      "mask": np.arange(padded) < len(labels),
+      "index": np.arange(padded, dtype=np.int32),
+    }
+    everything["image"][: len(labels)] = np.array(colors)[:, None, None]
+    for row, mine in zip(everything["labels"], labels, strict=False):
+      row[: len(mine)] = mine
+
+    def make_sums(look, **_):
+      return lambda params: (
+        jax.jit(look)(
+          params, {k: x[i : i + batch_size] for k, x in everything.items()}
+        )
+        for i in range(0, padded, batch_size)
+      )
+
+    monkeypatch.setattr(by_class, "make_sums", make_sums)
+    source = types.SimpleNamespace(multilabel=most > 1)
+    return by_class.make_tally(
+      model=_MODEL,
+      to_probabilities=jax.nn.softmax,
+      source=source,  # pyright: ignore[reportArgumentType]
+      mesh=sharding.make_mesh(1, jax.devices()[:1]),
+      batch_size=batch_size,
+      preprocess="resize(size)",
+      mistakes=kept,
+    )(kernel)
+
+  return count_one
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_the_tally_is_that_of_counting_one_by_one(
+  count, multilabel, batch_size
+):
+  _, labels, colors = _make_source(43, multilabel)
+  tally = count(labels, colors, batch_size)
+
+  logits = (colors / 127.5 - 1) @ np.float64(_KERNEL)
+  exp = np.exp(logits)
+  probabilities = exp / exp.sum(1, keepdims=True)
+  pairs, mistakes = collections.Counter(), []
+  for i, (mine, row) in enumerate(zip(labels, probabilities, strict=True)):
+    given = int(row.argmax())
+    if not mine:
+      continue
+    if not multilabel:
+      pairs[mine[0], given] += 1
+    else:
+      pairs[given if given in mine else -1, given] += 1
+    if given not in mine:
+      mistakes.append((-row[given], i, given, max(row[mine])))
+  assert tally.examples == 43
+  assert tally.labelled == pairs.total() == sum(map(bool, labels))
+  assert tally.pairs == pairs
+  mistakes = sorted(mistakes)[:6]
+  assert len(tally.mistakes) == min(6, len(mistakes))
+  for found, expected in zip(tally.mistakes, mistakes, strict=True):
+    assert (found.index, found.given) == expected[1:3]
+    assert found.labels == labels[found.index]
+    assert found.probability == pytest.approx(-expected[0], rel=1e-5)
+    assert found.label_probability == pytest.approx(expected[3], rel=1e-5)
+    assert (found.pixels == colors[found.index]).all()
+    assert found.pixels.shape == (4, 4, 3)
+
+
+def test_mistakes_that_are_equally_sure_come_in_order(count):
+  _, labels, colors = _make_source(7, False)
+  always = np.zeros((3, _CLASSES), np.float32)  # of equal ones the first
+  tally = count(labels, colors, 4, always, kept=7)
+  expected = [i for i, mine in enumerate(labels) if mine != [0]]
+  assert [m.index for m in tally.mistakes] == expected
+  assert {m.probability for m in tally.mistakes} == {0.25}
+  assert tally.correct == 7 - len(expected)

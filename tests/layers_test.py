@@ -29,8 +29,10 @@ _LAYERS = (
     "datasets",
     "inspect",
     "convert",
+    "export",
     "bench",
     "plan",
+    "report",
   ),
   # These run or read the commands of the line before.
   ("quickstart", "jobs", "preflight", "demo"),
@@ -43,7 +45,9 @@ _LAYER_OF = {unit: i for i, layer in enumerate(_LAYERS) for unit in layer}
 # Heavy or changeable libraries, and the only units that may import them.
 _CONTAINED = {
   "flax": {"models"},
-  "tensorflow": {"data", "metrics"},
+  "tensorflow": {"data", "metrics", "export"},  # writes its format
+  "jax2onnx": {"export"},
+  "onnxruntime": {"export"},
   "tensorflow_datasets": {"data"},
   "array_record": {"data"},
   "sklearn": {"data"},

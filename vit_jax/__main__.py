@@ -195,9 +195,21 @@ def _make_parser():
     "--to", required=True, help="npz, big_vision, hf, timm or orbax"
   )
 
+  _add_export(add("export", _export, "write a model that runs without this"))
+
   _add_tables(add("tables", _tables, "the paper's tables, beside your runs"))
 
   _add_figures(add("figures", _figures, "the paper's figures, of any weights"))
+
+  report = add("report", _report, "one page of HTML on runs, to look at")
+  report.add_argument(
+    "workdirs",
+    nargs="+",
+    metavar="WORKDIR",
+    help="a run folder, or one with runs below it",
+  )
+  report.add_argument("--out", default="report.html", help="the file to write")
+  _add_data_dir(report)
 
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
@@ -358,6 +370,24 @@ def _add_linear(linear):
   _add_distributed(linear)
 
 
+def _add_export(export):
+  export.add_argument("source", metavar="SOURCE", help=_SOURCE)
+  export.add_argument("out", metavar="OUT", help="the folder to write")
+  export.add_argument(
+    "--to", required=True, help="stablehlo, saved_model or onnx"
+  )
+  export.add_argument(
+    "--image_size",
+    type=int,
+    help="default: the checkpoint's; position embeddings are resized",
+  )
+  export.add_argument(
+    "--preprocess",
+    action="store_true",
+    help="take uint8 pictures of any size; default: floats in [-1, 1]",
+  )
+
+
 def _add_tables(tables):
   tables.add_argument(
     "name",
@@ -496,10 +526,14 @@ def _add_distributed(command):
     "Run the same command on each. On TPU pods and under Slurm --distributed "
     "is enough; elsewhere give all three of the others.",
   )
-  group.add_argument("--distributed", action="store_true")
-  group.add_argument("--coordinator", metavar="HOST:PORT")
-  group.add_argument("--num_processes", type=int)
-  group.add_argument("--process_id", type=int)
+  group.add_argument(
+    "--distributed", action="store_true", help="they find each other"
+  )
+  group.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+  )
+  group.add_argument("--num_processes", type=int, help="of the run, in all")
+  group.add_argument("--process_id", type=int, help="of this one, from 0")
   group.add_argument(
     "--start_timeout",
     type=float,
@@ -762,6 +796,23 @@ def _convert(args):
     print(f"note: {note}")
 
 
+def _export(args):
+  from vit_jax.export import export
+
+  about = export(
+    args.source,
+    args.out,
+    args.to,
+    image_size=args.image_size,
+    preprocess=args.preprocess,
+  )
+  shape = ", ".join(map(str, about["input"]["shape"]))
+  print(
+    f"{args.out}: {about['variant']} as {args.to}, "
+    f"{about['bytes'] / 1e6:.1f} MB, images {about['input']['dtype']}[{shape}]"
+  )
+
+
 def _tables(args):
   from vit_jax import tables
 
@@ -793,6 +844,13 @@ def _figures(args):
     image_size=args.image_size,
   )
   print("\n".join(written))
+
+
+def _report(args):
+  from vit_jax.report import report
+
+  file = report(args.workdirs, args.out, args.data_dir)
+  print(f"{file}: {file.stat().st_size / 1e3:,.0f} kB")
 
 
 def _data_list(args):

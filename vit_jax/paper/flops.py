@@ -53,6 +53,11 @@ def count_multiply_adds(
     dtype="float32",  # bfloat16 computes with padding, for the sake of TPUs
     **options,
   )
+  return count_forward(model)
+
+
+def count_forward(model: models.Model) -> int:
+  """Returns the multiply-adds of one image's forward pass, of any model."""
   params = jax.eval_shape(model.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   return count_in_jaxpr(jax.make_jaxpr(model.apply)(params, image).jaxpr)

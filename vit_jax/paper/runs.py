@@ -1,6 +1,7 @@
 """Run folders as results: what was trained on what, from what, how well."""
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from vit_jax import checkpoint
@@ -24,8 +25,8 @@ _OLD_DEFAULTS = {
   "optimizer.clip_norm": 0.0,
 }
 # Without these a folder is no run of ours.
-_NEEDED = {"model.variant", "train.dataset", "train.split", "eval.split"}
-_NEEDED |= {"image_size", "batch_size", "optimizer.name", "schedule.decay"}
+NEEDED = {"model.variant", "train.dataset", "train.split", "eval.split"}
+NEEDED |= {"image_size", "batch_size", "optimizer.name", "schedule.decay"}
 # Folders of a run; they have many files and no runs.
 _OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
 # What runs of the same setting may differ in.
@@ -115,7 +116,7 @@ def find_runs(folder: str) -> list[Run]:
   root = checkpoint.absolute(folder)
   if not root.is_dir():
     raise UserError(f"--runs={folder}: there is no such folder")
-  runs = [run for path in _walk(root) if (run := read_run(path))]
+  runs = [run for path in walk(root) if (run := read_run(path))]
   if not runs:
     raise UserError(
       f"--runs={folder} has no run in it or below it; a run is a folder with "
@@ -124,15 +125,18 @@ def find_runs(folder: str) -> list[Run]:
   return runs
 
 
-def _walk(folder):
-  """Yields a folder and those below it, but what a run itself made there."""
+def walk(folder) -> Iterator:
+  """Yields what may be run folders: this one and those below it.
+
+  They have a config.json. What a run itself made in its folder is left out.
+  """
   names = {path.name: path for path in folder.iterdir()}
   is_run = "config.json" in names
   if is_run:
     yield folder
   for name in sorted(names):
     if names[name].is_dir() and not (is_run and name in _OF_A_RUN):
-      yield from _walk(names[name])
+      yield from walk(names[name])
 
 
 def read_run(path) -> Run | None:
@@ -146,7 +150,7 @@ def read_run(path) -> Run | None:
   if not metrics.exists() or not {"config", "total_steps"} <= written.keys():
     return None
   config = _OLD_DEFAULTS | configuration.flatten(written["config"])
-  if not config.keys() >= _NEEDED:
+  if not config.keys() >= NEEDED:
     return None
   total_steps = written["total_steps"]
   last = _read_last(metrics, total_steps)

@@ -1,0 +1,580 @@
+"""The documents: no dead link, and every command is one that works.
+
+A command in a block of a document is run here (`_RUN`, marked slow), or by
+another test (`_TESTED`), or by CI, or a comment says what it takes, such as
+`# needs a download`: behind a command for that one, on a line of its own for
+all that follow up to an empty line. Such commands are only parsed.
+"""
+
+import ast
+import functools
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax import __main__ as cli
+from vit_jax import config, models, pretrained
+from vit_jax.pretrained import fetch
+from vit_jax.pretrained.names import PUBLISHED
+from vit_jax.state import flatten
+
+REPO = Path(__file__).parents[1]
+_PAGES = sorted((REPO / "docs").glob("*.md"))
+_DOCUMENTS = [
+  *(
+    REPO / name
+    for name in (
+      "README.md",
+      "ARCHITECTURE.md",
+      "CONTRIBUTING.md",
+      "CHANGELOG.md",
+      "RESULTS.md",
+      "launch/README.md",
+    )
+  ),
+  *_PAGES,
+  *sorted((REPO / "notebooks").glob("*.ipynb")),
+]
+_NEEDS = re.compile(
+  r"# needs a (Google Cloud account|download|GPU|TPU compiler|second machine)"
+)
+
+# What is run here, in this order, and what is added so that it takes seconds.
+_TINY = (
+  "--config.total_steps=2",
+  "--config.schedule.warmup_steps=0",
+  "--config.batch_size=8",
+)
+_SMALL = ("--config.image_size=32", "--config.model.dtype=float32", *_TINY)
+_RUN: dict[str, tuple[str, ...]] = {
+  "vit-jax --help": (),
+  "vit-jax inspect": (),
+  "vit-jax inspect runs/quickstart/finetune": (),
+  "vit-jax inspect ViT-B_16.npz": (),
+  "vit-jax predict --checkpoint=runs/quickstart/finetune "
+  "runs/quickstart/images/test_0.png --top=2": (),
+  "vit-jax predict --checkpoint=runs/quickstart/finetune cat.jpg dog.png "
+  "--top=3": (),
+  "vit-jax predict --checkpoint=ViT-B_16.npz --class_names=names.txt "
+  "cat.jpg": (),
+  "vit-jax evaluate --workdir=runs/quickstart/finetune": (),
+  "vit-jax convert runs/quickstart/finetune digits_timm --to=timm": (),
+  "vit-jax convert ViT-B_16.npz out --to=hf": (),
+  "vit-jax linear --checkpoint=runs/quickstart/pretrain --dataset=digits "
+  "--data_dir=runs/quickstart/data --shots=5,10,all": (),
+  "vit-jax data list": (),
+  "vit-jax data list --data_dir=runs/quickstart/data": (),
+  "vit-jax data prepare jft_like --data_dir=data": (),
+  "vit-jax data check folder:photos --examples=0": (),
+  "vit-jax data show folder:photos --image_size=224 --output=photos.png": (),
+  "vit-jax data show folder:photos --image_size=224 --output=show.png": (),
+  "vit-jax data build tagged --images=tagged_images --labels=tags.csv "
+  "--holdout=0.1 --data_dir=data": ("--workers=1",),
+  "vit-jax data check tagged --data_dir=data": (),
+  "vit-jax preflight --config=configs/quickstart_pretrain.py "
+  "--workdir=runs/preflighted --config.data_dir=runs/quickstart/data": (),
+  "vit-jax train --config=configs/photos.py --workdir=runs/photos": _SMALL,
+  "vit-jax evaluate --workdir=runs/photos": (),
+  "vit-jax predict --checkpoint=runs/photos cat.jpg --top=3": (),
+  "vit-jax convert runs/photos photos_hf --to=hf": (),
+  "vit-jax train --config=configs/quickstart_finetune.py "
+  "--workdir=runs/digits96 --config.data_dir=runs/quickstart/data "
+  "--config.image_size=96 --config.init_from=runs/quickstart/pretrain": _TINY,
+  "vit-jax train --config=configs/quickstart_finetune.py "
+  "--workdir=runs/frugal --config.data_dir=runs/quickstart/data "
+  "--config.micro_batches=4 --config.model.remat=full": _TINY,
+  "vit-jax train --config=configs/quickstart_finetune.py "
+  "--workdir=runs/frozen --config.data_dir=runs/quickstart/data "
+  "--config.init_from=runs/quickstart/pretrain "
+  "--config.optimizer.lr_multipliers=('head/.*=1', '.*=0')": _TINY,
+  "vit-jax train --config=configs/quickstart_masked.py --workdir=runs/masked "
+  "--config.data_dir=runs/quickstart/data": _TINY,
+  "vit-jax train --config=configs/quickstart_finetune.py "
+  "--workdir=runs/masked_digits --config.data_dir=runs/quickstart/data "
+  "--config.init_from=runs/masked": _TINY,
+  "vit-jax sweep --config=configs/quickstart_finetune.py "
+  "--workdir=runs/rates --config.data_dir=runs/quickstart/data "
+  "--config.init_from=runs/quickstart/pretrain "
+  "--grid=schedule.base_lr=0.02,0.05 --seeds=2": _TINY,
+  "vit-jax figures --checkpoint=runs/quickstart/finetune --out=figures "
+  "runs/quickstart/images/*.png": (),
+  "vit-jax figures --runs=runs --out=figures_of_runs": (),
+  "vit-jax tables": (),
+  "vit-jax tables table5 --runs=runs": (),
+  "vit-jax tables table5 --runs=runs --commands": (),
+  "vit-jax tables table2 --runs=runs --commands": (),
+  "vit-jax tables table6 --json": (),
+  "vit-jax bench step --variant=ViT-Ti_16 --batch_size=8 --image_size=64 "
+  "--steps=3": (),
+}
+# What other tests run, in small or with what it needs played.
+_TESTED = {
+  "vit-jax sweep --config=configs/photos.py --workdir=runs/photos_rates "
+  "--seeds=1 --grid=schedule.base_lr=0.001,0.003,0.01,0.03": (
+    "tests/sweep_test.py::test_the_real_train_goes_on_too"
+  ),
+  "vit-jax data check vtab:resisc45 --data_dir=data": (
+    "tests/data_tasks_test.py::"
+    "test_check_says_what_is_fetched_by_hand_and_where_it_goes"
+  ),
+  "vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini "
+  "--tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data": (
+    "tests/vtab_test.py::test_a_task_with_the_real_train"
+  ),
+  "vit-jax bench input --needs=20000": (
+    "tests/bench_test.py::test_input_of_what_is_made"
+  ),
+  "vit-jax demo --checkpoint=runs/quickstart/finetune": (
+    "tests/demo_test.py::test_uploads_are_judged_as_by_predict"
+  ),
+  "make quickstart": "tests/documents_test.py::test_the_quickstart",
+}
+_BY_CI = re.findall(
+  r"^(?:exec )?(make \S+)$", (REPO / ".ci" / "run").read_text(), re.MULTILINE
+)
+
+
+# --- what the documents have ---
+
+
+class Command(NamedTuple):
+  """A command of a document.
+
+  Attributes:
+    words: as a shell would split it.
+    place: the document, for messages.
+    marked: whether it says what it needs.
+  """
+
+  words: tuple[str, ...]
+  place: str
+  marked: bool
+
+  @property
+  def text(self) -> str:
+    return " ".join(self.words)
+
+
+@functools.cache
+def _read(path: Path) -> str:
+  """Returns a document's Markdown, its generated parts and all."""
+  text = path.read_text(encoding="utf-8")
+  if path.suffix == ".ipynb":
+    cells = json.loads(text)["cells"]
+    markdown = (c["source"] for c in cells if c["cell_type"] == "markdown")
+    return "\n\n".join("".join(source) for source in markdown)
+  return _load("docs/reference.py").fill(text)
+
+
+@functools.cache
+def _load(file):
+  """Returns a module that is a file of its own."""
+  spec = importlib.util.spec_from_file_location("loaded_file", REPO / file)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _list_blocks(path, language):
+  """Returns [(what stands before it, text)] of a document's blocks."""
+  parts = re.split(
+    rf"^```{language}\n(.*?)^```$", _read(path), flags=re.MULTILINE | re.DOTALL
+  )
+  return list(zip(parts[0::2], parts[1::2], strict=False))
+
+
+@functools.cache
+def _list_commands() -> tuple[Command, ...]:
+  return tuple(
+    command
+    for path in _DOCUMENTS
+    for _, block in _list_blocks(path, "sh")
+    for command in _split(block, str(path.relative_to(REPO)))
+  )
+
+
+def _split(block, place):
+  marked = False
+  for line in re.sub(r"\\\n *", " ", block).splitlines():
+    if not line.strip():
+      marked = False
+    words = tuple(shlex.split(line, comments=True))
+    if not words:
+      marked = marked or bool(_NEEDS.search(line))
+      continue
+    yield Command(words, place, marked or bool(_NEEDS.search(line)))
+
+
+def _find_photos():
+  """Returns the name and the text of the configuration that is shown."""
+  for before, block in _list_blocks(REPO / "docs/your_images.md", "python"):
+    if found := re.search(r"`(configs/\w+\.py)`:\n\n$", before):
+      return found[1], block
+  raise AssertionError("your_images.md shows no configuration")
+
+
+# --- links ---
+
+
+def _list_anchors(path):
+  """Returns the anchors of a document's headings, as GitHub makes them."""
+  text = re.sub(r"^```.*?^```$", "", _read(path), flags=re.M | re.S)
+  anchors, seen = set(), {}
+  for title in re.findall(r"^#+ +(.+?) *$", text, re.M):
+    shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
+    anchor = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+    count = seen[anchor] = seen.get(anchor, -1) + 1
+    anchors.add(f"{anchor}-{count}" if count else anchor)
+  return anchors
+
+
+def _list_links(path):
+  text = re.sub(r"^```.*?^```$", "", _read(path), flags=re.M | re.S)
+  text = re.sub(r"`[^`\n]*`", "code", text)
+  links = re.findall(r"\]\(([^)\s]+)\)", text)
+  return [link for link in links if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize("path", _DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+  for link in _list_links(path):
+    file, _, anchor = link.partition("#")
+    target = (path.parent / file).resolve() if file else path
+    assert target.is_relative_to(REPO), link
+    assert target.exists(), f"{path.name}: {link}"
+    if anchor:
+      assert anchor in _list_anchors(target), f"{path.name}: {link}"
+
+
+def test_every_page_is_in_the_table_of_contents():
+  trees = _list_blocks(REPO / "docs/index.md", r"\{toctree\}")
+  lines = "\n".join(block for _, block in trees).split("\n")
+  listed = [line for line in lines if line and not line.startswith(":")]
+  assert sorted([*listed, "index"]) == sorted(page.stem for page in _PAGES)
+
+
+@functools.cache
+def _list_tests(file):
+  text = (REPO / file).read_text(encoding="utf-8")
+  return set(re.findall(r"^def (test_\w+)", text, re.M))
+
+
+def test_named_tests_are_there():
+  named = set(_TESTED.values())
+  for path in _DOCUMENTS:
+    named |= set(re.findall(r"tests/\w+_test\.py(?:::\w+)?", _read(path)))
+  for node in sorted(named):
+    file, _, test = node.partition("::")
+    assert (REPO / file).is_file(), node
+    assert not test or test in _list_tests(file), node
+
+
+# --- what is generated ---
+
+
+def test_every_command_and_option_is_in_the_reference():
+  text = _read(REPO / "docs/commands.md")
+  parsers = _load("docs/reference.py").list_parsers(cli._make_parser())
+  assert len(parsers) > 15
+  for parser in parsers:
+    section = text.split(f"\n## {parser.prog}\n")[1].split("\n## ")[0]
+    for action in parser._actions[1:]:
+      for name in action.option_strings or [action.metavar or action.dest]:
+        assert f"`{name}" in section, f"{parser.prog} {name}"
+
+
+def test_every_key_is_in_the_reference_with_its_default_and_meaning():
+  rows = re.findall(
+    r"^\| `([\w.]+)` \| (.+?) \| (.+?) \| (.+) \|$",
+    _read(REPO / "docs/config.md"),
+    re.M,
+  )
+  known = config.flatten(config.load(str(REPO / "configs/common.py")))
+  assert sorted(key for key, *_ in rows) == sorted(known)
+  for key, _, default, _ in rows:
+    shown = default.strip("`").replace(r"\|", "|")
+    value = None if shown == "unset" else ast.literal_eval(shown)
+    assert value == known[key], key
+
+
+def test_every_published_name_is_in_its_list():
+  text = _read(REPO / "docs/published.md")
+  for name, published in PUBLISHED.items():
+    assert f"| `{name}` | `{published.address}` |" in text
+
+
+# --- commands ---
+
+
+_make_parser = functools.cache(cli._make_parser)
+
+
+def _check_vit_jax(words):
+  """Fails unless the command line takes these words; runs nothing."""
+  with_names = [w for w in words if w != "--help"]
+  if not with_names:
+    return
+  args, rest = _make_parser().parse_known_args(with_names)
+  overrides = cli._parse_overrides(rest)
+  assert not overrides or args.run in cli._OVERRIDDEN, words
+  specs = getattr(args, "config", None) or []
+  specs = [specs] if isinstance(specs, str) else specs
+  for grid in getattr(args, "grid", []):
+    key, _, values = grid.partition("=")
+    overrides[key] = values.split(",")[0]
+  specs = [*specs, *filter(None, [getattr(args, "final", None)])]
+  if overrides and not specs:
+    specs = ["configs/common.py"]
+  for spec in specs:
+    config.load(_find_config(spec), overrides)
+
+
+def _find_config(spec):
+  name, text = _find_photos()
+  if spec != name:
+    return str(REPO / spec)
+  path = REPO / "configs" / "finetune.py"
+  # The file that is shown begins with the one that it imports from.
+  assert "from finetune import" in text
+  return f"{path}:ViT-Ti_16,cifar10,224"
+
+
+def _check_make(words):
+  for target in words:
+    makefile = (REPO / "Makefile").read_text()
+    assert re.search(rf"^{target}:.*## ", makefile, re.M), target
+
+
+def _check_launch(words):
+  args, command = _load("launch/tpu.py").parse(list(words))
+  assert args.needs_command == bool(command)
+  if command:
+    _check_vit_jax(command)
+
+
+def _check_pip(words):
+  """Fails unless the extra that is to be installed is one."""
+  if words[:2] == ["install", "-e"]:
+    extra = re.fullmatch(r"\.\[(\w+)\]", words[2])
+    assert extra, words
+    assert f'"{extra[1]}": [' in (REPO / "setup.py").read_text(), words
+
+
+_CHECKS = {
+  "pip": _check_pip,
+  "vit-jax": _check_vit_jax,
+  "make": _check_make,
+  "launch/tpu.py": _check_launch,
+}
+
+
+def test_commands_are_taken_by_their_parsers(capsys):
+  commands = _list_commands()
+  assert len(commands) > 60
+  for command in commands:
+    name, *words = command.words
+    try:
+      _CHECKS.get(name, lambda _: None)(words)
+    except (SystemExit, Exception) as e:
+      said = capsys.readouterr().err
+      pytest.fail(f"{command.place}: {command.text}\n{said}{e}")
+
+
+def test_commands_are_run_or_say_what_they_need():
+  loose = [
+    f"{command.place}: {command.text}"
+    for command in _list_commands()
+    if not command.marked
+    and not command.text.startswith("pip install -e ")
+    and command.text not in {*_RUN, *_TESTED, *_BY_CI, "make hooks"}
+  ]
+  assert not loose, "add them to _RUN, or say above them what they need"
+  documented = {command.text for command in _list_commands()}
+  assert not {*_RUN, *_TESTED} - documented, "no document has these any more"
+
+
+# --- Python ---
+
+_PYTHON = [
+  pytest.param(before, block, id=f"{path.stem}-{i}")
+  for path in [REPO / "README.md", *_PAGES]
+  for i, (before, block) in enumerate(_list_blocks(path, "python"))
+]
+
+
+@pytest.mark.parametrize(("before", "block"), _PYTHON)
+def test_python_compiles(before, block):
+  compile(block, "document", "exec")
+
+
+# --- run ---
+
+
+class Project:
+  """A folder as the documents expect it, small."""
+
+  def __init__(self, folder: Path):
+    self.folder = folder
+    shutil.copytree(REPO / "configs", folder / "configs")
+    name, text = _find_photos()
+    (folder / name).write_text(text)
+    self.cache = folder / "cache"
+    self.environment = {
+      **os.environ,
+      "PYTHONPATH": str(REPO),
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+      "TFDS_DATA_DIR": str(folder / "data"),
+      "VIT_JAX_CACHE": str(self.cache),
+    }
+
+  def run(self, *words):
+    """Runs Python with these arguments in the folder."""
+    done = subprocess.run(
+      [sys.executable, *words],
+      cwd=self.folder,
+      env=self.environment,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=600,
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+  def call(self, *words):
+    """Runs vit-jax; `*` in a word stands for files, as in a shell."""
+    expanded = []
+    for word in words:
+      pattern = "*" in word and not word.startswith("-")
+      files = self.folder.glob(word) if pattern else ()
+      expanded += sorted(map(str, files)) or [word]
+    return self.run("-m", "vit_jax", *expanded)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+  project = Project(tmp_path_factory.mktemp("project"))
+  _draw_images(project.folder)
+  _lay_out_weights(project)
+  for name in ("jft_like", "digits"):
+    project.call("data", "prepare", name, "--data_dir=data")
+  shutil.copytree(
+    project.folder / "data", project.folder / "runs/quickstart/data"
+  )
+  for half, rest in (
+    ("pretrain", ()),
+    ("finetune", ("--config.init_from=runs/quickstart/pretrain",)),
+  ):
+    project.call(
+      "train",
+      f"--config=configs/quickstart_{half}.py",
+      f"--workdir=runs/quickstart/{half}",
+      "--config.data_dir=runs/quickstart/data",
+      *rest,
+      *_TINY,
+    )
+  return project
+
+
+def _draw_images(folder):
+  """Writes the files that the documents call photos, cat.jpg and so on."""
+  rng = np.random.default_rng(0)
+
+  def write(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.clip(rng.normal(level, 30, (40, 48, 3)), 0, 255)
+    Image.fromarray(pixels.astype(np.uint8)).resize((160, 120)).save(path)
+
+  labels = ["image,label"]
+  for name, level in (("cat", 80), ("dog", 170)):
+    for i in range(12):
+      write(folder / "photos" / name / f"{i}.jpg", level)
+      write(folder / "tagged_images" / f"{name}{i}.jpg", level)
+      labels.append(f"{name}{i}.jpg,{name}")
+  write(folder / "cat.jpg", 80)
+  write(folder / "dog.png", 170)
+  write(folder / "runs/quickstart/images/test_0.png", 80)
+  (folder / "tags.csv").write_text("\n".join(labels) + "\n")
+
+
+def _lay_out_weights(project):
+  """Writes random weights where a published file would have been loaded."""
+  model = models.create(variant="ViT-Ti_16", num_classes=10, image_size=224)
+  rng = np.random.default_rng(0)
+  shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  arrays = {
+    path: rng.normal(0, 0.02, x.shape).astype(np.float32)
+    for path, x in shapes.items()
+  }
+  file = io.BytesIO()
+  np.savez(file, **arrays)
+  url = fetch._make_url(PUBLISHED["ViT-Ti_16-augreg"].address)
+  cached = fetch._cached_path(url, project.cache)
+  cached.parent.mkdir(parents=True)
+  for path in (cached, project.folder / "ViT-B_16.npz"):
+    path.write_bytes(file.getvalue())
+  assert pretrained.read(str(cached)).num_classes == 10
+  names = "\n".join(f"name {i}" for i in range(10))
+  (project.folder / "names.txt").write_text(names + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", _RUN, ids=str)
+def test_a_command_runs(text, project):
+  command = next(c for c in _list_commands() if c.text == text)
+  project.call(*command.words[1:], *_RUN[text])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "block"), _PYTHON)
+def test_python_runs(before, block, project):
+  if _NEEDS.search(block) or before.endswith(".py`:\n\n"):
+    pytest.skip("it says what it needs, or is a file")
+  project.run("-c", block)
+
+
+_SHORTER = """
+
+_get_config = get_config
+
+
+def get_config():
+  config = _get_config()
+  with config.unlocked():
+    config.total_steps = 2
+    config.schedule.warmup_steps = 0
+    config.batch_size = 8
+  return config
+"""
+
+
+@pytest.mark.slow
+def test_the_quickstart(project):
+  for half in ("pretrain", "finetune"):
+    with open(project.folder / f"configs/quickstart_{half}.py", "a") as f:
+      f.write(_SHORTER)
+  (project.folder / "anew").mkdir()
+  shutil.copytree(
+    project.folder / "runs/quickstart/data", project.folder / "anew/data"
+  )
+  said = project.call("quickstart", "--workdir=anew")
+  assert "from pre-training" in said
+  assert json.loads((project.folder / "anew/report.json").read_text())

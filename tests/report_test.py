@@ -1,0 +1,605 @@
+"""The report on runs: what is read, what is counted, what the page is."""
+
+import collections
+import html.parser
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import PHONE, chromium, open_page  # noqa: F401
+
+from vit_jax import config as configuration
+from vit_jax import report as report_package
+from vit_jax.__main__ import main
+from vit_jax.errors import UserError
+from vit_jax.evaluators import by_class
+from vit_jax.paper import flops
+from vit_jax.report import charts, details, page, report
+from vit_jax.report.runs import count_exaflops, find_runs, measure_speed
+
+_REPO = Path(__file__).parents[1]
+_BAD_NAME = "<script>alert('&\"')</script>"
+
+
+def write_run(path, total_steps=40, steps=40, losses=None, **overrides):
+  """Makes a run folder as `train` leaves it, without checkpoints."""
+  spec = str(_REPO / "configs" / "quickstart_finetune.py")
+  given = {k.replace("__", "."): str(x) for k, x in overrides.items()}
+  config = configuration.load(spec, {"batch_size": "32", **given})
+  written = {
+    "config": configuration.to_dict(config),
+    "total_steps": total_steps,
+    "class_names": [str(i) for i in range(10)],
+    "multilabel": False,
+  }
+  path.mkdir(parents=True)
+  (path / "config.json").write_text(json.dumps(written))
+  lines = []
+  for step in range(10, steps + 1, 10):
+    line = {"step": step, "train/loss": (losses or {}).get(step, 8 / step)}
+    line |= {"train/learning_rate": 0.1 * (1 - step / total_steps)}
+    speed = {10: 64.0, 20: 128.0}.get(step, 256.0)
+    line["speed/images_per_second"] = speed
+    line["speed/images_per_second_per_device"] = speed / 4
+    lines.append(line)
+    accuracy = 1 - 1 / step
+    lines.append({"step": step, "eval/examples": 5, "eval/accuracy": accuracy})
+  text = "".join(json.dumps(line) + "\n" for line in lines)
+  (path / "metrics.jsonl").write_text(text)
+  return path
+
+
+# --- reading ---
+
+
+def test_runs_are_found_once_and_named_as_short_as_they_differ(tmp_path):
+  a = write_run(tmp_path / "sweep" / "lr=1" / "seed=0")
+  b = write_run(tmp_path / "sweep" / "lr=2" / "seed=0")
+  # What a run made in its own folder, and what others made, are no runs.
+  shutil.copytree(a, a / "checkpoints" / "1")
+  converted = tmp_path / "sweep" / "converted"
+  converted.mkdir()
+  (converted / "config.json").write_text('{"config": {"model": {}}}')
+  found = find_runs([str(tmp_path / "sweep"), str(a)])
+  assert [run.name for run in found] == ["lr=1/seed=0", "lr=2/seed=0"]
+  assert [Path(run.path) for run in found] == [a, b]
+  assert [run.name for run in find_runs([str(b)])] == ["seed=0"]
+
+
+def test_a_run_in_progress_is_read_as_far_as_it_is(tmp_path):
+  run = write_run(tmp_path / "run", steps=20, losses={10: float("nan")})
+  with (run / "metrics.jsonl").open("a") as f:
+    f.write("no JSON\n")
+    f.write('{"step": 40, "train/loss": 0.')  # is being written
+  (found,) = find_runs([str(run)])
+  assert found.step == 20
+  assert found.series["train/loss"] == [(20, 0.4)]
+  assert found.last("eval/accuracy") == 1 - 1 / 20
+  assert [note.split(":")[0] for note in found.notes] == [
+    "1 lines of metrics.jsonl cannot be read.",
+    "Values that are no finite numbers are left out",
+  ]
+  text = page.make_page([found], {found.name: "no checkpoint"})
+  assert "20 of 40 steps: in progress, or stopped" in text
+  (run / "metrics.jsonl").unlink()
+  (found,) = find_runs([str(run)])
+  assert (found.step, found.series) == (0, {})
+  text = page.make_page([found], {found.name: "no checkpoint"})
+  for words in ("not evaluated yet", "nothing to draw yet", "has no speed"):
+    assert words in text
+
+
+def test_the_cost_is_that_of_the_steps(tmp_path):
+  (run,) = find_runs([str(write_run(tmp_path / "run"))])
+  speed = measure_speed(run)
+  assert speed is not None
+  # 10 steps of 32 images each: 320/64 + 320/128 + twice 320/256 seconds.
+  assert speed.seconds == pytest.approx(5 + 2.5 + 2 * 1.25)
+  assert speed.device_seconds == pytest.approx(4 * speed.seconds)
+  assert speed.mean == pytest.approx(4 * 320 / 10)
+  assert (speed.least, speed.most, speed.devices) == (64, 256, 4)
+  exaflops, why = count_exaflops(run)
+  assert not why
+  # The quickstart's model has no class token; the table's has, a token of 37.
+  paper = flops.count_multiply_adds("ViT-N_8", 48, 10)
+  assert exaflops == pytest.approx(6 * paper * 1280 / 1e18, rel=0.04)
+  masked = run.written | {
+    "config": run.written["config"] | {"objective": "masked_patches"}
+  }
+  exaflops, why = count_exaflops(run._replace(written=masked))
+  assert exaflops is None
+  assert "masked" in why
+
+
+@pytest.mark.parametrize(
+  ("seconds", "text"),
+  [
+    (41.4, "41 seconds"),
+    (114.2, "114 seconds"),
+    (600, "10.0 minutes"),
+    (9000, "2.5 hours"),
+    (864_000, "10.0 days"),
+  ],
+)
+def test_times_are_told_in_words(seconds, text):
+  assert page.show_time(seconds) == text
+
+
+# --- drawing ---
+
+
+@pytest.mark.parametrize(
+  "values", [[0, 1], [3, 3], [0, 0], [-7.3, 12], [1e-5, 3e-5], [999, 1001]]
+)
+def test_ticks_are_round_and_around_the_values(values):
+  ticks = charts.choose_ticks(values)
+  assert 2 <= len(ticks) <= 8
+  assert ticks[0] <= min(values) + 1e-12
+  assert ticks[-1] >= max(values) - 1e-12
+  assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+  assert {f"{ticks[1] - ticks[0]:.0e}"[0]} <= {"1", "2", "5"}
+
+
+@pytest.mark.parametrize("values", [[1e-9, 1], [0.5, 90], [1, 1e12]])
+def test_log_ticks_are_powers_of_ten_around_the_values(values):
+  ticks = charts.choose_log_ticks(values)
+  assert 2 <= len(ticks) <= 8
+  assert ticks[0] <= min(values)
+  assert ticks[-1] >= max(values)
+  assert np.allclose(np.log10(ticks) % 1 % 1, 0)
+
+
+def _read_points(svg):
+  """Returns [x y] of a chart's only line, in units of the view."""
+  (path,) = re.findall(r'class="line c0" d="M([^"]+)"', svg)
+  return np.array([point.split() for point in path.split("L")], float)
+
+
+def test_a_line_lies_where_its_numbers_say():
+  xs, ys = [0, 50, 100], [10, 20, 0]
+  chart = charts.draw("t", "step", [charts.Line("r", xs, ys, 0)])
+  assert not chart.logarithmic
+  points = _read_points(chart.svg)
+  # Ticks go from 0 to 100 and from 0 to 20.
+  left, right, bottom, top = 48, 350, 186, 10
+  expected = [
+    [left, (bottom + top) / 2],
+    [(left + right) / 2, top],
+    [right, bottom],
+  ]
+  np.testing.assert_allclose(points, expected, atol=0.05)
+  wide = charts.draw("t", "step", [charts.Line("r", xs, [1, 100, 1e4], 0)])
+  assert wide.logarithmic
+  heights = _read_points(wide.svg)[:, 1]
+  np.testing.assert_allclose(heights, [186, 98, 10], atol=0.05)
+
+
+def test_a_long_line_becomes_means_and_stays_small():
+  xs, ys = np.arange(100_000), np.arange(100_000) % 2
+  chart = charts.draw("t", "step", [charts.Line("r", xs, ys, 0)])
+  assert chart.averaged == 400
+  assert len(chart.svg) < 10_000
+  heights = _read_points(chart.svg)[:, 1]
+  np.testing.assert_allclose(heights, 98, atol=0.05)  # the mean is a half
+
+
+# --- the page ---
+
+
+def _make_pixels(seed):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, 256, (24, 24, 3)).astype(np.uint8)
+
+
+def _make_details(names, multilabel=False, attends=True):
+  """Made-up counts: of class i, i of 50 images are taken for the next one."""
+  pairs = collections.Counter()
+  for i in range(len(names)):
+    given = (i + 1) % len(names)
+    pairs[i, i] += 50 - i
+    if i:
+      pairs[-1 if multilabel else i, given] += i
+  picture = details.encode(_make_pixels(0))
+  mistakes = [
+    details.Mistake(
+      by_class.Mistake(
+        index=1000 + i,
+        labels=list(range(5)) if multilabel else [i + 1],
+        given=i,
+        probability=0.9 - i / 100,
+        label_probability=0.05,
+        pixels=_make_pixels(i),
+      ),
+      picture,
+      picture if attends else None,
+    )
+    for i in range(3)
+  ]
+  total = 50 * len(names)
+  tally = by_class.Tally(total, total, pairs, [m.found for m in mistakes])
+  return details.Details(
+    checkpoint="best/40",
+    dataset="made_up",
+    split="test",
+    class_names=names,
+    multilabel=multilabel,
+    tally=tally,
+    mistakes=mistakes,
+    attends=attends,
+  )
+
+
+def _make_page(folder):
+  """Returns a page with everything: few and many classes, several labels."""
+  for name, overrides in {
+    "few": {},
+    "many": {"schedule__base_lr": 0.5, "loss__name": "sigmoid"},
+    "multi": {"steps": 20},
+    "none": {"steps": 10, "seed": 7},
+  }.items():
+    write_run(folder / name, **overrides)
+  runs = find_runs([str(folder)])
+  many = [f"class {i}" for i in range(30)]
+  looks = {
+    "few": _make_details([_BAD_NAME, *"bcdefghij"]),
+    "many": _make_details(many, attends=False),
+    "multi": _make_details(many, multilabel=True),
+    "none": "There is no checkpoint.",
+  }
+  return page.make_page(runs, looks)
+
+
+class _Reader(html.parser.HTMLParser):
+  """Reads a page and checks that what opens is closed."""
+
+  _VOID = ("meta", "link", "img", "br")
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.elements, self.rows = [], [], []
+    self.feed(text)
+    self.close()
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+    if tag not in self._VOID:
+      self.open.append(tag)
+    if tag == "tr":
+      self.rows.append([])
+    if tag in ("th", "td") and self.rows:
+      self.rows[-1].append("")
+
+  def handle_startendtag(self, tag, attrs):
+    self.elements.append((tag, dict(attrs)))
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if {"th", "td"} & {*self.open}:
+      self.rows[-1][-1] += data
+
+  def all(self, *tags):
+    return [attrs for tag, attrs in self.elements if tag in tags]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+  return _make_page(tmp_path_factory.mktemp("page"))
+
+
+def test_the_page_is_complete_in_itself_and_accessible(text):
+  read = _Reader(text)
+  assert "<script" not in text
+  assert "&lt;script&gt;" in text
+  for attrs in read.all(*{tag for tag, _ in read.elements}):
+    for key in ("src", "href"):
+      if key in attrs:
+        assert attrs[key].startswith(("data:", "#")), attrs[key]
+  assert "url(" not in text
+  assert read.all("html") == [{"lang": "en"}]
+  assert len(read.all("main")) == len(read.all("h1")) == 1
+  ids = [attrs["id"] for _, attrs in read.elements if "id" in attrs]
+  assert len(ids) == len({*ids})
+  targets = {attrs["href"][1:] for attrs in read.all("a")}
+  labels = {a["aria-labelledby"] for a in read.all("section")}
+  assert targets | labels <= {*ids}
+  assert len(read.all("table")) == len(read.all("caption")) > 5
+  assert {attrs.get("scope") for attrs in read.all("th")} == {"col", "row"}
+  assert all(attrs["alt"] for attrs in read.all("img"))
+  assert len(read.all("img")) == 2 * 3 + 3 + 2 * 3
+  for attrs in read.all("svg"):
+    assert attrs.get("aria-hidden") or (
+      attrs["role"] == "img" and attrs["aria-label"]
+    )
+  levels = [int(t[1]) for t, _ in read.elements if re.fullmatch("h[1-6]", t)]
+  assert levels[0] == 1
+  assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+
+
+def test_the_page_says_what_was_counted(text):
+  rows = _Reader(text).rows
+  assert ["c", "48 of 50", "96.00 %", "d (2)"] in [
+    [cell.replace("\u00a0", " ") for cell in row] for row in rows
+  ]
+  # The confusion matrix: "j" is taken for the first class 9 of 50 times.
+  assert ["j", "9", *["0"] * 8, "41"] in rows
+  # Of many classes: the pair that is mixed up most often.
+  pairs = [row for row in rows if row[:3] == ["class 29", "class 0", "29"]]
+  assert pairs == [["class 29", "class 0", "29", "58.00\u00a0%"]]
+  assert "Test image 1,002" in text
+  assert "is a ResNet and has no attention" in text
+  assert "Has 5 labels" in text
+  assert "There is no confusion matrix" in text
+  assert "There is no checkpoint." in text
+  # 40 steps measured 97.5 %, and 455 of 500 are right.
+  assert "455 of 500 images right" in text
+  assert "The run itself measured 97.50\u00a0%" in text
+  keys = {row[0] for row in rows}
+  assert {"few", "many", "multi", "none"} <= keys  # the runs, as rows
+  assert ["Run", "loss.name", "schedule.base_lr", "seed"] in rows
+  assert ["many", "sigmoid", "0.5", "0"] in rows
+
+
+def test_runs_of_very_different_lengths_share_a_relative_axis(tmp_path):
+  write_run(tmp_path / "runs" / "short", total_steps=40)
+  write_run(tmp_path / "runs" / "long", total_steps=400, steps=400)
+  runs = find_runs([str(tmp_path / "runs")])
+  text = page.make_page(runs, {run.name: "not now" for run in runs})
+  (figure,) = re.findall(r"<figure>.*Training loss.*?</figure>", text, re.S)[:1]
+  assert "percent of the run&#x27;s steps" in figure
+  ends = [
+    path.split("L")[-1].split()[0]
+    for path in re.findall(r'class="line c\d"[^>]* d="M([^"]{20,})"', figure)
+  ]
+  assert ends == ["350.0", "350.0"]
+
+
+@pytest.mark.parametrize(
+  ("overrides", "words"),
+  [
+    ({"objective": "masked_patches"}, "gives no classes"),
+    ({"eval__split": ""}, "has no test set"),
+    ({}, "There is no checkpoint in the run's folder yet"),
+  ],
+)
+def test_what_cannot_be_looked_at_is_said(tmp_path, overrides, words):
+  write_run(tmp_path / "run", **overrides)
+  out = tmp_path / "report.html"
+  assert report([str(tmp_path / "run")], str(out)) == out
+  assert words.replace("'", "&#x27;") in out.read_text()
+  assert not (tmp_path / "report.html.tmp").exists()
+
+
+def test_of_many_runs_the_best_have_colours(tmp_path, monkeypatch):
+  for i in range(10):
+    write_run(tmp_path / "runs" / f"run{i}", steps=10 + 10 * (i % 4))
+  seen = []
+
+  def look(run, data_dir, mistakes):
+    seen.append((run.name, mistakes))
+    return "not now"
+
+  monkeypatch.setattr(report_package, "look", look)
+  out = tmp_path / "report.html"
+  report([str(tmp_path / "runs")], str(out))
+  # The more steps the better; run0, run4 and run8 have the fewest.
+  assert [name for name, _ in seen] == [
+    *("run3", "run7", "run2", "run6", "run1", "run5", "run9", "run0")
+  ]
+  assert {mistakes for _, mistakes in seen} == {5}
+  text = out.read_text()
+  assert "The test sets of 2 more runs were not looked at" in text
+  assert text.count('class="line other"') >= 2
+  assert [row[0] for row in _Reader(text).rows[1:11]] == [
+    *(name for name, _ in seen),
+    *("run4", "run8"),
+  ]
+
+
+def test_a_file_that_came_meanwhile_is_left_alone(tmp_path, monkeypatch):
+  run, out = write_run(tmp_path / "run"), tmp_path / "report.html"
+
+  def look(*_):
+    out.write_text("mine")
+    return "not now"
+
+  monkeypatch.setattr(report_package, "look", look)
+  with pytest.raises(UserError, match="exists; nothing is overwritten"):
+    report([str(run)], str(out))
+  assert out.read_text() == "mine"
+
+
+def test_mistakes_of_users_are_one_line(tmp_path, capsys):
+  run = str(write_run(tmp_path / "run"))
+  out = tmp_path / "there.html"
+  out.write_text("mine")
+  empty = tmp_path / "empty"
+  empty.mkdir()
+  for arguments, words in (
+    ([run, f"--out={out}"], "exists; nothing is overwritten"),
+    ([run, f"--out={tmp_path}/no/r.html"], "no folder that can be written"),
+    ([f"{tmp_path}/nowhere", f"--out={tmp_path}/r.html"], "no such folder"),
+    ([str(empty), f"--out={tmp_path}/r.html"], "has no run in it"),
+  ):
+    assert main(["report", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+  assert out.read_text() == "mine"
+  (Path(run) / "config.json").write_text("{")
+  with pytest.raises(UserError, match=r"config\.json is damaged"):
+    find_runs([run])
+
+
+# --- a real run ---
+
+
+@pytest.mark.slow
+def test_classes_of_a_real_run_add_up_to_its_accuracy(
+  runs, reference, tmp_path, monkeypatch
+):
+  out = tmp_path / "report.html"
+  assert main(["report", str(reference.workdir), f"--out={out}"]) == 0
+  assert out.stat().st_size < 2e6
+  text = out.read_text()
+  rows = _Reader(text).rows
+  counts = [
+    [int(n) for n in match.groups()]
+    for row in rows
+    if len(row) == 4 and (match := re.fullmatch(r"(\d+)\sof\s(\d+)", row[1]))
+  ]
+  right, images = (sum(column) for column in zip(*counts, strict=True))
+  assert images == 40
+  # The best checkpoint's step: that with the highest accuracy, the first one.
+  lines = (reference.workdir / "metrics.jsonl").read_text().splitlines()
+  measured = [
+    x for line in lines if (x := json.loads(line).get("eval/accuracy"))
+  ]
+  best = max(measured)
+  assert right / images == best
+  assert "The run itself measured the same." in text
+  matrix = [row for row in rows if len(row) == 11 and row[0].isdigit()]
+  assert len(matrix) == 10
+  assert sum(int(row[1 + int(row[0])]) for row in matrix) == right
+  assert text.count("<img ") == 2 * min(12, images - right)
+
+  # Its data are gone.
+  moved = tmp_path / "elsewhere"
+  monkeypatch.setenv("TFDS_DATA_DIR", str(moved))
+  gone = tmp_path / "gone.html"
+  report([str(reference.workdir)], str(gone), data_dir=str(moved))
+  text = gone.read_text()
+  assert "The test set could not be looked at: data set" in text
+  assert 'class="line c0"' in text
+
+
+# --- in a browser ---
+
+
+@pytest.fixture
+def address(text, tmp_path):
+  file = tmp_path / "report.html"
+  file.write_text(text, encoding="utf-8")
+  return file.as_uri()
+
+
+# Each text's colour and what is behind it, transparent layers laid over each
+# other, as [[text, red, green, blue of it, red, green, blue behind it], ...].
+_COLOURS = """() => {
+  const parse = (text) => {
+    const n = text.match(/[\\d.e-]+/g).map(Number);
+    const scale = text.startsWith('color(') ? 255 : 1;
+    const alpha = n.length > 3 ? n[3] : 1;
+    return [n[0] * scale, n[1] * scale, n[2] * scale, alpha];
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const text = walker.currentNode.textContent.trim();
+    const element = walker.currentNode.parentElement;
+    if (!text || !element.checkVisibility()) continue;
+    const style = getComputedStyle(element);
+    const own = parse(element.closest('svg') ? style.fill : style.color);
+    const layers = [];
+    for (let e = element; e; e = e.parentElement) {
+      const layer = parse(getComputedStyle(e).backgroundColor);
+      layers.push(layer);
+      if (layer[3] === 1) break;
+    }
+    let behind = [255, 255, 255];
+    for (const [r, g, b, a] of layers.reverse())
+      behind = [r, g, b].map((x, i) => x * a + behind[i] * (1 - a));
+    found.push([text, ...own.slice(0, 3), ...behind]);
+  }
+  return found;
+}"""
+
+
+def _luminance(colour):
+  """WCAG 2's relative luminance of 0..255."""
+  c = np.array(colour) / 255
+  linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+  return linear @ [0.2126, 0.7152, 0.0722]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_text_can_be_read(open_page, address, dark):  # noqa: F811
+  shown = open_page(address, dark=dark)
+  shown.evaluate(
+    "document.querySelectorAll('details').forEach(d => d.open = 1)"
+  )
+  found = shown.evaluate(_COLOURS)
+  assert len(found) > 500
+  for text, *colours in found:
+    light, dim = sorted(map(_luminance, (colours[:3], colours[3:])))[::-1]
+    assert (light + 0.05) / (dim + 0.05) >= 4.5, (text, colours)
+  body = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+  assert (_luminance([int(n) for n in re.findall(r"\d+", body)]) < 0.1) == dark
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_phone_never_scrolls_sideways(open_page, address, opened):  # noqa: F811
+  shown = open_page(address, PHONE)
+  if opened:
+    shown.evaluate(
+      "document.querySelectorAll('details').forEach(d => d.open = true)"
+    )
+  root = "document.documentElement"
+  assert shown.evaluate(f"{root}.scrollWidth") == PHONE[0]
+  # Words in charts have the size of words on phones, 10 px at least.
+  scale = shown.evaluate(
+    "document.querySelector('.chart').getBoundingClientRect().width / 360"
+  )
+  assert 11 * scale > 9
+
+
+@pytest.mark.browser
+def test_everything_is_reached_by_keyboard(open_page, address):  # noqa: F811
+  shown = open_page(address)
+  shown.keyboard.press("Tab")
+  focused = "document.activeElement"
+  assert shown.evaluate(f"{focused}.textContent") == "Skip to the report"
+  box = shown.evaluate(f"{focused}.getBoundingClientRect().x")
+  assert box >= 0  # it is seen when it has the focus
+  shown.keyboard.press("Enter")
+  assert shown.evaluate(f"{focused}.id") == "report"
+  count = shown.evaluate("document.querySelectorAll('summary').length")
+  opened = 0
+  for _ in range(400):
+    shown.keyboard.press("Tab")
+    tag = shown.evaluate(f"{focused}.tagName")
+    if tag == "BODY":
+      break
+    outline = shown.evaluate(f"getComputedStyle({focused}).outlineStyle")
+    assert outline == "solid", tag
+    if tag == "SUMMARY":
+      shown.keyboard.press("Enter")
+      assert shown.evaluate(f"{focused}.parentElement.open")
+      opened += 1
+  assert opened == count > 4
+
+
+@pytest.mark.browser
+def test_a_screen_reader_is_told_everything(open_page, address):  # noqa: F811
+  told = open_page(address).locator("body").aria_snapshot()
+  for line in (
+    'heading "Report: 4 runs" [level=1]',
+    'navigation "Sections"',
+    "main",
+    'heading "Test set: few" [level=2]',
+    'heading "The most confident mistakes" [level=3]',
+    'img "Training loss. few: from 0.8 to 0.2, lowest 0.2, highest 0.8',
+    'table "What was trained"',
+    'rowheader "few"',
+    'columnheader "Result"',
+    'img "Test image 1002: d"',
+    'img "The same, dark where the model did not look"',
+  ):
+    assert line in told, line

@@ -1,0 +1,80 @@
+"""The `report` command: one page of HTML on runs, complete in itself."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_jax.errors import RunStopped, UserError
+from vit_jax.report import charts
+from vit_jax.report.details import look
+from vit_jax.report.page import make_page
+from vit_jax.report.runs import Run, find_runs
+
+log = logging.getLogger(__name__)
+
+# Mistakes with pictures: of one run, and of all together, which bounds the
+# page's size.
+_MISTAKES = 12
+_ALL_MISTAKES = 40
+
+
+def report(
+  workdirs: Sequence[str], out: str, data_dir: str | None = None
+) -> Path:
+  """Writes a page on runs: curves, cost, configurations, mistakes.
+
+  Args:
+    workdirs: run folders, or folders with runs below them.
+    out: the file to write.
+    data_dir: where the TFDS data sets are, if not where they were.
+
+  Returns:
+    The file.
+
+  Raises:
+    UserError: no run there, or `out` exists or cannot be written.
+  """
+  file = Path(out).expanduser().absolute()
+  _check_out(file, out)
+  runs = find_runs(workdirs)
+  if len(runs) > charts.COLOURS:
+    runs.sort(key=_rank)
+  looked_at = runs[: charts.COLOURS]
+  mistakes = max(1, min(_MISTAKES, _ALL_MISTAKES // len(looked_at)))
+  looks = {}
+  for i, run in enumerate(looked_at, 1):
+    log.info("looking at run %d of %d: %s", i, len(looked_at), run.name)
+    looks[run.name] = look(run, data_dir, mistakes)
+  page = make_page(runs, looks)
+  _check_out(file, out)  # looking takes minutes
+  temporary = file.with_name(file.name + ".tmp")
+  try:
+    # A path or a class may have a name that is no Unicode.
+    temporary.write_text(page, "utf-8", errors="xmlcharrefreplace")
+    temporary.replace(file)
+  except OSError as e:
+    raise RunStopped(f"could not write {out}: {e.strerror}") from e
+  return file
+
+
+def _check_out(file, out):
+  """Raises a UserError now, not after minutes, if `out` cannot be written."""
+  if file.exists():
+    raise UserError(
+      f"{out} exists; nothing is overwritten, give another one with --out="
+    )
+  if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+    raise UserError(
+      f"--out={out}: {file.parent} is no folder that can be written to; make "
+      "it, or give another --out"
+    )
+
+
+def _rank(run: Run):
+  """Orders runs: the best result first, those without one last."""
+  metric = run.main_metric()
+  if metric is None:
+    return (1, 0.0)
+  value = run.last(metric) or 0.0
+  return (0, value if metric == "eval/loss" else -value)
