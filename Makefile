@@ -11,6 +11,7 @@ INSTALLED_INTEROP := .venv/installed-interop
 INSTALLED_PLAN := .venv/installed-plan
 INSTALLED_DOCS := .venv/installed-docs
 INSTALLED_BROWSER := .venv/installed-browser
+INSTALLED_NOTEBOOKS := .venv/installed-notebooks
 # Every core runs its own test files, in the order of tests/conftest.py; a
 # file's tests share what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
@@ -19,10 +20,10 @@ PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup quickstart test test-slow test-interop test-export \
-  test-browser test-plan docs lint format hooks clean
+  test-browser test-notebooks test-plan notebooks docs lint format hooks clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s%s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
 	  Makefile
 
 setup: $(INSTALLED)  ## make .venv and install the package into it
@@ -45,9 +46,15 @@ test-export: $(INSTALLED_EXPORT)  ## run exports without our code
 test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
 	@$(BIN)/python -m pytest -m browser
 
+test-notebooks: $(INSTALLED_NOTEBOOKS)  ## run notebooks, also as on Colab
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m notebooks
+
 # One after the other: a compilation has threads of its own, and gigabytes.
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
 	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile
+
+notebooks: $(INSTALLED_NOTEBOOKS)  ## run them, and keep their outputs in them
+	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
 
 docs: $(INSTALLED_DOCS)  ## build the documents' site: docs/_build/index.html
 	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
@@ -99,6 +106,10 @@ $(INSTALLED_EXPORT): $(INSTALLED)
 
 $(INSTALLED_BROWSER): $(INSTALLED)
 	@$(INSTALL) --editable '.[demo,browser]'
+	@touch $@
+
+$(INSTALLED_NOTEBOOKS): $(INSTALLED)
+	@$(INSTALL) --editable '.[notebooks,plan]'
 	@touch $@
 
 $(INSTALLED_PLAN): $(INSTALLED)

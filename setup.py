@@ -35,6 +35,7 @@ setuptools.setup(
   package_data={
     "vit_jax.data.builders": ["imagenet21k.txt"],
     "vit_jax.paper": ["tables.json"],
+    "vit_jax.pretrained.embedded": ["*/*"],
     "vit_jax.report": ["style.css"],
   },
   python_requires=">=3.11",
@@ -78,6 +79,7 @@ setuptools.setup(
     "docs": ["furo>=2025.9.25", "myst-parser>=5.0", "sphinx>=9.0"],
     "demo": ["gradio>=6.0"],
     "browser": ["playwright>=1.50"],
+    "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
     "dev": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

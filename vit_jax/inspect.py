@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import pretrained
+from vit_jax.pretrained import embedded
 from vit_jax.pretrained.loaded import HEAD_OF_ZEROS
 from vit_jax.pretrained.names import PUBLISHED
 
@@ -110,8 +111,9 @@ def _triple(values):
 
 def list_published() -> str:
   """Returns the published names and their addresses, a line each."""
-  width = max(map(len, PUBLISHED))
+  places = {name: found.address for name, found in PUBLISHED.items()}
+  places |= dict.fromkeys(embedded.MODELS, "in the package: no download")
+  width = max(map(len, places))
   return "\n".join(
-    f"{name:{width}}  {published.address}"
-    for name, published in sorted(PUBLISHED.items())
+    f"{name:{width}}  {place}" for name, place in sorted(places.items())
   )

@@ -12,6 +12,7 @@ from vit_jax.pretrained import (
   archives,
   big_vision,
   bit,
+  embedded,
   fetch,
   huggingface,
   runs,
@@ -83,7 +84,7 @@ def read(source: str) -> Weights:
     return _read_safetensors(_find_safetensors(path))
   if _sniff(path) == "npz":
     return _read_npz(path, where.part)
-  return _read_safetensors(path)
+  return embedded.restore(_read_safetensors(path))
 
 
 def _find_safetensors(folder):

@@ -28,6 +28,7 @@ import urllib.request
 from typing import NamedTuple
 
 from vit_jax.errors import UserError, suggest
+from vit_jax.pretrained import embedded
 from vit_jax.pretrained.names import PUBLISHED
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def locate(
       - https:// or http:// and a file .npz or .safetensors; beside a
         .safetensors its config.json is fetched as well, if there is one;
       - gs:// and such a file, which must be public, or a folder;
-      - a name in `names.PUBLISHED`.
+      - a name in `names.PUBLISHED`, or in `embedded.MODELS`: in the package.
       A file may be followed by ":PART" (npz only) and then by "#sha256=HEX".
     cache_dir: instead of $VIT_JAX_CACHE or ~/.cache/vit_jax.
 
@@ -81,6 +82,7 @@ def locate(
   if os.path.exists(source):
     return Source(source)
   address, part, digest = _split(source)
+  address = os.fspath(embedded.MODELS.get(address, address))
   if os.path.exists(address):
     _check_digest(pathlib.Path(address), digest)
     return Source(address, part)
@@ -127,7 +129,7 @@ def _check_address(address: str):
     )
   raise UserError(
     f"no checkpoint at {address}: it is neither a file or folder here nor a "
-    f"published name{suggest(address, PUBLISHED)}"
+    f"published name{suggest(address, [*PUBLISHED, *embedded.MODELS])}"
   )
 
 

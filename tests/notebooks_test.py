@@ -1,0 +1,217 @@
+"""Notebooks: complete as files, and run from their beginning.
+
+`make test-notebooks` runs each twice: in a checkout with the package installed,
+and as on Colab, where an empty folder and ipykernel are all there is.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_REPO = Path(__file__).parents[1]
+_FOLDER = _REPO / "notebooks"
+_NAMES = (
+  "quickstart",
+  "finetune_your_images",
+  "high_resolution",
+  "figures",
+  "reproduce_tables",
+  "plan_a_pod",
+)
+_COLAB = (
+  "https://colab.research.google.com/github/vit-jax/vit_jax/blob/main/notebooks"
+)
+# Folders that there are on one machine and not on the next.
+_ABSOLUTE = (
+  r"(?<![\w.:/~-])/(tmp|home|root|usr|opt|var|mnt|work|content|Users)/"
+)
+each = pytest.mark.parametrize("name", _NAMES)
+
+
+def _load(name):
+  """Imports a script of notebooks/."""
+  spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
+  assert spec
+  assert spec.loader
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def _read(name):
+  """Returns the cells of a notebook, their sources and texts as one string."""
+  notebook = json.loads((_FOLDER / f"{name}.ipynb").read_text())
+  for cell in notebook["cells"]:
+    cell["source"] = "".join(cell["source"])
+    for output in cell.get("outputs", ()):
+      output["text"] = "".join(output.get("text", ""))
+  return notebook["cells"]
+
+
+def _read_code(name):
+  return [cell for cell in _read(name) if cell["cell_type"] == "code"]
+
+
+def _count_pictures(cells):
+  """Returns how many pictures each code cell shows."""
+  return [
+    sum("image/png" in output.get("data", ()) for output in cell["outputs"])
+    for cell in cells
+    if cell["cell_type"] == "code"
+  ]
+
+
+# --- the files ---
+
+
+def test_these_are_all_there_are():
+  assert {path.stem for path in _FOLDER.glob("*.ipynb")} == {*_NAMES}
+  readme = (_REPO / "README.md").read_text()
+  assert all(f"(notebooks/{name}.ipynb)" in readme for name in _NAMES)
+
+
+@each
+def test_begins_with_title_badge_and_install_cell(name):
+  head, setup = (cell["source"] for cell in _read(name)[:2])
+  assert re.match(r"# \w.+\n\n\[!\[Open in Colab\]\(", head)
+  assert f"({_COLAB}/{name}.ipynb)" in head
+  # They differ in the extras that they install, and in nothing else.
+  first = _read_code("quickstart")[0]["source"]
+  assert re.sub(r'(install\.py")(, "\w+")+', r"\1", setup) == first
+
+
+@each
+def test_code_compiles(name):
+  for cell in _read_code(name):
+    lines = cell["source"].replace("\\\n", "").splitlines()
+    plain = ["pass" if line.startswith("!") else line for line in lines]
+    compile("\n".join(plain), name, "exec")
+
+
+@each
+def test_keeps_the_outputs_of_one_run(name):
+  cells = _read_code(name)
+  counts = [cell["execution_count"] for cell in cells]
+  assert counts == list(range(1, len(cells) + 1))
+  outputs = [output for cell in cells for output in cell["outputs"]]
+  assert not [x for x in outputs if x["output_type"] == "error"]
+  texts = [x["text"] for x in outputs if x["output_type"] == "stream"]
+  for text in [*texts, *(cell["source"] for cell in _read(name))]:
+    assert not re.search(_ABSOLUTE, text), text
+  for text in texts:
+    assert not re.search("Traceback|Warning|WARNING|error:", text), text
+  assert sum(_count_pictures(cells)) >= 1
+  assert (_FOLDER / f"{name}.ipynb").stat().st_size < 1e6
+
+
+# --- what is installed ---
+
+_GIVEN = [
+  "jax>=0.10",
+  'libtpu>=0.0.50; sys_platform == "linux" and extra == "plan"',
+  'tensorflow-cpu>=2.20; sys_platform != "none"',
+  'gradio>=6.0; extra == "demo"',
+]
+
+
+@pytest.mark.parametrize(
+  ("installed", "extras", "wanted"),
+  [
+    # A new environment.
+    ({"ipykernel"}, [], ["jax>=0.10", "tensorflow-cpu>=2.20"]),
+    # Colab with a GPU: the plug-in has to have the version of jax.
+    (
+      {"jax", "jax-cuda12-plugin", "tensorflow"},
+      [],
+      ["jax[cuda12]>=0.10", "tensorflow>=2.20"],
+    ),
+    (
+      {"jax", "libtpu"},
+      ["plan"],
+      ["jax[tpu]>=0.10", "libtpu>=0.0.50", "tensorflow-cpu>=2.20"],
+    ),
+  ],
+)
+def test_what_a_runtime_has_is_left_alone(
+  installed, extras, wanted, monkeypatch
+):
+  install = _load("install")
+  monkeypatch.setattr(install.shutil, "which", lambda name: None)
+  if sys.platform == "linux":
+    assert install.list_requirements(_GIVEN, extras, installed) == wanted
+  lines = "# a comment\njax==0.10.2\nimportlib-resources==7.1.0\nflax==0.12.8\n"
+  left = install.choose_constraints(lines, {"jax", "importlib-resources"})
+  assert left == "flax==0.12.8\n"
+
+
+# --- execution ---
+
+
+@pytest.mark.notebooks
+@each
+def test_runs_in_a_checkout(name, tmp_path):
+  execute = _load("execute")
+  checkout = execute.copy_checkout(tmp_path / "vit_jax")
+  ran = execute.execute(
+    _FOLDER / f"{name}.ipynb",
+    checkout / "notebooks",
+    env={"PYTHONPATH": str(checkout)},
+  )
+  # As many pictures as the file has: it is of this code.
+  assert _count_pictures(ran.cells) == _count_pictures(_read(name))
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+  """A new environment with ipykernel alone, and the project's address."""
+  folder = tmp_path_factory.mktemp("runtime")
+  subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+  python = str(folder / "env" / "bin" / "python")
+  constraints = str(_REPO / "constraints.txt")
+  pip = [
+    python,
+    "-I",
+    "-m",
+    "pip",
+    "install",
+    "-q",
+    "--constraint",
+    constraints,
+  ]
+  subprocess.run([*pip, "ipykernel"], check=True)
+  source = _load("execute").copy_checkout(folder / "source")
+  git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+  for command in ("init --quiet", "add --all", "commit --quiet --message=all"):
+    subprocess.run([*git, *command.split()], cwd=source, check=True)
+  return python, f"file://{source}"
+
+
+@pytest.mark.notebooks
+@each
+def test_runs_as_on_colab(name, runtime, tmp_path):
+  python, source = runtime
+  # The install cell of each notebook has its work to do.
+  remove = [python, "-I", "-m", "pip", "uninstall", "-qy", "vit_jax"]
+  subprocess.run(remove, check=True, capture_output=True)
+  content = tmp_path / "content"
+  content.mkdir()
+  path = os.environ["PATH"].split(os.pathsep)
+  own = str(Path(sys.executable).parent)
+  ran = _load("execute").execute(
+    _FOLDER / f"{name}.ipynb",
+    content,
+    python=python,
+    env={
+      "VIT_JAX_SOURCE": source,
+      "PATH": os.pathsep.join(x for x in path if x != own),
+      "PYTHONPATH": "",
+    },
+  )
+  assert (content / "vit_jax_source" / "notebooks").is_dir()
+  assert _count_pictures(ran.cells) == _count_pictures(_read(name))
