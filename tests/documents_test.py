@@ -56,6 +56,7 @@ _TINY = (
   "--config.schedule.warmup_steps=0",
   "--config.batch_size=8",
 )
+_DIGITS = (*_TINY, "--config.eval.split=test[:40]")
 _SMALL = ("--config.image_size=32", "--config.model.dtype=float32", *_TINY)
 _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax --help": (),
@@ -90,23 +91,22 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax convert runs/photos photos_hf --to=hf": (),
   "vit-jax train --config=configs/quickstart_finetune.py "
   "--workdir=runs/digits96 --config.data_dir=runs/quickstart/data "
-  "--config.image_size=96 --config.init_from=runs/quickstart/pretrain": _TINY,
+  "--config.image_size=96 --config.init_from=runs/quickstart/pretrain": _DIGITS,
   "vit-jax train --config=configs/quickstart_finetune.py "
   "--workdir=runs/frugal --config.data_dir=runs/quickstart/data "
-  "--config.micro_batches=4 --config.model.remat=full": _TINY,
+  "--config.micro_batches=4 --config.model.remat=full": (
+    *_DIGITS,
+    "--config.batch_size=32",
+  ),
   "vit-jax train --config=configs/quickstart_finetune.py "
   "--workdir=runs/frozen --config.data_dir=runs/quickstart/data "
   "--config.init_from=runs/quickstart/pretrain "
-  "--config.optimizer.lr_multipliers=('head/.*=1', '.*=0')": _TINY,
+  "--config.optimizer.lr_multipliers=('head/.*=1', '.*=0')": _DIGITS,
   "vit-jax train --config=configs/quickstart_masked.py --workdir=runs/masked "
-  "--config.data_dir=runs/quickstart/data": _TINY,
+  "--config.data_dir=runs/quickstart/data": _DIGITS,
   "vit-jax train --config=configs/quickstart_finetune.py "
   "--workdir=runs/masked_digits --config.data_dir=runs/quickstart/data "
-  "--config.init_from=runs/masked": _TINY,
-  "vit-jax sweep --config=configs/quickstart_finetune.py "
-  "--workdir=runs/rates --config.data_dir=runs/quickstart/data "
-  "--config.init_from=runs/quickstart/pretrain "
-  "--grid=schedule.base_lr=0.02,0.05 --seeds=2": _TINY,
+  "--config.init_from=runs/masked": _DIGITS,
   "vit-jax figures --checkpoint=runs/quickstart/finetune --out=figures "
   "runs/quickstart/images/*.png": (),
   "vit-jax figures --runs=runs --out=figures_of_runs": (),
@@ -121,6 +121,12 @@ _RUN: dict[str, tuple[str, ...]] = {
 }
 # What other tests run, in small or with what it needs played.
 _TESTED = {
+  "vit-jax sweep --config=configs/quickstart_finetune.py "
+  "--workdir=runs/rates --config.data_dir=runs/quickstart/data "
+  "--config.init_from=runs/quickstart/pretrain "
+  "--grid=schedule.base_lr=0.02,0.05 --seeds=2": (
+    "tests/sweep_test.py::test_the_real_train_goes_on_too"
+  ),
   "vit-jax sweep --config=configs/photos.py --workdir=runs/photos_rates "
   "--seeds=1 --grid=schedule.base_lr=0.001,0.003,0.01,0.03": (
     "tests/sweep_test.py::test_the_real_train_goes_on_too"
@@ -492,7 +498,7 @@ def project(tmp_path_factory):
       f"--workdir=runs/quickstart/{half}",
       "--config.data_dir=runs/quickstart/data",
       *rest,
-      *_TINY,
+      *_DIGITS,
     )
   return project
 
@@ -566,6 +572,7 @@ def get_config():
     config.total_steps = 2
     config.schedule.warmup_steps = 0
     config.batch_size = 8
+    config.eval.split = "test[:40]"
   return config
 """
 
