@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from browser import PHONE, chromium, open_page  # noqa: F401 - fixtures
+from browser import PHONE
 from PIL import Image
 from random_models import random_params
 from tiny_runs import REPO, Process, find_port

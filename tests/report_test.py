@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import PHONE, chromium, open_page  # noqa: F401
+from browser import PHONE
 
 from vit_jax import config as configuration
 from vit_jax import report as report_package

@@ -368,7 +368,11 @@ def _tiny_variant(monkeypatch):
 
 @pytest.mark.usefixtures("_tiny_variant")
 @pytest.mark.parametrize(
-  ("scan", "layouts"), [(False, [(8, 8)]), (True, [(8, 2), (2, 1)])]
+  ("scan", "layouts"),
+  [
+    pytest.param(False, [(8, 8)], marks=pytest.mark.slow),
+    (True, [(8, 2), (2, 1)]),
+  ],
 )
 def test_layouts_agree(scan, layouts):
   expected, arrays = _train_vit(8, 1, scan=scan)

@@ -284,6 +284,7 @@ def stop_pair(pair, step, told):
   return int(line.split()[3].rstrip(";"))
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_each_example_once(runs, reference):
   args = ["evaluate", f"--workdir={reference.workdir}", "--json"]
   leader, other = runs.pair(args, devices=3)
@@ -309,6 +310,7 @@ def assert_same_evaluation(results, workdir):
 # --- damage ---
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
   workdir = shutil.copytree(reference.workdir, tmp_path / "run")
   files = {
@@ -401,6 +403,7 @@ def small_disk(folder, size):
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(runs, tmp_path, capsys):
   args = runs.train_args(tmp_path / "run", "schedule.base_lr=1e30")
   assert main(args) == 1

@@ -229,7 +229,7 @@ def _import_gradio() -> Any:
   # Read when it is imported: nothing is told to anybody.
   os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
   try:
-    import gradio
+    import gradio  # pyright: ignore[reportMissingImports]
   except ImportError as e:
     raise UserError("the demo needs gradio: pip install 'vit_jax[demo]'") from e
   return gradio

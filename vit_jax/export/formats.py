@@ -141,7 +141,7 @@ def _read_saved_model(folder):
 
 def _write_onnx(graph, folder):
   with _quiet("jax2onnx", "onnx_ir"):
-    import jax2onnx
+    import jax2onnx  # pyright: ignore[reportMissingImports]
 
     spec = graph.symbolic()
     run = lowering.make_plain(
@@ -166,7 +166,7 @@ def _write_onnx(graph, folder):
 
 
 def _read_onnx(folder):
-  import onnxruntime
+  import onnxruntime  # pyright: ignore[reportMissingImports]
 
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3  # errors

@@ -565,7 +565,10 @@ class MAPHead(nn.Module):
     )
     y = LayerNorm(self.layer_norm_epsilon, dtype=self.dtype)(x)
     x = x + MlpBlock(self.mlp_dim, self.activation, dtype=self.dtype)(*y)
-    return x[:, 0], seen[:, :, 0] if weights else None
+    if not weights:
+      return x[:, 0], None
+    assert seen is not None
+    return x[:, 0], seen[:, :, 0]
 
 
 class VisionTransformer(nn.Module):
