@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from browser import chromium, open_page  # noqa: F401: fixtures
+from browser import chromium, open_page  # noqa: F401 - fixtures
 
 # Before anything imports jax: the backend reads these once. A setting of the
 # same name that is there already wins.

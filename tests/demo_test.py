@@ -221,12 +221,12 @@ def served(checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def open_demo(served, open_page):  # noqa: F811
+def open_demo(served, open_page):
   """Opens the page."""
   return lambda **options: open_served(served, open_page, **options)
 
 
-def open_served(served, open_page, **options):  # noqa: F811
+def open_served(served, open_page, **options):
   # Gradio stops reading its queue's event stream when nothing is due.
   stream = f"{served.url}gradio_api/queue/data?"
   page = open_page(served.url, stream=stream, **options)
@@ -381,9 +381,15 @@ def test_by_keyboard_alone(open_demo, tmp_path):
     raise AssertionError(f"no way to {selector}")
 
   tab_to("button[aria-label^=Drop]")
-  with page.expect_file_chooser() as chooser:
+  # Gradio draws the button some time before it listens to it.
+  chosen = []
+  page.on("filechooser", chosen.append)
+  for _ in range(30):
     page.keyboard.press("Enter")
-  chooser.value.set_files(file)
+    page.wait_for_timeout(1000)
+    if chosen:
+      break
+  chosen[0].set_files(file)
   old = wait_for_news(page, [None, None])
   # To gradio each choice is a stop of its own.
   tab_to("input[type=radio]:checked")
@@ -423,7 +429,7 @@ def test_phone_in_the_dark(open_demo, tmp_path):
 
 
 @pytest.mark.browser
-def test_resnet_has_classes_only(tmp_path, open_page):  # noqa: F811
+def test_resnet_has_classes_only(tmp_path, open_page):
   """And Ctrl-C ends the command while a page is open, and it computes."""
   checkpoint = write(tmp_path / "resnet", "RNx1")
   file = tmp_path / "bird.jpg"

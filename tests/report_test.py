@@ -529,7 +529,7 @@ def _luminance(colour):
 
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_text_can_be_read(open_page, address, dark):  # noqa: F811
+def test_every_text_can_be_read(open_page, address, dark):
   shown = open_page(address, dark=dark)
   shown.evaluate(
     "document.querySelectorAll('details').forEach(d => d.open = 1)"
@@ -545,7 +545,7 @@ def test_every_text_can_be_read(open_page, address, dark):  # noqa: F811
 
 @pytest.mark.browser
 @pytest.mark.parametrize("opened", [False, True])
-def test_a_phone_never_scrolls_sideways(open_page, address, opened):  # noqa: F811
+def test_a_phone_never_scrolls_sideways(open_page, address, opened):
   shown = open_page(address, PHONE)
   if opened:
     shown.evaluate(
@@ -561,7 +561,7 @@ def test_a_phone_never_scrolls_sideways(open_page, address, opened):  # noqa: F8
 
 
 @pytest.mark.browser
-def test_everything_is_reached_by_keyboard(open_page, address):  # noqa: F811
+def test_everything_is_reached_by_keyboard(open_page, address):
   shown = open_page(address)
   shown.keyboard.press("Tab")
   focused = "document.activeElement"
@@ -587,7 +587,7 @@ def test_everything_is_reached_by_keyboard(open_page, address):  # noqa: F811
 
 
 @pytest.mark.browser
-def test_a_screen_reader_is_told_everything(open_page, address):  # noqa: F811
+def test_a_screen_reader_is_told_everything(open_page, address):
   told = open_page(address).locator("body").aria_snapshot()
   for line in (
     'heading "Report: 4 runs" [level=1]',
