@@ -47,7 +47,8 @@ test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
 	@$(BIN)/python -m pytest -m browser
 
 test-notebooks: $(INSTALLED_NOTEBOOKS)  ## run notebooks, also as on Colab
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m notebooks
+	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m notebooks --numprocesses=2 \
+	  --dist=loadgroup
 
 # One after the other: a compilation has threads of its own, and gigabytes.
 test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu

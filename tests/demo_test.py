@@ -383,7 +383,7 @@ def test_by_keyboard_alone(open_demo, tmp_path):
   tab_to("button[aria-label^=Drop]")
   # Gradio draws the button some time before it listens to it.
   chosen = []
-  page.on("filechooser", chosen.append)
+  page.on("filechooser", lambda chooser: chosen.append(chooser))
   for _ in range(30):
     page.keyboard.press("Enter")
     page.wait_for_timeout(1000)

@@ -154,6 +154,7 @@ def test_what_a_runtime_has_is_left_alone(
 
 
 @pytest.mark.notebooks
+@pytest.mark.xdist_group("checkout")
 @each
 def test_runs_in_a_checkout(name, tmp_path):
   execute = _load("execute")
@@ -193,6 +194,7 @@ def runtime(tmp_path_factory):
 
 
 @pytest.mark.notebooks
+@pytest.mark.xdist_group("colab")
 @each
 def test_runs_as_on_colab(name, runtime, tmp_path):
   python, source = runtime
