@@ -116,8 +116,6 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax tables table5 --runs=runs --commands": (),
   "vit-jax tables table2 --runs=runs --commands": (),
   "vit-jax tables table6 --json": (),
-  "vit-jax bench step --variant=ViT-Ti_16 --batch_size=8 --image_size=64 "
-  "--steps=3": (),
 }
 # What other tests run, in small or with what it needs played.
 _TESTED = {
@@ -139,6 +137,8 @@ _TESTED = {
   "--tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data": (
     "tests/vtab_test.py::test_a_task_with_the_real_train"
   ),
+  "vit-jax bench step --variant=ViT-Ti_16 --batch_size=8 --image_size=64 "
+  "--steps=3": "tests/bench_test.py::test_processes_end_to_end",
   "vit-jax bench input --needs=20000": (
     "tests/bench_test.py::test_input_of_what_is_made"
   ),
