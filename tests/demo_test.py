@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from browser import PHONE
 from PIL import Image
-from random_models import random_params
+from random_models import random_weights
 from tiny_runs import REPO, Process, find_port
 
-from vit_jax import demo, models, pretrained
+from vit_jax import demo, pretrained
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.predict import predict
@@ -32,21 +32,13 @@ NAMES = ["crane", "a <b>wren</b> & co", "crane", "${1+1}", "tern, bird"]
 
 def make_weights(variant="ViT-w16d2m24h2_8", **changes):
   """Returns random weights for images of 32 pixels."""
-  model = models.create(
-    variant=variant, num_classes=len(NAMES), image_size=32, dtype="float32"
-  )
-  params = flatten(random_params(model)) | changes.pop("params", {})
-  weights = pretrained.Weights(
-    origin="test",
-    source="random",
-    model={"variant": variant},
-    image_size=(32, 32),
-    num_classes=len(NAMES),
+  weights = random_weights(variant, 32, len(NAMES))
+  params = {path: as_lazy(x) for path, x in changes.pop("params", {}).items()}
+  return weights._replace(
     class_names=NAMES,
     preprocess="resize_small(40)|central_crop(size)",
-    params={path: as_lazy(x) for path, x in params.items()},
-  )
-  return weights._replace(**changes)
+    params={**weights.params, **params},
+  )._replace(**changes)
 
 
 def write(folder, *args, **kwargs):

@@ -146,38 +146,12 @@ def _make_parser():
   _add_linear(add("linear", _linear, "evaluate features: few-shot, probe"))
 
   predict = add("predict", _predict, "classify image files")
-  predict.add_argument(
-    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
-  )
+  _add_classifier(predict)
   predict.add_argument("images", nargs="+", metavar="IMAGE")
   predict.add_argument("--top", type=int, default=5, help="classes to show")
-  predict.add_argument(
-    "--class_names",
-    metavar="FILE",
-    help="a name a line, for weights that have none",
-  )
   _add_json(predict)
 
-  demo = add("demo", _demo, "classify pictures dropped on a page")
-  demo.add_argument(
-    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
-  )
-  demo.add_argument(
-    "--class_names",
-    metavar="FILE",
-    help="a name a line, for weights that have none",
-  )
-  demo.add_argument(
-    "--host",
-    default="127.0.0.1",
-    help="default: 127.0.0.1, for this machine alone; 0.0.0.0 for all",
-  )
-  demo.add_argument("--port", type=int, help="default: a free one from 7860 on")
-  demo.add_argument(
-    "--share",
-    action="store_true",
-    help="a public address too, through gradio's servers; for Colab",
-  )
+  _add_demo(add("demo", _demo, "classify pictures dropped on a page"))
 
   inspect = add("inspect", _inspect, "say what a file of weights holds")
   inspect.add_argument(
@@ -201,15 +175,7 @@ def _make_parser():
 
   _add_figures(add("figures", _figures, "the paper's figures, of any weights"))
 
-  report = add("report", _report, "one page of HTML on runs, to look at")
-  report.add_argument(
-    "workdirs",
-    nargs="+",
-    metavar="WORKDIR",
-    help="a run folder, or one with runs below it",
-  )
-  report.add_argument("--out", default="report.html", help="the file to write")
-  _add_data_dir(report)
+  _add_report(add("report", _report, "one page of HTML on runs, to look at"))
 
   data = commands.add_parser("data", help="list, prepare, check, show data")
   actions = data.add_subparsers(
@@ -370,6 +336,32 @@ def _add_linear(linear):
   _add_distributed(linear)
 
 
+def _add_classifier(command):
+  command.add_argument(
+    "--checkpoint", required=True, metavar="SOURCE", help=_SOURCE
+  )
+  command.add_argument(
+    "--class_names",
+    metavar="FILE",
+    help="a name a line, for weights that have none",
+  )
+
+
+def _add_demo(demo):
+  _add_classifier(demo)
+  demo.add_argument(
+    "--host",
+    default="127.0.0.1",
+    help="default: 127.0.0.1, for this machine alone; 0.0.0.0 for all",
+  )
+  demo.add_argument("--port", type=int, help="default: a free one from 7860 on")
+  demo.add_argument(
+    "--share",
+    action="store_true",
+    help="a public address too, through gradio's servers; for Colab",
+  )
+
+
 def _add_export(export):
   export.add_argument("source", metavar="SOURCE", help=_SOURCE)
   export.add_argument("out", metavar="OUT", help="the folder to write")
@@ -431,6 +423,17 @@ def _add_figures(figures):
   figures.add_argument(
     "--image_size", type=int, help="default: the checkpoint's"
   )
+
+
+def _add_report(report):
+  report.add_argument(
+    "workdirs",
+    nargs="+",
+    metavar="WORKDIR",
+    help="a run folder, or one with runs below it",
+  )
+  report.add_argument("--out", default="report.html", help="the file to write")
+  _add_data_dir(report)
 
 
 def _add_data_commands(add):

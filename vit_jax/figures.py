@@ -429,7 +429,7 @@ def _make_grid(down, across, width, height=None, pictures=True):
 def _draw_curves(runs: list[Run]) -> Drawing:
   """What runs have measured at each step."""
   measured = [(run, *found) for run in runs for found in _read_metrics(run)]
-  names = sorted({name for _, _, name, _ in measured}, key=_rank_metric)
+  names = sorted({name for _, _, name, _ in measured}, key=_CURVES.index)
   if not names:
     raise Nothing("it takes runs that have measured something; give --runs=")
   figure, axes = _make_grid(1, len(names), 3.6, 3, pictures=False)
@@ -450,10 +450,6 @@ def _draw_curves(runs: list[Run]) -> Drawing:
 
 _CURVES = ("train/loss", "train/learning_rate", "eval/loss", "eval/accuracy")
 _CURVES += ("eval/prec@1", "eval/lrap")
-
-
-def _rank_metric(name):
-  return _CURVES.index(name)
 
 
 def _read_metrics(run):

@@ -142,9 +142,10 @@ def _make_graph(model, preprocess):
         pictures.prepare(images, about.preprocess, about.image_size)
       )
     logits = model.model.apply(params, images)
-    sigmoid = about.loss == "sigmoid"
-    probabilities = (jax.nn.sigmoid if sigmoid else jax.nn.softmax)(logits)
-    return {"logits": logits, "probabilities": probabilities}
+    return {
+      "logits": logits,
+      "probabilities": model.to_probabilities(logits),
+    }
 
   def apply_exactly(params, images):
     with jax.default_matmul_precision(_EXACT):
