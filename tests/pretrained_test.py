@@ -15,6 +15,7 @@ from random_models import random_images, random_params
 import vit_jax
 from vit_jax import models, pretrained
 from vit_jax.errors import UserError
+from vit_jax.preprocess import parse
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten
@@ -208,6 +209,18 @@ def test_another_image_size(tmp_path, size):
   _assert_logits(model(images), expected)
   height, width = new_grid
   assert model.report.resized == [f"{path} 4x4 -> {height}x{width}"]
+
+
+def test_another_image_size_shows_as_much_of_a_picture(tmp_path):
+  arrays = file_formats.big_vision_npz(_random(VIT))
+  source = _save(tmp_path, arrays)
+  # 32 pixels out of the middle of 256, so 64 out of 512.
+  prepared = "resize_small(256)|central_crop(size)"
+  assert vit_jax.load(source).config.preprocess == prepared
+  larger = vit_jax.load(source, image_size=64).config.preprocess
+  ops = parse(larger, (64, 64), evaluation=True)
+  assert [name for name, *_ in ops] == ["resize_small", "central_crop"]
+  assert [list(kwargs.values())[0] for *_, kwargs in ops] == [512, (64, 64)]
 
 
 def test_other_classes_get_a_head_of_zeros(tmp_path, caplog):

@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluators import by_class
 from vit_jax.paper import flops
 from vit_jax.report import charts, details, page, report
-from vit_jax.report.runs import count_exaflops, find_runs, measure_speed
+from vit_jax.report.runs import find_runs, measure_speed
 
 _REPO = Path(__file__).parents[1]
 _BAD_NAME = "<script>alert('&\"')</script>"
@@ -102,17 +102,16 @@ def test_the_cost_is_that_of_the_steps(tmp_path):
   assert speed.device_seconds == pytest.approx(4 * speed.seconds)
   assert speed.mean == pytest.approx(4 * 320 / 10)
   assert (speed.least, speed.most, speed.devices) == (64, 256, 4)
-  exaflops, why = count_exaflops(run)
-  assert not why
+  exaflops = flops.count_training(run.written, run.step)
   # The quickstart's model has no class token; the table's has, a token of 37.
   paper = flops.count_multiply_adds("ViT-N_8", 48, 10)
   assert exaflops == pytest.approx(6 * paper * 1280 / 1e18, rel=0.04)
   masked = run.written | {
     "config": run.written["config"] | {"objective": "masked_patches"}
   }
-  exaflops, why = count_exaflops(run._replace(written=masked))
-  assert exaflops is None
-  assert "masked" in why
+  with pytest.raises(UserError, match="masked"):
+    flops.count_training(masked, run.step)
+  assert "masked" in page._describe_cost(run._replace(written=masked))[-1]
 
 
 @pytest.mark.parametrize(

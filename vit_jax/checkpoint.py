@@ -261,7 +261,7 @@ def _check_files(directory):
 def write_atomically(path, text: str) -> None:
   """Writes a text file so that it is there whole or not at all."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
+  temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)
 
 

@@ -97,18 +97,12 @@ class Viewer:
     Raises:
       UserError: no image, or one that is too large.
     """
-    about = self.about
-    pixels = preprocess.preprocess_image(
-      encoded,
-      # As it stands where predict uses it as it stands.
-      about.preprocess
-      if size == about.image_size
-      else preprocess.rescale(about.preprocess, about.image_size, size),
-      size,
-      name,
-    )
     with self.lock:
       model, look = self._at(size)
+      about = model.config
+      pixels = preprocess.preprocess_image(
+        encoded, about.preprocess, about.image_size, name
+      )
       classes = []
       if self._has_head:
         (classes,) = predict.classify(model, pixels[None], self._names, TOP)

@@ -184,14 +184,10 @@ def _replace(path, write: Callable[[Path], Any]):
 
 def _read(source, images, image_size) -> Checkpoint:
   """Loads a checkpoint, runs it, and forgets it but for what is drawn."""
-  weights = pretrained.read(source)
-  model = pretrained.assemble(weights, image_size=image_size)
+  model = pretrained.load(source, image_size=image_size)
   about = model.config
-  recipe = weights.preprocess
-  if about.image_size != weights.image_size:
-    recipe = preprocess.rescale(recipe, weights.image_size, about.image_size)
   pixels = [
-    preprocess.preprocess_image(image, recipe, about.image_size)
+    preprocess.preprocess_image(image, about.preprocess, about.image_size)
     for image in images
   ]
   looks, titles = None, ["" for _ in images]
@@ -517,14 +513,13 @@ def _place_run(run, runs):
   accuracy = run.results.get("accuracy")
   if origin is None or not origin.finished or accuracy is None:
     return None
-  classes = origin.read_json("config.json").get("class_names") or ()
-  size = origin.config["image_size"]
+  written = origin.read_json("config.json")
+  try:
+    exaflops = flops.count_training(written, origin.total_steps)
+  except UserError as e:
+    log.info("compute: %s: left out: %s", origin.path, e)
+    return None
   variant = origin.config["model.variant"]
-  products = flops.count_multiply_adds(
-    variant, size if isinstance(size, int) else tuple(size), len(classes)
-  )
-  images = origin.total_steps * origin.config["batch_size"]
-  exaflops = flops.count_exaflops(products, images)
   dataset = plain_name(run.config["train.dataset"])
   return dataset, "ours", _kind(variant), variant, exaflops, 100 * accuracy
 

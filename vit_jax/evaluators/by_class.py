@@ -7,8 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from vit_jax import data, models, steps
 from vit_jax.evaluators.sums import fetch, make_sums
@@ -82,16 +80,10 @@ def make_tally(
   Raises:
     UserError: the batch size is not divisible, or the preprocessing is random.
   """
-  everywhere = NamedSharding(mesh, P())
 
   def look(params, batch):
-    found = _look(
-      model.apply(params, steps.normalize(batch["image"])),
-      batch,
-      to_probabilities,
-      min(mistakes, batch_size),
-    )
-    return jax.lax.with_sharding_constraint(found, everywhere)
+    logits = model.apply(params, steps.normalize(batch["image"]))
+    return _look(logits, batch, to_probabilities, min(mistakes, batch_size))
 
   batches = make_sums(
     look,

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from vit_jax import data, models, sharding
 from vit_jax import preprocess as preprocessing
@@ -19,12 +21,14 @@ def make_sums(
   batch_size: int,
   preprocess: str,
 ) -> Callable:
-  """Returns params -> iterator of the sums of one batch after the other.
+  """Returns params -> iterator of the results of one batch after the other.
+
+  Every process gets all of them.
 
   Args:
-    eval_step: (params, batch) -> sums over the examples whose mask is set. The
-      batch is that of `data.eval_batches`, and "index" i32[b], the place of
-      each example in the data set.
+    eval_step: (params, batch) -> sums over the examples whose mask is set, or
+      something of each. The batch is that of `data.eval_batches`, and "index"
+      i32[b], the place of each example in the data set.
     model: the model.
     source: the test set; every example counts once, on any number of devices.
     mesh: where to compute.
@@ -37,7 +41,10 @@ def make_sums(
   sharding.check_batch_size(batch_size, mesh)
   # A mistake shows now, not at the first evaluation.
   preprocessing.parse(preprocess, model.image_size, evaluation=True)
-  eval_step = jax.jit(sharding.on_mesh(mesh, eval_step))
+  everywhere = NamedSharding(mesh, P())
+  eval_step = jax.jit(
+    sharding.on_mesh(mesh, eval_step), out_shardings=everywhere
+  )
 
   def run(params):
     rows = sharding.local_rows(mesh, batch_size)

@@ -115,11 +115,12 @@ def _load(source, image_size):
     raise UserError(
       f"{source} has no head and so no logits to export; fine-tune it first"
     )
-  # With numbers where it says `size`, and at another size with larger ones.
+  config = model.config
+  # With numbers where it says `size`.
   text = numpy_preprocess.rescale(
-    weights.preprocess, weights.image_size, model.config.image_size
+    config.preprocess, config.image_size, config.image_size
   )
-  config = model.config._replace(preprocess=text)
+  config = config._replace(preprocess=text)
   return dataclasses.replace(model, config=config)
 
 

@@ -10,6 +10,7 @@ above what Table 6 prints, without them within 1.4 %.
 """
 
 import functools
+import json
 import math
 
 import jax
@@ -17,6 +18,7 @@ import jax.extend
 import jax.numpy as jnp
 
 from vit_jax import models
+from vit_jax.errors import UserError
 from vit_jax.models import variants
 
 # A training step is a forward pass and a backward pass of twice its products; a
@@ -78,6 +80,41 @@ def count_parameters(
 def count_exaflops(multiply_adds: int, images: float) -> float:
   """Returns the exaFLOPs of training on so many images, as Table 6 counts."""
   return OPERATIONS * multiply_adds * images / 1e18
+
+
+def count_training(written: dict, steps: int) -> float:
+  """Returns the exaFLOPs of a run's first steps, as Table 6 counts.
+
+  Args:
+    written: what the run's config.json holds.
+    steps: how many.
+
+  Raises:
+    UserError: masked patches, or a file without what has to be known.
+  """
+  config = written["config"]
+  if config.get("objective", "classification") != "classification":
+    raise UserError("not counted for masked patches")
+  try:
+    size = config["image_size"]
+    multiply_adds = _count_run(
+      tuple(size) if isinstance(size, list) else size,
+      len(written["class_names"]),
+      json.dumps(config["model"]),
+    )
+  except (UserError, KeyError, TypeError) as e:
+    raise UserError(f"this model cannot be counted: {e}") from e
+  return count_exaflops(multiply_adds, steps * config["batch_size"])
+
+
+@functools.cache
+def _count_run(image_size, num_classes, options):
+  """Counts a model once, however many runs have it."""
+  options = json.loads(options)
+  if variants.parse(options["variant"]).encoder:
+    options["scan"] = True  # a loop is traced once, however deep the model
+  options |= {"dtype": "float32", "num_classes": num_classes}
+  return count_forward(models.create(image_size=image_size, **options))
 
 
 def count_in_jaxpr(jaxpr) -> int:

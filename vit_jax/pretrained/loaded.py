@@ -12,6 +12,7 @@ import numpy as np
 from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.models import variants
+from vit_jax.preprocess import rescale
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray, flatten, unflatten
 from vit_jax.warmstart import Report, warm_start
@@ -34,7 +35,7 @@ class Config(NamedTuple):
     pos_embedding: its kind.
     activation: "gelu_tanh" or "gelu_erf"; a ResNet has "relu".
     layer_norm_epsilon: added to variances.
-    preprocess: evaluation preprocessing.
+    preprocess: evaluation preprocessing, for images of `image_size`.
     resize: how position embeddings are resized.
     loss: "softmax" or "sigmoid": what turns logits into probabilities.
     class_names: None where the file has none.
@@ -201,8 +202,16 @@ def assemble(
     num_classes=num_classes,
     class_names=weights.class_names if same_classes else None,
     resize=resize,
+    preprocess=_adapt_preprocess(weights, model.image_size),
   )
   return Pretrained(config, unflatten(flat), model, report, tuple(notes))
+
+
+def _adapt_preprocess(weights, size):
+  """Returns the preprocessing that shows as much of an image in a size."""
+  if size == weights.image_size:
+    return weights.preprocess
+  return rescale(weights.preprocess, weights.image_size, size)
 
 
 def describe(weights: Weights) -> Config:

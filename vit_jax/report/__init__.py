@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from vit_jax import checkpoint
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.report import charts
 from vit_jax.report.details import look
@@ -48,11 +49,10 @@ def report(
     looks[run.name] = look(run, data_dir, mistakes)
   page = make_page(runs, looks)
   _check_out(file, out)  # looking takes minutes
-  temporary = file.with_name(file.name + ".tmp")
+  # A path or a class may have a name that is no Unicode.
+  page = page.encode("utf-8", errors="xmlcharrefreplace").decode()
   try:
-    # A path or a class may have a name that is no Unicode.
-    temporary.write_text(page, "utf-8", errors="xmlcharrefreplace")
-    temporary.replace(file)
+    checkpoint.write_atomically(file, page)
   except OSError as e:
     raise RunStopped(f"could not write {out}: {e.strerror}") from e
   return file

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vit_jax
+from vit_jax.errors import UserError
+from vit_jax.paper import flops
 from vit_jax.report import charts, results
 from vit_jax.report.details import Details
-from vit_jax.report.runs import (
-  COUNTS,
-  SPEED,
-  Run,
-  count_exaflops,
-  measure_speed,
-)
+from vit_jax.report.runs import COUNTS, SPEED, Run, measure_speed
 from vit_jax.report.tags import (
   Raw,
   escape,
@@ -344,8 +340,10 @@ def _tell_cost(runs):
 
 def _describe_cost(run):
   speed = measure_speed(run)
-  exaflops, why = count_exaflops(run)
-  cost = why if exaflops is None else f"{exaflops:.3g}"
+  try:
+    cost = f"{flops.count_training(run.written, run.step):.3g}"
+  except UserError as e:
+    cost = str(e)
   images = f"{run.step * run.config['batch_size']:,}"
   if not speed:
     unknown = "metrics.jsonl has no speed"

@@ -1,16 +1,13 @@
 """Run folders, as far as a report tells of them."""
 
-import functools
 import json
 import math
 import os
 from typing import Any, NamedTuple
 
-from vit_jax import checkpoint, models
+from vit_jax import checkpoint
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
-from vit_jax.models import variants
-from vit_jax.paper import flops
 from vit_jax.paper.runs import NEEDED, walk
 
 SPEED = "speed/images_per_second"
@@ -205,31 +202,3 @@ def measure_speed(run: Run) -> Speed | None:
     seconds,
     device_seconds,
   )
-
-
-def count_exaflops(run: Run) -> tuple[float | None, str]:
-  """Returns the exaFLOPs of the steps done, or None and why."""
-  if run.objective != "classification":
-    return None, "not counted for masked patches"
-  config = run.written["config"]
-  try:
-    size = config["image_size"]
-    multiply_adds = _count_multiply_adds(
-      tuple(size) if isinstance(size, list) else size,
-      len(run.written["class_names"]),
-      json.dumps(config["model"]),
-    )
-  except (UserError, KeyError, TypeError) as e:
-    return None, f"this model cannot be counted: {e}"
-  images = run.step * config["batch_size"]
-  return flops.count_exaflops(multiply_adds, images), ""
-
-
-@functools.cache
-def _count_multiply_adds(image_size, num_classes, options):
-  """Counts a model once, however many runs have it; see `paper.flops`."""
-  options = json.loads(options)
-  if variants.parse(options["variant"]).encoder:
-    options["scan"] = True
-  options |= {"dtype": "float32", "num_classes": num_classes}
-  return flops.count_forward(models.create(image_size=image_size, **options))
