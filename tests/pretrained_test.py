@@ -220,7 +220,7 @@ def test_another_image_size_shows_as_much_of_a_picture(tmp_path):
   larger = vit_jax.load(source, image_size=64).config.preprocess
   ops = parse(larger, (64, 64), evaluation=True)
   assert [name for name, *_ in ops] == ["resize_small", "central_crop"]
-  assert [list(kwargs.values())[0] for *_, kwargs in ops] == [512, (64, 64)]
+  assert [next(iter(sizes.values())) for *_, sizes in ops] == [512, (64, 64)]
 
 
 def test_other_classes_get_a_head_of_zeros(tmp_path, caplog):

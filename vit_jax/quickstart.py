@@ -6,6 +6,7 @@ ones, and compare with training on those few alone, for as many steps.
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from vit_jax import (
 )
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification
+from vit_jax.figures import make_figures
 from vit_jax.predict import predict
 from vit_jax.train import train
 
@@ -38,7 +40,7 @@ PRIOR_EXAMPLES = 4000
 
 
 def quickstart(workdir: str) -> None:
-  """Runs all of it in `workdir`, and writes `workdir`/report.json.
+  """Runs all of it in `workdir`; writes report.json and pictures into it.
 
   Interrupted, it goes on where it stopped. Done, it says so.
 
@@ -89,11 +91,15 @@ def quickstart(workdir: str) -> None:
       {"image": p["image"], "label": name, **p["classes"][0]}
       for p, name in zip(predictions, names, strict=True)
     ],
-    "seconds": round(time.monotonic() - begin, 1),
   }
+  say("Where the model looks")
+  draw_figures(folder / "figures", str(folder / "finetune"), images)
+  result["seconds"] = round(time.monotonic() - begin, 1)
   checkpoint.write_atomically(report, json.dumps(result, indent=1) + "\n")
   print(make_table(result))
-  print(f"Written to {report}; look around in {folder}.")
+  print(f"Written to {report}.")
+  print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
+  print(f"A page on the runs: vit-jax report {folder} --out=report.html")
 
 
 def say(text: str) -> None:
@@ -190,6 +196,16 @@ def write_test_images(folder, c):
     paths.append(str(path))
     names.append(source.class_names[int(labels[0])])
   return paths, names
+
+
+def draw_figures(folder, source, images):
+  """Draws the figures of a checkpoint; `folder` has all of them or none."""
+  if folder.exists():
+    return  # from a run that was interrupted after it
+  partial = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(partial, ignore_errors=True)
+  make_figures(str(partial), checkpoints=[source], images=images)
+  partial.rename(folder)
 
 
 def make_table(result: dict) -> str:
