@@ -239,6 +239,81 @@ def test_curves_and_compute_of_runs(run, tmp_path):
   assert {row["kind"] for row in papers} == {"ViT", "hybrid", "ResNet"}
 
 
+def test_names_are_no_formulas_and_tell_checkpoints_apart(run, tmp_path):
+  for folder in ("a $x_{", "b"):
+    (tmp_path / folder).mkdir()
+    write(tmp_path / folder / "m.npz")
+  sources = [tmp_path / folder / "m.npz" for folder in ("a $x_{", "b")]
+  out = tmp_path / "out"
+  code, _, err, _ = run(
+    *(f"--checkpoint={source}" for source in sources), f"--out={out}"
+  )
+  assert code == 0, err
+  labels = {row["checkpoint"] for row in read_csv(out / "positions.csv")}
+  assert labels == {"a $x_{/m.npz", "b/m.npz"}
+  write_run(tmp_path / "runs" / "é $x_{$", [2.0, 1.0])
+  write_run(tmp_path / "runs" / "_other", [2.0, 1.0])
+  code, _, err, _ = run(
+    f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'o'}"
+  )
+  assert code == 0, err
+  assert "é" in (tmp_path / "o" / "curves.csv").read_text("utf-8")
+
+
+def test_all_that_was_asked_for_or_nothing(run, tmp_path):
+  source, out = write(tmp_path / "vit.npz"), tmp_path / "out"
+  code, _, err, _ = run(
+    f"--checkpoint={source}", "--only=filters,rollout", f"--out={out}"
+  )
+  assert code == 2
+  assert "rollout: it takes images" in err
+  assert not out.exists()
+
+
+def test_a_disk_without_room_leaves_nothing(run, tmp_path, monkeypatch):
+  source, out = write(tmp_path / "vit.npz"), tmp_path / "out"
+
+  def fail(*args):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(figures, "_write_csv", fail)
+  code, _, err, _ = run(f"--checkpoint={source}", f"--out={out}")
+  assert code == 2
+  assert "No space left on device" in err
+  assert not list(out.iterdir())
+
+
+def test_many_pictures_are_counted_and_the_first_are_drawn(
+  run, pictures, tmp_path
+):
+  source, out = write(tmp_path / "vit.npz"), tmp_path / "out"
+  images = pictures[:2] * 10
+  only = "--only=rollout"
+  code, _, err, _ = run(f"--checkpoint={source}", *images, only, f"--out={out}")
+  assert code == 0, err
+  assert {row["image"] for row in read_csv(out / "rollout.csv")} == {
+    str(i) for i in range(20)
+  }
+  with Image.open(out / "rollout.png") as image:
+    assert image.height < 17 * 2.2 * 150
+
+
+def test_many_runs_links_and_damaged_lines(run, tmp_path):
+  for i in range(12):
+    write_run(tmp_path / "runs" / f"r{i:02}", [2.0, 1.5, 1.0])
+  runs = tmp_path / "runs"
+  (runs / "a_link").symlink_to(runs / "r03")
+  (runs / "loop").symlink_to(runs)
+  file = runs / "r00" / "metrics.jsonl"
+  file.write_bytes(b"\xff\xfe{\n[1]\n" + file.read_bytes())
+  out = tmp_path / "out"
+  code, _, err, _ = run(f"--runs={runs}", "--only=curves", f"--out={out}")
+  assert code == 0, err
+  rows = read_csv(out / "curves.csv")
+  assert {row["run"] for row in rows} == {f"r{i:02}" for i in range(12)}
+  assert len(rows) == 36
+
+
 @pytest.mark.parametrize(
   ("args", "said"),
   [
@@ -246,6 +321,7 @@ def test_curves_and_compute_of_runs(run, tmp_path):
     ([], "nothing to draw from; give --checkpoint=SOURCE or --runs="),
     (["--checkpoint=/no/such"], "/no/such"),
     (["--runs=/no/such"], "there is no such folder"),
+    (["--runs=/no/such", "a.png"], "give --checkpoint=SOURCE"),
   ],
 )
 def test_mistakes(run, args, said, tmp_path):

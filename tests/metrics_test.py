@@ -70,6 +70,26 @@ def test_log_steps_and_evaluations_are_lines(tmp_path):
   assert per_device > 0
 
 
+def test_speed_counts_what_the_devices_still_had_to_do(tmp_path, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr("vit_jax.metrics.time.monotonic", lambda: now[0])
+
+  def fetch(ready):
+    now[0] += 3  # seconds until the devices are there
+    return ready
+
+  monkeypatch.setattr("vit_jax.metrics.jax.device_get", fetch)
+  log = _open(tmp_path, log_every=4)
+  for step in range(1, 5):
+    now[0] += 0.25
+    log.add(step, _values(step))
+  log.flush(4)
+  log.restart_clock(4)
+  log.close()
+  (line,) = _read(tmp_path)
+  assert line["speed/images_per_second"] == pytest.approx(4 * 8 / (1 + 3))
+
+
 def test_the_last_step_is_logged_though_it_is_no_multiple(tmp_path):
   log = _open(tmp_path, total_steps=5, log_every=3)
   _run(log, range(1, 6))

@@ -6,10 +6,8 @@ figure has a panel for each checkpoint.
 
 import csv
 import itertools
-import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,13 +15,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from vit_jax import attention_maps, preprocess, pretrained
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import posemb, variants
 from vit_jax.paper import data, flops
-from vit_jax.paper.runs import Run, find_origin, find_runs, plain_name
+from vit_jax.paper.runs import (
+  Run,
+  find_origin,
+  find_runs,
+  name_runs,
+  plain_name,
+  read_metrics,
+)
 from vit_jax.state import flatten
 from vit_jax.steps import normalize
 
@@ -31,6 +37,8 @@ log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
 NUM_FILTERS = 28  # that the paper shows
+_MOST_PICTURES = 16  # of a rollout; its CSV has all
+_MOST_NAMES = 10  # of runs; with more, colours are no help
 _DPI = 150
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s"}
 
@@ -66,6 +74,7 @@ class Checkpoint(NamedTuple):
     pictures: u8[n h w 3], the images as the model gets them.
     looks: of the images; None without images or for a ResNet.
     titles: the class of each image and its probability.
+    files: the name of each image.
   """
 
   label: str
@@ -76,6 +85,7 @@ class Checkpoint(NamedTuple):
   pictures: np.ndarray
   looks: attention_maps.Looks | None
   titles: list[str]
+  files: list[str]
 
 
 def make_figures(
@@ -110,6 +120,8 @@ def make_figures(
         f"there is no figure {name!r}{suggest(name, FIGURES)}; choices: "
         f"{', '.join(FIGURES)}"
       )
+  if images and not checkpoints:
+    raise UserError("images are for what weights see; give --checkpoint=SOURCE")
   if not checkpoints and not runs:
     raise UserError("nothing to draw from; give --checkpoint=SOURCE or --runs=")
   possible = [*(OF_WEIGHTS if checkpoints else ()), *(OF_RUNS if runs else ())]
@@ -118,26 +130,17 @@ def make_figures(
     for name in only or possible
   }
   _check_free(out, itertools.chain(*files.values()))
-  seen = [_read(source, images, image_size) for source in checkpoints]
-  found = find_runs(runs) if runs else []
-  written = []
-  for name, paths in files.items():
-    try:
-      if name in OF_RUNS:
-        drawing = OF_RUNS[name](found)
-      else:
-        drawing = OF_WEIGHTS[name](seen)
-    except Nothing as e:
-      if only:
-        raise UserError(f"--only={name}: {e}") from e
-      log.info("%s: left out: %s", name, e)
-      continue
-    try:
-      _write(drawing, paths)
-    except OSError as e:
-      raise UserError(f"--out={out}: cannot be written: {e.strerror}") from e
-    written += map(str, paths)
-  return written
+  labels = _name_checkpoints(checkpoints)
+  seen = [
+    _read(source, label, images, image_size)
+    for source, label in zip(checkpoints, labels, strict=True)
+  ]
+  drawings = _draw(files, seen, find_runs(runs) if runs else [], bool(only))
+  try:
+    _write([(drawings[name], files[name]) for name in drawings])
+  except OSError as e:
+    raise UserError(f"--out={out}: cannot be written: {e.strerror}") from e
+  return [str(path) for name in drawings for path in files[name]]
 
 
 def _check_free(out, files):
@@ -149,21 +152,51 @@ def _check_free(out, files):
       raise UserError(f"{file} is there already; give another --out")
 
 
-def _write(drawing, paths):
-  """Writes a PNG, an SVG and a CSV, each whole or not at all."""
-  png, svg, table = paths
-  png.parent.mkdir(parents=True, exist_ok=True)
-  # The same numbers give the same file: no date, no random names in it.
-  style: dict[Any, Any] = {"svg.hashsalt": svg.name, "svg.fonttype": "none"}
-  with matplotlib.rc_context(style):
-    for path, options in ((png, {}), (svg, {"metadata": {"Date": None}})):
-      _replace(path, lambda f, o=options, p=path: _save(drawing, f, p, o))
-  _replace(table, lambda file: _write_csv(drawing, file))
+def _draw(names, seen, runs, all_wanted) -> dict[str, Drawing]:
+  """Returns the figures that can be drawn.
+
+  Raises:
+    UserError: there is none, or one is missing of which all are wanted.
+  """
+  drawings, missing = {}, []
+  for name in names:
+    try:
+      if name in OF_RUNS:
+        drawings[name] = OF_RUNS[name](runs)
+      else:
+        drawings[name] = OF_WEIGHTS[name](seen)
+    except Nothing as e:
+      missing.append(f"{name}: {e}")
+  if missing and (all_wanted or not drawings):
+    raise UserError(f"cannot be drawn: {'; '.join(missing)}")
+  for reason in missing:
+    log.info("left out: %s", reason)
+  return drawings
 
 
-def _save(drawing, file, path, options):
-  kind = path.suffix.removeprefix(".")
-  drawing.figure.savefig(file, format=kind, dpi=_DPI, **options)
+def _write(drawings):
+  """Writes [(drawing, its PNG, SVG and CSV)], all of it or nothing."""
+  partial = {}
+  try:
+    for drawing, (png, svg, table) in drawings:
+      png.parent.mkdir(parents=True, exist_ok=True)
+      # The same numbers give the same file: no date, no random names in it.
+      style: dict[Any, Any] = {"svg.hashsalt": svg.name, "svg.fonttype": "none"}
+      with matplotlib.rc_context(style):
+        for path in (png, svg):
+          kind = path.suffix.removeprefix(".")
+          about = {"Date": None} if kind == "svg" else {}
+          partial[path] = path.with_name(path.name + ".tmp")
+          drawing.figure.savefig(
+            partial[path], format=kind, dpi=_DPI, metadata=about
+          )
+      partial[table] = table.with_name(table.name + ".tmp")
+      _write_csv(drawing, partial[table])
+    for path, temporary in partial.items():
+      temporary.replace(path)
+  finally:
+    for temporary in partial.values():
+      temporary.unlink(missing_ok=True)
 
 
 def _write_csv(drawing, file):
@@ -173,16 +206,10 @@ def _write_csv(drawing, file):
     writer.writerows(drawing.rows)
 
 
-def _replace(path, write: Callable[[Path], Any]):
-  temporary = path.with_name(path.name + ".tmp")
-  write(temporary)
-  os.replace(temporary, path)
-
-
 # --- what is drawn ---
 
 
-def _read(source, images, image_size) -> Checkpoint:
+def _read(source, label, images, image_size) -> Checkpoint:
   """Loads a checkpoint, runs it, and forgets it but for what is drawn."""
   model = pretrained.load(source, image_size=image_size)
   about = model.config
@@ -201,7 +228,7 @@ def _read(source, images, image_size) -> Checkpoint:
   if sizes.encoder and sizes.units is None:
     filters = np.asarray(params["embedding/kernel"])
   return Checkpoint(
-    label=_shorten(source),
+    label=label,
     variant=about.variant,
     patch=about.patch,
     filters=filters,
@@ -209,14 +236,26 @@ def _read(source, images, image_size) -> Checkpoint:
     pictures=np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8),
     looks=looks,
     titles=titles,
+    files=[_cut(image.rsplit("/", 1)[-1]) for image in images],
   )
 
 
-def _shorten(source):
-  """Returns the last parts of a path: "finetune", "vit/checkpoints/100"."""
-  parts = source.rstrip("/").split("/")
-  is_step = len(parts) > 2 and parts[-1].isdigit()
-  return "/".join(parts[-3 if is_step else -1 :])
+def _cut(name, most=28):
+  """Returns a name that fits above a picture."""
+  return name if len(name) <= most else f"{name[: most // 2]}...{name[-9:]}"
+
+
+def _name_checkpoints(sources):
+  """Returns as much of the end of each source as tells them apart."""
+  parts = [source.rstrip("/").split("/") for source in sources]
+  # The folder of a step says nothing without the run's.
+  steps = any(len(p) > 2 and p[-1].isdigit() for p in parts)
+  deepest = max(map(len, parts), default=1)
+  for depth in range(3 if steps else 1, deepest + 1):
+    names = ["/".join(p[-depth:]) for p in parts]
+    if len({*names}) == len(names):
+      return names
+  return list(sources)
 
 
 def _look(model, pixels):
@@ -298,21 +337,24 @@ def find_components(filters: np.ndarray, count: int):
 
 def _draw_rollout(seen: list[Checkpoint]) -> Drawing:
   """Figures 6 and 14: attention from the output to the input."""
-  seen = _choose(seen, lambda c: c.looks, "it takes images and a transformer")
-  count = len(seen[0].pictures)
-  figure, axes = _make_grid(count, 1 + 2 * len(seen), 2.2)
-  rows = []
+  seen = _choose_looking(seen)
+  shown = seen[0].pictures[:_MOST_PICTURES]
+  figure, axes = _make_grid(len(shown), 1 + 2 * len(seen), 2.2)
   for i, (first, *others) in enumerate(axes):
-    first.imshow(seen[0].pictures[i])
-    first.set_title(f"image {i}", fontsize=8)
+    first.imshow(shown[i])
+    _set_title(first, f"image {i}\n{seen[0].files[i]}")
     for c, lit, plain in zip(seen, others[::2], others[1::2], strict=True):
       assert c.looks
-      seen_here = c.looks.maps[i]
-      lit.imshow(attention_maps.overlay(c.pictures[i], seen_here))
-      plain.imshow(seen_here, vmin=0)
-      lit.set_title(f"{c.label}\n{c.titles[i]}", fontsize=8)
-      for (y, x), value in np.ndenumerate(seen_here):
-        rows.append((c.label, i, y, x, float(value)))
+      lit.imshow(attention_maps.overlay(c.pictures[i], c.looks.maps[i]))
+      plain.imshow(c.looks.maps[i], vmin=0)
+      _set_title(lit, f"{c.label}\n{c.titles[i]}")
+      _set_title(plain, "attention of each patch")
+  rows = (
+    (c.label, *place, float(value))
+    for c in seen
+    if c.looks
+    for place, value in np.ndenumerate(c.looks.maps)
+  )
   columns = ("checkpoint", "image", "row", "column", "attention")
   return Drawing(figure, columns, rows)
 
@@ -327,11 +369,8 @@ def _draw_filters(seen: list[Checkpoint]) -> Drawing:
   for c, axis in zip(seen, axes[0], strict=True):
     parts, variance = find_components(c.filters, NUM_FILTERS)
     axis.imshow(_tile([_stretch(x) for x in parts], across))
-    axis.set_title(
-      f"{c.label}: {len(parts)} components, {variance.sum():.0%} of the "
-      "variance",
-      fontsize=8,
-    )
+    share = f"{variance.sum():.0%} of the variance"
+    _set_title(axis, f"{c.label}: {len(parts)} components, {share}")
     for i, part in enumerate(parts):
       for (y, x, channel), value in np.ndenumerate(part):
         row = (c.label, i, variance[i], y, x, "rgb"[channel], value)
@@ -366,23 +405,26 @@ def _draw_positions(seen: list[Checkpoint]) -> Drawing:
   why = "it takes a model that adds position embeddings"
   seen = _choose(seen, lambda c: c.positions is not None, why)
   figure, axes = _make_grid(1, len(seen), 4)
-  rows, drawn = [], None
-  for c, axis in zip(seen, axes[0], strict=True):
-    alike = compare_positions(c.positions)
+  similarities = [compare_positions(c.positions) for c in seen]
+  drawn = None
+  for c, axis, alike in zip(seen, axes[0], similarities, strict=True):
     tiles = alike.reshape(-1, *alike.shape[2:])
     drawn = axis.imshow(_tile(list(tiles), alike.shape[1]), vmin=-1, vmax=1)
-    axis.set_title(c.label, fontsize=8)
-    for (y, x, other_y, other_x), value in np.ndenumerate(alike):
-      rows.append((c.label, y, x, other_y, other_x, value))
+    _set_title(axis, c.label)
   assert drawn
   figure.colorbar(drawn, ax=axes, label="cosine similarity", shrink=0.8)
+  rows = (
+    (c.label, *place, value)
+    for c, alike in zip(seen, similarities, strict=True)
+    for place, value in np.ndenumerate(alike)
+  )
   columns = ("checkpoint", "row", "column", "other_row", "other_column")
   return Drawing(figure, (*columns, "similarity"), rows)
 
 
 def _draw_distances(seen: list[Checkpoint]) -> Drawing:
   """Figures 7, right, and 11: how far heads look, by depth."""
-  seen = _choose(seen, lambda c: c.looks, "it takes images and a transformer")
+  seen = _choose_looking(seen)
   figure, axes = _make_grid(1, len(seen), 3.6, 3, pictures=False)
   rows = []
   for c, axis in zip(seen, axes[0], strict=True):
@@ -391,7 +433,7 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
     for layer, heads in enumerate(by_layer):
       axis.scatter([layer] * len(heads), heads, s=10)
       rows += [(c.label, layer, h, x) for h, x in enumerate(heads)]
-    axis.set_title(f"{c.label} ({c.variant})", fontsize=8)
+    _set_title(axis, f"{c.label} ({c.variant})")
     axis.set_xlabel("layer")
     axis.set_ylabel("mean attention distance, pixels")
     axis.set_ylim(bottom=0)
@@ -400,9 +442,16 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
   return Drawing(figure, columns, rows)
 
 
+def _choose_looking(seen):
+  """Returns the checkpoints that have looked at images."""
+  if not len(seen[0].pictures):
+    raise Nothing("it takes images; name some")
+  return _choose(seen, lambda c: c.looks, "a ResNet has no attention")
+
+
 def _choose(seen, is_drawn, why):
   """Returns the checkpoints that a figure is about; Nothing if none is."""
-  seen = [c for c in seen if isinstance(c, Checkpoint) and is_drawn(c)]
+  seen = [c for c in seen if is_drawn(c)]
   if not seen:
     raise Nothing(why)
   return seen
@@ -419,55 +468,86 @@ def _make_grid(down, across, width, height=None, pictures=True):
   return figure, axes
 
 
+def _set_title(axis, text):
+  # A name may have "$" in it, which is no formula.
+  axis.set_title(text, fontsize=8, parse_math=False)
+
+
 # --- runs ---
-
-
-def _draw_curves(runs: list[Run]) -> Drawing:
-  """What runs have measured at each step."""
-  measured = [(run, *found) for run in runs for found in _read_metrics(run)]
-  names = sorted({name for _, _, name, _ in measured}, key=_CURVES.index)
-  if not names:
-    raise Nothing("it takes runs that have measured something; give --runs=")
-  figure, axes = _make_grid(1, len(names), 3.6, 3, pictures=False)
-  labels = _name_runs(runs)
-  for name, axis in zip(names, axes[0], strict=True):
-    for i, run in enumerate(runs):
-      points = [(s, x) for r, s, n, x in measured if r is run and n == name]
-      if points:
-        style = {"color": f"C{i}", "label": labels[run.path]}
-        axis.plot(*zip(*points, strict=True), ".-", **style)
-    axis.set_xlabel("step")
-    axis.set_xlim(left=0)
-    axis.set_title(name, fontsize=9)
-  axes[0][0].legend(fontsize=7)
-  rows = [(labels[run.path], *found) for run, *found in measured]
-  return Drawing(figure, ("run", "step", "name", "value"), rows)
 
 
 _CURVES = ("train/loss", "train/learning_rate", "eval/loss", "eval/accuracy")
 _CURVES += ("eval/prec@1", "eval/lrap")
 
 
-def _read_metrics(run):
-  """Yields (step, name, value) of the metrics that have a curve."""
-  for line in (run.path / "metrics.jsonl").read_text().splitlines():
-    try:
-      values = json.loads(line)
-    except json.JSONDecodeError:
-      continue  # is being written
-    for name in _CURVES:
-      if name in values:
-        yield values["step"], name, values[name]
+def _draw_curves(runs: list[Run]) -> Drawing:
+  """What runs have measured at each step."""
+  curves = _read_curves(runs)
+  if not curves:
+    raise Nothing("it takes runs that have measured something; give --runs=")
+  # One point is no curve, but if there is nothing else.
+  lengths = {metric: 0 for metric in _CURVES}
+  for (metric, _), points in curves.items():
+    lengths[metric] = max(lengths[metric], len(points))
+  least = min(2, max(lengths.values()))
+  metrics = [metric for metric in _CURVES if lengths[metric] >= least]
+  down = -(-len(metrics) // 3)
+  figure, axes = _make_grid(down, min(3, len(metrics)), 3.6, 3, pictures=False)
+  by_metric = dict(zip(metrics, axes.flat, strict=False))
+  for axis in axes.flat[len(metrics) :]:
+    axis.set_axis_off()
+  for metric, axis in by_metric.items():
+    axis.set_xlabel("step")
+    axis.set_title(metric, fontsize=9)
+  labels = list(dict.fromkeys(label for _, label in curves))
+  few = len(labels) <= _MOST_NAMES
+  colours = colormaps["tab10" if few else "viridis"]
+  lines = {}
+  for (metric, label), points in curves.items():
+    if metric not in metrics:
+      continue
+    i = labels.index(label)
+    (lines[label],) = by_metric[metric].plot(
+      *zip(*points, strict=True),
+      ".-",
+      color=colours(i if few else i / len(labels)),
+    )
+  for metric, axis in by_metric.items():
+    axis.set_xlim(left=0)
+    if metric.endswith("loss"):
+      axis.set_yscale("log")
+  _add_names(figure, lines)
+  rows = (
+    (label, step, metric, value)
+    for (metric, label), points in curves.items()
+    for step, value in points
+  )
+  return Drawing(figure, ("run", "step", "name", "value"), rows)
 
 
-def _name_runs(runs):
-  """Returns {path: what follows the folders that all runs are in}."""
-  paths = [str(run.path) for run in runs]
-  common = os.path.commonpath(paths) if len(paths) > 1 else ""
-  return {
-    run.path: os.path.relpath(path, common) if common else run.path.name
-    for run, path in zip(runs, paths, strict=True)
-  }
+def _read_curves(runs):
+  """Returns {(metric, name of the run): [(step, value)]}."""
+  names = name_runs([str(run.path) for run in runs])
+  curves = {}
+  for label, run in zip(names, runs, strict=True):
+    for values in read_metrics(run.path)[0]:
+      for metric in _CURVES:
+        if metric in values:
+          point = (values["step"], values[metric])
+          curves.setdefault((metric, label), []).append(point)
+  return curves
+
+
+def _add_names(figure, lines):
+  """Puts the names of {name: line} below a figure, unless they are many."""
+  if len(lines) > _MOST_NAMES:
+    figure.supxlabel(f"{len(lines)} runs, the later ones lighter", fontsize=8)
+    return
+  legend = figure.legend(
+    lines.values(), lines.keys(), loc="outside lower center", ncols=2
+  )
+  for text in legend.get_texts():
+    text.set(parse_math=False, fontsize=7)
 
 
 def _draw_compute(runs: list[Run]) -> Drawing:

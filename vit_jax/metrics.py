@@ -65,7 +65,12 @@ class MetricLog:
     """
     ready = [entry for entry in self._pending if entry[0] <= up_to]
     self._pending = self._pending[len(ready) :]
-    for step, metrics, now in jax.device_get(ready):
+    fetched = jax.device_get(ready)
+    if ready and not self._pending:
+      # The devices have caught up, which took time after the last dispatch.
+      *fetched, (step, metrics, _) = fetched
+      fetched.append((step, metrics, time.monotonic()))
+    for step, metrics, now in fetched:
       values = {f"train/{name}": float(x) for name, x in metrics.items()}
       _check_finite(step, values)
       if step % self._every == 0 or step == self._total:

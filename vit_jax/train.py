@@ -106,6 +106,7 @@ def train(config, workdir) -> dict[str, float]:
           results = dict(evaluate(params))
           report(metrics, step, results)
           checkpoints.save_if_best(step, state, results[task.main_metric])
+          metrics.restart_clock(step)
         if is_last or stopping or is_due(step, config.checkpoint_every):
           metrics.flush(step)
           checkpoints.save(step, state)
@@ -294,9 +295,8 @@ def is_due(step: int, every: int) -> bool:
 def report(metrics, step, results):
   """Writes and prints the result of an evaluation."""
   metrics.write(step, {f"eval/{name}": x for name, x in results.items()})
-  metrics.restart_clock(step)
   text = "  ".join(
-    f"{name} {x}" if name == "examples" else f"{name} {x:.4f}"
+    f"{name} {x}" if isinstance(x, int) else f"{name} {x:.4f}"
     for name, x in results.items()
   )
   log.info("evaluation at step %d  %s", step, text)

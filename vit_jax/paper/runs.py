@@ -1,7 +1,9 @@
 """Run folders as results: what was trained on what, from what, how well."""
 
 import json
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vit_jax import checkpoint
@@ -9,6 +11,8 @@ from vit_jax import config as configuration
 from vit_jax.errors import UserError
 from vit_jax.paper import data
 from vit_jax.pretrained.names import PUBLISHED
+
+log = logging.getLogger(__name__)
 
 # What two pre-trainings of a model and a data set may differ in.
 _KINDS = {
@@ -126,17 +130,56 @@ def find_runs(folder: str) -> list[Run]:
 
 
 def walk(folder) -> Iterator:
-  """Yields what may be run folders: this one and those below it.
+  """Yields what may be run folders: this one and those below it, each once.
 
-  They have a config.json. What a run itself made in its folder is left out.
+  They have a config.json. What a run itself made in its folder is left out. Of
+  a folder and links to it the folder is taken, or the first link.
   """
+  yield from _walk(folder, set())
+
+
+def _walk(folder, seen):
+  real = os.path.realpath(folder)
+  if real in seen:
+    return
+  seen.add(real)
   names = {path.name: path for path in folder.iterdir()}
   is_run = "config.json" in names
   if is_run:
     yield folder
-  for name in sorted(names):
+  for name in sorted(names, key=lambda n: (os.path.islink(names[n]), n)):
     if names[name].is_dir() and not (is_run and name in _OF_A_RUN):
-      yield from walk(names[name])
+      yield from _walk(names[name], seen)
+
+
+def name_runs(paths: Sequence[str]) -> list[str]:
+  """Returns a name for each path: what follows the folders of all."""
+  if len(paths) == 1:
+    return [paths[0].rstrip("/").split("/")[-1]]
+  common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
+  names = [os.path.relpath(p, common) if common else p for p in paths]
+  names = [common.split("/")[-1] if n == "." else n for n in names]
+  return names if len({*names}) == len(names) else [*paths]
+
+
+def read_metrics(run_folder) -> tuple[list[dict[str, Any]], int]:
+  """Returns the lines of a run's metrics.jsonl, and how many are damaged.
+
+  The last one is left out while it is being written. Each has a "step".
+  """
+  file = run_folder / "metrics.jsonl"
+  text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+  lines = text.splitlines(keepends=True)
+  if lines and not lines[-1].endswith("\n"):
+    del lines[-1]
+  found = []
+  for line in lines:
+    try:
+      values = json.loads(line)
+      found.append(values | {"step": int(values["step"])})
+    except (ValueError, KeyError, TypeError):
+      continue
+  return found, len(lines) - len(found)
 
 
 def read_run(path) -> Run | None:
@@ -145,27 +188,27 @@ def read_run(path) -> Run | None:
   Raises:
     UserError: a file that cannot be read.
   """
-  metrics = path / "metrics.jsonl"
   written = _parse((path / "config.json").read_text(), path / "config.json")
-  if not metrics.exists() or not {"config", "total_steps"} <= written.keys():
+  measured = (path / "metrics.jsonl").exists()
+  if not measured or not {"config", "total_steps"} <= written.keys():
     return None
   config = _OLD_DEFAULTS | configuration.flatten(written["config"])
   if not config.keys() >= NEEDED:
     return None
   total_steps = written["total_steps"]
-  last = _read_last(metrics, total_steps)
+  last = _read_last(path, total_steps)
   return Run(path, config, total_steps, last is not None, last or {})
 
 
-def _read_last(metrics, total_steps):
+def _read_last(path, total_steps):
   """Returns what was measured after the last step, None before it."""
-  lines = metrics.read_text().splitlines(keepends=True)
-  if lines and not lines[-1].endswith("\n"):
-    del lines[-1]  # is being written
+  lines, damaged = read_metrics(path)
+  if damaged:
+    file = path / "metrics.jsonl"
+    log.warning("%s: %d lines cannot be read and are left out", file, damaged)
   found = None
-  for line in lines:
-    values = _parse(line, metrics)
-    if values.get("step") == total_steps:
+  for values in lines:
+    if values["step"] == total_steps:
       found = found or {}
       found |= {
         name.removeprefix("eval/"): x

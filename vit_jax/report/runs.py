@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vit_jax import checkpoint
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
-from vit_jax.paper.runs import NEEDED, walk
+from vit_jax.paper.runs import NEEDED, name_runs, read_metrics, walk
 
 SPEED = "speed/images_per_second"
 _SPEED_PER_DEVICE = f"{SPEED}_per_device"
@@ -78,27 +78,18 @@ def find_runs(workdirs) -> list[Run]:
     root = checkpoint.absolute(workdir)
     if not root.is_dir():
       raise UserError(f"{workdir}: there is no such folder; give a run's")
-    runs = {str(path): path for path in walk(root) if _is_run(path)}
+    runs = [path for path in walk(root) if _is_run(path)]
     if not runs:
       raise UserError(
         f"{workdir} has no run in it or below it; a run is a folder that "
         "`vit-jax train` writes"
       )
-    found |= runs
-  names = _name([*found])
+    for path in runs:
+      found.setdefault(os.path.realpath(path), path)
+  names = name_runs([str(path) for path in found.values()])
   return [
     _read(path, name) for path, name in zip(found.values(), names, strict=True)
   ]
-
-
-def _name(paths):
-  """Returns a name for each path, as short as they differ."""
-  if len(paths) == 1:
-    return [paths[0].rstrip("/").split("/")[-1]]
-  common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
-  names = [os.path.relpath(p, common) if common else p for p in paths]
-  names = [common.split("/")[-1] if n == "." else n for n in names]
-  return names if len({*names}) == len(names) else paths
 
 
 def _is_run(path) -> bool:
@@ -121,24 +112,14 @@ def _parse_config(file):
 
 
 def _read(path, name) -> Run:
-  file = path / "metrics.jsonl"
-  lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-  if lines and not lines[-1].endswith("\n"):
-    del lines[-1]  # is being written
-  series, step, damaged, infinite = {}, 0, 0, set()
-  for line in lines:
-    try:
-      values = json.loads(line)
-      now = int(values.pop("step"))
-    except (ValueError, KeyError, AttributeError, TypeError):
-      damaged += 1
-      continue
-    step = max(step, now)
+  lines, damaged = read_metrics(path)
+  series, infinite = {}, set()
+  for values in lines:
     for key, x in values.items():
-      if not isinstance(x, (int, float)):
+      if key == "step" or not isinstance(x, (int, float)):
         continue
       if math.isfinite(x):
-        series.setdefault(key, []).append((now, x))
+        series.setdefault(key, []).append((values["step"], x))
       else:
         infinite.add(key)
   notes = []
@@ -150,6 +131,7 @@ def _read(path, name) -> Run:
   for values in series.values():
     values.sort(key=lambda entry: entry[0])
   written = _parse_config(path / "config.json")
+  step = max((values["step"] for values in lines), default=0)
   return Run(path, name, written, series, step, tuple(notes))
 
 
