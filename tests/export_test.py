@@ -159,6 +159,11 @@ def test_existing_folder(tmp_path):
   assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+  (tmp_path / "file").touch()
+  _fails(tmp_path, "unread", "cannot be made: Not a directory", out="file/out")
+
+
 def test_unknown_format(tmp_path):
   _fails(tmp_path, "unread", "did you mean 'onnx'", to="onx")
 

@@ -14,6 +14,8 @@ from PIL import Image
 from vit_jax.errors import UserError
 from vit_jax.pretrained import Pretrained
 
+# Of a sum that is divided by: nothing at all is 0 and not NaN.
+_LEAST = np.finfo(np.float32).tiny
 # What is left of a picture's light where the model does not look at all.
 _DARKEST = 0.15
 
@@ -23,7 +25,8 @@ class Looks(NamedTuple):
 
   Attributes:
     probabilities: f32[b k]; of a model without a head f32[b 0].
-    maps: f32[b h w], a number for each patch; those of an image sum to 1.
+    maps: f32[b h w], a number for each patch; those of an image sum to 1, or
+      are 0 where nothing of it reaches the output.
     distances: f32[b layers heads], in pixels, see `attention_distance`.
   """
 
@@ -55,7 +58,7 @@ def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
     seen = jnp.einsum("bn,bnm->bm", pooling, roll_out(weights))
     height, width = model.model.grid
     seen = seen[:, n - height * width :]
-    seen = seen / seen.sum(1, keepdims=True)
+    seen = seen / jnp.maximum(seen.sum(1, keepdims=True), _LEAST)
     distances = attention_distance(
       weights, model.model.grid, model.config.patch
     )
@@ -137,7 +140,8 @@ def attention_distance(
 
   The distance between the centres of the query's and the key's patch, weighted
   by attention, mean over the queries (the paper, Figure 7, right). The class
-  token has no place: it is left out, and what remains is scaled to 1.
+  token has no place: it is left out, and what remains is scaled to 1; where
+  nothing remains the distance is 0.
 
   Args:
     weights: [b a n n] of each layer; n is the patches, or one more.
@@ -150,7 +154,7 @@ def attention_distance(
   for layer in weights:
     extra = layer.shape[-1] - len(apart)
     layer = layer[..., extra:, extra:]
-    sums = (layer * apart).sum(-1) / layer.sum(-1)
+    sums = (layer * apart).sum(-1) / jnp.maximum(layer.sum(-1), _LEAST)
     found.append(sums.mean(-1))
   return jnp.stack(found)
 

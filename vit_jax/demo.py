@@ -5,11 +5,11 @@ looks, at any resolution in whole patches. `Viewer` is what the page shows;
 the rest is the page, on gradio, which an extra installs.
 """
 
-import dataclasses
 import functools
 import html
 import os
 import pathlib
+import signal
 import socket
 import threading
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from PIL import Image
 
 from vit_jax import attention_maps, predict, preprocess, pretrained
 from vit_jax.errors import UserError
-from vit_jax.pretrained.loaded import HEAD_OF_ZEROS
-from vit_jax.state import flatten, unflatten
+from vit_jax.pretrained.loaded import HEAD_OF_ZEROS, fold_normalization
+from vit_jax.state import as_lazy, flatten
 from vit_jax.steps import normalize
 
 TOP = 5  # classes shown
@@ -65,8 +65,15 @@ class Viewer:
     Raises:
       UserError: no checkpoint, or one with nothing to show.
     """
-    self._source = source
-    self._model = pretrained.load(source)
+    weights = pretrained.read(source)
+    self._model = pretrained.assemble(weights)
+    # What was read is used at every resolution, even if the files change.
+    self._weights = fold_normalization(weights)._replace(
+      params={
+        path: as_lazy(x) for path, x in flatten(self._model.params).items()
+      },
+      notes=(),
+    )
     self.about = about = self._model.config
     self._names = predict.read_names(class_names, about)
     self.attends = bool(self._model.model.num_layers)
@@ -97,11 +104,13 @@ class Viewer:
     Raises:
       UserError: no image, or one that is too large.
     """
+    # Outside of the lock: a mistake shows at once.
+    picture = preprocess.decode_image(encoded, name)
     with self.lock:
       model, look = self._at(size)
       about = model.config
       pixels = preprocess.preprocess_image(
-        encoded, about.preprocess, about.image_size, name
+        picture, about.preprocess, about.image_size, name
       )
       classes = []
       if self._has_head:
@@ -115,14 +124,7 @@ class Viewer:
     """Returns the model for images of a size, and what looks, compiled once."""
     model = self._model
     if size != self.about.image_size:
-      model = pretrained.load(self._source, image_size=size)
-      # One set of weights for all: only position embeddings differ.
-      first = flatten(self._model.params)
-      params = {
-        path: first[path] if first[path].shape == x.shape else x
-        for path, x in flatten(model.params).items()
-      }
-      model = dataclasses.replace(model, params=unflatten(params))
+      model = pretrained.assemble(self._weights, image_size=size)
     return model, attention_maps.make_look(model) if self.attends else None
 
 
@@ -157,7 +159,9 @@ def demo(
   port: int | None = None,
   share: bool = False,
 ) -> None:
-  """Serves the page until Ctrl-C; see `launch`."""
+  """Serves the page until Ctrl-C or SIGTERM; see `launch`."""
+  # Both end it in the same way: what was uploaded is deleted.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   viewer, page = _start(source, class_names, host, port, share)
   try:
     print(f"{page.local_url} shows the demo; Ctrl-C ends it", flush=True)
@@ -202,20 +206,23 @@ def _start(source, class_names, host, port, share):
   _check_address(host, port)
   viewer = Viewer(source, class_names)
   page = _make_page(gradio, viewer)
-  page.launch(
-    server_name=host,
-    server_port=port or None,
-    share=share,
-    quiet=True,
-    prevent_thread_lock=True,
-    ssr_mode=False,  # it would take Node.js
-    run_history=False,
-    footer_links=[],
-    height=900,  # in a notebook
-    max_file_size=_FILE_LIMIT,
-    css=_CSS,
-    theme=_make_theme(gradio),
-  )
+  try:
+    page.launch(
+      server_name=host,
+      server_port=port or None,
+      share=share,
+      quiet=True,
+      prevent_thread_lock=True,
+      ssr_mode=False,  # it would take Node.js
+      run_history=False,
+      footer_links=[],
+      height=900,  # in a notebook
+      max_file_size=_FILE_LIMIT,
+      css=_CSS,
+      theme=_make_theme(gradio),
+    )
+  except OSError as e:  # another program was faster, or has all ports
+    raise UserError(f"the page cannot be served: {e}") from e
   return viewer, page
 
 
@@ -235,8 +242,9 @@ def _check_address(host, port):
     socket.create_server((host, port or 0)).close()
   except (OSError, OverflowError) as e:
     raise UserError(
-      f"nothing can listen at {host}:{port or ''}: {e}; give another --host or "
-      "--port, or leave them out"
+      f"nothing can listen at {host}{f', port {port}' if port else ''}: "
+      f"{getattr(e, 'strerror', None) or e}; give another --host or --port, or "
+      "leave them out"
     ) from e
 
 

@@ -486,7 +486,7 @@ def _draw_curves(runs: list[Run]) -> Drawing:
   if not curves:
     raise Nothing("it takes runs that have measured something; give --runs=")
   # One point is no curve, but if there is nothing else.
-  lengths = {metric: 0 for metric in _CURVES}
+  lengths = dict.fromkeys(_CURVES, 0)
   for (metric, _), points in curves.items():
     lengths[metric] = max(lengths[metric], len(points))
   least = min(2, max(lengths.values()))

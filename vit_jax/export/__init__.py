@@ -11,6 +11,7 @@ What is written is read again and run before it gets its name: nothing is left
 that computes something else than the model.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -69,9 +70,23 @@ def export(
   form = formats.FORMATS[to]
   folder = _choose_folder(out)
   form.require()
-  model = _load(source, image_size)
-  _check_size(model, form, to)
-  graph = _make_graph(model, preprocess)
+  with _whole(folder) as partial:
+    model = _load(source, image_size)
+    _check_size(model, form, to)
+    graph = _make_graph(model, preprocess)
+    form.write(graph, partial)
+    parity = _compare(model, form.read(partial), to, preprocess)
+    about = _describe(source, model, graph, form, preprocess) | parity
+    files = (f for f in partial.rglob("*") if f.is_file())
+    about["bytes"] = sum(f.stat().st_size for f in files)
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+  return about
+
+
+@contextlib.contextmanager
+def _whole(folder):
+  """Gives a folder beside `folder`, which gets its name if all goes well."""
   partial = folder.with_name(folder.name + ".tmp")
   try:
     partial.mkdir(parents=True)
@@ -80,18 +95,15 @@ def export(
       f"{partial} exists, where the file is made: another export is at work, "
       "or was killed; remove it then"
     ) from e
+  except OSError as e:
+    raise UserError(f"{folder} cannot be made: {e.strerror}") from e
   try:
-    form.write(graph, partial)
-    parity = _compare(model, form.read(partial), to, preprocess)
-    about = _describe(source, model, graph, form, preprocess) | parity
-    files = (f for f in partial.rglob("*") if f.is_file())
-    about["bytes"] = sum(f.stat().st_size for f in files)
-    text = json.dumps(about, indent=1, ensure_ascii=False)
-    (partial / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    yield partial
     partial.rename(folder)
+  except OSError as e:
+    raise UserError(f"{folder} cannot be written: {e.strerror or e}") from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  return about
 
 
 def _choose_folder(out):

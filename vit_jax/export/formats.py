@@ -70,7 +70,14 @@ class Format(NamedTuple):
 
   def versions(self) -> dict[str, str]:
     """Returns {package: version}."""
-    return {name: importlib.metadata.version(name) for name in self.packages}
+    return {name: _find_version(name) for name in self.packages}
+
+
+def _find_version(package):
+  if package == "tensorflow":  # one library under two names
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      return importlib.metadata.version("tensorflow-cpu")
+  return importlib.metadata.version(package)
 
 
 # --- StableHLO, by jax.export ---
@@ -215,7 +222,7 @@ FORMATS = {
       "saved_model",
       ".",
       0,
-      ("jax",),
+      ("jax", "tensorflow"),
       _write_saved_model,
       _read_saved_model,
     ),

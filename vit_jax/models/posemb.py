@@ -107,7 +107,7 @@ def resize_axis(
   if x.shape[-2] == length:
     return x
   matrix = METHODS[method](x.shape[-2], length)
-  return (matrix @ x.astype(np.float64)).astype(x.dtype)
+  return (matrix @ np.asarray(x, np.float64)).astype(x.dtype)
 
 
 def resize_grid(
@@ -127,7 +127,7 @@ def resize_grid(
   interpolate = METHODS[method]
   rows = interpolate(grid.shape[0], shape[0])
   columns = interpolate(grid.shape[1], shape[1])
-  out = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid.astype(np.float64))
+  out = np.einsum("Hh,Ww,hwd->HWd", rows, columns, np.asarray(grid, np.float64))
   return out.astype(grid.dtype)
 
 

@@ -167,7 +167,7 @@ def assemble(
   models.check_choice("resize", resize, tuple(models.posemb.METHODS))
   model = weights.create_model(
     num_classes=num_classes,
-    image_size=image_size or weights.image_size,
+    image_size=weights.image_size if image_size is None else image_size,
     **({"dtype": dtype} if dtype else {}),
   )
   same_classes = num_classes == weights.num_classes

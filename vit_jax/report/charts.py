@@ -58,6 +58,7 @@ def draw(title: str, x_label: str, lines: Sequence[Line]) -> Chart:
     lines: at least one.
   """
   averaged = max(-(-len(line.xs) // _POINTS) for line in lines)
+  told = html.escape(describe(title, lines))
   lines = [_thin(line) for line in lines]
   ys = [y for line in lines for y in line.ys]
   logarithmic = min(ys) > 0 and max(ys) / min(ys) > _WIDE
@@ -76,7 +77,7 @@ def draw(title: str, x_label: str, lines: Sequence[Line]) -> Chart:
 
   parts = [
     f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-    f'aria-label="{html.escape(describe(title, lines))}">',
+    f'aria-label="{told}">',
     *(_draw_row(place_y(y), format_tick(y)) for y in ticks),
     *(_draw_column(place_x(x), format_tick(x)) for x in x_ticks),
     f'<text class="label" x="{(_WIDTH + _LEFT) / 2:.0f}" y="{_HEIGHT - 4}" '

@@ -105,6 +105,9 @@ def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
   except UserError as e:
     log.warning("%s: %s", run.name, e)
     return f"The test set could not be looked at: {e}."
+  except Exception as e:  # other runs, and the curves, are worth their page
+    log.warning("%s: %s", run.name, e, exc_info=True)
+    return f"The test set could not be looked at: {type(e).__name__}: {e}"
 
 
 def _look(run, data_dir, mistakes):
