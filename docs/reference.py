@@ -163,10 +163,6 @@ def _name_option(action) -> str:
 
 def _explain(action) -> str:
   text = action.help or ""
-  # What is given, is not needed, or is said already needs no default.
-  default = action.default
-  if default not in (None, False, [], "==SUPPRESS==") and "default" not in text:
-    text = f"{text} (default: {default})".strip()
   if action.required and action.option_strings:
     text = f"{text}; required".removeprefix("; ")
   return _escape(text)

@@ -232,6 +232,7 @@ def test_wrong_arguments(runs, fails, tmp_path):
   fails(["train", f"--workdir={tmp_path}/run"], "--config")
   train = ["train", f"--config={runs.config}", f"--workdir={tmp_path}/run"]
   fails([*train, "--steps=3"], "unknown argument '--steps=3'")
+  fails([*train, "--confg.seed=3"], "train --help; did you mean '--config'?")
   fails([*train, "--config.total_steps"], "--config.total_steps=VALUE")
   fails([*train, "--num_processes=2"], "are given together")
   fails(["evaluate"], "--workdir", "--checkpoint")

@@ -347,6 +347,14 @@ def test_what_cannot_be_read_is_said(tmp_path):
   assert "\n" not in str(error.value)
 
 
+def test_runs_of_no_cell_are_said(runs, caplog):
+  caplog.set_level("INFO")
+  tables.make_table("table5", str(runs))
+  assert "none of a cell" not in caplog.text
+  tables.make_table("table2", str(runs))
+  assert "none of a cell of this table" in caplog.text
+
+
 def test_runs_of_older_versions_are_read(runs):
   file = runs / "b32" / "config.json"
   written = json.loads(file.read_text())
@@ -389,7 +397,7 @@ def test_every_command_is_one(number, monkeypatch):
       assert len(words) - words.index(">") == 2
       words = words[: words.index(">")]
     args, rest = _make_parser().parse_known_args(words)
-    overrides = _parse_overrides(rest)
+    overrides = _parse_overrides(rest, args.parser)
     if words[0] == "sweep":
       grid = sweep.parse_grids(args.grid)
       setting = {key: values[0] for key, values in grid.items()}
@@ -413,7 +421,7 @@ def test_commands_make_what_is_looked_for(tmp_path):
     for command in plan["commands"]:
       words = shlex.split(command)[1:]
       args, rest = _make_parser().parse_known_args(words)
-      overrides = _parse_overrides(rest)
+      overrides = _parse_overrides(rest, args.parser)
       specs = {Path(args.workdir): args.config}
       if words[0] == "sweep":
         specs = {

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.errors import RunStopped, UserError, suggest
 
 _SOURCE = (
   "a run folder or checkpoint, an npz or safetensors file, a Hugging Face or "
@@ -20,7 +20,15 @@ _SOURCE = (
 
 
 class _Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line."""
+  """Says what is wrong in one line, and what an option is by default."""
+
+  def add_argument(self, *args, **kwargs):
+    action = super().add_argument(*args, **kwargs)
+    text, default = action.help or "", action.default
+    unsaid = default not in (None, False, [], argparse.SUPPRESS)
+    if unsaid and "default" not in text:
+      action.help = f"{text} (default: {default})".strip()
+    return action
 
   def error(self, message):
     self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -47,9 +55,9 @@ def main(argv: list[str] | None = None) -> int:
   args, rest = _make_parser().parse_known_args(argv)
   args.lifeline = None  # to the other processes of a run
   try:
-    overrides = _parse_overrides(rest)
+    overrides = _parse_overrides(rest, args.parser)
     if overrides and args.run not in _OVERRIDDEN:
-      raise UserError(f"unknown argument {rest[0]!r}; see vit-jax --help")
+      raise _unknown(rest[0], args.parser)
     args.overrides = overrides
     code = args.run(args) or 0
     if args.lifeline:
@@ -103,7 +111,7 @@ def _make_parser():
 
   def add(name, run, help_text, to=commands):
     command = to.add_parser(name, help=help_text, allow_abbrev=False)
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, parser=command)
     return command
 
   train = add("train", _train, "train a model, or go on with a run")
@@ -147,7 +155,7 @@ def _make_parser():
 
   predict = add("predict", _predict, "classify image files")
   _add_classifier(predict)
-  predict.add_argument("images", nargs="+", metavar="IMAGE")
+  predict.add_argument("images", nargs="+", metavar="IMAGE", help="files")
   predict.add_argument("--top", type=int, default=5, help="classes to show")
   _add_json(predict)
 
@@ -192,7 +200,9 @@ def _make_parser():
   quickstart = add(
     "quickstart", _quickstart, "pre-train, fine-tune and predict, in minutes"
   )
-  quickstart.add_argument("--workdir", default="runs/quickstart")
+  quickstart.add_argument(
+    "--workdir", default="runs/quickstart", help="the folder for all of it"
+  )
   return parser
 
 
@@ -478,8 +488,8 @@ def _add_data_commands(add):
     "--preprocess", default="inception_crop(size)|flip_lr", metavar="OPS"
   )
   show.add_argument("--image_size", type=int, default=224)
-  show.add_argument("--output", default="show.png")
-  show.add_argument("--seed", type=int, default=0)
+  show.add_argument("--output", default="show.png", help="the file to write")
+  show.add_argument("--seed", type=int, default=0, help="of the choice")
 
 
 def _add_bench_commands(add):
@@ -515,7 +525,9 @@ def _add_bench_commands(add):
 
 def _add_data_dir(command):
   command.add_argument(
-    "--data_dir", help="default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
+    "--data_dir",
+    help="where data sets are; default: where a run says, else $TFDS_DATA_DIR "
+    "or ~/tensorflow_datasets",
   )
 
 
@@ -553,14 +565,14 @@ def _add_distributed(command):
   )
 
 
-def _parse_overrides(arguments):
+def _parse_overrides(arguments, parser):
   """Returns {"a.b": "text"} of --config.a.b=text and --config.a.b text."""
   overrides = {}
   rest = list(arguments)
   while rest:
     argument = rest.pop(0)
     if not argument.startswith("--config."):
-      raise UserError(f"unknown argument {argument!r}; see vit-jax --help")
+      raise _unknown(argument, parser)
     key, equals, value = argument.removeprefix("--config.").partition("=")
     if not equals:
       if not rest:
@@ -568,6 +580,16 @@ def _parse_overrides(arguments):
       value = rest.pop(0)
     overrides[key] = value
   return overrides
+
+
+def _unknown(argument, parser):
+  """Returns the error, with the option that may have been meant."""
+  name = argument.partition("=")[0].partition(".")[0]
+  options = [o for action in parser._actions for o in action.option_strings]
+  return UserError(
+    f"unknown argument {argument!r}; see {parser.prog} --help"
+    f"{suggest(name, options)}"
+  )
 
 
 def _find_place(args):
@@ -797,6 +819,7 @@ def _convert(args):
 
   for note in convert(args.source, args.out, args.to):
     print(f"note: {note}")
+  print(f"{args.out}: {args.source} as {args.to}")
 
 
 def _export(args):

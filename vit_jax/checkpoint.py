@@ -377,8 +377,10 @@ def load_weights(path) -> Weights:
 def _read_params(directory):
   """Reads `ema` if the checkpoint has one, else `params`: {path: array}."""
   handler = ocp.PyTreeCheckpointHandler()
+  # The handler's own: a Checkpointer also looks for a file that is of the whole
+  # step, and warns that it is not there.
+  tree = handler.metadata(directory / "state").tree
   with ocp.Checkpointer(handler) as reader:
-    tree = reader.metadata(directory / "state").item_metadata.tree
     name = "ema" if "ema" in tree else "params"
     to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     args = ocp.args.PyTreeRestore(

@@ -4,6 +4,7 @@ The paper's numbers are `paper/tables.json`; ours are read from run folders, or,
 where they follow from the models, computed from these.
 """
 
+import logging
 import statistics
 from typing import Any
 
@@ -15,6 +16,8 @@ from vit_jax.paper.runs import Pretraining, Run, find_runs, is_pretraining
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
 _STAND_IN = "ImageNet-21k"  # for what only JFT-300M can give
+log = logging.getLogger(__name__)
+
 _RUNS = "runs"  # where commands put what there is not
 
 
@@ -65,6 +68,9 @@ def make_table(
   rows = [_make_row(name, row, found, folder, costs) for row in table["rows"]]
   if name == "table6":
     rows = [_add_exaflops(*both) for both in zip(rows, table["rows"])]  # noqa: B905
+  shown = [*rows, *(row["stand_in"] for row in rows if row.get("stand_in"))]
+  if found and not any(c.get("runs") for row in shown for c in _all(row)):
+    log.info("%s has %d runs, none of a cell of this table", runs, len(found))
   return rows
 
 

@@ -232,7 +232,7 @@ def write_run_files(config, workdir, task, multilabel, state, total_steps):
   count = sum(x.size for x in jax.tree.leaves(state.params))
   log.info(
     "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
-    "%d devices, %d steps of %d images",
+    "devices: %d, %d steps of %d images",
     config.model.variant,
     count / 1e6,
     sharding.bytes_per_device(state) / 2**30,
