@@ -11,11 +11,13 @@ from vit_jax.errors import UserError
 from vit_jax.state import flatten
 
 _GRID, _PATCH = (2, 3), 4
+_HYBRID = "R+ViT-w8d3m12h2_16"
 
 
 def load(classifier="token", variant="ViT-w8d3m12h2_4", **options):
   """Returns a loaded tiny model with random parameters, and images for it."""
-  size = tuple(side * _PATCH for side in _GRID)
+  patch = int(variant.rpartition("_")[2])
+  size = tuple(side * patch for side in _GRID)
   options |= {"variant": variant, "classifier": classifier}
   model = pretrained.assemble(
     random_models.random_weights(image_size=size, num_classes=5, **options)
@@ -50,9 +52,17 @@ def measure_by_numpy(heads, grid, patch):
   return out
 
 
-@pytest.mark.parametrize("classifier", ["token", "gap", "map"])
-def test_look_equals_numpy_on_captured_weights(classifier):
-  model, images = load(classifier)
+@pytest.mark.parametrize(
+  ("classifier", "variant"),
+  [
+    ("token", "ViT-w8d3m12h2_4"),
+    ("gap", "ViT-w8d3m12h2_4"),
+    ("map", "ViT-w8d3m12h2_4"),
+    ("token", _HYBRID),
+  ],
+)
+def test_look_equals_numpy_on_captured_weights(classifier, variant):
+  model, images = load(classifier, variant)
   weights = [np.asarray(w) for w in attention_maps.capture(model, images)]
   assert len(weights) == 3
   n = 6 + (classifier == "token")
@@ -77,7 +87,7 @@ def test_look_equals_numpy_on_captured_weights(classifier):
     for image in range(2):
       np.testing.assert_allclose(
         looks.distances[image, layer],
-        measure_by_numpy(weights[layer][image], _GRID, _PATCH),
+        measure_by_numpy(weights[layer][image], _GRID, model.config.patch),
         rtol=1e-5,
       )
   np.testing.assert_allclose(

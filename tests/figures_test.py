@@ -10,6 +10,7 @@ from PIL import Image
 from sklearn import decomposition
 
 from vit_jax import __main__, attention_maps, figures, pretrained
+from vit_jax.paper import flops
 from vit_jax.preprocess import preprocess_image
 from vit_jax.steps import normalize
 
@@ -233,6 +234,19 @@ def test_curves_and_compute_of_runs(run, tmp_path):
   assert float(mine["exaflops"]) == pytest.approx(6 * 3000 * products / 1e18)
   assert float(mine["accuracy"]) == 90
   assert mine["dataset"] == "cifar10"
+  # Those of the report, which knows the run's model: averages, no class token.
+  written = json.loads((origin / "config.json").read_text())
+  written["config"]["model"]["classifier"] = "gap"
+  (origin / "config.json").write_text(json.dumps(written))
+  code, _, err, _ = run(f"--runs={runs}", "--only=compute", f"--out={out}2")
+  assert code == 0, err
+  less = next(
+    row for row in read_csv(f"{out}2/compute.csv") if row["whose"] == "ours"
+  )
+  assert float(less["exaflops"]) == pytest.approx(
+    float(mine["exaflops"]) * 49 / 50, rel=2e-3
+  )
+  assert float(less["exaflops"]) == flops.count_training(written, 3)
   # The paper's 18 models beside it.
   papers = [row for row in rows if row["whose"] == "the paper"]
   assert len(papers) == 18

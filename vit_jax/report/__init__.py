@@ -10,7 +10,7 @@ from vit_jax.errors import RunStopped, UserError
 from vit_jax.report import charts
 from vit_jax.report.details import look
 from vit_jax.report.page import make_page
-from vit_jax.report.runs import Run, find_runs
+from vit_jax.report.runs import MAIN_METRICS, Run, find_runs
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,10 @@ def _check_out(file, out):
 
 
 def _rank(run: Run):
-  """Orders runs: the best result first, those without one last."""
+  """Orders runs: by metric, the best result first, those without one last."""
+  names = (*MAIN_METRICS, "eval/loss")
   metric = run.main_metric()
   if metric is None:
-    return (1, 0.0)
+    return (len(names), 0.0)
   value = run.last(metric) or 0.0
-  return (0, value if metric == "eval/loss" else -value)
+  return (names.index(metric), value if metric == "eval/loss" else -value)

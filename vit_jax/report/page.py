@@ -391,7 +391,7 @@ def _compare(runs):
     if len(runs) > _BESIDE:
       head, rows = transpose(("Run", *head[1:]), rows)
     parts.append(table(caption, head, rows))
-  for run, config in zip(runs, configs, strict=True):
+  for run, config in list(zip(runs, configs, strict=True))[: charts.COLOURS]:
     rows = [(tag("code", key), _show(config, key)) for key in sorted(config)]
     parts.append(
       fold(
@@ -399,6 +399,9 @@ def _compare(runs):
         table(f"Configuration of {run.name}", ("Key", "Value"), rows),
       )
     )
+  if len(runs) > charts.COLOURS:
+    rest = "The other runs differ from these in what the table says alone."
+    parts.append(tag("p", rest))
   return join(parts)
 
 
