@@ -16,7 +16,7 @@ _HYBRID = "R+ViT-w8d3m12h2_16"
 
 def load(classifier="token", variant="ViT-w8d3m12h2_4", **options):
   """Returns a loaded tiny model with random parameters, and images for it."""
-  patch = int(variant.rpartition("_")[2])
+  patch = models.variants.parse(variant).stride
   size = tuple(side * patch for side in _GRID)
   options |= {"variant": variant, "classifier": classifier}
   model = pretrained.assemble(
