@@ -23,10 +23,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from vit_jax import __main__ as cli
-from vit_jax import config, models, pretrained
+from vit_jax import config, models, pretrained, quickstart
+from vit_jax.data.builders import jft_like
 from vit_jax.pretrained import fetch
 from vit_jax.pretrained.names import PUBLISHED
 from vit_jax.state import flatten
@@ -61,7 +63,12 @@ _TINY = (
   "--config.batch_size=8",
 )
 _DIGITS = (*_TINY, "--config.eval.split=test[:40]")
-_SMALL = ("--config.image_size=32", "--config.model.dtype=float32", *_TINY)
+_SMALL = (
+  "--config.image_size=32",
+  "--config.model.dtype=float32",
+  "--config.model.scan=true",  # ViT-Ti_16 has twelve blocks to compile
+  *_TINY,
+)
 # What all others need.
 _SET_UP = (
   "vit-jax train --config=configs/quickstart_pretrain.py "
@@ -611,12 +618,33 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def compiled_once(tmp_path_factory):
+  """Keeps compiled programs on disk: many commands have the same."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for values in (options, before):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if values is options:
+      yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, compiled_once):
   project = Project(tmp_path_factory.mktemp("project"))
   _draw_images(project.folder)
   _lay_out_weights(project)
-  for name in ("jft_like", "digits"):
-    project.call("data", "prepare", name, "--data_dir=data")
+  with pytest.MonkeyPatch.context() as patch:
+    # Drawing all of them takes a minute.
+    patch.setattr(jft_like, "TRAIN_EXAMPLES", quickstart.PRIOR_EXAMPLES)
+    patch.setattr(jft_like, "TEST_EXAMPLES", 100)
+    for name in ("jft_like", "digits"):
+      project.call("data", "prepare", name, "--data_dir=data")
   shutil.copytree(
     project.folder / "data", project.folder / "runs/quickstart/data"
   )

@@ -158,14 +158,17 @@ def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_task_with_the_real_train(args, tmp_path, capsys):
-  """Short trainings of a small model, through the command."""
+def test_two_tasks_with_the_real_train(args, tmp_path, capsys):
+  """Short trainings of a small model, two at once, through the command."""
   short = ["--config.schedule.warmup_steps=1", "--config.image_size=16"]
-  code = main([*args, "--tasks=mini:count", *short, "--json"])
+  tasks = "mini:count", "mini:distance"
+  words = [*args, f"--tasks={','.join(tasks)}", "--jobs=2", *short, "--json"]
+  code = main(words)
   out, err = capsys.readouterr()
   assert code == 0, err
-  (row,) = json.loads(out)["tasks"]
-  test = data.get_source("mini:count", "test", f"{tmp_path}/data")
-  assert row["examples"] == test.num_examples
-  assert 0 <= row["accuracy"] <= 1
-  assert row["recipe"]["eval"] == "mini:count test"
+  rows = json.loads(out)["tasks"]
+  for task, row in zip(tasks, rows, strict=True):
+    test = data.get_source(task, "test", f"{tmp_path}/data")
+    assert row["examples"] == test.num_examples
+    assert 0 <= row["accuracy"] <= 1
+    assert row["recipe"]["eval"] == f"{task} test"
