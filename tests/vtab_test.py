@@ -158,8 +158,10 @@ def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_tasks_with_the_real_train(args, tmp_path, capsys):
+def test_two_tasks_with_the_real_train(args, tmp_path, capsys, monkeypatch):
   """Short trainings of a small model, two at once, through the command."""
+  # Of the processes that it starts: one device compiles faster than eight.
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
   short = ["--config.schedule.warmup_steps=1", "--config.image_size=16"]
   tasks = "mini:count", "mini:distance"
   words = [*args, f"--tasks={','.join(tasks)}", "--jobs=2", *short, "--json"]
