@@ -1,5 +1,6 @@
 r"""Fine-tuning as in the paper's Table 4: `finetune.py:VARIANT,DATASET`.
 
+  # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/finetune.py:ViT-B_16,cifar100 \
     --workdir=gs://BUCKET/b16_cifar100 \
     --config.init_from=gs://BUCKET/b16_i21k
@@ -12,8 +13,10 @@ zero-initialised head, no tanh layer. The paper tries the learning rates in
 it and reports the test set, which is looked at once, at the end. One of the
 middle rates is set here. To try another one on the held-out part:
 
+  # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/finetune.py:ViT-B_16,cifar100,held_out \
-    --config.schedule.base_lr=0.01 ...
+    --workdir=gs://BUCKET/b16_cifar100_lr001 \
+    --config.init_from=gs://BUCKET/b16_i21k --config.schedule.base_lr=0.01
 
 A number after the data set is an image size. On ImageNet more than 384 goes
 with the Polyak averaging of the paper's Table 2: `ViT-L_16,imagenet2012,512`,

@@ -1,5 +1,6 @@
 r"""Pre-training without labels, Appendix B.1.2: `masked.py:VARIANT,DATASET`.
 
+  # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/masked.py:ViT-B_16,jft --workdir=gs://BUCKET/mpp
   vit-jax train --config=configs/finetune.py:ViT-B_16,imagenet2012 \
     --workdir=gs://BUCKET/mpp_imagenet --config.init_from=gs://BUCKET/mpp

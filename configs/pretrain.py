@@ -1,5 +1,6 @@
 r"""Pre-training as in the paper's Table 3: `pretrain.py:VARIANT,DATASET`.
 
+  # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/pretrain.py:ViT-B_16,imagenet21k \
     --workdir=gs://BUCKET/b16_i21k
   vit-jax train --config=configs/pretrain.py:ViT-L_16,jft,14 \

@@ -1,7 +1,10 @@
 r"""The quickstart's second half: 300 real handwritten digits, at 48 px.
 
-  python -m vit_jax train --config=configs/quickstart_finetune.py \
-    --config.init_from=runs/pretrain --workdir=runs/finetune
+With the data of `make quickstart`, which runs it:
+
+  vit-jax train --config=configs/quickstart_finetune.py \
+    --workdir=runs/quickstart/finetune --config.data_dir=runs/quickstart/data \
+    --config.init_from=runs/quickstart/pretrain
 
 Without --config.init_from it is the same training from scratch.
 

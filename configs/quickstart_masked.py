@@ -1,9 +1,12 @@
 r"""The quickstart's first half without labels: masked patches of jft_like.
 
-  python -m vit_jax train --config=configs/quickstart_masked.py \
-    --workdir=runs/masked
-  python -m vit_jax train --config=configs/quickstart_finetune.py \
-    --config.init_from=runs/masked --workdir=runs/finetune_masked
+After `make quickstart`, with its data:
+
+  vit-jax train --config=configs/quickstart_masked.py \
+    --workdir=runs/masked --config.data_dir=runs/quickstart/data
+  vit-jax train --config=configs/quickstart_finetune.py \
+    --workdir=runs/masked_digits --config.data_dir=runs/quickstart/data \
+    --config.init_from=runs/masked
 
 Expected on the test split: accuracy 0.397 and loss 2.21, where the best
 constant guess has 0.141 and 4.46. Fine-tuning from it with 150 labels gives

@@ -1,7 +1,9 @@
 r"""The quickstart's first half: a nano ViT on the JFT-like set, at 24 px.
 
-  python -m vit_jax train --config=configs/quickstart_pretrain.py \
-    --workdir=runs/pretrain
+With the data of `make quickstart`, which runs it:
+
+  vit-jax train --config=configs/quickstart_pretrain.py \
+    --workdir=runs/quickstart/pretrain --config.data_dir=runs/quickstart/data
 
 Expected on the test split: precision@1 0.985 and ranking precision 0.765, where
 always naming the most frequent class has a precision@1 of 0.49. About two

@@ -1,5 +1,6 @@
 r"""Fine-tuning on a task of VTAB-1k, as in the paper: `vtab.py:VARIANT,TASK`.
 
+  # needs a download: the data; and a TPU or GPUs
   vit-jax train --config=configs/vtab.py:ViT-L_16,clevr_count \
     --workdir=runs/l16_clevr_count --config.init_from=runs/l16_i21k
 

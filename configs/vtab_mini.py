@@ -1,7 +1,7 @@
 r"""VTAB in small, without a download, on a CPU: `vtab_mini.py:VARIANT,TASK`.
 
   vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini \
-    --tasks=mini
+    --tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data
 
 TASK is one of `mini:digits`, `mini:tissue`, `mini:count`, `mini:distance`; they
 have the form of VTAB's, 1,000 training images of 32 pixels among them. A short

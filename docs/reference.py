@@ -286,11 +286,12 @@ def _anchor(title):
 
 
 def _as_markdown(text):
-  """Turns indented commands into blocks of code."""
+  """Turns what is indented into blocks: of commands, if it has one."""
   parts = []
   for part in text.split("\n\n"):
     if part.startswith("  "):
-      parts.append(f"```text\n{textwrap.dedent(part)}\n```")
+      language = "sh" if "  vit-jax " in part else "text"
+      parts.append(f"```{language}\n{textwrap.dedent(part)}\n```")
     else:
       parts.append(part)
   return "\n\n".join(parts)

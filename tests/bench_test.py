@@ -217,9 +217,11 @@ def test_input_of_a_folder(tmp_path):
 def test_input_of_what_is_made(capsys, monkeypatch):
   monkeypatch.setattr(speed, "_TURN", 128)
   monkeypatch.setattr(speed, "_PHOTOS", 32)
-  arguments = ["bench", "input", "--image_size=32", "--batch_size=64"]
-  assert main(arguments) == 0
-  assert "images/s a core" in capsys.readouterr().out
+  small = ["--image_size=32", "--batch_size=64"]
+  assert main(["bench", "input", "--needs=20000", *small]) == 0
+  said = capsys.readouterr().out
+  assert "images/s a core" in said
+  assert "20,000 images/s take" in said
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """The documents: no dead link, and every command is one that works.
 
-A command in a block of a document is run here (`_RUN`, marked slow), or by
-another test (`_TESTED`), or by CI, or a comment says what it takes, such as
-`# needs a download`: behind a command for that one, on a line of its own for
-all that follow up to an empty line. Such commands are only parsed.
+A command in a block of a document is run here (`_SET_UP`, `_RUN`, marked slow),
+or by another test (`_TESTED`), or by CI, or a comment says what it takes, such
+as `# needs a download`: behind a command for that one, on a line of its own for
+all that follow up to an empty line. Such commands are only parsed, and so are
+those in sentences and in the code of notebooks.
 """
 
 import ast
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import json
 import re
 import shlex
@@ -21,6 +23,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from vit_jax import __main__ as cli
@@ -49,6 +52,8 @@ _DOCUMENTS = [
 _NEEDS = re.compile(
   r"# needs a (Google Cloud account|download|GPU|TPU compiler|second machine)"
 )
+# In a command that is not to be typed as it is.
+_PLACEHOLDER = re.compile(r"\.\.\.|\{|(?<![\w-])[A-Z]+(?![\w-])")
 
 # What is run here, in this order, and what is added so that it takes seconds.
 _TINY = (
@@ -57,7 +62,20 @@ _TINY = (
   "--config.batch_size=8",
 )
 _DIGITS = (*_TINY, "--config.eval.split=test[:40]")
-_SMALL = ("--config.image_size=32", "--config.model.dtype=float32", *_TINY)
+_SMALL = (
+  "--config.image_size=32",
+  "--config.model.dtype=float32",
+  "--config.model.scan=true",  # ViT-Ti_16 has twelve blocks to compile
+  *_TINY,
+)
+# What all others need.
+_SET_UP = (
+  "vit-jax train --config=configs/quickstart_pretrain.py "
+  "--workdir=runs/quickstart/pretrain --config.data_dir=runs/quickstart/data",
+  "vit-jax train --config=configs/quickstart_finetune.py "
+  "--workdir=runs/quickstart/finetune --config.data_dir=runs/quickstart/data "
+  "--config.init_from=runs/quickstart/pretrain",
+)
 _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax --help": (),
   "vit-jax inspect": (),
@@ -135,7 +153,7 @@ _TESTED = {
   ),
   "vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini "
   "--tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data": (
-    "tests/vtab_test.py::test_a_task_with_the_real_train"
+    "tests/vtab_test.py::test_two_tasks_with_the_real_train"
   ),
   "vit-jax bench step --variant=ViT-Ti_16 --batch_size=8 --image_size=64 "
   "--steps=3": "tests/bench_test.py::test_processes_end_to_end",
@@ -146,10 +164,10 @@ _TESTED = {
     "tests/demo_test.py::test_uploads_are_judged_as_by_predict"
   ),
   "vit-jax export runs/b16_cifar100 b16 --to=onnx": (
-    "tests/export_test.py::test_logits_equal_the_models"
+    "tests/export_test.py::test_the_documents_commands"
   ),
   "vit-jax export runs/b16_cifar100 b16_384 --to=onnx --preprocess "
-  "--image_size=384": "tests/export_test.py::test_other_resolution",
+  "--image_size=384": "tests/export_test.py::test_the_documents_commands",
   "make quickstart": "tests/documents_test.py::test_the_quickstart",
 }
 _BY_CI = re.findall(
@@ -230,6 +248,41 @@ def _split(block, place):
     yield Command(words, place, marked or bool(_NEEDS.search(line)))
 
 
+@functools.cache
+def _list_mentions() -> tuple[Command, ...]:
+  """Returns the commands in sentences, and those of notebooks' code."""
+  return tuple(
+    Command(words, str(path.relative_to(REPO)), True)
+    for path in _DOCUMENTS
+    for words in (*_split_sentences(path), *_split_cells(path))
+  )
+
+
+def _split_sentences(path):
+  for code in re.findall(r"`([^`]+)`", _drop_blocks(path)):
+    words = code.split()
+    if words[1:] and words[0].removeprefix(".venv/bin/") in _CHECKS:
+      yield tuple(shlex.split(code))
+
+
+def _split_cells(path):
+  if path.suffix != ".ipynb":
+    return
+  for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    code = re.sub(r"\\\n *", " ", "".join(cell["source"]))
+    if cell["cell_type"] == "code":
+      for line in re.findall(r"^!(.*)$", code, re.M):
+        yield tuple(
+          itertools.takewhile(
+            lambda word: word not in {"|", ">", "2>", "2>&1"}, shlex.split(line)
+          )
+        )
+
+
+def _drop_blocks(path):
+  return re.sub(r"^```.*?^```$", "", _read(path), flags=re.M | re.S)
+
+
 def _find_photos():
   """Returns the name and the text of the configuration that is shown."""
   for before, block in _list_blocks(REPO / "docs/your_images.md", "python"):
@@ -243,9 +296,8 @@ def _find_photos():
 
 def _list_anchors(path):
   """Returns the anchors of a document's headings, as GitHub makes them."""
-  text = re.sub(r"^```.*?^```$", "", _read(path), flags=re.M | re.S)
   anchors, seen = set(), {}
-  for title in re.findall(r"^#+ +(.+?) *$", text, re.M):
+  for title in re.findall(r"^#+ +(.+?) *$", _drop_blocks(path), re.M):
     shown = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
     anchor = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
     count = seen[anchor] = seen.get(anchor, -1) + 1
@@ -254,8 +306,7 @@ def _list_anchors(path):
 
 
 def _list_links(path):
-  text = re.sub(r"^```.*?^```$", "", _read(path), flags=re.M | re.S)
-  text = re.sub(r"`[^`\n]*`", "code", text)
+  text = re.sub(r"`[^`\n]*`", "code", _drop_blocks(path))
   links = re.findall(r"\]\(([^)\s]+)\)", text)
   return [link for link in links if not re.match(r"[a-z]+:", link)]
 
@@ -284,6 +335,26 @@ def _list_tests(file):
   return set(re.findall(r"^def (test_\w+)", text, re.M))
 
 
+def _read_test(node):
+  """Returns a test's code, with all of its file that is not another test."""
+  file, _, test = node.partition("::")
+  parts = ast.parse((REPO / file).read_text(encoding="utf-8")).body
+  names = [getattr(part, "name", test) for part in parts]
+  return "\n".join(
+    ast.unparse(part)
+    for part, name in zip(parts, names, strict=True)
+    if name == test or not name.startswith("test_")
+  )
+
+
+@pytest.mark.parametrize("text", _TESTED)
+def test_named_tests_run_with_the_same_options(text):
+  code = _read_test(_TESTED[text])
+  # tests/tiny_runs.py gives --workdir to trainings.
+  for option in set(re.findall(r" (--\w+)", text)) - {"--workdir"}:
+    assert option in code, f"{_TESTED[text]} has no {option}"
+
+
 def test_named_tests_are_there():
   named = set(_TESTED.values())
   for path in _DOCUMENTS:
@@ -299,9 +370,8 @@ def test_named_tests_are_there():
 
 def test_every_command_and_option_is_in_the_reference():
   text = _read(REPO / "docs/commands.md")
-  parsers = _load("docs/reference.py").list_parsers(cli._make_parser())
-  assert len(parsers) > 15
-  for parser in parsers:
+  assert len(_list_parsers()) > 15
+  for parser in _list_parsers():
     section = text.split(f"\n## {parser.prog}\n")[1].split("\n## ")[0]
     for action in parser._actions[1:]:
       for name in action.option_strings or [action.metavar or action.dest]:
@@ -332,6 +402,11 @@ def test_every_published_name_is_in_its_list():
 
 
 _make_parser = functools.cache(cli._make_parser)
+
+
+@functools.cache
+def _list_parsers():
+  return _load("docs/reference.py").list_parsers(_make_parser())
 
 
 def _check_vit_jax(words):
@@ -365,8 +440,8 @@ def _find_config(spec):
 
 
 def _check_make(words):
+  makefile = (REPO / "Makefile").read_text()
   for target in words:
-    makefile = (REPO / "Makefile").read_text()
     assert re.search(rf"^{target}:.*## ", makefile, re.M), target
 
 
@@ -378,31 +453,94 @@ def _check_launch(words):
 
 
 def _check_pip(words):
-  """Fails unless the extra that is to be installed is one."""
-  if words[:2] == ["install", "-e"]:
-    extra = re.fullmatch(r"\.\[(\w+)\]", words[2])
-    assert extra, words
-    assert f'"{extra[1]}": [' in (REPO / "setup.py").read_text(), words
+  """Fails unless the extras that are to be installed are some."""
+  assert words[0] == "install", words
+  for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
+    assert f'"{extra}": [' in (REPO / "setup.py").read_text(), extra
+
+
+def _check_python(words):
+  if words[:2] == ["-m", "vit_jax"]:
+    _check_vit_jax(words[2:])
+  for word in words:
+    assert not word.endswith(".py") or (REPO / word).is_file(), word
+
+
+def _check_nothing(words):
+  """Of the shell's own commands: they are no matter of this project."""
 
 
 _CHECKS = {
-  "pip": _check_pip,
   "vit-jax": _check_vit_jax,
   "make": _check_make,
   "launch/tpu.py": _check_launch,
+  "pip": _check_pip,
+  "python": _check_python,
+  "pytest": _check_python,
+  "export": _check_nothing,
+  "mkdir": _check_nothing,
 }
 
 
+def _check(words):
+  """Fails unless this is a command, and takes these words."""
+  name, *rest = words
+  name = name.removeprefix(".venv/bin/")
+  assert name in _CHECKS, f"what is {name}? _CHECKS has what is known"
+  _CHECKS[name](rest)
+
+
+def _check_beginning(words):
+  """Fails unless such a command of ours is there, with these options."""
+  names = itertools.takewhile(re.compile("[a-z-]+").fullmatch, words)
+  begin = f"{' '.join(names)} "
+  parser = next(p for p in _list_parsers() if f"{p.prog} ".startswith(begin))
+  for option in re.findall(r"(?<= )--(?!config\.)\w+", " ".join(words)):
+    assert option in parser._option_string_actions, option
+
+
+def _check_mention(words):
+  """As `_check`, of what may be but a command's name, or have placeholders."""
+  text = " ".join(words)
+  if words[0] == "vit-jax":
+    _check_beginning(words)
+  names = any(text == parser.prog for parser in _list_parsers())
+  if not names and not _PLACEHOLDER.search(text):
+    _check(words)
+
+
 def test_commands_are_taken_by_their_parsers(capsys):
-  commands = _list_commands()
-  assert len(commands) > 60
-  for command in commands:
-    name, *words = command.words
-    try:
-      _CHECKS.get(name, lambda _: None)(words)
-    except (SystemExit, Exception) as e:
-      said = capsys.readouterr().err
-      pytest.fail(f"{command.place}: {command.text}\n{said}{e}")
+  for check, commands, at_least in (
+    (_check, _list_commands(), 70),
+    (_check_mention, _list_mentions(), 80),
+  ):
+    assert len(commands) > at_least
+    for command in commands:
+      try:
+        check(command.words)
+      except (SystemExit, Exception) as e:
+        said = capsys.readouterr().err
+        pytest.fail(f"{command.place}: {command.text}\n{said}{e!r}")
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "vit-jux inspect",
+    "vit-jax inspekt",
+    "vit-jax linear --shot=5",
+    "vit-jax predict --class_name=FILE",
+    "vit-jax train --config=configs/masked.py --workdir=runs --config.size=9",
+    "make tests",
+    "launch/tpu.py remove",
+    "pip install '.[gpus]'",
+    ".venv/bin/python tests/measure_nothing.py",
+    "python -m vit_jax inspekt",
+  ],
+)
+def test_a_wrong_command_is_noticed(text):
+  with pytest.raises((SystemExit, Exception)):
+    _check_mention(shlex.split(text))
 
 
 def test_commands_are_run_or_say_what_they_need():
@@ -411,11 +549,12 @@ def test_commands_are_run_or_say_what_they_need():
     for command in _list_commands()
     if not command.marked
     and not command.text.startswith("pip install -e ")
-    and command.text not in {*_RUN, *_TESTED, *_BY_CI, "make hooks"}
+    and command.text not in {*_SET_UP, *_RUN, *_TESTED, *_BY_CI, "make hooks"}
   ]
   assert not loose, "add them to _RUN, or say above them what they need"
   documented = {command.text for command in _list_commands()}
-  assert not {*_RUN, *_TESTED} - documented, "no document has these any more"
+  gone = {*_SET_UP, *_RUN, *_TESTED} - documented
+  assert not gone, "no document has these any more"
 
 
 # --- Python ---
@@ -479,27 +618,38 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def compiled_once(tmp_path_factory):
+  """Keeps compiled programs on disk: many commands have the same."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for values in (options, before):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if values is options:
+      yield
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, compiled_once):
   project = Project(tmp_path_factory.mktemp("project"))
   _draw_images(project.folder)
   _lay_out_weights(project)
-  for name in ("jft_like", "digits"):
-    project.call("data", "prepare", name, "--data_dir=data")
+  with pytest.MonkeyPatch.context() as patch:
+    # To draw all takes half a minute; the quickstart reads train[:4000].
+    for name, count in (("TRAIN_EXAMPLES", 4000), ("TEST_EXAMPLES", 100)):
+      patch.setattr(f"vit_jax.data.builders.jft_like.{name}", count)
+    for name in ("jft_like", "digits"):
+      project.call("data", "prepare", name, "--data_dir=data")
   shutil.copytree(
     project.folder / "data", project.folder / "runs/quickstart/data"
   )
-  for half, rest in (
-    ("pretrain", ()),
-    ("finetune", ("--config.init_from=runs/quickstart/pretrain",)),
-  ):
-    project.call(
-      "train",
-      f"--config=configs/quickstart_{half}.py",
-      f"--workdir=runs/quickstart/{half}",
-      "--config.data_dir=runs/quickstart/data",
-      *rest,
-      *_DIGITS,
-    )
+  for text in _SET_UP:
+    project.call(*text.split()[1:], *_DIGITS)
   return project
 
 

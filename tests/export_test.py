@@ -19,6 +19,7 @@ from random_models import random_images, random_params
 
 import vit_jax
 from vit_jax import models
+from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.export import export, formats, lowering, pictures
 from vit_jax.predict import predict
@@ -370,6 +371,35 @@ def test_other_resolution(sources, tmp_path):
   logits = np.asarray(vit_jax.load(sources[_VIT], image_size=56)(batches[1]))
   difference = np.abs(found["logits1"] - logits).max()
   assert difference <= 1e-4 * logits.std()
+
+
+@pytest.mark.export
+@pytest.mark.parametrize(
+  ("command", "shape", "size"),
+  [
+    (
+      "export runs/b16_cifar100 b16 --to=onnx",
+      ["batch", *_MODELS[_VIT][1], 3],
+      _MODELS[_VIT][1],
+    ),
+    (
+      "export runs/b16_cifar100 b16_384 --to=onnx --preprocess "
+      "--image_size=384",
+      ["batch", "height", "width", 3],
+      (384, 384),
+    ),
+  ],
+)
+def test_the_documents_commands(command, shape, size, tmp_path, monkeypatch):
+  (tmp_path / "runs").mkdir()
+  _write_run(tmp_path / "runs/b16_cifar100", _VIT)
+  monkeypatch.chdir(tmp_path)
+  words = command.split()
+  assert main(words) == 0
+  about = json.loads((tmp_path / words[2] / "export.json").read_text())
+  assert about["input"]["shape"] == shape
+  operations = about["preprocessing"]["operations"]
+  assert operations.endswith(f"central_crop(size={size})")
 
 
 @pytest.mark.export
