@@ -82,7 +82,7 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax inspect runs/quickstart/finetune": (),
   "vit-jax inspect ViT-B_16.npz": (),
   "vit-jax predict --checkpoint=runs/quickstart/finetune "
-  "runs/quickstart/images/test_0.png --top=2": (),
+  "runs/quickstart/images/test_1.png --top=2": (),
   "vit-jax predict --checkpoint=runs/quickstart/finetune cat.jpg dog.png "
   "--top=3": (),
   "vit-jax predict --checkpoint=ViT-B_16.npz --class_names=names.txt "
@@ -104,6 +104,11 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax preflight --config=configs/quickstart_pretrain.py "
   "--workdir=runs/preflighted --config.data_dir=runs/quickstart/data": (),
   "vit-jax train --config=configs/photos.py --workdir=runs/photos": _SMALL,
+  "vit-jax train --config=configs/quickstart_finetune.py "
+  "--workdir=runs/photos_small --config.train.dataset=folder:photos "
+  "--config.train.split=train --config.init_from=runs/quickstart/pretrain": (
+    _TINY
+  ),
   "vit-jax evaluate --workdir=runs/photos": (),
   "vit-jax predict --checkpoint=runs/photos cat.jpg --top=3": (),
   "vit-jax convert runs/photos photos_hf --to=hf": (),
@@ -163,11 +168,11 @@ _TESTED = {
   "vit-jax demo --checkpoint=runs/quickstart/finetune": (
     "tests/demo_test.py::test_uploads_are_judged_as_by_predict"
   ),
-  "vit-jax export runs/b16_cifar100 b16 --to=onnx": (
+  "vit-jax export runs/quickstart/finetune digits --to=onnx": (
     "tests/export_test.py::test_the_documents_commands"
   ),
-  "vit-jax export runs/b16_cifar100 b16_384 --to=onnx --preprocess "
-  "--image_size=384": "tests/export_test.py::test_the_documents_commands",
+  "vit-jax export runs/quickstart/finetune digits_96 --to=onnx --preprocess "
+  "--image_size=96": "tests/export_test.py::test_the_documents_commands",
   "make quickstart": "tests/documents_test.py::test_the_quickstart",
 }
 _BY_CI = re.findall(
@@ -415,7 +420,7 @@ def _check_vit_jax(words):
   if not with_names:
     return
   args, rest = _make_parser().parse_known_args(with_names)
-  overrides = cli._parse_overrides(rest)
+  overrides = cli._parse_overrides(rest, args.parser)
   assert not overrides or args.run in cli._OVERRIDDEN, words
   specs = getattr(args, "config", None) or []
   specs = [specs] if isinstance(specs, str) else specs
@@ -670,7 +675,8 @@ def _draw_images(folder):
       labels.append(f"{name}{i}.jpg,{name}")
   write(folder / "cat.jpg", 80)
   write(folder / "dog.png", 170)
-  write(folder / "runs/quickstart/images/test_0.png", 80)
+  for i in range(2):
+    write(folder / f"runs/quickstart/images/test_{i}.png", 80)
   (folder / "tags.csv").write_text("\n".join(labels) + "\n")
 
 

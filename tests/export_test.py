@@ -378,21 +378,21 @@ def test_other_resolution(sources, tmp_path):
   ("command", "shape", "size"),
   [
     (
-      "export runs/b16_cifar100 b16 --to=onnx",
+      "export runs/quickstart/finetune digits --to=onnx",
       ["batch", *_MODELS[_VIT][1], 3],
       _MODELS[_VIT][1],
     ),
     (
-      "export runs/b16_cifar100 b16_384 --to=onnx --preprocess "
-      "--image_size=384",
+      "export runs/quickstart/finetune digits_96 --to=onnx --preprocess "
+      "--image_size=96",
       ["batch", "height", "width", 3],
-      (384, 384),
+      (96, 96),
     ),
   ],
 )
 def test_the_documents_commands(command, shape, size, tmp_path, monkeypatch):
-  (tmp_path / "runs").mkdir()
-  _write_run(tmp_path / "runs/b16_cifar100", _VIT)
+  (tmp_path / "runs/quickstart").mkdir(parents=True)
+  _write_run(tmp_path / "runs/quickstart/finetune", _VIT)
   monkeypatch.chdir(tmp_path)
   words = command.split()
   assert main(words) == 0
