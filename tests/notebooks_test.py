@@ -227,18 +227,11 @@ def test_runs_in_a_checkout(name, tmp_path):
 
 @pytest.mark.notebooks
 @pytest.mark.xdist_group("checkout")
-@pytest.mark.parametrize(
-  ("name", "weights"),
-  [
-    ("quickstart", "ViT-B_16-augreg-imagenet2012-224"),
-    ("high_resolution", "ViT-B_16-augreg-imagenet2012-224"),
-    ("figures", "ViT-B_16-augreg-imagenet2012-224"),
-    ("finetune_your_images", "ViT-Ti_16-augreg"),
-  ],
-)
-def test_runs_with_published_weights(name, weights, tmp_path):
+@pytest.mark.parametrize("name", ["quickstart", "figures"])
+def test_runs_with_published_weights(name, tmp_path):
   """They are in the cache, of a smaller model; the names of classes are not."""
-  url = fetch._make_url(PUBLISHED[weights].address)
+  weights = PUBLISHED["ViT-B_16-augreg-imagenet2012-224"]
+  url = fetch._make_url(weights.address)
   file = fetch._cached_path(url, tmp_path / "cache")
   file.parent.mkdir(parents=True)
   model = models.create(
