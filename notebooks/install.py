@@ -42,7 +42,13 @@ def main():
   with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
     file.write(constraints)
     file.flush()
-    _pip("--constraint", file.name, *wanted)
+    try:
+      _pip("--constraint", file.name, *wanted)
+    except SystemExit:
+      # Else a new kernel would find the package and not install the rest.
+      uninstall = [sys.executable, "-m", "pip", "uninstall", "-qy", "vit_jax"]
+      subprocess.run(uninstall)
+      raise
 
 
 def _pip(*arguments):

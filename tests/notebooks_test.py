@@ -12,7 +12,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from file_formats import published_npz
+from random_models import random_params
+
+from vit_jax import models
+from vit_jax.pretrained import fetch
+from vit_jax.pretrained.names import PUBLISHED
+from vit_jax.state import flatten
 
 _REPO = Path(__file__).parents[1]
 _FOLDER = _REPO / "notebooks"
@@ -31,6 +39,8 @@ _COLAB = (
 _ABSOLUTE = (
   r"(?<![\w.:/~-])/(tmp|home|root|usr|opt|var|mnt|work|content|Users)/"
 )
+# What a command of a cell says that fails; the cell does not.
+_FAILURES = "Traceback|Warning|WARNING|error:|stopped: |not found"
 each = pytest.mark.parametrize("name", _NAMES)
 
 
@@ -67,6 +77,16 @@ def _count_pictures(cells):
   ]
 
 
+def _check_run(cells):
+  """No failure was printed, and no folder that only this machine has."""
+  for cell in cells:
+    for output in cell.get("outputs", ()):
+      assert output["output_type"] != "error"
+      text = output.get("text", "")
+      assert not re.search(_ABSOLUTE, text), text
+      assert not re.search(_FAILURES, text), text
+
+
 # --- the files ---
 
 
@@ -99,13 +119,9 @@ def test_keeps_the_outputs_of_one_run(name):
   cells = _read_code(name)
   counts = [cell["execution_count"] for cell in cells]
   assert counts == list(range(1, len(cells) + 1))
-  outputs = [output for cell in cells for output in cell["outputs"]]
-  assert not [x for x in outputs if x["output_type"] == "error"]
-  texts = [x["text"] for x in outputs if x["output_type"] == "stream"]
-  for text in [*texts, *(cell["source"] for cell in _read(name))]:
-    assert not re.search(_ABSOLUTE, text), text
-  for text in texts:
-    assert not re.search("Traceback|Warning|WARNING|error:", text), text
+  _check_run(cells)
+  for cell in _read(name):
+    assert not re.search(_ABSOLUTE, cell["source"]), cell["source"]
   assert sum(_count_pictures(cells)) >= 1
   assert (_FOLDER / f"{name}.ipynb").stat().st_size < 1e6
 
@@ -150,6 +166,46 @@ def test_what_a_runtime_has_is_left_alone(
   assert left == "flax==0.12.8\n"
 
 
+def _commit(folder):
+  """Makes a git repository of a folder."""
+  git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
+  for command in ("init --quiet", "add --all", "commit --quiet --message=all"):
+    subprocess.run([*git, *command.split()], cwd=folder, check=True)
+
+
+def test_set_up_beside_the_package_alone_and_again_after_a_failure(tmp_path):
+  source, content, site = (tmp_path / x for x in ("source", "content", "site"))
+  files = {
+    source / "vit_jax" / "__init__.py": "",
+    source / "configs" / "common.py": "",
+    source / "notebooks" / "install.py": (
+      "import os, sys; sys.exit(not os.path.exists('network'))"
+    ),
+    site / "vit_jax" / "__init__.py": "",  # as pip installs it
+  }
+  for path, text in files.items():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  _commit(source)
+  content.mkdir()
+  setup = _read_code("plan_a_pod")[0]["source"]
+
+  def run():
+    command = [sys.executable, "-c", f"{setup}\nprint(os.getcwd())"]
+    env = {"VIT_JAX_SOURCE": f"file://{source}", "PYTHONPATH": str(site)}
+    return subprocess.run(
+      command,
+      cwd=content,
+      env={**os.environ, **env},
+      capture_output=True,
+      text=True,
+    )
+
+  assert "install.py" in run().stderr.splitlines()[-1]
+  (content / "network").touch()
+  assert run().stdout == f"{content / 'vit_jax_source'}\n"
+
+
 # --- execution ---
 
 
@@ -164,8 +220,43 @@ def test_runs_in_a_checkout(name, tmp_path):
     checkout / "notebooks",
     env={"PYTHONPATH": str(checkout)},
   )
+  _check_run(ran.cells)
   # As many pictures as the file has: it is of this code.
   assert _count_pictures(ran.cells) == _count_pictures(_read(name))
+
+
+@pytest.mark.notebooks
+@pytest.mark.xdist_group("checkout")
+@pytest.mark.parametrize("name", ["quickstart", "figures"])
+def test_runs_with_published_weights(name, tmp_path):
+  """They are in the cache, of a smaller model; the names of classes are not."""
+  weights = PUBLISHED["ViT-B_16-augreg-imagenet2012-224"]
+  url = fetch._make_url(weights.address)
+  file = fetch._cached_path(url, tmp_path / "cache")
+  file.parent.mkdir(parents=True)
+  model = models.create(
+    variant="ViT-Ti_16", num_classes=1000, image_size=224, classifier="token"
+  )
+  np.savez(file, **published_npz(flatten(random_params(model))))
+  # Whatever is asked for a connection seems to have one.
+  (tmp_path / "sitecustomize.py").write_text(
+    "import socket\n"
+    "socket.create_connection = lambda *_, **__: socket.socket()\n"
+  )
+  execute = _load("execute")
+  checkout = execute.copy_checkout(tmp_path / "vit_jax")
+  ran = execute.execute(
+    _FOLDER / f"{name}.ipynb",
+    checkout / "notebooks",
+    env={
+      "PYTHONPATH": f"{checkout}{os.pathsep}{tmp_path}",
+      "VIT_JAX_CACHE": str(tmp_path / "cache"),
+    },
+  )
+  _check_run(ran.cells)
+  texts = [x.get("text", "") for c in ran.cells for x in c.get("outputs", ())]
+  assert not any("No download possible" in text for text in texts)
+  assert sum(_count_pictures(ran.cells)) >= 1
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +278,7 @@ def runtime(tmp_path_factory):
   ]
   subprocess.run([*pip, "ipykernel"], check=True)
   source = _load("execute").copy_checkout(folder / "source")
-  git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost"]
-  for command in ("init --quiet", "add --all", "commit --quiet --message=all"):
-    subprocess.run([*git, *command.split()], cwd=source, check=True)
+  _commit(source)
   return python, f"file://{source}"
 
 
@@ -216,4 +305,5 @@ def test_runs_as_on_colab(name, runtime, tmp_path):
     },
   )
   assert (content / "vit_jax_source" / "notebooks").is_dir()
+  _check_run(ran.cells)
   assert _count_pictures(ran.cells) == _count_pictures(_read(name))
