@@ -305,15 +305,19 @@ def _make_dataset(reader, steps, process, max_labels, seed=0):
     )
     return {"image": process(encoded, seed), "labels": labels}
 
+  cpus = count_cpus()
   options = tf.data.Options()
   options.deterministic = True
-  options.threading.private_threadpool_size = count_cpus()
+  # Nothing is left to tune, and the thread that would sleeps longer and longer:
+  # the end of an iterator may wait for it, 20 seconds after a minute's run.
+  options.autotune.enabled = False
+  options.threading.private_threadpool_size = cpus
   options.threading.max_intra_op_parallelism = 1
   return (
     tf.data.Dataset.range(steps.start, steps.stop)
     .map(read, num_parallel_calls=2)
     .unbatch()
-    .map(make_example, num_parallel_calls=tf.data.AUTOTUNE)
+    .map(make_example, num_parallel_calls=cpus)
     .batch(len(reader.rows))
     .prefetch(2)
     .with_options(options)
