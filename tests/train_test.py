@@ -38,7 +38,7 @@ TOTAL = 14  # steps, see tiny_config.py
 
 # What a run of one process says, line by line; anything else is noise.
 EXPECTED_LINES = (
-  r"ViT-N_8: \d+\.\d\d M parameters .*, 4 devices, 14 steps of 16 images",
+  r"ViT-N_8: \d+\.\d\d M parameters .*, devices: 4, 14 steps of 16 images",
   r"step \d+/14  loss \d\.\d{4}  lr \S+  \d+ images/s \(\d+/device\)  ETA .*",
   r"evaluation at step \d+  examples 40  loss \d\.\d{4}  accuracy \d\.\d{4}",
   r"the run is complete: 14 steps in .*",
