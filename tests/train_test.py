@@ -171,15 +171,19 @@ def stop_after(process, step, number=signal.SIGTERM):
   return int(line.split()[3].rstrip(";"))
 
 
-def test_sigterm_and_ctrl_c_save_and_end_well(runs, reference, tmp_path):
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_sigterm_and_ctrl_c_save_and_end_well(
+  number, runs, reference, tmp_path
+):
   workdir = tmp_path / "run"
-  first = stop_after(runs.train(workdir), 3, signal.SIGTERM)
-  assert saved_steps(workdir)[-1] == first
-  second = stop_after(runs.train(workdir), first + 3, signal.SIGINT)
-  assert saved_steps(workdir)[-1] == second
-  assert 3 <= first < second < TOTAL
+  stopped = stop_after(runs.train(workdir), 3, number)
+  assert saved_steps(workdir)[-1] == stopped
+  assert 3 <= stopped < TOTAL
   last = runs.train_to_end(workdir)
-  assert f"going on from step {second} of {TOTAL}" in last.stderr()
+  assert f"going on from step {stopped} of {TOTAL}" in last.stderr()
   assert_same_run(workdir, reference.workdir)
 
 
