@@ -5,6 +5,7 @@ already. Only jax, flax, optax and numpy are needed.
 """
 
 import importlib.metadata
+import logging
 import os
 import statistics
 import time
@@ -19,6 +20,8 @@ from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.paper.flops import OPERATIONS, count_multiply_adds
 from vit_jax.state import TrainState
+
+log = logging.getLogger(__name__)
 
 _WARM_UP = 3  # steps
 _FIRST_BATCH = 8  # images a device, where the largest batch is looked for
@@ -77,6 +80,8 @@ def check(names: list[str], *, batch_size, steps, **options) -> None:
 
 def _run(spec):
   """Returns what `measure` says of a spec, in another process."""
+  what = "%s, %d images: compiling, then %d steps"
+  log.info(what, spec["variant"], spec["batch_size"], spec["steps"])
   return call("vit_jax.bench.step", spec)
 
 
