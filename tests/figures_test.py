@@ -125,9 +125,9 @@ def test_everything_of_a_checkpoint(run, pictures, tmp_path):
 @pytest.mark.slow
 def test_batches_of_images_are_all_drawn(monkeypatch, pictures, tmp_path):
   source = write(tmp_path / "vit.npz")
-  whole = figures._read(source, pictures, None)
+  whole = figures._read(source, "vit", pictures, None)
   monkeypatch.setattr(figures, "BATCH_SIZE", 2)
-  parts = figures._read(source, pictures, None)
+  parts = figures._read(source, "vit", pictures, None)
   for x, y in zip(whole.looks, parts.looks, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
@@ -151,11 +151,15 @@ def test_several_checkpoints_have_a_panel_each(run, pictures, tmp_path):
   assert labels("positions") == both
   assert labels("filters") == ["plain.npz"]
 
-  code, _, err, _ = run(
-    f"--checkpoint={resnet}", f"--out={tmp_path}", "--only=rollout"
-  )
-  assert code == 2
-  assert err == "error: --only=rollout: it takes images and a transformer\n"
+  for images, why in (
+    ((), "it takes images; name some"),
+    (pictures, "a ResNet has no attention"),
+  ):
+    code, _, err, _ = run(
+      f"--checkpoint={resnet}", *images, f"--out={tmp_path}", "--only=rollout"
+    )
+    assert code == 2
+    assert err == f"error: cannot be drawn: rollout: {why}\n"
 
 
 def test_components_are_those_of_another_library():
