@@ -269,12 +269,13 @@ def test_bombs_and_ruins_are_listed(tmp_path, inline):
 # --- twins, going on, and mistakes ---
 
 
-_COUNT = 2400  # images of builds that are interrupted: three parts
+# Images of builds that are interrupted, and the parts that they are.
+_COUNT, _PARTS = 4000, 4
 
 
 @pytest.fixture(scope="module")
-def three_parts(tmp_path_factory):
-  root = tmp_path_factory.mktemp("three_parts")
+def some_parts(tmp_path_factory):
+  root = tmp_path_factory.mktemp("some_parts")
   _make(root, _COUNT)
   return root
 
@@ -322,16 +323,16 @@ def _list_workers(process):
 def _go_on(root, partial, inline):
   """Builds to the end; only what was not finished is written."""
   done = len(list(partial.glob("part-*.json")))
-  assert 0 < done < 3
+  assert 0 < done < _PARTS
   assert _build(root)["train"] == _COUNT
-  assert len(inline) == 3 - done
+  assert len(inline) == _PARTS - done
   assert not partial.exists()
   assert data.get_source("mine", "train", str(root / "data")).num_examples
 
 
 @pytest.mark.slow
-def test_a_killed_build_goes_on(three_parts, tmp_path, inline):
-  process, partial = _interrupt(three_parts, tmp_path)
+def test_a_killed_build_goes_on(some_parts, tmp_path, inline):
+  process, partial = _interrupt(some_parts, tmp_path)
   with pytest.raises(UserError, match="another build is at work in it"):
     _build(tmp_path)
   os.killpg(process.pid, signal.SIGKILL)
@@ -342,9 +343,9 @@ def test_a_killed_build_goes_on(three_parts, tmp_path, inline):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(three_parts, tmp_path, inline):
+def test_ctrl_c_says_how_to_go_on(some_parts, tmp_path, inline):
   # One worker, with two parts to go: of two both might be done by now.
-  process, partial = _interrupt(three_parts, tmp_path)
+  process, partial = _interrupt(some_parts, tmp_path)
   start = time.monotonic()
   os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
   said = process.communicate()[1]
@@ -357,8 +358,8 @@ def test_ctrl_c_says_how_to_go_on(three_parts, tmp_path, inline):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed(three_parts, tmp_path, inline):
-  process, partial = _interrupt(three_parts, tmp_path)
+def test_a_worker_that_is_killed(some_parts, tmp_path, inline):
+  process, partial = _interrupt(some_parts, tmp_path)
   os.kill(_list_workers(process)[0], signal.SIGKILL)
   said = process.communicate()[1]
   assert process.returncode == 1
@@ -368,8 +369,8 @@ def test_a_worker_that_is_killed(three_parts, tmp_path, inline):
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_build_that_is_killed_alone(three_parts, tmp_path):
-  process, _ = _interrupt(three_parts, tmp_path)
+def test_workers_end_with_a_build_that_is_killed_alone(some_parts, tmp_path):
+  process, _ = _interrupt(some_parts, tmp_path)
   workers = _list_workers(process)
   assert workers
   process.kill()
@@ -381,9 +382,9 @@ def test_workers_end_with_a_build_that_is_killed_alone(three_parts, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line(three_parts, tmp_path, inline):
+def test_a_full_disk_is_one_line(some_parts, tmp_path, inline):
   # No file may have more than 64 kB: a part has some 1.5 MB.
-  process, partial = _interrupt(three_parts, tmp_path, "ulimit -f 64;")
+  process, partial = _interrupt(some_parts, tmp_path, "ulimit -f 64;")
   said = process.communicate()[1]
   assert process.returncode == 1
   assert re.search("^stopped: .*File too large.* goes on", said, re.MULTILINE)
