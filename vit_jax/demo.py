@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -160,9 +161,20 @@ def demo(
   share: bool = False,
 ) -> None:
   """Serves the page until Ctrl-C or SIGTERM; see `launch`."""
-  # Both end it in the same way: what was uploaded is deleted.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
-  viewer, page = _start(source, class_names, host, port, share)
+  # What is uploaded goes into a folder that is ours to delete: gradio leaves it
+  # where a page is open at the end.
+  base = os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()
+  os.makedirs(base, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    prefix="vit_jax_demo_", dir=base, ignore_cleanup_errors=True
+  ) as folder:
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    _serve(*_start(source, class_names, host, port, share))
+
+
+def _serve(viewer, page):
+  """Returns when somebody ends it."""
   try:
     print(f"{page.local_url} shows the demo; Ctrl-C ends it", flush=True)
     threading.Event().wait()  # which nobody sets
