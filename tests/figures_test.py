@@ -332,6 +332,17 @@ def test_many_runs_links_and_damaged_lines(run, tmp_path):
   assert len(rows) == 36
 
 
+def test_a_figure_of_what_was_not_given(run, tmp_path):
+  write_run(tmp_path / "runs" / "one", [2.0, 1.0])
+  for given, name, said in (
+    (f"--runs={tmp_path / 'runs'}", "rollout", "it takes images"),
+    (f"--checkpoint={write(tmp_path / 'vit.npz')}", "curves", "give --runs="),
+  ):
+    code, _, err, _ = run(given, f"--only={name}", f"--out={tmp_path / 'out'}")
+    assert code == 2
+    assert said in err
+
+
 @pytest.mark.parametrize(
   ("args", "said"),
   [

@@ -444,7 +444,7 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
 
 def _choose_looking(seen):
   """Returns the checkpoints that have looked at images."""
-  if not len(seen[0].pictures):
+  if not any(len(c.pictures) for c in seen):
     raise Nothing("it takes images; name some")
   return _choose(seen, lambda c: c.looks, "a ResNet has no attention")
 

@@ -154,8 +154,8 @@ def _walk(folder, seen):
 
 def name_runs(paths: Sequence[str]) -> list[str]:
   """Returns a name for each path: what follows the folders of all."""
-  if len(paths) == 1:
-    return [paths[0].rstrip("/").split("/")[-1]]
+  if len(paths) < 2:
+    return [path.rstrip("/").split("/")[-1] for path in paths]
   common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
   names = [os.path.relpath(p, common) if common else p for p in paths]
   names = [common.split("/")[-1] if n == "." else n for n in names]
