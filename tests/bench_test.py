@@ -116,7 +116,7 @@ def test_mistakes_take_one_line(arguments, words, capsys):
   assert error.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_processes_end_to_end(capsys):
   options = "--image_size=16 --batch_size=8 --num_classes=5 --steps=2"
   command = ["bench", "step", f"--variant={TINY},{TINY}", *options.split()]
@@ -126,19 +126,19 @@ def test_processes_end_to_end(capsys):
   assert "matrix products" in table
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_batch_for_each_device():
   found = step.measure(variant=TINY, **OPTIONS | {"per_device": True})
   assert found["batch_size"] == 8 * found["devices"]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_process_that_dies_is_an_error():
   found = step.call("vit_jax.no_such_module", {})
   assert "No module named" in found["error"]
 
 
-@pytest.mark.interop
+@pytest.mark.ci
 def test_timms_model_is_ours():
   import torch_libraries  # noqa: F401, torchvision is not there
 
@@ -198,7 +198,7 @@ def test_report_of_the_input():
   assert "trust the CPU column" in text
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_input_of_a_folder(tmp_path):
   for name in ("cat", "dog"):
     (tmp_path / name).mkdir()
@@ -213,7 +213,7 @@ def test_input_of_a_folder(tmp_path):
   assert found["ratio"].keys() == {"plain", "resizing", "decoding"}
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_input_of_what_is_made(capsys, monkeypatch):
   monkeypatch.setattr(speed, "_TURN", 128)
   monkeypatch.setattr(speed, "_PHOTOS", 32)
@@ -224,7 +224,7 @@ def test_input_of_what_is_made(capsys, monkeypatch):
   assert "20,000 images/s take" in said
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_input_needs_jpegs(tmp_path, capsys):
   for name in ("cat", "dog"):
     (tmp_path / name).mkdir()

@@ -100,9 +100,7 @@ _MACHINES = ((1, 7), (3, 24), (8, 24), (8, 64))  # devices, batch size
   [
     *((n, _MACHINES) for n in (1, 24, 41)),
     # Whole batches on one device, a last one of padding on the others.
-    pytest.param(
-      10_000, ((1, 500), (3, 768), (8, 512)), marks=pytest.mark.slow
-    ),
+    pytest.param(10_000, ((1, 500), (3, 768), (8, 512)), marks=pytest.mark.ci),
   ],
 )
 def test_single_label_metrics_are_the_same_on_any_machine(

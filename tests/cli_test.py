@@ -155,7 +155,7 @@ def test_a_workdir_that_is_a_file(runs, fails, tmp_path):
   assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_weights_of_another_architecture(runs, reference, fails, tmp_path):
   workdir = tmp_path / "run"
   fails(

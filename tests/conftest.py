@@ -2,6 +2,7 @@
 
 import os
 
+import compiled
 import pytest
 from browser import chromium, open_page  # noqa: F401 - fixtures
 
@@ -14,6 +15,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
   # Tests compile many tiny programs and run each once or twice: compiling
   # without optimisations saves more than it costs.
   _FLAGS.append("--xla_backend_optimization_level=0")
+compiled.use()
 _given = os.environ.get("XLA_FLAGS", "").split()
 _names = {flag.partition("=")[0] for flag in _given}
 os.environ["XLA_FLAGS"] = " ".join(
@@ -21,8 +23,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 
-# These run programs that take a while. A worker that meets one of them last
-# works on it alone.
+compiled.write_whole()  # this imports jax
+
+
+# The files that take longest, by their seconds. A worker that meets one of them
+# last works on it alone.
 _LONG = ("train_test.py", "cli_test.py", "exchange_test.py", "masked_test.py")
 
 
@@ -33,21 +38,42 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
+def shared(tmp_path_factory):
+  """The folder of a test run that all its workers share."""
+  folder = tmp_path_factory.getbasetemp()
+  return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def fork_server(shared):
+  """Lets tests start programs as forks, see forks.py."""
+  import forks
+
+  forks.start_server(shared)
+
+
+@pytest.fixture(scope="session")
+def runs(shared, fork_server):
   """Starts commands that share a folder with the digits, see tiny_runs.py."""
+  import forks
   from tiny_runs import Runs
 
   from vit_jax import data
 
-  runs = Runs(tmp_path_factory.mktemp("runs"))
-  data.prepare("digits", str(runs.data_dir))
+  with forks.locked(shared / "runs.lock"):
+    runs = Runs(shared / "runs")
+    data.prepare("digits", str(runs.data_dir))
   return runs
 
 
 @pytest.fixture(scope="session")
-def reference(runs):
-  """The tiny run, never interrupted."""
+def reference(runs, shared):
+  """The tiny run, never interrupted, started as a user starts it."""
+  import forks
   from tiny_runs import Reference
 
-  workdir = runs.folder / "reference"
-  return Reference(workdir, runs.train_to_end(workdir).stderr())
+  workdir, log = runs.folder / "reference", runs.folder / "reference.log"
+  with forks.locked(shared / "reference.lock"):
+    if not log.exists():
+      log.write_text(runs.train_to_end(workdir, anew=True).stderr())
+  return Reference(workdir, log.read_text())

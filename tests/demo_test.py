@@ -65,7 +65,7 @@ def encode(kind="PNG", mode="RGB", shape=(50, 70), seed=0, **options):
 # --- what it shows ---
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_classes_are_those_of_predict(checkpoint, tmp_path):
   file = tmp_path / "bird.jpg"
   file.write_bytes(encode("JPEG"))
@@ -101,7 +101,7 @@ def test_sizes_are_whole_patches_and_not_too_many():
   assert list_sizes(huge)[-1] == (896, 896)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_what_a_checkpoint_cannot_show(tmp_path):
   encoded = encode()
   zeros = {"head/kernel": np.zeros((16, 5), np.float32)}
@@ -120,7 +120,7 @@ def test_what_a_checkpoint_cannot_show(tmp_path):
   assert found.seen is None
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_nothing_to_show(tmp_path):
   params = {
     name: x
@@ -321,7 +321,7 @@ SAYS = {
 }
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_uploads_are_judged_as_by_predict(
   served, open_demo, checkpoint, tmp_path
 ):
@@ -345,7 +345,7 @@ def test_uploads_are_judged_as_by_predict(
   assert "Traceback" not in served.process.stderr()
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_resolution_moves_classes_and_map(open_demo, checkpoint, tmp_path):
   file = tmp_path / "bird.jpg"
   file.write_bytes(encode("JPEG"))
@@ -363,7 +363,7 @@ def test_resolution_moves_classes_and_map(open_demo, checkpoint, tmp_path):
   assert found["64 px"][0] == as_shown(expected)
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_by_keyboard_alone(open_demo, tmp_path):
   file = tmp_path / "bird.jpg"
   file.write_bytes(encode("JPEG"))
@@ -395,7 +395,7 @@ def test_by_keyboard_alone(open_demo, tmp_path):
   assert page.get_by_label("48 px").is_checked()
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_pasted_from_the_clipboard(open_demo, checkpoint, tmp_path):
   file = tmp_path / "bird.png"
   file.write_bytes(encode())
@@ -410,7 +410,7 @@ def test_pasted_from_the_clipboard(open_demo, checkpoint, tmp_path):
   assert wait_for_news(page, [None, None])[0] == judge(checkpoint, file)
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_phone_in_the_dark(open_demo, tmp_path):
   file = tmp_path / "bird.jpg"
   file.write_bytes(encode("JPEG"))
@@ -424,7 +424,7 @@ def test_phone_in_the_dark(open_demo, tmp_path):
   assert page.evaluate(light, ["#classes th", "color"]) > 0.7
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_resnet_has_classes_only(tmp_path, open_page):
   """And SIGTERM ends the command while a page is open, and it computes."""
   checkpoint = write(tmp_path / "resnet", "RNx1")

@@ -701,14 +701,14 @@ def _lay_out_weights(project):
   (project.folder / "names.txt").write_text(names + "\n")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("text", _RUN, ids=str)
 def test_a_command_runs(text, project):
   command = next(c for c in _list_commands() if c.text == text)
   project.call(*command.words[1:], *_RUN[text])
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize(("before", "block"), _PYTHON)
 def test_python_runs(before, block, project):
   if _NEEDS.search(block) or before.endswith(".py`:\n\n"):
@@ -733,7 +733,7 @@ def get_config():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_quickstart(project):
   for half in ("pretrain", "finetune"):
     with open(project.folder / f"configs/quickstart_{half}.py", "a") as f:

@@ -37,8 +37,8 @@ def _write(path, variant, to="npz", size=16, **options):
   ("variant", "resized"),
   [
     (f"ViT-{SMALL}_8", True),
-    pytest.param(f"RN+ViT-{SMALL}_8", True, marks=pytest.mark.slow),
-    pytest.param("RNx1", False, marks=pytest.mark.slow),
+    pytest.param(f"RN+ViT-{SMALL}_8", True, marks=pytest.mark.ci),
+    pytest.param("RNx1", False, marks=pytest.mark.ci),
   ],
 )
 def test_fine_tuning_from_a_file(variant, resized, runs, run, tmp_path, caplog):
@@ -78,7 +78,7 @@ def test_fine_tuning_from_a_file(variant, resized, runs, run, tmp_path, caplog):
   assert (code, json.loads(out)["examples"]) == (0, 40), err
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_converted_run_trains_like_the_run(runs, reference, run, tmp_path):
   converted = tmp_path / "weights"
   code, _, err = run("convert", reference.workdir, converted, "--to=orbax")

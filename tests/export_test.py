@@ -104,7 +104,7 @@ def _compare_with_numpy(text, size, *shapes):
     assert difference.mean() < 0.03
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("text", "size"),
   [
@@ -128,7 +128,7 @@ def test_graph_says_what_it_cannot_prepare():
     )
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @pytest.mark.parametrize("variant", ["RN+ViT-w16d2m24h2_8", "RNx1"])
 def test_plain_operations_compute_the_same(variant):
   model = models.create(
@@ -183,12 +183,12 @@ def test_address():
     export("unread", "gs://bucket/out", "stablehlo")
 
 
-@pytest.mark.export
+@pytest.mark.ci
 def test_image_size_that_patches_do_not_fill(tmp_path, sources):
   _fails(tmp_path, sources[_VIT], "nearest valid: 32", image_size=33)
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @pytest.mark.parametrize("masked", [False, True])
 def test_no_head(tmp_path, masked):
   options = {"variant": _VIT, "image_size": 16, "dtype": "float32"}
@@ -207,14 +207,14 @@ def test_no_head(tmp_path, masked):
   _fails(tmp_path, tmp_path / "run", words)
 
 
-@pytest.mark.export
+@pytest.mark.ci
 def test_too_many_weights_for_one_file(tmp_path, sources, monkeypatch):
   form = formats.FORMATS["stablehlo"]._replace(limit=1000)
   monkeypatch.setitem(formats.FORMATS, "stablehlo", form)
   _fails(tmp_path, sources[_VIT], "use --to=saved_model")
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @pytest.mark.parametrize("what", ["a little", "no number"])
 def test_nothing_is_left_that_computes_something_else(
   tmp_path, sources, monkeypatch, what
@@ -316,7 +316,7 @@ _others = pytest.mark.parametrize("variant", _MODELS)
 _formats = pytest.mark.parametrize("to", formats.FORMATS)
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @_formats
 @_others
 def test_logits_equal_the_models(to, variant, sources, tmp_path):
@@ -339,7 +339,7 @@ def test_logits_equal_the_models(to, variant, sources, tmp_path):
   assert about["loss"] == _MODELS[variant][3]
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @_formats
 @_others
 def test_pictures_are_classified_as_by_predict(to, variant, sources, tmp_path):
@@ -358,7 +358,7 @@ def test_pictures_are_classified_as_by_predict(to, variant, sources, tmp_path):
     assert probabilities == pytest.approx(expected, abs=1e-3), files[i]
 
 
-@pytest.mark.export
+@pytest.mark.ci
 def test_other_resolution(sources, tmp_path):
   out = tmp_path / "out"
   about = export(sources[_VIT], str(out), "stablehlo", image_size=56)
@@ -373,7 +373,7 @@ def test_other_resolution(sources, tmp_path):
   assert difference <= 1e-4 * logits.std()
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("command", "shape", "size"),
   [
@@ -402,7 +402,7 @@ def test_the_documents_commands(command, shape, size, tmp_path, monkeypatch):
   assert operations.endswith(f"central_crop(size={size})")
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "options",
   [
@@ -435,7 +435,7 @@ def vit_b(tmp_path_factory):
   return _write(folder, options, (224, 224), preprocess, "softmax", flat)
 
 
-@pytest.mark.export
+@pytest.mark.ci
 @_formats
 def test_vit_b_costs(to, vit_b, tmp_path):
   """Prints README's table, with `pytest -s`."""

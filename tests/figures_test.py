@@ -122,7 +122,7 @@ def test_everything_of_a_checkpoint(run, pictures, tmp_path):
   assert "rollout.png is there already; give another --out" in err
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_batches_of_images_are_all_drawn(monkeypatch, pictures, tmp_path):
   source = write(tmp_path / "vit.npz")
   whole = figures._read(source, "vit", pictures, None)
@@ -132,7 +132,7 @@ def test_batches_of_images_are_all_drawn(monkeypatch, pictures, tmp_path):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_several_checkpoints_have_a_panel_each(run, pictures, tmp_path):
   hybrid = write(tmp_path / "hybrid.npz", f"RN+{_VARIANT}", image_size=32)
   resnet = write(tmp_path / "resnet.npz", "RNx1", image_size=32)

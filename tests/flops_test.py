@@ -82,7 +82,7 @@ def _rows():
     pytest.param(
       row,
       id=f"{row['name']}-{row['epochs']}",
-      marks=[pytest.mark.slow] if row["name"].startswith(deep) else [],
+      marks=[pytest.mark.ci] if row["name"].startswith(deep) else [],
     )
     for row in rows
   ]

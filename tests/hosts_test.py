@@ -135,7 +135,7 @@ def test_slurm_says_who_is_who(monkeypatch):
   assert hosts.find_place() == hosts.Place("node007:61443", 24, 9, [1])
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_two_of_three_processes_end_with_a_sentence(runs, tmp_path):
   port = find_port()
   flags = [f"--coordinator=localhost:{port}", "--num_processes=3"]
@@ -149,7 +149,7 @@ def test_two_of_three_processes_end_with_a_sentence(runs, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_preflight_of_several_processes(runs, tmp_path):
   port = find_port()
   args = ["preflight", *runs.train_args(tmp_path / "run")[1:]]

@@ -137,7 +137,7 @@ def test_the_maps_are_sorted_and_differ_in_two_ids():
   assert digest.hexdigest()[:12] == "66362bdedf36"
 
 
-@pytest.mark.interop
+@pytest.mark.ci
 def test_the_maps_are_those_that_timm_has():
   found = importlib.util.find_spec("timm")  # to import it takes torchvision
   assert found

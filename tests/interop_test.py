@@ -22,7 +22,7 @@ from vit_jax.pretrained import (
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten, unflatten
 
-pytestmark = pytest.mark.interop
+pytestmark = pytest.mark.ci
 
 # Relative to the logits' standard deviation, in float32.
 TOLERANCE = 1e-4

@@ -330,7 +330,7 @@ def _go_on(root, partial, inline):
   assert data.get_source("mine", "train", str(root / "data")).num_examples
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_build_goes_on(some_parts, tmp_path, inline):
   process, partial = _interrupt(some_parts, tmp_path)
   with pytest.raises(UserError, match="another build is at work in it"):
@@ -342,7 +342,7 @@ def test_a_killed_build_goes_on(some_parts, tmp_path, inline):
   _go_on(tmp_path, partial, inline)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_ctrl_c_says_how_to_go_on(some_parts, tmp_path, inline):
   # One worker, with two parts to go: of two both might be done by now.
   process, partial = _interrupt(some_parts, tmp_path)
@@ -357,7 +357,7 @@ def test_ctrl_c_says_how_to_go_on(some_parts, tmp_path, inline):
   _go_on(tmp_path, partial, inline)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_worker_that_is_killed(some_parts, tmp_path, inline):
   process, partial = _interrupt(some_parts, tmp_path)
   os.kill(_list_workers(process)[0], signal.SIGKILL)
@@ -368,7 +368,7 @@ def test_a_worker_that_is_killed(some_parts, tmp_path, inline):
   _go_on(tmp_path, partial, inline)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_workers_end_with_a_build_that_is_killed_alone(some_parts, tmp_path):
   process, _ = _interrupt(some_parts, tmp_path)
   workers = _list_workers(process)
@@ -381,7 +381,7 @@ def test_workers_end_with_a_build_that_is_killed_alone(some_parts, tmp_path):
     time.sleep(0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_full_disk_is_one_line(some_parts, tmp_path, inline):
   # No file may have more than 64 kB: a part has some 1.5 MB.
   process, partial = _interrupt(some_parts, tmp_path, "ulimit -f 64;")
@@ -393,7 +393,7 @@ def test_a_full_disk_is_one_line(some_parts, tmp_path, inline):
   assert _build(tmp_path)["train"] == _COUNT
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_figures_of_the_readme_in_small(tmp_path):
   """`python tests/measure_data_build.py` makes those in README."""
   found = measure_data_build.measure(tmp_path, 3000, tests=200, workers=2)

@@ -223,14 +223,14 @@ def test_setup_brings_the_same_commit_and_constraints_everywhere(cloud):
     assert installed[1].endswith("--editable ./code[tpu]")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_setup_refuses_different_versions(pod):
   (pod.worker("pod-w-1") / "old").touch()
   line = pod.fails("setup")
   assert "versions differ: pod-w-" in line
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_worker_that_does_not_answer(pod):
   (pod.worker("pod-w-1") / "broken").touch()
   for command in (["setup"], ["status"], ["stop"], ["run", *TRAIN]):
@@ -326,7 +326,7 @@ def test_watch_goes_on_after_preemption_until_it_is_complete(cloud):
   assert "--workdir=gs://b/my run" in cloud.read_words("pod-w-1", "started")
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_sees_a_preempted_machine_of_an_active_request(pod):
   pod.runs(
     'test "$starts" = 2 && exit 0\n'
@@ -339,7 +339,7 @@ def test_watch_sees_a_preempted_machine_of_an_active_request(pod):
   assert "the run is complete" in out
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_gives_up_on_a_run_that_gets_no_further(pod):
   pod.runs('echo "step 5/9"; echo "loss is nan" ; exit 1')
   line = pod.fails("watch", *TRAIN, env={"VIT_JAX_POLL": "0.01"})
@@ -348,14 +348,14 @@ def test_watch_gives_up_on_a_run_that_gets_no_further(pod):
   assert (pod.folder / "pod-w-0").read_text() == "4\n"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_starts_again_what_gets_further(pod):
   pod.runs('test "$starts" = 6 && exit 0\necho "step $starts/9"; exit 1')
   assert "complete" in pod.do("watch", *TRAIN, "--x")
   assert (pod.folder / "pod-w-1").read_text() == "6\n"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_does_not_repeat_a_mistake(pod):
   pod.runs('echo "error: no such data set"; exit 2')
   line = pod.fails("watch", *TRAIN)
@@ -364,19 +364,19 @@ def test_watch_does_not_repeat_a_mistake(pod):
   assert (pod.folder / "pod-w-0").read_text() == "1\n"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_ends_when_the_run_is_told_to_stop(pod):
   pod.runs('touch "$HOME/vit-jax/logs/told_to_stop"; exit 75')
   assert "told to stop" in pod.do("watch", *TRAIN)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_stops_at_a_preflight_that_finds_a_mistake(pod):
   (pod.worker("pod-w-0") / "preflight_code").write_text("2")
   assert "preflight failed" in pod.fails("watch", *TRAIN)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_follows_a_run_that_goes_on_already(pod):
   pod.runs('until test -e "$FAKE_CLOUD/enough"; do sleep 0.05; done')
   pod.do("run", *TRAIN)
@@ -429,7 +429,7 @@ def test_what_is_said_about_errors(cloud, error, advice):
   assert error.splitlines()[0] in line
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_watch_does_not_ask_again_for_what_there_is_no_quota_for(cloud):
   (cloud.folder / "errors" / "create").write_text("ERROR: Quota exceeded")
   assert "ask for more" in cloud.fails("watch", *TRAIN)
@@ -483,7 +483,7 @@ def test_dry_runs_print_commands_and_run_nothing(cloud):
   assert not (cloud.folder / "calls").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_what_a_dry_run_prints_can_be_pasted(cloud):
   out = cloud.do("watch", "--dry-run", "--slices=2", *TRAIN, "--a=it's $1\n2")
   # What is printed is what a shell would run: pasted, it does the same.
@@ -578,7 +578,7 @@ def test_the_pods_of_the_manifest_find_each_other():
   assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_kubernetes_pods_train_stop_and_go_on(runs, machine, tmp_path):
   _, spec, _ = read_manifest()
   (container,) = spec["template"]["spec"]["containers"]
@@ -625,7 +625,7 @@ exit $first
 """
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_slurm_trains_and_is_requeued_when_time_is_up(runs, machine, tmp_path):
   write_script(tmp_path / "bin" / "srun", _SRUN)
   write_script(tmp_path / "bin" / "scontrol", 'echo "$@" >> scontrol')

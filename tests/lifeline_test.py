@@ -99,7 +99,7 @@ def says_lost(index, why="killed or crashed; its own log may say more"):
   )
 
 
-@pytest.mark.parametrize("lost", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lost", [2, pytest.param(0, marks=pytest.mark.ci)])
 def test_a_killed_process_ends_the_others_with_a_sentence(start, lost):
   processes = start(3)
   begin = time.monotonic()
@@ -109,7 +109,7 @@ def test_a_killed_process_ends_the_others_with_a_sentence(start, lost):
   assert time.monotonic() - begin < 5
 
 
-@pytest.mark.slow  # it waits whether the error is but an echo
+@pytest.mark.ci  # it waits whether the error is but an echo
 def test_an_error_of_one_is_told_by_all(start):
   first, second = start(2)
   tell(second, "error: no such class:2")
@@ -120,7 +120,7 @@ def test_an_error_of_one_is_told_by_all(start):
   assert "mend that, then the same command goes on" in said
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_an_error_of_all_is_each_ones_own(start):
   processes = start(3)
   for process in processes:
@@ -128,7 +128,7 @@ def test_an_error_of_all_is_each_ones_own(start):
   assert [end(p) for p in processes] == [(1, "my own error\n")] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_an_error_that_comes_of_a_loss_is_not_told(start):
   first, second, third = start(3)
   tell(second, "Gloo all-reduce failed:1")
@@ -137,7 +137,7 @@ def test_an_error_that_comes_of_a_loss_is_not_told(start):
   assert end(first) == end(second) == says_lost(2)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_goodbye_waits_for_all_and_tells_nothing(start):
   processes = start(3)
   for process in processes[:2]:
@@ -148,7 +148,7 @@ def test_goodbye_waits_for_all_and_tells_nothing(start):
   assert [end(p) for p in processes] == [(0, "")] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_process_that_left_still_hears_of_a_loss(start):
   first, second, third = start(3)
   tell(first, "leave")
@@ -158,7 +158,7 @@ def test_a_process_that_left_still_hears_of_a_loss(start):
   assert end(first) == end(second) == says_lost(2)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_is_not_lost(start, stopped):
   processes = start(2, timeout=6)
@@ -171,7 +171,7 @@ def test_a_stopped_process_is_not_lost(start, stopped):
   assert [end(p) for p in processes] == [(0, "")] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.skipif(sys.platform != "linux", reason="needs socket filters")
 def test_a_machine_that_vanishes_is_lost_in_time(start):
   first, second, third = start(3, timeout=6)
@@ -303,7 +303,7 @@ def survive(train_together, workdir, kills, counts, seed=0):
   assert {p.wait() for p in processes} == {0}, processes[0].stderr()
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_ten_losses_with_2_or_4_processes(train_together, whole, tmp_path):
   survive(train_together, tmp_path / "run", 10, (2, 4))
   for kind in ("checkpoints", "best"):
@@ -319,7 +319,7 @@ def test_ten_losses_with_2_or_4_processes(train_together, whole, tmp_path):
   assert read_losses(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_as_many_processes_end_with_the_same_bits(
   train_together, whole, tmp_path
 ):
@@ -327,7 +327,7 @@ def test_as_many_processes_end_with_the_same_bits(
   assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_notice_during_a_save_stops_all_four(train_together, whole, tmp_path):
   workdir = tmp_path / "run"
   processes = train_together(4, workdir, "--stopped_exit_code=75")

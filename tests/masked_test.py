@@ -617,7 +617,7 @@ def test_a_run_writes_what_it_measures(pretrained):
   assert saved_steps(pretrained, "best") == [best["step"]]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_goes_on_exactly_where_it_stopped(runs, pretrained, tmp_path):
   workdir = shutil.copytree(pretrained, tmp_path / "run")
   assert saved_steps(workdir) == [4, 8]
@@ -626,7 +626,7 @@ def test_a_run_goes_on_exactly_where_it_stopped(runs, pretrained, tmp_path):
   assert_same_run(workdir, pretrained)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_fine_tuning_starts_from_it(runs, pretrained, tmp_path, caplog):
   args = runs.train_args(
     tmp_path / "run",

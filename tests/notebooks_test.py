@@ -209,7 +209,7 @@ def test_set_up_beside_the_package_alone_and_again_after_a_failure(tmp_path):
 # --- execution ---
 
 
-@pytest.mark.notebooks
+@pytest.mark.ci
 @pytest.mark.xdist_group("checkout")
 @each
 def test_runs_in_a_checkout(name, tmp_path):
@@ -225,7 +225,7 @@ def test_runs_in_a_checkout(name, tmp_path):
   assert _count_pictures(ran.cells) == _count_pictures(_read(name))
 
 
-@pytest.mark.notebooks
+@pytest.mark.ci
 @pytest.mark.xdist_group("checkout")
 @pytest.mark.parametrize("name", ["quickstart", "figures"])
 def test_runs_with_published_weights(name, tmp_path):
@@ -282,7 +282,7 @@ def runtime(tmp_path_factory):
   return python, f"file://{source}"
 
 
-@pytest.mark.notebooks
+@pytest.mark.ci
 @pytest.mark.xdist_group("colab")
 @each
 def test_runs_as_on_colab(name, runtime, tmp_path):

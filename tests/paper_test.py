@@ -313,7 +313,7 @@ _QUICK = {
 @pytest.mark.parametrize(
   "spec",
   [
-    pytest.param(spec, marks=[] if spec in _QUICK else [pytest.mark.slow])
+    pytest.param(spec, marks=[] if spec in _QUICK else [pytest.mark.ci])
     for spec in _list_specs()
   ],
 )

@@ -251,7 +251,7 @@ _TINY = {
 _SPEC = "configs/pretrain.py:ViT-B_16,imagenet2012"
 
 
-@pytest.mark.tpu_compile
+@pytest.mark.ci
 def test_a_scanned_program_has_the_products_of_an_unrolled_one(tmp_path):
   file = tmp_path / "step.txt"
   # Without a class token, which alone is computed in an unrolled last block.
@@ -271,7 +271,7 @@ def test_a_scanned_program_has_the_products_of_an_unrolled_one(tmp_path):
   assert "images/s a chip" in report.format_plans([flat, loop])
 
 
-@pytest.mark.tpu_compile
+@pytest.mark.ci
 @pytest.mark.parametrize("chip", ["v3", "v4", "v5e", "v5p", "v6e"])
 def test_every_chip_has_a_step(chip, tmp_path):
   sides = "2x2x1" if chip in ("v4", "v5p") else "2x2"
@@ -286,7 +286,7 @@ def test_every_chip_has_a_step(chip, tmp_path):
   assert kernels == (0 if chip == "v3" else 2 * 4)
 
 
-@pytest.mark.tpu_compile
+@pytest.mark.ci
 def test_fsdp_gathers_each_kernel_once():
   found = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY | {"fsdp": "4"})
   whole = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY)
@@ -304,7 +304,7 @@ def test_fsdp_gathers_each_kernel_once():
   assert found["estimated_cycles"] < 1.3 * whole["estimated_cycles"]
 
 
-@pytest.mark.tpu_compile
+@pytest.mark.ci
 def test_what_does_not_fit_has_a_fallback_that_does():
   found = plan.plan(
     "configs/pretrain.py:ViT-B_16,jft",

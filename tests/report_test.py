@@ -439,7 +439,7 @@ def test_mistakes_of_users_are_one_line(tmp_path, capsys):
 # --- a real run ---
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_classes_of_a_real_run_add_up_to_its_accuracy(
   runs, reference, tmp_path, monkeypatch
 ):
@@ -527,7 +527,7 @@ def _luminance(colour):
   return linear @ [0.2126, 0.7152, 0.0722]
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_can_be_read(open_page, address, dark):
   shown = open_page(address, dark=dark)
@@ -543,7 +543,7 @@ def test_every_text_can_be_read(open_page, address, dark):
   assert (_luminance([int(n) for n in re.findall(r"\d+", body)]) < 0.1) == dark
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 @pytest.mark.parametrize("opened", [False, True])
 def test_a_phone_never_scrolls_sideways(open_page, address, opened):
   shown = open_page(address, PHONE)
@@ -560,7 +560,7 @@ def test_a_phone_never_scrolls_sideways(open_page, address, opened):
   assert 11 * scale > 9
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_everything_is_reached_by_keyboard(open_page, address):
   shown = open_page(address)
   shown.keyboard.press("Tab")
@@ -586,7 +586,7 @@ def test_everything_is_reached_by_keyboard(open_page, address):
   assert opened == count > 4
 
 
-@pytest.mark.browser
+@pytest.mark.ci
 def test_a_screen_reader_is_told_everything(open_page, address):
   told = open_page(address).locator("body").aria_snapshot()
   for line in (

@@ -165,7 +165,7 @@ def _run_once(variant, image_size):
   return model, jax.eval_shape(run)
 
 
-@pytest.mark.slow  # compiling two backward passes
+@pytest.mark.ci  # compiling two backward passes
 def test_remat_changes_no_gradient():
   plain, other = _create("RNx1"), _create("RNx1", remat="full")
   params, images = random_params(plain), random_images(plain)
@@ -225,7 +225,7 @@ def test_parameter_counts(variant):
   _check_count(variant)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("variant", _SLOW)
 def test_parameter_counts_of_other_widths(variant):
   _check_count(variant)

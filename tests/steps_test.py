@@ -370,7 +370,7 @@ def _tiny_variant(monkeypatch):
 @pytest.mark.parametrize(
   ("scan", "layouts"),
   [
-    pytest.param(False, [(8, 8)], marks=pytest.mark.slow),
+    pytest.param(False, [(8, 8)], marks=pytest.mark.ci),
     (True, [(8, 2), (2, 1)]),
   ],
 )

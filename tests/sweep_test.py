@@ -284,7 +284,7 @@ def _start(args):
   return Process([sys.executable, "-c", _SWEEP, *args], dict(os.environ))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_stopped_it_goes_on_without_repeating_a_run(number, args, tmp_path):
   folder = tmp_path / "sweep"
@@ -314,7 +314,7 @@ def test_stopped_it_goes_on_without_repeating_a_run(number, args, tmp_path):
   assert 0 < froms[1][1] < 100
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_real_train_goes_on_too(args, runs, tmp_path):
   """As above with the real entry point: SIGKILL in the second run."""
   folder = tmp_path / "sweep"
@@ -339,7 +339,7 @@ def test_the_real_train_goes_on_too(args, runs, tmp_path):
   assert recipe["eval_preprocess"] == "resize(size)"
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_ctrl_c_saves_the_runs(args, runs, tmp_path):
   folder = tmp_path / "sweep"
   process = runs.start([*args, "--config.total_steps=5000"], devices=1)

@@ -110,7 +110,7 @@ def test_table_6_has_18_rows_with_exaflops(monkeypatch, capsys):
     assert row["exaflops"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.slow  # every model is traced
+@pytest.mark.ci  # every model is traced
 def test_the_exaflops_of_table_6_are_the_papers():
   rows = tables.make_table("table6")
   far = [row for row in rows if abs(row["exaflops_difference"]) > 0.03]

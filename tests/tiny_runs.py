@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,14 +25,13 @@ TIMEOUT = 300  # seconds; a run takes about 15, most of them to start
 
 
 class Runs:
-  """Starts commands that share a data set, a configuration and compilations."""
+  """Starts commands that share a data set and a configuration."""
 
   def __init__(self, folder: Path):
     self.folder = folder
     self.data_dir = folder / "data"
-    self.compiled = folder / "compiled"
     self.config = folder / "configs" / "tiny_config.py"
-    self.config.parent.mkdir()
+    self.config.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(REPO / "configs" / "common.py", self.config.parent)
     shutil.copy(REPO / "tests" / "tiny_config.py", self.config.parent)
 
@@ -46,7 +46,7 @@ class Runs:
     ]
 
   def start(
-    self, args, *, devices=4, record=None, file_limit=None
+    self, args, *, devices=4, record=None, file_limit=None, anew=False
   ) -> "Process":
     """Starts a command.
 
@@ -54,20 +54,12 @@ class Runs:
       args: of the command line.
       devices: how many fake ones.
       record: a file for the digests of its batches, see record_batches.py.
-      file_limit: the longest file that it may write, in units of 512 bytes.
+      file_limit: the most bytes that it may write to a file.
+      anew: with a new interpreter, as a user does; else as a fork.
     """
     entry = ["-m", "vit_jax"]
     if record:
-      entry = ["tests/record_batches.py", str(record)]
-    command = [sys.executable, *entry, *map(str, args)]
-    if file_limit:
-      command = [
-        "sh",
-        "-c",
-        f'ulimit -f {file_limit}; exec "$@"',
-        "sh",
-        *command,
-      ]
+      entry = [str(REPO / "tests" / "record_batches.py"), str(record)]
     # Unoptimised code is there sooner, and fast enough.
     flags = (
       f"--xla_force_host_platform_device_count={devices} "
@@ -78,12 +70,12 @@ class Runs:
       "PYTHONPATH": str(REPO),
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": flags,
-      # Most of a tiny run is compiling; the same program is compiled once.
-      "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
     }
     environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # as a user has it
-    return Process(command, environment)
+    command = [*entry, *map(str, args)]
+    if anew:
+      return Process([sys.executable, *command], environment)
+    return Process(command, environment, forks.Fork, file_limit=file_limit)
 
   def train(self, workdir, *overrides, **kwargs) -> "Process":
     """Starts `train`."""
@@ -130,15 +122,23 @@ class Reference(NamedTuple):
 class Process:
   """A command that runs, and what it has said so far."""
 
-  def __init__(self, command, environment):
+  def __init__(self, command, environment, start=subprocess.Popen, **kwargs):
+    """Starts it.
+
+    Args:
+      command: its words; of a fork those after "python".
+      environment: all its variables.
+      start: subprocess.Popen or forks.Fork, and
+      **kwargs: what else that takes.
+    """
     self._files = [open_log(), open_log()]
-    self._process = subprocess.Popen(
+    self._process = start(
       command,
       cwd=REPO,
       env=environment,
       stdout=self._files[0],
       stderr=self._files[1],
-      text=True,
+      **kwargs,
     )
 
   def wait(self) -> int:

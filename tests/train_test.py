@@ -89,14 +89,14 @@ def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
 # --- interruptions ---
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_killed_run_ends_as_if_it_had_not_been(runs, reference, tmp_path):
   hits = kill_and_resume(runs, tmp_path / "run", kills=3)
   assert hits == {"before the first save": 1, "training": 1, "saving": 1}
   assert_same_run(tmp_path / "run", reference.workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_twenty_kills_leave_no_trace(runs, tmp_path):
   longer = ("total_steps=90", "eval_every=10")
   runs.train_to_end(tmp_path / "whole", *longer)
@@ -173,7 +173,7 @@ def stop_after(process, step, number=signal.SIGTERM):
 
 @pytest.mark.parametrize(
   "number",
-  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.ci)],
 )
 def test_sigterm_and_ctrl_c_save_and_end_well(
   number, runs, reference, tmp_path
@@ -187,7 +187,7 @@ def test_sigterm_and_ctrl_c_save_and_end_well(
   assert_same_run(workdir, reference.workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_run_moves_from_8_devices_to_2_and_back(
   runs, reference, batches, tmp_path
 ):
@@ -235,14 +235,14 @@ def assert_close_run(workdir, reference):
 # --- two processes ---
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
   """The state is split across both, which one process then takes over."""
   chain = [(["fsdp=2"], 1)]
   train_as_two(runs, reference, batches, tmp_path, devices=1, chain=chain)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_go_on_where_two_stopped(
   runs, reference, batches, tmp_path
 ):
@@ -288,7 +288,7 @@ def stop_pair(pair, step, told):
   return int(line.split()[3].rstrip(";"))
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_two_processes_evaluate_each_example_once(runs, reference):
   args = ["evaluate", f"--workdir={reference.workdir}", "--json"]
   leader, other = runs.pair(args, devices=3)
@@ -314,7 +314,7 @@ def assert_same_evaluation(results, workdir):
 # --- damage ---
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
   workdir = shutil.copytree(reference.workdir, tmp_path / "run")
   files = {
@@ -344,7 +344,7 @@ def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
   assert_same_run(workdir, reference.workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_file_that_cannot_be_written_stops_the_run(runs, reference, tmp_path):
   workdir = take_back(reference.workdir, tmp_path / "run", to=10)
   before = read_state(workdir)
@@ -375,7 +375,7 @@ def assert_equal_states(state, expected):
     assert array.tobytes() == expected[1][path].tobytes(), path
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
   with small_disk(tmp_path / "disk", "20m") as disk:
     process = runs.train(disk / "run")
@@ -407,7 +407,7 @@ def small_disk(folder, size):
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_a_loss_that_is_not_finite_stops_the_run(runs, tmp_path, capsys):
   args = runs.train_args(tmp_path / "run", "schedule.base_lr=1e30")
   assert main(args) == 1

@@ -1,0 +1,272 @@
+"""Starts Python programs by forking a process that has imported the libraries.
+
+Importing JAX, TensorFlow and Orbax takes five seconds of CPU time, for every
+command that a test starts. One server of a test run imports them once:
+
+  python forks.py ADDRESS PID
+
+listens on a Unix socket until the process PID is gone. `Fork` asks it for a
+program, and `python forks.py -m MODULE ...` does so for shell scripts. A fork is
+a process like any other: it has its own arguments, environment, files, limits
+and signals, and no JAX backend exists before the fork.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import runpy
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+_ENVIRONMENT = "VIT_JAX_TESTS_FORKS"  # the address
+
+
+class Fork:
+  """A program that runs; the interface is that of subprocess.Popen."""
+
+  def __init__(self, args, *, env, cwd, stdout, stderr, file_limit=None):
+    """Starts `python *args`.
+
+    Args:
+      args: as for the interpreter: -c CODE, -m MODULE or a file, then sys.argv.
+      env: all variables of the program.
+      cwd: where it starts.
+      stdout, stderr: files or descriptors.
+      file_limit: the most bytes that a file of it may have.
+    """
+    self._socket = socket.socket(socket.AF_UNIX)
+    self._socket.connect(os.environ[_ENVIRONMENT])
+    request = {
+      "args": [str(word) for word in args],
+      "env": dict(env),
+      "cwd": str(cwd),
+      "file_limit": file_limit,
+    }
+    message = json.dumps(request).encode()
+    files = [
+      file if isinstance(file, int) else file.fileno()
+      for file in (stdout, stderr)
+    ]
+    length = len(message).to_bytes(8, "big")
+    socket.send_fds(self._socket, [length], files)
+    self._socket.sendall(message)
+    self._replies = self._socket.makefile("r")
+    self.pid = int(self._replies.readline())
+    self.returncode = None
+
+  def poll(self):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self.wait(0)
+    return self.returncode
+
+  def wait(self, timeout=None):
+    if self.returncode is None:
+      if not select.select([self._socket], [], [], timeout)[0]:
+        raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
+      self.returncode = int(self._replies.readline())
+      self._replies.close()
+      self._socket.close()
+    return self.returncode
+
+  def send_signal(self, number):
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self):
+    self.send_signal(signal.SIGKILL)
+
+
+def run(args, *, env=None, cwd=None, timeout=300, **kwargs):
+  """Runs `python *args` as a fork; returns a subprocess.CompletedProcess."""
+  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    env = os.environ if env is None else env
+    cwd = os.getcwd() if cwd is None else cwd
+    fork = Fork(args, env=env, cwd=cwd, stdout=out, stderr=err, **kwargs)
+    try:
+      code = fork.wait(timeout)
+    finally:
+      fork.kill()
+    texts = (os.pread(f.fileno(), 2**24, 0).decode() for f in (out, err))
+    return subprocess.CompletedProcess(args, code, *texts)
+
+
+def start_server(folder: Path) -> None:
+  """Starts the server of this test run, or finds it, and remembers where it is.
+
+  Args:
+    folder: shared by all workers of the run, which wait for each other.
+  """
+  address = str(folder / "forks")
+  with locked(folder / "forks.lock"):
+    if not Path(address).exists():
+      environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+      environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # as a user has it
+      with open(folder / "forks.log", "w") as log:
+        subprocess.Popen(
+          [sys.executable, __file__, address, str(_find_run())],
+          env=environment,
+          stdin=subprocess.DEVNULL,
+          stdout=log,
+          stderr=log,
+          start_new_session=True,
+        )
+      deadline = time.monotonic() + 120
+      while not Path(address).exists():
+        assert time.monotonic() < deadline, (folder / "forks.log").read_text()
+        time.sleep(0.02)
+  os.environ[_ENVIRONMENT] = address
+
+
+def _find_run():
+  """Returns the process whose end is that of the test run."""
+  is_worker = "PYTEST_XDIST_WORKER" in os.environ
+  return os.getppid() if is_worker else os.getpid()
+
+
+@contextlib.contextmanager
+def locked(path):
+  """Holds a lock that the workers of a test run share."""
+  import fcntl
+
+  with open(path, "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+# --- the server ---
+
+
+def _serve(address, run):
+  import compiled
+
+  compiled.write_whole()
+  # What takes long; none of it makes a backend of JAX.
+  import orbax.checkpoint
+  import tensorflow_datasets  # noqa: F401
+
+  import vit_jax.__main__
+  from vit_jax import data, train  # noqa: F401
+
+  assert orbax.checkpoint
+  wake, woken = os.pipe()
+  os.set_blocking(wake, False)
+  os.set_blocking(woken, False)
+  signal.set_wakeup_fd(woken)
+  signal.signal(signal.SIGCHLD, lambda *_: None)
+  listener = socket.socket(socket.AF_UNIX)
+  listener.bind(address + ".new")
+  listener.listen(64)
+  os.rename(address + ".new", address)
+  programs = {}
+  with selectors.DefaultSelector() as selector:
+    for file in (listener, wake):
+      selector.register(file, selectors.EVENT_READ)
+    while os.path.exists(f"/proc/{run}"):
+      for key, _ in selector.select(1):
+        if key.fileobj is listener:
+          connection, _ = listener.accept()
+          request, files = _receive(connection)
+          pid = os.fork()
+          if not pid:
+            signal.set_wakeup_fd(-1)
+            return request, files
+          for file in files:
+            os.close(file)
+          connection.sendall(b"%d\n" % pid)
+          programs[pid] = connection
+          selector.register(connection, selectors.EVENT_READ, pid)
+        elif key.fileobj is wake:
+          with contextlib.suppress(BlockingIOError):
+            os.read(wake, 4096)
+        else:  # its test is gone
+          selector.unregister(key.fileobj)
+          os.kill(key.data, signal.SIGKILL)
+      _reap(programs, selector)
+  for pid in programs:
+    os.kill(pid, signal.SIGKILL)
+  os._exit(0)
+
+
+def _receive(connection):
+  length, files, _, _ = socket.recv_fds(connection, 8, 2)
+  message = b""
+  while len(message) < int.from_bytes(length, "big"):
+    message += connection.recv(2**16)
+  return json.loads(message), files
+
+
+def _reap(programs, selector):
+  """Tells the exit codes of the programs that have ended."""
+  with contextlib.suppress(ChildProcessError):
+    while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+      connection = programs.pop(ended[0])
+      with contextlib.suppress(KeyError):
+        selector.unregister(connection)
+      with contextlib.suppress(OSError):
+        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(ended[1]))
+      connection.close()
+
+
+def _become(request, files):
+  """Makes a fork what was asked for, and runs it."""
+  import logging
+
+  import jax
+
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+  for i, file in enumerate(files, 1):
+    os.dup2(file, i)
+    os.close(file)
+  logging.getLogger().handlers.clear()  # a command sets up its own
+  before = dict(os.environ)
+  os.environ.clear()
+  os.environ.update(request["env"])
+  os.chdir(request["cwd"])
+  for name, text in request["env"].items():
+    # JAX has read its variables already.
+    if name.startswith("JAX_") and before.get(name) != text:
+      value = json.loads(text) if text[:1].isdigit() else text
+      jax.config.update(name.lower(), value)
+  if limit := request["file_limit"]:
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+  kind, *words = request["args"]
+  if kind == "-c":
+    code, *words = words
+    sys.argv = ["-c", *words]
+    sys.path.insert(0, "")
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+  elif kind == "-m":
+    sys.path.insert(0, request["cwd"])
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+  else:
+    sys.path.insert(0, str(Path(kind).parent.absolute()))
+    sys.argv = [kind, *words]
+    runpy.run_path(kind, run_name="__main__")
+
+
+def _stand_in(args):
+  """Stands in for a fork where a process has to be started by a shell."""
+  fork = Fork(args, env=os.environ, cwd=os.getcwd(), stdout=1, stderr=2)
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: fork.send_signal(number))
+  code = fork.wait()
+  if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+  return code
+
+
+if __name__ == "__main__":
+  if sys.argv[1].startswith("-"):
+    sys.exit(_stand_in(sys.argv[1:]))
+  _become(*_serve(*sys.argv[1:]))
