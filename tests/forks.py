@@ -6,9 +6,9 @@ command that a test starts. One server of a test run imports them once:
   python forks.py ADDRESS PID
 
 listens on a Unix socket until the process PID is gone. `Fork` asks it for a
-program, and `python forks.py -m MODULE ...` does so for shell scripts. A fork is
-a process like any other: it has its own arguments, environment, files, limits
-and signals, and no JAX backend exists before the fork.
+program, and `python forks.py -m MODULE ...` does so for shell scripts. A fork
+is a process like any other: it has its own arguments, environment, files,
+limits and signals, and no JAX backend exists before the fork.
 """
 
 import contextlib
@@ -150,12 +150,12 @@ def _serve(address, run):
   compiled.write_whole()
   # What takes long; none of it makes a backend of JAX.
   import orbax.checkpoint
-  import tensorflow_datasets  # noqa: F401
+  import tensorflow_datasets
 
-  import vit_jax.__main__
-  from vit_jax import data, train  # noqa: F401
+  import vit_jax.train
 
-  assert orbax.checkpoint
+  assert orbax.checkpoint, tensorflow_datasets
+  assert vit_jax.train
   wake, woken = os.pipe()
   os.set_blocking(wake, False)
   os.set_blocking(woken, False)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import compiled
 import pytest
 import yaml
 from tiny_runs import Process, find_port, saved_steps
@@ -539,8 +540,7 @@ def machine(runs, tmp_path):
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
     "--xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": str(runs.compiled),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    **{name: os.environ[name] for name in compiled.ENVIRONMENT},
     "TFDS_DATA_DIR": str(runs.data_dir),
   }
 

@@ -222,8 +222,6 @@ def train_together(runs):
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
     "--xla_backend_optimization_level=0",
-    "JAX_COMPILATION_CACHE_DIR": str(runs.compiled),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
   forker = subprocess.Popen(
     [sys.executable, str(REPO / "tests" / "forker.py"), str(folder)],
