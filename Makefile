@@ -1,21 +1,25 @@
 # One target for each habit; `make` lists them.
 #
 # PYTHON chooses the interpreter that .venv is made from: make PYTHON=python3.12
+# NEWEST chooses that of `make test-newest`, the newest one that is there.
 
 PYTHON ?= python3
+NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(shell \
+  PYENV_VERSION=$v python$v -c 'print("python$v")' 2>/dev/null)))
 BIN := .venv/bin
 INSTALLED := .venv/installed
 INSTALLED_LINT := .venv/installed-lint
 INSTALLED_DEV := .venv/installed-dev
+INSTALLED_NEWEST := .venv-newest/installed
 # Every core runs its own test files, the longest first; a file's tests share
 # what they set up.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
-  --no-loadscope-reorder
+TESTS := -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python $(TESTS)
 # Shows only what went wrong; the versions are those of constraints.txt.
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup setup-dev quickstart test test-ci test-nightly notebooks \
-  docs lint format hooks clean
+.PHONY: help setup setup-dev quickstart test test-ci test-nightly test-newest \
+  notebooks docs lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
@@ -37,6 +41,11 @@ test-ci: $(INSTALLED_DEV)  ## what CI runs beside them
 test-nightly: $(INSTALLED_DEV)  ## what takes long and rarely breaks
 	@$(PYTEST) -m "nightly and not gpu"
 
+# What JAX and Python decide; the rest follows from it.
+test-newest: $(INSTALLED_NEWEST)  ## the core, with the newest Python and JAX
+	@.venv-newest/bin/python $(TESTS) $(foreach name,models optim steps \
+	  sharding checkpoint train pretrained,tests/$(name)_test.py)
+
 notebooks: $(INSTALLED_DEV)  ## run them, and keep their outputs in them
 	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
 
@@ -56,7 +65,7 @@ hooks: $(INSTALLED_LINT)  ## lint at each git commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove .venv and caches; runs/ and data sets stay
-	rm -rf .venv build dist docs/_build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are older than setup.py or constraints.txt when those have changed:
@@ -85,3 +94,12 @@ $(INSTALLED_DEV): setup.py constraints.txt | .venv/bin/python
 	@$(INSTALL) --editable '.[dev]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
 	@touch $@ $(INSTALLED) $(INSTALLED_LINT)
+
+# The newest versions that there are for that Python: constraints.txt has those
+# of the oldest.
+$(INSTALLED_NEWEST): setup.py
+	@test -n "$(NEWEST)" || { echo "make test-newest needs Python 3.12 or" \
+	  "newer; name one: make test-newest NEWEST=PATH" >&2; exit 1; }
+	@PYENV_VERSION=$(NEWEST:python%=%) $(NEWEST) -m venv --clear .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@
