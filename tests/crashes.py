@@ -50,12 +50,16 @@ class Moment(NamedTuple):
 
   Attributes:
     folder: a copy of the watched folder; do not change it.
-    next: the operation that the kill prevents, such as "os.rename a.tmp a";
-      "write NAME ..." when the files are half-written, "" at the end.
+    next: the operations that the kill may prevent, such as "os.rename a.tmp a";
+      "write NAME" of each file that is half-written; none at the end.
   """
 
   folder: Path
-  next: str
+  next: list[str]
+
+  def is_before(self, operation: str) -> bool:
+    """Returns whether one of `next` starts with this."""
+    return any(text.startswith(operation) for text in self.next)
 
 
 @contextlib.contextmanager
@@ -78,7 +82,7 @@ def watch(folder, copies):
     yield watching.moments
   finally:
     _watches.remove(watching)
-    watching.take("")
+    watching.take()
   assert not watching.errors, watching.errors
 
 
@@ -119,7 +123,7 @@ class _Watch:
     if any(name.split(os.sep)[0] != ".." for name in names):
       self.take(" ".join([event, *names]))
 
-  def take(self, operation):
+  def take(self, *operation):
     """Copies the folder as it is before an operation."""
     # Operations of other threads wait. One that has passed, or one of C++
     # code, may change the folder now; then the copy is made again.
@@ -127,6 +131,8 @@ class _Watch:
       for _ in range(100):
         listing = _list(self.folder)
         if listing == self._listing:
+          if self.moments:
+            self.moments[-1].next.extend(operation)
           return
         target = self.copies / f"{len(self.moments):04d}"
         with contextlib.suppress(OSError, shutil.Error):
@@ -140,7 +146,7 @@ class _Watch:
       if self.moments:
         self._add_half(target)
       self._listing = listing
-      self.moments.append(Moment(target, operation))
+      self.moments.append(Moment(target, [*operation]))
 
   def _add_half(self, new):
     """Adds what a kill leaves while files are written, before a copy."""
@@ -167,8 +173,8 @@ class _Watch:
     for name, content in written.items():
       (target / name).parent.mkdir(parents=True, exist_ok=True)
       (target / name).write_bytes(content)
-    operation = " ".join(["write", *sorted(map(str, written))])
-    self.moments.append(Moment(target, operation))
+    names = [f"write {name}" for name in sorted(written)]
+    self.moments.append(Moment(target, names))
 
 
 def _resolve(path, folder):

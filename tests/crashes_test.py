@@ -30,7 +30,7 @@ def test_every_operation_has_its_moment(tmp_path):
     shutil.rmtree(folder / "a")  # by descriptors of folders
     (tmp_path / "elsewhere").touch()
     (folder / "log").read_text()
-  assert [(moment.next, _read(moment.folder)) for moment in moments] == [
+  assert [(*moment.next, _read(moment.folder)) for moment in moments] == [
     ("os.mkdir a", {}),
     ("open a/x.tmp", {}),
     ("write a/x.tmp", {"a/x.tmp": "wh"}),
@@ -43,7 +43,7 @@ def test_every_operation_has_its_moment(tmp_path):
     ("os.remove a/x", {"a/x": "whole", "a/y": "", "log": "01234"}),
     ("os.remove a/y", {"a/y": "", "log": "01234"}),
     ("os.rmdir a", {"log": "01234"}),
-    ("", {"log": "01234"}),
+    ({"log": "01234"},),
   ]
 
 
