@@ -305,13 +305,18 @@ def test_a_half_written_checkpoint_is_ignored_and_replaced(run):
 # --- no room ---
 
 
+# The limit is lifted before the message is written, to a file too.
 _SAVE_AGAIN = """
-import os, sys
+import resource, signal, sys
 sys.path.insert(0, {tests!r})
 import checkpoint_test as t
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, most))
 try:
   t._save_again({workdir!r})
 except t.RunStopped as e:
+  resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
   print("STOPPED", e)
 """
 
@@ -332,9 +337,10 @@ def _check_stopped(message, workdir):
 def test_a_file_too_large_stops_the_run_and_spares_the_rest(run, fork_server):
   before = _content(run)
   code = _SAVE_AGAIN.format(tests=str(REPO / "tests"), workdir=str(run))
-  done = forks.run(["-c", code], file_limit=100)
-  (message,) = (x for x in done.stdout.splitlines() if x.startswith("STOPPED"))
-  _check_stopped(message, run)
+  done = forks.run(["-c", code])
+  stopped = [x for x in done.stdout.splitlines() if x.startswith("STOPPED")]
+  assert len(stopped) == 1, done.stdout + done.stderr
+  _check_stopped(stopped[0], run)
   after = _content(run)
   assert {name: after[name] for name in before} == before
   _assert_identical(_restore(run), _make_arrays(20))
