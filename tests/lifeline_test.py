@@ -1,8 +1,8 @@
 """The lifeline: one process is lost, and the others say so and end."""
 
 import contextlib
+import functools
 import json
-import os
 import random
 import signal
 import socket
@@ -14,22 +14,23 @@ import numpy as np
 import pytest
 from tiny_runs import (
   REPO,
-  TIMEOUT,
-  Process,
   assert_same_run,
   find_port,
   read_losses,
+  read_metrics,
   read_state,
   saved_steps,
 )
 
 from vit_jax import lifeline
+from vit_jax.__main__ import main
 
 # A process of a run without JAX: it does what it is told, line by line.
 _PROCESS = """
 import socket, struct, sys, ctypes
 from vit_jax import hosts, lifeline
-port, index, count, timeout = int(sys.argv[1]), *map(int, sys.argv[2:])
+port, index, count, timeout = map(int, sys.argv[1:5])
+lifeline._ECHO = float(sys.argv[5])
 place = hosts.Place(f"localhost:{port}", count, index)
 line = lifeline.hold(place, 60, timeout, lambda: "saved last: step 7")
 print("met", flush=True)
@@ -58,8 +59,8 @@ def start():
   """Starts processes that have met; what is left of them is killed."""
   with contextlib.ExitStack() as stack:
 
-    def start_all(count, timeout=60):
-      port, options = find_port(), [str(count), str(timeout)]
+    def start_all(count, timeout=60, echo=lifeline._ECHO):
+      port, options = find_port(), [str(count), str(timeout), str(echo)]
       processes = []
       for i in range(count):
         process = subprocess.Popen(
@@ -109,9 +110,9 @@ def test_a_killed_process_ends_the_others_with_a_sentence(start, lost):
   assert time.monotonic() - begin < 5
 
 
-@pytest.mark.ci  # it waits whether the error is but an echo
+@pytest.mark.ci
 def test_an_error_of_one_is_told_by_all(start):
-  first, second = start(2)
+  first, second = start(2, echo=0.1)
   tell(second, "error: no such class:2")
   assert end(second) == (2, "my own error\n")
   code, said = end(first)
@@ -142,7 +143,7 @@ def test_goodbye_waits_for_all_and_tells_nothing(start):
   processes = start(3)
   for process in processes[:2]:
     tell(process, "leave")
-  time.sleep(1)
+  time.sleep(0.5)
   assert [p.poll() for p in processes] == [None] * 3
   tell(processes[2], "leave")
   assert [end(p) for p in processes] == [(0, "")] * 3
@@ -159,102 +160,65 @@ def test_a_process_that_left_still_hears_of_a_loss(start):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_process_is_not_lost(start, stopped):
-  processes = start(2, timeout=6)
-  processes[stopped].send_signal(signal.SIGSTOP)
-  time.sleep(15)
-  assert processes[1 - stopped].poll() is None
-  processes[stopped].send_signal(signal.SIGCONT)
-  for process in processes:
-    tell(process, "leave")
-  assert [end(p) for p in processes] == [(0, "")] * 2
+def test_a_stopped_process_is_not_lost(start):
+  pairs = [start(2, timeout=2) for _ in range(2)]
+  for stopped, pair in enumerate(pairs):
+    pair[stopped].send_signal(signal.SIGSTOP)
+  time.sleep(6)
+  for stopped, pair in enumerate(pairs):
+    assert pair[1 - stopped].poll() is None
+    pair[stopped].send_signal(signal.SIGCONT)
+    for process in pair:
+      tell(process, "leave")
+    assert [end(p) for p in pair] == [(0, "")] * 2
 
 
 @pytest.mark.ci
 @pytest.mark.skipif(sys.platform != "linux", reason="needs socket filters")
 def test_a_machine_that_vanishes_is_lost_in_time(start):
-  first, second, third = start(3, timeout=6)
+  first, second, third = start(3, timeout=2)
   tell(third, "vanish")
   assert third.stdout.readline() == "vanished\n"
   begin = time.monotonic()
-  assert end(first) == end(second) == says_lost(2, "no answer for 6 s")
-  assert 3 < time.monotonic() - begin < 12
+  assert end(first) == end(second) == says_lost(2, "no answer for 2 s")
+  assert 1 < time.monotonic() - begin < 10
 
 
 # --- runs that train: 2 or 4 processes with a device each ---
 
-_LONGER = ("total_steps=48", "eval_every=12")
-
-
-class Forked(Process):
-  """A process that forker.py has made."""
-
-  def __init__(self, folder, pid):
-    self._pid = pid
-    self._code, self._log = folder / f"{pid}.code", folder / f"{pid}.log"
-
-  def is_running(self):
-    return not self._code.exists()
-
-  def wait(self):
-    end = time.monotonic() + TIMEOUT
-    while self.is_running():
-      assert time.monotonic() < end, f"it hangs:\n{self.stderr()}"
-      time.sleep(0.01)
-    return int(self._code.read_text())
-
-  def send(self, number):
-    os.kill(self._pid, number)
-
-  def stderr(self):
-    return self._log.read_text() if self._log.exists() else ""
+_RUN = ("model.variant=ViT-w16d2m32h2_8", "total_steps=48", "eval_every=12")
 
 
 @pytest.fixture(scope="module")
 def train_together(runs):
   """Starts the processes of a run, with a device each."""
-  folder = runs.folder / "forked"
-  folder.mkdir()
-  environment = {
-    **os.environ,
-    "PYTHONPATH": str(REPO),
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 "
-    "--xla_backend_optimization_level=0",
-  }
-  forker = subprocess.Popen(
-    [sys.executable, str(REPO / "tests" / "forker.py"), str(folder)],
-    env=environment,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
 
   def start(count, workdir, *flags):
-    port, processes = find_port(), []
-    for i in range(count):
-      args = [
-        *runs.train_args(workdir, *_LONGER),
-        *(f"--coordinator=localhost:{port}", f"--num_processes={count}"),
-        *(f"--process_id={i}", "--start_timeout=30", *flags),
-      ]
-      tell(forker, json.dumps(args))
-      processes.append(Forked(folder, int(forker.stdout.readline())))
-    return processes
+    args = [
+      *runs.train_args(workdir, *_RUN),
+      *(f"--coordinator=localhost:{find_port()}", f"--num_processes={count}"),
+      *("--start_timeout=30", *flags),
+    ]
+    return [
+      runs.start([*args, f"--process_id={i}"], devices=1) for i in range(count)
+    ]
 
-  yield start
-  forker.communicate()
+  return start
 
 
 @pytest.fixture(scope="module")
-def whole(runs, train_together):
-  """The folder of a run of four processes that nothing has disturbed."""
-  processes = train_together(4, runs.folder / "whole")
-  assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
-  for process in processes:
-    assert "stopped" not in process.stderr()
-  return runs.folder / "whole"
+def train_whole(runs, train_together):
+  """Returns the folder of a run of some processes that nothing disturbed."""
+
+  @functools.cache
+  def train(count):
+    workdir = runs.folder / f"whole{count}"
+    processes = train_together(count, workdir)
+    assert {p.wait() for p in processes} == {0}, processes[0].stderr()
+    assert "stopped" not in "".join(p.stderr() for p in processes)
+    return workdir
+
+  return train
 
 
 def lose_one(train_together, workdir, count, random_):
@@ -301,32 +265,55 @@ def survive(train_together, workdir, kills, counts, seed=0):
   assert {p.wait() for p in processes} == {0}, processes[0].stderr()
 
 
-@pytest.mark.ci
-def test_ten_losses_with_2_or_4_processes(train_together, whole, tmp_path):
+@pytest.mark.nightly
+def test_ten_losses_with_2_or_4_processes(
+  train_together, train_whole, tmp_path
+):
   survive(train_together, tmp_path / "run", 10, (2, 4))
   for kind in ("checkpoints", "best"):
     step, arrays = read_state(tmp_path / "run", kind)
-    expected_step, expected = read_state(whole, kind)
+    expected_step, expected = read_state(train_whole(4), kind)
     assert step == expected_step
     assert arrays.keys() == expected.keys()
     for path, array in arrays.items():
       np.testing.assert_allclose(
         array, expected[path], rtol=1e-3, atol=1e-4, err_msg=path
       )
-  losses = read_losses(whole)
+  losses = read_losses(train_whole(4))
   assert read_losses(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.ci
+@pytest.mark.parametrize(
+  ("count", "losses"),
+  [
+    pytest.param(2, 1, marks=pytest.mark.ci),
+    pytest.param(4, 3, marks=pytest.mark.nightly),
+  ],
+)
 def test_as_many_processes_end_with_the_same_bits(
-  train_together, whole, tmp_path
+  count, losses, train_together, train_whole, tmp_path
 ):
-  survive(train_together, tmp_path / "run", 3, (4,), seed=1)
-  assert_same_run(tmp_path / "run", whole)
+  survive(train_together, tmp_path / "run", losses, (count,), seed=1)
+  assert_same_run(tmp_path / "run", train_whole(count))
 
 
 @pytest.mark.ci
-def test_a_notice_during_a_save_stops_all_four(train_together, whole, tmp_path):
+def test_two_processes_count_each_test_example_once(train_whole, capsys):
+  """Their numbers are those of one process with other devices."""
+  workdir = train_whole(2)
+  last = f"{workdir}/checkpoints/48"
+  assert main(["evaluate", f"--checkpoint={last}", "--json"]) == 0
+  results = json.loads(capsys.readouterr().out)
+  found = read_metrics(workdir)[-1]
+  assert found["eval/examples"] == results["examples"] == 40
+  assert found["eval/accuracy"] == results["accuracy"]
+  assert found["eval/loss"] == pytest.approx(results["loss"], rel=1e-5)
+
+
+@pytest.mark.nightly
+def test_a_notice_during_a_save_stops_all_four(
+  train_together, train_whole, tmp_path
+):
   workdir = tmp_path / "run"
   processes = train_together(4, workdir, "--stopped_exit_code=75")
   folder = workdir / "checkpoints"
@@ -341,4 +328,4 @@ def test_a_notice_during_a_save_stops_all_four(train_together, whole, tmp_path):
   processes = train_together(4, workdir)
   assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
   assert min(processes[0].steps()) == stopped + 1
-  assert_same_run(workdir, whole)
+  assert_same_run(workdir, train_whole(4))

@@ -9,7 +9,13 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
-from tiny_runs import REPO, assert_same_run, read_metrics, saved_steps
+from tiny_runs import (
+  REPO,
+  assert_same_run,
+  read_metrics,
+  saved_steps,
+  shared_programs,
+)
 
 from vit_jax import config as configuration
 from vit_jax import data, masking, models, sharding, steps, tasks
@@ -583,9 +589,9 @@ def test_a_configuration_without_a_known_data_set_is_refused():
 
 SHORT = (
   "model.variant=ViT-w16d2m32h2_8",
-  "total_steps=8",
-  "eval_every=6",
-  "checkpoint_every=4",
+  "total_steps=4",
+  "eval_every=3",
+  "checkpoint_every=2",
 )
 
 
@@ -593,8 +599,9 @@ SHORT = (
 def pretrained(runs, tmp_path_factory):
   """A tiny run with masked patches."""
   workdir = tmp_path_factory.mktemp("masked") / "run"
-  assert main(_args(runs, workdir)) == 0
-  return workdir
+  with shared_programs():
+    assert main(_args(runs, workdir)) == 0
+    yield workdir
 
 
 def _args(runs, workdir):
@@ -605,9 +612,9 @@ def test_a_run_writes_what_it_measures(pretrained):
   run = json.loads((pretrained / "config.json").read_text())
   assert run["class_names"] == []
   lines = read_metrics(pretrained)
-  assert len([m for m in lines if "train/loss" in m]) == 8
+  assert len([m for m in lines if "train/loss" in m]) == 4
   evaluations = [m for m in lines if "eval/loss" in m]
-  assert [m["step"] for m in evaluations] == [6, 8]
+  assert [m["step"] for m in evaluations] == [3, 4]
   for line in evaluations:
     assert line["eval/examples"] == 40
     # The test patches are the same each time.
@@ -620,8 +627,8 @@ def test_a_run_writes_what_it_measures(pretrained):
 @pytest.mark.ci
 def test_a_run_goes_on_exactly_where_it_stopped(runs, pretrained, tmp_path):
   workdir = shutil.copytree(pretrained, tmp_path / "run")
-  assert saved_steps(workdir) == [4, 8]
-  shutil.rmtree(workdir / "checkpoints" / "8")
+  assert saved_steps(workdir) == [2, 4]
+  shutil.rmtree(workdir / "checkpoints" / "4")
   assert main(_args(runs, workdir)) == 0
   assert_same_run(workdir, pretrained)
 
@@ -650,12 +657,12 @@ def test_fine_tuning_starts_from_it(runs, pretrained, tmp_path, caplog):
 
 
 def test_evaluate_repeats_the_runs_own_numbers(pretrained, capsys):
-  checkpoint = f"{pretrained}/checkpoints/8"
+  checkpoint = f"{pretrained}/checkpoints/4"
   assert main(["evaluate", f"--checkpoint={checkpoint}", "--json"]) == 0
   results = json.loads(capsys.readouterr().out)
   assert results["checkpoint"] == checkpoint
   last = read_metrics(pretrained)[-1]
-  assert last["step"] == 8
+  assert last["step"] == 4
   for name in ("accuracy", "examples", "trivial_accuracy"):
     assert results[name] == last[f"eval/{name}"]
   assert results["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
@@ -668,5 +675,5 @@ def test_predict_says_that_there_are_no_classes(pretrained, tmp_path, capsys):
   out, err = capsys.readouterr()
   assert not out
   (line,) = err.splitlines()
-  assert "was trained on masked patches and knows no classes" in line
-  assert "fine-tune it" in line
+  assert "masked patches" in line
+  assert "fine-tune" in line

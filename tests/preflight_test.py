@@ -88,13 +88,15 @@ def google(monkeypatch):
       pass
 
   with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serve = threading.Thread(target=server.serve_forever, args=(0.02,))
+    serve.start()
     address = f"localhost:{server.server_port}"
     monkeypatch.setenv("GCE_METADATA_HOST", address)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{address}")
     monkeypatch.setenv("no_proxy", "localhost")
     yield buckets
     server.shutdown()
+    serve.join()
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ import forks
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
-from vit_jax import state
+from vit_jax import config as configuration
+from vit_jax import sharding, state, train
 
 REPO = Path(__file__).parents[1]
 TIMEOUT = 300  # seconds; a run takes about 15, most of them to start
@@ -175,6 +177,43 @@ class Process:
       assert time.monotonic() < end, f"never came:\n{self.stderr()}"
       time.sleep(0.002)
     return False
+
+
+@contextlib.contextmanager
+def shared_programs():
+  """Lets runs of one configuration in this process trace and compile once.
+
+  The second one then takes two seconds of CPU time, not six.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    make_task = train.make_task
+
+    def make_sharing_task(*args):
+      task = make_task(*args)
+      make_evaluate = _share(task.make_evaluate, lambda: None)
+      return task._replace(make_evaluate=make_evaluate)
+
+    def by_config(config, *_):
+      return str(configuration.to_dict(config))
+
+    patch.setattr(train, "make_task", _share(make_sharing_task, by_config))
+    patch.setattr(train, "build", _share(train.build, by_config))
+    jit = _share(sharding.jit_train_step, lambda _, step, __: step)
+    patch.setattr(sharding, "jit_train_step", jit)
+    yield
+
+
+def _share(make, key):
+  """Returns `make`, which makes one result for each key(*args)."""
+  made = {}
+
+  def make_once(*args, **kwargs):
+    name = key(*args)
+    if name not in made:
+      made[name] = make(*args, **kwargs)
+    return made[name]
+
+  return make_once
 
 
 def open_log():

@@ -1,12 +1,14 @@
-"""Whole runs, started as a user starts them: what happens to them on the way.
+"""Whole runs: what they leave, and what happens to them on the way.
 
-Every run here is a process of its own, on four fake devices unless a test
-says otherwise, and is compared with one that was never interrupted.
+Each is compared with one that was never interrupted. What is about processes
+(signals, several of them, another number of devices) runs in processes; what is
+about files runs in this one.
 """
 
 import collections
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -16,6 +18,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import crashes
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,14 +30,23 @@ from tiny_runs import (
   read_metrics,
   read_state,
   saved_steps,
+  shared_programs,
   snapshot,
 )
 
 from vit_jax import config as configuration
-from vit_jax import data
+from vit_jax import data, metrics
 from vit_jax.__main__ import main
 
 TOTAL = 14  # steps, see tiny_config.py
+DEVICES = 8  # of this process, see conftest.py
+# A smaller run: with kill after kill, most of the time goes into starts.
+SHORT = (
+  "model.variant=ViT-w16d2m32h2_8",
+  "total_steps=6",
+  "eval_every=4",
+  "keep_checkpoints=2",
+)
 
 # What a run of one process says, line by line; anything else is noise.
 EXPECTED_LINES = (
@@ -86,17 +98,91 @@ def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
   assert snapshot(workdir) == before
 
 
-# --- interruptions ---
+# --- kills ---
+
+
+@pytest.fixture(scope="module")
+def sharing():
+  with shared_programs():
+    yield
+
+
+@pytest.fixture(scope="module")
+def whole(runs, sharing, tmp_path_factory):
+  """(folder, moments) of a short run that is not interrupted."""
+  root = tmp_path_factory.mktemp("whole")
+  with crashes.watch(root / "run", root / "copies") as moments:
+    assert main(runs.train_args(root / "run", *SHORT)) == 0
+  return root / "run", moments
+
+
+def mark_ci(*cases):
+  return [pytest.param(case, marks=pytest.mark.ci) for case in cases]
+
+
+@pytest.mark.parametrize(
+  "operation",
+  [
+    "os.rename config.json.tmp config.json",
+    "write checkpoints/6.orbax-checkpoint-tmp/",
+    *mark_ci(
+      "write config.json.tmp",
+      "write metrics.jsonl",
+      "os.rename best/4.orbax-checkpoint-tmp best/4",
+      "os.rename best/4/files.json.tmp",
+      "os.rename checkpoints/4.orbax-checkpoint-tmp checkpoints/4",
+      "write checkpoints/4/files.json.tmp",
+      "os.remove checkpoints/2/",
+    ),
+  ],
+)
+def test_a_run_killed_here_ends_as_if_it_had_not_been(
+  operation, runs, whole, tmp_path
+):
+  workdir, moments = whole
+  found = [m for m in moments if m.is_before(operation)]
+  resume(runs, found[len(found) // 2], tmp_path / "run", workdir)
+
+
+@pytest.mark.nightly
+def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
+  runs, whole, tmp_path
+):
+  """One moment of every kind, at any step."""
+  workdir, moments = whole
+  kinds = collections.defaultdict(list)
+  for moment in moments:
+    for operation in moment.next:
+      if operation.startswith(("write", "os.rename", "os.remove")):
+        top = "/".join(operation.split("/")[:2])
+        kinds[re.sub(r"\d+", "#", top)].append(moment)
+  assert len(kinds) > 15
+  random_ = random.Random(0)
+  for i, group in enumerate(kinds.values()):
+    resume(runs, random_.choice(group), tmp_path / str(i), workdir)
+
+
+def resume(runs, moment, workdir, whole):
+  """Runs the same command again in a copy of what a kill left."""
+  shutil.copytree(moment.folder, workdir)
+  print("killed before", *moment.next, sep="\n")
+  assert main(runs.train_args(workdir, *SHORT)) == 0
+  assert not (workdir / "damaged").exists()
+  assert_same_run(workdir, whole)
 
 
 @pytest.mark.ci
-def test_a_killed_run_ends_as_if_it_had_not_been(runs, reference, tmp_path):
-  hits = kill_and_resume(runs, tmp_path / "run", kills=3)
+def test_three_real_kills_leave_no_trace(runs, sharing, tmp_path):
+  longer = (*SHORT, "total_steps=40", "eval_every=16", "checkpoint_every=4")
+  hits = kill_and_resume(
+    runs, tmp_path / "run", *longer, kills=3, devices=DEVICES
+  )
   assert hits == {"before the first save": 1, "training": 1, "saving": 1}
-  assert_same_run(tmp_path / "run", reference.workdir)
+  assert main(runs.train_args(tmp_path / "whole", *longer)) == 0
+  assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_twenty_kills_leave_no_trace(runs, tmp_path):
   longer = ("total_steps=90", "eval_every=10")
   runs.train_to_end(tmp_path / "whole", *longer)
@@ -107,11 +193,13 @@ def test_twenty_kills_leave_no_trace(runs, tmp_path):
   assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def kill_and_resume(runs, workdir, *overrides, kills, seed=0):
+def kill_and_resume(runs, workdir, *overrides, kills, seed=0, **kwargs):
   """Kills a run again and again, then lets it end; returns {moment: kills}."""
   random_ = random.Random(seed)
   moments = {
-    "before the first save": lambda process: process.wait_until(process.steps),
+    "before the first save": lambda process: process.wait_until(
+      (workdir / "config.json").exists
+    ),
     "training": lambda process: wait_for_steps(process, random_),
     "saving": lambda process: process.wait_until(
       make_is_saving(workdir, time.time_ns())
@@ -124,7 +212,7 @@ def kill_and_resume(runs, workdir, *overrides, kills, seed=0):
   for i in range(kills):
     # The first is before anything was saved; then each in turn.
     name = list(moments)[i if i < 4 else 1 + i % 3]
-    process = runs.train(workdir, *overrides)
+    process = runs.train(workdir, *overrides, **kwargs)
     assert moments[name](process), f"ended before {name}:\n{process.stderr()}"
     if name == "before the first save":
       assert not saved_steps(workdir)
@@ -132,7 +220,7 @@ def kill_and_resume(runs, workdir, *overrides, kills, seed=0):
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr()
     hits[name] += 1
-  runs.train_to_end(workdir, *overrides)
+  runs.train_to_end(workdir, *overrides, **kwargs)
   return hits
 
 
@@ -159,16 +247,7 @@ def make_is_saving(workdir, since):
   return is_saving
 
 
-def stop_after(process, step, number=signal.SIGTERM):
-  """Sends a signal after a step; returns the step that was saved."""
-  assert process.wait_until(lambda: step in process.steps()), process.stderr()
-  process.send(number)
-  assert process.wait() == 0, process.stderr()
-  assert "saving after this step; once more to quit" in process.stderr()
-  line = process.stderr().splitlines()[-1]
-  assert line.startswith("stopping: saved step ")
-  assert line.endswith("; run again to go on")
-  return int(line.split()[3].rstrip(";"))
+# --- signals, and other numbers of devices ---
 
 
 @pytest.mark.parametrize(
@@ -176,25 +255,57 @@ def stop_after(process, step, number=signal.SIGTERM):
   [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.ci)],
 )
 def test_sigterm_and_ctrl_c_save_and_end_well(
-  number, runs, reference, tmp_path
+  number, runs, whole, tmp_path, caplog, monkeypatch
 ):
   workdir = tmp_path / "run"
-  stopped = stop_after(runs.train(workdir), 3, number)
-  assert saved_steps(workdir)[-1] == stopped
-  assert 3 <= stopped < TOTAL
-  last = runs.train_to_end(workdir)
-  assert f"going on from step {stopped} of {TOTAL}" in last.stderr()
-  assert_same_run(workdir, reference.workdir)
+  write = metrics.MetricLog.write
+
+  def write_and_signal(self, step, values):
+    write(self, step, values)
+    if step == 3:
+      signal.raise_signal(number)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics.MetricLog, "write", write_and_signal)
+    assert main(runs.train_args(workdir, *SHORT)) == 0
+  stopped = saved_steps(workdir)[-1]
+  assert 3 <= stopped < 6
+  assert f"saved step {stopped}" in caplog.messages[-1]
+  assert main(runs.train_args(workdir, *SHORT)) == 0
+  assert_same_run(workdir, whole[0])
 
 
-@pytest.mark.ci
-def test_a_run_moves_from_8_devices_to_2_and_back(
-  runs, reference, batches, tmp_path
+def stop_after(process, step):
+  """Sends SIGTERM after a step; returns the step that was saved."""
+  assert process.wait_until(lambda: step in process.steps()), process.stderr()
+  process.send(signal.SIGTERM)
+  assert process.wait() == 0, process.stderr()
+  return read_stopped(process)
+
+
+def read_stopped(process):
+  line = process.stderr().splitlines()[-1]
+  return int(re.fullmatch(r"stopping: saved step (\d+);.*", line)[1])
+
+
+@pytest.mark.parametrize(
+  "devices",
+  [
+    pytest.param((8, 2), marks=pytest.mark.ci),
+    pytest.param((8, 2, 8), marks=pytest.mark.nightly),
+  ],
+)
+def test_a_run_moves_to_another_number_of_devices(
+  devices, runs, reference, batches, tmp_path
 ):
   workdir, record = tmp_path / "run", tmp_path / "batches"
-  stop_after(runs.train(workdir, record=record, devices=8), 3)
-  stop_after(runs.train(workdir, record=record, devices=2), 9)
-  runs.train_to_end(workdir, record=record, devices=8)
+  *before, last = devices
+  for i, count in enumerate(before):
+    process = runs.train(workdir, record=record, devices=count)
+    stopped = stop_after(process, 3 + 6 * i)
+    assert saved_steps(workdir)[-1] == stopped
+  process = runs.train_to_end(workdir, record=record, devices=last)
+  assert f"from step {stopped} of {TOTAL}" in process.stderr()
   assert read_batches(record) == batches
   assert_close_run(workdir, reference)
 
@@ -242,7 +353,7 @@ def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
   train_as_two(runs, reference, batches, tmp_path, devices=1, chain=chain)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_two_processes_go_on_where_two_stopped(
   runs, reference, batches, tmp_path
 ):
@@ -282,13 +393,11 @@ def stop_pair(pair, step, told):
   pair[told].send(signal.SIGTERM)
   for process in pair:
     assert process.wait() == 0, process.stderr()
-  line = leader.stderr().splitlines()[-1]
-  assert line.startswith("stopping: saved step "), line
   assert not other.steps()  # one of them speaks
-  return int(line.split()[3].rstrip(";"))
+  return read_stopped(leader)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly  # of a run's own evaluations: lifeline_test.py
 def test_two_processes_evaluate_each_example_once(runs, reference):
   args = ["evaluate", f"--workdir={reference.workdir}", "--json"]
   leader, other = runs.pair(args, devices=3)
@@ -314,58 +423,37 @@ def assert_same_evaluation(results, workdir):
 # --- damage ---
 
 
-@pytest.mark.ci
-def test_damaged_checkpoints_are_passed_over(runs, reference, tmp_path):
-  workdir = shutil.copytree(reference.workdir, tmp_path / "run")
-  files = {
-    step: max(
-      (f for f in (workdir / "checkpoints" / str(step)).rglob("*")),
-      key=lambda f: f.stat().st_size,
-    )
-    for step in (14, 12, 10)
-  }
-  os.truncate(files[14], files[14].stat().st_size // 2)
-  with files[12].open("r+b") as f:  # the right size, a few wrong bytes
-    f.seek(files[12].stat().st_size // 2)
-    f.write(b"\0" * 64)
-  (workdir / "checkpoints" / "10" / "meta" / "metadata").unlink()
-  damaged = {
-    s: snapshot(workdir / "checkpoints" / str(s)) for s in (14, 12, 10)
-  }
-
-  process = runs.train_to_end(workdir)
-
-  for step in (14, 12, 10):
-    assert f"checkpoint {step} is damaged" in process.stderr()
-    moved = workdir / "damaged" / f"checkpoints-{step}"
-    assert snapshot(moved) == damaged[step]  # nothing is deleted
-  assert "going on from step 8 of 14" in process.stderr()
-  assert "Traceback" not in process.stderr()
-  assert_same_run(workdir, reference.workdir)
+@pytest.mark.ci  # every file and kind of damage: checkpoint_test.py
+def test_a_damaged_checkpoint_is_passed_over(runs, whole, tmp_path, caplog):
+  workdir = shutil.copytree(whole[0], tmp_path / "run")
+  folder = workdir / "checkpoints" / "6"
+  file = max(folder.rglob("*"), key=lambda f: f.stat().st_size)
+  os.truncate(file, file.stat().st_size // 2)
+  damaged = snapshot(folder)
+  assert main(runs.train_args(workdir, *SHORT)) == 0
+  said = "\n".join(caplog.messages)
+  assert "checkpoint 6 is damaged" in said
+  assert "from step 4 of 6" in said
+  # Nothing is deleted.
+  assert snapshot(workdir / "damaged" / "checkpoints-6") == damaged
+  assert_same_run(workdir, whole[0])
 
 
 @pytest.mark.ci
-def test_a_file_that_cannot_be_written_stops_the_run(runs, reference, tmp_path):
-  workdir = take_back(reference.workdir, tmp_path / "run", to=10)
+def test_a_file_that_cannot_be_written_stops_the_run(runs, whole, tmp_path):
+  saved = [m for m in whole[1] if saved_steps(m.folder) == [2, 4]]
+  workdir = shutil.copytree(saved[-1].folder, tmp_path / "run")
   before = read_state(workdir)
-  process = runs.train(workdir, file_limit=2000)
+  process = runs.train(workdir, *SHORT, devices=DEVICES, file_limit=2000)
   assert process.wait() == 1, process.stderr()
   line = process.stderr().splitlines()[-1]
-  assert line.startswith(f"stopped: could not write a checkpoint to {workdir}")
-  assert "intact checkpoints: 8, 10; make room" in line
+  assert line.startswith("stopped: could not write")
+  assert f"{workdir}" in line
+  assert "intact checkpoints: 2, 4;" in line
   assert "Traceback" not in process.stderr()
   assert_equal_states(read_state(workdir), before)
-  runs.train_to_end(workdir)
-  assert_same_run(workdir, reference.workdir)
-
-
-def take_back(reference, workdir, to):
-  """Copies a run as it was when step `to` had just been saved."""
-  shutil.copytree(reference, workdir)
-  for step in saved_steps(workdir):
-    if step > to:
-      shutil.rmtree(workdir / "checkpoints" / str(step))
-  return workdir
+  assert main(runs.train_args(workdir, *SHORT)) == 0
+  assert_same_run(workdir, whole[0])
 
 
 def assert_equal_states(state, expected):
@@ -376,23 +464,20 @@ def assert_equal_states(state, expected):
 
 
 @pytest.mark.ci
-def test_a_full_disk_stops_the_run(runs, reference, tmp_path):
-  with small_disk(tmp_path / "disk", "20m") as disk:
-    process = runs.train(disk / "run")
-    assert process.wait() == 1, process.stderr()
-    line = process.stderr().splitlines()[-1]
+def test_a_full_disk_stops_the_run(runs, whole, tmp_path, capsys):
+  size = sum(size for size, _ in snapshot(whole[0]).values())
+  with small_disk(tmp_path / "disk", f"{size // 2048}k") as disk:
+    args = runs.train_args(disk / "run", *SHORT)
+    assert main(args) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("stopped: could not write")
     assert "No space left on device" in line
-    assert "Traceback" not in process.stderr()
     saved = saved_steps(disk / "run")
     assert saved
-    assert (
-      f"intact checkpoints: {', '.join(map(str, saved))}; make room" in line
-    )
+    assert f"intact checkpoints: {', '.join(map(str, saved))};" in line
     subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-    again = runs.train_to_end(disk / "run")
-    assert f"going on from step {saved[-1]} of 14" in again.stderr()
-    assert_same_run(disk / "run", reference.workdir)
+    assert main(args) == 0
+    assert_same_run(disk / "run", whole[0])
 
 
 @contextlib.contextmanager
@@ -409,16 +494,15 @@ def small_disk(folder, size):
 
 @pytest.mark.ci
 def test_a_loss_that_is_not_finite_stops_the_run(runs, tmp_path, capsys):
-  args = runs.train_args(tmp_path / "run", "schedule.base_lr=1e30")
+  args = runs.train_args(tmp_path / "run", *SHORT, "schedule.base_lr=1e30")
   assert main(args) == 1
-  (line,) = capsys.readouterr().err.splitlines()
+  line = capsys.readouterr().err.splitlines()[-1]
   step = int(line.partition(" at step ")[2].partition(";")[0])
   assert line.startswith(("stopped: loss is ", "stopped: gradient_norm is "))
   saved = saved_steps(tmp_path / "run")[-1]
   assert saved < step
-  good = f"the last good checkpoint is {tmp_path}/run/checkpoints/{saved}; "
-  assert good in line
-  assert "try in a new workdir: a lower schedule.base_lr" in line
+  assert f"{tmp_path}/run/checkpoints/{saved};" in line
+  assert "schedule.base_lr" in line
 
 
 # --- from one run to the next ---
@@ -440,20 +524,24 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuned(runs, reference, photos, tmp_path_factory):
-  """(workdir, stderr): the reference's weights at another size, other classes.
+def tuned(runs, whole, photos, tmp_path_factory):
+  """(workdir, log): the short run's weights at another size, other classes.
 
   With everything that changes how it is computed switched on.
   """
   workdir = tmp_path_factory.mktemp("tuned") / "run"
-  process = runs.train_to_end(
+  lines = []
+  handler = logging.Handler()
+  handler.emit = lambda record: lines.extend(record.getMessage().splitlines())
+  logging.getLogger("vit_jax").addHandler(handler)
+  args = runs.train_args(
     workdir,
-    f"init_from={reference.workdir}",
+    *SHORT,
+    f"init_from={whole[0]}",
     f"train.dataset=folder:{photos}",
     "train.split=train",
     "eval.split=test",
     "image_size=24",
-    "total_steps=6",
     "eval_every=3",
     "fsdp=2",
     "micro_batches=2",
@@ -463,32 +551,35 @@ def tuned(runs, reference, photos, tmp_path_factory):
     "profile_step=3",
     "profile_steps=2",
   )
-  return workdir, process.stderr()
+  assert main(args) == 0
+  logging.getLogger("vit_jax").removeHandler(handler)
+  return workdir, lines
 
 
-def test_fine_tuning_reports_what_it_took(reference, tuned):
-  workdir, stderr = tuned
-  best = reference.workdir / "best"
-  assert f"weights from {best}" in stderr
-  assert re.search(r"^taken: [5-9]\d arrays$", stderr, re.M)
+@pytest.mark.ci
+def test_fine_tuning_reports_what_it_took(whole, tuned):
+  workdir, lines = tuned
+  assert any(x.startswith(f"weights from {whole[0]}/best") for x in lines)
   for line in (
     "resized: Transformer/posembed_input/pos_embedding 2x2 -> 3x3",
     "new: head/bias 3",
-    "new: head/kernel 128x3",
+    "new: head/kernel 16x3",
     "dropped: head/bias 10",
-    "dropped: head/kernel 128x10",
+    "dropped: head/kernel 16x10",
   ):
-    assert line in stderr.splitlines()
+    assert line in lines
   # A new head is zero: the first loss is that of a guess.
   assert read_losses(workdir)[1] == pytest.approx(np.log(3), rel=1e-5)
 
 
+@pytest.mark.ci
 def test_the_profiler_window_is_written(tuned):
-  workdir, stderr = tuned
-  assert f"profile of 2 steps in {workdir}" in stderr
+  workdir, lines = tuned
+  assert any(x.startswith("profile of 2 steps") for x in lines)
   assert list((workdir / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.ci
 def test_evaluate_repeats_the_runs_own_numbers(tuned, capsys):
   workdir, _ = tuned
   assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
@@ -503,6 +594,7 @@ def test_evaluate_repeats_the_runs_own_numbers(tuned, capsys):
   assert_same_evaluation(results, workdir)
 
 
+@pytest.mark.ci
 def test_predict_agrees_with_evaluate(tuned, photos, capsys):
   workdir, _ = tuned
   files = sorted(map(str, (photos / "test").rglob("*.*")))
