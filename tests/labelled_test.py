@@ -12,7 +12,7 @@ import tarfile
 import time
 from pathlib import Path
 
-import measure_data_build
+import data_build
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -395,8 +395,8 @@ def test_a_full_disk_is_one_line(some_parts, tmp_path, inline):
 
 @pytest.mark.ci
 def test_the_figures_of_the_readme_in_small(tmp_path):
-  """`python tests/measure_data_build.py` makes those in README."""
-  found = measure_data_build.measure(tmp_path, 3000, tests=200, workers=2)
+  """`python benchmarks/data_build.py` makes those in README."""
+  found = data_build.measure(tmp_path, 3000, tests=200, workers=2)
   assert found["same"]
   assert 1 <= found["untouched"] == found["kept"] < found["parts"] == 3
   assert found["listed"] == found["ruined"] == found["unreadable"] == 10
@@ -406,9 +406,7 @@ def test_the_figures_of_the_readme_in_small(tmp_path):
   assert found["strangers"] > 2800
   wrong, digits = found["digits"]
   assert wrong < 0.1 * digits
-  assert "the same records as without" in measure_data_build.format_tables(
-    found
-  )
+  assert "the same records as without" in data_build.format_tables(found)
 
 
 @pytest.mark.parametrize(
