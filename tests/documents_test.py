@@ -539,7 +539,7 @@ def test_commands_are_taken_by_their_parsers(capsys):
     "make tests",
     "launch/tpu.py remove",
     "pip install '.[gpus]'",
-    ".venv/bin/python tests/measure_nothing.py",
+    ".venv/bin/python benchmarks/nothing.py",
     "python -m vit_jax inspekt",
   ],
 )

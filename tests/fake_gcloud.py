@@ -1,9 +1,11 @@
-"""Plays Google's gcloud: the part of it that launch/tpu.py uses.
+"""A mock of Google's gcloud: the part of it that launch/tpu.py uses.
 
 The cloud is a folder, $FAKE_CLOUD: `state` is that of the request (no file: no
 request), `nodes` lists "NODE STATE" a line, `workers/NAME` are the homes of the
 machines, `errors/COMMAND` is what a command fails with, `calls` is what was
 called. A remote command is run by a real shell in every worker's home.
+
+`call` is `python fake_gcloud.py ...` without the process.
 """
 
 import contextlib
@@ -14,13 +16,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
-CLOUD = pathlib.Path(os.environ["FAKE_CLOUD"])
-HOMES = CLOUD / "workers"
+CLOUD = pathlib.Path()
+HOMES = pathlib.Path()
+
+
+def call(argv):
+  """Returns the subprocess.CompletedProcess of `gcloud ARGV`."""
+  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      try:
+        main(argv)
+      except SystemExit as e:
+        code = e.code
+    out.seek(0)
+    err.seek(0)
+    return subprocess.CompletedProcess(argv, code, out.read(), err.read())
 
 
 def main(argv):
   """Does what `gcloud ARGV` would."""
+  global CLOUD, HOMES
+  CLOUD = pathlib.Path(os.environ["FAKE_CLOUD"])
+  HOMES = CLOUD / "workers"
   with (CLOUD / "calls").open("a") as file:
     file.write(json.dumps(argv) + "\n")
   assert argv[:2] == ["compute", "tpus"]
@@ -137,6 +157,9 @@ def play_ssh(name, flags, _):
       code = subprocess.run(
         ["sh", "-c", flags["command"]],
         cwd=home,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stdout,
+        stderr=sys.stderr,
         env={
           "HOME": str(home),
           "PATH": f"{home}/bin:{os.environ['PATH']}",

@@ -7,11 +7,13 @@ import logging
 import pathlib
 import random
 import re
+import shutil
 import socket
 import struct
 import threading
 import time
 
+import crashes
 import pytest
 
 from vit_jax.errors import UserError
@@ -207,6 +209,27 @@ def test_interrupted_download_goes_on(server, cache):
     "bytes=150000-",
   ]
   assert _list(cache) == ["a.npz"]
+
+
+def test_download_that_is_killed_at_any_moment(server, cache, tmp_path):
+  source = f"{server.address}#sha256={_SHA256}"
+  cache.mkdir()
+  with crashes.watch(cache, tmp_path / "copies") as moments:
+    fetch.locate(source)
+  asked = set()
+  for moment in moments:
+    shutil.rmtree(cache)
+    shutil.copytree(moment.folder, cache)
+    server.requests.clear()
+    if "a.npz" in _list(cache):
+      [file] = cache.rglob("a.npz")
+      assert file.read_bytes() == _BODY, moment.next
+    assert _read(source) == _BODY, moment.next
+    assert "a.npz.part" not in _list(cache)
+    asked |= {span for _, span in server.requests}
+  # Some resumed; one from the middle.
+  assert None in asked
+  assert any(span for span in asked)
 
 
 def test_reset_connection_goes_on(server):

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import fake_runs
 import numpy as np
 import pytest
 import random_models
@@ -69,16 +70,17 @@ def write_run(path, losses, accuracy=None, init_from=None):
     "init_from": init_from and str(init_from),
     "total_epochs": 0.0,
   }
-  written = {"config": config, "total_steps": total, "class_names": ["a"] * 9}
-  path.mkdir(parents=True)
-  (path / "config.json").write_text(json.dumps(written))
   lines = [{"step": i + 1, "train/loss": x} for i, x in enumerate(losses)]
   if accuracy is not None:
     lines.append({"step": total, "eval/accuracy": accuracy})
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  # What is being written may be half a line.
-  (path / "metrics.jsonl").write_text(text + '{"step')
-  return path
+  return fake_runs.write(
+    path,
+    config,
+    lines,
+    total_steps=total,
+    unfinished='{"step',
+    class_names=["a"] * 9,
+  )
 
 
 def test_everything_of_a_checkpoint(run, pictures, tmp_path):

@@ -5,14 +5,16 @@ import io
 import json
 import os
 import re
+import resource
+import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
-import measure_data_build
+import crashes
+import data_build
+import forks
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -21,7 +23,7 @@ from tiny_runs import REPO
 
 from vit_jax import data, datasets, preprocess
 from vit_jax.data import labelled, near_duplicates, own_files
-from vit_jax.errors import UserError
+from vit_jax.errors import RunStopped, UserError
 
 
 def _image(seed, size=(40, 32)):
@@ -115,7 +117,7 @@ def test_a_data_set_is_freed_of_test_images(tmp_path, inline, capsys):
       datasets.build("other", **options, **again)
 
 
-def test_a_folder_becomes_a_data_set(tmp_path):
+def test_a_folder_becomes_a_data_set(tmp_path, inline):
   _make(tmp_path, 30, bad=[7])
   (tmp_path / "images" / "a" / "nobody.jpg").write_bytes(b"")
   report = _build(tmp_path, min_confidence=0.5, holdout=0.3)
@@ -266,48 +268,101 @@ def test_bombs_and_ruins_are_listed(tmp_path, inline):
   assert report["train"] == 2
 
 
-# --- twins, going on, and mistakes ---
+# --- builds that are interrupted ---
 
 
-# Images of builds that are interrupted, and the parts that they are.
+def _read_files(folder):
+  """Returns {name: content} of a data set; what is no matter left out."""
+  files = {f.name: f.read_bytes() for f in folder.iterdir()}
+  return {name: x for name, x in files.items() if name[:5] not in _EXTRA}
+
+
+_EXTRA = ("part-", "plan.")  # a kill at the very end leaves them
+
+
+def test_a_build_that_is_killed_at_any_moment(tmp_path, inline, monkeypatch):
+  monkeypatch.setattr(labelled, "_PART", 4)
+  _make(tmp_path, 10)
+  (tmp_path / "data").mkdir()
+  with crashes.watch(tmp_path / "data", tmp_path / "copies") as moments:
+    _build(tmp_path, holdout=0.5)
+  assert sorted(inline) == [0, 1, 2]
+  expected = _read_files(tmp_path / "data/mine/1.0.0")
+  assert {"report.json", "dataset_info.json", "features.json"} < set(expected)
+  resumed = set()
+  for moment in moments:
+    shutil.rmtree(tmp_path / "data")
+    shutil.copytree(moment.folder, tmp_path / "data")
+    inline.clear()
+    if not (tmp_path / "data/mine/1.0.0").exists():
+      with pytest.raises(UserError):  # nothing partial is read
+        data.get_source("mine", "train", str(tmp_path / "data"))
+      finished = len(list(moment.folder.glob("mine/*/part-*.json")))
+      _build(tmp_path, holdout=0.5)
+      assert len(inline) == 3 - finished, moment.next
+      resumed.add(finished)
+    found = _read_files(tmp_path / "data/mine/1.0.0")
+    assert found == expected, moment.next
+  assert resumed == {0, 1, 2, 3}
+
+
+def test_a_full_disk_stops_a_build(tmp_path, inline):
+  _make(tmp_path, 10)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+  try:
+    with pytest.raises(RunStopped, match="File too large"):
+      _build(tmp_path)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert not list(tmp_path.glob("data/mine/*/part-*.json"))
+  assert _build(tmp_path)["train"] == 10
+
+
+# Images of builds in processes of their own, and the parts that they are.
 _COUNT, _PARTS = 4000, 4
 
 
 @pytest.fixture(scope="module")
 def some_parts(tmp_path_factory):
   root = tmp_path_factory.mktemp("some_parts")
-  _make(root, _COUNT)
+  _make(root, 10)
+  folder = root / "images" / "a"
+  rows = ["image,label"]
+  for i in range(_COUNT):
+    if i >= 10:
+      os.link(folder / f"{i % 10}.jpg", folder / f"{i}.jpg")
+    rows.append(f"a/{i}.jpg,pet")
+  (root / "labels.csv").write_text("\n".join(rows))
   return root
 
 
-def _interrupt(source, root, prefix="", workers=1):
-  """Starts a build, and waits for its first part.
+def _start(source, root):
+  """Starts a build with one worker, and waits for its first part.
 
   Returns:
-    The process and the folder that it writes into.
+    The process, the ids of its workers, its log and the folder that it writes.
   """
   for name in ("images", "labels.csv"):
     (root / name).symlink_to(source / name)
-  command = [sys.executable, "-m", "vit_jax", "data", "build", "mine"]
+  command = ["-m", "vit_jax", "data", "build", "mine", "--workers=1"]
   command += [f"--images={root}/images", f"--labels={root}/labels.csv"]
-  command += [f"--data_dir={root}/data", f"--workers={workers}"]
-  process = subprocess.Popen(
-    ["bash", "-c", f'{prefix} exec "$@"', "bash", *command],
-    env=os.environ | {"PYTHONPATH": str(REPO)},
-    start_new_session=True,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+  command += [f"--data_dir={root}/data"]
+  log = root / "log"
+  with open(log, "w") as file:
+    process = forks.Fork(
+      command, env=os.environ, cwd=REPO, stdout=file, stderr=file
+    )
   partial = root / "data" / "mine" / "1.0.0.building"
   deadline = time.monotonic() + 120
   while not list(partial.glob("part-*.json")) and process.poll() is None:
     assert time.monotonic() < deadline
     time.sleep(0.02)
-  return process, partial
+  return process, _list_workers(process), log, partial
 
 
 def _list_workers(process):
-  """Returns the numbers of the processes that a pool has started."""
+  """Returns the ids of the processes that a pool has started."""
   found = []
   for folder in Path("/proc").glob("[0-9]*"):
     try:
@@ -320,7 +375,7 @@ def _list_workers(process):
   return found
 
 
-def _go_on(root, partial, inline):
+def _resume(root, partial, inline):
   """Builds to the end; only what was not finished is written."""
   done = len(list(partial.glob("part-*.json")))
   assert 0 < done < _PARTS
@@ -331,72 +386,50 @@ def _go_on(root, partial, inline):
 
 
 @pytest.mark.ci
-def test_a_killed_build_goes_on(some_parts, tmp_path, inline):
-  process, partial = _interrupt(some_parts, tmp_path)
+def test_a_killed_build_goes_on(some_parts, tmp_path, inline, fork_server):
+  process, workers, _, partial = _start(some_parts, tmp_path)
   with pytest.raises(UserError, match="another build is at work in it"):
     _build(tmp_path)
-  os.killpg(process.pid, signal.SIGKILL)
-  process.communicate()
-  with pytest.raises(UserError, match="a build of other images"):
-    _build(tmp_path, holdout=0.5)
-  _go_on(tmp_path, partial, inline)
-
-
-@pytest.mark.ci
-def test_ctrl_c_says_how_to_go_on(some_parts, tmp_path, inline):
-  # One worker, with two parts to go: of two both might be done by now.
-  process, partial = _interrupt(some_parts, tmp_path)
-  start = time.monotonic()
-  os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-  said = process.communicate()[1]
-  assert time.monotonic() - start < 20
-  assert process.returncode == 130
-  assert "stopped; finished parts are kept, the same command goes on" in said
-  assert "Traceback" not in said
-  assert "KeyboardInterrupt" not in said
-  _go_on(tmp_path, partial, inline)
-
-
-@pytest.mark.ci
-def test_a_worker_that_is_killed(some_parts, tmp_path, inline):
-  process, partial = _interrupt(some_parts, tmp_path)
-  os.kill(_list_workers(process)[0], signal.SIGKILL)
-  said = process.communicate()[1]
-  assert process.returncode == 1
-  assert re.search("^stopped: a worker died.* goes on", said, re.MULTILINE)
-  assert "Traceback" not in said
-  _go_on(tmp_path, partial, inline)
-
-
-@pytest.mark.ci
-def test_workers_end_with_a_build_that_is_killed_alone(some_parts, tmp_path):
-  process, _ = _interrupt(some_parts, tmp_path)
-  workers = _list_workers(process)
   assert workers
   process.kill()
   process.wait()
   deadline = time.monotonic() + 10
   while any(Path(f"/proc/{worker}/stat").exists() for worker in workers):
-    assert time.monotonic() < deadline
+    assert time.monotonic() < deadline, "workers outlive the build"
     time.sleep(0.05)
+  with pytest.raises(UserError, match="a build of other images"):
+    _build(tmp_path, holdout=0.5)
+  _resume(tmp_path, partial, inline)
 
 
 @pytest.mark.ci
-def test_a_full_disk_is_one_line(some_parts, tmp_path, inline):
-  # No file may have more than 64 kB: a part has some 1.5 MB.
-  process, partial = _interrupt(some_parts, tmp_path, "ulimit -f 64;")
-  said = process.communicate()[1]
-  assert process.returncode == 1
-  assert re.search("^stopped: .*File too large.* goes on", said, re.MULTILINE)
+def test_ctrl_c_says_how_to_go_on(some_parts, tmp_path, inline, fork_server):
+  process, workers, log, partial = _start(some_parts, tmp_path)
+  for pid in (process.pid, *workers):  # as a terminal does
+    os.kill(pid, signal.SIGINT)
+  assert process.wait(300) == 130
+  said = log.read_text()
+  assert "stopped; finished parts are kept, the same command goes on" in said
   assert "Traceback" not in said
-  assert not list(partial.glob("part-*.json"))
-  assert _build(tmp_path)["train"] == _COUNT
+  assert "KeyboardInterrupt" not in said
+  _resume(tmp_path, partial, inline)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
+def test_a_worker_that_is_killed(some_parts, tmp_path, inline, fork_server):
+  process, workers, log, partial = _start(some_parts, tmp_path)
+  os.kill(workers[0], signal.SIGKILL)
+  assert process.wait(300) == 1
+  said = log.read_text()
+  assert re.search("^stopped: a worker died.* goes on", said, re.MULTILINE)
+  assert "Traceback" not in said
+  _resume(tmp_path, partial, inline)
+
+
+@pytest.mark.nightly
 def test_the_figures_of_the_readme_in_small(tmp_path):
-  """`python tests/measure_data_build.py` makes those in README."""
-  found = measure_data_build.measure(tmp_path, 3000, tests=200, workers=2)
+  """`python benchmarks/data_build.py` makes those in README."""
+  found = data_build.measure(tmp_path, 3000, tests=200, workers=2)
   assert found["same"]
   assert 1 <= found["untouched"] == found["kept"] < found["parts"] == 3
   assert found["listed"] == found["ruined"] == found["unreadable"] == 10
@@ -406,9 +439,10 @@ def test_the_figures_of_the_readme_in_small(tmp_path):
   assert found["strangers"] > 2800
   wrong, digits = found["digits"]
   assert wrong < 0.1 * digits
-  assert "the same records as without" in measure_data_build.format_tables(
-    found
-  )
+  assert "the same records as without" in data_build.format_tables(found)
+
+
+# --- mistakes ---
 
 
 @pytest.mark.parametrize(

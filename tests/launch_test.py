@@ -1,6 +1,8 @@
 """launch/: every command, against a cloud that is a folder; the manifests."""
 
 import contextlib
+import importlib.util
+import io
 import json
 import os
 import shlex
@@ -13,12 +15,17 @@ import time
 from pathlib import Path
 
 import compiled
+import fake_gcloud
 import pytest
 import yaml
 from tiny_runs import Process, find_port, saved_steps
 
 REPO = Path(__file__).parents[1]
 TPU = REPO / "launch" / "tpu.py"
+_SPEC = importlib.util.spec_from_file_location("tpu", TPU)
+tpu = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(tpu)
+_FORKS = "VIT_JAX_TESTS_FORKS"  # the address of forks.py's server
 
 # A worker's tools. `uv` makes an environment whose vit-jax does as the test
 # says; its python is this one and imports what was sent.
@@ -47,6 +54,14 @@ echo "$starts" > "$FAKE_CLOUD/$WORKER"
 END
 chmod +x venv/bin/*
 """
+
+
+def _run(command, *, run=subprocess.run, **kwargs):
+  if command[0] != "gcloud":
+    return run(command, **kwargs)
+  if not shutil.which("gcloud", path=os.environ["PATH"]):
+    raise FileNotFoundError
+  return fake_gcloud.call(command[1:])
 
 
 class Cloud:
@@ -78,14 +93,18 @@ class Cloud:
     (self.folder / "run").write_text(script)
 
   def call(self, *words, env=None):
-    """Runs launch/tpu.py."""
-    return subprocess.run(
-      [sys.executable, "-S", "-E", TPU, *words],
-      env=self.environment | (env or {}),
-      capture_output=True,
-      text=True,
-      timeout=60,
-      check=False,
+    """Runs launch/tpu.py in this process; gcloud is a function."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+      for name, text in (self.environment | (env or {})).items():
+        patch.setenv(name, text)
+      patch.setattr(tpu.subprocess, "run", _run)
+      patch.setattr(tpu, "POLL", 0.05)
+      patch.setattr(sys, "stdout", out)
+      patch.setattr(sys, "stderr", err)
+      code = tpu.main(list(words))
+    return subprocess.CompletedProcess(
+      words, code, out.getvalue(), err.getvalue()
     )
 
   def start(self, *words):
@@ -148,12 +167,11 @@ def cloud(tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-  """A folder with a pod of two workers that are set up."""
+  """A folder with a pod of two workers, and what their setup printed."""
   folder = tmp_path_factory.mktemp("prepared")
   cloud = Cloud(folder)
   cloud.do("create")
-  cloud.do("setup")
-  return folder
+  return folder, cloud.do("setup")
 
 
 @pytest.fixture
@@ -161,7 +179,7 @@ def pod(prepared, tmp_path):
   """A pod of two workers that are set up."""
   # The code was there; vit-jax is a script of the environment beside it.
   shutil.copytree(
-    prepared,
+    prepared[0],
     tmp_path / "pod",
     ignore=lambda folder, names: names if folder.endswith("/code") else (),
   )
@@ -204,11 +222,11 @@ def test_create_several_slices(cloud):
   assert "pod-1: READY, 2 workers" in cloud.do("status")
 
 
-def test_setup_brings_the_same_commit_and_constraints_everywhere(cloud):
-  cloud.do("create")
-  out = cloud.do("setup")
+def test_setup_brings_the_same_commit_and_constraints_everywhere(prepared):
+  folder, out = prepared
   for worker in ("pod-w-0", "pod-w-1"):
-    code = cloud.worker(worker) / "vit-jax" / "code"
+    home = folder / "cloud" / "workers" / worker
+    code = home / "vit-jax" / "code"
     sent = (code / "constraints.txt").read_text()
     committed = subprocess.run(
       ["git", "-C", REPO, "show", "HEAD:constraints.txt"],
@@ -218,7 +236,7 @@ def test_setup_brings_the_same_commit_and_constraints_everywhere(cloud):
     )
     assert sent == committed.stdout
     assert f"{worker}: python 3" in out
-    installed = (cloud.worker(worker) / "installed").read_text().splitlines()
+    installed = (home / "installed").read_text().splitlines()
     assert installed[0] == "uv venv --quiet --python 3.12 venv"
     assert "--constraint code/constraints.txt" in installed[1]
     assert installed[1].endswith("--editable ./code[tpu]")
@@ -343,7 +361,7 @@ def test_watch_sees_a_preempted_machine_of_an_active_request(pod):
 @pytest.mark.ci
 def test_watch_gives_up_on_a_run_that_gets_no_further(pod):
   pod.runs('echo "step 5/9"; echo "loss is nan" ; exit 1')
-  line = pod.fails("watch", *TRAIN, env={"VIT_JAX_POLL": "0.01"})
+  line = pod.fails("watch", *TRAIN)
   assert "4 starts in a row got no further than step 5" in line
   assert "cannot go on (exit code 1)" in line
   assert (pod.folder / "pod-w-0").read_text() == "4\n"
@@ -528,21 +546,34 @@ def test_scripts_for_workers_are_sound(cloud):
 
 
 @pytest.fixture
-def machine(runs, tmp_path):
+def machine(fork_server, tmp_path):
   """The environment of a machine whose PATH has a vit-jax."""
   (tmp_path / "bin").mkdir()
-  write_script(
-    tmp_path / "bin" / "vit-jax", f'exec {sys.executable} -m vit_jax "$@"'
-  )
+  fork = f"{sys.executable} {REPO / 'tests' / 'forks.py'}"
+  write_script(tmp_path / "bin" / "vit-jax", f'exec {fork} -m vit_jax "$@"')
   return {
     "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
     "PYTHONPATH": str(REPO),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
     "--xla_backend_optimization_level=0",
-    **{name: os.environ[name] for name in compiled.ENVIRONMENT},
-    "TFDS_DATA_DIR": str(runs.data_dir),
+    **{name: os.environ[name] for name in (*compiled.ENVIRONMENT, _FORKS)},
   }
+
+
+@pytest.fixture
+def config(runs, tmp_path):
+  """A configuration file that says where the data is."""
+  shutil.copytree(runs.config.parent, tmp_path / "configs")
+  file = tmp_path / "configs" / "with_data.py"
+  file.write_text(
+    "from tiny_config import get_config as get_tiny_config\n"
+    "def get_config():\n"
+    "  config = get_tiny_config()\n"
+    f"  config.data_dir = {str(runs.data_dir)!r}\n"
+    "  return config\n"
+  )
+  return file
 
 
 def write_script(path, text):
@@ -578,8 +609,8 @@ def test_the_pods_of_the_manifest_find_each_other():
   assert pod["restartPolicy"] == "Never"  # which podFailurePolicy asks for
 
 
-@pytest.mark.ci
-def test_kubernetes_pods_train_stop_and_go_on(runs, machine, tmp_path):
+@pytest.mark.nightly  # as with Slurm
+def test_kubernetes_pods_train_stop_and_go_on(config, machine, tmp_path):
   _, spec, _ = read_manifest()
   (container,) = spec["template"]["spec"]["containers"]
 
@@ -591,7 +622,7 @@ def test_kubernetes_pods_train_stop_and_go_on(runs, machine, tmp_path):
         {e["name"]: e["value"] for e in container["env"]}
         | machine
         | {
-          "CONFIG": str(runs.config),
+          "CONFIG": str(config),
           "WORKDIR": str(tmp_path / "run"),
           "COORDINATOR": f"localhost:{port}",
           "JOB_COMPLETION_INDEX": str(i),
@@ -626,7 +657,9 @@ exit $first
 
 
 @pytest.mark.ci
-def test_slurm_trains_and_is_requeued_when_time_is_up(runs, machine, tmp_path):
+def test_slurm_trains_and_is_requeued_when_time_is_up(
+  config, machine, tmp_path
+):
   write_script(tmp_path / "bin" / "srun", _SRUN)
   write_script(tmp_path / "bin" / "scontrol", 'echo "$@" >> scontrol')
   (tmp_path / ".venv" / "bin").mkdir(parents=True)
@@ -638,7 +671,7 @@ def test_slurm_trains_and_is_requeued_when_time_is_up(runs, machine, tmp_path):
       [
         "bash",
         str(REPO / "launch" / "slurm.sbatch"),
-        f"--config={runs.config}",
+        f"--config={config}",
         f"--workdir={tmp_path}/run",
       ],
       machine | {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": str(job)},

@@ -1,6 +1,7 @@
 """Who imports whom: the layers of ARCHITECTURE.md, read from the source."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def _list_sources():
   return sources
 
 
+@functools.cache
 def _read_imports(path):
   """Returns the dotted names that a file imports anywhere in it."""
   names = set()
@@ -141,31 +143,28 @@ def test_packages_have_an_init(unit, path):
   assert (path.parent / "__init__.py").exists()
 
 
-def _list_loaded(statement, roots):
-  """Returns which of `roots` are loaded after `statement`, run by itself."""
-  code = f"import sys\n{statement}\nprint(*sys.modules, sep='\\n')"
-  modules = subprocess.run(
-    [sys.executable, "-c", code],
+def _list_loaded(*statements):
+  """Returns the packages that are loaded after each statement, one by one."""
+  code = "".join(f"{s}\nprint(*sys.modules)\n" for s in statements)
+  lines = subprocess.run(
+    [sys.executable, "-c", f"import sys\n{code}"],
     cwd=_PACKAGE.parent,
     check=True,
     capture_output=True,
     text=True,
-  ).stdout.split()
-  return {module.split(".")[0] for module in modules} & set(roots)
+  ).stdout.splitlines()
+  return [{name.split(".")[0] for name in line.split()} for line in lines]
 
 
-def test_import_vit_jax_loads_neither_jax_nor_tensorflow():
-  assert not _list_loaded("import vit_jax", ("jax", "flax", "tensorflow"))
-
-
-def test_models_steps_and_predict_load_no_tensorflow():
+def test_imports_load_no_more_than_they_need():
   units = sorted(_WITHOUT_TENSORFLOW & _UNITS)
-  statement = "\n".join(f"import vit_jax.{unit}" for unit in units)
-  roots = ("jax", "tensorflow", "tensorflow_datasets", "clu")
-  assert _list_loaded(statement, roots) == {"jax"}
-
-
-def test_bench_step_loads_what_a_bare_machine_has():
-  statement = "import vit_jax.__main__, vit_jax.bench.step"
-  roots = {*_CONTAINED, "ml_collections", "safetensors", "PIL", "jax"}
-  assert _list_loaded(statement, roots) == {"jax", "flax"}
+  package, bench, predict = _list_loaded(
+    "import vit_jax",
+    "import vit_jax.__main__, vit_jax.bench.step",
+    "import " + ", ".join(f"vit_jax.{unit}" for unit in units),
+  )
+  assert not package & {"jax", "flax", "tensorflow"}
+  # What a bare machine has.
+  others = {*_CONTAINED, "ml_collections", "safetensors", "PIL", "jax"}
+  assert bench & others == {"jax", "flax"}
+  assert not predict & {"tensorflow", "tensorflow_datasets", "clu"}

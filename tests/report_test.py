@@ -8,11 +8,11 @@ import re
 import shutil
 from pathlib import Path
 
+import fake_runs
 import numpy as np
 import pytest
 from browser import PHONE
 
-from vit_jax import config as configuration
 from vit_jax import report as report_package
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
@@ -21,23 +21,12 @@ from vit_jax.paper import flops
 from vit_jax.report import charts, details, page, report
 from vit_jax.report.runs import find_runs, measure_speed
 
-_REPO = Path(__file__).parents[1]
 _BAD_NAME = "<script>alert('&\"')</script>"
 
 
 def write_run(path, total_steps=40, steps=40, losses=None, **overrides):
   """Makes a run folder as `train` leaves it, without checkpoints."""
-  spec = str(_REPO / "configs" / "quickstart_finetune.py")
-  given = {k.replace("__", "."): str(x) for k, x in overrides.items()}
-  config = configuration.load(spec, {"batch_size": "32", **given})
-  written = {
-    "config": configuration.to_dict(config),
-    "total_steps": total_steps,
-    "class_names": [str(i) for i in range(10)],
-    "multilabel": False,
-  }
-  path.mkdir(parents=True)
-  (path / "config.json").write_text(json.dumps(written))
+  given = {"batch_size": 32, **overrides}
   lines = []
   for step in range(10, steps + 1, 10):
     line = {"step": step, "train/loss": (losses or {}).get(step, 8 / step)}
@@ -48,9 +37,14 @@ def write_run(path, total_steps=40, steps=40, losses=None, **overrides):
     lines.append(line)
     accuracy = 1 - 1 / step
     lines.append({"step": step, "eval/examples": 5, "eval/accuracy": accuracy})
-  text = "".join(json.dumps(line) + "\n" for line in lines)
-  (path / "metrics.jsonl").write_text(text)
-  return path
+  return fake_runs.write(
+    path,
+    fake_runs.load("quickstart_finetune.py", **given),
+    lines,
+    total_steps=total_steps,
+    class_names=[str(i) for i in range(10)],
+    multilabel=False,
+  )
 
 
 # --- reading ---

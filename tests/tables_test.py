@@ -5,6 +5,7 @@ import shlex
 import statistics
 from pathlib import Path
 
+import fake_runs
 import pytest
 
 from vit_jax import config as configuration
@@ -21,20 +22,14 @@ _RESULTS = (2, 5, 6, 7, 8, 9)
 
 def _write_run(path, spec, accuracy=None, *, steps=None, **overrides):
   """Makes a run folder as `train` leaves it, complete unless told otherwise."""
-  given = {key.replace("__", "."): str(x) for key, x in overrides.items()}
-  config = configuration.load(str(_REPO / "configs" / spec), given)
-  total = config.total_steps or 1000
-  written = {"config": configuration.to_dict(config), "total_steps": total}
-  path.mkdir(parents=True)
-  (path / "config.json").write_text(json.dumps(written))
+  config = fake_runs.load(spec, **overrides)
+  total = config["total_steps"] or 1000
   lines = [{"step": 1, "train/loss": 3.0}]
   last = {"step": total if steps is None else steps}
   if accuracy is not None:
     lines.append({"step": 1, "eval/accuracy": 0.01})
     last["eval/accuracy"] = accuracy
-  text = "".join(json.dumps(line) + "\n" for line in [*lines, last])
-  (path / "metrics.jsonl").write_text(text)
-  return path
+  return fake_runs.write(path, config, [*lines, last], total_steps=total)
 
 
 @pytest.fixture

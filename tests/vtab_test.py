@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+import stand_in
 from random_models import random_params
-from stand_in import STAND_IN
 from tiny_runs import snapshot
 
 from vit_jax import data, jobs, models, pretrained, sweep, vtab
@@ -41,9 +41,8 @@ def args(weights, tmp_path):
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-  monkeypatch.setattr(jobs, "_CHILD", STAND_IN)
-  monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
+def no_training(monkeypatch):
+  stand_in.use(monkeypatch, jobs, sweep)
   monkeypatch.setattr(vtab, "divide_devices", lambda _: [{}] * 5)
   # Data sets have tests of their own.
   monkeypatch.setattr(vtab, "_open_data", lambda *_: None)
@@ -81,7 +80,7 @@ def test_one_setting_for_all_or_each_its_own():
   assert apart == {"a": {"lr": "0"}, "b": {"lr": "2"}}
 
 
-def test_the_mini_tasks(args, stand_in, tmp_path, capsys):
+def test_the_mini_tasks(args, no_training, tmp_path, capsys):
   """All of it but the training, which a stand-in does."""
   grid = "--grid=schedule.base_lr=0.01,0.5,0.2"
   folder = tmp_path / "vtab"
@@ -118,7 +117,7 @@ def test_the_mini_tasks(args, stand_in, tmp_path, capsys):
   assert "structured" in capsys.readouterr().out
 
 
-def test_the_model_is_that_of_the_weights(args, stand_in, monkeypatch):
+def test_the_model_is_that_of_the_weights(args, no_training, monkeypatch):
   commands = []
   plan = sweep.plan
 

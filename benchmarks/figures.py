@@ -1,6 +1,6 @@
 """Measures `vit-jax figures`: seconds and memory, as the README has them.
 
-  .venv/bin/python tests/measure_figures.py
+  .venv/bin/python benchmarks/figures.py
 
 Of the quickstart's fine-tuned run, if there is one, and of a ViT-B_16 whose
 weights are a formula (350 MB in a temporary folder).

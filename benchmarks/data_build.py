@@ -1,6 +1,6 @@
 """Measures `vit-jax data build`: what README says of it comes from here.
 
-  python tests/measure_data_build.py
+  python benchmarks/data_build.py
 
 draws a test set and 20,000 images, hides copies of test images among them,
 changed in known ways, builds the set, also with a kill in the middle, and
