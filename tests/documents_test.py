@@ -8,6 +8,7 @@ those in sentences and in the code of notebooks.
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import functools
 import importlib.util
@@ -691,9 +692,15 @@ def _lay_out_weights(project):
   (project.folder / "names.txt").write_text(names + "\n")
 
 
+def _start_threads(count, mp_context, **options):
+  """A pool of threads: a process would import TensorFlow first."""
+  return concurrent.futures.ThreadPoolExecutor(count, **options)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("text", _RUN, ids=str)
-def test_a_command_runs(text, project):
+def test_a_command_runs(text, project, monkeypatch):
+  monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", _start_threads)
   command = next(c for c in _list_commands() if c.text == text)
   project.call(*command.words[1:], *_RUN[text])
 

@@ -213,6 +213,7 @@ def test_set_up_beside_the_package_alone_and_again_after_a_failure(tmp_path):
 # Values of variables of the notebooks with which they take seconds.
 _SMALL = {
   "finetune_your_images": {"steps": 20, "counts": {"train": 12, "test": 4}},
+  "high_resolution": {"sixths": (4, 6)},
   "reproduce_tables": {"steps": 16},
   "plan_a_pod": {"config": "configs/finetune.py:ViT-N_8,cifar10,32"},
 }
