@@ -1,6 +1,6 @@
 """The documents: no dead link, and every command is one that works.
 
-A command in a block of a document is run here (`_SET_UP`, `_RUN`, marked slow),
+A command in a block of a document is run here (`_SET_UP`, `_RUN`, marked ci),
 or by another test (`_TESTED`), or by CI, or a comment says what it takes, such
 as `# needs a download`: behind a command for that one, on a line of its own for
 all that follow up to an empty line. Such commands are only parsed, and so are
@@ -8,6 +8,7 @@ those in sentences and in the code of notebooks.
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import functools
 import importlib.util
@@ -23,7 +24,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from vit_jax import __main__ as cli
@@ -57,16 +57,17 @@ _PLACEHOLDER = re.compile(r"\.\.\.|\{|(?<![\w-])[A-Z]+(?![\w-])")
 
 # What is run here, in this order, and what is added so that it takes seconds.
 _TINY = (
+  "--config.model.variant=ViT-w32d1m64h2_8",
   "--config.total_steps=2",
   "--config.schedule.warmup_steps=0",
   "--config.batch_size=8",
 )
 _DIGITS = (*_TINY, "--config.eval.split=test[:40]")
 _SMALL = (
-  "--config.image_size=32",
-  "--config.model.dtype=float32",
-  "--config.model.scan=true",  # ViT-Ti_16 has twelve blocks to compile
   *_TINY,
+  "--config.model.variant=ViT-w32d1m64h2_16",
+  "--config.model.dtype=float32",
+  "--config.image_size=32",
 )
 # What all others need.
 _SET_UP = (
@@ -175,9 +176,14 @@ _TESTED = {
   "--image_size=96": "tests/export_test.py::test_the_documents_commands",
   "make quickstart": "tests/documents_test.py::test_the_quickstart",
 }
-_BY_CI = re.findall(
-  r"^(?:exec )?(make \S+)$", (REPO / ".ci" / "run").read_text(), re.MULTILINE
-)
+_BY_CI = {
+  f"make {word}"
+  for line in re.findall(
+    r"^(?:exec )?make (.+)$", (REPO / ".ci" / "run").read_text(), re.MULTILINE
+  )
+  for word in line.split()
+  if not word.startswith("-")
+}
 
 
 # --- what the documents have ---
@@ -623,30 +629,13 @@ class Project:
 
 
 @pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-  """Keeps compiled programs on disk: many commands have the same."""
-  options = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for values in (options, before):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    if values is options:
-      yield
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory, compiled_once):
+def project(tmp_path_factory):
   project = Project(tmp_path_factory.mktemp("project"))
   _draw_images(project.folder)
   _lay_out_weights(project)
   with pytest.MonkeyPatch.context() as patch:
-    # To draw all takes half a minute; the quickstart reads train[:4000].
-    for name, count in (("TRAIN_EXAMPLES", 4000), ("TEST_EXAMPLES", 100)):
+    # To draw all takes half a minute.
+    for name, count in (("TRAIN_EXAMPLES", 400), ("TEST_EXAMPLES", 100)):
       patch.setattr(f"vit_jax.data.builders.jft_like.{name}", count)
     for name in ("jft_like", "digits"):
       project.call("data", "prepare", name, "--data_dir=data")
@@ -682,7 +671,9 @@ def _draw_images(folder):
 
 def _lay_out_weights(project):
   """Writes random weights where a published file would have been loaded."""
-  model = models.create(variant="ViT-Ti_16", num_classes=10, image_size=224)
+  model = models.create(
+    variant="ViT-w32d1m64h2_16", num_classes=10, image_size=224
+  )
   rng = np.random.default_rng(0)
   shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
   arrays = {
@@ -701,9 +692,15 @@ def _lay_out_weights(project):
   (project.folder / "names.txt").write_text(names + "\n")
 
 
+def _start_threads(count, mp_context, **options):
+  """A pool of threads: a process would import TensorFlow first."""
+  return concurrent.futures.ThreadPoolExecutor(count, **options)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("text", _RUN, ids=str)
-def test_a_command_runs(text, project):
+def test_a_command_runs(text, project, monkeypatch):
+  monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", _start_threads)
   command = next(c for c in _list_commands() if c.text == text)
   project.call(*command.words[1:], *_RUN[text])
 
@@ -725,6 +722,7 @@ _get_config = get_config
 def get_config():
   config = _get_config()
   with config.unlocked():
+    config.model.variant = "ViT-w32d1m64h2_8"
     config.total_steps = 2
     config.schedule.warmup_steps = 0
     config.batch_size = 8
@@ -734,7 +732,8 @@ def get_config():
 
 
 @pytest.mark.ci
-def test_the_quickstart(project):
+def test_the_quickstart(project, monkeypatch):
+  monkeypatch.setattr("vit_jax.quickstart.PRIOR_EXAMPLES", 200)
   for half in ("pretrain", "finetune"):
     with open(project.folder / f"configs/quickstart_{half}.py", "a") as f:
       f.write(_SHORTER)

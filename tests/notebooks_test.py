@@ -1,7 +1,7 @@
 """Notebooks: complete as files, and run from their beginning.
 
-`make test-notebooks` runs each twice: in a checkout with the package installed,
-and as on Colab, where an empty folder and ipykernel are all there is.
+Each runs as on Colab: in an empty folder, with JAX and TensorFlow installed and
+this package not.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -209,26 +210,112 @@ def test_set_up_beside_the_package_alone_and_again_after_a_failure(tmp_path):
 # --- execution ---
 
 
+# Values of variables of the notebooks with which they take seconds.
+_SMALL = {
+  "finetune_your_images": {"steps": 20, "counts": {"train": 12, "test": 4}},
+  "high_resolution": {"sixths": (4, 6)},
+  "reproduce_tables": {"steps": 16},
+  "plan_a_pod": {"config": "configs/finetune.py:ViT-N_8,cifar10,32"},
+}
+# One device, and unoptimised code, which is there sooner.
+_XLA_FLAGS = "--xla_backend_optimization_level=0"
+# Colab has most of what the package needs; this it has not.
+_MISSING = re.compile(r"__editable__|(vit_jax|clu|libtpu)\b")
+
+
+def _shorten(name, folder):
+  """Writes a notebook with the values of `_SMALL`; returns the file."""
+  notebook = json.loads((_FOLDER / f"{name}.ipynb").read_text())
+  for variable, value in _SMALL.get(name, {}).items():
+    replaced = 0
+    for cell in notebook["cells"]:
+      cell["source"], count = re.subn(
+        rf"^{variable} = .*",
+        f"{variable} = {value!r}",
+        "".join(cell["source"]),
+        flags=re.MULTILINE,
+      )
+      replaced += count
+    assert replaced == 1, variable
+  file = folder / f"{name}.ipynb"
+  file.write_text(json.dumps(notebook))
+  return file
+
+
+class Runtime:
+  """A new environment, which sees most packages of the one of the tests."""
+
+  def __init__(self, folder: Path):
+    self.content = folder / "content"
+    self.content.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    self.bin = folder / "env" / "bin"
+    (self.site,) = (folder / "env").glob("lib/python*/site-packages")
+    preinstalled = folder / "preinstalled"
+    preinstalled.mkdir()
+    for path in Path(sysconfig.get_paths()["purelib"]).iterdir():
+      if not _MISSING.match(path.name):
+        (preinstalled / path.name).symlink_to(path)
+    # Packages outside of an environment's own folder are none that pip changes.
+    (self.site / "preinstalled.pth").write_text(f"{preinstalled}\n")
+    self.before = self.list_packages()
+    self.source = _load("execute").copy_checkout(folder / "source")
+    _commit(self.source)
+
+  def list_packages(self) -> set[str]:
+    """Returns the names of the packages in the environment's own folder."""
+    files = self.site.glob("*.dist-info")
+    return {file.name.partition("-")[0] for file in files}
+
+  def uninstall(self) -> None:
+    command = [self.bin / "python", "-I", "-m", "pip", "uninstall", "-qy"]
+    subprocess.run([*command, "vit_jax"], check=True)
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory):
+  return Runtime(tmp_path_factory.mktemp("runtime"))
+
+
 @pytest.mark.ci
-@pytest.mark.xdist_group("checkout")
 @each
-def test_runs_in_a_checkout(name, tmp_path):
-  execute = _load("execute")
-  checkout = execute.copy_checkout(tmp_path / "vit_jax")
-  ran = execute.execute(
-    _FOLDER / f"{name}.ipynb",
-    checkout / "notebooks",
-    env={"PYTHONPATH": str(checkout)},
+def test_runs_as_on_colab(name, runtime, tmp_path):
+  """The first one installs the package, and so does one with an extra."""
+  extras = {"plan_a_pod": {"libtpu"}}.get(name, set())
+  if extras and "vit_jax" in runtime.list_packages():
+    runtime.uninstall()
+  path = os.environ["PATH"].split(os.pathsep)
+  own = str(Path(sys.executable).parent)
+  ran = _load("execute").execute(
+    _shorten(name, tmp_path),
+    runtime.content,
+    python=str(runtime.bin / "python"),
+    env={
+      "VIT_JAX_SOURCE": f"file://{runtime.source}",
+      "PATH": os.pathsep.join(x for x in path if x != own),
+      "PYTHONPATH": "",
+      "XLA_FLAGS": _XLA_FLAGS,
+    },
   )
   _check_run(ran.cells)
   # As many pictures as the file has: it is of this code.
   assert _count_pictures(ran.cells) == _count_pictures(_read(name))
+  # What was missing came, in the tested version, and nothing else.
+  added = runtime.list_packages() - runtime.before
+  assert added - {"libtpu"} == {"vit_jax", "clu"}
+  assert extras <= added
+  constraints = (_REPO / "constraints.txt").read_text()
+  (clu,) = runtime.site.glob("clu-*.dist-info")
+  assert clu.stem.replace("-", "==") in constraints.splitlines()
+  python = [runtime.bin / "python", "-I", "-c"]
+  said = subprocess.check_output(
+    [*python, "import vit_jax; print(vit_jax.__file__)"], text=True
+  )
+  assert Path(said).is_relative_to(runtime.content / "vit_jax_source")
 
 
 @pytest.mark.ci
-@pytest.mark.xdist_group("checkout")
-@pytest.mark.parametrize("name", ["quickstart", "figures"])
-def test_runs_with_published_weights(name, tmp_path):
+def test_runs_in_a_checkout_with_published_weights(tmp_path):
   """They are in the cache, of a smaller model; the names of classes are not."""
   weights = PUBLISHED["ViT-B_16-augreg-imagenet2012-224"]
   url = fetch._make_url(weights.address)
@@ -246,64 +333,15 @@ def test_runs_with_published_weights(name, tmp_path):
   execute = _load("execute")
   checkout = execute.copy_checkout(tmp_path / "vit_jax")
   ran = execute.execute(
-    _FOLDER / f"{name}.ipynb",
+    _FOLDER / "quickstart.ipynb",
     checkout / "notebooks",
     env={
       "PYTHONPATH": f"{checkout}{os.pathsep}{tmp_path}",
       "VIT_JAX_CACHE": str(tmp_path / "cache"),
+      "XLA_FLAGS": _XLA_FLAGS,
     },
   )
   _check_run(ran.cells)
   texts = [x.get("text", "") for c in ran.cells for x in c.get("outputs", ())]
   assert not any("No download possible" in text for text in texts)
   assert sum(_count_pictures(ran.cells)) >= 1
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory):
-  """A new environment with ipykernel alone, and the project's address."""
-  folder = tmp_path_factory.mktemp("runtime")
-  subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
-  python = str(folder / "env" / "bin" / "python")
-  constraints = str(_REPO / "constraints.txt")
-  pip = [
-    python,
-    "-I",
-    "-m",
-    "pip",
-    "install",
-    "-q",
-    "--constraint",
-    constraints,
-  ]
-  subprocess.run([*pip, "ipykernel"], check=True)
-  source = _load("execute").copy_checkout(folder / "source")
-  _commit(source)
-  return python, f"file://{source}"
-
-
-@pytest.mark.ci
-@pytest.mark.xdist_group("colab")
-@each
-def test_runs_as_on_colab(name, runtime, tmp_path):
-  python, source = runtime
-  # The install cell of each notebook has its work to do.
-  remove = [python, "-I", "-m", "pip", "uninstall", "-qy", "vit_jax"]
-  subprocess.run(remove, check=True, capture_output=True)
-  content = tmp_path / "content"
-  content.mkdir()
-  path = os.environ["PATH"].split(os.pathsep)
-  own = str(Path(sys.executable).parent)
-  ran = _load("execute").execute(
-    _FOLDER / f"{name}.ipynb",
-    content,
-    python=python,
-    env={
-      "VIT_JAX_SOURCE": source,
-      "PATH": os.pathsep.join(x for x in path if x != own),
-      "PYTHONPATH": "",
-    },
-  )
-  assert (content / "vit_jax_source" / "notebooks").is_dir()
-  _check_run(ran.cells)
-  assert _count_pictures(ran.cells) == _count_pictures(_read(name))
