@@ -14,7 +14,6 @@ from vit_jax import models
 from vit_jax.pretrained import Weights
 from vit_jax.state import as_lazy, flatten, unflatten
 
-
 _create = functools.lru_cache(models.create)
 
 
