@@ -1,8 +1,4 @@
-"""Exports: what they compute, run by others, and what cannot be exported.
-
-`make test-export` runs those tests that convert a model; the default ones stop
-before.
-"""
+"""Exports: what they compute, run by others, and what cannot be exported."""
 
 import importlib.metadata
 import json
@@ -11,6 +7,7 @@ import resource
 import subprocess
 import sys
 
+import covering
 import jax
 import numpy as np
 import pytest
@@ -104,15 +101,21 @@ def _compare_with_numpy(text, size, *shapes):
     assert difference.mean() < 0.03
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
   ("text", "size"),
   [
-    ("central_crop(size)", (24, 30)),
-    ("resize(size, 'area')", (24, 30)),
-    ("resize((31, 33))|resize(size, 'area')", (16, 24)),
-    ("resize_small(20, 'bilinear')|resize(size)", (24, 30)),
-    ("resize_small(256)|central_crop(size)", (224, 224)),
+    pytest.param(text, size, marks=mark)
+    for text, size, mark in (
+      ("resize((31, 33))|resize(size, 'area')", (16, 24), pytest.mark.ci),
+      ("resize_small(20, 'bilinear')|resize(size)", (24, 30), pytest.mark.ci),
+      ("central_crop(size)", (24, 30), pytest.mark.nightly),
+      ("resize(size, 'area')", (24, 30), pytest.mark.nightly),
+      (
+        "resize_small(256)|central_crop(size)",
+        (224, 224),
+        pytest.mark.nightly,
+      ),
+    )
   ],
 )
 def test_graph_prepares_as_numpy_at_other_sizes(text, size):
@@ -128,7 +131,7 @@ def test_graph_says_what_it_cannot_prepare():
     )
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 @pytest.mark.parametrize("variant", ["RN+ViT-w16d2m24h2_8", "RNx1"])
 def test_plain_operations_compute_the_same(variant):
   model = models.create(
@@ -230,7 +233,7 @@ def test_nothing_is_left_that_computes_something_else(
   assert not list(tmp_path.iterdir())
 
 
-# --- run by others: `make test-export` ---
+# --- run by others ---
 
 # Programs of somebody who has the folder, none of our code, and JAX only where
 # it is needed.
@@ -258,31 +261,45 @@ _CONSUMER = """
 import os, sys
 import numpy as np
 from PIL import Image
-folder, result, *inputs = sys.argv[1:]
-{open}
-found = {{}}
-for i, file in enumerate(inputs):
-  if file.endswith("npy"):
-    x = np.load(file)
-  else:
-    x = np.array(Image.open(file))[None]
-  for name, y in run(x).items():
-    found[f"{{name}}{{i}}"] = np.asarray(y)
-np.savez(result, **found)
+for case in sys.argv[1:]:
+  folder, result, *inputs = case.split(os.pathsep)
+  {open}
+  found = {{}}
+  for i, file in enumerate(inputs):
+    if file.endswith("npy"):
+      x = np.load(file)
+    else:
+      x = np.array(Image.open(file))[None]
+    for name, y in run(x).items():
+      found[f"{{name}}{{i}}"] = np.asarray(y)
+  np.savez(result, **found)
 assert "vit_jax" not in sys.modules
 """
 
 
-def _run_elsewhere(folder, to, inputs):
-  """Runs an export in a process that has none of our code."""
-  result = str(folder) + ".npz"
-  code = _CONSUMER.format(open=_OPEN[to])
-  command = [sys.executable, "-c", code, folder, result, *inputs]
+def _run_elsewhere(to, *cases):
+  """Runs exports in a process that has none of our code.
+
+  Args:
+    to: their format.
+    *cases: (folder, files of images) of each.
+
+  Returns:
+    The results of each.
+  """
+  code = _CONSUMER.format(open=_OPEN[to].strip().replace("\n", "\n  "))
+  words = [
+    os.pathsep.join(map(str, (folder, f"{folder}.npz", *inputs)))
+    for folder, inputs in cases
+  ]
   environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
   subprocess.run(
-    list(map(str, command)), check=True, cwd=folder, env=environment
+    [sys.executable, "-c", code, *words],
+    check=True,
+    cwd=cases[0][0],
+    env=environment,
   )
-  return np.load(result)
+  return [np.load(f"{folder}.npz") for folder, _ in cases]
 
 
 def _draw_images(folder, size):
@@ -302,7 +319,7 @@ def _save_pictures(folder):
   from sklearn.datasets import load_sample_images
 
   files = []
-  sizes = (None, (427, 300), (97, 211), (64, 48), (25, 31))
+  sizes = (None, (97, 211), (25, 31))
   for i, photograph in enumerate(load_sample_images().images):
     for j, size in enumerate(sizes):
       kind = "png" if (i + j) % 2 else "jpg"
@@ -312,50 +329,49 @@ def _save_pictures(folder):
   return files
 
 
-_others = pytest.mark.parametrize("variant", _MODELS)
-_formats = pytest.mark.parametrize("to", formats.FORMATS)
-
-
-@pytest.mark.ci
-@_formats
-@_others
-def test_logits_equal_the_models(to, variant, sources, tmp_path):
-  out = tmp_path / "out"
-  about = export(sources[variant], str(out), to)
-  size = _MODELS[variant][1]
-  batches, files = _draw_images(tmp_path, size)
-  found = _run_elsewhere(out, to, files)
-  model = vit_jax.load(sources[variant])
-  for i, batch in enumerate(batches):
-    logits = np.asarray(model(batch))
-    difference = np.abs(found[f"logits{i}"] - logits).max()
-    assert difference <= 1e-4 * logits.std()
-    np.testing.assert_allclose(
-      found[f"probabilities{i}"], model.probabilities(batch), atol=1e-5
+# The ViT in each format, and each architecture in one.
+@pytest.mark.parametrize(
+  ("to", "variant"),
+  [
+    pytest.param(
+      to,
+      variant,
+      marks=pytest.mark.ci
+      if variant == _VIT or to == "onnx"
+      else pytest.mark.nightly,
     )
-  assert json.loads((out / "export.json").read_text()) == about
+    for to in formats.FORMATS
+    for variant in _MODELS
+  ],
+)
+def test_logits_and_classes_are_the_models(to, variant, sources, tmp_path):
+  source, size = sources[variant], _MODELS[variant][1]
+  plain, whole = tmp_path / "plain", tmp_path / "whole"
+  about = export(source, str(plain), to)
+  assert json.loads((plain / "export.json").read_text()) == about
   assert about["input"]["shape"] == ["batch", *size, 3]
   assert about["class_names"] == list("abcde")
   assert about["loss"] == _MODELS[variant][3]
-
-
-@pytest.mark.ci
-@_formats
-@_others
-def test_pictures_are_classified_as_by_predict(to, variant, sources, tmp_path):
-  out = tmp_path / "out"
-  about = export(sources[variant], str(out), to, preprocess=True)
+  about = export(source, str(whole), to, preprocess=True)
   assert about["input"]["shape"] == ["batch", "height", "width", 3]
   assert "(size)" not in about["preprocessing"]["operations"]
-  files = _save_pictures(tmp_path)
-  found = _run_elsewhere(out, to, files)
-  results = predict(sources[variant], list(map(str, files)))
+
+  batches, files = _draw_images(tmp_path, size)
+  pictures = _save_pictures(tmp_path)
+  logits, classes = _run_elsewhere(to, (plain, files), (whole, pictures))
+  model = vit_jax.load(source)
+  for i, batch in enumerate(batches):
+    expected = np.asarray(model(batch))
+    difference = np.abs(logits[f"logits{i}"] - expected).max()
+    assert difference <= 1e-4 * expected.std()
+    np.testing.assert_allclose(
+      logits[f"probabilities{i}"], model.probabilities(batch), atol=1e-5
+    )
+  results = predict(source, list(map(str, pictures)))
   for i, result in enumerate(results):
     expected = {c["name"]: c["probability"] for c in result["classes"]}
-    probabilities = dict(
-      zip("abcde", found[f"probabilities{i}"][0], strict=True)
-    )
-    assert probabilities == pytest.approx(expected, abs=1e-3), files[i]
+    found = dict(zip("abcde", classes[f"probabilities{i}"][0], strict=True))
+    assert found == pytest.approx(expected, abs=1e-3), pictures[i]
 
 
 @pytest.mark.ci
@@ -367,26 +383,27 @@ def test_other_resolution(sources, tmp_path):
     "resize_small(smaller_size=84)|central_crop(size=(56, 56))"
   )
   batches, files = _draw_images(tmp_path, (56, 56))
-  found = _run_elsewhere(out, "stablehlo", files)
+  (found,) = _run_elsewhere("stablehlo", (out, files))
   logits = np.asarray(vit_jax.load(sources[_VIT], image_size=56)(batches[1]))
   difference = np.abs(found["logits1"] - logits).max()
   assert difference <= 1e-4 * logits.std()
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
   ("command", "shape", "size"),
   [
-    (
+    pytest.param(
       "export runs/quickstart/finetune digits --to=onnx",
       ["batch", *_MODELS[_VIT][1], 3],
       _MODELS[_VIT][1],
+      marks=pytest.mark.nightly,
     ),
-    (
+    pytest.param(
       "export runs/quickstart/finetune digits_96 --to=onnx --preprocess "
       "--image_size=96",
       ["batch", "height", "width", 3],
       (96, 96),
+      marks=pytest.mark.ci,
     ),
   ],
 )
@@ -402,14 +419,22 @@ def test_the_documents_commands(command, shape, size, tmp_path, monkeypatch):
   assert operations.endswith(f"central_crop(size={size})")
 
 
-@pytest.mark.ci
 @pytest.mark.parametrize(
   "options",
   [
-    {"pos_embedding": "relative", "representation_size": 8},
-    {"pos_embedding": "sincos2d", "classifier": "gap"},
-    {"pos_embedding": "2d", "pos_embedding_at": "every_layer"},
-    {"activation": "gelu_erf", "classifier": "map", "scan": True},
+    pytest.param(
+      {"pos_embedding": "relative", "representation_size": 8},
+      marks=pytest.mark.ci,
+    ),
+    pytest.param(
+      {"activation": "gelu_erf", "classifier": "gap", "scan": True},
+      marks=pytest.mark.ci,
+    ),
+    *covering.nightly(
+      {"pos_embedding": "sincos2d", "classifier": "gap"},
+      {"pos_embedding": "2d", "pos_embedding_at": "every_layer"},
+      {"activation": "gelu_erf", "classifier": "map", "scan": True},
+    ),
   ],
   ids=str,
 )
@@ -435,8 +460,8 @@ def vit_b(tmp_path_factory):
   return _write(folder, options, (224, 224), preprocess, "softmax", flat)
 
 
-@pytest.mark.ci
-@_formats
+@pytest.mark.nightly
+@pytest.mark.parametrize("to", formats.FORMATS)
 def test_vit_b_costs(to, vit_b, tmp_path):
   """Prints README's table, with `pytest -s`."""
   out = tmp_path / "out"

@@ -3,12 +3,18 @@
 import json
 import types
 
+import covering
 import ml_dtypes
 import numpy as np
 import pytest
 import reference_vit
 import torch_formats
-from random_models import assert_close, random_images
+from random_models import (
+  assert_close,
+  jit,
+  models_are_kept,  # noqa: F401 - a fixture
+  random_images,
+)
 from torch_formats import (
   VARIANT,
   assert_identical,
@@ -50,7 +56,7 @@ def _run(weights, images):
   """Returns everything on the way to the logits, in float32."""
   params = {path: x.read() for path, x in weights.params.items()}
   model = weights.create_model(dtype="float32")
-  return model.apply(unflatten(params), images, intermediates=True)
+  return jit(model)(unflatten(params), images, intermediates=True)
 
 
 def _images(size=(16, 24)):
@@ -70,16 +76,12 @@ def _expected(params, images, **options):
 # --- reading ---
 
 
-@pytest.mark.parametrize("modern", [False, True], ids=["v4", "v5"])
 @pytest.mark.parametrize(
-  ("act", "activation"),
-  [
-    ("gelu", "gelu_erf"),
-    ("gelu_pytorch_tanh", "gelu_tanh"),
-    ("gelu_new", "gelu_tanh"),
-  ],
+  ("act", "modern"),
+  covering.product(["gelu", "gelu_pytorch_tanh", "gelu_new"], [False, True]),
 )
-def test_logits(tmp_path, modern, act, activation):
+def test_logits(tmp_path, act, modern):
+  activation = "gelu_erf" if act == "gelu" else "gelu_tanh"
   params = random_weights()
   config = huggingface_config(hidden_act=act, layer_norm_eps=1e-3)
   arrays = torch_formats.huggingface(params, modern=modern)
@@ -224,13 +226,12 @@ def test_pixels_that_are_not_normalised(tmp_path):
 # --- writing ---
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-  ("num_classes", "representation_size"), [(5, 0), (0, 0), (0, 10)]
+  ("head", "dtype"),
+  covering.product([(5, 0), (0, 0), (0, 10)], ["float32", "bfloat16"]),
 )
-def test_file_to_file_is_the_same_bits(
-  tmp_path, dtype, num_classes, representation_size
-):
+def test_file_to_file_is_the_same_bits(tmp_path, head, dtype):
+  num_classes, representation_size = head
   params = random_weights(num_classes, representation_size=representation_size)
   prefix = "vit." if num_classes else ""
   arrays = {

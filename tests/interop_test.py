@@ -1,12 +1,16 @@
 """The same logits from other people's libraries, on the same weights.
 
-`make test-interop` runs this; it needs PyTorch, transformers and timm, which
-the package itself does not.
+They need PyTorch, transformers and timm, which the package itself does not.
 """
 
+import covering
 import numpy as np
 import pytest
-from random_models import random_params
+from random_models import (
+  jit,
+  models_are_kept,  # noqa: F401 - a fixture
+  random_params,
+)
 from torch_formats import VARIANT
 
 from vit_jax import models
@@ -21,8 +25,6 @@ from vit_jax.pretrained import (
 )
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten, unflatten
-
-pytestmark = pytest.mark.ci
 
 # Relative to the logits' standard deviation, in float32.
 TOLERANCE = 1e-4
@@ -53,7 +55,7 @@ def _run_ours(weights, images, method=None):
     params[POS_EMBEDDING] = posemb.resize_tokens(
       params[POS_EMBEDDING], old_grid, model.grid, method
     )
-  return np.asarray(model.apply(unflatten(params), images))
+  return np.asarray(jit(model)(unflatten(params), images))
 
 
 def _run_torch(libraries, model, images, **options):
@@ -95,6 +97,7 @@ def _ours(variant=VARIANT, size=SIZE, num_classes=5, **options):
 # --- position embeddings ---
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("method", "antialias"), [("timm", True), ("huggingface", False)]
 )
@@ -145,9 +148,15 @@ def _make_huggingface(libraries, kind="ViTForImageClassification", **changes):
   return _randomise(libraries, model)
 
 
-@pytest.mark.parametrize("size", [SIZE, (16, 16)])
-@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "gelu_new"])
-@pytest.mark.parametrize("epsilon", [1e-12, 1e-2])
+@pytest.mark.parametrize(
+  ("act", "epsilon", "size"),
+  covering.product(
+    ["gelu", "gelu_pytorch_tanh", "gelu_new"],
+    [1e-12, 1e-2],
+    [SIZE, (16, 16)],
+    mark="ci",
+  ),
+)
 def test_huggingface_to_ours(libraries, tmp_path, act, epsilon, size):
   model = _make_huggingface(
     libraries, hidden_act=act, layer_norm_eps=epsilon, image_size=list(size)
@@ -158,6 +167,7 @@ def test_huggingface_to_ours(libraries, tmp_path, act, epsilon, size):
   assert _difference(found, expected) <= TOLERANCE
 
 
+@pytest.mark.ci
 def test_huggingface_in_parts_to_ours(libraries, tmp_path):
   model = _make_huggingface(libraries)
   model.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -171,6 +181,7 @@ def test_huggingface_in_parts_to_ours(libraries, tmp_path):
 
 # Hugging Face resizes square embeddings only, and tells only by the number of
 # patches whether it must.
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [(40, 40), (16, 64), (16, 16)])
 def test_huggingface_at_another_resolution(libraries, tmp_path, size):
   model = _make_huggingface(libraries, image_size=24)
@@ -183,6 +194,7 @@ def test_huggingface_at_another_resolution(libraries, tmp_path, size):
   assert _difference(found, expected) <= TOLERANCE
 
 
+@pytest.mark.ci
 def test_huggingface_model_with_pooler(libraries, tmp_path):
   model = _make_huggingface(libraries, "ViTModel")
   model.save_pretrained(tmp_path)
@@ -191,6 +203,7 @@ def test_huggingface_model_with_pooler(libraries, tmp_path):
   assert _difference(found, expected) <= TOLERANCE
 
 
+@pytest.mark.ci
 def test_huggingface_model_for_masked_images(libraries, tmp_path):
   model = _make_huggingface(libraries, "ViTForMaskedImageModeling")
   model.save_pretrained(tmp_path)
@@ -201,6 +214,7 @@ def test_huggingface_model_for_masked_images(libraries, tmp_path):
   assert any("mask token" in note for note in weights.notes)
 
 
+@pytest.mark.ci
 def test_huggingface_image_processor(libraries, tmp_path):
   _make_huggingface(libraries).save_pretrained(tmp_path)
   libraries.transformers.ViTImageProcessor(
@@ -211,9 +225,12 @@ def test_huggingface_image_processor(libraries, tmp_path):
   assert weights.preprocess == "resize(size)"
 
 
-@pytest.mark.parametrize("size", [SIZE, (16, 16)])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
-@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
+@pytest.mark.parametrize(
+  ("activation", "epsilon", "size"),
+  covering.product(
+    ["gelu_tanh", "gelu_erf"], [1e-6, 1e-2], [SIZE, (16, 16)], mark="ci"
+  ),
+)
 def test_ours_to_huggingface(libraries, tmp_path, activation, epsilon, size):
   weights = _ours(size=size, activation=activation, layer_norm_epsilon=epsilon)
   huggingface.write(weights, tmp_path / "out")
@@ -225,6 +242,7 @@ def test_ours_to_huggingface(libraries, tmp_path, activation, epsilon, size):
   assert _difference(found, expected) <= TOLERANCE
 
 
+@pytest.mark.ci
 def test_ours_without_head_to_huggingface(libraries, tmp_path):
   weights = _ours(num_classes=0, representation_size=10)
   huggingface.write(weights, tmp_path / "out")
@@ -236,6 +254,7 @@ def test_ours_without_head_to_huggingface(libraries, tmp_path):
   assert _difference(_run_ours(weights, _images()), expected) <= TOLERANCE
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "preprocess",
   [
@@ -302,8 +321,10 @@ _POOLINGS = {
 }
 
 
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("pooling", _POOLINGS)
+@pytest.mark.parametrize(
+  ("pooling", "act"),
+  covering.product(list(_POOLINGS), ["gelu", "gelu_tanh"], mark="ci"),
+)
 def test_timm_to_ours(libraries, tmp_path, pooling, act):
   model = _make_timm(libraries, act_layer=act, **_POOLINGS[pooling])
   _save_timm(libraries, model, tmp_path)
@@ -312,8 +333,10 @@ def test_timm_to_ours(libraries, tmp_path, pooling, act):
   assert _difference(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("pooling", ["token", "avg"])
-@pytest.mark.parametrize("size", [(40, 24), (32, 64), (8, 16)])
+@pytest.mark.parametrize(
+  ("size", "pooling"),
+  covering.product([(40, 24), (32, 64), (8, 16)], ["token", "avg"], mark="ci"),
+)
 def test_timm_at_another_resolution(libraries, tmp_path, size, pooling):
   model = _make_timm(libraries, **_POOLINGS[pooling])
   _save_timm(libraries, model, tmp_path)
@@ -324,18 +347,20 @@ def test_timm_at_another_resolution(libraries, tmp_path, size, pooling):
   assert _difference(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu_erf"])
 @pytest.mark.parametrize(
-  "options",
-  [
-    {},
-    {"size": (16, 16)},
-    {"classifier": "gap"},
-    {"classifier": "map"},
-    {"pos_embedding": "none"},
-    {"num_classes": 0},
-  ],
-  ids=str,
+  ("options", "activation"),
+  covering.product(
+    [
+      {},
+      {"size": (16, 16)},
+      {"classifier": "gap"},
+      {"classifier": "map"},
+      {"pos_embedding": "none"},
+      {"num_classes": 0},
+    ],
+    ["gelu_tanh", "gelu_erf"],
+    mark="ci",
+  ),
 )
 def test_ours_to_timm(libraries, tmp_path, options, activation):
   weights = _ours(activation=activation, **options)
@@ -362,6 +387,7 @@ def _open_npz(reader, path):
   return reader.read(str(path), arrays)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [(16, 16), (32, 32)])
 def test_npz_to_timm(libraries, tmp_path, size):
   weights = _ours(size=(16, 16))
@@ -444,6 +470,7 @@ def _standardise_as_the_authors(libraries, monkeypatch):
   monkeypatch.setattr(conv, "forward", forward)
 
 
+@pytest.mark.ci
 def test_hybrid_npz_to_timm(libraries, tmp_path, monkeypatch):
   weights = _with_small_kernels(_ours("R50+ViT-w24d2m40h3_16", size=(32, 32)))
   images = _images(weights.image_size)
@@ -461,6 +488,7 @@ def test_hybrid_npz_to_timm(libraries, tmp_path, monkeypatch):
   assert _difference(found, expected) <= TOLERANCE
 
 
+@pytest.mark.ci
 def test_bit_npz_to_timm(libraries, tmp_path):
   weights = _with_small_kernels(_ours("R50x1", size=(64, 64)))
   images = _images(weights.image_size)

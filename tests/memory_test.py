@@ -27,7 +27,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_reading_vit_h_14(tmp_path):
   options = {"variant": "ViT-H_14", "num_classes": 1000, "image_size": 224}
   weights = Weights(

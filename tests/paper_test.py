@@ -295,33 +295,39 @@ def _trace(spec):
     sharding.partition_spec(path, x.shape, fsdp=1)
 
 
-# One of each kind; the others differ in depth, width and number of classes.
+# One of each file and kind; the others differ in depth, width and classes.
 _QUICK = {
   "quickstart_pretrain.py",
   "quickstart_finetune.py",
   "quickstart_masked.py",
-  "pretrain.py:ViT-B_32,imagenet21k",
   "pretrain.py:R50x1,jft",
-  "pretrain.py:R50+ViT-B_32,jft",
   "finetune.py:ViT-B_32,oxford_iiit_pet",
-  "vtab.py:ViT-B_32,clevr_count",
   "vtab_mini.py:ViT-N_8,mini:count",
+}
+
+
+_CI = {
+  "pretrain.py:ViT-B_32,imagenet21k",
+  "pretrain.py:R50+ViT-B_32,jft",
+  "vtab.py:ViT-B_32,clevr_count",
   "masked.py:ViT-B_32,jft",
 }
 
 
+def _mark(spec):
+  if spec in _QUICK:
+    return ()
+  return pytest.mark.ci if spec in _CI else pytest.mark.nightly
+
+
 @pytest.mark.parametrize(
-  "spec",
-  [
-    pytest.param(spec, marks=[] if spec in _QUICK else [pytest.mark.ci])
-    for spec in _list_specs()
-  ],
+  "spec", [pytest.param(spec, marks=_mark(spec)) for spec in _list_specs()]
 )
 def test_every_configuration_traces(spec):
   _trace(spec)
 
 
-def test_the_quick_ones_are_of_every_file():
-  assert set(_list_specs()) >= _QUICK
-  files = {spec.partition(":")[0] for spec in _QUICK}
+def test_those_of_every_pull_request_are_of_every_file():
+  assert set(_list_specs()) >= _QUICK | _CI
+  files = {spec.partition(":")[0] for spec in _QUICK | _CI}
   assert files | {"common.py"} == {file.name for file in _CONFIGS.glob("*.py")}

@@ -240,10 +240,31 @@ def test_the_needed_memory_is_read_from_the_error():
   assert compiling._read_need("something else") is None
 
 
+def test_the_first_fallback_that_fits_is_taken(monkeypatch):
+  machines = compiling.Slice("v5e:2x2", chips.CHIPS["v5e"], 4, (None,) * 4)
+  monkeypatch.setattr(plan, "find_slice", lambda topology: machines)
+
+  def fake(spec, overrides, *_):
+    return {"fits": overrides.get("fsdp", "1") >= need, "hbm_gib": 1.0}
+
+  monkeypatch.setattr(plan, "_try", fake)
+  spec = "configs/pretrain.py:ViT-B_16,jft"
+  need = "2"
+  found = plan.plan(spec, "v5e:2x2", overrides={"batch_size": "16"})
+  assert not found["fits"]
+  assert found["fallback"] == {"model.remat": "full", "fsdp": "2"}
+  assert found["then"]["fits"]
+  assert [attempt["fits"] for attempt in found["tried"]] == [False] * 2 + [True]
+  need = "8"
+  found = plan.plan(spec, "v5e:2x2", overrides={"batch_size": "16"})
+  assert found["fallback"] is None
+  assert len(found["tried"]) == 6
+
+
 # --- with the compiler ---
 
 _TINY = {
-  "model.variant": "ViT-N_8",
+  "model.variant": "ViT-w128d2m512h2_8",
   "image_size": "32",
   "batch_size": "64",
   "model.representation_size": "0",
@@ -251,29 +272,48 @@ _TINY = {
 _SPEC = "configs/pretrain.py:ViT-B_16,imagenet2012"
 
 
-@pytest.mark.ci
-def test_a_scanned_program_has_the_products_of_an_unrolled_one(tmp_path):
-  file = tmp_path / "step.txt"
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  """The plan of a tiny model, and the text of its program."""
+  file = tmp_path_factory.mktemp("plan") / "step.txt"
+  found = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY, dump_hlo=str(file))
+  return found, file.read_text()
+
+
+@pytest.mark.nightly
+def test_a_scanned_program_has_the_products_of_an_unrolled_one():
   # Without a class token, which alone is computed in an unrolled last block.
   given = _TINY | {"model.classifier": "gap"}
   loop = plan.plan(_SPEC, "v5e:2x2", overrides=given | {"model.scan": "true"})
-  flat = plan.plan(_SPEC, "v5e:2x2", overrides=given, dump_hlo=str(file))
+  flat = plan.plan(_SPEC, "v5e:2x2", overrides=given)
   assert loop["fits"]
   assert loop["flops"] == pytest.approx(flat["flops"], rel=0.01)
   assert flat["flops"] == pytest.approx(
     flat["mfu"] * flat["step_seconds"] * 197e12, rel=0.5
   )
-  assert flat["estimated_cycles"] == hlo.count_cycles(
-    hlo.parse(file.read_text()),
-    lambda cost: chips.CHIPS["v5e"].cost_kernel(cost, 1),
-  )
-  assert json.loads(json.dumps(flat)) == flat
-  assert "images/s a chip" in report.format_plans([flat, loop])
+
+
+def _count_kernels(text):
+  return text.count('custom_call_target="tpu_custom_call"')
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("chip", ["v3", "v4", "v5e", "v5p", "v6e"])
-def test_every_chip_has_a_step(chip, tmp_path):
+def test_a_chip_has_a_step(tiny):
+  found, text = tiny
+  assert found["fits"]
+  assert found["chips"] == 4
+  # One each way in each block.
+  assert _count_kernels(text) == 2 * 2
+  assert found["estimated_cycles"] == hlo.count_cycles(
+    hlo.parse(text), lambda cost: chips.CHIPS["v5e"].cost_kernel(cost, 1)
+  )
+  assert json.loads(json.dumps(found)) == found
+  assert "images/s a chip" in report.format_plans([found])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chip", ["v3", "v4", "v5p", "v6e"])
+def test_other_chips_have_a_step(chip, tmp_path):
   sides = "2x2x1" if chip in ("v4", "v5p") else "2x2"
   file = tmp_path / "step.txt"
   found = plan.plan(
@@ -281,15 +321,13 @@ def test_every_chip_has_a_step(chip, tmp_path):
   )
   assert found["fits"]
   assert found["chips"] == 4
-  kernels = file.read_text().count('custom_call_target="tpu_custom_call"')
-  # One each way in each block.
-  assert kernels == (0 if chip == "v3" else 2 * 4)
+  assert _count_kernels(file.read_text()) == (0 if chip == "v3" else 2 * 2)
 
 
 @pytest.mark.ci
-def test_fsdp_gathers_each_kernel_once():
+def test_fsdp_gathers_each_kernel_once(tiny):
   found = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY | {"fsdp": "4"})
-  whole = plan.plan(_SPEC, "v5e:2x2", overrides=_TINY)
+  whole, _ = tiny
   exchanged = {x["kind"]: x["bytes"] for x in found["collectives"]}
   # Else pieces of the class tokens at most, not tokens or loops over kernels.
   others = set(exchanged) - {"all-gather", "all-reduce", "reduce-scatter"}
@@ -304,7 +342,7 @@ def test_fsdp_gathers_each_kernel_once():
   assert found["estimated_cycles"] < 1.3 * whole["estimated_cycles"]
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_what_does_not_fit_has_a_fallback_that_does():
   found = plan.plan(
     "configs/pretrain.py:ViT-B_16,jft",

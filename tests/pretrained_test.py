@@ -4,13 +4,18 @@ import logging
 import pickle
 import zipfile
 
+import covering
 import file_formats
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_resnet
 import reference_vit
-from random_models import random_images, random_params
+from random_models import (
+  models_are_kept,  # noqa: F401 - a fixture
+  random_images,
+  random_params,
+)
 
 import vit_jax
 from vit_jax import models, pretrained
@@ -69,14 +74,12 @@ _LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", _LAYOUTS)
 @pytest.mark.parametrize(
-  ("classifier", "representation_size"),
-  [("token", 0), ("token", 16), ("gap", 0)],
+  ("layout", "head"),
+  covering.product(list(_LAYOUTS), [("token", 0), ("token", 16), ("gap", 0)]),
 )
-def test_vision_transformer_files(
-  tmp_path, layout, classifier, representation_size
-):
+def test_vision_transformer_files(tmp_path, layout, head):
+  classifier, representation_size = head
   params = _random(
     VIT, classifier=classifier, representation_size=representation_size
   )
@@ -137,8 +140,10 @@ _BIG_VISION_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", _BIG_VISION_LAYOUTS)
-@pytest.mark.parametrize("classifier", ["token", "gap", "map"])
+@pytest.mark.parametrize(
+  ("layout", "classifier"),
+  covering.product(list(_BIG_VISION_LAYOUTS), ["map", "token", "gap"]),
+)
 def test_big_vision_files(tmp_path, layout, classifier):
   params = _random(VIT, classifier=classifier)
   arrays = file_formats.big_vision_npz(params)
@@ -196,7 +201,7 @@ def test_one_of_several_models(tmp_path):
 # --- another size, other classes ---
 
 
-@pytest.mark.parametrize("size", [64, (32, 64), 16])
+@pytest.mark.parametrize("size", [(32, 64), *covering.nightly(64, 16)])
 def test_another_image_size(tmp_path, size):
   params = _random(VIT)
   source = _save(tmp_path, file_formats.published_npz(params))
@@ -291,28 +296,26 @@ def _read_all(file):
   return {name: x.read() for name, x in archives.open_npz(file).items()}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+_WRITTEN = [
+  ("npz", VIT, {}),
+  ("npz", VIT, {"classifier": "gap"}),
+  ("npz", VIT, {"representation_size": 16}),
+  ("npz", HYBRID, {}),
+  ("npz", "RNx1", {}),
+  ("big_vision", VIT, {}),
+  ("big_vision", VIT, {"classifier": "gap", "pos_embedding": "sincos2d"}),
+  ("big_vision", VIT, {"classifier": "map"}),
+]
+
+
 @pytest.mark.parametrize(
-  ("to", "variant", "options", "layout"),
-  [
-    ("npz", VIT, {}, file_formats.published_npz),
-    ("npz", VIT, {"classifier": "gap"}, file_formats.published_npz),
-    ("npz", VIT, {"representation_size": 16}, file_formats.published_npz),
-    ("npz", HYBRID, {}, file_formats.published_npz),
-    ("npz", "RNx1", {}, file_formats.bit_npz),
-    ("big_vision", VIT, {}, file_formats.big_vision_npz),
-    ("big_vision", VIT, {"classifier": "map"}, file_formats.big_vision_npz),
-    (
-      "big_vision",
-      VIT,
-      {"classifier": "gap", "pos_embedding": "sincos2d"},
-      file_formats.big_vision_npz,
-    ),
-  ],
+  ("case", "dtype"), covering.product(_WRITTEN, [np.float32, jnp.bfloat16])
 )
-def test_a_file_comes_out_as_it_went_in(
-  tmp_path, dtype, to, variant, options, layout
-):
+def test_a_file_comes_out_as_it_went_in(tmp_path, case, dtype):
+  to, variant, options = case
+  layouts = {"npz": file_formats.published_npz, "RNx1": file_formats.bit_npz}
+  layouts["big_vision"] = file_formats.big_vision_npz
+  layout = layouts.get(variant, layouts[to])
   params = {
     name: x.astype(dtype) for name, x in _random(variant, **options).items()
   }

@@ -4,12 +4,27 @@ A new model has zeros and ones where a trained one has numbers: nothing that is
 multiplied or added there would be compared.
 """
 
+import functools
+
 import jax
 import numpy as np
+import pytest
 
 from vit_jax import models
 from vit_jax.pretrained import Weights
 from vit_jax.state import as_lazy, flatten, unflatten
+
+_create = functools.lru_cache(models.create)
+
+
+@pytest.fixture(autouse=True)
+def models_are_kept(monkeypatch):
+  """Makes `models.create` return the same model for the same options.
+
+  JAX keeps what it has traced of a function, and tracing is most of the time
+  that a small model takes. A test file that imports this has it in all tests.
+  """
+  monkeypatch.setattr(models, "create", _create)
 
 
 def random_params(model, seed=0):

@@ -66,12 +66,13 @@ def _reference(variant, params, images, classifier="token"):
 # --- values ---
 
 _CASES = [
-  (_HYBRID, {}),
   (_HYBRID, {"classifier": "map", "scan": True}),
-  (_ROOT_ONLY, {"image_size": (32, 96)}),
-  (_BIT, {"image_size": (33, 47)}),
   (_BIT, {"image_size": (30, 41), "remat": "full"}),
   (_BIT, {"num_classes": 0}),
+  # Plain ones, of which small values are compared below.
+  pytest.param(_HYBRID, {}, marks=pytest.mark.nightly),
+  pytest.param(_ROOT_ONLY, {"image_size": (32, 96)}, marks=pytest.mark.nightly),
+  pytest.param(_BIT, {"image_size": (33, 47)}, marks=pytest.mark.nightly),
 ]
 
 
@@ -122,7 +123,9 @@ def test_small_values_tell_epsilons_apart(variant, name, monkeypatch):
   assert np.abs(wrong - stage).max() > 1e-2 * stage.std()
 
 
-@pytest.mark.parametrize("variant", [_HYBRID, _BIT])
+@pytest.mark.parametrize(
+  "variant", [_BIT, pytest.param(_HYBRID, marks=pytest.mark.ci)]
+)
 def test_bfloat16_is_close_and_the_logits_are_float32(variant):
   model = _create(variant, dtype="bfloat16")
   params, images = random_params(model), random_images(model, batch=8)
@@ -198,8 +201,8 @@ _PUBLISHED = {
   "R152x4": 936_533_224,
 }
 _OTHERS = ["R200x3", "R50+ViT-B_32", "R50+ViT-L_16"]
-# As deep as others and of another width: seconds each.
-_SLOW = ["R50x2", "R152x1", "R152x2"]
+_OTHERS += ["R50x2", "R152x1", "R152x2"]
+_USUAL = ["R+ViT-Ti_16", "R26+ViT-S_32", "R50x1"]
 
 # Of the architectures as the papers have them: units of each stage, then the
 # encoder's width, depth and MLP, and the cells along a side of its patches.
@@ -220,18 +223,18 @@ _BIT_UNITS = {
 }
 
 
-@pytest.mark.parametrize("variant", [*_PUBLISHED, *_OTHERS])
+def _mark(variant):
+  """Tracing a deep model takes seconds."""
+  if variant in _USUAL:
+    return ()
+  return pytest.mark.ci if variant in _PUBLISHED else pytest.mark.nightly
+
+
+@pytest.mark.parametrize(
+  "variant",
+  [pytest.param(name, marks=_mark(name)) for name in (*_PUBLISHED, *_OTHERS)],
+)
 def test_parameter_counts(variant):
-  _check_count(variant)
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("variant", _SLOW)
-def test_parameter_counts_of_other_widths(variant):
-  _check_count(variant)
-
-
-def _check_count(variant):
   model = models.create(variant=variant, num_classes=1000, image_size=224)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(shapes))
@@ -403,7 +406,6 @@ def test_initial_zeros_and_ones(variant):
     "ViT-w24d3m40h2_7",
     *_PUBLISHED,
     *_OTHERS,
-    *_SLOW,
     "RNx1",
     "RN+ViT-N_8",
     "R50+ViT-w24d3m40h2_16",

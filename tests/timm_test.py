@@ -4,12 +4,18 @@ import itertools
 import math
 import types
 
+import covering
 import ml_dtypes
 import numpy as np
 import pytest
 import reference_vit
 import torch_formats
-from random_models import assert_close, random_images
+from random_models import (
+  assert_close,
+  jit,
+  models_are_kept,  # noqa: F401 - a fixture
+  random_images,
+)
 from torch_formats import (
   VARIANT,
   assert_identical,
@@ -40,7 +46,7 @@ def _open(folder):
 def _logits(weights, images):
   params = {path: x.read() for path, x in weights.params.items()}
   model = weights.create_model(dtype="float32")
-  return model.apply(unflatten(params), images)
+  return jit(model)(unflatten(params), images)
 
 
 def _images(size=(16, 24)):
@@ -209,9 +215,13 @@ def test_an_old_configuration_has_everything_at_the_top(tmp_path):
 # --- writing ---
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["token", "no_embed_class", "gap", "map"])
-def test_file_to_file_is_the_same_bits(tmp_path, dtype, kind):
+@pytest.mark.parametrize(
+  ("kind", "dtype"),
+  covering.product(
+    ["token", "no_embed_class", "gap", "map"], ["float32", "bfloat16"]
+  ),
+)
+def test_file_to_file_is_the_same_bits(tmp_path, kind, dtype):
   classifier = "token" if kind == "no_embed_class" else kind
   arrays = torch_formats.timm(random_weights(classifier=classifier))
   if kind == "no_embed_class":
