@@ -330,7 +330,7 @@ def test_ranking_precision_equals_sklearn(ties):
 def _train_vit(devices, fsdp, *, scan):
   """Returns the losses and parameters of four steps of a tiny ViT."""
   model = models.create(
-    variant="ViT-Tiny_4",
+    variant="ViT-w16d2m32h2_4",
     num_classes=_CLASSES,
     image_size=8,
     dtype="float32",
@@ -368,13 +368,6 @@ def _train_vit(devices, fsdp, *, scan):
   return history, jax.device_get(flatten(state))
 
 
-@pytest.fixture
-def _tiny_variant(monkeypatch):
-  tiny = models.variants.Encoder(16, 2, 32, 2)
-  monkeypatch.setitem(models.ENCODERS, "Tiny", tiny)
-
-
-@pytest.mark.usefixtures("_tiny_variant")
 @pytest.mark.parametrize(
   ("scan", "layouts"),
   [
