@@ -92,13 +92,12 @@ def _evaluate(source, devices, batch_size, loss="softmax"):
   return dict(first)
 
 
-_MACHINES = ((1, 7), (3, 24), (8, 24), (8, 64))  # devices, batch size
-
-
 @pytest.mark.parametrize(
-  ("num_examples", "machines"),
+  ("num_examples", "machines"),  # devices and batch size
   [
-    *((n, _MACHINES) for n in (1, 24, 41)),
+    (1, ((3, 24),)),
+    (24, ((1, 7), (8, 24))),
+    (41, ((3, 24), (8, 64))),
     # Whole batches on one device, a last one of padding on the others.
     pytest.param(10_000, ((1, 500), (3, 768), (8, 512)), marks=pytest.mark.ci),
   ],
@@ -136,7 +135,7 @@ def test_multi_label_metrics_are_the_same_on_any_machine():
   )
   p = 1 / (1 + np.exp(-logits))
   loss = -np.log(np.where(targets, p, 1 - p)).sum(-1)[labelled].mean()
-  for devices, batch_size in ((1, 10), (3, 12), (8, 16)):
+  for devices, batch_size in ((1, 10), (8, 16)):
     found = _evaluate(source, devices, batch_size, "sigmoid")
     names = {"examples", "labelled", "loss", "prec@1", "lrap"}
     assert found.keys() == names

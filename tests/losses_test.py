@@ -1,5 +1,7 @@
 """Losses against float64 formulas and numbers worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,11 @@ def _softmax_reference(logits, targets, smoothing):
 _REFERENCES = {"sigmoid": _sigmoid_reference, "softmax": _softmax_reference}
 
 
+@functools.cache
+def _get_loss(name, smoothing=0.0):
+  return jax.jit(losses.get_loss(name, smoothing))
+
+
 @pytest.mark.parametrize("name", list(_REFERENCES))
 @pytest.mark.parametrize("smoothing", [0.0, 1e-4, 0.1])
 @pytest.mark.parametrize("kind", ["single", "multi", "soft"])
@@ -45,7 +52,7 @@ def test_loss_equals_float64_formula(name, smoothing, kind):
     targets = np.eye(11)[[3, 0, 10, 5, 5, 1]]
   if kind == "soft":  # mixup with the batch rolled by one
     targets = 0.7 * targets + 0.3 * np.roll(targets, 1, axis=0)
-  loss = losses.get_loss(name, smoothing)(jnp.array(logits), jnp.array(targets))
+  loss = _get_loss(name, smoothing)(np.float32(logits), np.float32(targets))
   expected = _REFERENCES[name](logits, targets, smoothing)
   assert loss.dtype == jnp.float32
   assert loss.shape == (6,)
@@ -56,7 +63,7 @@ def test_numbers_by_hand():
   zeros = jnp.zeros((1, 4))
   one_label = jnp.array([[0.0, 1.0, 0.0, 0.0]])
   two_labels = jnp.array([[0.0, 1.0, 1.0, 0.0]])
-  sigmoid, softmax = losses.get_loss("sigmoid"), losses.get_loss("softmax")
+  sigmoid, softmax = _get_loss("sigmoid"), _get_loss("softmax")
   # Four coins, each log 2; a uniform guess among four, log 4 for any target.
   np.testing.assert_allclose(sigmoid(zeros, one_label), [4 * np.log(2)])
   np.testing.assert_allclose(softmax(zeros, two_labels), [np.log(4)])
@@ -72,7 +79,7 @@ def test_sigmoid_keeps_the_tail_at_head_bias_minus_ten():
   logits = jnp.full((1, 21_843), -10.0)
   targets = losses.multi_hot(jnp.array([[7]]), 21_843)
   expected = 10 + 21_843 * np.log1p(np.exp(-10.0))
-  loss = losses.sigmoid_cross_entropy(logits, targets)
+  loss = jax.jit(losses.sigmoid_cross_entropy)(logits, targets)
   np.testing.assert_allclose(loss, [expected], rtol=1e-6)
 
 
@@ -81,8 +88,13 @@ def test_extreme_logits_stay_finite(name):
   logits = jnp.array([[1e4, -1e4, 0.0], [-1e38, 1e38, 0.0]])
   targets = jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
   loss = losses.get_loss(name)
-  grad = jax.grad(lambda x: loss(x, targets).sum())(logits)
-  assert np.isfinite(loss(logits, targets)).all()
+
+  def total(x):
+    each = loss(x, targets)
+    return each.sum(), each
+
+  grad, each = jax.jit(jax.grad(total, has_aux=True))(logits)
+  assert np.isfinite(each).all()
   assert np.isfinite(grad).all()
 
 
@@ -90,7 +102,7 @@ def test_extreme_logits_stay_finite(name):
 def test_bfloat16_logits_are_summed_in_float32(name):
   logits, targets = _random_case(seed=1)
   logits = jnp.array(logits, jnp.bfloat16)
-  loss = losses.get_loss(name)(logits, jnp.array(targets, jnp.bfloat16))
+  loss = _get_loss(name)(logits, jnp.array(targets, jnp.bfloat16))
   exact = _REFERENCES[name](np.array(logits, np.float64), targets, 0.0)
   assert loss.dtype == jnp.float32
   np.testing.assert_allclose(loss, exact, rtol=2e-6)
@@ -103,7 +115,7 @@ def test_sigmoid_gradient_is_p_minus_t():
     return losses.sigmoid_cross_entropy(x, jnp.array(targets)).sum()
 
   expected = 1 / (1 + np.exp(-logits)) - targets
-  grad = jax.grad(loss)(jnp.array(logits))
+  grad = jax.jit(jax.grad(loss))(np.float32(logits))
   np.testing.assert_allclose(grad, expected, atol=2e-6)
 
 
@@ -112,11 +124,12 @@ def test_softmax_of_an_image_without_labels_is_zero():
   targets = jnp.array([[0.0, 0.0], [1.0, 0.0]])
 
   def loss(x):
-    return losses.softmax_cross_entropy(x, targets, 0.1)
+    each = losses.softmax_cross_entropy(x, targets, 0.1)
+    return each.sum(), each
 
-  assert loss(logits)[0] == 0
-  assert loss(logits)[1] > 0
-  grad = jax.grad(lambda x: loss(x).sum())(logits)
+  grad, each = jax.jit(jax.grad(loss, has_aux=True))(logits)
+  assert each[0] == 0
+  assert each[1] > 0
   assert np.isfinite(grad).all()
 
 
@@ -128,7 +141,7 @@ def test_multi_hot():
     [0, 0, 0, 0, 0],
     [0, 1, 1, 0, 1],
   ]
-  targets = losses.multi_hot(labels, 5)
+  targets = jax.jit(losses.multi_hot, static_argnums=1)(labels, 5)
   assert targets.dtype == jnp.float32
   np.testing.assert_array_equal(targets, expected)
 

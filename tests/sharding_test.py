@@ -1,7 +1,5 @@
 """The mesh, the table of layouts, and how batches are laid out."""
 
-import itertools
-
 import jax
 import numpy as np
 import pytest
@@ -27,7 +25,12 @@ _OPTIMIZER = {
 
 
 def _state_shapes(optimizer="adam", lr_multipliers=(), **kwargs):
-  options = {"variant": "ViT-Ti_16", "num_classes": 1000, "image_size": 224}
+  # Two blocks have every rule that 48 have, and are traced at once.
+  options = {
+    "variant": "ViT-w16d2m32h2_4",
+    "num_classes": 10,
+    "image_size": 8,
+  }
   model = models.create(**options | kwargs)
 
   def init(key):
@@ -49,15 +52,20 @@ def _state_shapes(optimizer="adam", lr_multipliers=(), **kwargs):
   return jax.eval_shape(init, jax.random.key(0))
 
 
-_FORMS = list(
-  itertools.product(("token", "gap", "map"), (0, -1), (False, True))
-)
+# Each value of an option with each value of every other one.
+_FORMS = [
+  ("token", 0, False, "adam"),
+  ("token", -1, True, "sgd"),
+  ("gap", 0, True, "adam"),
+  ("gap", -1, False, "sgd"),
+  ("map", 0, True, "sgd"),
+  ("map", -1, False, "adam"),
+]
 
 
 @pytest.mark.parametrize(
-  ("classifier", "representation_size", "scan"), _FORMS, ids=str
+  ("classifier", "representation_size", "scan", "optimizer"), _FORMS, ids=str
 )
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_rules_cover_every_form(
   classifier, representation_size, scan, optimizer
 ):
@@ -70,9 +78,14 @@ def test_rules_cover_every_form(
   _check_rules(shapes)
 
 
-@pytest.mark.parametrize("variant", [f"ViT-{v}_14" for v in models.ENCODERS])
-def test_rules_cover_every_variant(variant):
-  _check_rules(_state_shapes(variant=variant, scan=True))
+@pytest.mark.parametrize("name", models.ENCODERS)
+def test_rules_cover_every_variant(name, monkeypatch):
+  """Its width, heads and MLP, of which 8 devices have a part each."""
+  encoder = models.ENCODERS[name]._replace(num_layers=2)
+  monkeypatch.setitem(models.ENCODERS, name, encoder)
+  _check_rules(
+    _state_shapes(variant=f"ViT-{name}_14", image_size=28, scan=True)
+  )
 
 
 def _check_rules(shapes, fsdp=8):
@@ -132,19 +145,14 @@ def test_a_path_without_a_rule_is_our_own_mistake(path):
 def test_fsdp_that_does_not_divide_an_axis_names_it():
   with pytest.raises(UserError) as error:
     sharding.partition_spec("params/head/kernel", (192, 10), 5)
-  assert str(error.value) == (
-    "fsdp 5 does not divide axis 0 of params/head/kernel (192, 10); "
-    "choose a divisor of 192"
-  )
+  for words in ("fsdp 5", "axis 0 of params/head/kernel", "192"):
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize("fsdp", [0, -1, 3, 16])
 def test_fsdp_that_does_not_divide_the_devices(fsdp):
-  with pytest.raises(UserError) as error:
+  with pytest.raises(UserError, match=f"fsdp {fsdp} .*8 devices.*1, 2, 4, 8"):
     sharding.make_mesh(fsdp)
-  assert str(error.value) == (
-    f"fsdp {fsdp} does not divide 8 devices; valid: 1, 2, 4, 8"
-  )
 
 
 def test_mesh_has_every_device_once():
@@ -222,27 +230,17 @@ def test_replicate_puts_the_whole_array_everywhere():
 @pytest.mark.parametrize(
   ("batch_size", "micro_batches", "message"),
   [
-    (
-      100,
-      1,
-      "batch_size 100 is not divisible by 8 devices; nearest valid: 96",
-    ),
-    (4, 1, "batch_size 4 is not divisible by 8 devices; nearest valid: 8"),
-    (0, 1, "batch_size 0 is not divisible by 8 devices; nearest valid: 8"),
-    (-8, 1, "batch_size -8 is not divisible by 8 devices; nearest valid: 8"),
-    (
-      40,
-      4,
-      "batch_size 40 is not divisible by 8 devices x 4 micro-batches; "
-      "nearest valid: 32",
-    ),
-    (8, 0, "micro_batches is 0; it must be 1 or more"),
+    (100, 1, "batch_size 100 .*8 devices.* 96"),
+    (4, 1, "batch_size 4 .*8 devices.* 8"),
+    (0, 1, "batch_size 0 .*8 devices.* 8"),
+    (-8, 1, "batch_size -8 .*8 devices.* 8"),
+    (40, 4, "batch_size 40 .*8 devices x 4 .* 32"),
+    (8, 0, "micro_batches is 0"),
   ],
 )
 def test_batch_sizes_that_do_not_split(batch_size, micro_batches, message):
-  with pytest.raises(UserError) as error:
+  with pytest.raises(UserError, match=message):
     sharding.check_batch_size(batch_size, sharding.make_mesh(), micro_batches)
-  assert str(error.value) == message
 
 
 def test_batch_sizes_that_split():

@@ -1,5 +1,7 @@
 """The steps: gradients in pieces, averages, mixup, sums, layouts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +41,11 @@ def _make_batch(batch_size=24, labels=1, size=8, seed=0):
 
 
 def _make_state(params, optimizer, ema=False):
+  opt_state = jax.eval_shape(optimizer.init, params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=optimizer.init(params),
+    opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state),
     ema=params if ema else None,
     rng=jax.random.key_data(jax.random.key(42)),
   )
@@ -89,8 +92,9 @@ def test_a_step_equals_its_formula():
   params, batch = _linear_params(), _make_batch()
   optimizer = optax.sgd(0.5)
   state = _make_state(params, optimizer)
-  state, _ = _make_step(optimizer)(state, batch)
-  state, values = _make_step(optimizer)(state, batch)
+  step = _make_step(optimizer)
+  state, _ = step(state, batch)
+  state, values = step(state, batch)
 
   x = (batch["image"].astype(float) / 127.5 - 1).mean((1, 2))
   kernel, bias = (np.asarray(params[n], float) for n in ("kernel", "bias"))
@@ -113,12 +117,7 @@ def test_a_step_equals_its_formula():
 
 @pytest.mark.parametrize(
   ("count", "loss", "mixup_alpha"),
-  [
-    (2, "softmax", 0.0),
-    (3, "sigmoid", 0.0),
-    (8, "sigmoid", 0.4),
-    (24, "softmax", 0.0),
-  ],
+  [(3, "softmax", 0.0), (24, "sigmoid", 0.4)],
 )
 def test_micro_batches_give_the_update_of_the_large_batch(
   count, loss, mixup_alpha
@@ -206,10 +205,10 @@ def test_mixup_mixes_each_row_with_its_neighbour():
   batch = _make_batch()
   images = np.asarray(steps.normalize(batch["image"]))
   targets = np.asarray(losses.multi_hot(batch["labels"], _CLASSES))
+  mix = jax.jit(functools.partial(steps.mixup, alpha=0.4))
   weights = []
   for i in range(40):
-    key = jax.random.fold_in(jax.random.key(0), i)
-    mixed, mixed_targets = steps.mixup(key, images, targets, 0.4)
+    mixed, mixed_targets = mix(jax.random.key(i), images, targets)
     # a x0 + (1 - a) x1, so a follows from any pixel; it is one a batch.
     x0, x1 = images, np.roll(images, 1, axis=0)
     a = float(((mixed - x1) * (x0 - x1)).sum() / ((x0 - x1) ** 2).sum())
@@ -231,7 +230,7 @@ def test_mixup_weights_follow_the_beta_distribution():
   images, targets = jnp.eye(2)[:, None, None], jnp.eye(2)
   keys = jax.random.split(jax.random.key(0), 4000)
   mix = jax.vmap(lambda key: steps.mixup(key, images, targets, 0.2)[1][0, 0])
-  weights = np.asarray(mix(keys))
+  weights = np.asarray(jax.jit(mix)(keys))
   # max(a, 1 - a) of a ~ Beta(0.2, 0.2), by drawing in NumPy.
   drawn = np.random.default_rng(0).beta(0.2, 0.2, 400_000)
   drawn = np.maximum(drawn, 1 - drawn)
@@ -244,11 +243,17 @@ def test_mixup_weights_follow_the_beta_distribution():
 # --- the evaluation step ---
 
 
-def _eval_sums(batch, loss="softmax"):
-  step = steps.make_eval_step(
-    apply=_apply_linear, loss_fn=losses.get_loss(loss), num_classes=_CLASSES
+@functools.cache
+def _make_eval_step(loss):
+  return jax.jit(
+    steps.make_eval_step(
+      apply=_apply_linear, loss_fn=losses.get_loss(loss), num_classes=_CLASSES
+    )
   )
-  return jax.device_get(jax.jit(step)(_linear_params(), batch))
+
+
+def _eval_sums(batch, loss="softmax"):
+  return jax.device_get(_make_eval_step(loss)(_linear_params(), batch))
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -296,6 +301,9 @@ def test_what_padding_holds_changes_nothing():
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
+_ranking_precision = jax.jit(steps.ranking_precision)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_ranking_precision_equals_sklearn(ties):
   rng = np.random.default_rng(0)
@@ -308,7 +316,7 @@ def test_ranking_precision_equals_sklearn(ties):
   for row, present in zip(labels, targets, strict=True):
     ids = np.flatnonzero(present)
     row[: len(ids)] = rng.permutation(ids)
-  found = steps.ranking_precision(logits, labels)
+  found = _ranking_precision(logits, labels)
   for i in range(200):
     expected = metrics.label_ranking_average_precision_score(
       targets[i : i + 1], logits[i : i + 1]
@@ -322,7 +330,7 @@ def test_ranking_precision_equals_sklearn(ties):
 def _train_vit(devices, fsdp, *, scan):
   """Returns the losses and parameters of four steps of a tiny ViT."""
   model = models.create(
-    variant="ViT-Tiny_4",
+    variant="ViT-w16d2m32h2_4",
     num_classes=_CLASSES,
     image_size=8,
     dtype="float32",
@@ -360,22 +368,15 @@ def _train_vit(devices, fsdp, *, scan):
   return history, jax.device_get(flatten(state))
 
 
-@pytest.fixture
-def _tiny_variant(monkeypatch):
-  tiny = models.variants.Encoder(16, 2, 32, 2)
-  monkeypatch.setitem(models.ENCODERS, "Tiny", tiny)
-
-
-@pytest.mark.usefixtures("_tiny_variant")
 @pytest.mark.parametrize(
   ("scan", "layouts"),
   [
-    pytest.param(False, [(8, 8)], marks=pytest.mark.ci),
-    (True, [(8, 2), (2, 1)]),
+    (True, [(8, 2)]),
+    pytest.param(False, [(8, 1), (8, 8), (2, 1)], marks=pytest.mark.ci),
   ],
 )
 def test_layouts_agree(scan, layouts):
-  expected, arrays = _train_vit(8, 1, scan=scan)
+  expected, arrays = _train_vit(1, 1, scan=scan)
   assert expected[-1] < 0.99 * expected[0], "it learns the batch by heart"
   for devices, fsdp in layouts:
     found, other = _train_vit(devices, fsdp, scan=scan)
