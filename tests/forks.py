@@ -222,6 +222,8 @@ def _become(request, files):
   import jax
 
   signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+  # A test run in the background ignores it.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   for i, file in enumerate(files, 1):
     os.dup2(file, i)
     os.close(file)
@@ -236,7 +238,6 @@ def _become(request, files):
       value = json.loads(text) if text[:1].isdigit() else text
       jax.config.update(name.lower(), value)
   if limit := request["file_limit"]:
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
   kind, *words = request["args"]
   if kind == "-c":
