@@ -322,11 +322,10 @@ def test_the_encoder_sees_the_corrupted_embeddings(classifier, scan):
 
 
 def _make_state(params, optimizer, step=0, key=42):
-  opt_state = jax.eval_shape(optimizer.init, params)
   return TrainState(
     step=jnp.int32(step),
     params=params,
-    opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state),
+    opt_state=jax.jit(optimizer.init)(params),
     ema=None,
     rng=jax.random.key_data(jax.random.key(key)),
   )

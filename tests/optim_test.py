@@ -160,9 +160,8 @@ def _to_tree(flat):
 
 
 def _init(optimizer, params):
-  """Returns the first state: zeros, without a program for each of them."""
-  shapes = jax.eval_shape(optimizer.init, params)
-  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  """Returns the first state, of one program."""
+  return jax.jit(optimizer.init)(params)
 
 
 def _run(optimizer, steps=_STEPS):

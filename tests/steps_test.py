@@ -41,11 +41,10 @@ def _make_batch(batch_size=24, labels=1, size=8, seed=0):
 
 
 def _make_state(params, optimizer, ema=False):
-  opt_state = jax.eval_shape(optimizer.init, params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    opt_state=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), opt_state),
+    opt_state=jax.jit(optimizer.init)(params),
     ema=params if ema else None,
     rng=jax.random.key_data(jax.random.key(42)),
   )
