@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -295,7 +296,7 @@ def run_python(*args):
 
 def test_a_mistake_in_a_real_process(runs, tmp_path):
   args = runs.train_args(tmp_path / "run", "model.variant=ViT-Q_8")
-  done = run_python("-m", "vit_jax", *args)
+  done = forks.run(["-m", "vit_jax", *args], cwd=REPO)
   assert done.returncode == 2
   (line,) = done.stderr.splitlines()
   assert line.startswith("error: unknown model variant 'ViT-Q_8'; it is ViT-")

@@ -26,14 +26,18 @@ os.environ["XLA_FLAGS"] = " ".join(
 compiled.write_whole()  # this imports jax
 
 
-# The files that take longest, by their seconds. A worker that meets one of them
-# last works on it alone.
-_LONG = ("train_test.py", "cli_test.py", "exchange_test.py", "masked_test.py")
+# The files that take longest come first: a worker that meets one of them last
+# works on it alone. Of the default suite, those that wait for the reference run
+# are far apart.
+_LONG = (
+  *("documents", "notebooks", "train", "masked", "lifeline", "sweep", "plan"),
+  *("interop", "export", "models", "labelled", "launch", "data_tasks", "cli"),
+  *("attention", "attention_maps", "exchange", "demo", "report"),
+)
 
 
 def pytest_collection_modifyitems(items):
-  """Puts the longest files first."""
-  rank = {name: i for i, name in enumerate(_LONG)}
+  rank = {f"{name}_test.py": i for i, name in enumerate(_LONG)}
   items.sort(key=lambda item: rank.get(item.path.name, len(_LONG)))
 
 

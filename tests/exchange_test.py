@@ -36,9 +36,9 @@ def _write(path, variant, to="npz", size=16, **options):
 @pytest.mark.parametrize(
   ("variant", "resized"),
   [
-    (f"ViT-{SMALL}_8", True),
+    pytest.param(f"ViT-{SMALL}_8", True, marks=pytest.mark.ci),
     pytest.param(f"RN+ViT-{SMALL}_8", True, marks=pytest.mark.nightly),
-    pytest.param("RNx1", False, marks=pytest.mark.ci),
+    pytest.param("RNx1", False, marks=pytest.mark.nightly),
   ],
 )
 def test_fine_tuning_from_a_file(variant, resized, runs, run, tmp_path, caplog):
