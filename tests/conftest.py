@@ -1,6 +1,7 @@
 """Test set-up: eight fake CPU devices stand in for a pod slice."""
 
 import os
+import signal
 
 import compiled
 import pytest
@@ -24,6 +25,10 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 
 compiled.write_whole()  # this imports jax
+
+# A shell's background jobs ignore Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The files that take longest come first: a worker that meets one of them last

@@ -222,8 +222,6 @@ def _become(request, files):
   import jax
 
   signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-  # A test run in the background ignores it.
-  signal.signal(signal.SIGINT, signal.default_int_handler)
   for i, file in enumerate(files, 1):
     os.dup2(file, i)
     os.close(file)

@@ -295,6 +295,7 @@ def test_runs_as_on_colab(name, runtime, tmp_path):
       "PATH": os.pathsep.join(x for x in path if x != own),
       "PYTHONPATH": "",
       "XLA_FLAGS": _XLA_FLAGS,
+      "TFDS_DATA_DIR": str(runtime.content.parent / "data"),
     },
   )
   _check_run(ran.cells)

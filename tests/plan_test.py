@@ -337,7 +337,7 @@ def test_fsdp_gathers_each_kernel_once(tiny):
   # In bfloat16, half of float32, and a batch's logits, which count for more
   # here than they do with real models.
   parameters = whole["hbm"]["parameters"] * plan.GIB
-  assert exchanged["all-gather"] <= 1.1 * parameters / 2
+  assert exchanged["all-gather"] <= 1.15 * parameters / 2
   # Loops over pieces of kernels would be several times as many.
   assert found["estimated_cycles"] < 1.3 * whole["estimated_cycles"]
 
