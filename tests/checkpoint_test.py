@@ -1,5 +1,6 @@
 """Checkpoints: the same bits again, on any mesh, and damage that is noticed."""
 
+import errno
 import json
 import logging
 import os
@@ -178,7 +179,7 @@ def test_a_damaged_best_is_set_aside_and_replaced(run, caplog):
   checkpoints = checkpoint.Checkpoints(run, 2)
   checkpoints.save_if_best(30, _place(_make_arrays(30)), 0.1)
   checkpoints.close()
-  assert "best checkpoint 10 is damaged" in caplog.text
+  assert "best checkpoint 10 is corrupt" in caplog.text
   assert _names(run / "best") == ["30"]
   assert _names(run / "damaged") == ["best-10"]
 
@@ -209,7 +210,7 @@ def test_every_truncated_file_is_noticed(saved_run, tmp_path, caplog):
     damaged = _content(newest)
     caplog.clear()
     _assert_identical(_restore(copy), _make_arrays(10))
-    assert "checkpoint 20 is damaged" in caplog.text, name
+    assert "checkpoint 20 is corrupt" in caplog.text, name
     assert name in caplog.text, caplog.text
     assert _names(copy / "checkpoints") == ["10"], name
     # Moved, not deleted.
@@ -235,12 +236,13 @@ def test_a_damaged_step_can_be_saved_again_and_damaged_again(run, caplog):
   assert "nothing is deleted" in caplog.text
 
 
-def test_all_damaged_starts_anew(run, caplog):
+def test_a_run_does_not_begin_anew_where_all_are_corrupt(run):
   for step in (10, 20):
     _largest_file(run / "checkpoints" / str(step)).write_bytes(b"")
-  assert _restore(run) is None
-  assert caplog.text.count("is damaged") == 2
-  assert _names(run / "damaged") == ["checkpoints-10", "checkpoints-20"]
+  before = _content(run)
+  with pytest.raises(RunStopped, match=r"corrupt: 20, 10; nothing was moved"):
+    _restore(run)
+  assert _content(run) == before
 
 
 def _largest_file(folder):
@@ -281,7 +283,7 @@ def test_flipped_bytes_of_the_array_files_are_noticed(
     caplog.clear()
     state = _restore(copy)
     # Either the fingerprint or the reader noticed, or the byte means nothing.
-    noticed.append("is damaged" in caplog.text)
+    noticed.append("is corrupt" in caplog.text)
     _assert_identical(state, _make_arrays(10 if noticed[-1] else 20))
   assert any(noticed)
 
@@ -300,6 +302,157 @@ def test_a_half_written_checkpoint_is_ignored_and_replaced(run):
   _assert_identical(_restore(run), _make_arrays(30))
   assert _names(run / "checkpoints") == ["20", "30"]
   assert not (run / "damaged").exists()
+
+
+# --- failures that are not damage ---
+
+
+_FAILURES = {
+  **{
+    errno.errorcode[number]: OSError(number, os.strerror(number))
+    for number in (
+      *(errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT),
+      *(errno.EMFILE, errno.ENOTCONN, errno.ENETUNREACH, errno.EBUSY),
+    )
+  },
+  "a busy server": ValueError("UNAVAILABLE: HTTP response code: 503"),
+  "a slow server": ValueError("DEADLINE_EXCEEDED: no answer"),
+  "no permission": ValueError("PERMISSION_DENIED: 403"),
+  "a full device": RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+  "a full memory": MemoryError(),
+  "another version": TypeError("unexpected keyword argument 'x'"),
+  "a bug": KeyError("x"),
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Tries again at once."""
+  monkeypatch.setattr(checkpoint, "_PAUSES", (0, 0))
+
+
+def _fail(error):
+  def fail(*_, **__):
+    raise error
+
+  return fail
+
+
+@pytest.mark.parametrize("name", _FAILURES)
+def test_what_cannot_be_read_is_not_taken_for_corrupt(
+  name, run, monkeypatch, quick
+):
+  before = _content(run)
+  for place in ("_read_meta", "_check_files", "_check_tree"):
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint, place, _fail(_FAILURES[name]))
+      with pytest.raises(RunStopped) as stopped:
+        _restore(run)
+    message = str(stopped.value)
+    assert f"{run}/checkpoints/20" in message
+    assert "nothing was changed" in message
+    assert "\n" not in message
+    assert _content(run) == before
+  _assert_identical(_restore(run), _make_arrays(20))
+
+
+def test_a_failure_that_passes_is_not_noticed(run, monkeypatch, quick):
+  read, failures = checkpoint._read_meta, [_FAILURES["EIO"]] * 2
+
+  def read_meta(folder):
+    if failures:
+      raise failures.pop()
+    return read(folder)
+
+  monkeypatch.setattr(checkpoint, "_read_meta", read_meta)
+  _assert_identical(_restore(run), _make_arrays(20))
+  assert not failures
+
+
+@pytest.mark.parametrize("name", _FAILURES)
+def test_a_best_that_cannot_be_read_is_kept(name, run, monkeypatch, quick):
+  before = _content(run)
+  monkeypatch.setattr(checkpoint, "_read_meta", _fail(_FAILURES[name]))
+  checkpoints = checkpoint.Checkpoints(run, 2)
+  with pytest.raises(RunStopped, match="best/10"):
+    checkpoints.save_if_best(30, _place(_make_arrays(30)), 0.1)
+  assert _content(run) == before
+
+
+@pytest.mark.parametrize("name", _FAILURES)
+def test_what_cannot_be_written_costs_nothing(name, run, monkeypatch):
+  before = _content(run)
+  checkpoints = checkpoint.Checkpoints(run, 2)
+  monkeypatch.setattr(checkpoints._newest, "save", _fail(_FAILURES[name]))
+  with pytest.raises(RunStopped, match="intact checkpoints: 10, 20;") as e:
+    checkpoints.save(30, _place(_make_arrays(30)))
+  assert "make room" not in str(e.value)
+  assert _content(run) == before
+  _assert_identical(_restore(run), _make_arrays(20))
+
+
+def test_another_state_is_named_and_nothing_is_moved(run):
+  before = _content(run)
+  wanted = _abstract()
+  more = wanted._replace(opt_state=(*wanted.opt_state, {"scale": wanted.step}))
+  kernel = wanted.params["head"]["kernel"]
+  other = {
+    "head": {**wanted.params["head"], "kernel": kernel.update(shape=(16, 9))}
+  }
+  for abstract, words in (
+    (more, "opt_state/2/scale none there, int32[] here"),
+    (
+      wanted._replace(params=other),
+      "params/head/kernel float32[16, 8] there, float32[16, 9] here",
+    ),
+  ):
+    with pytest.raises(UserError) as error:
+      checkpoint.Checkpoints(run, 2).restore(abstract)
+    assert words in str(error.value)
+    assert _content(run) == before
+
+
+# --- what people and earlier runs leave in the folder ---
+
+
+def test_a_checkpoint_may_be_deleted_while_the_run_goes_on(tmp_path):
+  _save_run(tmp_path, [1, 2], keep=3)
+  checkpoints = checkpoint.Checkpoints(tmp_path, 3)
+  checkpoints.save(3, _place(_make_arrays(3)))
+  checkpoints.wait()
+  shutil.rmtree(tmp_path / "checkpoints" / "2")
+  checkpoints.save(4, _place(_make_arrays(4)))
+  checkpoints.close()
+  assert _names(tmp_path / "checkpoints") == ["1", "3", "4"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_costs_only_room(tmp_path, caplog):
+  _save_run(tmp_path / "run", [1, 2])
+  folder = tmp_path / "run" / "checkpoints"
+  (folder / "1").rename(tmp_path / "elsewhere")
+  (folder / "1").symlink_to(tmp_path / "elsewhere")
+  checkpoints = checkpoint.Checkpoints(tmp_path / "run", 2)
+  for step in (3, 4):
+    checkpoints.save(step, _place(_make_arrays(step)))
+  checkpoints.close()
+  assert _names(folder) == ["1", "3", "4"]
+  assert caplog.text.count("could not delete") == 1
+
+
+def test_a_step_of_best_that_is_there_is_kept(run):
+  # After a resume on other devices the metric may be better by a rounding.
+  checkpoints = checkpoint.Checkpoints(run, 2)
+  checkpoints.save_if_best(10, _place(_make_arrays(10)), 0.5000001)
+  checkpoints.close()
+  assert _names(run / "best") == ["10"]
+
+
+def test_what_a_kill_left_is_cleared(run):
+  for kind in ("checkpoints", "best"):
+    shutil.copytree(run / "best" / "10", run / kind / "30.orbax-checkpoint-tmp")
+  checkpoint.Checkpoints(run, 2).clear_unfinished()
+  assert _names(run / "checkpoints") == ["10", "20"]
+  assert _names(run / "best") == ["10"]
 
 
 # --- no room ---
@@ -450,7 +603,7 @@ def test_weights_of_a_run_without_best_are_the_newest(tmp_path):
 def test_damaged_weights_are_passed_over(run, caplog):
   _largest_file(run / "best" / "10").write_bytes(b"")
   _assert_weights(checkpoint.load_weights(run), 20, run / "checkpoints" / "20")
-  assert "cannot read" in caplog.text
+  assert "is corrupt" in caplog.text
   assert str(run / "best" / "10") in caplog.text
   (run / "checkpoints" / "20" / "files.json").unlink()
   _largest_file(run / "checkpoints" / "20").write_bytes(b"")

@@ -12,16 +12,23 @@ the size of every file, and beside the state lies a fingerprint, one number for
 each array, computed where the array lives and again from what was read.
 
 The order of choices when a run starts:
-  1. the newest checkpoint of its own that can be read and matches its
-     fingerprint; those that cannot are moved to damaged/, never deleted;
-  2. else the weights of `config.init_from`;
+  1. the newest checkpoint of its own that is not corrupt;
+  2. where there are none, the weights of `config.init_from`;
   3. else random weights from `config.seed`.
+
+Corrupt is what does not decode or does not match its fingerprint. It is skipped
+and moved to damaged/, never deleted. Any other failure ends the run and changes
+nothing: a full memory, a server that does not answer, another version.
 """
 
+import errno
 import functools
 import json
 import logging
 import math
+import os
+import re
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -65,8 +72,16 @@ def fingerprint(tree) -> dict[str, int]:
   return {path: int(d) for path, d in zip(flat, digests, strict=True)}
 
 
+class Corrupt(Exception):
+  """The data of a checkpoint do not decode, or not to what was saved."""
+
+
 class Checkpoints:
-  """The checkpoints of one run folder."""
+  """The checkpoints of one run folder.
+
+  What is there is read from the folder each time: a person may delete a
+  checkpoint while the run goes on.
+  """
 
   def __init__(self, workdir, keep: int):
     """Remembers the folder; it is made when something is saved.
@@ -77,18 +92,26 @@ class Checkpoints:
     """
     self.workdir = absolute(workdir)
     self._keep = keep
+    self._undeletable = set()
 
   @functools.cached_property
   def _newest(self):
-    return _open(self.workdir / "checkpoints", self._keep)
+    return _open(self.workdir / "checkpoints")
 
   @functools.cached_property
   def _best(self):
-    return _open(self.workdir / "best", 1)
+    return _open(self.workdir / "best")
 
   def steps(self) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first."""
-    return sorted(self._newest.all_steps())
+    return list_steps(self.workdir)
+
+  def clear_unfinished(self) -> None:
+    """Deletes what a killed process left half-written."""
+    if jax.process_index() == 0:
+      for kind in ("checkpoints", "best"):
+        for folder in (self.workdir / kind).glob("*.orbax-checkpoint-tmp*"):
+          self._delete(folder)
 
   def save(self, step: int, state) -> None:
     """Starts to save the state; returns once it is off the devices.
@@ -102,52 +125,85 @@ class Checkpoints:
     self._save(self._newest, step, state, {})
 
   def save_if_best(self, step: int, state, metric: float) -> None:
-    """Saves the state apart if its metric is above all before it."""
-    if metric > self._best_metric():
+    """Saves the state apart if its metric is above all before it.
+
+    Raises:
+      RunStopped: the best one of before could not be read.
+    """
+    self._try(None, self._best.wait_until_finished)
+    best, error = -math.inf, None
+    if jax.process_index() == 0:
+      try:
+        best = max(self._best_metrics().values(), default=-math.inf)
+      except RunStopped as e:
+        error = e
+    is_best, failed = _from_process_0(metric > best, error is not None)
+    if failed:
+      raise error or RunStopped("process 0 could not read the best checkpoint")
+    if is_best:
       self._save(self._best, step, state, {"metric": metric})
 
-  def _best_metric(self) -> float:
-    step = self._best.latest_step()
-    if step is None:
-      return -math.inf
-    try:
-      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      return self._best.restore(step, args=args)["meta"]["metric"]
-    except Exception as e:
-      log.warning("best checkpoint %d is damaged (%s)", step, first_line(e))
-      self._set_aside(self._best, step)
-      return -math.inf
+  def _best_metrics(self) -> dict[int, float]:
+    """Returns {step: metric} of the best checkpoints: one, or after a kill two.
+
+    Corrupt ones are moved away.
+    """
+    found = {}
+    for step in list_steps(self.workdir, "best"):
+      folder = self.workdir / "best" / str(step)
+      meta, error = _attempt(lambda folder=folder: _read_meta(folder))
+      if error is None:
+        found[step] = meta["metric"]
+      elif isinstance(error, Corrupt):
+        log.warning("best checkpoint %d is corrupt (%s)", step, error)
+        self._set_aside(folder)
+      else:
+        raise _not_read(folder, error)
+    return found
 
   def restore(self, abstract_state):
     """Returns the newest state that can be read, or None if there is none.
 
+    Corrupt checkpoints are skipped. They are moved to damaged/ once an older
+    one has been read, so that their steps can be saved again.
+
     Args:
       abstract_state: shapes, dtypes and shardings; the mesh need not be the
         one that the state was saved from.
+
+    Raises:
+      UserError: a checkpoint holds another state, of other code or data.
+      RunStopped: a checkpoint could not be read, or all are corrupt. Nothing
+        has been moved.
     """
-    if not (self.workdir / "checkpoints").exists():
-      return None
+    corrupt = []
     for step in reversed(self.steps()):
-      try:
-        state = _restore(self._newest, step, abstract_state)
-      except Exception as e:
-        log.warning(
-          "checkpoint %d is damaged (%s); falling back to the one before",
-          step,
-          first_line(e),
-        )
-        self._set_aside(self._newest, step)
-      else:
+      folder = self.workdir / "checkpoints" / str(step)
+      state, error = _attempt(lambda f=folder: _restore(f, abstract_state))
+      error = self._agree(folder, error)
+      if error is None:
+        if jax.process_index() == 0:
+          for damaged in corrupt:
+            self._set_aside(damaged)
         return state
+      if not isinstance(error, Corrupt):
+        raise error
+      log.warning("checkpoint %d is corrupt (%s)", step, error)
+      corrupt.append(folder)
+    if corrupt:
+      raise RunStopped(
+        f"every checkpoint in {self.workdir} is corrupt: "
+        f"{', '.join(f.name for f in corrupt)}; nothing was moved; restore one "
+        "from a copy, or train again in another --workdir"
+      )
     return None
 
   def wait(self) -> None:
     """Returns when everything that was saved is on disk."""
     for manager in (self._best, self._newest):
       self._try(None, manager.wait_until_finished)
-      if jax.process_index() == 0:
-        for step in manager.all_steps():
-          self._try(step, lambda m=manager, s=step: _seal(m.directory / str(s)))
+    if jax.process_index() == 0:
+      self._try(None, self._seal_and_delete)
 
   def close(self) -> None:
     """Waits, and releases the folder."""
@@ -156,6 +212,12 @@ class Checkpoints:
     self._newest.close()
 
   def _save(self, manager, step, state, extra):
+    # A person may have deleted some, and a run that was resumed may come to a
+    # step that it has saved before: that is the same state.
+    manager.reload()
+    (exists,) = _from_process_0(step in manager.all_steps())
+    if exists:
+      return
     # Plain nested dictionaries: any reader can take one subtree by name.
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(unflatten(flatten(state))),
@@ -165,19 +227,52 @@ class Checkpoints:
     # fell back may well meet a new best before the step of the last one.
     self._try(step, lambda: manager.save(step, args=args, force=True))
 
-  def _set_aside(self, manager, step):
-    """Moves a damaged checkpoint away, so that its step can be saved again."""
-    source = manager.directory / str(step)
-    target = self.workdir / "damaged" / f"{source.parent.name}-{step}"
-    if jax.process_index() == 0:
-      while target.exists():
-        target = target.with_name(target.name + "-again")
-      target.parent.mkdir(exist_ok=True)
-      source.rename(target)
-      log.warning("moved it to %s; nothing is deleted", target)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"set aside {step}")
-    manager.reload()
+  def _seal_and_delete(self):
+    """Lists the files of new checkpoints, and deletes old ones."""
+    for kind in ("checkpoints", "best"):
+      for step in list_steps(self.workdir, kind):
+        _seal(self.workdir / kind / str(step))
+    for step in self.steps()[: -self._keep]:
+      self._delete(self.workdir / "checkpoints" / str(step))
+    if len(list_steps(self.workdir, "best")) > 1:
+      metrics = self._best_metrics()
+      for step in sorted(metrics, key=metrics.__getitem__)[:-1]:
+        self._delete(self.workdir / "best" / str(step))
+
+  def _delete(self, folder):
+    """Deletes a checkpoint; one that cannot be deleted costs only room."""
+    if folder in self._undeletable:
+      return
+    try:
+      folder.rmtree()
+    except OSError as e:
+      self._undeletable.add(folder)
+      log.warning("could not delete %s: %s", folder, first_line(e))
+
+  def _set_aside(self, folder):
+    """Moves a corrupt checkpoint away, so that its step can be saved again."""
+    target = self.workdir / "damaged" / f"{folder.parent.name}-{folder.name}"
+    while target.exists():
+      target = target.with_name(target.name + "-again")
+    target.parent.mkdir(exist_ok=True)
+    folder.rename(target)
+    log.warning("moved it to %s; nothing is deleted", target)
+
+  def _agree(self, folder, error):
+    """Returns what all processes do about what each has met: an error or None.
+
+    One may meet an error and another none, and they must not go separate ways.
+    """
+    if error is not None and not isinstance(error, (Corrupt, UserError)):
+      error = _not_read(folder, error)
+    if jax.process_count() == 1:
+      return error
+    kinds = (type(None), Corrupt, UserError, RunStopped)
+    kind = max(i for i, k in enumerate(kinds) if isinstance(error, k))
+    worst = int(multihost_utils.process_allgather(np.array(kind)).max())
+    if worst == kind:
+      return error
+    return kinds[worst](f"another process could not read {folder}; see its log")
 
   def _try(self, step, write):
     """Runs `write`; what goes wrong becomes one line that says what is safe."""
@@ -185,20 +280,98 @@ class Checkpoints:
       write()
     except Exception as e:
       safe = self.steps()
+      room = "make room and " if _is_full(e) else ""
       raise RunStopped(
         f"could not write a checkpoint to {self.workdir}"
         f"{f' at step {step}' if step is not None else ''}: {first_line(e)}; "
         f"intact checkpoints: {', '.join(map(str, safe)) or 'none'}; "
-        "make room and run the same command again"
+        f"{room}run the same command again"
       ) from e
 
 
-def list_steps(workdir) -> list[int]:
+def _not_read(folder, error) -> RunStopped:
+  return RunStopped(
+    f"could not read {folder}: {first_line(error)}; nothing was changed; mend "
+    "that, then the same command resumes"
+  )
+
+
+def _from_process_0(*values: bool) -> list[bool]:
+  """Returns what process 0 has given, on every process."""
+  if jax.process_count() == 1:
+    return list(values)
+  return multihost_utils.broadcast_one_to_all(np.array(values)).tolist()
+
+
+# How often something is read, and the seconds between: a network, a server and
+# a disk may fail for a moment.
+_PAUSES = (0.5, 2.0, 8.0)
+# What says that bytes were read and are wrong, in the words of TensorStore and
+# of Orbax.
+_DECODE_ERRORS = re.compile(
+  r"DATA_LOSS|FAILED_PRECONDITION|NOT_FOUND|decod|pars|checksum|CRC-?32|corrupt|truncated",
+  re.I,
+)
+
+
+def _attempt(read):
+  """Returns (what `read` returns, None) or (None, the error), after retries."""
+  for pause in (*_PAUSES, None):
+    try:
+      return read(), None
+    except (Corrupt, UserError) as e:
+      return None, e
+    except Exception as e:
+      if _is_decode_error(e):
+        return None, Corrupt(first_line(e))
+      if pause is None or not _is_input_error(e):
+        return None, e
+      log.warning("could not read: %s; trying again", first_line(e))
+      time.sleep(pause)
+
+
+def _chain(error):
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _is_decode_error(error) -> bool:
+  """Returns whether bytes were read, and do not say what they should."""
+  if _is_input_error(error):
+    return False
+  return any(
+    isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError))
+    or (isinstance(e, ValueError) and _DECODE_ERRORS.search(str(e)))
+    for e in _chain(error)
+  )
+
+
+def _is_input_error(error) -> bool:
+  """Returns whether a disk, a server or a network failed."""
+  return any(
+    (isinstance(e, OSError) and e.errno not in (None, errno.ENOENT))
+    or re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|\b(429|50[0-4])\b", str(e))
+    or isinstance(e, (ConnectionError, TimeoutError))
+    for e in _chain(error)
+  )
+
+
+def _is_full(error) -> bool:
+  full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+  words = tuple(os.strerror(number) for number in full)
+  return any(
+    getattr(e, "errno", None) in full or any(w in str(e) for w in words)
+    for e in _chain(error)
+  )
+
+
+def list_steps(workdir, kind: str = "checkpoints") -> list[int]:
   """Returns the steps of the complete checkpoints of a run, oldest first.
 
   Without a manager, whose making waits for all processes.
   """
-  folder = absolute(workdir) / "checkpoints"
+  folder = absolute(workdir) / kind
   return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
 
@@ -212,10 +385,10 @@ def first_line(error: BaseException) -> str:
   return line if len(line) <= 200 else f"{line[:60]} ... {line[-120:]}"
 
 
-def _open(directory, keep):
+def _open(directory):
   return ocp.CheckpointManager(
     directory,
-    options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    options=ocp.CheckpointManagerOptions(create=True),
     item_names=("state", "meta"),
   )
 
@@ -239,7 +412,7 @@ def _files(directory):
 
 
 def _check_files(directory):
-  """Raises OSError if a file is not as long as it was when it was written.
+  """Raises Corrupt if a file is not as long as it was when it was written.
 
   A run that was killed right after saving has no list; the fingerprint is
   then the only guard.
@@ -250,18 +423,22 @@ def _check_files(directory):
   try:
     sizes = json.loads(listing.read_text())
   except ValueError as e:
-    raise OSError(f"files.json does not parse: {e}") from e
+    raise Corrupt(f"files.json does not parse: {e}") from e
   for name, size in sizes.items():
     file = directory / name
     found = file.stat().length if file.exists() else 0
     if found != size:
-      raise OSError(f"{name} has {found} bytes, {size} were written")
+      raise Corrupt(f"{name} has {found} bytes, {size} were written")
 
 
 def write_atomically(path, text: str) -> None:
   """Writes a text file so that it is there whole or not at all."""
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text(text, encoding="utf-8")
+  if "://" not in str(path):
+    # Else the name may be on the disk before the contents.
+    with open(temporary, "rb") as file:
+      os.fsync(file.fileno())
   temporary.replace(path)
 
 
@@ -272,37 +449,63 @@ def absolute(path) -> epath.Path:
   return path if path.is_absolute() else path.absolute()
 
 
-def _restore(manager, step, abstract_state):
-  restored, error = {}, None
-  try:
-    _check_files(manager.directory / str(step))
-    restored = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(unflatten(flatten(abstract_state))),
-        meta=ocp.args.JsonRestore(),
-      ),
-    )
-  except Exception as e:
-    error = e
-  # One process may meet the damage and another not: they must agree before
-  # any of them computes with the others.
-  if jax.process_count() > 1:
-    bad = multihost_utils.process_allgather(np.array(error is not None))
-    error = error or (OSError("another process failed") if bad.any() else None)
-  if error:
-    raise error
-  flat = flatten(restored["state"])
-  _verify(flat, restored["meta"]["fingerprint"])
+def _restore(folder, abstract_state):
+  """Returns the state of one checkpoint, on the devices.
+
+  With Orbax's handlers alone: a Checkpointer waits for the other processes,
+  one of which may have failed.
+  """
+  _check_files(folder)
+  meta = _read_meta(folder)
+  wanted = unflatten(flatten(abstract_state))
+  handler = ocp.PyTreeCheckpointHandler()
+  _check_tree(folder, handler, flatten(abstract_state))
+  restored = handler.restore(
+    folder / "state",
+    args=ocp.args.PyTreeRestore(
+      item=wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+    ),
+  )
+  flat = flatten(restored)
+  _verify(flat, meta["fingerprint"])
   structure = jax.tree.structure(abstract_state)
   return structure.unflatten([flat[path] for path in flatten(abstract_state)])
+
+
+def _read_meta(folder) -> dict[str, Any]:
+  """Returns what stands beside the state: the fingerprint, the metric."""
+  return json.loads((folder / "meta" / "metadata").read_text())
+
+
+def _check_tree(folder, handler, wanted):
+  """Raises a UserError unless a checkpoint has these arrays."""
+
+  def describe(x):
+    return f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+  found = flatten(handler.metadata(folder / "state").tree)
+  found = {path: describe(x) for path, x in found.items()}
+  wanted = {path: describe(x) for path, x in wanted.items()}
+  different = [
+    f"{path} {found.get(path, 'none')} there, {wanted.get(path, 'none')} here"
+    for path in sorted(found.keys() | wanted.keys())
+    if found.get(path) != wanted.get(path)
+  ]
+  if different:
+    more = f" and {len(different) - 1} more" if different[1:] else ""
+    raise UserError(
+      f"{folder} holds another state ({different[0]}{more}); nothing was "
+      "changed; resume with the versions, data and JAX settings it was trained "
+      "with, or start another --workdir from it with config.init_from"
+    )
 
 
 def _verify(flat, expected):
   found = fingerprint(flat)
   wrong = [path for path in found if found[path] != expected.get(path)]
   if wrong:
-    raise OSError(f"contents differ from what was saved: {wrong[0]}")
+    raise Corrupt(f"contents differ from what was saved: {wrong[0]}")
 
 
 class Weights(NamedTuple):
@@ -355,19 +558,23 @@ def _step(path):
 
 
 def load_weights(path) -> Weights:
-  """Reads parameters on the host; damaged checkpoints are passed over.
+  """Reads parameters on the host; corrupt checkpoints are skipped.
 
   Raises:
-    UserError: nothing readable at `path`.
+    UserError: no checkpoint at `path`, or all of them are corrupt.
+    RunStopped: a checkpoint could not be read.
   """
   workdir, candidates = locate(path)
   run = json.loads((workdir / "config.json").read_text())
   for candidate in candidates:
-    try:
-      _check_files(candidate)
-      return Weights(_read_params(candidate), run, candidate)
-    except Exception as e:
-      log.warning("cannot read %s (%s)", candidate, first_line(e))
+    params, error = _attempt(lambda folder=candidate: _read_params(folder))
+    if error is None:
+      return Weights(params, run, candidate)
+    if not isinstance(error, Corrupt):
+      raise RunStopped(
+        f"could not read {candidate}: {first_line(error)}"
+      ) from error
+    log.warning("%s is corrupt (%s)", candidate, error)
   raise UserError(
     f"no readable checkpoint at {path}: {len(candidates)} tried; "
     "run the training command again to make a new one"
@@ -376,6 +583,7 @@ def load_weights(path) -> Weights:
 
 def _read_params(directory):
   """Reads `ema` if the checkpoint has one, else `params`: {path: array}."""
+  _check_files(directory)
   handler = ocp.PyTreeCheckpointHandler()
   # The handler's own: a Checkpointer also looks for a file that is of the whole
   # step, and warns that it is not there.
@@ -389,7 +597,5 @@ def _read_params(directory):
       partial_restore=True,
     )
     flat = flatten(reader.restore(directory / "state", args=args))
-  with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    meta = reader.restore(directory / "meta")
-  _verify(flat, meta["fingerprint"])
+  _verify(flat, _read_meta(directory)["fingerprint"])
   return {path.removeprefix(f"{name}/"): x for path, x in flat.items()}
