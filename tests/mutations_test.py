@@ -61,8 +61,8 @@ _FAULTS = {
   ),
   "the same dropout at each step": Fault(
     "steps.py",
-    "wrap_key_data(state.rng), state.step)",
-    "wrap_key_data(state.rng), 0)",
+    "jax.random.fold_in(key, state.step)",
+    "jax.random.fold_in(key, 0)",
     "steps_test.py::test_randomness_is_a_function_of_key_and_step",
   ),
   "a dropped EMA": Fault(

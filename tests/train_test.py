@@ -432,7 +432,7 @@ def test_a_damaged_checkpoint_is_passed_over(runs, whole, tmp_path, caplog):
   damaged = snapshot(folder)
   assert main(runs.train_args(workdir, *SHORT)) == 0
   said = "\n".join(caplog.messages)
-  assert "checkpoint 6 is damaged" in said
+  assert "checkpoint 6 is corrupt" in said
   assert "from step 4 of 6" in said
   # Nothing is deleted.
   assert snapshot(workdir / "damaged" / "checkpoints-6") == damaged

@@ -628,17 +628,8 @@ def _train(args):
   _connect(args, lambda: _say_saved(args.workdir))
   from vit_jax.train import train
 
-  train(loaded, args.workdir)
-  return 0 if _is_complete(args.workdir) else args.stopped_exit_code
-
-
-def _is_complete(workdir):
-  """Returns whether a run's last step has been saved."""
-  from vit_jax import checkpoint
-
-  folder = checkpoint.absolute(workdir)
-  total = json.loads((folder / "config.json").read_text())["total_steps"]
-  return (folder / "checkpoints" / str(total)).exists()
+  stopped = train(loaded, args.workdir) is None
+  return args.stopped_exit_code if stopped else 0
 
 
 def _say_saved(workdir):

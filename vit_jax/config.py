@@ -32,6 +32,12 @@ RESUMABLE = (
   "profile_steps",
 )
 
+# Keys that were added to configs/common.py since the first release: {key: the
+# value that runs from before had without saying so}. And those that have been
+# renamed since: {old: new}. Without an entry no run from before is resumed.
+ADDED: dict[str, Any] = {}
+RENAMED: dict[str, str] = {}
+
 
 def load(spec: str, overrides: dict[str, str] | None = None):
   """Runs `get_config` of a configuration file and applies overrides.
@@ -141,6 +147,7 @@ def to_dict(config) -> dict[str, Any]:
 def differences(old: dict, new: dict) -> list[str]:
   """Returns "key: old -> new" for what a resumed run may not change."""
   old, new = flatten(old), flatten(new)
+  old = ADDED | {RENAMED.get(key, key): value for key, value in old.items()}
   return [
     f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
     for key in sorted(old.keys() | new.keys())

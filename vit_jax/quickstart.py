@@ -77,8 +77,8 @@ def quickstart(workdir: str) -> None:
 
   say("The same from scratch")
   scratch = train(load("finetune", data_dir), folder / "from_scratch")
-  if not (pretrained and finetuned and scratch):
-    print("Interrupted; run it again to go on.")
+  if None in (pretrained, finetuned, scratch):
+    print("Interrupted; run it again to resume.")
     return
 
   say("Predictions for held-out images")

@@ -25,6 +25,15 @@ class TrainState(NamedTuple):
   rng: jax.Array
 
 
+# Of every key: a run must not depend on JAX_DEFAULT_PRNG_IMPL.
+KEY_IMPL = "threefry2x32"
+
+
+def make_key(seed: int) -> jax.Array:
+  """Returns the PRNG key of a seed."""
+  return jax.random.key(seed, impl=KEY_IMPL)
+
+
 class LazyArray(NamedTuple):
   """An array that is read when it is asked for.
 

@@ -11,7 +11,7 @@ import optax
 from vit_jax import masking
 from vit_jax.losses import multi_hot
 from vit_jax.optim import polyak
-from vit_jax.state import TrainState
+from vit_jax.state import KEY_IMPL, TrainState, make_key
 
 
 def normalize(images):
@@ -156,7 +156,8 @@ def make_train_step(
     return jax.tree.map(lambda x: x / micro_batches, total)
 
   def train_step(state: TrainState, batch):
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    key = jax.random.wrap_key_data(state.rng, impl=KEY_IMPL)
+    key = jax.random.fold_in(key, state.step)
     loss_key, prepare_key = jax.random.split(key)
     examples = objective.prepare(batch, prepare_key)
     loss, gradient = mean_gradient(state.params, examples, loss_key)
@@ -217,7 +218,7 @@ def make_masked_eval_step(*, apply, patch_size: int, target: str):
   """
 
   def eval_step(params, batch):
-    fold_in = functools.partial(jax.random.fold_in, jax.random.key(0))
+    fold_in = functools.partial(jax.random.fold_in, make_key(0))
     images, corruption, targets = corrupt(
       batch["image"], jax.vmap(fold_in)(batch["index"]), patch_size, target
     )

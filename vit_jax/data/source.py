@@ -72,6 +72,13 @@ class Source(abc.ABC):
   def parse_image(self, record: tf.Tensor | bytes) -> tf.Tensor:
     """Returns the encoded image of a record, a scalar string."""
 
+  def identity(self) -> str:
+    """Returns text that changes when the examples of the split do.
+
+    Cheap: of files, their names and sizes. Where they lie does not matter.
+    """
+    return f"{self.num_examples:,} examples"
+
   def parse(self, record: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor]:
     """Parses one record, in a graph or out of it.
 
@@ -235,6 +242,11 @@ class TfdsSource(Source):
     self._task = find_task(dataset)
     info = _select_split(builder.info.splits, dataset, split, self._task)
     self.num_examples = info.num_examples
+    shards = [
+      [Path(i.filename).name, i.skip, i.take, i.examples_in_shard]
+      for i in info.file_instructions
+    ]
+    self._identity = f"{builder.info.full_name} {_digest(shards)}"
     self._files = array_record_data_source.ArrayRecordDataSource(
       _existing_files(info.file_instructions, dataset)
     )
@@ -254,6 +266,9 @@ class TfdsSource(Source):
       declared = self._task and self._task.max_labels
       declared = declared or _read_max_labels(builder)
       self.max_labels = declared or self._count_max_labels()
+
+  def identity(self):
+    return self._identity
 
   def read(self, indices):
     return self._files.__getitems__(np.asarray(indices).tolist())
@@ -491,6 +506,11 @@ class FolderSource(Source):
   def check_labels(self):
     """They are the folders' and cannot be wrong."""
 
+  def identity(self):
+    names = [f"{path.parent.name}/{path.name}" for path, _ in self._files]
+    sizes = [path.stat().st_size for path, _ in self._files]
+    return _digest([*zip(names, sizes, strict=True)])
+
   def _read_one(self, index):
     path, label = self._files[index]
     data = path.read_bytes()
@@ -506,6 +526,12 @@ class FolderSource(Source):
 
   def describe(self, index):
     return str(self._files[index][0])
+
+
+def _digest(values) -> str:
+  """Returns sixteen hexadecimal digits that change with any of the values."""
+  text = json.dumps(values)
+  return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def find_folder(dataset: str, prefix: str = FOLDER) -> Path:

@@ -14,6 +14,7 @@ def make_evaluate(
   mesh,
   batch_size: int,
   preprocess: str,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> Callable:
   """Returns params -> iterator of (name, value) over all of `source`.
 
@@ -24,6 +25,7 @@ def make_evaluate(
     mesh: where to compute.
     batch_size: of the global batch.
     preprocess: evaluation preprocessing.
+    before_batch: may raise, to end an evaluation between two batches.
 
   Raises:
     UserError: the batch size is not divisible, or the preprocessing is random.
@@ -38,6 +40,7 @@ def make_evaluate(
     mesh=mesh,
     batch_size=batch_size,
     preprocess=preprocess,
+    before_batch=before_batch,
   )
   return lambda params: summarize(sums(params), source.multilabel)
 

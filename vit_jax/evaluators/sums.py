@@ -20,6 +20,7 @@ def make_sums(
   mesh,
   batch_size: int,
   preprocess: str,
+  before_batch: Callable[[], None] = lambda: None,
 ) -> Callable:
   """Returns params -> iterator of the results of one batch after the other.
 
@@ -34,6 +35,7 @@ def make_sums(
     mesh: where to compute.
     batch_size: of the global batch.
     preprocess: evaluation preprocessing.
+    before_batch: may raise, to end an evaluation between two batches.
 
   Raises:
     UserError: the batch size is not divisible, or the preprocessing is random.
@@ -56,6 +58,7 @@ def make_sums(
       image_size=model.image_size,
     )
     for i, batch in enumerate(batches):
+      before_batch()
       batch["index"] = (i * batch_size + rows).astype(np.int32)
       yield eval_step(params, sharding.put_batch(mesh, batch, batch_size))
 
