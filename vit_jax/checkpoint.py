@@ -267,12 +267,12 @@ class Checkpoints:
       error = _not_read(folder, error)
     if jax.process_count() == 1:
       return error
-    kinds = (type(None), Corrupt, UserError, RunStopped)
-    kind = max(i for i, k in enumerate(kinds) if isinstance(error, k))
+    kinds = (Corrupt, UserError, RunStopped)
+    kind = sum(i for i, k in enumerate(kinds, 1) if isinstance(error, k))
     worst = int(multihost_utils.process_allgather(np.array(kind)).max())
     if worst == kind:
       return error
-    return kinds[worst](f"another process could not read {folder}; see its log")
+    return kinds[worst - 1](f"another process could not read {folder}")
 
   def _try(self, step, write):
     """Runs `write`; what goes wrong becomes one line that says what is safe."""
@@ -314,7 +314,7 @@ _DECODE_ERRORS = re.compile(
 )
 
 
-def _attempt(read):
+def _attempt(read) -> tuple[Any, Exception | None]:
   """Returns (what `read` returns, None) or (None, the error), after retries."""
   for pause in (*_PAUSES, None):
     try:
@@ -328,6 +328,7 @@ def _attempt(read):
         return None, e
       log.warning("could not read: %s; trying again", first_line(e))
       time.sleep(pause)
+  raise AssertionError("the last attempt returns")
 
 
 def _chain(error):
