@@ -352,7 +352,7 @@ def _is_input_error(error) -> bool:
   """Returns whether a disk, a server or a network failed."""
   return any(
     (isinstance(e, OSError) and e.errno not in (None, errno.ENOENT))
-    or re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|\b(429|50[0-4])\b", str(e))
+    or re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|HTTP\D*(429|50[0-4])", str(e))
     or isinstance(e, (ConnectionError, TimeoutError))
     for e in _chain(error)
   )
