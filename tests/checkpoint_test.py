@@ -12,6 +12,7 @@ import forks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny_runs import REPO
 
@@ -383,12 +384,30 @@ def test_a_best_that_cannot_be_read_is_kept(name, run, monkeypatch, quick):
 def test_what_cannot_be_written_costs_nothing(name, run, monkeypatch):
   before = _content(run)
   checkpoints = checkpoint.Checkpoints(run, 2)
-  monkeypatch.setattr(checkpoints._newest, "save", _fail(_FAILURES[name]))
+  monkeypatch.setattr(ocp.CheckpointManager, "save", _fail(_FAILURES[name]))
   with pytest.raises(RunStopped, match="intact checkpoints: 10, 20;") as e:
     checkpoints.save(30, _place(_make_arrays(30)))
   assert "make room" not in str(e.value)
   assert _content(run) == before
   _assert_identical(_restore(run), _make_arrays(20))
+
+
+def test_no_process_looks_while_the_first_deletes(run, monkeypatch):
+  """Another one that met a checkpoint half gone ended the run."""
+  order = []
+
+  def note(name, result=None):
+    return lambda *_, **__: order.append(name) or result
+
+  checkpoints = checkpoint.Checkpoints(run, 2)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(checkpoint, "_open", note("open", ocp.CheckpointManager))
+  monkeypatch.setattr(checkpoint, "list_steps", note("list", []))
+  monkeypatch.setattr(checkpoint, "_from_process_0", note("agree", [False]))
+  for name in ("reload", "save"):
+    monkeypatch.setattr(ocp.CheckpointManager, name, note(name))
+  checkpoints.save(30, _place(_make_arrays(30)))
+  assert order == ["agree", "open", "reload", "save"]
 
 
 def test_another_state_is_named_and_nothing_is_moved(run):
@@ -635,7 +654,7 @@ def test_a_run_stopped_names_its_cause(run, monkeypatch):
     raise OSError("No space left on device\nand more")
 
   checkpoints = checkpoint.Checkpoints(run, 2)
-  monkeypatch.setattr(checkpoints._newest, "save", fail)
+  monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
   with pytest.raises(RunStopped) as error:
     checkpoints.save(30, _place(_make_arrays(30)))
   message = str(error.value)

@@ -22,7 +22,6 @@ nothing: a full memory, a server that does not answer, another version.
 """
 
 import errno
-import functools
 import json
 import logging
 import math
@@ -93,14 +92,7 @@ class Checkpoints:
     self.workdir = absolute(workdir)
     self._keep = keep
     self._undeletable = set()
-
-  @functools.cached_property
-  def _newest(self):
-    return _open(self.workdir / "checkpoints")
-
-  @functools.cached_property
-  def _best(self):
-    return _open(self.workdir / "best")
+    self._managers = {}  # made at the first save, by all processes together
 
   def steps(self) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first."""
@@ -122,7 +114,7 @@ class Checkpoints:
     # The best must not be older than the newest: a run that is killed here
     # would never save it again.
     self.wait()
-    self._save(self._newest, step, state, {})
+    self._save("checkpoints", step, state, {})
 
   def save_if_best(self, step: int, state, metric: float) -> None:
     """Saves the state apart if its metric is above all before it.
@@ -130,7 +122,8 @@ class Checkpoints:
     Raises:
       RunStopped: the best one of before could not be read.
     """
-    self._try(None, self._best.wait_until_finished)
+    if "best" in self._managers:
+      self._try(None, self._managers["best"].wait_until_finished)
     best, error = -math.inf, None
     if jax.process_index() == 0:
       try:
@@ -141,7 +134,7 @@ class Checkpoints:
     if failed:
       raise error or RunStopped("process 0 could not read the best checkpoint")
     if is_best:
-      self._save(self._best, step, state, {"metric": metric})
+      self._save("best", step, state, {"metric": metric})
 
   def _best_metrics(self) -> dict[int, float]:
     """Returns {step: metric} of the best checkpoints: one, or after a kill two.
@@ -200,24 +193,31 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns when everything that was saved is on disk."""
-    for manager in (self._best, self._newest):
+    for manager in self._managers.values():
       self._try(None, manager.wait_until_finished)
-    if jax.process_index() == 0:
+    if self._managers and jax.process_index() == 0:
       self._try(None, self._seal_and_delete)
 
   def close(self) -> None:
     """Waits, and releases the folder."""
     self.wait()
-    self._best.close()
-    self._newest.close()
+    for manager in self._managers.values():
+      manager.close()
 
-  def _save(self, manager, step, state, extra):
-    # A person may have deleted some, and a run that was resumed may come to a
-    # step that it has saved before: that is the same state.
-    manager.reload()
-    (exists,) = _from_process_0(step in manager.all_steps())
+  def _save(self, kind, step, state, extra):
+    # A run that was resumed may come to a step that it has saved before: that
+    # is the same state. Process 0 alone looks, and the others wait for it: it
+    # may be deleting old checkpoints, which they must not meet half gone.
+    is_first = jax.process_index() == 0
+    (exists,) = _from_process_0(
+      is_first and step in list_steps(self.workdir, kind)
+    )
     if exists:
       return
+    if kind not in self._managers:
+      self._managers[kind] = _open(self.workdir / kind)
+    manager = self._managers[kind]
+    manager.reload()  # a person may have deleted some
     # Plain nested dictionaries: any reader can take one subtree by name.
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(unflatten(flatten(state))),
