@@ -14,7 +14,7 @@ _PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
 # layers above its own line here, never one of its own line.
 _LAYERS = (
   ("errors",),
-  ("state", "losses", "masking", "preprocess", "hosts"),
+  ("state", "losses", "masking", "preprocess", "hosts", "distributed", "lock"),
   ("models", "optim", "sharding", "data", "lifeline"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),

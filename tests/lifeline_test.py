@@ -298,6 +298,32 @@ def test_as_many_processes_end_with_the_same_bits(
 
 
 @pytest.mark.ci
+def test_processes_that_differ_end_before_the_first_step(runs, tmp_path):
+  """By a key of the configuration, and by a folder that they do not share."""
+
+  def end_together(first, second):
+    rest = [
+      f"--coordinator=localhost:{find_port()}",
+      *("--num_processes=2", "--start_timeout=30"),
+    ]
+    started = [
+      runs.start([*args, *rest, f"--process_id={i}"], devices=1)
+      for i, args in enumerate((first, second))
+    ]
+    assert [p.wait() for p in started] == [2, 2], started[0].stderr()
+    assert not started[0].steps()
+    return started[0].stderr().splitlines()[-1]
+
+  args = runs.train_args(tmp_path / "run", *_RUN)
+  line = end_together(args, [*args, "--config.batch_size=32"])
+  assert "process 1 on" in line
+  assert "batch_size is 32 there and 16 here" in line
+  assert not (tmp_path / "run").exists()
+  line = end_together(args, runs.train_args(tmp_path / "other", *_RUN))
+  assert "other' there" in line
+
+
+@pytest.mark.ci
 def test_two_processes_count_each_test_example_once(train_whole, capsys):
   """Their numbers are those of one process with other devices."""
   workdir = train_whole(2)

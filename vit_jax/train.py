@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from vit_jax import checkpoint, data, pretrained, sharding
+from vit_jax import checkpoint, data, distributed, lock, pretrained, sharding
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.metrics import MetricLog, NotFinite
@@ -41,13 +41,20 @@ def train(config, workdir) -> dict[str, float] | None:
     RunStopped: the loss is not finite, a checkpoint or the data could not be
       read or written, or an evaluation failed.
   """
-  with StopSignal() as stop:
-    return _train(config, workdir, stop)
+  with StopSignal() as stop, contextlib.ExitStack() as stack:
+    return _train(config, workdir, stop, stack)
 
 
-def _train(config, workdir, stop):
+def _train(config, workdir, stop, stack):
   # Machines.
   workdir = checkpoint.absolute(workdir)
+  distributed.check_same(
+    {
+      "the source code of vit_jax": distributed.digest_package(),
+      "--workdir": str(workdir),
+      **configuration.flatten(config),
+    }
+  )
   configuration.check_ranges(config)
   run = check_workdir(config, workdir)
   mesh = sharding.make_mesh(config.fsdp)
@@ -76,6 +83,14 @@ def _train(config, workdir, stop):
   # State: resumed, from other weights, or random, in that order.
   key = make_key(config.seed)
   layout = sharding.tree_shardings(mesh, jax.eval_shape(init_state, key))
+  own = take_workdir(workdir, stack)
+  if check_workdir(config, workdir) != run:
+    raise UserError(f"another run has just ended in {workdir}; start again")
+  distributed.check_same(
+    {"config.json": run, "the data": describe_data(sources, test)}
+  )
+  token = own.token if own else lock.read_token(workdir)
+  distributed.check_same({"the lock in --workdir": token})
   checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
   state = restore(checkpoints, init_state, layout) if run else None
   if state is None:
@@ -85,6 +100,7 @@ def _train(config, workdir, stop):
         config.init_from, state, task.model, config, task.class_names
       )
   step = int(state.step)
+  distributed.check_same({"the step to resume from": step})
   if step == total_steps and (not test or read_results(workdir, step)):
     log.info("the run is complete: %d steps in %s", step, workdir)
     return read_results(workdir, step)
@@ -111,6 +127,8 @@ def _train(config, workdir, stop):
   profiler = Profiler(config, workdir)
 
   def save(step, state):
+    if own:
+      own.check()
     metrics.flush(step)
     checkpoints.save(step, state)
     metrics.restart_clock(step)
@@ -175,6 +193,22 @@ def _train(config, workdir, stop):
     metrics.close()
   log.info("the run is complete: %d steps in %s", step, workdir)
   return results
+
+
+def take_workdir(workdir, stack) -> lock.Lock | None:
+  """Holds the run folder's lock on process 0 until `stack` is closed.
+
+  Raises:
+    UserError: another run has it, or the folder cannot be written.
+  """
+  if jax.process_index():
+    return None
+  try:
+    return stack.enter_context(lock.hold(workdir))
+  except OSError as e:
+    raise UserError(
+      f"cannot write to {workdir}: {e.strerror or e}; choose another --workdir"
+    ) from e
 
 
 def open_sources(config):

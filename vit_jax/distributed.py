@@ -1,0 +1,71 @@
+"""Agreement between the processes of a run.
+
+Processes that train with different settings, code or data end in a wrong model
+or in a collective that never returns. So they compare what must be equal before
+the first step.
+"""
+
+import hashlib
+import json
+import pathlib
+import socket
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vit_jax.errors import UserError
+
+
+def check_same(facts: dict[str, Any]) -> None:
+  """Raises unless all processes give the same facts; all have to call it.
+
+  Args:
+    facts: {name: value}; values are compared by their `repr`.
+
+  Raises:
+    UserError: on every process; names the first host that differs from
+      process 0, and what differs there.
+  """
+  if jax.process_count() == 1:
+    return
+  mine = {name: repr(value) for name, value in facts.items()}
+  hosts, everyone = zip(*_gather([socket.gethostname(), mine]), strict=True)
+  for i, other in enumerate(everyone):
+    names = sorted(everyone[0].keys() | other.keys())
+    different = [
+      f"{name} is {other.get(name)} there and {everyone[0].get(name)} here"
+      for name in names
+      if other.get(name) != everyone[0].get(name)
+    ]
+    if different:
+      more = f" and {len(different) - 3} more" if different[3:] else ""
+      raise UserError(
+        f"process {i} on {hosts[i]} differs from process 0 on {hosts[0]}: "
+        f"{'; '.join(different[:3])}{more}; start the same command with the "
+        "same files on every host"
+      )
+
+
+def digest_package() -> str:
+  """Returns a digest of the package's own source files."""
+  folder = pathlib.Path(__file__).parent
+  digest = hashlib.sha256()
+  for file in sorted(folder.glob("**/*.py")):
+    digest.update(str(file.relative_to(folder)).encode())
+    digest.update(file.read_bytes())
+  return digest.hexdigest()[:12]
+
+
+def _gather(value) -> list:
+  """Returns the values of all processes, of JSON's types, by process."""
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(data.size))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: data.size] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(rows, sizes, strict=True)
+  ]
