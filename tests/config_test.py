@@ -219,6 +219,44 @@ def test_a_key_that_one_side_lacks_is_a_difference():
   assert configuration.differences(old, new) == ["model.scan: None -> False"]
 
 
+def test_a_run_from_before_a_key_was_added_counts_as_its_default(monkeypatch):
+  old = {"model": {"variant": "ViT-B_16"}, "lr": 0.1}
+  new = {"model": {"variant": "ViT-B_16", "gate": 0}, "base_lr": 0.1}
+  monkeypatch.setattr(configuration, "ADDED", {"model.gate": 0})
+  monkeypatch.setattr(configuration, "RENAMED", {"lr": "base_lr"})
+  assert configuration.differences(old, new) == []
+  new["model"]["gate"] = 1
+  assert configuration.differences(old, new) == ["model.gate: 0 -> 1"]
+
+
+_FIRST_KEYS = """
+  batch_size checkpoint_every data_dir ema_decay eval.batch_size eval.dataset
+  eval.preprocess eval.split eval_every fsdp image_size init_from
+  keep_checkpoints log_every loss.label_smoothing loss.name masked_target
+  micro_batches model.activation model.attention_dropout_rate
+  model.classifier model.dropout_rate model.dtype model.head_bias_init
+  model.layer_norm_epsilon model.pos_embedding model.pos_embedding_at
+  model.remat model.representation_size model.scan
+  model.stochastic_depth_rate model.variant objective
+  optimizer.accumulator_dtype optimizer.b1 optimizer.b2 optimizer.clip_norm
+  optimizer.eps optimizer.lr_multipliers optimizer.momentum optimizer.name
+  optimizer.weight_decay optimizer.weight_decay_params
+  optimizer.weight_decay_scaling profile_step profile_steps
+  schedule.base_lr schedule.cooldown_steps schedule.decay
+  schedule.linear_end schedule.rsqrt_timescale schedule.warmup_steps seed
+  total_epochs total_examples total_steps train.dataset train.mixup_alpha
+  train.preprocess train.split
+"""
+
+
+def test_every_key_that_was_added_has_a_value_for_runs_from_before():
+  """The keys of the first release; one that is added later goes to ADDED."""
+  first = _FIRST_KEYS.split()
+  before = {configuration.RENAMED.get(key, key) for key in first}
+  now = configuration.flatten(configuration.load(_COMMON))
+  assert now.keys() - before == configuration.ADDED.keys()
+
+
 def test_resumable_keys_are_no_differences_and_exist():
   flat = configuration.flatten(_load())
   assert set(configuration.RESUMABLE) <= flat.keys()

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import crashes
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,10 +35,12 @@ from tiny_runs import (
   snapshot,
 )
 
+from vit_jax import checkpoint, data, metrics, train
 from vit_jax import config as configuration
-from vit_jax import data, metrics
 from vit_jax.__main__ import main
+from vit_jax.errors import UserError
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TOTAL = 14  # steps, see tiny_config.py
 DEVICES = 8  # of this process, see conftest.py
 # A smaller run: with kill after kill, most of the time goes into starts.
@@ -74,6 +77,7 @@ def test_a_run_leaves_what_the_readme_says(reference):
     "best",
     "checkpoints",
     "config.json",
+    "lock",
     "metrics.jsonl",
     "parameters.txt",
     "tensorboard",
@@ -95,7 +99,9 @@ def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
   before = snapshot(workdir)
   assert main(runs.train_args(workdir)) == 0
   assert "the run is complete: 14 steps" in caplog.messages[-1]
-  assert snapshot(workdir) == before
+  after = snapshot(workdir)
+  assert after.pop("lock")[0] == before.pop("lock")[0] == 0  # bytes
+  assert after == before
 
 
 # --- kills ---
@@ -205,7 +211,7 @@ def kill_and_resume(runs, workdir, *overrides, kills, seed=0, **kwargs):
       make_is_saving(workdir, time.time_ns())
     ),
     "starting": lambda process: process.wait_until(
-      make_is_over(random_.uniform(0.2, 12))
+      make_is_over(random_.uniform(0.1, 3))
     ),
   }
   hits = collections.Counter()
@@ -273,6 +279,180 @@ def test_sigterm_and_ctrl_c_save_and_end_well(
   assert f"saved step {stopped}" in caplog.messages[-1]
   assert main(runs.train_args(workdir, *SHORT)) == 0
   assert_same_run(workdir, whole[0])
+
+
+@pytest.mark.parametrize(
+  ("at", "number", "saved"),
+  [
+    (4, signal.SIGHUP, 4),
+    pytest.param(6, signal.SIGTERM, 6, marks=pytest.mark.ci),
+    pytest.param(  # before the loop
+      "read_batches", signal.SIGTERM, 0, marks=pytest.mark.ci
+    ),
+  ],
+)
+def test_a_stop_outside_the_steps_is_served_at_once(
+  at, number, saved, runs, whole, tmp_path, caplog, monkeypatch
+):
+  """In an evaluation it drops that, which is made up for at the resume.
+
+  A second signal and a Ctrl-C right behind the first change nothing.
+  """
+  workdir = tmp_path / "run"
+  name = "run_evaluation" if isinstance(at, int) else at
+  function = getattr(train, name)
+
+  def signal_first(*args):
+    if at in (name, args[-1]):
+      for _ in range(2):
+        signal.raise_signal(number)
+      signal.raise_signal(signal.SIGINT)
+    return function(*args)
+
+  # Runs of equal configuration share their evaluators here, and with that the
+  # signals that these look for; keep_checkpoints may change on resume.
+  args = runs.train_args(workdir, *SHORT, f"keep_checkpoints={10 * saved + 5}")
+  with monkeypatch.context() as patch:
+    patch.setattr(train, name, signal_first)
+    assert main([*args, "--stopped_exit_code=75"]) == 75
+  assert saved_steps(workdir)[-1:] == [saved] * bool(saved)
+  where = f"saved step {saved}" if saved else "before the first step"
+  assert where in caplog.messages[-1]
+  lines = read_metrics(workdir) if saved else []
+  assert not [m for m in lines if m["step"] == saved and "eval/loss" in m]
+  args = runs.train_args(workdir, *SHORT, f"keep_checkpoints={10 * saved + 3}")
+  assert main([*args, "--stopped_exit_code=75"]) == 0
+  assert_same_run(workdir, whole[0])
+
+
+def test_a_signal_after_the_last_step_is_no_stop(
+  runs, whole, tmp_path, monkeypatch
+):
+  """Launchers start a run again for ever that ends with the stopped code."""
+  close = checkpoint.Checkpoints.close
+
+  def signal_first(self):
+    signal.raise_signal(signal.SIGTERM)
+    close(self)
+
+  monkeypatch.setattr(checkpoint.Checkpoints, "close", signal_first)
+  args = runs.train_args(tmp_path / "run", *SHORT)
+  assert main([*args, "--stopped_exit_code=75"]) == 0
+  assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_an_evaluation_that_fails_costs_nothing(
+  runs, whole, tmp_path, capsys, monkeypatch
+):
+  """The state is saved before it, and the same command evaluates it."""
+  workdir = tmp_path / "run"
+  evaluate = train.run_evaluation
+
+  def fail(params):
+    raise OSError("test/7.jpg is no image")
+
+  def fail_at_the_end(evaluator, params, step):
+    return evaluate(fail if step == 6 else evaluator, params, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "run_evaluation", fail_at_the_end)
+    assert main(runs.train_args(workdir, *SHORT)) == 1
+  line = capsys.readouterr().err.splitlines()[-1]
+  for words in ("step 6", "test/7.jpg", "vit-jax evaluate --checkpoint="):
+    assert words in line
+  folder = Path(line.rpartition("--checkpoint=")[2])
+  assert folder == workdir / "checkpoints" / "6"
+  assert main(["evaluate", f"--checkpoint={folder}"]) == 0
+  assert main(runs.train_args(workdir, *SHORT)) == 0
+  assert_same_run(workdir, whole[0])
+
+
+@pytest.mark.parametrize(
+  ("start", "end", "traced"),
+  [
+    (1, 9, [("start", 3), ("stop", 6)]),
+    (4, 9, [("start", 4), ("stop", 6)]),  # resumed inside the window
+    (6, 9, []),  # and behind it
+    (1, 4, [("start", 3), ("stop", 4)]),  # stopped inside it
+  ],
+)
+def test_the_profiler_traces_what_is_left_of_its_window(
+  start, end, traced, tmp_path, monkeypatch
+):
+  now, found = [0], []
+  for name in ("start", "stop"):
+    monkeypatch.setattr(
+      jax.profiler,
+      f"{name}_trace",
+      lambda *_, name=name: found.append((name, now[0])),
+    )
+  config = configuration.load(str(CONFIGS / "common.py"))
+  with config.unlocked():
+    config.profile_step, config.profile_steps = 3, 3
+  profiler = train.Profiler(config, tmp_path)
+  for now[0] in range(start, end):
+    profiler.before(now[0], ())
+  now[0] = end
+  profiler.close((), end)
+  assert found == traced
+
+
+def test_a_profiler_window_past_the_end_is_refused():
+  config = configuration.load(
+    str(CONFIGS / "common.py"), {"profile_step": "11"}
+  )
+  train.check_profile(config, 11)
+  with pytest.raises(UserError, match=r"profile_step 11 .* last step, 10"):
+    train.check_profile(config, 10)
+
+
+def draw_folder(root, classes, count=2):
+  for split in ("train", "test"):
+    for name in classes:
+      (root / split / name).mkdir(parents=True)
+      for i in range(count):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(
+          root / split / name / f"{i}.png"
+        )
+
+
+def check_folder(root, run):
+  source = data.get_source(f"folder:{root}", "train", None)
+  test = data.get_source(f"folder:{root}", "test", None)
+  train.check_data(run, [(source, 1)], test, "WORKDIR")
+
+
+def test_other_data_are_named_at_a_resume(tmp_path):
+  """A class renamed, one added, a picture exchanged, a test set that grew."""
+  root = tmp_path / "photos"
+  draw_folder(root, ["cat", "dog"])
+  source = data.get_source(f"folder:{root}", "train", None)
+  test = data.get_source(f"folder:{root}", "test", None)
+  run = {
+    "class_names": list(source.class_names),
+    "data": train.describe_data([(source, 1)], test),
+  }
+  run = json.loads(json.dumps(run))
+  check_folder(root, run)
+  changes = {
+    r"gone \['dog'\], new \['wolf'\]": lambda: [
+      (root / split / "dog").rename(root / split / "wolf")
+      for split in ("train", "test")
+    ],
+    r"gone \[\], new \['emu'\]": lambda: draw_folder(root, ["emu"]),
+    r"\(train\) has changed .* had 4 examples": lambda: Image.new(
+      "RGB", (9, 9)
+    ).save(root / "train" / "cat" / "1.png"),
+    r"\(eval\) has changed .* 4 examples .* has 5": lambda: Image.new(
+      "RGB", (8, 8)
+    ).save(root / "test" / "cat" / "9.png"),
+  }
+  for words, change in changes.items():
+    shutil.rmtree(root)
+    draw_folder(root, ["cat", "dog"])
+    change()
+    with pytest.raises(UserError, match=words):
+      check_folder(root, run)
 
 
 def stop_after(process, step):

@@ -176,7 +176,8 @@ def _train(config, workdir, stop, stack):
     if saved != step:
       save(step, state)
     checkpoints.close()
-    log.info("stopping: saved step %d; run again to resume", step)
+    where = f"saved step {step}" if step else "before the first step"
+    log.info("stopping: %s; run again to resume", where)
     return None
   except NotFinite as e:
     raise RunStopped(f"{e}; {advise(checkpoints)}") from e
