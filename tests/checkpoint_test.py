@@ -370,6 +370,38 @@ def test_a_failure_that_passes_is_not_noticed(run, monkeypatch, quick):
   assert not failures
 
 
+@pytest.mark.parametrize("step", [500, 503])
+def test_a_step_like_a_servers_answer_is_no_failure_of_one(step, tmp_path):
+  """What a file that does not decode is called says nothing about why."""
+  error = ValueError(f"DATA_LOSS: {tmp_path}/http/checkpoints/{step}: CRC-32C")
+  _, found = checkpoint._attempt(_fail(error))
+  assert isinstance(found, checkpoint.Corrupt)
+
+
+@pytest.mark.parametrize(
+  ("theirs", "expected"), [(0, 20), (1, 10), (2, UserError), (3, RunStopped)]
+)
+def test_one_process_of_two_that_fails_decides_for_both(
+  theirs, expected, run, monkeypatch
+):
+  """This one reads well; the other has met nothing, damage, or a failure."""
+  before = _content(run)
+  answers = [theirs, 0]
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    checkpoint.multihost_utils,
+    "process_allgather",
+    lambda kind: np.array([kind, answers.pop(0)]),
+  )
+  if isinstance(expected, int):
+    _assert_identical(_restore(run), _make_arrays(expected))
+    assert (run / "damaged").exists() == (expected == 10)
+    return
+  with pytest.raises(expected, match=r"another process .*checkpoints/20"):
+    _restore(run)
+  assert _content(run) == before
+
+
 @pytest.mark.parametrize("name", _FAILURES)
 def test_a_best_that_cannot_be_read_is_kept(name, run, monkeypatch, quick):
   before = _content(run)
