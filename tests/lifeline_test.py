@@ -246,7 +246,8 @@ def lose_one(train_together, workdir, count, random_):
     else:
       assert codes[i] == lifeline.LOST, process.stderr()
       assert f"stopped: process {lost} on" in said[-1]
-      assert "*** Check failure" not in process.stderr()
+      # JAX may notice the loss of process 0 first, and says it in its way.
+      assert not lost or "*** Check failure" not in process.stderr()
   seen = processes[0].steps()
   assert not seen or seen[0] == 1 + (before[0] if before else 0)
   assert saved_steps(workdir)[-1:] >= before

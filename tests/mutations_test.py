@@ -191,7 +191,7 @@ def checkout(tmp_path_factory):
     check=True,
   )
   for name in filter(None, listed.stdout.split("\0")):
-    if (_REPO / name).exists():
+    if (_REPO / name).is_file():
       (folder / name).parent.mkdir(parents=True, exist_ok=True)
       shutil.copy2(_REPO / name, folder / name)
   return folder

@@ -353,5 +353,5 @@ def test_ctrl_c_saves_the_runs(args, runs, tmp_path):
   first, *others = [row["status"] for row in result["runs"]]
   assert first == "interrupted"
   assert set(others) == {"waiting"}
-  assert "run again to go on" in (begun.parent / "log.txt").read_text()
+  assert "run again to resume" in (begun.parent / "log.txt").read_text()
   assert "run it again to go on" in process.stderr()

@@ -81,6 +81,9 @@ class Lifeline:
         _keep_alive(connection, timeout)
       connection.setblocking(True)
       self._ready.register(connection, selectors.EVENT_READ, (i, bytearray()))
+    # JAX may notice a loss first and abort: not before this thread has had
+    # some seconds for its line. abort() calls sleep(SIGABRT), then goes on.
+    _handle_abort("sleep")
     threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
   # --- the main thread ---
@@ -222,10 +225,15 @@ def _silence_jax() -> int:
   terminal = os.dup(2)
   nowhere = os.open(os.devnull, os.O_WRONLY)
   os.dup2(nowhere, 2)
-  library = ctypes.CDLL(None)
-  pause = ctypes.cast(library.pause, ctypes.c_void_p)
-  library.signal(ctypes.c_int(signal.SIGABRT), pause)
+  _handle_abort("pause")
   return terminal
+
+
+def _handle_abort(name: str) -> None:
+  """Has abort() call a function of the C library, with the signal's number."""
+  library = ctypes.CDLL(None)
+  function = ctypes.cast(library[name], ctypes.c_void_p)
+  library.signal(ctypes.c_int(signal.SIGABRT), function)
 
 
 def _keep_alive(connection, timeout):
