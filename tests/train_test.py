@@ -7,6 +7,7 @@ about files runs in this one.
 
 import collections
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -365,6 +366,21 @@ def test_an_evaluation_that_fails_costs_nothing(
   assert main(["evaluate", f"--checkpoint={folder}"]) == 0
   assert main(runs.train_args(workdir, *SHORT)) == 0
   assert_same_run(workdir, whole[0])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_one_line(
+  number, tmp_path, monkeypatch
+):
+  def fail(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(train.lock, "hold", fail)
+  with (
+    contextlib.ExitStack() as stack,
+    pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(number)}"),
+  ):
+    train.take_workdir(tmp_path, stack)
 
 
 @pytest.mark.parametrize(
