@@ -59,7 +59,7 @@ class Lock:
     self._descriptor, self._is_flocked = None, False
     if "://" not in str(file):
       self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-      self._is_flocked = self._flock()
+      self._is_flocked = self._flock(self._descriptor)
     owner = read_owner(file)
     if owner and not self._has_died(owner):
       _wait_for_heartbeat(file, owner)
@@ -90,12 +90,12 @@ class Lock:
     if self._descriptor is not None:
       os.close(self._descriptor)
 
-  def _flock(self) -> bool:
+  def _flock(self, descriptor) -> bool:
     """Returns whether it holds the flock; False: this disk has none."""
     try:
-      fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      os.close(self._descriptor)
+      os.close(descriptor)
       raise _is_in_use(self._file, read_owner(self._file)) from None
     except OSError as e:
       log.debug("no flock on %s: %s", self._file, e)
