@@ -83,6 +83,7 @@ WRONG_VALUES = {
   "loss.label_smoothing=1.5": "label_smoothing 1.5",
   "optimizer.name=adamw": "adam, sgd; did you mean 'adam'?",
   "optimizer.b1=1.0": "b1 1.0",
+  "optimizer.momentum=0.8": "needs config.optimizer.name to be 'sgd'",
   "optimizer.weight_decay=-1": "weight_decay -1",
   "optimizer.weight_decay_params=nothing": "matches no parameter",
   "optimizer.lr_multipliers=('head',)": "'regex=factor'",

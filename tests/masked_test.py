@@ -629,7 +629,8 @@ def pretrained(runs, tmp_path_factory):
 
 
 def _args(runs, workdir):
-  return runs.train_args(workdir, "objective=masked_patches", *SHORT)
+  objective = ("objective=masked_patches", "loss.name=sigmoid")
+  return runs.train_args(workdir, *objective, *SHORT)
 
 
 def test_a_run_writes_what_it_measures(pretrained):

@@ -144,7 +144,8 @@ def make_name(setting: dict[str, str], seed: int) -> str:
 def _check(run):
   loaded = configuration.load(run.config, run.overrides)
   configuration.check_ranges(loaded)
-  train.check_workdir(loaded, checkpoint.absolute(run.workdir))
+  if not train.check_workdir(loaded, checkpoint.absolute(run.workdir)):
+    configuration.check_unused(loaded)
   if not loaded.eval.split:
     raise UserError(
       "a sweep compares evaluations; set --config.eval.split to a held-out part"
