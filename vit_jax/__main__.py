@@ -406,6 +406,12 @@ def _add_tables(tables):
     action="store_true",
     help="what fills the cells that are missing, and what it costs",
   )
+  tables.add_argument(
+    "--only",
+    metavar="CELL",
+    help="all commands of one missing cell, data included, such as 'ViT-B/16, "
+    "ImageNet-21k, 90 epochs; CIFAR-100' or a part that is enough",
+  )
 
 
 def _add_figures(figures):
@@ -833,12 +839,18 @@ def _export(args):
 def _tables(args):
   from vit_jax import tables
 
+  if args.only and (args.name is None or args.commands or args.markdown):
+    raise UserError("--only=CELL takes the NAME of a table, and --json at most")
   if args.name is None:
     found = tables.list_tables()
     lines = [f"{table['name']}  {table['title']}" for table in found]
     print(json.dumps(found) if args.json else "\n".join(lines))
     return
   rows = tables.make_table(args.name, args.runs, costs=args.commands)
+  if args.only:
+    lines = tables.list_commands(rows, args.only)
+    print(json.dumps(lines) if args.json else "\n".join(lines))
+    return
   if args.json:
     print(json.dumps(rows))
     return
