@@ -246,6 +246,7 @@ def test_evaluate_without_what_it_needs(runs, reference, fails, tmp_path):
   fails(["evaluate", f"--workdir={tmp_path}/no"], "no checkpoint at")
   fails(["evaluate", f"--checkpoint={tmp_path}"], "config.json")
   given = ["evaluate", f"--workdir={reference.workdir}"]
+  fails([*given, "--batch_size=0"], "batch_size is 0")
   fails([*given, "--split=tset"], "train (1,000)")
   folder = make_folder(tmp_path / "images")
   fails([*given, f"--dataset=folder:{folder}", "--split=test"], "2 classes")

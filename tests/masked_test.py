@@ -649,6 +649,24 @@ def test_a_run_writes_what_it_measures(pretrained):
   assert saved_steps(pretrained, "best") == [best["step"]]
 
 
+def test_evaluation_is_the_same_with_another_batch_size(
+  pretrained, capsys, monkeypatch
+):
+  sizes = []
+  round_up = sharding.round_up
+  monkeypatch.setattr(
+    sharding, "round_up", lambda n, mesh: sizes.append(n) or round_up(n, mesh)
+  )
+  command = ["evaluate", f"--checkpoint={pretrained}/checkpoints/4", "--json"]
+  assert main([*command, "--batch_size=3"]) == 0
+  assert sizes == [3]
+  found = json.loads(capsys.readouterr().out)
+  expected = read_metrics(pretrained)[-1]
+  assert found["examples"] == 40
+  for name in ("loss", "accuracy"):
+    assert found[name] == pytest.approx(expected[f"eval/{name}"], rel=1e-5)
+
+
 @pytest.mark.ci
 def test_a_run_goes_on_exactly_where_it_stopped(runs, pretrained, tmp_path):
   workdir = shutil.copytree(pretrained, tmp_path / "run")

@@ -147,6 +147,9 @@ def _make_parser():
   where.add_argument("--checkpoint", metavar="SOURCE", help=_SOURCE)
   evaluate.add_argument("--dataset", help="default: the run's test set")
   evaluate.add_argument("--split", help="default: the run's")
+  evaluate.add_argument(
+    "--batch_size", type=int, help="images at once (default: the run's, or 64)"
+  )
   _add_data_dir(evaluate)
   _add_json(evaluate)
   _add_distributed(evaluate)
@@ -340,6 +343,9 @@ def _add_linear(linear):
   )
   linear.add_argument(
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
+  )
+  linear.add_argument(
+    "--batch_size", type=int, default=64, help="images at once (default: 64)"
   )
   _add_data_dir(linear)
   _add_json(linear)
@@ -747,6 +753,7 @@ def _evaluate(args):
     dataset=args.dataset,
     split=args.split,
     data_dir=args.data_dir,
+    batch_size=args.batch_size,
   )
   if jax.process_index():
     return
@@ -777,6 +784,7 @@ def _linear(args):
     image_size=args.image_size,
     preprocess=args.preprocess,
     data_dir=args.data_dir,
+    batch_size=args.batch_size,
   )
   if not jax.process_index():
     print(json.dumps(found) if args.json else linear.format_report(found))
