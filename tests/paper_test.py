@@ -202,6 +202,7 @@ def _check_transfer(config, row):
   # A single new layer, of zeros.
   assert config.model.representation_size == 0
   assert config.model.head_bias_init == 0
+  assert config.model.dropout_rate == 0
 
 
 @pytest.mark.parametrize("row", _TRANSFERS, ids=lambda row: row["name"])
