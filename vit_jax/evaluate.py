@@ -60,11 +60,11 @@ def evaluate(
   test = data.get_source(dataset, split, data_dir)
   make_evaluate, usual = _choose_evaluator(weights, config, test, dataset)
   mesh = sharding.make_mesh()
-  batch_size = usual if batch_size is None else batch_size
+  chosen = usual if batch_size is None else batch_size
   run = make_evaluate(
     source=test,
     mesh=mesh,
-    batch_size=sharding.round_up(batch_size, mesh),
+    batch_size=sharding.round_up(chosen, mesh),
     preprocess=weights.preprocess,
   )
   params = {path: x.read() for path, x in weights.params.items()}

@@ -339,8 +339,9 @@ def format_table(
   if any(row.get("private") for row in rows):
     lines += ["", "* needs JFT-300M, which is private."]
   if commands:
-    plans = (_show_plan(*found, markdown) for found in _list_cells(rows))
-    lines += ["", *itertools.chain.from_iterable(plans)]
+    lines.append("")
+    for title, cell in _list_cells(rows):
+      lines += _show_plan(title, cell, markdown)
   number = name.removeprefix("table")
   return "\n".join(
     [f"Table {number}: {data.load()[name]['title']}", "", *lines]

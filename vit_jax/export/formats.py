@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jax import export as jax_export
 
 from vit_jax.errors import UserError
@@ -49,7 +50,7 @@ class Graph(NamedTuple):
   def apply_to_any(self, params, images) -> dict[str, jax.Array]:
     """Does what `apply` does, also for an empty batch, which gets one image."""
     n = images.shape[0]
-    rows = jax.core.max_dim(n, 1)
+    rows = core.max_dim(n, 1)
     padding = jnp.zeros((rows - n, *images.shape[1:]), images.dtype)
     found = self.apply(params, jnp.concatenate([images, padding]))
     return {name: x[:n] for name, x in found.items()}

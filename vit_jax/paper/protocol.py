@@ -42,7 +42,7 @@ def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
   Raises:
     UserError: there is no configs/ to compare with.
   """
-  expected = load(pretraining_spec(wanted)) | dict(wanted.overrides)
+  expected = {**load(pretraining_spec(wanted)), **dict(wanted.overrides)}
   del expected["eval.preprocess"]
   return list(_compare(run, expected, {}))
 
