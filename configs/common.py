@@ -115,7 +115,9 @@ def get_config() -> Any:
   config.schedule.linear_end = 1e-5  # learning rate at the end of linear decay
   config.schedule.rsqrt_timescale = 10_000  # steps
   config.schedule.cooldown_steps = 0  # linear to 0 at the end
-  config.micro_batches = 1  # gradient accumulation; same result, less memory
+  # Gradient accumulation: less memory and the same result, but for the draws of
+  # dropout and stochastic depth.
+  config.micro_batches = 1
   config.ema_decay = 0.0  # Polyak averaging of the parameters; 0: off
 
   # --- machines ---

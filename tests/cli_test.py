@@ -83,6 +83,7 @@ WRONG_VALUES = {
   "loss.label_smoothing=1.5": "label_smoothing 1.5",
   "optimizer.name=adamw": "adam, sgd; did you mean 'adam'?",
   "optimizer.b1=1.0": "b1 1.0",
+  "optimizer.momentum=0.8": "needs config.optimizer.name to be 'sgd'",
   "optimizer.weight_decay=-1": "weight_decay -1",
   "optimizer.weight_decay_params=nothing": "matches no parameter",
   "optimizer.lr_multipliers=('head',)": "'regex=factor'",
@@ -245,6 +246,7 @@ def test_evaluate_without_what_it_needs(runs, reference, fails, tmp_path):
   fails(["evaluate", f"--workdir={tmp_path}/no"], "no checkpoint at")
   fails(["evaluate", f"--checkpoint={tmp_path}"], "config.json")
   given = ["evaluate", f"--workdir={reference.workdir}"]
+  fails([*given, "--batch_size=0"], "batch_size is 0")
   fails([*given, "--split=tset"], "train (1,000)")
   folder = make_folder(tmp_path / "images")
   fails([*given, f"--dataset=folder:{folder}", "--split=test"], "2 classes")

@@ -269,6 +269,73 @@ def test_resumable_keys_are_no_differences_and_exist():
     assert configuration.differences(old, new) == [], key
 
 
+def test_micro_batches_are_a_difference_where_they_draw():
+  for key in ("dropout", "attention_dropout", "stochastic_depth"):
+    given = {f"model.{key}_rate": "0.1"}
+    old, new = (
+      configuration.to_dict(configuration.load(_COMMON, given | more))
+      for more in ({}, {"micro_batches": "2", "fsdp": "2"})
+    )
+    assert configuration.differences(old, new) == ["micro_batches: 1 -> 2"]
+
+
+# --- keys that have no effect ---
+
+
+@pytest.mark.parametrize(
+  ("others", "key", "text", "needs"),
+  [
+    ({}, "masked_target", "pixels", "objective to be 'masked_patches'"),
+    ({}, "optimizer.momentum", "0.8", "optimizer.name to be 'sgd'"),
+    (
+      {},
+      "optimizer.weight_decay_scaling",
+      "schedule",
+      "weight_decay to be set",
+    ),
+    ({}, "optimizer.weight_decay_params", ".*", "weight_decay to be set"),
+    ({}, "schedule.rsqrt_timescale", "7", "schedule.decay to be 'rsqrt'"),
+    ({}, "profile_steps", "2", "profile_step to be set"),
+    ({"optimizer.name": "sgd"}, "optimizer.b1", "0.8", "name to be 'adam'"),
+    ({"optimizer.name": "sgd"}, "optimizer.b2", "0.99", "name to be 'adam'"),
+    ({"optimizer.name": "sgd"}, "optimizer.eps", "1e-6", "name to be 'adam'"),
+    ({"schedule.decay": "cosine"}, "schedule.linear_end", "0", "be 'linear'"),
+    ({"eval.split": ""}, "eval.dataset", "cifar10", "eval.split to be set"),
+    ({"eval.split": ""}, "eval.batch_size", "8", "eval.split to be set"),
+    ({"eval.split": ""}, "eval_every", "8", "eval.split to be set"),
+    ({"objective": "masked_patches"}, "loss.name", "softmax", "classification"),
+    (
+      {"objective": "masked_patches"},
+      "loss.label_smoothing",
+      "0.1",
+      "objective to be 'classification'",
+    ),
+  ],
+)
+def test_a_key_without_effect_is_named(others, key, text, needs):
+  configuration.check_unused(configuration.load(_COMMON, others))
+  with pytest.raises(UserError) as error:
+    configuration.check_unused(
+      configuration.load(_COMMON, {**others, key: text})
+    )
+  line = str(error.value)
+  assert line.startswith(f"config.{key} is ")
+  assert needs in line
+  assert "\n" not in line
+
+
+def test_what_keys_need_exists_and_defaults_are_those_of_common():
+  flat = configuration.flatten(_load())
+  for key, (harmless, needed, _) in configuration.NEEDS.items():
+    assert harmless[0] == flat[key], key
+    assert needed in flat
+
+
+def test_no_configuration_sets_a_key_without_effect():
+  for file in sorted(_CONFIGS.glob("*.py")):
+    configuration.check_unused(configuration.load(str(file)))
+
+
 # --- durations ---
 
 

@@ -247,6 +247,35 @@ def test_cutout_greys_one_square():
   assert 0 < (small[..., 0] == 128).sum() <= 20 * 20
 
 
+@pytest.mark.parametrize(("side", "grey"), [(224, 196), (384, 255)])
+def test_contrast_can_be_that_of_augreg(side, grey):
+  """About a grey that depends on the number of pixels alone."""
+  image = _image((side, side)) // 2 + 50
+  expected = grey + 0.46 * (image - float(grey))
+  found = ops.contrast_augreg(tf.constant(image), 0.2, _seed(0))
+  np.testing.assert_array_equal(found, np.rint(expected))
+  usual = ops.contrast(tf.constant(image), 0.2, _seed(0))
+  # The difference of the greys, times what is not of the image.
+  difference = (grey - image.mean()) * (1 - 0.46)
+  assert abs(np.mean(found) - np.mean(usual) - difference) < 2
+
+
+def test_randaug_has_augregs_contrast_by_name():
+  image = tf.constant(_image((32, 32)))
+  run = {
+    name: tf.function(functools.partial(ops.randaug, image, 1, 10, name))
+    for name in ("mean", "augreg")
+  }
+  found = [
+    [run[name](seed=_seed(i)).numpy() for name in run] for i in range(60)
+  ]
+  differ = [b for a, b in found if not np.array_equal(a, b)]
+  assert 0 < len(differ) < 15  # one in 16 is drawn
+  expected = ops.contrast_augreg(image, 1.0, _seed(0))
+  for augmented in differ:
+    np.testing.assert_array_equal(augmented, expected)
+
+
 def test_randaug_draws_every_operation_and_is_stateless():
   image = tf.constant(_image((32, 32)))
   once = tf.function(lambda s: ops.randaug(image, 1, 10, seed=s))

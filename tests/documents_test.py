@@ -140,6 +140,7 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax tables table5 --runs=runs --commands": (),
   "vit-jax tables table2 --runs=runs --commands": (),
   "vit-jax tables table6 --json": (),
+  "vit-jax tables table5 --only=ViT-B/16, ImageNet-21k, CIFAR-100": (),
 }
 # What other tests run, in small or with what it needs played.
 _TESTED = {

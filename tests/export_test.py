@@ -157,6 +157,34 @@ def _fails(tmp_path, source, words, out="out", to="stablehlo", **options):
   assert not (tmp_path / "out.tmp").exists()
 
 
+@pytest.mark.parametrize(
+  "to",
+  [
+    pytest.param(to, marks=pytest.mark.ci) if to == "onnx" else to
+    for to in formats.FORMATS
+  ],
+)
+def test_an_empty_batch_has_empty_outputs(to, tmp_path):
+  """Of a model in miniature, with the reshapes that fail without rows."""
+  kernel = np.arange(15, dtype=np.float32).reshape(3, 5)
+
+  def apply(params, images):
+    x = images.reshape(images.shape[0], -1, 3).mean(1)
+    return {"logits": x @ params, "probabilities": jax.nn.softmax(x @ params)}
+
+  graph = formats.Graph(apply, kernel, ("batch", 4, 4, 3), np.dtype(np.float32))
+  form = formats.FORMATS[to]
+  form.write(graph, tmp_path)
+  run = form.read(tmp_path)
+  images = np.random.default_rng(0).normal(size=(3, 4, 4, 3))
+  images = images.astype(np.float32)
+  for count in (0, 1, 3):
+    found = run(images[:count])
+    expected = images[:count].mean((1, 2)) @ kernel
+    np.testing.assert_allclose(found["logits"], expected, rtol=1e-4, atol=1e-5)
+    assert found["probabilities"].shape == (count, 5)
+
+
 def test_existing_folder(tmp_path):
   (tmp_path / "out").mkdir()
   _fails(tmp_path, "unread", "out exists; nothing is overwritten")
@@ -357,8 +385,11 @@ def test_logits_and_classes_are_the_models(to, variant, sources, tmp_path):
   assert "(size)" not in about["preprocessing"]["operations"]
 
   batches, files = _draw_images(tmp_path, size)
+  files.append(tmp_path / "empty.npy")
+  np.save(files[-1], batches[0][:0])
   pictures = _save_pictures(tmp_path)
   logits, classes = _run_elsewhere(to, (plain, files), (whole, pictures))
+  assert logits["logits3"].shape == (0, 5)
   model = vit_jax.load(source)
   for i, batch in enumerate(batches):
     expected = np.asarray(model(batch))

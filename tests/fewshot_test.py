@@ -1,6 +1,7 @@
 """Linear evaluation: the solution, the draws, every image once, the command."""
 
 import json
+import tracemalloc
 
 import jax
 import numpy as np
@@ -51,6 +52,19 @@ def test_the_solution_is_that_of_scikit_learn(n, d, l2, monkeypatch):
     )
   )
   np.testing.assert_array_equal(found.predict(other), scores.argmax(1))
+
+
+def test_memory_does_not_grow_with_examples_times_classes(monkeypatch):
+  monkeypatch.setattr(fewshot, "_CHUNK", 64)
+  features = np.random.default_rng(0).normal(size=(5000, 4)).astype(np.float32)
+  labels = np.arange(5000) % 700
+  tracemalloc.start()
+  found = fewshot.fit(features, labels, 700)
+  found.predict(features)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  # The targets or the scores of all alone would be 28 MB.
+  assert peak < 3e6
 
 
 def test_a_constant_feature_is_no_problem():
@@ -168,8 +182,11 @@ def test_the_command(weights, runs, capsys):
   assert probe["shots"] == "all"
   assert len(probe["accuracies"]) == 1
   assert probe["accuracy"] > five["accuracy"] > two["accuracy"] > 0.15
-  assert main(args) == 0
-  assert "all shots" in capsys.readouterr().out
+  # A batch is rounded up to the devices, and all images are still there.
+  assert main([*args, "--batch_size=37"]) == 0
+  out = capsys.readouterr().out
+  assert f"all shots {probe['accuracy']:8.2%}" in out
+  assert "300 images of train[:300], 100 of test[:100]" in out
 
 
 @pytest.mark.parametrize(
@@ -180,6 +197,7 @@ def test_the_command(weights, runs, capsys):
     ("--shots=0", "must be 1 or more"),
     ("--seeds=0", "must be 1 or more"),
     ("--l2=0", "--l2 is 0"),
+    ("--batch_size=0", "batch_size is 0"),
     ("--dataset=digit", "did you mean 'digits'?"),
     ("--test_split=tset", "split 'tset'"),
     ("--image_size=20", "20 is not divisible by the patch size 8"),

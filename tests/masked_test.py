@@ -629,7 +629,8 @@ def pretrained(runs, tmp_path_factory):
 
 
 def _args(runs, workdir):
-  return runs.train_args(workdir, "objective=masked_patches", *SHORT)
+  objective = ("objective=masked_patches", "loss.name=sigmoid")
+  return runs.train_args(workdir, *objective, *SHORT)
 
 
 def test_a_run_writes_what_it_measures(pretrained):
@@ -646,6 +647,24 @@ def test_a_run_writes_what_it_measures(pretrained):
     assert [line[n] for n in trivial] == [evaluations[0][n] for n in trivial]
   best = max(evaluations, key=lambda m: m["eval/accuracy"])
   assert saved_steps(pretrained, "best") == [best["step"]]
+
+
+def test_evaluation_is_the_same_with_another_batch_size(
+  pretrained, capsys, monkeypatch
+):
+  sizes = []
+  round_up = sharding.round_up
+  monkeypatch.setattr(
+    sharding, "round_up", lambda n, mesh: sizes.append(n) or round_up(n, mesh)
+  )
+  command = ["evaluate", f"--checkpoint={pretrained}/checkpoints/4", "--json"]
+  assert main([*command, "--batch_size=3"]) == 0
+  assert sizes == [3]
+  found = json.loads(capsys.readouterr().out)
+  expected = read_metrics(pretrained)[-1]
+  assert found["examples"] == 40
+  for name in ("loss", "accuracy"):
+    assert found[name] == pytest.approx(expected[f"eval/{name}"], rel=1e-5)
 
 
 @pytest.mark.ci

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vit_jax import config as configuration
@@ -111,6 +112,40 @@ def test_what_is_not_in_table_3_is_said_to_be():
   assert all(row[:3] not in {x[:3] for x in in_paper} for row in others)
 
 
+def test_the_sgd_of_table_7_decays_as_bit_does():
+  """BiT adds 1e-4 times the weight to the gradient; momentum sums that up."""
+  row, other = (r for r in _PAPER["table7"]["rows"] if r.get("overrides"))
+  assert row["overrides"] == other["overrides"]
+  overrides = {k: str(x) for k, x in row["overrides"].items()}
+  config = configuration.load(
+    str(_CONFIGS / "pretrain.py:R50x1,jft"), overrides
+  )
+  lr = config.schedule.base_lr
+  assert lr == 0.03 * config.batch_size / 256
+  params = {"kernel": jnp.ones(()), "norm": {"kernel": jnp.ones(())}}
+  optimizer = optim.make_optimizer(
+    **config.optimizer,
+    schedule=lambda _: jnp.asarray(lr),
+    base_lr=lr,
+    params=params,
+  )
+
+  def update(_, both):
+    params, state = both
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = optimizer.update(zeros, state, params)
+    return jax.tree.map(jnp.add, params, updates), state
+
+  start = (params, optimizer.init(params))
+  params, _ = jax.jit(lambda: jax.lax.fori_loop(0, 2000, update, start))()
+  weight, velocity = np.float64(1), np.float64(0)
+  for _ in range(2000):
+    velocity = 0.9 * velocity + 1e-4 * weight
+    weight -= lr * velocity
+  assert weight == pytest.approx(0.383, abs=5e-4)
+  assert float(params["norm"]["kernel"]) == pytest.approx(weight, rel=0.01)
+
+
 def test_every_model_of_the_tables_has_a_pretraining():
   rows = _module("pretrain.py").list_rows()
   for table in (2, 5, 6, 7, 8, 9):
@@ -167,6 +202,7 @@ def _check_transfer(config, row):
   # A single new layer, of zeros.
   assert config.model.representation_size == 0
   assert config.model.head_bias_init == 0
+  assert config.model.dropout_rate == 0
 
 
 @pytest.mark.parametrize("row", _TRANSFERS, ids=lambda row: row["name"])

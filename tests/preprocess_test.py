@@ -86,6 +86,7 @@ def test_parse(text, expected):
     ("resize(size, **{})", "not understood"),
     ("inception_crop(size, area_min=0)", "percentages"),
     ("resize(size)|randaug(2, 99)", "between 0 and 30"),
+    ("resize(size)|randaug(contrast='pil')", "'mean' or 'augreg', not 'pil'"),
     ("resize(256)", "256x256 pixels, image_size is 224x224"),
     ("resize(size)|resize_small(256)", "differing sizes"),
     ("flip_lr", "differing sizes"),

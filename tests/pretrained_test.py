@@ -266,6 +266,18 @@ def test_images_are_checked(tmp_path):
     model(np.zeros((1, SIZE, SIZE, 3), np.uint8))
 
 
+@pytest.mark.parametrize("variant", [VIT, "RNx1"])
+def test_an_empty_batch_has_empty_logits(variant, tmp_path):
+  params = _random(variant)
+  make = file_formats.bit_npz if variant == "RNx1" else dict
+  model = vit_jax.load(_save(tmp_path, make(params)))
+  images = np.zeros((0, SIZE, SIZE, 3), np.float32)
+  for found in (model(images), model.probabilities(images)):
+    assert (found.shape, found.dtype) == ((0, 5), np.float32)
+  width = params["head/kernel"].shape[0]
+  assert model.features(images).shape == (0, width)
+
+
 def test_normalization_is_folded_into_the_embedding():
   params = _random(VIT)
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -89,7 +89,7 @@ def train(arguments, environment, log, take_step=lambda: True):
   step = max(steps, default=0)
   print("from", step, file=log, flush=True)
   with open(folder / "metrics.jsonl", "a") as f:
-    while step < total and take_step():
+    while step < total and take_step() and not (folder / "stop").exists():
       step += 1
       line = {"step": step}
       if step == total:

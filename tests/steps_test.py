@@ -10,6 +10,7 @@ import pytest
 from sklearn import metrics
 
 from vit_jax import losses, models, sharding, steps
+from vit_jax.evaluators import classification
 from vit_jax.state import TrainState, flatten
 
 _CLASSES = 5
@@ -286,6 +287,36 @@ def test_evaluation_sums_equal_numpy_and_sklearn(labels, loss):
   np.testing.assert_allclose(
     found["ranking_precision"], lrap * labelled.sum(), rtol=1e-5
   )
+
+
+def test_top_5_accuracy_equals_sklearn():
+  rng = np.random.default_rng(0)
+  params = {
+    "kernel": rng.normal(size=(3, 12)).astype(np.float32),
+    "bias": np.zeros(12, np.float32),
+  }
+  batch = _make_batch(100)
+  batch["labels"] = rng.integers(0, 12, (100, 1), np.int32)
+  batch["labels"][3] = -1  # no label
+  batch["mask"] = np.arange(100) < 90
+  step = steps.make_eval_step(
+    apply=_apply_linear, loss_fn=losses.get_loss("softmax"), num_classes=12
+  )
+  found = jax.jit(step)(params, batch)
+  results = dict(classification.summarize([found], multilabel=False))
+  counts = batch["mask"] & (batch["labels"][:, 0] >= 0)
+  x = (batch["image"].astype(float) / 127.5 - 1).mean((1, 2))[counts]
+  expected = metrics.top_k_accuracy_score(
+    batch["labels"][counts, 0], x @ params["kernel"], k=5, labels=range(12)
+  )
+  assert results["accuracy@5"] == expected
+  assert list(results) == ["examples", "loss", "accuracy", "accuracy@5"]
+  assert results["accuracy"] < expected < 1
+  # Images with several labels have none, nor have five classes.
+  several = {**batch, "labels": np.repeat(batch["labels"], 2, 1)}
+  assert "correct@5" not in jax.eval_shape(step, params, several)
+  five = _make_batch() | {"mask": np.ones(24, bool)}
+  assert "correct@5" not in _eval_sums(five)
 
 
 def test_what_padding_holds_changes_nothing():

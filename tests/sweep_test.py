@@ -1,5 +1,6 @@
 """Sweeps: which runs, killed and resumed, one at a time in a folder."""
 
+import io
 import json
 import os
 import re
@@ -145,6 +146,10 @@ def test_the_best_setting():
     ("--seeds=0", "--seeds is 0"),
     ("--jobs=0", "--jobs is 0"),
     ("--workdir=gs://bucket/sweep", "a local folder"),
+    ("--config.train.dataset=jft_like", "data prepare jft_like"),
+    ("--grid=eval.split=test[:40],tset", "split 'tset'"),
+    ("--config.init_from=/no/such/run", "no checkpoint at /no/such/run"),
+    ("--config.optimizer.momentum=0.5", "optimizer.name to be 'sgd'"),
   ],
 )
 def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
@@ -244,17 +249,42 @@ def test_the_best_setting_is_trained_on_everything(
   assert capsys.readouterr().out.count("accuracy") == 2
 
 
+@pytest.mark.parametrize(
+  ("file", "words"),
+  [
+    ("fail", "it is told to"),
+    ("stop", "unfinished: it stopped at step 0 of 6"),
+  ],
+)
 def test_nothing_is_selected_among_failures(
-  args, no_training, tmp_path, capsys
+  file, words, args, no_training, tmp_path, capsys
 ):
   config = next(a for a in args if a.startswith("--config="))
   final = f"--final={config.removeprefix('--config=')}"
   failing = tmp_path / "sweep" / "select" / "base_lr=0.001,seed=0"
   failing.mkdir(parents=True)
-  (failing / "fail").touch()
+  (failing / file).touch()
   assert main([*args, final]) == 1
-  assert "1 of 2 runs failed" in capsys.readouterr().err
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert "1 of 2 runs failed" in line
+  assert f"{failing} ({words}" in line.replace("error: ", "")
   assert not (tmp_path / "sweep" / "final").exists()
+
+
+def test_a_run_is_finished_once_it_is_evaluated(tmp_path):
+  """One may be told to stop between its last checkpoint and its evaluation."""
+  keys = ["--config=a.py", f"--workdir={tmp_path}"]
+  keys += ["--config.schedule.base_lr=0.1", "--config.seed=0"]
+  stand_in.train(["train", *keys], {}, io.StringIO())
+  run = jobs.Run("r", tmp_path, "a.py", {}, {}, 0)
+  assert jobs.inspect_run(run)["status"] == "finished"
+  file = tmp_path / "metrics.jsonl"
+  lines = [json.loads(line) for line in file.read_text().splitlines()]
+  lines[2] |= {"eval/accuracy": 0.5}
+  lines[-1] = {"step": 6, "train/loss": 1.0}
+  file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  found = jobs.inspect_run(run)
+  assert (found["step"], found["status"]) == (6, "interrupted")
 
 
 def test_a_mistake_in_the_final_configuration_shows_first(

@@ -13,7 +13,7 @@ from vit_jax import sweep, tables
 from vit_jax.__main__ import _make_parser, _parse_overrides, main
 from vit_jax.data import tasks as data_tasks
 from vit_jax.errors import UserError
-from vit_jax.paper import cells, data, flops
+from vit_jax.paper import cells, data, flops, protocol
 
 _REPO = Path(__file__).parents[1]
 _PRETRAINED = "pretrain.py:ViT-B_32,jft,7"
@@ -187,9 +187,89 @@ def test_another_protocol_is_named(runs):
   )
   cell = _cell(runs, column="CIFAR-100")
   assert cell["ours"] == pytest.approx(90)
-  assert cell["differs"] == ["total_steps 500 (the paper: 10000)"]
+  assert cell["differs"] == ["total_steps 500 (protocol: 10000)"]
   text = tables.format_table("table5", tables.make_table("table5", str(runs)))
   assert "90.49 | 90.00 (-0.49)!" in text
+  title = "! ViT-B/32, JFT-300M*, 7 epochs; CIFAR-100: "
+  assert f"{title}total_steps 500 (protocol: 10000)" in text.splitlines()
+
+
+@pytest.mark.parametrize(
+  ("overrides", "differs"),
+  [
+    (
+      {
+        "model__classifier": "gap",
+        "model__dropout_rate": 0.5,
+        "train__mixup_alpha": 0.5,
+        "optimizer__weight_decay": 0.1,
+        "train__preprocess": "inception_crop(size)|randaug(2,15)",
+        "schedule__base_lr": 0.2,
+      },
+      {
+        "model.classifier gap (protocol: token)",
+        "model.dropout_rate 0.5 (protocol: 0.0)",
+        "train.mixup_alpha 0.5 (protocol: 0.0)",
+        "optimizer.weight_decay 0.1 (protocol: 0.0)",
+        "train.preprocess inception_crop(size)|randaug(2,15) (protocol: "
+        "inception_crop(size)|flip_lr)",
+        "schedule.base_lr 0.2 (protocol: 0.001 or 0.003 or 0.01 or 0.03)",
+      },
+    ),
+    # Of the machine and the books, and another of the paper's rates.
+    (
+      {
+        "seed": 7,
+        "data_dir": "elsewhere",
+        "fsdp": 8,
+        "micro_batches": 4,
+        "log_every": 3,
+        "checkpoint_every": 17,
+        "eval__batch_size": 64,
+        "model__scan": True,
+        "model__dtype": "float32",
+        "schedule__base_lr": 0.001,
+      },
+      set(),
+    ),
+  ],
+)
+def test_every_key_is_compared_with_the_protocol(runs, overrides, differs):
+  _write_run(
+    runs / "other",
+    "finetune.py:ViT-B_32,cifar100",
+    0.9,
+    init_from=runs / "b32",
+    **overrides,
+  )
+  assert set(_cell(runs, column="CIFAR-100")["differs"]) == differs
+
+
+def test_the_pretraining_of_a_cell_is_compared_too(runs):
+  file = runs / "b32" / "config.json"
+  written = json.loads(file.read_text())
+  written["config"]["optimizer"]["weight_decay"] = 0.0
+  written["config"]["train"]["mixup_alpha"] = 0.2
+  written["config"]["eval"]["split"] = "test"
+  file.write_text(json.dumps(written))
+  expected = [
+    "optimizer.weight_decay 0.0 (protocol: 0.1)",
+    "train.mixup_alpha 0.2 (protocol: 0.0)",
+  ]
+  assert _cell(runs)["differs"] == [f"pre-training: {x}" for x in expected]
+  rows = tables.make_table("table3", str(runs))
+  assert _find_row(rows, "ViT-B/32")["differs"] == expected
+  text = tables.format_table("table3", rows)
+  assert f"! ViT-B/32, JFT-300M*, 7 epochs: {'; '.join(expected)}" in text
+  (line,) = (x for x in text.splitlines() if x.startswith("ViT-B/32, JFT"))
+  assert line.endswith(" 1!")
+
+
+def test_without_configs_the_comparison_says_so(runs, monkeypatch, tmp_path):
+  monkeypatch.setattr(protocol, "_CONFIGS", tmp_path / "configs")
+  protocol.load.cache_clear()
+  with pytest.raises(UserError, match=r"configs/finetune\.py is missing"):
+    _cell(runs)
 
 
 def test_folders_that_moved_together_are_still_related(runs, tmp_path):
@@ -285,6 +365,9 @@ def test_few_shot_is_read_from_the_pretraining(tmp_path):
   assert found["paper"] == 64.001
   assert found["ours"] == pytest.approx(61)
   assert found["recipes"] == ["image_size [224, 224], preprocess resize(size)"]
+  assert found["differs"] == [
+    "preprocess resize(size) (protocol: resize(256)|central_crop(size))"
+  ]
   assert _cell(tmp_path, name="1-D", **cell)["ours"] == pytest.approx(50)
   other = cell | {"column": "every layer"}
   assert _cell(tmp_path, name="2-D", **other)["ours"] is None
@@ -394,6 +477,7 @@ def test_every_command_is_one(number, monkeypatch):
         configuration.load(spec, overrides | setting)
     elif words[0] == "train":
       config = configuration.load(args.config, overrides)
+      configuration.check_unused(config)
       assert f"ViT-{config.image_size}" not in args.config
     elif words[0] == "vtab":
       tasks = data_tasks.list_tasks("vtab:")
@@ -472,6 +556,60 @@ def test_vtab_costs_its_selection_as_well():
   one = mean._replace(kind="vtab", dataset="vtab:dtd", seeds=1)
   plan = cells.plan(one, [], "runs", costs=False)
   assert plan.images == 2 * 2500 * 512
+
+
+def test_few_shot_commands_see_images_as_big_vision_does():
+  wanted = cells.Pretraining("ViT-B_16", "jft", 7)
+  cell = cells.Cell("linear", wanted, "imagenet2012", image_size=224)
+  plan = cells.plan(cell, [], "runs", costs=False)
+  words = shlex.split(plan.commands[-1])
+  # Its few-shot evaluator's default, read in its code.
+  assert "--preprocess=resize(256)|central_crop(size)" in words
+  assert "--image_size=224" in words
+
+
+@pytest.mark.parametrize(
+  ("only", "sets", "commands"),
+  [
+    ("ViT-B/16, ImageNet-21k, 90 epochs; CIFAR-10", ["cifar10"], ["sweep"]),
+    ("ViT-B/16; ImageNet-21k; CIFAR-100", ["cifar100"], ["sweep"]),
+    (
+      "ViT-B/32, ImageNet, ImageNet ReaL",
+      ["imagenet2012", "imagenet2012_real"],
+      ["train", "sweep", "evaluate"],
+    ),
+  ],
+)
+def test_all_commands_of_one_cell(only, sets, commands, capsys):
+  assert main(["tables", "table5", f"--only={only}"]) == 0
+  lines = [shlex.split(x) for x in capsys.readouterr().out.splitlines()]
+  assert lines[: len(sets)] == [["vit-jax", "data", "prepare", x] for x in sets]
+  assert [words[1] for words in lines[len(sets) :]] == commands
+
+
+def test_private_data_are_said_to_be(capsys):
+  args = ["tables", "table7", "--only=ResNet50 SGD; JFT-300M; CIFAR-10"]
+  args += ["--json"]
+  assert main(args) == 0
+  first, *lines = json.loads(capsys.readouterr().out)
+  assert first.startswith("# jft is private")
+  assert lines[0] == "vit-jax data prepare cifar10"
+
+
+@pytest.mark.parametrize(
+  ("args", "words"),
+  [
+    (["table5", "--only=ViT-B/16"], "fits 18 cells"),
+    (["table5", "--only=ViT-B/16, CIFAR-1000"], "fits 0 cells"),
+    (["table7", "--only=ResNet50 SGD; JFT-300M; Average"], "no command fills"),
+    (["--only=ViT-B/16"], "NAME"),
+    (["table5", "--only=ViT-B/16", "--commands"], "NAME"),
+  ],
+)
+def test_what_is_no_single_cell(args, words, capsys):
+  assert main(["tables", *args]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert words in line
 
 
 # --- formats ---

@@ -56,7 +56,8 @@ SHORT = (
 EXPECTED_LINES = (
   r"ViT-N_8: \d+\.\d\d M parameters .*, devices: 4, 14 steps of 16 images",
   r"step \d+/14  loss \d\.\d{4}  lr \S+  \d+ images/s \(\d+/device\)  ETA .*",
-  r"evaluation at step \d+  examples 40  loss \d\.\d{4}  accuracy \d\.\d{4}",
+  r"evaluation at step \d+  examples 40  loss \d\.\d{4}  accuracy \d\.\d{4}  "
+  r"accuracy@5 \d\.\d{4}",
   r"the run is complete: 14 steps in .*",
 )
 

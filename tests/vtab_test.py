@@ -117,6 +117,16 @@ def test_the_mini_tasks(args, no_training, tmp_path, capsys):
   assert "structured" in capsys.readouterr().out
 
 
+def test_an_unfinished_trial_is_named(args, no_training, tmp_path, capsys):
+  run = tmp_path / "vtab/count/select/base_lr=0.02,seed=0"
+  run.mkdir(parents=True)
+  (run / "stop").touch()
+  assert main([*args, "--tasks=mini:count"]) == 1
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert f"1 of 2 runs failed, the first is {run} (unfinished" in line
+  assert not (tmp_path / "vtab/count/final").exists()
+
+
 def test_the_model_is_that_of_the_weights(args, no_training, monkeypatch):
   commands = []
   plan = sweep.plan

@@ -251,6 +251,23 @@ def test_scanned_and_unrolled_weights_fit_each_other(scan):
     )
 
 
+def test_positions_in_every_scanned_layer_are_resized():
+  options = {"scan": True, "pos_embedding_at": "every_layer"}
+  old, new = _create(**options), _create(**options, image_size=24)
+  _, weights, after, report = _start(new, old)
+  path = "Transformer/encoderblock/posembed/pos_embedding"
+  assert f"{path} 4x4 -> 6x6" in report.resized
+  assert after[path].shape == (2, 1, 37, 8)
+  for layer in range(2):
+    token, *grid = weights[path][layer, 0]
+    zoomed = scipy.ndimage.zoom(
+      np.reshape(grid, (4, 4, 8)), (1.5, 1.5, 1), order=1
+    )
+    found = after[path][layer, 0]
+    np.testing.assert_array_equal(found[0], token)
+    np.testing.assert_allclose(found[1:], zoomed.reshape(36, 8), atol=1e-6)
+
+
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
   ("other", "words"),

@@ -147,6 +147,9 @@ def _make_parser():
   where.add_argument("--checkpoint", metavar="SOURCE", help=_SOURCE)
   evaluate.add_argument("--dataset", help="default: the run's test set")
   evaluate.add_argument("--split", help="default: the run's")
+  evaluate.add_argument(
+    "--batch_size", type=int, help="images at once (default: the run's, or 64)"
+  )
   _add_data_dir(evaluate)
   _add_json(evaluate)
   _add_distributed(evaluate)
@@ -341,6 +344,9 @@ def _add_linear(linear):
   linear.add_argument(
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
   )
+  linear.add_argument(
+    "--batch_size", type=int, default=64, help="images at once (default: 64)"
+  )
   _add_data_dir(linear)
   _add_json(linear)
   _add_distributed(linear)
@@ -405,6 +411,12 @@ def _add_tables(tables):
     "--commands",
     action="store_true",
     help="what fills the cells that are missing, and what it costs",
+  )
+  tables.add_argument(
+    "--only",
+    metavar="CELL",
+    help="all commands of one missing cell, data included, such as 'ViT-B/16, "
+    "ImageNet-21k, 90 epochs; CIFAR-100' or a part that is enough",
   )
 
 
@@ -741,6 +753,7 @@ def _evaluate(args):
     dataset=args.dataset,
     split=args.split,
     data_dir=args.data_dir,
+    batch_size=args.batch_size,
   )
   if jax.process_index():
     return
@@ -771,6 +784,7 @@ def _linear(args):
     image_size=args.image_size,
     preprocess=args.preprocess,
     data_dir=args.data_dir,
+    batch_size=args.batch_size,
   )
   if not jax.process_index():
     print(json.dumps(found) if args.json else linear.format_report(found))
@@ -833,12 +847,18 @@ def _export(args):
 def _tables(args):
   from vit_jax import tables
 
+  if args.only and (args.name is None or args.commands or args.markdown):
+    raise UserError("--only=CELL takes the NAME of a table, and --json at most")
   if args.name is None:
     found = tables.list_tables()
     lines = [f"{table['name']}  {table['title']}" for table in found]
     print(json.dumps(found) if args.json else "\n".join(lines))
     return
   rows = tables.make_table(args.name, args.runs, costs=args.commands)
+  if args.only:
+    lines = tables.list_commands(rows, args.only)
+    print(json.dumps(lines) if args.json else "\n".join(lines))
+    return
   if args.json:
     print(json.dumps(rows))
     return

@@ -18,7 +18,8 @@ from vit_jax.errors import UserError, suggest
 
 # What a run may change when it goes on: where it writes and how often, how the
 # work is spread. None of these changes which parameters come out, other than
-# by the rounding of sums in another order.
+# by the rounding of sums in another order. (Micro-batches draw dropout each on
+# its own: see `differences`.)
 RESUMABLE = (
   "data_dir",
   "fsdp",
@@ -144,15 +145,29 @@ def to_dict(config) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
+# What a training step draws in the model, micro-batch by micro-batch.
+_RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
+
+
 def differences(old: dict, new: dict) -> list[str]:
-  """Returns "key: old -> new" for what a resumed run may not change."""
-  old, new = flatten(old), flatten(new)
-  old = ADDED | {RENAMED.get(key, key): value for key, value in old.items()}
+  """Returns "key: old -> new" for what a resumed run may not change.
+
+  That is all but `RESUMABLE`; with a rate of dropout or stochastic depth above
+  0 also `micro_batches`, on which its draws depend.
+  """
+  old, new = modernize(flatten(old)), flatten(new)
+  drawn = any(new.get(f"model.{rate}") for rate in _RATES)
   return [
     f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key not in RESUMABLE
+    if old.get(key) != new.get(key)
+    and (key not in RESUMABLE or (drawn and key == "micro_batches"))
   ]
+
+
+def modernize(flat: dict[str, Any]) -> dict[str, Any]:
+  """Returns a flat configuration of any version with today's keys."""
+  return ADDED | {RENAMED.get(key, key): value for key, value in flat.items()}
 
 
 # Key -> its least value, and the first that is too large.
@@ -177,6 +192,55 @@ def check_ranges(config) -> None:
       below = f" and below {limit}" if limit < math.inf else ""
       raise UserError(
         f"config.{key} is {values[key]}; it must be at least {least}{below}"
+      )
+
+
+# Key -> its default (and what else says "off"), and the key that it needs with
+# the value that this has to have; None: any but 0, "" or unset.
+NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
+  "masked_target": (("mean_colour",), "objective", "masked_patches"),
+  "loss.name": (("sigmoid",), "objective", "classification"),
+  "loss.label_smoothing": ((0.0,), "objective", "classification"),
+  "optimizer.b1": ((0.9,), "optimizer.name", "adam"),
+  "optimizer.b2": ((0.999,), "optimizer.name", "adam"),
+  "optimizer.eps": ((1e-8,), "optimizer.name", "adam"),
+  "optimizer.momentum": ((0.9,), "optimizer.name", "sgd"),
+  "optimizer.weight_decay_scaling": (("lr",), "optimizer.weight_decay", None),
+  "optimizer.weight_decay_params": (
+    (".*/kernel",),
+    "optimizer.weight_decay",
+    None,
+  ),
+  "schedule.linear_end": ((1e-5,), "schedule.decay", "linear"),
+  "schedule.rsqrt_timescale": ((10_000,), "schedule.decay", "rsqrt"),
+  "eval.dataset": ((None, ""), "eval.split", None),
+  "eval.batch_size": ((0,), "eval.split", None),
+  "eval_every": ((5000, 0), "eval.split", None),
+  "profile_steps": ((5,), "profile_step", None),
+}
+
+
+def find_unused(values: dict[str, Any]) -> list[str]:
+  """Returns the keys of `NEEDS` that have no effect in a flat configuration."""
+  return [
+    key
+    for key, (_, needed, wanted) in NEEDS.items()
+    if key in values and needed in values
+    if (not values[needed] if wanted is None else values[needed] != wanted)
+  ]
+
+
+def check_unused(config) -> None:
+  """Raises a UserError for a key that is set where it has no effect."""
+  values = flatten(config)
+  for key in find_unused(values):
+    (default, *off), needed, wanted = NEEDS[key]
+    if values[key] not in (default, *off):
+      needs = "to be set" if wanted is None else f"to be {wanted!r}"
+      raise UserError(
+        f"config.{key} is {values[key]!r} and has no effect: it needs "
+        f"config.{needed} {needs}, which is {values[needed]!r}; leave it at "
+        f"{'its default' if default is None else repr(default)}"
       )
 
 

@@ -24,6 +24,7 @@ def evaluate(
   dataset: str | None = None,
   split: str | None = None,
   data_dir: str | None = None,
+  batch_size: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates a checkpoint.
 
@@ -34,13 +35,15 @@ def evaluate(
       that are no run of ours have none and need it.
     split: another split than the run's own; as `dataset`.
     data_dir: where the TFDS data sets are, if not where they were.
+    batch_size: images at once, on all devices; rounded up to a multiple of
+      these. Unset: the run's, or 64.
 
   Returns:
     {"checkpoint", "dataset", "split", "image_size", "preprocess", "examples",
     "loss", ...metrics}.
 
   Raises:
-    UserError: no checkpoint, no data, or other classes.
+    UserError: no checkpoint, no data, other classes, or no batch size.
   """
   weights = pretrained.fold_normalization(pretrained.read(source))
   config = _training_config(weights)
@@ -55,12 +58,13 @@ def evaluate(
       "--split=test"
     )
   test = data.get_source(dataset, split, data_dir)
-  make_evaluate, batch_size = _choose_evaluator(weights, config, test, dataset)
+  make_evaluate, usual = _choose_evaluator(weights, config, test, dataset)
   mesh = sharding.make_mesh()
+  chosen = usual if batch_size is None else batch_size
   run = make_evaluate(
     source=test,
     mesh=mesh,
-    batch_size=sharding.round_up(batch_size, mesh),
+    batch_size=sharding.round_up(chosen, mesh),
     preprocess=weights.preprocess,
   )
   params = {path: x.read() for path, x in weights.params.items()}

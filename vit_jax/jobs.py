@@ -98,6 +98,7 @@ def inspect_run(run: Run) -> dict[str, Any]:
     "total_steps": written["total_steps"],
     "recipe": describe_recipe(written["config"]),
   }
+  at_end = {}
   for line in _read_metrics(run.workdir):
     found["step"] = max(found["step"], line["step"])
     results = {
@@ -106,9 +107,11 @@ def inspect_run(run: Run) -> dict[str, Any]:
       if name.startswith("eval/")
     }
     found["results"] = results or found["results"]
-  # A run evaluates, then saves: what is saved at the end is complete.
+    if line["step"] == found["total_steps"]:
+      at_end |= results
+  # A run saves, then evaluates, and may be stopped before or in that.
   last = run.workdir / "checkpoints" / str(found["total_steps"])
-  if last.is_dir() and found["step"] == found["total_steps"]:
+  if last.is_dir() and at_end:
     found["status"] = "finished"
   return found
 
@@ -281,7 +284,8 @@ def run_all(
     lock_fd: from `lock`.
 
   Returns:
-    ({workdir: last line} of the runs that failed, whether it was stopped).
+    ({workdir: line} of the runs that failed, or ended unfinished though nobody
+    stopped the sweep; whether it was stopped).
   """
   waiting = collections.deque(
     run for run in runs if inspect_run(run)["status"] != "finished"
@@ -302,9 +306,10 @@ def run_all(
         for job in [job for job in active if job.process.poll() is not None]:
           active.remove(job)
           free.append(job.environment)
-          if job.process.returncode and not signals.count:
-            failed[job.run.workdir] = _last_line(job.run.workdir / "log.txt")
-          progress.ended(job, failed.get(job.run.workdir))
+          error = None if signals.count else _find_error(job)
+          if error:
+            failed[job.run.workdir] = error
+          progress.ended(job, error)
         progress.show(active)
         time.sleep(_POLL_SECONDS)
       return failed, bool(signals.count)
@@ -328,6 +333,18 @@ def _start(run, environment, lock_fd):
       pass_fds=(lock_fd,),
     )
   return _Job(run, process, environment, time.monotonic())
+
+
+def _find_error(job):
+  """Returns a line on why a run that has ended is not finished, or None."""
+  if job.process.returncode:
+    return _last_line(job.run.workdir / "log.txt")
+  found = inspect_run(job.run)
+  if found["status"] == "finished":
+    return None
+  return (
+    f"unfinished: it stopped at step {found['step']} of {found['total_steps']}"
+  )
 
 
 def _last_line(file):

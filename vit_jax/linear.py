@@ -15,8 +15,6 @@ from vit_jax import data, pretrained, sharding
 from vit_jax.errors import UserError
 from vit_jax.evaluators import fewshot
 
-_BATCH_SIZE = 64  # at least; of the global batch
-
 
 def linear(
   source: str,
@@ -30,6 +28,7 @@ def linear(
   image_size: int | None = None,
   preprocess: str | None = None,
   data_dir: str | None = None,
+  batch_size: int = 64,
 ) -> dict[str, Any]:
   """Evaluates a representation by ridge regression.
 
@@ -44,6 +43,8 @@ def linear(
     preprocess: of training and test images; unset: the checkpoint's own
       evaluation preprocessing.
     data_dir: where the TFDS data sets are.
+    batch_size: images at once, on all devices; rounded up to a multiple of
+      these.
 
   Returns:
     {"checkpoint", "dataset", "train_split", "test_split", "train_examples",
@@ -69,7 +70,7 @@ def linear(
   loaded = pretrained.load(source, image_size=image_size, num_classes=1)
   preprocess = preprocess or loaded.config.preprocess
   mesh = sharding.make_mesh()
-  batch_size = sharding.round_up(_BATCH_SIZE, mesh)
+  batch_size = sharding.round_up(batch_size, mesh)
   extractors = [
     fewshot.make_extract(
       model=loaded.model,

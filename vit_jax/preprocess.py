@@ -91,11 +91,15 @@ def _check_flip_lr():
   pass
 
 
-def _check_randaug(num_ops=2, magnitude=10):
+def _check_randaug(num_ops=2, magnitude=10, contrast="mean"):
   _require(_is_count(num_ops, 0), "num_ops must be an integer, 0 or more")
   _require(
     _is_number(magnitude) and 0 <= magnitude <= 30,
     f"magnitude must be between 0 and 30, not {magnitude!r}",
+  )
+  _require(
+    contrast in ("mean", "augreg"),
+    f"contrast must be 'mean' or 'augreg', not {contrast!r}",
   )
 
 

@@ -145,7 +145,12 @@ def round_up(batch_size: int, mesh) -> int:
   """Returns the next batch size that splits evenly over the devices.
 
   For evaluations, whose results do not depend on it.
+
+  Raises:
+    UserError: it is less than 1.
   """
+  if batch_size < 1:
+    raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
   return -(-batch_size // mesh.size) * mesh.size
 
 

@@ -177,12 +177,17 @@ def make_train_step(
   return train_step
 
 
+_TOP_5_CLASSES = 10  # of fewer, five are no achievement
+
+
 def make_eval_step(*, apply, loss_fn, num_classes: int):
   """Returns eval_step(params, batch) -> sums over the unmasked examples.
 
   The sums: "examples", "labelled" (examples with at least one label), and over
   those alone "loss", "correct" (the top class is one of the labels) and
-  "ranking_precision" (label ranking average precision, see below).
+  "ranking_precision" (label ranking average precision, see below). With one
+  label an image and ten classes or more also "correct@5" (the label is one of
+  the five top classes).
   """
 
   def eval_step(params, batch):
@@ -192,7 +197,12 @@ def make_eval_step(*, apply, loss_fn, num_classes: int):
     labelled = mask & (targets.sum(-1) > 0)
     top = jnp.argmax(logits, -1)
     correct = jnp.take_along_axis(targets, top[:, None], 1)[:, 0] > 0
-    return {
+    sums = {}
+    if batch["labels"].shape[1] == 1 and num_classes >= _TOP_5_CLASSES:
+      _, best = jax.lax.top_k(logits, 5)
+      among = jnp.any(best == batch["labels"], -1)
+      sums["correct@5"] = jnp.sum(labelled & among)
+    return sums | {
       "examples": jnp.sum(mask),
       "labelled": jnp.sum(labelled),
       "loss": jnp.sum(jnp.where(labelled, loss_fn(logits, targets), 0)),

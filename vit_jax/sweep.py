@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax import checkpoint, train
+from vit_jax import checkpoint, pretrained, train
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.jobs import (
@@ -144,11 +144,30 @@ def make_name(setting: dict[str, str], seed: int) -> str:
 def _check(run):
   loaded = configuration.load(run.config, run.overrides)
   configuration.check_ranges(loaded)
-  train.check_workdir(loaded, checkpoint.absolute(run.workdir))
+  if not train.check_workdir(loaded, checkpoint.absolute(run.workdir)):
+    configuration.check_unused(loaded)
   if not loaded.eval.split:
     raise UserError(
       "a sweep compares evaluations; set --config.eval.split to a held-out part"
     )
+
+
+def check_sources(runs: Sequence[Run]) -> None:
+  """Opens the data and the weights of all runs, each once.
+
+  Raises:
+    UserError: what is missing or unsuitable; no run has begun.
+  """
+  seen = set()
+  for run in runs:
+    loaded = configuration.load(run.config, run.overrides)
+    parts = (loaded.train.dataset, loaded.train.split)
+    parts += (loaded.eval.dataset, loaded.eval.split, loaded.data_dir)
+    if parts not in seen:
+      train.open_sources(loaded)
+    if loaded.init_from and loaded.init_from not in seen:
+      pretrained.read(loaded.init_from)
+    seen |= {parts, loaded.init_from}
 
 
 # --- what comes out ---
@@ -177,11 +196,13 @@ def sweep(
     See `summarize`.
 
   Raises:
-    UserError: see `plan`, `lock`, `divide_devices`; no such result.
+    UserError: see `plan`, `lock`, `divide_devices`, `check_sources`; no such
+      result.
   """
   folder = local_folder(workdir)
   runs = plan(config, folder, overrides, grid, seeds)
   environments = divide_devices(jobs)
+  check_sources(runs)
   with lock(folder) as lock_fd:
     results, stopped = run_groups({"": runs}, environments, lock_fd, select)
   if stopped:
@@ -223,8 +244,9 @@ def select_and_train(
     return [run._replace(setting=setting) for run in runs]
 
   trials = plan(config, folder / "select", overrides, grid, 1)
-  plan_final(trials[0].setting)  # a mistake in it shows now
   environments = divide_devices(jobs)
+  # A mistake in the final runs shows now.
+  check_sources([*trials, *plan_final(trials[0].setting)])
   found: dict[str, Any] = {"select": None, "final": None}
   with lock(folder) as lock_fd:
 
@@ -380,10 +402,11 @@ def format_summary(result: dict[str, Any]) -> str:
 
 
 def raise_if_failed(rows: Sequence[dict[str, Any]]) -> None:
-  """Raises RunStopped if one of `summarize`'s "runs" failed."""
-  failed = [row["name"] for row in rows if row["error"]]
+  """Raises RunStopped if one of `summarize`'s "runs" has an error."""
+  failed = [row for row in rows if row["error"]]
   if failed:
     raise RunStopped(
-      f"{len(failed)} of {len(rows)} runs failed, the first is {failed[0]}; "
-      "the same command tries them again and goes on with the others"
+      f"{len(failed)} of {len(rows)} runs failed, the first is "
+      f"{failed[0]['workdir']} ({failed[0]['error']}); the same command tries "
+      "them again and resumes the others"
     )

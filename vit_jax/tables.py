@@ -4,13 +4,15 @@ The paper's numbers are `paper/tables.json`; ours are read from run folders, or,
 where they follow from the models, computed from these.
 """
 
+import itertools
 import logging
+import re
 import statistics
 from typing import Any
 
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
-from vit_jax.paper import cells, data, flops
+from vit_jax.paper import cells, data, flops, protocol
 from vit_jax.paper.cells import Cell
 from vit_jax.paper.runs import Pretraining, Run, find_runs, is_pretraining
 
@@ -42,9 +44,9 @@ def make_table(
     "variant", "private", "note", "stand_in" (a row, where the pre-training set
     is private) and "cells": {column: {"paper", "paper_spread", "ours",
     "spread", "difference", "values", "runs", "differs", "recipes",
-    "commands", "images", "exaflops"}}, in percent. Table 6 also has "exaflops"
-    and "paper_exaflops", table 1 "parameters", tables 3 and 4 hyper-parameters
-    and "runs".
+    "commands", "images", "exaflops", "datasets"}}, in percent. Table 6 also
+    has "exaflops" and "paper_exaflops", table 1 "parameters", tables 3 and 4
+    hyper-parameters and "runs".
 
   Raises:
     UserError: an unknown name, or a folder without runs.
@@ -112,6 +114,8 @@ def _list_pretrainings(row, runs, folder):
     for epochs in row["epochs"]:
       wanted = Pretraining(data.variant_of(model), known["dataset"], epochs)
       plan = cells.plan_pretraining(wanted, folder, costs=False)
+      found = [run for run in runs if is_pretraining(run, wanted)]
+      differs = (protocol.compare_pretraining(run, wanted) for run in found)
       yield {
         "name": model,
         "pretraining": row["pretraining"],
@@ -119,8 +123,10 @@ def _list_pretrainings(row, runs, folder):
         "epochs": epochs,
         **{k: row[k] for k in _HYPERPARAMETERS},
         **data.load()["table3"]["common"],
-        "runs": [str(r.path) for r in runs if is_pretraining(r, wanted)],
+        "runs": [str(run.path) for run in found],
+        "differs": sorted({*itertools.chain.from_iterable(differs)}),
         "commands": list(plan.commands),
+        "datasets": list(plan.datasets),
         "images": plan.images,
       }
 
@@ -296,7 +302,9 @@ def _average(made, paper):
   """Returns the mean of a row's cells, where all of them are there."""
   ours = [cell["ours"] for cell in made.values()]
   values = [] if None in ours else [statistics.fmean(ours)]
-  return _show_paper(paper) | _summarize(values, paper)
+  differs = sorted({x for cell in made.values() for x in cell["differs"]})
+  average = _show_paper(paper) | _summarize(values, paper)
+  return average | {"differs": differs if values else []}
 
 
 def _add_exaflops(made, row):
@@ -327,10 +335,13 @@ def format_table(
   notes = [f"{_title(row)}: {row['note']}" for row in rows if row.get("note")]
   note = data.load()[name].get("note")
   lines += ["", *([note] if note else []), *notes] if note or notes else []
+  lines += _list_differences(rows)
   if any(row.get("private") for row in rows):
     lines += ["", "* needs JFT-300M, which is private."]
   if commands:
-    lines += ["", *_list_commands(rows, markdown)]
+    lines.append("")
+    for title, cell in _list_cells(rows):
+      lines += _show_plan(title, cell, markdown)
   number = name.removeprefix("table")
   return "\n".join(
     [f"Table {number}: {data.load()[name]['title']}", "", *lines]
@@ -362,10 +373,14 @@ def _grid_sizes(rows):
 def _grid_facts(rows):
   """Tables 3 and 4: hyper-parameters, and how many runs there are."""
   skip = {"name", "private", "commands", "images", "runs", "pretraining"}
-  skip |= {"epochs", "b1", "b2", "momentum", "config"}
+  skip |= {"datasets", "epochs", "b1", "b2", "momentum", "config", "differs"}
   keys = [key for key in rows[0] if key not in skip]
   lines = [
-    [_title(row), *(_show(row[key]) for key in keys), str(len(row["runs"]))]
+    [
+      _title(row),
+      *(_show(row[key]) for key in keys),
+      str(len(row["runs"])) + ("!" if row.get("differs") else ""),
+    ]
     for row in rows
   ]
   return [["", *keys, "runs"], *lines]
@@ -441,20 +456,68 @@ def _draw(grid, markdown):
   ]
 
 
-def _list_commands(rows, markdown):
-  """Returns what fills the cells that are missing, stand-ins last."""
-  lines = []
+def _list_differences(rows):
+  """Returns what is behind each exclamation mark."""
+  lines = [
+    f"! {title}: {'; '.join(found['differs'])}"
+    for title, found in _list_cells(rows)
+    if found.get("differs")
+  ]
+  return ["", *lines] if lines else []
+
+
+def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
+  """Returns all that fills one cell, the preparation of its data included.
+
+  Args:
+    rows: from `make_table`.
+    only: the cell's title as `format_table` has it above a cell's commands,
+      "ViT-B/16, ImageNet-21k, 90 epochs; CIFAR-100", or as many of its parts
+      as no other cell has.
+
+  Raises:
+    UserError: no cell or several, or one that no command fills.
+  """
+  found = {}  # a stand-in may have a row of its own, which is the same
+  for title, cell in _list_cells(rows):
+    title = title.partition(" (stands in")[0].replace("*", "")
+    found.setdefault(title, cell)
+  wanted = _split_title(only)
+  fits = [only] if only in found else []
+  fits = fits or [title for title in found if _split_title(title) >= wanted]
+  if len(fits) != 1:
+    which = " | ".join(fits[:3]) + (" | ..." if len(fits) > 3 else "")
+    raise UserError(
+      f"--only={only} fits {len(fits)} cells"
+      + (f": {which}; say which" if fits else suggest(only, found))
+    )
+  cell = found[fits[0]]
+  if "commands" not in cell:
+    raise UserError(
+      f"--only={only}: no command fills this cell"
+      + (", your runs do" if cell.get("values") else "")
+    )
+  return [*cells.prepare(cell["datasets"]), *cell["commands"]]
+
+
+def _split_title(title):
+  return {part.strip() for part in re.split("[,;]", title.replace("*", ""))}
+
+
+def _list_cells(rows):
+  """Returns [(title, cell)], stand-ins last; of tables 1, 3 and 4 the rows."""
+  found = []
   for row in rows:
     if "cells" not in row:
-      lines += _show_plan(_title(row), row, markdown)
+      found.append((_title(row), row))
       continue
     for made in (row, row.get("stand_in")):
       for column, cell in made["cells"].items() if made else ():
         title = f"{_title(made)}; {column}"
         if made is not row:
           title += f" (stands in for {row['pretraining']})"
-        lines += _show_plan(title, cell, markdown)
-  return lines
+        found.append((title, cell))
+  return found
 
 
 def _show_plan(title, plan, markdown):

@@ -57,6 +57,8 @@ def _train(config, workdir, stop, stack):
   )
   configuration.check_ranges(config)
   run = check_workdir(config, workdir)
+  if not run:  # what older versions took is resumed
+    configuration.check_unused(config)
   mesh = sharding.make_mesh(config.fsdp)
   sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
 

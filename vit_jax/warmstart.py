@@ -205,8 +205,12 @@ def _fit_positions(path, x, shape, old_grid, new_grid, resize):
       tokens = tokens[:, 1:]
     elif had_token < wants_token:
       tokens = np.pad(tokens, ((0, 0), (1, 0), (0, 0)))
-    tokens = models.posemb.resize_tokens(tokens, old_grid, new_grid, resize)
-    return tokens.reshape(x.shape[:-2] + tokens.shape[-2:])
+    # One at a time: scanned blocks have one each, stacked.
+    resized = [
+      models.posemb.resize_tokens(one[None], old_grid, new_grid, resize)
+      for one in tokens
+    ]
+    return np.stack(resized).reshape(*x.shape[:-2], -1, x.shape[-1])
 
   length = new_grid[0] * new_grid[1] + wants_token
   return LazyArray((*x.shape[:-2], length, x.shape[-1]), x.dtype, read)

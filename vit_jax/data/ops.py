@@ -213,7 +213,7 @@ def sample_window(shape, area_min, area_max, seed):
 # --- RandAugment ---
 
 
-def randaug(image, num_ops=2, magnitude=10, *, seed):
+def randaug(image, num_ops=2, magnitude=10, contrast="mean", *, seed):
   """Applies `num_ops` operations drawn from `AUGMENTATIONS` one by one.
 
   Args:
@@ -221,12 +221,16 @@ def randaug(image, num_ops=2, magnitude=10, *, seed):
     num_ops: how many; the same one may be drawn again.
     magnitude: strength, 0 to 10 in the paper, larger is used too. 0 is not
       nothing: solarize inverts everything, then.
+    contrast: "mean", Pillow's contrast, or "augreg", see `contrast_augreg`.
     seed: int[2].
 
   Source: Cubuk et al., "RandAugment", 2020, arXiv 1909.13719, with the
   constants of AugReg: distances of 100 and 40 pixels at 224, grey filling.
   """
   shape = image.shape
+  operations = AUGMENTATIONS
+  if contrast == "augreg":
+    operations = AUGMENTATIONS | {"contrast": contrast_augreg}
   for i in range(num_ops):
     seeds = tf.random.split(
       tf.random.experimental.stateless_fold_in(seed, i), num=2
@@ -236,7 +240,7 @@ def randaug(image, num_ops=2, magnitude=10, *, seed):
     )
     branches = [
       functools.partial(op, image, magnitude / 10, seeds[1])
-      for op in AUGMENTATIONS.values()
+      for op in operations.values()
     ]
     image = tf.switch_case(which, branches)
     image.set_shape(shape)
@@ -312,6 +316,17 @@ def contrast(image, strength, seed):
   del seed
   mean = tf.round(tf.reduce_mean(tf.round(_grey(image))))
   return _blend(mean, image, strength)
+
+
+def contrast_augreg(image, strength, seed):
+  """As AugReg's code: about a grey of the image's pixels / 256, 255 at most.
+
+  Its mean is that of the histogram's counts, where Pillow's is of the levels.
+  """
+  del seed
+  height, width = _height_width(image)
+  grey = tf.minimum(height * width // 256, 255)
+  return _blend(tf.cast(grey, tf.float32), image, strength)
 
 
 def brightness(image, strength, seed):

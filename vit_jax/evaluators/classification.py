@@ -1,4 +1,4 @@
-"""Top-1 on a whole test set, single- or multi-label."""
+"""Top-1 and top-5 on a whole test set, single- or multi-label."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -52,9 +52,10 @@ def summarize(
 
   Yields:
     "examples", all that were seen; then, over those with a label, "loss", the
-    mean, and for single-label sets "accuracy", for multi-label ones "labelled",
-    their number, "prec@1" (the top class is one of the labels) and "lrap"
-    (label ranking average precision). ImageNet-ReaL has images without.
+    mean, and for single-label sets "accuracy" and, of ten classes or more,
+    "accuracy@5" (the label is among the five top classes); for multi-label ones
+    "labelled", their number, "prec@1" (the top class is one of the labels) and
+    "lrap" (label ranking average precision). ImageNet-ReaL has images without.
   """
   totals = add_up(sums)
   labelled = max(totals["labelled"], 1)
@@ -66,3 +67,5 @@ def summarize(
     yield "lrap", float(totals["ranking_precision"] / labelled)
   else:
     yield "accuracy", float(totals["correct"] / labelled)
+    if "correct@5" in totals:
+      yield "accuracy@5", float(totals["correct@5"] / labelled)

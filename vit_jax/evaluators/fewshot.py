@@ -39,8 +39,8 @@ class Classifier(NamedTuple):
 
   def predict(self, features: np.ndarray) -> np.ndarray:
     """Returns the class int64[n] of features f32[n d]."""
-    scores = [x @ self.kernel for x in self._whiten(features)]
-    return np.concatenate(scores).argmax(axis=1)
+    chunks = self._whiten(features)
+    return np.concatenate([(x @ self.kernel).argmax(axis=1) for x in chunks])
 
   def _whiten(self, features) -> Iterator[np.ndarray]:
     """Yields f64[c d+1], some rows at a time."""
@@ -55,6 +55,8 @@ def fit(
 ) -> Classifier:
   """Solves min_W ||X W - Y||^2 + l2 ||W||^2, Y in {-1, 1}.
 
+  Beside the features it has a chunk of them in memory, not Y.
+
   Args:
     features: f32[n d].
     labels: int[n].
@@ -62,20 +64,37 @@ def fit(
     l2: the penalty's factor.
   """
   mean = features.mean(axis=0, dtype=np.float64)
-  deviation = features.std(axis=0, dtype=np.float64) + _EPSILON
+  squares = np.zeros_like(mean)
+  for start in range(0, len(features), _CHUNK):
+    squares += ((features[start : start + _CHUNK] - mean) ** 2).sum(axis=0)
+  deviation = np.sqrt(squares / len(features)) + _EPSILON
   empty = Classifier(mean, deviation, np.empty((0, num_classes)))
-  targets = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
   n, d = len(features), len(mean) + 1
   if n < d:
     # The dual form: a system of n equations. Same solution, less work.
     x = np.concatenate(list(empty._whiten(features)))
+    targets = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
     kernel = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(n), targets)
     return empty._replace(kernel=kernel)
   gram, moments = l2 * np.eye(d), np.zeros((d, num_classes))
   for i, x in enumerate(empty._whiten(features)):
     gram += x.T @ x
-    moments += x.T @ targets[i * _CHUNK : (i + 1) * _CHUNK]
+    _add_moments(moments, x, labels[i * _CHUNK : (i + 1) * _CHUNK])
   return empty._replace(kernel=np.linalg.solve(gram, moments))
+
+
+def _add_moments(moments, x, labels):
+  """Adds X^T Y to moments f64[d k]: twice each class's sum, less that of all.
+
+  Args:
+    moments: changed in place.
+    x: f64[c d].
+    labels: int[c], where Y is 1; it is -1 elsewhere.
+  """
+  order = np.argsort(labels, kind="stable")
+  classes, first = np.unique(labels[order], return_index=True)
+  moments[:, classes] += 2 * np.add.reduceat(x[order], first, axis=0).T
+  moments -= x.sum(axis=0)[:, None]
 
 
 def sample(

@@ -8,12 +8,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jax import export as jax_export
 
 from vit_jax.errors import UserError
 from vit_jax.export import lowering
 
+# JAX's symbols are 1 at least, and a batch may be empty.
+_ANY_BATCH = "batch - 1"
 # Of every device that JAX's own wheels are for.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _OPSET = 21
@@ -34,10 +38,22 @@ class Graph(NamedTuple):
   shape: tuple[str | int, ...]
   dtype: np.dtype
 
-  def symbolic(self) -> jax.ShapeDtypeStruct:
+  def symbolic(self, batch: str = "batch") -> jax.ShapeDtypeStruct:
     """Returns the images' shape with JAX's symbols for the names."""
-    text = ", ".join(map(str, self.shape))
-    return jax.ShapeDtypeStruct(jax_export.symbolic_shape(text), self.dtype)
+    shape = jax_export.symbolic_shape(self.describe(batch))
+    return jax.ShapeDtypeStruct(shape, self.dtype)
+
+  def describe(self, batch: str) -> str:
+    """Returns the images' shape as JAX reads it."""
+    return ", ".join([batch, *map(str, self.shape[1:])])
+
+  def apply_to_any(self, params, images) -> dict[str, jax.Array]:
+    """Does what `apply` does, also for an empty batch, which gets one image."""
+    n = images.shape[0]
+    rows = core.max_dim(n, 1)
+    padding = jnp.zeros((rows - n, *images.shape[1:]), images.dtype)
+    found = self.apply(params, jnp.concatenate([images, padding]))
+    return {name: x[:n] for name, x in found.items()}
 
 
 class Format(NamedTuple):
@@ -84,8 +100,9 @@ def _find_version(package):
 
 
 def _write_stablehlo(graph, folder):
-  run = jax.jit(lambda images: graph.apply(graph.params, images))
-  exported = jax_export.export(run, platforms=PLATFORMS)(graph.symbolic())
+  run = jax.jit(lambda images: graph.apply_to_any(graph.params, images))
+  shape = graph.symbolic(_ANY_BATCH)
+  exported = jax_export.export(run, platforms=PLATFORMS)(shape)
   (folder / "model.stablehlo").write_bytes(exported.serialize())
 
 
@@ -114,8 +131,8 @@ def _write_saved_model(graph, folder):
     graph.params,
   )
   apply = jax2tf.convert(
-    graph.apply,
-    polymorphic_shapes=[None, f"({', '.join(map(str, graph.shape))})"],
+    graph.apply_to_any,
+    polymorphic_shapes=[None, f"({graph.describe(_ANY_BATCH)})"],
     native_serialization_platforms=PLATFORMS,
     with_gradient=False,
   )
@@ -169,7 +186,54 @@ def _write_onnx(graph, folder):
         f"are installed ({type(e).__name__}: {reason}); constraints.txt has "
         "those that are tested"
       ) from e
+  _allow_empty(model)
   (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def _allow_empty(model):
+  """Has an ONNX graph do what `Graph.apply_to_any` does.
+
+  ONNX Runtime reshapes an empty batch with a division by zero, which ends the
+  process.
+  """
+  from onnx import TensorProto, helper  # pyright: ignore[reportMissingImports]
+
+  graph = model.graph
+  inner = {"images", *(output.name for output in graph.output)}
+  for node in graph.node:
+    for names in (node.input, node.output):
+      names[:] = [f"any_{name}" if name in inner else name for name in names]
+  for name, values in {"zero": [0], "one": [1], "zeros": [0] * 4}.items():
+    graph.initializer.append(
+      helper.make_tensor(
+        f"any_{name}", TensorProto.INT64, [len(values)], values
+      )
+    )
+  make = helper.make_node
+  before = [
+    make("Shape", ["images"], ["any_count"], start=0, end=1),
+    make("Sub", ["any_one", "any_count"], ["any_difference"]),
+    make("Max", ["any_difference", "any_zero"], ["any_missing"]),
+    # Rows that are added at the beginning of each axis, and at its end.
+    make(
+      "Concat",
+      ["any_zeros", "any_missing", *["any_zero"] * 3],
+      ["any_pads"],
+      axis=0,
+    ),
+    make("Pad", ["images", "any_pads"], ["any_images"]),
+  ]
+  after = [
+    make(
+      "Slice",
+      [f"any_{output.name}", "any_zero", "any_count", "any_zero"],
+      [output.name],
+    )
+    for output in graph.output
+  ]
+  nodes = [*before, *graph.node, *after]
+  del graph.node[:]
+  graph.node.extend(nodes)
 
 
 def _read_onnx(folder):

@@ -10,12 +10,23 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vit_jax.paper import data, flops
-from vit_jax.paper.runs import Pretraining, Run, comes_from, is_pretraining
+from vit_jax.paper import data, flops, protocol
+from vit_jax.paper.runs import (
+  Pretraining,
+  Run,
+  comes_from,
+  find_origin,
+  is_pretraining,
+)
 
-# Few-shot accuracy is looked at as the paper's code did: at 224 px, and drawing
+# Few-shot accuracy is looked at as the paper's code did (big_vision's few-shot
+# evaluation): images squeezed to 256 px, of which the middle 224, and drawing
 # from a part of ImageNet, as the rest would take hours and change nothing.
-_FEWSHOT_POOL = "train[:65000]"
+_FEWSHOT = {
+  "train_split": "train[:65000]",
+  "test_split": "validation",
+  "preprocess": "resize(256)|central_crop(size)",
+}
 
 # The paper selects among two learning rates and two schedules, and prints which
 # ones won; the other two are those of `vit-jax vtab`.
@@ -72,11 +83,13 @@ class Plan(NamedTuple):
     commands: in order.
     images: that are trained on.
     exaflops: of that training; None if nobody asked for it.
+    datasets: that the commands read.
   """
 
   commands: tuple[str, ...]
   images: int
   exaflops: float | None
+  datasets: tuple[str, ...] = ()
 
 
 # --- what runs say ---
@@ -95,7 +108,7 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
     if value is not None:
       values.append(100 * value)
       paths.append(str(run.path))
-  differs = sorted({text for run in group for text in _differences(run, cell)})
+  differs = sorted({x for run in group for x in _differences(run, cell, runs)})
   recipes = sorted({_describe_recipe(run) for run in group})
   return Found(
     tuple(values), tuple(paths), tuple(differs), tuple(recipes), others
@@ -160,20 +173,14 @@ def _read_accuracy(run, cell):
   return results.get("accuracy", results.get("prec@1"))
 
 
-def _differences(run, cell):
-  """Yields in what a run is not the paper's protocol."""
-  protocol = data.load()["table4"]
-  expected = {
-    "total_steps": _row_of_table_4(cell)["steps"],
-    "batch_size": protocol["common"]["batch_size"],
-    "optimizer.name": protocol["common"]["optimizer"],
-    "optimizer.clip_norm": protocol["common"]["clip_norm"],
-    "schedule.decay": protocol["common"]["decay"],
-  }
-  values = run.config | {"total_steps": run.total_steps}
-  for key, value in expected.items():
-    if values[key] != value:
-      yield f"{key} {values[key]} (the paper: {value})"
+def _differences(run, cell, runs):
+  """Yields in what a run and its pre-training are not the paper's protocol."""
+  spec, rates = _finetuning_spec(cell), _row_of_table_4(cell)["base_lrs"]
+  yield from protocol.compare_finetuning(run, spec, rates)
+  origin = find_origin(run, runs)
+  if origin:
+    for text in protocol.compare_pretraining(origin, cell.pretraining):
+      yield f"pre-training: {text}"
 
 
 def _row_of_table_4(cell):
@@ -217,8 +224,23 @@ def _measure_linear(cell, runs):
           values = tuple(100 * x for x in row["accuracies"])
           keys = ("image_size", "preprocess")
           recipe = ", ".join(f"{key} {found.get(key)}" for key in keys)
-          return Found(values, (str(run.path),), recipes=(recipe,))
+          differs = _linear_differences(run, cell, found)
+          return Found(values, (str(run.path),), tuple(differs), (recipe,))
   return Found()
+
+
+def _linear_differences(run, cell, found):
+  """Yields in what a few-shot evaluation is not the protocol."""
+  size = cell.image_size
+  expected = _FEWSHOT | {"image_size": [size, size], "l2": 1024}
+  for key, value in expected.items():
+    given = found.get(key, value)
+    if key == "preprocess":
+      given = given.replace(f"({size})", "(size)")
+    if given != value:
+      yield f"{key} {found[key]} (protocol: {value})"
+  for text in protocol.compare_pretraining(run, cell.pretraining):
+    yield f"pre-training: {text}"
 
 
 def _linear_file(cell):
@@ -259,6 +281,17 @@ def plan(cell: Cell, runs: list[Run], folder: str, costs: bool) -> Plan:
   return _add(parts)
 
 
+def prepare(datasets: Iterable[str]) -> list[str]:
+  """Returns the commands that prepare data sets."""
+  private = {known["dataset"] for known in _sets() if known["private"]}
+  return [
+    f"# {name} is private: see docs/questions.md"
+    if name in private
+    else _command("data", "prepare", name)
+    for name in datasets
+  ]
+
+
 def _add(parts: Iterable[Plan]) -> Plan:
   parts = list(parts)
   costs = [part.exaflops for part in parts if part.exaflops is not None]
@@ -266,6 +299,7 @@ def _add(parts: Iterable[Plan]) -> Plan:
     tuple(command for part in parts for command in part.commands),
     sum(part.images for part in parts),
     sum(costs) if len(costs) == len(parts) else None,
+    tuple(dict.fromkeys(name for part in parts for name in part.datasets)),
   )
 
 
@@ -292,17 +326,16 @@ def _pretraining_folder(wanted, folder):
 
 def plan_pretraining(wanted: Pretraining, folder: str, costs: bool) -> Plan:
   """Returns what a pre-training takes."""
-  spec = f"{wanted.variant},{wanted.dataset},{wanted.epochs}"
   command = _command(
     "train",
-    f"--config=configs/pretrain.py:{spec}",
+    f"--config=configs/{protocol.pretraining_spec(wanted)}",
     f"--workdir={_pretraining_folder(wanted, folder)}",
     *(f"--config.{key}={value}" for key, value in wanted.overrides),
   )
   known = _describe_set(wanted.dataset)
   images = wanted.epochs * known["images"]
   exaflops = pretraining_exaflops(wanted) if costs else None
-  return Plan((command,), images, exaflops)
+  return Plan((command,), images, exaflops, (wanted.dataset,))
 
 
 def pretraining_exaflops(wanted: Pretraining) -> float:
@@ -315,8 +348,11 @@ def pretraining_exaflops(wanted: Pretraining) -> float:
 
 
 def _describe_set(dataset):
-  sets = data.load()["pretraining"].values()
-  return next(known for known in sets if known["dataset"] == dataset)
+  return next(known for known in _sets() if known["dataset"] == dataset)
+
+
+def _sets():
+  return data.load()["pretraining"].values()
 
 
 def _plan_finetunings(cell, group, source, folder, costs):
@@ -334,13 +370,13 @@ def _plan_finetunings(cell, group, source, folder, costs):
     if seed not in there:
       command = _command(
         "train",
-        f"--config={_finetuning_config(cell)}",
+        f"--config=configs/{_finetuning_spec(cell)}",
         f"--workdir={workdir}",
         f"--config.init_from={source}",
         f"--config.schedule.base_lr={rate}",
         f"--config.seed={seed}",
       )
-      yield Plan((command,), *_cost(cell, costs))
+      yield Plan((command,), *_cost(cell, costs), (_training_set(cell),))
 
 
 def _place_finetunings(cell, group, folder):
@@ -360,7 +396,7 @@ def _plan_sweep(cell, source, folder, costs):
   """Returns the selection of a learning rate, and the final runs with it."""
   row = _row_of_table_4(cell)
   rates = row["base_lrs"]
-  config = _finetuning_config(cell)
+  config = f"configs/{_finetuning_spec(cell)}"
   command = _command(
     "sweep",
     f"--config={config},held_out",
@@ -371,7 +407,7 @@ def _plan_sweep(cell, source, folder, costs):
     f"--seeds={cell.seeds}",
   )
   steps = (len(rates) + cell.seeds) * row["steps"]
-  return Plan((command,), *_cost(cell, costs, steps))
+  return Plan((command,), *_cost(cell, costs, steps), (_training_set(cell),))
 
 
 def _finetuning_folder(cell, folder):
@@ -380,11 +416,13 @@ def _finetuning_folder(cell, folder):
   return f"{_pretraining_folder(cell.pretraining, folder)}-{dataset}{size}"
 
 
-def _finetuning_config(cell):
+def _finetuning_spec(cell):
   spec = f"{cell.pretraining.variant},{_training_set(cell)}"
+  if cell.kind == "vtab":
+    return f"vtab.py:{spec}"
   if cell.averaged:
     spec += f",{cell.image_size}"
-  return f"configs/finetune.py:{spec}"
+  return f"finetune.py:{spec}"
 
 
 def _plan_real(cell, group, source, folder, costs):
@@ -400,7 +438,8 @@ def _plan_real(cell, group, source, folder, costs):
       "--json",
     )
     output = shlex.quote(f"{path}/{cell.dataset}.json")
-    yield Plan((f"{command} > {output}",), 0, 0.0 if costs else None)
+    cost = 0.0 if costs else None
+    yield Plan((f"{command} > {output}",), 0, cost, (cell.dataset,))
 
 
 def _plan_vtab(cell, tasks, source, folder, costs):
@@ -427,7 +466,7 @@ def _plan_vtab(cell, tasks, source, folder, costs):
   for task in tasks:
     # The last schedule is the paper's, and taken to be the one selected.
     steps = rates * sum(all_steps) + cell.seeds * all_steps[-1]
-    parts.append(Plan((), *_cost(task, costs, steps)))
+    parts.append(Plan((), *_cost(task, costs, steps), (task.dataset,)))
   return _add(parts)
 
 
@@ -437,14 +476,14 @@ def _plan_linear(cell, source, costs):
     "linear",
     f"--checkpoint={source}",
     f"--dataset={cell.dataset}",
-    f"--train_split={_FEWSHOT_POOL}",
-    "--test_split=validation",
+    *(f"--{key}={value}" for key, value in _FEWSHOT.items()),
     "--shots=5",
-    "--image_size=224",
+    f"--image_size={cell.image_size}",
     "--json",
   )
   output = shlex.quote(f"{source}/{_linear_file(cell)}")
-  return Plan((f"{command} > {output}",), 0, 0.0 if costs else None)
+  cost = 0.0 if costs else None
+  return Plan((f"{command} > {output}",), 0, cost, (cell.dataset,))
 
 
 def _cost(cell, costs, steps=None):

@@ -125,6 +125,7 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   log.info("compiling %s for %s %s", spec, machines.name, flags)
   config = configuration.load(spec, overrides)
   configuration.check_ranges(config)
+  configuration.check_unused(config)
   num_classes, num_examples = find_sizes(config, *sizes)
   names = [str(i) for i in range(num_classes)]
   task = make_task(config, names, False)

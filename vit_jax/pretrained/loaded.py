@@ -87,12 +87,11 @@ class Pretrained:
         "there is no head: vit_jax.load(..., num_classes=K) makes a new one, "
         ".features(images) gives what comes before it"
       )
-    return self._forward(self.params, self.check(images))[0]
+    return self._run(images)[0]
 
   def features(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> what the head would get, f32[b d]."""
-    _, out = self._forward(self.params, self.check(images))
-    return models.representation(out)
+    return models.representation(self._run(images)[1])
 
   def probabilities(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> f32[b k], softmax or sigmoid as trained."""
@@ -103,6 +102,15 @@ class Pretrained:
     if self.config.loss == "sigmoid":
       return jax.nn.sigmoid(logits)
     return jax.nn.softmax(logits)
+
+  def _run(self, images):
+    """Returns the logits and what `features` takes, of any number of images."""
+    images = self.check(images)
+    if len(images):
+      return self._forward(self.params, images)
+    one = jnp.zeros((1, *np.shape(images)[1:]))
+    shapes = jax.eval_shape(self._forward, self.params, one)
+    return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:])), shapes)
 
   @functools.cached_property
   def _forward(self):

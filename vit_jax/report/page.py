@@ -27,6 +27,7 @@ from vit_jax.report.tags import (
 _TITLES = {
   "train/loss": "Training loss",
   "eval/accuracy": "Accuracy on the test set",
+  "eval/accuracy@5": "Top-5 accuracy on the test set",
   "eval/prec@1": "Precision at 1 on the test set",
   "eval/lrap": "Label ranking average precision on the test set",
   "eval/r2": "Explained variance on the test set",
@@ -43,7 +44,7 @@ _NO_CURVE = (
   "speed/images_per_second_per_device",
 )
 # Shares, which are shown as percent.
-_SHARES = ("accuracy", "prec@1", "lrap", "trivial_accuracy")
+_SHARES = ("accuracy", "accuracy@5", "prec@1", "lrap", "trivial_accuracy")
 # Longest runs of a chart that share an axis of steps, as a ratio.
 _SIMILAR = 3
 # With more runs than these they are rows, one below the other.

@@ -1,0 +1,99 @@
+"""In what a run differs from the paper's protocol, as configs/ has it."""
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_jax import config as configuration
+from vit_jax.errors import UserError
+from vit_jax.paper.runs import Pretraining, Run
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
+
+# What has no influence on a result, but for rounding; and what decides which
+# cell a run is of, or how long it is, which the callers compare.
+_IGNORED = {
+  *configuration.RESUMABLE,
+  "seed",
+  "init_from",
+  "model.dtype",
+  "model.scan",
+  "train.dataset",
+  "total_steps",
+  "total_epochs",
+  "total_examples",
+  "eval.dataset",
+  "eval.split",
+  "eval.batch_size",
+}
+
+
+def pretraining_spec(wanted: Pretraining) -> str:
+  """Returns the file in configs/ and its argument."""
+  return f"pretrain.py:{wanted.variant},{wanted.dataset},{wanted.epochs}"
+
+
+def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
+  """Returns in what a pre-training differs, "KEY VALUE (protocol: VALUE)".
+
+  Its evaluation does not matter: the weights are the same.
+
+  Raises:
+    UserError: there is no configs/ to compare with.
+  """
+  expected = {**load(pretraining_spec(wanted)), **dict(wanted.overrides)}
+  del expected["eval.preprocess"]
+  return list(_compare(run, expected, {}))
+
+
+def compare_finetuning(
+  run: Run, spec: str, base_lrs: Iterable[float]
+) -> list[str]:
+  """Returns in what a fine-tuning differs, see `compare_pretraining`.
+
+  Args:
+    run: the fine-tuning.
+    spec: "finetune.py:ViT-B_16,cifar100".
+    base_lrs: the learning rates that the protocol selects among.
+
+  Raises:
+    UserError: there is no configs/ to compare with.
+  """
+  expected = load(spec)
+  choices = {"schedule.base_lr": list(base_lrs)}
+  found = list(_compare(run, expected, choices))
+  if run.total_steps != expected["total_steps"]:
+    steps = expected["total_steps"]
+    found.append(f"total_steps {run.total_steps} (protocol: {steps})")
+  return found
+
+
+@functools.cache
+def load(spec: str) -> Mapping[str, Any]:
+  """Returns a configuration of configs/, flat, as a run's config.json has it.
+
+  Raises:
+    UserError: there is no configs/.
+  """
+  file = _CONFIGS / spec.partition(":")[0]
+  if not file.exists():
+    raise UserError(
+      f"{file} is missing, which runs are compared with; install vit_jax from "
+      "a checkout: pip install -e ."
+    )
+  config = configuration.load(str(_CONFIGS / spec))
+  return configuration.flatten(configuration.to_dict(config))
+
+
+def _compare(
+  run: Run, expected: Mapping[str, Any], choices: Mapping[str, list]
+) -> Iterator[str]:
+  """Yields the keys that differ; choices are {key: values that are right}."""
+  found = configuration.modernize(run.config)
+  ignored = _IGNORED.union(configuration.find_unused(found))
+  for key in sorted(expected.keys() & found.keys() - ignored):
+    right = choices.get(key, [expected[key]])
+    if found[key] not in right:
+      wanted = " or ".join(map(str, right))
+      yield f"{key} {found[key]} (protocol: {wanted})"
