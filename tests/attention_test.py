@@ -10,7 +10,8 @@ import pytest
 from random_models import random_images, random_params
 
 from vit_jax import models
-from vit_jax.models import attention, vit
+from vit_jax.models import attention, layers
+from vit_jax.models.config import ViTConfig
 from vit_jax.paper.flops import count_in_jaxpr
 
 # Heads of half a register's lanes, of a whole, and across two of them.
@@ -171,7 +172,7 @@ def test_a_bias_has_the_gradient_of_a_sum():
   # bfloat16's own sum of 4,096 ones ends at 256, where adding 1 rounds away.
   x = jnp.zeros((4096, 3), jnp.bfloat16)
   bias = jnp.zeros(3, jnp.bfloat16)
-  _, backward = jax.vjp(vit.add_bias, x, bias)
+  _, backward = jax.vjp(layers.add_bias, x, bias)
   assert backward(jnp.ones_like(x))[1].tolist() == [4096] * 3
 
 
@@ -193,7 +194,7 @@ def test_the_fast_way_is_the_plain_one(monkeypatch, classifier):
     return jnp.sum(logits * jnp.arange(5.0)), logits
 
   expected = jax.jit(jax.grad(loss, has_aux=True))(params)
-  monkeypatch.setattr(vit, "is_fast", lambda dtype: True)
+  monkeypatch.setattr(ViTConfig, "use_tpu_layout", True)
   found = jax.jit(jax.grad(loss, has_aux=True))(params)
   compare_trees(found, expected)
 
@@ -237,7 +238,7 @@ def test_padding_is_not_seen():
 def test_tokens_that_nobody_reads_change_nothing(
   monkeypatch, pos_embedding, fast
 ):
-  monkeypatch.setattr(vit, "is_fast", lambda dtype: fast)
+  monkeypatch.setattr(ViTConfig, "use_tpu_layout", fast)
   model, params, images = _create(
     "float32", "ViT-w128d2m512h2_8", pos_embedding=pos_embedding
   )

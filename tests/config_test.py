@@ -394,8 +394,8 @@ def test_the_defaults_are_what_the_functions_take():
   # A subtree is the keyword arguments of one function; it has no more and no
   # less than that function asks for.
   config = _load()
+  assert set(config.model) == {"variant", *models.DEFAULTS}
   for function, subtree, others in (
-    (models.create, config.model, {"num_classes", "image_size"}),
     (losses.get_loss, config.loss, set()),
     (optim.make_schedule, config.schedule, {"total_steps"}),
     (

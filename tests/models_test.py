@@ -420,7 +420,7 @@ def test_scanned_layers_draw_different_numbers():
 
 def test_drop_path_drops_whole_examples_and_keeps_the_mean():
   x = np.ones((20_000, 2, 3), np.float32) * np.arange(1, 4, dtype=np.float32)
-  drop_path = jax.jit(models.vit.drop_path)
+  drop_path = jax.jit(models.layers.drop_path)
   out = np.asarray(drop_path(x, jnp.float32(0.3), jax.random.key(0)))
   kept = out[:, 0, 0] > 0
   np.testing.assert_array_equal(out[~kept], 0)
@@ -518,7 +518,7 @@ def test_initial_probe_is_xavier_uniform():
     ({"variant": "B/16"}, ["'B/16'", "ViT-SIZE_PATCH"]),
     ({"classifier": "tokn"}, ["model.classifier", "did you mean 'token'?"]),
     ({"pos_embedding": "sincos"}, ["model.pos_embedding", "learned, 2d"]),
-    ({"dtype": "float16"}, ["model.dtype", "float32, bfloat16"]),
+    ({"dtype": "float16"}, ["model.dtype", "bfloat16, float32"]),
     ({"remat": "all"}, ["model.remat", "none, dots, full"]),
     ({"dropout_rate": 1.0}, ["model.dropout_rate is 1.0", "[0, 1)"]),
     ({"attention_dropout_rate": -0.1}, ["model.attention_dropout_rate"]),

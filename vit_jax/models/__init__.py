@@ -4,6 +4,8 @@
 `apply` map plain nested dictionaries of arrays; Flax stays in this package.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,9 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import masking
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError
+from vit_jax.models import layers as layers
 from vit_jax.models import mpp, resnet, variants, vit
 from vit_jax.models import posemb as posemb
+from vit_jax.models.config import DEFAULTS as DEFAULTS
+from vit_jax.models.config import check_choice as check_choice
+from vit_jax.models.config import make as make_config
 from vit_jax.models.variants import ENCODERS as ENCODERS
 
 
@@ -39,91 +45,28 @@ class Model(NamedTuple):
   num_layers: int
 
 
-# What a ResNet's configuration may say; the rest is about encoders.
-_RESNET_OPTIONS = ("head_bias_init", "dtype", "remat")
-_CHOICES = {
-  "classifier": ("token", "gap", "map"),
-  "pos_embedding": ("learned", "2d", "sincos2d", "relative", "none"),
-  "pos_embedding_at": ("input", "every_layer", "every_layer_shared"),
-  "activation": tuple(vit.ACTIVATIONS),
-  "dtype": ("float32", "bfloat16"),
-  "remat": tuple(vit.REMAT_POLICIES),
-}
-_RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
-
-
 def create(
-  *,
-  variant: str,
-  num_classes: int,
-  image_size,
-  classifier: str = "token",
-  representation_size: int = 0,
-  pos_embedding: str = "learned",
-  pos_embedding_at: str = "input",
-  activation: str = "gelu_tanh",
-  layer_norm_epsilon: float = 1e-6,
-  dropout_rate: float = 0.0,
-  attention_dropout_rate: float = 0.0,
-  stochastic_depth_rate: float = 0.0,
-  head_bias_init: float = 0.0,
-  dtype: str = "bfloat16",
-  scan: bool = False,
-  remat: str = "none",
+  *, variant: str, num_classes: int, image_size, **options: Any
 ) -> Model:
   """Returns the model of a variant name such as "ViT-B_16".
 
   Args:
     variant: "ViT-B_16", "R50+ViT-B_16" or "R50x1", see `models/variants.py`.
-      A ResNet takes only `head_bias_init`, `dtype` and `remat` of what follows.
+      A ResNet takes only `head_bias_init`, `dtype` and `remat` of the options.
     num_classes: k, the width of the head; 0 for none.
     image_size: pixels, an integer or (h, w); divisible by the patch.
-    classifier: "token" (a class token), "gap" (mean of the patch tokens) or
-      "map" (attention pooling).
-    representation_size: width of the tanh layer before the head; 0 for none,
-      -1 for the hidden size.
-    pos_embedding: "learned" (1-D), "2d" (learned, a half for each axis),
-      "sincos2d" (fixed), "relative" (in the attention) or "none".
-    pos_embedding_at: "input", "every_layer" or "every_layer_shared".
-    activation: "gelu_tanh" (the paper) or "gelu_erf" (PyTorch).
-    layer_norm_epsilon: added to variances.
-    dropout_rate: after every dense layer but query, key and value, and after
-      the position embedding (the paper, Appendix B.1).
-    attention_dropout_rate: of the attention weights.
-    stochastic_depth_rate: of the last block; earlier ones linearly less.
-    head_bias_init: the head's initial bias.
-    dtype: of the matrix products, "float32" or "bfloat16".
-    scan: trace one block and loop over stacked parameters.
-    remat: "none", "dots" or "full".
+    **options: keys of `config.model`, the attributes of `config.ViTConfig`.
 
   Raises:
     UserError: a value that is not one of the choices, or an image size that
       the patch size does not divide.
   """
-  options = dict(locals())
-  del options["variant"], options["num_classes"], options["image_size"]
+  config = make_config(variant, num_classes, options)
   sizes = variants.parse(variant)
-  _check_options(variant, sizes, options)
-  options["dtype"] = jnp.dtype(dtype)
   height_width = check_image_size(image_size, sizes)
   grid = tuple(-(-side // sizes.stride) for side in height_width)
-  if sizes.encoder is None:
-    assert sizes.units is not None
-    module = initial = resnet.BiT(
-      num_classes,
-      sizes.units,
-      sizes.width,
-      **{name: options[name] for name in _RESNET_OPTIONS},
-    )
-    return _as_model(module, initial, height_width, grid, 0)
-  if representation_size == -1:
-    options["representation_size"] = sizes.encoder.hidden_size
-  options |= {"num_classes": num_classes, "units": sizes.units}
-  return _as_encoder(vit.VisionTransformer, sizes, options, height_width, grid)
-
-
-# What `create` takes for what it is not told.
-DEFAULTS: dict[str, Any] = dict(create.__kwdefaults__ or {})
+  make = vit.VisionTransformer if config.num_layers else resnet.BiT
+  return _as_model(make, config, height_width, grid)
 
 
 def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
@@ -147,11 +90,7 @@ def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
   check_choice("masked_target", target, tuple(masking.TARGETS))
   sizes = variants.parse(variant)
   _check_masked(target, variant, sizes, options)
-  options = DEFAULTS | options
-  _check_options(variant, sizes, options)
-  options["dtype"] = jnp.dtype(options["dtype"])
-  options["num_classes"] = 0
-  options["num_outputs"] = masking.count_outputs(target, sizes.patch_size)
+  config = make_config(variant, 0, options)
   height_width = check_image_size(image_size, sizes)
   grid = tuple(side // sizes.patch_size for side in height_width)
   num_patches = grid[0] * grid[1]
@@ -162,9 +101,11 @@ def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
     )
   keys = jax.random.split(jax.random.key(0), 1)
   corruption = masking.draw_corruption(keys, num_patches)
-  return _as_encoder(
-    mpp.MaskedPatchPredictor, sizes, options, height_width, grid, corruption
+  make = functools.partial(
+    mpp.MaskedPatchPredictor,
+    num_outputs=masking.count_outputs(target, sizes.patch_size),
   )
+  return _as_model(make, config, height_width, grid, corruption)
 
 
 def _check_masked(target, variant, sizes, options):
@@ -189,23 +130,15 @@ def _check_masked(target, variant, sizes, options):
       )
 
 
-def _as_encoder(module_class, sizes, options, image_size, grid, *inputs):
-  """Returns the `Model` of a kind of VisionTransformer; see `_as_model`."""
-  options = options | sizes.encoder._asdict()
-  options["patch_size"] = sizes.patch_size
-  module = module_class(**options)
-  # The unrolled form is always the one initialised, so that a seed means the
-  # same numbers in both forms.
-  initial = module_class(**options | {"scan": False})
-  depth = sizes.encoder.num_layers
-  return _as_model(module, initial, image_size, grid, depth, *inputs)
-
-
-def _as_model(module, initial, image_size, grid, num_layers, *inputs):
-  """Returns the `Model` of two modules that differ in their `scan` at most.
+def _as_model(make, config, image_size, grid, *inputs):
+  """Returns the `Model` of a kind of module, made from a `ViTConfig`.
 
   `inputs` are examples of what the module takes after one image.
   """
+  module = make(config)
+  # The unrolled form is always the one initialised, so that a seed means the
+  # same numbers in both forms.
+  initial = make(dataclasses.replace(config, scan=False))
 
   def init(key):
     image = jnp.zeros((1, *image_size, 3))
@@ -227,55 +160,7 @@ def _as_model(module, initial, image_size, grid, num_layers, *inputs):
     )
     return (logits, out) if intermediates else logits
 
-  return Model(init, apply, image_size, grid, num_layers)
-
-
-def _check_options(variant, sizes, options):
-  """Raises a UserError for a value that `create` cannot take."""
-  for name, choices in _CHOICES.items():
-    check_choice(f"model.{name}", options[name], choices)
-  for name in _RATES:
-    if not 0 <= options[name] < 1:
-      raise UserError(f"model.{name} is {options[name]}; it must be in [0, 1)")
-  if options["representation_size"] < -1:
-    raise UserError(
-      f"model.representation_size is {options['representation_size']}; it must "
-      "be a width, 0 for no layer or -1 for the hidden size"
-    )
-  if options["layer_norm_epsilon"] <= 0:
-    raise UserError(
-      f"model.layer_norm_epsilon is {options['layer_norm_epsilon']}; it must "
-      "be positive"
-    )
-  if sizes.encoder is None:
-    _check_resnet_options(variant, options)
-  elif options["pos_embedding"] in ("none", "relative"):
-    if options["pos_embedding_at"] != "input":
-      raise UserError(
-        f"model.pos_embedding {options['pos_embedding']!r} is not added "
-        "anywhere; leave model.pos_embedding_at at 'input'"
-      )
-  elif options["pos_embedding"] in ("2d", "sincos2d"):
-    parts = 2 if options["pos_embedding"] == "2d" else 4
-    if sizes.encoder.hidden_size % parts:
-      raise UserError(
-        f"model.pos_embedding {options['pos_embedding']!r} needs a hidden size "
-        f"divisible by {parts}; {variant} has {sizes.encoder.hidden_size}"
-      )
-
-
-def _check_resnet_options(variant, options):
-  for name, value in options.items():
-    if name not in _RESNET_OPTIONS and value != DEFAULTS[name]:
-      raise UserError(
-        f"model.{name} is {value!r}, which means nothing for the ResNet "
-        f"{variant}; leave it at {DEFAULTS[name]!r}"
-      )
-  if options["remat"] == "dots":
-    raise UserError(
-      f"model.remat 'dots' keeps nothing of {variant}, which is all "
-      "convolutions; use 'full' or 'none'"
-    )
+  return Model(init, apply, image_size, grid, config.num_layers)
 
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
@@ -283,15 +168,6 @@ def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
   if "pre_logits" in intermediates:
     return intermediates["pre_logits"]
   return intermediates["pooled"]
-
-
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-  """Raises a UserError unless `value` is one of `choices`."""
-  if value not in choices:
-    raise UserError(
-      f"config.{key} is {value!r}; the choices are "
-      f"{', '.join(choices)}{suggest(str(value), choices)}"
-    )
 
 
 def check_image_size(image_size, sizes: variants.Variant) -> tuple[int, int]:

@@ -1,11 +1,10 @@
-"""Attention over the tokens of an image, fused: it has no [n n] in memory.
+"""Multi-head attention; in bfloat16 fused, with no [n n] array in memory.
 
-On GPUs that is cuDNN's. On TPUs it is a kernel of this module.
-
-What XLA makes of it writes every head's [n n] scores to memory and reads them
-again, several times, forward and backward. The kernel keeps them on the chip:
-it takes some images and as many heads as fill the lanes, all their tokens at
-once, and writes the result alone. The backward pass computes them again.
+On GPUs cuDNN's kernel is used, on TPUs that of this module. Without it, XLA
+writes every head's [n n] scores to memory and reads them again, several times,
+forward and backward. The kernel keeps them on the chip: it takes some images
+and as many heads as fill the lanes, all their tokens at once, and writes only
+the result. The backward pass computes them again.
 """
 
 import functools
@@ -14,13 +13,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
-ROWS, LANES = 8, 128  # of a vector register
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.layers import ROWS, Dense, Dropout
+
+LANES = 128  # of a vector register
 _UNROLL = 4  # images that the compiler may interleave: their steps wait less
 _MAX_TOKENS = 640  # beyond them an image's scores do not fit on the chip
 _BLOCK = 2**19  # bytes of an array that one program of the kernel has
@@ -329,3 +332,91 @@ def _attend_backward(num_heads, valid, saved, gradient):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+class MultiHeadDotProductAttention(nn.Module):
+  """Multi-head attention with a float32 softmax.
+
+  Query, key and value are three projections: one fused product costs layout
+  copies on TPU, and the published files keep them apart.
+  """
+
+  config: ViTConfig
+  relative: bool = False  # position embeddings of key minus query
+  dropout_rate: float = 0.0  # of the attention weights
+  deterministic: bool = True
+
+  @nn.compact
+  def __call__(self, inputs_q, inputs_kv, valid, weights=False, affine=None):
+    """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
+
+    Args:
+      inputs_q: what asks.
+      inputs_kv: what is asked; rows from `valid` on are padding.
+      valid: how many rows are not.
+      weights: whether they are wanted; else None stands in their place.
+      affine: of both inputs, see `LayerNorm`.
+    """
+    width, num_heads = inputs_q.shape[-1], self.config.num_heads
+    heads = (num_heads, width // num_heads)
+
+    # In rows, so that the three gradients are added where LayerNorm's begins:
+    # a change of shape between them costs XLA one more pass.
+    alike, n = inputs_q is inputs_kv, inputs_kv.shape[1]
+    rows_q = inputs_q.reshape(-1, width)
+    rows_kv = rows_q if alike else inputs_kv.reshape(-1, width)
+
+    def project(name, rows, like):
+      y = Dense(self.config, (width, *heads), name=name)(rows, affine)
+      return y.reshape(like.shape)
+
+    query, key, value = (
+      project("query", rows_q, inputs_q),
+      project("key", rows_kv, inputs_kv),
+      project("value", rows_kv, inputs_kv),
+    )
+    plainly = weights or self.relative or not self.config.use_tpu_layout
+    if inputs_q.shape[1] % ROWS:
+      plainly = True
+    if self.dropout_rate > 0 and not self.deterministic:
+      plainly = True
+    fused = None
+    if not plainly:
+      fused = find_fused(n, width, num_heads)
+    if fused:
+      x, found = fused(query, key, value, num_heads, valid), None
+    else:
+      offsets = self.score_offsets(query, n, valid) if self.relative else None
+      drop = Dropout(self.dropout_rate, self.deterministic)
+      x, found = attend_plainly(
+        query, key, value, num_heads, valid, offsets, drop
+      )
+    out = Dense(self.config, (*heads, width), in_axes=2, name="out")
+    return out(x), found
+
+  def score_offsets(self, query, num_keys, valid):
+    """[b q d] -> f32[b a q n]: the query against each offset's embedding.
+
+    One-dimensional relative attention (the paper, Appendix D.4): the offset is
+    the distance in the sequence, the class token's place included.
+    """
+    num_queries, n = query.shape[1], valid
+    query = split_heads(query[:, :n], self.config.num_heads)
+    query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
+    embedding = self.param(
+      "relative_embedding",
+      nn.initializers.normal(0.02),
+      (2 * n - 1, *query.shape[2:]),
+    )
+    by_offset = jnp.einsum(
+      "bqad,rad->baqr",
+      query,
+      embedding.astype(query.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    # Row q holds the offsets -q .. n-1-q of its keys 0 .. n-1.
+    row = jnp.arange(query.shape[1])[:, None]
+    index = jnp.arange(n)[None, :] - row + n - 1
+    offsets = by_offset[:, :, row, index]
+    padding = (0, num_queries - len(row)), (0, num_keys - n)
+    return jnp.pad(offsets, ((0, 0), (0, 0), *padding))

@@ -45,7 +45,7 @@ class MaskedPatchPredictor(vit.VisionTransformer):
   def corrupt(self, x, corruption):
     """Hides and swaps embeddings [b h' w' d], before positions are added."""
     mask_token = self.param(
-      "mask_token", nn.initializers.normal(0.02), (1, 1, self.hidden_size)
+      "mask_token", nn.initializers.normal(0.02), (1, 1, x.shape[-1])
     )
     tokens = x.reshape(x.shape[0], -1, x.shape[-1])
     tokens = masking.take_patches(tokens, corruption.source)

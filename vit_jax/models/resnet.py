@@ -19,6 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models.config import ViTConfig
+from vit_jax.models.layers import make_head
+
 _NUM_GROUPS = 32
 
 
@@ -150,23 +153,23 @@ class Stage(nn.Module):
     return x
 
 
-def hybrid_stem(images, units: tuple[int, ...], dtype):
+def hybrid_stem(config: ViTConfig, images):
   """[b h w 3] -> [b h/s w/s c], and {name: array} of what is on the way.
 
   To be called in a compact method: the layers become that module's own, which
   is where the published files have them.
 
   Args:
+    config: without any `units` s is 4 and c 64, with n stages s is 2**(n + 1)
+      and c is 128 * 2**n.
     images: in [-1, 1].
-    units: units of each stage; without any s is 4 and c 64, with n stages s is
-      2**(n + 1) and c is 128 * 2**n.
-    dtype: of the convolutions.
   """
+  dtype = config.dtype
   x = StdConv(64, 7, 2, dtype=dtype, name="conv_root")(images)
   x = nn.relu(nn.GroupNorm(32, epsilon=1e-6, dtype=dtype, name="gn_root")(x))
   x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
   out = {"root": x}
-  for i, num_units in enumerate(units):
+  for i, num_units in enumerate(config.units or ()):
     x = out[f"stage{i + 1}"] = Stage(
       HybridUnit,
       num_units,
@@ -205,37 +208,28 @@ class BiTRoot(nn.Module):
 class BiT(nn.Module):
   """ResNet-v2 of arXiv 1912.11370: images to logits."""
 
-  num_classes: int
-  units: tuple[int, ...]
-  width: int  # times 64
-  head_bias_init: float = 0.0
-  remat: str = "none"
-  dtype: Any = jnp.float32
+  config: ViTConfig
 
   @nn.compact
   def __call__(self, images, *, train=False, intermediates=False):
     """[b h w 3] in [-1, 1] -> f32[b k] and the intermediates by name."""
-    unit = nn.remat(BiTUnit) if self.remat == "full" else BiTUnit
-    width = 64 * self.width
-    x = BiTRoot(width, dtype=self.dtype, name="root_block")(images)
+    config, dtype = self.config, self.config.dtype
+    unit = nn.remat(BiTUnit) if config.remat == "full" else BiTUnit
+    width = 64 * config.width
+    x = BiTRoot(width, dtype=dtype, name="root_block")(images)
     out = {"root": x}
-    for i, num_units in enumerate(self.units):
+    for i, num_units in enumerate(config.units or ()):
       x = out[f"stage{i + 1}"] = Stage(
         unit,
         num_units,
         width * 2**i,
         strides=1 if i == 0 else 2,
         digits=2,
-        dtype=self.dtype,
+        dtype=dtype,
         name=f"block{i + 1}",
       )(x)
-    x = nn.relu(_bit_norm(self.dtype, "norm-pre-head")(x))
+    x = nn.relu(_bit_norm(dtype, "norm-pre-head")(x))
     x = out["pooled"] = x.mean((1, 2), dtype=jnp.float32)
-    if self.num_classes:
-      x = out["logits"] = nn.Dense(
-        self.num_classes,
-        kernel_init=nn.initializers.zeros,
-        bias_init=nn.initializers.constant(self.head_bias_init),
-        name="head",
-      )(x)
+    if config.num_classes:
+      x = out["logits"] = make_head(config)(x)
     return x, out

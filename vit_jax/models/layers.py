@@ -1,0 +1,204 @@
+"""Layers of the Vision Transformer, in the layout that suits TPUs.
+
+What the paper calls a dense layer, LayerNorm or dropout; how it is computed is
+decided here. The plain form, in float32, is what the other is tested against.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from vit_jax.models.config import ViTConfig
+
+ROWS = 8  # of a vector register
+
+
+def drop_path(x, rate, key):
+  """Drops whole examples of a residual branch (arXiv 1603.09382).
+
+  Args:
+    x: [b n d], the branch.
+    rate: probability of dropping, a scalar that may be traced.
+    key: PRNG key.
+  """
+  keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+  return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
+
+
+class Dropout(nn.Module):
+  """Dropout (arXiv 1207.0580).
+
+  The barrier keeps XLA from drawing the mask anew in each product that reads
+  it, forward and backward: that would take as long as these (RESULTS.md).
+  """
+
+  rate: float
+  deterministic: bool
+
+  @nn.compact
+  def __call__(self, x):
+    """[...] -> [...]"""
+    if self.deterministic or not self.rate:
+      return x
+    keep = 1 - self.rate
+    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+    return jnp.where(jax.lax.optimization_barrier(kept), x / keep, 0)
+
+
+def dropout(config: ViTConfig, deterministic: bool) -> Dropout:
+  """Returns the dropout of everything but attention weights."""
+  return Dropout(config.dropout_rate, deterministic)
+
+
+def count_rows(config: ViTConfig, n: int) -> int:
+  """Returns the rows of `pad_tokens`: 200 for 197 tokens."""
+  return n + -n % ROWS if config.use_tpu_layout else n
+
+
+def pad_tokens(config: ViTConfig, x):
+  """Appends zeros to [b n d], so that n fills the rows of TPU registers.
+
+  Then [b n d] and [b*n d] lie in memory alike, and XLA needs no copies between
+  what is about images and what is about tokens alone.
+  """
+  n = x.shape[1]
+  return jnp.pad(x, ((0, 0), (0, count_rows(config, n) - n), (0, 0)))
+
+
+def gather(kernel):
+  """Constrains a kernel that is sharded by fsdp to be whole on each device.
+
+  Left to itself, XLA's partitioner makes a loop of a product with a sharded
+  kernel, of small products with a piece each.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+    return kernel
+  return jax.lax.with_sharding_constraint(kernel, P())
+
+
+def spread(x):
+  """Constrains [b*n d] to stay sharded by images over all devices.
+
+  With kernels sharded by fsdp the partitioner may otherwise all-gather the
+  tokens.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, P(mesh.axis_names))
+
+
+def convolve(x, kernel, *args, **kwargs):
+  """Returns a convolution with a kernel that `gather` gathers."""
+  return jax.lax.conv_general_dilated(x, gather(kernel), *args, **kwargs)
+
+
+@jax.custom_vjp
+def add_bias(x, bias):
+  """[r o] + [o]; the bias's gradient is a product with ones, where it may be.
+
+  It sums over all tokens, for which XLA's estimate on v5e is 256,000 cycles for
+  B/16's keys alone: as much as for two of their products. A product with ones
+  adds in float32 as well and is but a pass through memory.
+  """
+  return x + bias
+
+
+def _add_bias_backward(_, gradient):
+  if gradient.dtype != jnp.bfloat16:
+    # Products of float32 are rounded to bfloat16 on TPUs; sums are not.
+    return gradient, gradient.sum(0)
+  ones = jnp.ones((ROWS, gradient.shape[0]), gradient.dtype)
+  # One row would be enough, but XLA would make a sum of it again.
+  sums = jnp.matmul(ones, gradient, preferred_element_type=jnp.float32)
+  return gradient, sums[0].astype(gradient.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
+
+
+class Dense(nn.Module):
+  """A dense layer, whose kernel may be stored with the heads apart.
+
+  The product is that of the flattened kernel: its result has the heads side by
+  side, as `attention.attend` takes them, which a product with the kernel as it
+  is stored would have to be copied for.
+  """
+
+  config: ViTConfig
+  kernel_shape: tuple[int, ...]
+  in_axes: int = 1  # leading axes of the kernel that are summed over
+  bias_init: Any = nn.initializers.zeros
+  sum_by_product: bool = True  # see `add_bias`
+
+  @nn.compact
+  def __call__(self, x, affine=None):
+    """[... i] -> [... o]; `affine` see `LayerNorm`."""
+    shape, dtype = self.kernel_shape, self.config.dtype
+    flat = (
+      math.prod(shape[: self.in_axes]),
+      math.prod(shape[self.in_axes :]),
+    )
+    # Xavier's of the flattened shape, not of one head's.
+    init = nn.initializers.xavier_uniform()
+    kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))
+    bias = self.param("bias", self.bias_init, shape[self.in_axes :])
+    kernel, bias = kernel.reshape(flat), bias.reshape(-1)
+    if affine:
+      # (x scale + shift) kernel + bias, with as much of it as possible done
+      # once, not for each token: then gradients need no sums over tokens.
+      scale, shift = affine
+      moved = jnp.broadcast_to(shift, (ROWS, flat[0]))
+      moved = moved.astype(dtype) @ kernel.astype(dtype)
+      kernel, bias = kernel * scale[:, None], bias + moved[0]
+    kernel, bias = (y.astype(dtype) for y in (kernel, bias))
+    kernel = gather(kernel)
+    if len(shape) > 2:
+      # Else the kernel's gradient is computed in the layout of what is stored,
+      # for which XLA transposes the tokens: 117,000 cycles for each of B/16's.
+      kernel = jax.lax.optimization_barrier(kernel)
+    y = x.astype(dtype).reshape(-1, flat[0]) @ kernel
+    add = add_bias if self.sum_by_product else jnp.add
+    return add(y, bias).reshape(*x.shape[:-1], flat[1])
+
+
+class LayerNorm(nn.Module):
+  """LayerNorm for the `Dense` layers that follow.
+
+  In the TPU layout the scale and bias are left to them: their gradients are
+  sums over all tokens, which cost as much as a product, unless they follow from
+  the kernel's gradient, as they do there. With `whole` they are applied here.
+  """
+
+  config: ViTConfig
+  whole: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    """[... d] -> [... d], and (scale f32[d], bias f32[d]) if still to do."""
+    shape, dtype = x.shape[-1:], self.config.dtype
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    variance = jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean)
+    epsilon = self.config.layer_norm_epsilon
+    factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
+    if self.config.use_tpu_layout and not self.whole:
+      return ((y - mean) * factor).astype(dtype), (scale, bias)
+    return ((y - mean) * (factor * scale) + bias).astype(dtype), None
+
+
+def make_head(config: ViTConfig) -> nn.Dense:
+  """Returns the layer that gives the logits, in float32 and zero at first."""
+  return nn.Dense(
+    config.num_classes,
+    kernel_init=nn.initializers.zeros,
+    bias_init=nn.initializers.constant(config.head_bias_init),
+    name="head",
+  )
