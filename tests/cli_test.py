@@ -3,7 +3,9 @@
 Every mistake ends with exit code 2 and one line, and leaves nothing behind.
 """
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from PIL import Image
 from tiny_runs import REPO, snapshot
 
 from vit_jax import data
-from vit_jax.__main__ import main
+from vit_jax.__main__ import _make_parser, main
 
 
 @pytest.fixture
@@ -257,11 +259,79 @@ def test_predict_without_what_it_needs(reference, fails, tmp_path):
   text.write_text("not an image")
   good = make_folder(tmp_path / "images") / "cat" / "1.png"
   given = ["predict", f"--checkpoint={reference.workdir}"]
-  fails([*given, good, text], f"{text}: not a readable image")
+  fails([*given, text], f"{text}: not a readable image")
   fails([*given, tmp_path / "gone.png"], "gone.png", "No such file")
-  fails([*given, tmp_path], f"{tmp_path}: cannot be read: Is a directory")
+  (tmp_path / "empty").mkdir()
+  fails([*given, tmp_path / "empty"], f"{tmp_path}/empty is a folder without")
   fails([*given, good, "--top=0"], "--top")
   fails(["predict", f"--checkpoint={tmp_path}", good], "no checkpoint at")
+
+
+def test_predict_goes_on_after_a_bad_file(reference, capsys, tmp_path):
+  folder = make_folder(tmp_path / "images")
+  bad = folder / "cat" / "0.png"
+  bad.write_bytes(b"no image")
+  (folder / "notes.txt").write_text("not looked at")
+  given = ["predict", f"--checkpoint={reference.workdir}", str(folder)]
+  files = sorted(map(str, folder.rglob("*.png")))
+  assert len(files) == 24
+  assert main([*given, "--json"]) == 2
+  out, err = capsys.readouterr()
+  rows = json.loads(out)
+  assert [row["image"] for row in rows] == files
+  assert [row["image"] for row in rows if "classes" not in row] == [str(bad)]
+  assert err.splitlines() == [f"error: {rows[0]['error']}"]
+  assert str(bad) in err
+  # One by one they get the same.
+  assert main([given[0], given[1], files[-1], "--json"]) == 0
+  (alone,) = json.loads(capsys.readouterr().out)
+  assert [c["name"] for c in alone["classes"]] == [
+    c["name"] for c in rows[-1]["classes"]
+  ]
+
+
+def test_output_that_its_reader_does_not_take(capsys, monkeypatch, tmp_path):
+  """`| head`, and a terminal that has no letter for a name."""
+  reading, writing = os.pipe()
+  os.close(reading)
+  with open(writing, "w") as unread:
+    monkeypatch.setattr(sys, "stdout", unread)
+    assert main(["tables"]) == 141
+    monkeypatch.undo()
+  names = tmp_path / "names.txt"
+  # With a byte order mark, as some editors write it.
+  names.write_text("\n".join(f"\u00e4{i}" for i in range(10)), "utf-8-sig")
+  image = make_folder(tmp_path / "images") / "cat" / "0.png"
+  narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
+  monkeypatch.setattr(sys, "stdout", narrow)
+  given = ["predict", "--checkpoint=ViT-N_8-digits", f"--class_names={names}"]
+  assert main([*given, "--top=10", str(image)]) == 0
+  text = narrow.buffer.getvalue().decode()
+  monkeypatch.undo()
+  assert sorted(re.findall(r"% +(.*)", text)) == [
+    f"\\xe4{i}" for i in range(10)
+  ]
+  assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["48,96", "48"])
+def test_sizes_of_all_commands(size):
+  wanted = (48, 96) if "," in size else 48
+  for words in (
+    ["linear", "--checkpoint=x", "--dataset=x"],
+    ["export", "x", "y", "--to=onnx"],
+    ["figures", "--out=x"],
+    ["data", "show", "x"],
+    ["bench", "step"],
+    ["bench", "input"],
+  ):
+    parsed = _make_parser().parse_args([*words, f"--image_size={size}"])
+    assert parsed.image_size == wanted
+
+
+def test_wrong_sizes(fails):
+  for size in ("48,96,3", "0", "48,-1", "large", "4.5", ","):
+    fails(["data", "show", "x", f"--image_size={size}"], "--image_size", size)
 
 
 def test_data_without_what_it_needs(fails, tmp_path):
@@ -303,6 +373,20 @@ def test_a_mistake_in_a_real_process(runs, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_platform_that_is_not_there(fork_server, tmp_path):
+  image = make_folder(tmp_path) / "cat" / "1.png"
+  given = ["-m", "vit_jax", "predict", "--checkpoint=ViT-N_8-digits", image]
+  environment = {**os.environ, "JAX_PLATFORMS": "rubbish"}
+  done = forks.run(given, env=environment, cwd=REPO)
+  assert (done.returncode, done.stdout) == (2, "")
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: JAX has no device with JAX_PLATFORMS='rubb")
+  # What needs none does not look for it.
+  given = ["-m", "vit_jax", "inspect", "ViT-N_8-digits"]
+  done = forks.run(given, env=environment, cwd=REPO)
+  assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help():
   done = run_python("-m", "vit_jax", "--help")
   assert done.returncode == 0
@@ -322,7 +406,7 @@ def test_help_of_commands(capsys):
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "sklearn")
 PREDICT = """
 import sys
-from vit_jax.__main__ import main
+from vit_jax.__main__ import _make_parser, main
 assert main(sys.argv[1:]) == 0
 print([name for name in %r if name in sys.modules])
 """

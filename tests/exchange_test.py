@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from random_models import random_weights
 
 import vit_jax
@@ -147,14 +148,35 @@ def test_evaluate_and_predict_take_a_converted_run(
 
 
 def _save_digit(runs, file):
-  from PIL import Image
-
   from vit_jax import data
 
   source = data.get_source("digits", "test", str(runs.data_dir))
   encoded, _ = source.parse(source.read(np.array([0]))[0])
   file.write_bytes(encoded.numpy())
   assert Image.open(file).size == (8, 8)
+
+
+@pytest.mark.parametrize("known", ["ecba", "cab"])  # "e" has no images
+def test_classes_are_matched_by_name(known, run, tmp_path):
+  photos = tmp_path / "photos"
+  rng = np.random.default_rng(0)
+  for name in "abc":
+    (photos / name).mkdir(parents=True)
+    for i in range(8):
+      pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+      Image.fromarray(pixels).save(photos / name / f"{i}.png")
+  source = tmp_path / "weights"
+  weights = random_weights(f"ViT-{SMALL}_8", num_classes=len(known))
+  pretrained.write(weights._replace(class_names=[*known]), str(source), "hf")
+  given = f"--checkpoint={source}"
+  code, out, _ = run("predict", given, "--json", photos)
+  rows = json.loads(out)
+  assert (code, len(rows)) == (0, 24)
+  right = [row["classes"][0]["name"] in row["image"].split("/") for row in rows]
+  data = [f"--dataset=folder:{photos}", "--split=train+test", "--json"]
+  code, out, err = run("evaluate", given, *data)
+  assert code == 0, err
+  assert json.loads(out)["accuracy"] == np.mean(right, dtype=np.float32)
 
 
 def test_evaluate_needs_to_know_the_data(reference, runs, run, tmp_path):

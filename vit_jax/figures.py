@@ -95,7 +95,7 @@ def make_figures(
   images: Sequence[str] = (),
   runs: str | None = None,
   only: Sequence[str] = (),
-  image_size: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
 ) -> list[str]:
   """Draws figures into a folder.
 
@@ -105,7 +105,7 @@ def make_figures(
     images: paths of image files, for what depends on images.
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
-    image_size: pixels; unset: each checkpoint's own.
+    image_size: pixels, or (h, w); unset: each checkpoint's own.
 
   Returns:
     The paths of what was written.

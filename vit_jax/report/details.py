@@ -10,6 +10,7 @@ from PIL import Image
 
 from vit_jax import attention_maps, checkpoint, data, pretrained, sharding
 from vit_jax.errors import UserError
+from vit_jax.evaluate import match_classes
 from vit_jax.evaluators import by_class
 from vit_jax.report.runs import Run
 from vit_jax.steps import normalize
@@ -122,10 +123,7 @@ def _look(run, data_dir, mistakes):
     hint = "" if data_dir else "; or say where it is with --data_dir"
     raise UserError(f"{e}{hint}") from e
   weights = pretrained.read(str(run.path))
-  if weights.class_names != test.class_names:
-    raise UserError(
-      f"{dataset} has other classes now than when the run was trained"
-    )
+  test = match_classes(weights, test, dataset)
   model = pretrained.assemble(weights)
   mesh = sharding.make_mesh()
   tally = by_class.make_tally(
