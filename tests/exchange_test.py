@@ -1,6 +1,7 @@
 """Weights of any origin through the commands: train, evaluate, predict, ..."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_evaluate_and_predict_take_a_converted_run(
 ):
   source = tmp_path / "weights.npz"
   code, out, _ = run("convert", reference.workdir, source, "--to=npz")
-  lost = "note: npz has no class names: they are lost\n"
+  lost = "note: npz does not keep the class names; read again it is none\n"
   assert (code, out) == (0, f"{lost}{source}: {reference.workdir} as npz\n")
   where = f"--data_dir={runs.data_dir}"
   code, out, _ = run(
@@ -267,6 +268,32 @@ def test_bad_files_are_one_line_and_exit_code_2(run, tmp_path):
       assert line.startswith("error: ")
       assert str(source) in line
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["npz", "hf", "orbax"])
+def test_convert_to_what_cannot_be_written(to, run, tmp_path):
+  source = tmp_path / "weights.npz"
+  _write(source, f"ViT-{SMALL}_8")
+  before = {file.name for file in tmp_path.iterdir()}
+  (tmp_path / "link").symlink_to(tmp_path / "gone")
+  code, _, err = run("convert", source, tmp_path / "link", f"--to={to}")
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert f"{tmp_path}/link is a link to {tmp_path}/gone" in err
+  (tmp_path / "link").unlink()
+  code, _, err = run("convert", source, source / "out", f"--to={to}")
+  assert code in (1, 2)
+  assert len(err.splitlines()) == 1
+  assert f"{source}/out" in err
+  # A full disk, in other words: nothing may become larger than this.
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+  try:
+    code, _, err = run("convert", source, tmp_path / "out", f"--to={to}")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert (code, len(err.splitlines())) == (1, 1), err
+  assert err.startswith(f"stopped: could not write {tmp_path}/out: ")
+  assert {file.name for file in tmp_path.iterdir()} == before
 
 
 def test_convert_overwrites_nothing(run, tmp_path):

@@ -350,8 +350,8 @@ def test_writing_is_complete_or_nothing(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"classifier": "gap"}, "cannot say classifier 'gap'"),
-    ({"classifier": "map"}, "cannot say classifier 'map'"),
+    ({"classifier": "gap"}, "cannot represent classifier 'gap'"),
+    ({"classifier": "map"}, "cannot represent classifier 'map'"),
     ({"pos_embedding": "sincos2d"}, "pos_embedding 'sincos2d'"),
     ({"pos_embedding_at": "every_layer"}, "pos_embedding_at 'every_layer'"),
     ({"representation_size": 4}, "a pre_logits layer together with a head"),

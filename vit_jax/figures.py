@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from vit_jax import attention_maps, preprocess, pretrained
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_folder, check_free, suggest
 from vit_jax.models import posemb, variants
 from vit_jax.paper import data, flops
 from vit_jax.paper.runs import (
@@ -144,12 +144,9 @@ def make_figures(
 
 
 def _check_free(out, files):
-  folder = Path(out)
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f"--out={out} is a file; give a folder")
+  check_folder(Path(out), "--out")
   for file in files:
-    if file.exists():
-      raise UserError(f"{file} is there already; give another --out")
+    check_free(file)
 
 
 def _draw(names, seen, runs, all_wanted) -> dict[str, Drawing]:

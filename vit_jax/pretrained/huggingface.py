@@ -402,10 +402,9 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   It is a ViTForImageClassification, or without classes a ViTModel.
 
   Raises:
-    UserError: something that the format cannot say, or a folder that is there.
+    UserError: see `check`; or there is something at `out`.
   """
-  weights.create_model()  # checks the configuration
-  _check_sayable(weights)
+  check(weights)
   documents = {
     "config.json": _make_config(weights),
     "preprocessor_config.json": _make_preprocessor(weights),
@@ -414,7 +413,9 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   hub.write_folder(out, documents, translate_back(rules, weights))
 
 
-def _check_sayable(weights):
+def check(weights: Weights) -> None:
+  """Raises a UserError that names what the format cannot represent."""
+  weights.create_model()  # checks the configuration
   options = {"classifier": "token", "pos_embedding": "learned"}
   options["pos_embedding_at"] = "input"
   problems = [
@@ -429,9 +430,9 @@ def _check_sayable(weights):
     problems.append("a pre_logits layer together with a head")
   if problems:
     raise UserError(
-      f"Hugging Face's ViT cannot say {', '.join(problems)}; convert "
-      f"{weights.source} to orbax instead"
+      f"Hugging Face's ViT cannot represent {', '.join(problems)}"
     )
+  _make_preprocessor(weights)
 
 
 def _make_config(weights):
