@@ -98,6 +98,7 @@ WRONG_VALUES = {
   "checkpoint_every=-1": "checkpoint_every",
   "keep_checkpoints=0": "keep_checkpoints",
   "profile_steps=-1": "profile_steps",
+  "seed=12345678901234567890": "config.seed is 12345678901234567890; it must",
   "init_from=/no/such/run": "no checkpoint at /no/such/run",
 }
 

@@ -572,6 +572,24 @@ def test_an_empty_folder(tmp_path):
   _assert_refused(tmp_path, "is no run folder and holds no safetensors files")
 
 
+@pytest.mark.parametrize(
+  ("names", "given"),
+  [
+    (["checkpoint-500", "checkpoint-1500"], "checkpoint-1500"),
+    (["snapshots/0123", "snapshots/abcd"], "snapshots/0123"),  # of refs/main
+    (["models--a--b/snapshots/0123"], "models--a--b/snapshots/0123"),
+  ],
+)
+def test_a_folder_above_the_checkpoint(tmp_path, names, given):
+  for name in names:
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "model.safetensors").write_bytes(b"")
+  (tmp_path / "refs").mkdir()
+  (tmp_path / "refs" / "main").write_text("0123\n")
+  others = f", or another of {len(names)}" if names[1:] else ""
+  _assert_refused(tmp_path, f"give {tmp_path / given}{others}")
+
+
 def test_unknown_hybrid(tmp_path):
   params = _random(HYBRID)
   arrays = file_formats.published_npz(params)

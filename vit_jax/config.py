@@ -157,6 +157,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
 # Key -> its least value, and the first that is too large.
 RANGES = {
+  "seed": (-(2**63), 2**63),  # what JAX's keys take
   "train.mixup_alpha": (0, math.inf),
   "eval.batch_size": (0, math.inf),
   "ema_decay": (0, 1),

@@ -5,6 +5,7 @@ names, unread; `load` makes a model of them that can be called.
 """
 
 import pathlib
+import re
 import shutil
 
 from vit_jax.errors import RunStopped, UserError, check_free, suggest
@@ -97,11 +98,45 @@ def _find_safetensors(folder):
   found = sorted(folder.glob("*.safetensors"))
   if len(found) == 1:
     return found[0]
+  if inner := _find_checkpoints(folder):
+    raise UserError(
+      f"no checkpoint at {folder}, but in folders below it: give {inner[0]}"
+      f"{f', or another of {len(inner)}' if inner[1:] else ''}"
+    )
   raise UserError(
     f"no checkpoint at {folder}: it is no run folder and holds "
     f"{len(found) or 'no'} safetensors files; give a run, a Hugging Face or "
     "timm folder with config.json and model.safetensors, or a file"
   )
+
+
+# Below the folder of Hugging Face's Trainer, of its cache, of one model in that
+# cache, and of runs; what is the latest comes last.
+_BELOW = ("*", "snapshots/*", "models--*/snapshots/*", "*/*")
+
+
+def _find_checkpoints(folder) -> list[str]:
+  """Returns the folders below one that have weights, the latest first."""
+  found = {}
+  for pattern in _BELOW:
+    for path in sorted(folder.glob(pattern), key=_by_number, reverse=True):
+      if list(path.glob("*.safetensors*")) or runs.matches(path):
+        found.setdefault(str(path))
+  main = folder / "refs" / "main"  # of a model in the cache: the snapshot
+  latest = (
+    str(folder / "snapshots" / main.read_text().strip())
+    if main.exists()
+    else ""
+  )
+  return sorted(found, key=lambda path: path != latest)
+
+
+def _by_number(path):
+  """Sorts checkpoint-1000 behind checkpoint-500."""
+  return [
+    int(part) if part.isdigit() else -1
+    for part in re.split(r"(\d+)", path.name)
+  ]
 
 
 def write(weights: Weights, out: str, to: str) -> list[str]:
