@@ -12,13 +12,16 @@ import subprocess
 import sys
 
 import forks
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_runs import REPO, snapshot
 
+import vit_jax
 from vit_jax import data
 from vit_jax.__main__ import _make_parser, main
+from vit_jax.pretrained import embedded
 
 
 @pytest.fixture
@@ -110,6 +113,45 @@ def test_a_wrong_value(override, runs, fails, tmp_path):
   assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+  "override",
+  [
+    *("schedule.warmup_steps=100", "model.variant=ViT-Ty_8"),
+    *("image_size=20", "eval.preprocess=resize(8)", "loss.name=hinge"),
+    *("seed=12345678901234567890", "model.classifier=tokn"),
+  ],
+)
+def test_mistakes_that_need_no_data(override, fails, monkeypatch, tmp_path):
+  """Nothing that imports TensorFlow is imported."""
+  for name in ("train", "sweep", "data"):
+    monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
+  (tmp_path / "configs").mkdir()
+  for file in ("configs/common.py", "tests/tiny_config.py"):
+    shutil.copy(REPO / file, tmp_path / "configs")
+  config = f"--config={tmp_path}/configs/tiny_config.py"
+  given = [config, f"--workdir={tmp_path}/run", f"--config.{override}"]
+  for command in ("train", "sweep"):
+    fails([command, *given], WRONG_VALUES[override])
+  select = "--select=acuracy"
+  fails(["sweep", *given[:2], select], "did you mean 'accuracy'?")
+  assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_architecture_need_no_data(
+  fails, monkeypatch, tmp_path
+):
+  for name in ("train", "data"):
+    monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
+  run = tmp_path / "run" / "config.json"
+  run.parent.mkdir()
+  run.write_text('{"config": {"model": {"variant": "ViT-B_32"}}}')
+  given = ["train", "--config=configs/finetune.py", f"--workdir={tmp_path}/new"]
+  monkeypatch.chdir(REPO)
+  for source in ("ViT-N_8-digits", run.parent):
+    path = embedded.MODELS.get(source, source)
+    fails([*given, f"--config.init_from={path}"], str(path), "ViT-B_16 here")
+
+
 def test_a_wrong_configuration_file(runs, fails, tmp_path):
   workdir = tmp_path / "run"
 
@@ -166,9 +208,8 @@ def test_weights_of_another_architecture(runs, reference, fails, tmp_path):
     runs.train_args(
       workdir, f"init_from={reference.workdir}", "model.variant=ViT-Ti_8"
     ),
-    f"{reference.workdir}/best/",
-    "holds another architecture: ",
-    "is 128 there and 192 here",
+    f"{reference.workdir} holds another architecture: ",
+    "ViT-N_8 there and ViT-Ti_8 here",
     "set config.model as in that run",
   )
   assert not workdir.exists()
@@ -313,6 +354,37 @@ def test_output_that_its_reader_does_not_take(capsys, monkeypatch, tmp_path):
     f"\\xe4{i}" for i in range(10)
   ]
   assert not capsys.readouterr().err
+
+
+_STRICT = {"rank": "raise", "dtype": "strict"}
+
+
+@pytest.fixture
+def strict(monkeypatch):
+  """What JAX_NUMPY_RANK_PROMOTION=raise and ..._DTYPE_...=strict say."""
+  for name, value in _STRICT.items():
+    monkeypatch.setenv(f"JAX_NUMPY_{name.upper()}_PROMOTION", value)
+    jax.config.update(f"jax_numpy_{name}_promotion", value)
+  yield
+  jax.config.update("jax_numpy_rank_promotion", "allow")
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def test_a_model_in_strict_code(strict):
+  model = vit_jax.load("ViT-N_8-digits", dtype="bfloat16")
+  images = np.zeros((1, *model.config.image_size, 3), np.float32)
+  assert model(images).shape == (1, 10)
+  assert jax.config.jax_numpy_rank_promotion == "raise"
+
+
+@pytest.mark.ci
+def test_commands_in_a_strict_environment(strict, runs, tmp_path):
+  image = make_folder(tmp_path / "images") / "cat" / "1.png"
+  workdir = tmp_path / "run"
+  options = ("total_steps=1", "schedule.warmup_steps=0", "model.dtype=bfloat16")
+  assert main(runs.train_args(workdir, *options)) == 0
+  assert main(["evaluate", f"--workdir={workdir}"]) == 0
+  assert main(["predict", f"--checkpoint={workdir}", str(image)]) == 0
 
 
 @pytest.mark.parametrize("size", ["48,96", "48"])

@@ -25,6 +25,7 @@ from torch_formats import (
   save,
 )
 
+import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.pretrained import archives, huggingface
 from vit_jax.pretrained.weights import Weights
@@ -130,6 +131,27 @@ def test_a_square_image_may_be_one_number(tmp_path):
   config = huggingface_config(image_size=16)
   weights = _open(save(tmp_path, torch_formats.huggingface(params), config))
   assert weights.image_size == (16, 16)
+
+
+def test_an_image_that_is_no_whole_patches(tmp_path):
+  """As timm's so400m_patch14 at 384: the rest is cut off."""
+  params = random_weights()
+  config = huggingface_config(image_size=[20, 27])
+  folder = save(tmp_path, torch_formats.huggingface(params), config)
+  model = vit_jax.load(str(folder))
+  assert model.config.image_size == (20, 27)
+  assert model.config.grid == (2, 3)
+  assert any("4 pixels at the bottom and 3 to the" in n for n in model.notes)
+  images = _images((20, 27))
+  expected = _expected(
+    params,
+    images[:, :16, :24],
+    activation="gelu_erf",
+    layer_norm_epsilon=1e-12,
+  )
+  assert_close({"logits": model(images)}, {"logits": expected["logits"]})
+  with pytest.raises(UserError, match="28 is not divisible by the patch size"):
+    vit_jax.load(str(folder), image_size=28)
 
 
 def test_files_in_parts(tmp_path):
@@ -377,7 +399,7 @@ def test_what_cannot_be_said(tmp_path, options, message):
     ({"qkv_bias": False}, "qkv_bias is false"),
     ({"patch_size": [8, 4]}, "patches are (8, 4)"),
     ({"image_size": "big"}, "image_size is 'big'"),
-    ({"image_size": [16, 20]}, "image_size (16, 20) is not divisible"),
+    ({"image_size": [16, 20]}, "position_embeddings is"),
     ({"hidden_size": 24.5}, "hidden_size is 24.5"),
     ({"num_attention_heads": 5}, "(24, 2, 40, 5)"),
     ({"num_attention_heads": 0}, "(24, 2, 40, 0)"),

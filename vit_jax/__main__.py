@@ -107,8 +107,17 @@ def _main(argv):
     return _fail(args.lifeline, traceback.format_exc(), 1, f"{e!r}"[:500])
 
 
+# Others are for who debugs JAX code of theirs: no number here depends on them.
+_PROMOTION = {"rank": "allow", "dtype": "standard"}
+
+
 def _run(args):
   """Runs a command; where it failed for want of a device, that is said."""
+  for name, value in _PROMOTION.items():
+    if f"JAX_NUMPY_{name.upper()}_PROMOTION" in os.environ:
+      import jax
+
+      jax.config.update(f"jax_numpy_{name}_promotion", value)
   try:
     return args.run(args)
   except (UserError, RunStopped):
@@ -697,14 +706,21 @@ def _connect(args, say_saved=None):
 
 
 def _train(args):
-  from vit_jax import config
-
-  loaded = config.load(args.config, args.overrides)
+  loaded = _load_checked(args.config, args.overrides)
   _connect(args, lambda: _say_saved(args.workdir))
   from vit_jax.train import train
 
   stopped = train(loaded, args.workdir) is None
   return args.stopped_exit_code if stopped else 0
+
+
+def _load_checked(spec, overrides):
+  """Returns a configuration; mistakes that take no data to see come first."""
+  from vit_jax import config, early
+
+  loaded = config.load(spec, overrides)
+  early.check(loaded)
+  return loaded
 
 
 def _say_saved(workdir):
@@ -764,6 +780,11 @@ def _plan(args):
 
 
 def _sweep(args):
+  from vit_jax import early
+
+  early.check_select(args.select)
+  if not args.grid:  # else these are not yet the runs
+    _load_checked(args.config, args.overrides)
   from vit_jax import sweep
 
   options = {

@@ -4,6 +4,7 @@
 `apply` map plain nested dictionaries of arrays; Flax stays in this package.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -201,17 +202,31 @@ def _as_encoder(module_class, sizes, options, image_size, grid, *inputs):
   return _as_model(module, initial, image_size, grid, depth, *inputs)
 
 
+def _promoting(function):
+  """Allows the promotions that the user's own code may forbid itself."""
+
+  @functools.wraps(function)
+  def run(*args, **kwargs):
+    rank = jax.numpy_rank_promotion("allow")
+    with rank, jax.numpy_dtype_promotion("standard"):
+      return function(*args, **kwargs)
+
+  return run
+
+
 def _as_model(module, initial, image_size, grid, num_layers, *inputs):
   """Returns the `Model` of two modules that differ in their `scan` at most.
 
   `inputs` are examples of what the module takes after one image.
   """
 
+  @_promoting
   def init(key):
     image = jnp.zeros((1, *image_size, 3))
     params = initial.init(key, image, *inputs)["params"]
     return params if module == initial else stack_blocks(params)
 
+  @_promoting
   def apply(
     params, images, *inputs, train=False, key=None, intermediates=False
   ):

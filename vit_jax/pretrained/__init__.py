@@ -79,6 +79,17 @@ def read(source: str) -> Weights:
   Raises:
     UserError: nothing there, damaged, or of no known format.
   """
+  weights = _read(source)
+  if any(weights.cut_off()):
+    note = (
+      "images {}x{} are no whole patches: {} pixels at the bottom and {} to "
+      "the right are cut off, as by its authors"
+    ).format(*weights.image_size, *weights.cut_off())
+    weights = weights._replace(notes=(*weights.notes, note))
+  return weights
+
+
+def _read(source):
   where = fetch.locate(str(source))
   if runs.matches(where.path):
     return runs.read(where.path)
