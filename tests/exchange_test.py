@@ -9,9 +9,10 @@ from PIL import Image
 from random_models import random_weights
 
 import vit_jax
-from vit_jax import pretrained
+from vit_jax import demo, export, figures, preprocess, pretrained
 from vit_jax.__main__ import main
 from vit_jax.state import as_lazy, flatten
+from vit_jax.steps import normalize
 
 SMALL = "w32d2m64h2"
 
@@ -178,6 +179,59 @@ def test_classes_are_matched_by_name(known, run, tmp_path):
   code, out, err = run("evaluate", given, *data)
   assert code == 0, err
   assert json.loads(out)["accuracy"] == np.mean(right, dtype=np.float32)
+
+
+@pytest.mark.parametrize("size", [16, pytest.param(32, marks=pytest.mark.ci)])
+def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
+  """At the weights' own size, 16, and at another, where it shows as much."""
+  text = "resize_small(24)|central_crop(size)"
+  same_part = f"resize_small({24 * size // 16})|central_crop({size})"
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (40, 28, 3), np.uint8)
+  for name in "ab":
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "photos" / name / "0.png")
+  file = tmp_path / "photos" / "a" / "0.png"
+  weights = random_weights(f"ViT-{SMALL}_8", num_classes=2)._replace(
+    class_names=["a", "b"], preprocess=text
+  )
+  source = str(tmp_path / "weights")
+  pretrained.write(weights, source, "orbax")
+  model = vit_jax.load(source, image_size=size)
+  prepared = preprocess.preprocess_image(pixels, same_part, size)
+  expected = np.asarray(model.probabilities(normalize(prepared[None])))[0]
+  assert expected.min() > 1e-3  # both classes are in it
+
+  found = {}
+  viewed = demo.Viewer(source).view(file.read_bytes(), "", (size, size))
+  found["demo"] = {c["name"]: c["probability"] for c in viewed.classes}
+  loaded = export._load(source, size)
+  graph = export._make_graph(loaded, preprocess=True)
+  exported = graph.apply(graph.params, pixels[None])["probabilities"][0]
+  found["export"] = dict(zip("ab", exported, strict=True))
+  drawn = figures._read(source, "", [str(file)], size)
+  np.testing.assert_array_equal(drawn.pictures[0], prepared)
+  data = [f"--dataset=folder:{tmp_path}/photos", "--json"]
+  splits = ["--train_split=train+test", "--test_split=train+test"]
+  given = [f"--checkpoint={source}", *data]
+  code, out, err = run(
+    "linear", *given, *splits, f"--image_size={size}", "--shots=1"
+  )
+  assert code == 0, err
+  said = preprocess.preprocess_image(
+    pixels, json.loads(out)["preprocess"], size
+  )
+  np.testing.assert_array_equal(said, prepared)
+  if size == 16:
+    _, out, _ = run("predict", given[0], file, "--json")
+    (row,) = json.loads(out)
+    found["predict"] = {c["name"]: c["probability"] for c in row["classes"]}
+    _, out, _ = run("evaluate", *given, "--split=train+test")
+    loss = -np.log(expected).mean()
+    assert json.loads(out)["loss"] == pytest.approx(loss, rel=1e-4)
+  for command, classes in found.items():
+    for i, name in enumerate("ab"):
+      assert classes[name] == pytest.approx(expected[i], rel=1e-4), command
 
 
 def test_evaluate_needs_to_know_the_data(reference, runs, run, tmp_path):
