@@ -599,12 +599,12 @@ def _add_image_size(command, **kwargs):
 def _parse_size(text):
   """Returns the integer or (height, width) of 48 and 48,96; for argparse."""
   words = text.split(",")
-  sides = tuple(int(word) if word.isdecimal() else 0 for word in words)
+  sides = [int(word) if word.isdecimal() else 0 for word in words]
   if len(sides) > 2 or min(sides) < 1:
     raise argparse.ArgumentTypeError(
       f"{text!r} is neither pixels, as 224, nor height and width, as 224,448"
     )
-  return sides if len(sides) == 2 else sides[0]
+  return tuple(sides) if len(sides) == 2 else sides[0]
 
 
 def _add_data_dir(command):
