@@ -58,6 +58,12 @@ HOLD_OUT = {
 def get_config(arg="ViT-B_16,cifar10"):
   """Returns the configuration of "VARIANT,DATASET[,SIZE][,held_out]"."""
   variant, dataset, *options = [*arg.split(","), ""]
+  if ":" in dataset:
+    path = dataset.removeprefix("folder:")
+    raise ValueError(
+      f"finetune.py:{arg}: {dataset} is no data set of the paper's Table 4; "
+      f"for a folder of images: --config=configs/photos.py:{path},{variant}"
+    )
   if dataset not in TABLE_4:
     raise ValueError(
       f"finetune.py:{arg} has no data set of the paper's Table 4; choices: "

@@ -3,20 +3,25 @@
 Every mistake ends with exit code 2 and one line, and leaves nothing behind.
 """
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
 import forks
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_runs import REPO, snapshot
 
+import vit_jax
 from vit_jax import data
-from vit_jax.__main__ import main
+from vit_jax.__main__ import _make_parser, main
+from vit_jax.pretrained import embedded
 
 
 @pytest.fixture
@@ -97,6 +102,7 @@ WRONG_VALUES = {
   "checkpoint_every=-1": "checkpoint_every",
   "keep_checkpoints=0": "keep_checkpoints",
   "profile_steps=-1": "profile_steps",
+  "seed=12345678901234567890": "config.seed is 12345678901234567890; it must",
   "init_from=/no/such/run": "no checkpoint at /no/such/run",
 }
 
@@ -106,6 +112,45 @@ def test_a_wrong_value(override, runs, fails, tmp_path):
   workdir = tmp_path / "run"
   fails(runs.train_args(workdir, override), WRONG_VALUES[override])
   assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  "override",
+  [
+    *("schedule.warmup_steps=100", "model.variant=ViT-Ty_8"),
+    *("image_size=20", "eval.preprocess=resize(8)", "loss.name=hinge"),
+    *("seed=12345678901234567890", "model.classifier=tokn"),
+  ],
+)
+def test_mistakes_that_need_no_data(override, fails, monkeypatch, tmp_path):
+  """Nothing that imports TensorFlow is imported."""
+  for name in ("train", "sweep", "data"):
+    monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
+  (tmp_path / "configs").mkdir()
+  for file in ("configs/common.py", "tests/tiny_config.py"):
+    shutil.copy(REPO / file, tmp_path / "configs")
+  config = f"--config={tmp_path}/configs/tiny_config.py"
+  given = [config, f"--workdir={tmp_path}/run", f"--config.{override}"]
+  for command in ("train", "sweep"):
+    fails([command, *given], WRONG_VALUES[override])
+  select = "--select=acuracy"
+  fails(["sweep", *given[:2], select], "did you mean 'accuracy'?")
+  assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_architecture_need_no_data(
+  fails, monkeypatch, tmp_path
+):
+  for name in ("train", "data"):
+    monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
+  run = tmp_path / "run" / "config.json"
+  run.parent.mkdir()
+  run.write_text('{"config": {"model": {"variant": "ViT-B_32"}}}')
+  given = ["train", "--config=configs/finetune.py", f"--workdir={tmp_path}/new"]
+  monkeypatch.chdir(REPO)
+  for source in ("ViT-N_8-digits", run.parent):
+    path = embedded.MODELS.get(source, source)
+    fails([*given, f"--config.init_from={path}"], str(path), "ViT-B_16 here")
 
 
 def test_a_wrong_configuration_file(runs, fails, tmp_path):
@@ -164,9 +209,8 @@ def test_weights_of_another_architecture(runs, reference, fails, tmp_path):
     runs.train_args(
       workdir, f"init_from={reference.workdir}", "model.variant=ViT-Ti_8"
     ),
-    f"{reference.workdir}/best/",
-    "holds another architecture: ",
-    "is 128 there and 192 here",
+    f"{reference.workdir} holds another architecture: ",
+    "ViT-N_8 there and ViT-Ti_8 here",
     "set config.model as in that run",
   )
   assert not workdir.exists()
@@ -259,11 +303,110 @@ def test_predict_without_what_it_needs(reference, fails, tmp_path):
   text.write_text("not an image")
   good = make_folder(tmp_path / "images") / "cat" / "1.png"
   given = ["predict", f"--checkpoint={reference.workdir}"]
-  fails([*given, good, text], f"{text}: not a readable image")
+  fails([*given, text], f"{text}: not a readable image")
   fails([*given, tmp_path / "gone.png"], "gone.png", "No such file")
-  fails([*given, tmp_path], f"{tmp_path}: cannot be read: Is a directory")
+  (tmp_path / "empty").mkdir()
+  fails([*given, tmp_path / "empty"], f"{tmp_path}/empty is a folder without")
   fails([*given, good, "--top=0"], "--top")
   fails(["predict", f"--checkpoint={tmp_path}", good], "no checkpoint at")
+
+
+def test_predict_goes_on_after_a_bad_file(reference, capsys, tmp_path):
+  folder = make_folder(tmp_path / "images")
+  bad = folder / "cat" / "0.png"
+  bad.write_bytes(b"no image")
+  (folder / "notes.txt").write_text("not looked at")
+  given = ["predict", f"--checkpoint={reference.workdir}", str(folder)]
+  files = sorted(map(str, folder.rglob("*.png")))
+  assert len(files) == 24
+  assert main([*given, "--json"]) == 2
+  out, err = capsys.readouterr()
+  rows = json.loads(out)
+  assert [row["image"] for row in rows] == files
+  assert [row["image"] for row in rows if "classes" not in row] == [str(bad)]
+  assert err.splitlines() == [f"error: {rows[0]['error']}"]
+  assert str(bad) in err
+  # One by one they get the same.
+  assert main([given[0], given[1], files[-1], "--json"]) == 0
+  (alone,) = json.loads(capsys.readouterr().out)
+  assert [c["name"] for c in alone["classes"]] == [
+    c["name"] for c in rows[-1]["classes"]
+  ]
+
+
+def test_output_that_its_reader_does_not_take(capsys, monkeypatch, tmp_path):
+  """`| head`, and a terminal that has no letter for a name."""
+  reading, writing = os.pipe()
+  os.close(reading)
+  with open(writing, "w") as unread:
+    monkeypatch.setattr(sys, "stdout", unread)
+    assert main(["tables"]) == 141
+    monkeypatch.undo()
+  names = tmp_path / "names.txt"
+  # With a byte order mark, as some editors write it.
+  names.write_text("\n".join(f"\u00e4{i}" for i in range(10)), "utf-8-sig")
+  image = make_folder(tmp_path / "images") / "cat" / "0.png"
+  narrow = io.TextIOWrapper(io.BytesIO(), "ascii")
+  monkeypatch.setattr(sys, "stdout", narrow)
+  given = ["predict", "--checkpoint=ViT-N_8-digits", f"--class_names={names}"]
+  assert main([*given, "--top=10", str(image)]) == 0
+  text = narrow.buffer.getvalue().decode()
+  monkeypatch.undo()
+  assert sorted(re.findall(r"% +(.*)", text)) == [
+    f"\\xe4{i}" for i in range(10)
+  ]
+  assert not capsys.readouterr().err
+
+
+_STRICT = {"rank": "raise", "dtype": "strict"}
+
+
+@pytest.fixture
+def strict(monkeypatch):
+  """What JAX_NUMPY_RANK_PROMOTION=raise and ..._DTYPE_...=strict say."""
+  for name, value in _STRICT.items():
+    monkeypatch.setenv(f"JAX_NUMPY_{name.upper()}_PROMOTION", value)
+    jax.config.update(f"jax_numpy_{name}_promotion", value)
+  yield
+  jax.config.update("jax_numpy_rank_promotion", "allow")
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def test_a_model_in_strict_code(strict):
+  model = vit_jax.load("ViT-N_8-digits", dtype="bfloat16")
+  images = np.zeros((1, *model.config.image_size, 3), np.float32)
+  assert model(images).shape == (1, 10)
+  assert jax.config.jax_numpy_rank_promotion == "raise"
+
+
+@pytest.mark.ci
+def test_commands_in_a_strict_environment(strict, runs, tmp_path):
+  image = make_folder(tmp_path / "images") / "cat" / "1.png"
+  workdir = tmp_path / "run"
+  options = ("total_steps=1", "schedule.warmup_steps=0", "model.dtype=bfloat16")
+  assert main(runs.train_args(workdir, *options)) == 0
+  assert main(["evaluate", f"--workdir={workdir}"]) == 0
+  assert main(["predict", f"--checkpoint={workdir}", str(image)]) == 0
+
+
+@pytest.mark.parametrize("size", ["48,96", "48"])
+def test_sizes_of_all_commands(size):
+  wanted = (48, 96) if "," in size else 48
+  for words in (
+    ["linear", "--checkpoint=x", "--dataset=x"],
+    ["export", "x", "y", "--to=onnx"],
+    ["figures", "--out=x"],
+    ["data", "show", "x"],
+    ["bench", "step"],
+    ["bench", "input"],
+  ):
+    parsed = _make_parser().parse_args([*words, f"--image_size={size}"])
+    assert parsed.image_size == wanted
+
+
+def test_wrong_sizes(fails):
+  for size in ("48,96,3", "0", "48,-1", "large", "4.5", ","):
+    fails(["data", "show", "x", f"--image_size={size}"], "--image_size", size)
 
 
 def test_data_without_what_it_needs(fails, tmp_path):
@@ -305,6 +448,20 @@ def test_a_mistake_in_a_real_process(runs, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_platform_that_is_not_there(fork_server, tmp_path):
+  image = make_folder(tmp_path) / "cat" / "1.png"
+  given = ["-m", "vit_jax", "predict", "--checkpoint=ViT-N_8-digits", image]
+  environment = {**os.environ, "JAX_PLATFORMS": "rubbish"}
+  done = forks.run(given, env=environment, cwd=REPO)
+  assert (done.returncode, done.stdout) == (2, "")
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: JAX has no device with JAX_PLATFORMS='rubb")
+  # What needs none does not look for it.
+  given = ["-m", "vit_jax", "inspect", "ViT-N_8-digits"]
+  done = forks.run(given, env=environment, cwd=REPO)
+  assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_help():
   done = run_python("-m", "vit_jax", "--help")
   assert done.returncode == 0
@@ -324,7 +481,7 @@ def test_help_of_commands(capsys):
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "sklearn")
 PREDICT = """
 import sys
-from vit_jax.__main__ import main
+from vit_jax.__main__ import _make_parser, main
 assert main(sys.argv[1:]) == 0
 print([name for name in %r if name in sys.modules])
 """

@@ -777,4 +777,4 @@ def test_a_task_of_other_classes_is_not_evaluated(mini_dir):
 
   test = data.get_source("mini:count", "test", mini_dir)
   with pytest.raises(UserError, match="mini:count has 6 classes and the check"):
-    evaluate.check_classes(Weights, test, "mini:count")
+    evaluate.match_classes(Weights, test, "mini:count")

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import requests
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.download import downloader
 
 from vit_jax import data, datasets
 from vit_jax.data.builders import digits
@@ -265,3 +267,15 @@ def test_show_explains(data_dir, tmp_path):
     )
   with pytest.raises(UserError, match="unknown operation 'crop'"):
     datasets.show("digits", preprocess="crop(size)", data_dir=data_dir)
+
+
+def test_without_a_network_it_gives_up_soon(monkeypatch):
+  pauses = []
+  monkeypatch.setattr("time.sleep", pauses.append)
+  with (
+    pytest.raises(requests.ConnectionError),
+    downloader._open_url("http://127.0.0.1:1/nothing"),
+  ):
+    pass
+  # Seconds: it may be a moment's failure, but not 213.
+  assert 5 < sum(pauses) < 20

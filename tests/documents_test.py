@@ -56,6 +56,11 @@ _NEEDS = re.compile(
 _PLACEHOLDER = re.compile(r"\.\.\.|\{|(?<![\w-])[A-Z]+(?![\w-])")
 
 # What is run here, in this order, and what is added so that it takes seconds.
+_SHORT = (
+  "--config.total_steps=2",
+  "--config.schedule.warmup_steps=0",
+  "--config.batch_size=8",
+)
 _TINY = (
   "--config.model.variant=ViT-w32d1m64h2_8",
   "--config.total_steps=2",
@@ -104,12 +109,10 @@ _RUN: dict[str, tuple[str, ...]] = {
   "vit-jax data check tagged --data_dir=data": (),
   "vit-jax preflight --config=configs/quickstart_pretrain.py "
   "--workdir=runs/preflighted --config.data_dir=runs/quickstart/data": (),
-  "vit-jax train --config=configs/photos.py --workdir=runs/photos": _SMALL,
-  "vit-jax train --config=configs/quickstart_finetune.py "
-  "--workdir=runs/photos_small --config.train.dataset=folder:photos "
-  "--config.train.split=train --config.init_from=runs/quickstart/pretrain": (
-    _TINY
-  ),
+  "vit-jax train --config=configs/photos.py:photos "
+  "--workdir=runs/photos": _SMALL,
+  "vit-jax train --config=configs/photos.py:photos,ViT-N_8 "
+  "--workdir=runs/photos_small": _SHORT,
   "vit-jax evaluate --workdir=runs/photos": (),
   "vit-jax predict --checkpoint=runs/photos cat.jpg --top=3": (),
   "vit-jax convert runs/photos photos_hf --to=hf": (),
@@ -150,8 +153,9 @@ _TESTED = {
   "--grid=schedule.base_lr=0.02,0.05 --seeds=2": (
     "tests/sweep_test.py::test_the_real_train_goes_on_too"
   ),
-  "vit-jax sweep --config=configs/photos.py --workdir=runs/photos_rates "
-  "--seeds=1 --grid=schedule.base_lr=0.001,0.003,0.01,0.03": (
+  "vit-jax sweep --config=configs/photos.py:photos "
+  "--workdir=runs/photos_rates --seeds=1 "
+  "--grid=schedule.base_lr=0.001,0.003,0.01,0.03": (
     "tests/sweep_test.py::test_the_real_train_goes_on_too"
   ),
   "vit-jax data check vtab:resisc45 --data_dir=data": (
@@ -295,14 +299,6 @@ def _drop_blocks(path):
   return re.sub(r"^```.*?^```$", "", _read(path), flags=re.M | re.S)
 
 
-def _find_photos():
-  """Returns the name and the text of the configuration that is shown."""
-  for before, block in _list_blocks(REPO / "docs/your_images.md", "python"):
-    if found := re.search(r"`(configs/\w+\.py)`:\n\n$", before):
-      return found[1], block
-  raise AssertionError("your_images.md shows no configuration")
-
-
 # --- links ---
 
 
@@ -438,17 +434,7 @@ def _check_vit_jax(words):
   if overrides and not specs:
     specs = ["configs/common.py"]
   for spec in specs:
-    config.load(_find_config(spec), overrides)
-
-
-def _find_config(spec):
-  name, text = _find_photos()
-  if spec != name:
-    return str(REPO / spec)
-  path = REPO / "configs" / "finetune.py"
-  # The file that is shown begins with the one that it imports from.
-  assert "from finetune import" in text
-  return f"{path}:ViT-Ti_16,cifar10,224"
+    config.load(str(REPO / spec), overrides)
 
 
 def _check_make(words):
@@ -592,8 +578,6 @@ class Project:
   def __init__(self, folder: Path):
     self.folder = folder
     shutil.copytree(REPO / "configs", folder / "configs")
-    name, text = _find_photos()
-    (folder / name).write_text(text)
     self.cache = folder / "cache"
     self.environment = {
       "PYTHONPATH": str(REPO),  # of what a sweep starts

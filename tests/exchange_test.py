@@ -1,15 +1,18 @@
 """Weights of any origin through the commands: train, evaluate, predict, ..."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
+from PIL import Image
 from random_models import random_weights
 
 import vit_jax
-from vit_jax import pretrained
+from vit_jax import demo, export, figures, preprocess, pretrained
 from vit_jax.__main__ import main
 from vit_jax.state import as_lazy, flatten
+from vit_jax.steps import normalize
 
 SMALL = "w32d2m64h2"
 
@@ -108,7 +111,7 @@ def test_evaluate_and_predict_take_a_converted_run(
 ):
   source = tmp_path / "weights.npz"
   code, out, _ = run("convert", reference.workdir, source, "--to=npz")
-  lost = "note: npz has no class names: they are lost\n"
+  lost = "note: npz does not keep the class names; read again it is none\n"
   assert (code, out) == (0, f"{lost}{source}: {reference.workdir} as npz\n")
   where = f"--data_dir={runs.data_dir}"
   code, out, _ = run(
@@ -147,14 +150,88 @@ def test_evaluate_and_predict_take_a_converted_run(
 
 
 def _save_digit(runs, file):
-  from PIL import Image
-
   from vit_jax import data
 
   source = data.get_source("digits", "test", str(runs.data_dir))
   encoded, _ = source.parse(source.read(np.array([0]))[0])
   file.write_bytes(encoded.numpy())
   assert Image.open(file).size == (8, 8)
+
+
+@pytest.mark.parametrize("known", ["ecba", "cab"])  # "e" has no images
+def test_classes_are_matched_by_name(known, run, tmp_path):
+  photos = tmp_path / "photos"
+  rng = np.random.default_rng(0)
+  for name in "abc":
+    (photos / name).mkdir(parents=True)
+    for i in range(8):
+      pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+      Image.fromarray(pixels).save(photos / name / f"{i}.png")
+  source = tmp_path / "weights"
+  weights = random_weights(f"ViT-{SMALL}_8", num_classes=len(known))
+  pretrained.write(weights._replace(class_names=[*known]), str(source), "hf")
+  given = f"--checkpoint={source}"
+  code, out, _ = run("predict", given, "--json", photos)
+  rows = json.loads(out)
+  assert (code, len(rows)) == (0, 24)
+  right = [row["classes"][0]["name"] in row["image"].split("/") for row in rows]
+  data = [f"--dataset=folder:{photos}", "--split=train+test", "--json"]
+  code, out, err = run("evaluate", given, *data)
+  assert code == 0, err
+  assert json.loads(out)["accuracy"] == np.mean(right, dtype=np.float32)
+
+
+@pytest.mark.parametrize("size", [16, pytest.param(32, marks=pytest.mark.ci)])
+def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
+  """At the weights' own size, 16, and at another, where it shows as much."""
+  text = "resize_small(24)|central_crop(size)"
+  same_part = f"resize_small({24 * size // 16})|central_crop({size})"
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (40, 28, 3), np.uint8)
+  for name in "ab":
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "photos" / name / "0.png")
+  file = tmp_path / "photos" / "a" / "0.png"
+  weights = random_weights(f"ViT-{SMALL}_8", num_classes=2)._replace(
+    class_names=["a", "b"], preprocess=text
+  )
+  source = str(tmp_path / "weights")
+  pretrained.write(weights, source, "orbax")
+  model = vit_jax.load(source, image_size=size)
+  prepared = preprocess.preprocess_image(pixels, same_part, size)
+  expected = np.asarray(model.probabilities(normalize(prepared[None])))[0]
+  assert expected.min() > 1e-3  # both classes are in it
+
+  found = {}
+  viewed = demo.Viewer(source).view(file.read_bytes(), "", (size, size))
+  found["demo"] = {c["name"]: c["probability"] for c in viewed.classes}
+  loaded = export._load(source, size)
+  graph = export._make_graph(loaded, preprocess=True)
+  exported = graph.apply(graph.params, pixels[None])["probabilities"][0]
+  found["export"] = dict(zip("ab", exported, strict=True))
+  drawn = figures._read(source, "", [str(file)], size)
+  np.testing.assert_array_equal(drawn.pictures[0], prepared)
+  data = [f"--dataset=folder:{tmp_path}/photos", "--json"]
+  splits = ["--train_split=train+test", "--test_split=train+test"]
+  given = [f"--checkpoint={source}", *data]
+  code, out, err = run(
+    "linear", *given, *splits, f"--image_size={size}", "--shots=1"
+  )
+  assert code == 0, err
+  said = preprocess.preprocess_image(
+    pixels, json.loads(out)["preprocess"], size
+  )
+  np.testing.assert_array_equal(said, prepared)
+  if size == 16:
+    _, out, _ = run("predict", given[0], file, "--json")
+    (row,) = json.loads(out)
+    found["predict"] = {c["name"]: c["probability"] for c in row["classes"]}
+    _, out, _ = run("evaluate", *given, "--split=train+test")
+    loss = -np.log(expected).mean()
+    assert json.loads(out)["loss"] == pytest.approx(loss, rel=1e-4)
+  for command, classes in found.items():
+    for i, name in enumerate("ab"):
+      assert classes[name] == pytest.approx(expected[i], rel=1e-4), command
 
 
 def test_evaluate_needs_to_know_the_data(reference, runs, run, tmp_path):
@@ -245,6 +322,32 @@ def test_bad_files_are_one_line_and_exit_code_2(run, tmp_path):
       assert line.startswith("error: ")
       assert str(source) in line
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["npz", "hf", "orbax"])
+def test_convert_to_what_cannot_be_written(to, run, tmp_path):
+  source = tmp_path / "weights.npz"
+  _write(source, f"ViT-{SMALL}_8")
+  before = {file.name for file in tmp_path.iterdir()}
+  (tmp_path / "link").symlink_to(tmp_path / "gone")
+  code, _, err = run("convert", source, tmp_path / "link", f"--to={to}")
+  assert (code, len(err.splitlines())) == (2, 1)
+  assert f"{tmp_path}/link is a link to {tmp_path}/gone" in err
+  (tmp_path / "link").unlink()
+  code, _, err = run("convert", source, source / "out", f"--to={to}")
+  assert code in (1, 2)
+  assert len(err.splitlines()) == 1
+  assert f"{source}/out" in err
+  # A full disk, in other words: nothing may become larger than this.
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+  try:
+    code, _, err = run("convert", source, tmp_path / "out", f"--to={to}")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert (code, len(err.splitlines())) == (1, 1), err
+  assert err.startswith(f"stopped: could not write {tmp_path}/out: ")
+  assert {file.name for file in tmp_path.iterdir()} == before
 
 
 def test_convert_overwrites_nothing(run, tmp_path):

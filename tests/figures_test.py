@@ -129,7 +129,7 @@ def test_everything_of_a_checkpoint(run, pictures, tmp_path):
     assert (again / file).read_bytes() == (out / file).read_bytes()
   code, _, err, _ = run(f"--checkpoint={source}", f"--out={out}")
   assert code == 2
-  assert "rollout.png is there already; give another --out" in err
+  assert "rollout.png exists; nothing is overwritten" in err
 
 
 @pytest.mark.ci

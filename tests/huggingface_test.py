@@ -25,6 +25,7 @@ from torch_formats import (
   save,
 )
 
+import vit_jax
 from vit_jax.errors import UserError
 from vit_jax.pretrained import archives, huggingface
 from vit_jax.pretrained.weights import Weights
@@ -132,6 +133,27 @@ def test_a_square_image_may_be_one_number(tmp_path):
   assert weights.image_size == (16, 16)
 
 
+def test_an_image_that_is_no_whole_patches(tmp_path):
+  """As timm's so400m_patch14 at 384: the rest is cut off."""
+  params = random_weights()
+  config = huggingface_config(image_size=[20, 27])
+  folder = save(tmp_path, torch_formats.huggingface(params), config)
+  model = vit_jax.load(str(folder))
+  assert model.config.image_size == (20, 27)
+  assert model.config.grid == (2, 3)
+  assert any("4 pixels at the bottom and 3 to the" in n for n in model.notes)
+  images = _images((20, 27))
+  expected = _expected(
+    params,
+    images[:, :16, :24],
+    activation="gelu_erf",
+    layer_norm_epsilon=1e-12,
+  )
+  assert_close({"logits": model(images)}, {"logits": expected["logits"]})
+  with pytest.raises(UserError, match="28 is not divisible by the patch size"):
+    vit_jax.load(str(folder), image_size=28)
+
+
 def test_files_in_parts(tmp_path):
   arrays = torch_formats.huggingface(random_weights())
   save(tmp_path, arrays, huggingface_config(), PREPROCESSOR)
@@ -193,14 +215,26 @@ def test_class_names(tmp_path):
 @pytest.mark.parametrize(
   ("preprocessor", "text"),
   [
-    ({"size": 384}, "resize(size)"),
-    ({"size": {"height": 32, "width": 32}}, "resize(size)"),
+    ({}, "resize(size)"),
+    ({"size": {"height": 16, "width": 24}}, "resize(size)"),
     (
       {"size": {"shortest_edge": 32}, "do_center_crop": True},
       "resize_small(32)|central_crop(size)",
     ),
     (
-      {"size": 32, "do_center_crop": True, "crop_size": 16},
+      {"size": 32, "image_processor_type": "CLIPImageProcessor"},
+      "resize_small(32)|central_crop(size)",
+    ),
+    (
+      {"size": 32, "image_processor_type": "DeiTImageProcessor"},
+      "resize(32)|central_crop(size)",
+    ),
+    (
+      {
+        "size": 32,
+        "do_center_crop": True,
+        "crop_size": {"height": 16, "width": 24},
+      },
       "resize(32)|central_crop(size)",
     ),
   ],
@@ -216,11 +250,41 @@ def test_preprocessor(tmp_path, preprocessor, text):
   assert any("Pillow's bicubic" in note for note in weights.notes)
 
 
-def test_pixels_that_are_not_normalised(tmp_path):
+@pytest.mark.parametrize(
+  ("size", "crop_pct", "text"),
+  [
+    # transformers' ConvNextImageProcessor: int(224 / 0.875) = 256.
+    (224, 0.875, "resize_small(256)|central_crop(size)"),
+    (384, 0.875, "resize(size)"),
+  ],
+)
+def test_crop_pct(tmp_path, size, crop_pct, text):
+  arrays = torch_formats.huggingface(random_weights(image_size=size))
+  preprocessor = {"size": {"shortest_edge": size}, "crop_pct": crop_pct}
+  config = huggingface_config(image_size=size)
+  assert _open(save(tmp_path, arrays, config, preprocessor)).preprocess == text
+
+
+@pytest.mark.parametrize(
+  ("changes", "factor", "mean", "std"),
+  [
+    ({}, 1 / 255, 0.4, 0.2),
+    ({"do_normalize": False}, 1 / 255, 0, 1),
+    ({"rescale_factor": 1 / 127.5}, 1 / 127.5, 0.4, 0.2),
+    ({"do_rescale": False}, 1, 0.4, 0.2),
+    ({"do_rescale": False, "do_normalize": False}, 1, 0, 1),
+  ],
+)
+def test_pixels_are_those_of_the_processor(
+  tmp_path, changes, factor, mean, std
+):
+  """(pixel * rescale_factor - image_mean) / image_std, of 0 to 255."""
   arrays = torch_formats.huggingface(random_weights())
-  preprocessor = PREPROCESSOR | {"do_normalize": False}
-  weights = _open(save(tmp_path, arrays, huggingface_config(), preprocessor))
-  assert (weights.mean, weights.std) == ((0, 0, 0), (1, 1, 1))
+  given = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3} | changes
+  weights = _open(save(tmp_path, arrays, huggingface_config(), given))
+  pixels = np.array([0, 7, 255])
+  found = (pixels / 255 - weights.mean[0]) / weights.std[0]
+  np.testing.assert_allclose(found, (pixels * factor - mean) / std, rtol=1e-9)
 
 
 # --- writing ---
@@ -308,8 +372,8 @@ def test_writing_is_complete_or_nothing(tmp_path):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"classifier": "gap"}, "cannot say classifier 'gap'"),
-    ({"classifier": "map"}, "cannot say classifier 'map'"),
+    ({"classifier": "gap"}, "cannot represent classifier 'gap'"),
+    ({"classifier": "map"}, "cannot represent classifier 'map'"),
     ({"pos_embedding": "sincos2d"}, "pos_embedding 'sincos2d'"),
     ({"pos_embedding_at": "every_layer"}, "pos_embedding_at 'every_layer'"),
     ({"representation_size": 4}, "a pre_logits layer together with a head"),
@@ -335,7 +399,7 @@ def test_what_cannot_be_said(tmp_path, options, message):
     ({"qkv_bias": False}, "qkv_bias is false"),
     ({"patch_size": [8, 4]}, "patches are (8, 4)"),
     ({"image_size": "big"}, "image_size is 'big'"),
-    ({"image_size": [16, 20]}, "image_size (16, 20) is not divisible"),
+    ({"image_size": [16, 20]}, "position_embeddings is"),
     ({"hidden_size": 24.5}, "hidden_size is 24.5"),
     ({"num_attention_heads": 5}, "(24, 2, 40, 5)"),
     ({"num_attention_heads": 0}, "(24, 2, 40, 0)"),
@@ -343,6 +407,7 @@ def test_what_cannot_be_said(tmp_path, options, message):
     ({"num_hidden_layers": 1}, "config.json has 1 layers, the file 2"),
     ({"num_hidden_layers": 3}, "config.json has 3 layers, the file 2"),
     ({"id2label": {"a": "cat"}}, "id2label has keys that are no numbers"),
+    ({"problem_type": "regression"}, "problem_type is 'regression'"),
   ],
 )
 def test_bad_configurations(tmp_path, changes, message):
@@ -351,6 +416,17 @@ def test_bad_configurations(tmp_path, changes, message):
   with pytest.raises(UserError) as error:
     _open(tmp_path)
   assert_one_line(error, message)
+
+
+@pytest.mark.parametrize("problem", [None, "single_label_classification"])
+def test_one_output_is_no_class(tmp_path, problem):
+  """transformers takes it for a regression, a softmax would be 100 %."""
+  arrays = torch_formats.huggingface(random_weights(num_classes=1))
+  config = huggingface_config(problem_type=problem)
+  with pytest.raises(UserError, match="1 outputs: numbers rather than classes"):
+    _open(save(tmp_path, arrays, config))
+  config["problem_type"] = "multi_label_classification"
+  assert _open(save(tmp_path, arrays, config)).loss == "sigmoid"
 
 
 def test_a_file_without_its_configuration(tmp_path):
@@ -366,6 +442,14 @@ def test_a_file_without_its_configuration(tmp_path):
     ({"image_mean": [1, 2]}, "image_mean is [1, 2]"),
     ({"image_std": [0, 1, 1]}, "image_std is [0, 1, 1]"),
     ({"size": {"longest_edge": 3}}, "size is [None, None]"),
+    ({"size": 384}, "size is (384, 384)"),
+    ({"do_center_crop": True, "crop_size": 16}, "crop_size is (16, 16)"),
+    ({"size": {"shortest_edge": 16}}, "size is (16, 16)"),
+    ({"crop_pct": 0.9}, "crop_pct is 0.9"),
+    ({"do_resize": False}, "do_resize is false"),
+    ({"do_pad": True}, "do_pad=True"),
+    ({"rescale_factor": 0}, "rescale_factor is 0"),
+    ({"resample": 0}, "resample is 0"),
   ],
 )
 def test_bad_preprocessors(tmp_path, preprocessor, message):

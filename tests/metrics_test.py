@@ -127,6 +127,21 @@ def test_a_run_that_goes_on_writes_the_same_lines(tmp_path, resumed_at):
   )
 
 
+def test_tensorboard_never_runs_backwards(tmp_path):
+  first = _open(tmp_path, log_every=1)
+  _run(first, range(1, 7))
+  first.close()
+  second = _open(tmp_path, start_step=3, log_every=1)
+  _run(second, range(4, 9))
+  second.close()
+  folder = tmp_path / "tensorboard"
+  assert len(list(folder.iterdir())) == 1
+  events = event_accumulator.EventAccumulator(str(folder))
+  events.Reload()
+  steps = [event.step for event in events.Tensors("train/loss")]
+  assert steps == [*range(1, 9)]
+
+
 @pytest.mark.parametrize("cut", [1, 2, 10, 40])
 def test_half_a_last_line_is_dropped(tmp_path, cut):
   log = _open(tmp_path, log_every=1)

@@ -168,6 +168,9 @@ def test_every_model_of_the_tables_has_a_pretraining():
     ("pretrain.py:ViT-B_16", "ViT-B_16,imagenet21k,90"),
     ("finetune.py:ViT-B_16,mnist", "oxford_flowers102"),
     ("finetune.py:ViT-B_16,cifar10,big", "'big'"),
+    ("finetune.py:ViT-B_16,folder:a/b", "configs/photos.py:a/b,ViT-B_16"),
+    ("photos.py:a/b,ViT-B_61", "ViT-B_16"),
+    ("photos.py", "photos.py:FOLDER"),
     ("vtab.py:ViT-B_16,clevr_coun", "did you mean 'vtab:clevr_count'"),
   ],
 )

@@ -390,7 +390,11 @@ def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
 @pytest.mark.parametrize(
   ("to", "variant", "options", "word"),
   [
-    ("npz", VIT, {"classifier": "map"}, "classifier 'map'"),
+    (
+      *("npz", VIT, {"classifier": "map"}),
+      "classifier 'map'; convert nowhere to big_vision or timm or orbax",
+    ),
+    ("hf", VIT, {"classifier": "gap"}, "to npz or big_vision or timm or"),
     ("npz", VIT, {"pos_embedding": "sincos2d"}, "pos_embedding 'sincos2d'"),
     ("npz", VIT, {"activation": "gelu_erf"}, "activation 'gelu_erf'"),
     ("big_vision", VIT, {"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon"),
@@ -407,6 +411,49 @@ def test_what_a_format_cannot_say_is_named(
   with pytest.raises(UserError, match=word) as error:
     pretrained.write(weights, str(out), to)
   assert "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("to", "changes", "lost"),
+  [
+    ("npz", {"preprocess": "resize_small(40)|central_crop(size)"}, "preproc"),
+    ("npz", {"loss": "sigmoid"}, "loss; read again it is 'softmax'"),
+    ("npz", {"class_names": list("abcde")}, "class names"),
+    ("npz", {"resize": "timm"}, "position embeddings"),
+    ("big_vision", {}, "preprocessing"),
+    ("timm", {"loss": "sigmoid", "resize": "timm"}, "loss"),
+    ("hf", {"loss": "sigmoid"}, "position embeddings"),
+    ("hf", {"class_names": list("abcde"), "resize": "huggingface"}, None),
+  ],
+)
+def test_what_a_format_does_not_keep_is_said(tmp_path, to, changes, lost):
+  weights = _as_weights(_random(VIT))._replace(**changes)
+  notes = pretrained.write(weights, str(tmp_path / "out"), to)
+  assert [lost for note in notes if lost in note] == [lost] * (lost is not None)
+  assert len(notes) == (lost is not None)
+  if to == "hf":
+    assert vit_jax.load(str(tmp_path / "out")).config.loss == weights.loss
+
+
+@pytest.mark.parametrize(
+  ("changes", "word"),
+  [
+    ({"params": "Transformer/scale"}, "Transformer/scale is not known"),
+    # big_vision's files do not say the size that fixed waves are made for.
+    ({"model": {"pos_embedding": "sincos2d"}}, r"grid \(4, 4\) is read"),
+  ],
+)
+def test_what_no_reader_knows_is_not_written(tmp_path, changes, word):
+  weights = _as_weights(_random(VIT, **changes.get("model", {})))
+  if "params" in changes:
+    extra = {changes["params"]: as_lazy(np.ones(3, np.float32))}
+    weights = weights._replace(params={**weights.params, **extra})
+  else:
+    weights = weights._replace(model={**weights.model, **changes["model"]})
+  to = "npz" if "params" in changes else "big_vision"
+  with pytest.raises(UserError, match=word):
+    pretrained.write(weights, str(tmp_path / "out"), to)
   assert not list(tmp_path.iterdir())
 
 
@@ -535,6 +582,24 @@ def test_another_kind_of_file(tmp_path):
 
 def test_an_empty_folder(tmp_path):
   _assert_refused(tmp_path, "is no run folder and holds no safetensors files")
+
+
+@pytest.mark.parametrize(
+  ("names", "given"),
+  [
+    (["checkpoint-500", "checkpoint-1500"], "checkpoint-1500"),
+    (["snapshots/0123", "snapshots/abcd"], "snapshots/0123"),  # of refs/main
+    (["models--a--b/snapshots/0123"], "models--a--b/snapshots/0123"),
+  ],
+)
+def test_a_folder_above_the_checkpoint(tmp_path, names, given):
+  for name in names:
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "model.safetensors").write_bytes(b"")
+  (tmp_path / "refs").mkdir()
+  (tmp_path / "refs" / "main").write_text("0123\n")
+  others = f", or another of {len(names)}" if names[1:] else ""
+  _assert_refused(tmp_path, f"give {tmp_path / given}{others}")
 
 
 def test_unknown_hybrid(tmp_path):

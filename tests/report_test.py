@@ -208,6 +208,7 @@ def _make_details(names, multilabel=False, attends=True):
         label_probability=0.05,
         pixels=_make_pixels(i),
       ),
+      f"photos/b/{i} & more.jpg",
       picture,
       picture if attends else None,
     )
@@ -326,7 +327,7 @@ def test_the_page_says_what_was_counted(text):
   # Of many classes: the pair that is mixed up most often.
   pairs = [row for row in rows if row[:3] == ["class 29", "class 0", "29"]]
   assert pairs == [["class 29", "class 0", "29", "58.00\u00a0%"]]
-  assert "Test image 1,002" in text
+  assert "photos/b/2 &amp; more.jpg" in text
   assert "is a ResNet and has no attention" in text
   assert "Has 5 labels" in text
   assert "There is no confusion matrix" in text
@@ -461,6 +462,7 @@ def test_classes_of_a_real_run_add_up_to_its_accuracy(
   assert len(matrix) == 10
   assert sum(int(row[1 + int(row[0])]) for row in matrix) == right
   assert text.count("<img ") == 2 * min(12, images - right)
+  assert text.count(" of digits test[:40]<") == min(12, images - right)
 
   # Its data are gone.
   moved = tmp_path / "elsewhere"

@@ -294,7 +294,7 @@ def test_ratios_give_the_width_they_were_made_for():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"representation_size": 4}, "cannot say a pre_logits layer"),
+    ({"representation_size": 4}, "cannot represent a pre_logits layer"),
     ({"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon 1e-12"),
     ({"pos_embedding": "relative"}, "pos_embedding 'relative'"),
     ({"pos_embedding_at": "every_layer"}, "pos_embedding_at 'every_layer'"),

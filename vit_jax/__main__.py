@@ -5,9 +5,11 @@ that `--help` is quick and `predict` never meets TensorFlow.
 """
 
 import argparse
+import io
 import json
 import logging
 import os
+import select
 import sys
 import traceback
 
@@ -40,8 +42,36 @@ def main(argv: list[str] | None = None) -> int:
   0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
   a signal, and saved). 1: the run cannot go on.
   2: something that was given cannot be used. 69: another process of the run is
-  lost. When one ends with an error, the others end with its code.
+  lost. When one ends with an error, the others end with its code. 141: nobody
+  reads the output any more, as after `| head`; shells give that code, too.
   """
+  for stream in (sys.stdout, sys.stderr):
+    # A name that the terminal's encoding lacks is escaped, not an error.
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+      stream.reconfigure(errors="backslashreplace")
+  try:
+    try:
+      return _main(argv)
+    finally:
+      sys.stdout.flush()  # the interpreter would do it where nobody can catch
+  except BrokenPipeError:
+    if not _is_unread(sys.stdout) and not _is_unread(sys.stderr):
+      raise  # another pipe of the program
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return 141
+
+
+def _is_unread(stream) -> bool:
+  """Returns whether a stream is a pipe whose reader is gone."""
+  poll = select.poll()
+  poll.register(stream.fileno(), 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(argv):
+  """Runs one command; returns the exit code, see `main`."""
   # TensorFlow only reads and decodes images here; it need not introduce itself.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -59,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     if overrides and args.run not in _OVERRIDDEN:
       raise _unknown(rest[0], args.parser)
     args.overrides = overrides
-    code = args.run(args) or 0
+    if args.run in _WITHOUT_DEVICE:
+      _use_cpu()
+    code = _run(args) or 0
     if args.lifeline:
       args.lifeline.leave()
     return code
@@ -73,6 +105,45 @@ def main(argv: list[str] | None = None) -> int:
     if not args.lifeline:
       raise
     return _fail(args.lifeline, traceback.format_exc(), 1, f"{e!r}"[:500])
+
+
+# Others are for who debugs JAX code of theirs: no number here depends on them.
+_PROMOTION = {"rank": "allow", "dtype": "standard"}
+
+
+def _run(args):
+  """Runs a command; where it failed for want of a device, that is said."""
+  for name, value in _PROMOTION.items():
+    if f"JAX_NUMPY_{name.upper()}_PROMOTION" in os.environ:
+      import jax
+
+      jax.config.update(f"jax_numpy_{name}_promotion", value)
+  try:
+    return args.run(args)
+  except (UserError, RunStopped):
+    raise
+  except Exception:
+    if "jax" not in sys.modules or args.lifeline:
+      raise
+    import jax
+
+    try:
+      jax.devices()
+    except Exception as e:
+      words = str(e).partition(" (set JAX_PLATFORMS")[0].strip() or repr(e)
+      given = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+      raise UserError(
+        f"JAX has no device with JAX_PLATFORMS={given or ''!r}: "
+        f"{words.splitlines()[0]}; install what that names, or unset it"
+      ) from e
+    raise
+
+
+def _use_cpu():
+  """Keeps JAX from looking for accelerators, for which libtpu raises alarm."""
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
 
 
 def _fail(lifeline, text, code, line=None):
@@ -158,7 +229,9 @@ def _make_parser():
 
   predict = add("predict", _predict, "classify image files")
   _add_classifier(predict)
-  predict.add_argument("images", nargs="+", metavar="IMAGE", help="files")
+  predict.add_argument(
+    "images", nargs="+", metavar="IMAGE", help="files, and folders of them"
+  )
   predict.add_argument("--top", type=int, default=5, help="classes to show")
   _add_json(predict)
 
@@ -338,9 +411,7 @@ def _add_linear(linear):
   )
   linear.add_argument("--seeds", type=int, default=3, help="draws (default: 3)")
   linear.add_argument("--l2", type=float, default=1024, help="default: 1024")
-  linear.add_argument(
-    "--image_size", type=int, help="default: the checkpoint's"
-  )
+  _add_image_size(linear, help="default: the checkpoint's")
   linear.add_argument(
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
   )
@@ -384,10 +455,8 @@ def _add_export(export):
   export.add_argument(
     "--to", required=True, help="stablehlo, saved_model or onnx"
   )
-  export.add_argument(
-    "--image_size",
-    type=int,
-    help="default: the checkpoint's; position embeddings are resized",
+  _add_image_size(
+    export, help="default: the checkpoint's; position embeddings are resized"
   )
   export.add_argument(
     "--preprocess",
@@ -442,9 +511,7 @@ def _add_figures(figures):
     metavar="NAMES",
     help="rollout, filters, positions, distances, curves, compute",
   )
-  figures.add_argument(
-    "--image_size", type=int, help="default: the checkpoint's"
-  )
+  _add_image_size(figures, help="default: the checkpoint's")
 
 
 def _add_report(report):
@@ -499,7 +566,7 @@ def _add_data_commands(add):
   show.add_argument(
     "--preprocess", default="inception_crop(size)|flip_lr", metavar="OPS"
   )
-  show.add_argument("--image_size", type=int, default=224)
+  _add_image_size(show, default=224)
   show.add_argument("--output", default="show.png", help="the file to write")
   show.add_argument("--seed", type=int, default=0, help="of the choice")
 
@@ -509,7 +576,7 @@ def _add_bench_commands(add):
   step.add_argument(
     "--variant", default="ViT-L_16", help="names: ViT-B_16,ViT-L_16"
   )
-  step.add_argument("--image_size", type=int, default=224)
+  _add_image_size(step, default=224)
   step.add_argument(
     "--batch_size", type=int, default=0, help="0 (default): the largest"
   )
@@ -524,7 +591,7 @@ def _add_bench_commands(add):
   inputs.add_argument("--dataset", help="default: made for the occasion")
   inputs.add_argument("--split", default="train")
   _add_data_dir(inputs)
-  inputs.add_argument("--image_size", type=int, default=224)
+  _add_image_size(inputs, default=224)
   inputs.add_argument("--batch_size", type=int, default=256)
   inputs.add_argument(
     "--needs",
@@ -533,6 +600,23 @@ def _add_bench_commands(add):
     help="what a slice takes: says how many such hosts feed it",
   )
   _add_json(inputs)
+
+
+def _add_image_size(command, **kwargs):
+  command.add_argument(
+    "--image_size", type=_parse_size, metavar="PIXELS|H,W", **kwargs
+  )
+
+
+def _parse_size(text):
+  """Returns the integer or (height, width) of 48 and 48,96; for argparse."""
+  words = text.split(",")
+  sides = [int(word) if word.isdecimal() else 0 for word in words]
+  if len(sides) > 2 or min(sides) < 1:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is neither pixels, as 224, nor height and width, as 224,448"
+    )
+  return tuple(sides) if len(sides) == 2 else sides[0]
 
 
 def _add_data_dir(command):
@@ -634,14 +718,21 @@ def _connect(args, say_saved=None):
 
 
 def _train(args):
-  from vit_jax import config
-
-  loaded = config.load(args.config, args.overrides)
+  loaded = _load_checked(args.config, args.overrides)
   _connect(args, lambda: _say_saved(args.workdir))
   from vit_jax.train import train
 
   stopped = train(loaded, args.workdir) is None
   return args.stopped_exit_code if stopped else 0
+
+
+def _load_checked(spec, overrides):
+  """Returns a configuration; mistakes that take no data to see come first."""
+  from vit_jax import config, early
+
+  loaded = config.load(spec, overrides)
+  early.check(loaded)
+  return loaded
 
 
 def _say_saved(workdir):
@@ -701,6 +792,11 @@ def _plan(args):
 
 
 def _sweep(args):
+  from vit_jax import early
+
+  early.check_select(args.select)
+  if not args.grid:  # else these are not yet the runs
+    _load_checked(args.config, args.overrides)
   from vit_jax import sweep
 
   options = {
@@ -796,11 +892,21 @@ def _predict(args):
   results = predict(args.checkpoint, args.images, args.top, args.class_names)
   if args.json:
     print(json.dumps(results))
-    return
+    return _say_errors(results)
   for result in results:
-    print(result["image"])
-    for entry in result["classes"]:
-      print(f"  {entry['probability']:7.2%}  {entry['name']}")
+    if "classes" in result:
+      print(result["image"])
+      for entry in result["classes"]:
+        print(f"  {entry['probability']:7.2%}  {entry['name']}")
+  return _say_errors(results)
+
+
+def _say_errors(results):
+  """Prints what of `predict` failed; returns the exit code."""
+  errors = [result["error"] for result in results if "error" in result]
+  for error in errors:
+    print(f"error: {error}", file=sys.stderr)
+  return 2 if errors else 0
 
 
 def _demo(args):
@@ -978,6 +1084,11 @@ def _quickstart(args):
 
 # The commands that take --config.key=value.
 _OVERRIDDEN = (_train, _sweep, _vtab, _plan, _preflight)
+# Those that compute nothing on a device; what they start has its own backend.
+_WITHOUT_DEVICE = (
+  *(_plan, _sweep, _vtab, _inspect, _convert, _tables, _bench_input),
+  *(_data_list, _data_prepare, _data_build, _data_check, _data_show),
+)
 
 
 if __name__ == "__main__":

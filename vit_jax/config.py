@@ -172,6 +172,7 @@ def modernize(flat: dict[str, Any]) -> dict[str, Any]:
 
 # Key -> its least value, and the first that is too large.
 RANGES = {
+  "seed": (-(2**63), 2**63),  # what JAX's keys take
   "train.mixup_alpha": (0, math.inf),
   "eval.batch_size": (0, math.inf),
   "ema_decay": (0, 1),

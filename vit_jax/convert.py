@@ -1,9 +1,6 @@
 """The `convert` command: weights from any format into another one."""
 
-import pathlib
-
 from vit_jax import pretrained
-from vit_jax.errors import UserError
 
 
 def convert(source: str, out: str, to: str) -> list[str]:
@@ -19,9 +16,7 @@ def convert(source: str, out: str, to: str) -> list[str]:
 
   Raises:
     UserError: nothing to read, something at `out`, or something that the
-      format cannot say.
+      format cannot represent.
+    RunStopped: it could not be written.
   """
-  weights = pretrained.read(source)
-  if "://" not in out and pathlib.Path(out).exists():
-    raise UserError(f"{out} exists; nothing is overwritten, choose another")
-  return pretrained.write(weights, out, to)
+  return pretrained.write(pretrained.read(source), out, to)

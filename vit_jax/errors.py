@@ -1,6 +1,7 @@
 """The exceptions that become one clear line for the person at the terminal."""
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -18,6 +19,27 @@ class RunStopped(RuntimeError):
   The message is one line as well: what happened, at which step, what is safe,
   what to do. The command line prints it and exits with code 1.
   """
+
+
+def check_free(path) -> None:
+  """Raises a UserError if there is anything at a path that is to be written."""
+  if os.path.islink(path) and not os.path.exists(path):
+    raise UserError(
+      f"{path} is a link to {os.readlink(path)}, which is not there; remove "
+      "the link, or choose another"
+    )
+  if os.path.lexists(path):
+    raise UserError(f"{path} exists; nothing is overwritten, choose another")
+
+
+def check_folder(path, option: str = "--workdir") -> None:
+  """Raises a UserError if a folder cannot be, or be made, at a local path."""
+  for part in (path, *path.parents):
+    if os.path.lexists(part) and not os.path.isdir(part):
+      what = "link to nothing" if os.path.islink(part) else "file"
+      raise UserError(
+        f"{part} is a {what}, not a folder; choose another {option}"
+      )
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from vit_jax import data, losses, pretrained, sharding
+from vit_jax.data.relabelled import RelabelledSource
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification
 from vit_jax.state import unflatten
@@ -31,7 +32,7 @@ def evaluate(
   Args:
     source: whatever `vit_jax.load` reads; of a run folder its best checkpoint
       if it kept one, else its newest.
-    dataset: another data set than the run's own; with the same classes. Weights
+    dataset: another data set than the run's own, see `match_classes`. Weights
       that are no run of ours have none and need it.
     split: another split than the run's own; as `dataset`.
     data_dir: where the TFDS data sets are, if not where they were.
@@ -58,7 +59,9 @@ def evaluate(
       "--split=test"
     )
   test = data.get_source(dataset, split, data_dir)
-  make_evaluate, usual = _choose_evaluator(weights, config, test, dataset)
+  make_evaluate, usual, by_class = _choose_evaluator(weights, config)
+  if by_class:
+    test = match_classes(weights, test, dataset)
   mesh = sharding.make_mesh()
   chosen = usual if batch_size is None else batch_size
   run = make_evaluate(
@@ -88,46 +91,57 @@ def _training_config(weights) -> Any:
   return ml_collections.ConfigDict(weights.run["config"])
 
 
-def _choose_evaluator(weights, config, test, dataset):
-  """Returns make_evaluate (see the evaluators) and the batch size.
-
-  Raises:
-    UserError: the test set has other classes.
-  """
-  batch_size = _BATCH_SIZE
+def _choose_evaluator(weights, config):
+  """Returns make_evaluate (see the evaluators), the batch size, and whether
+  labels matter."""
   if config:
-    batch_size = config.eval.batch_size or config.batch_size
     task = make_task(
       config, weights.class_names or [], weights.run["multilabel"]
     )
-    if not task.class_names:
-      return task.make_evaluate, batch_size
-  check_classes(weights, test, dataset)
-  if config:
-    return task.make_evaluate, batch_size
+    batch_size = config.eval.batch_size or config.batch_size
+    return task.make_evaluate, batch_size, bool(task.class_names)
   make_evaluate = functools.partial(
     classification.make_evaluate,
     model=weights.create_model(),
     loss_fn=losses.get_loss(name=weights.loss),
   )
-  return make_evaluate, batch_size
+  return make_evaluate, _BATCH_SIZE, True
 
 
-def check_classes(weights, test, dataset: str) -> None:
-  """Raises a UserError if the head does not name the classes of a test set.
+def match_classes(weights, test, dataset: str) -> data.Source:
+  """Returns a test set with the labels of a head, by the names of the classes.
 
-  Runs of ours must agree on every name. Other files call their classes as they
-  like, if at all; there the number has to do.
+  The set may lack classes of the head, and have them in another order. Of other
+  weights than our runs the names need not be the set's, or are not known; there
+  the order is taken to be the same if the number is.
+
+  Raises:
+    UserError: the set has other classes.
   """
-  names_differ = weights.class_names != test.class_names
-  if weights.num_classes != test.num_classes or (names_differ and weights.run):
+  names, known = test.class_names, weights.class_names or []
+  if names == known and test.num_classes == weights.num_classes:
+    return test
+  if len({*known}) == len(known) and {*names} <= {*known}:
+    log.info(
+      "%s has %d of the %d classes of %s, matched by name",
+      *(dataset, len(names), len(known), weights.source),
+    )
+    return RelabelledSource(test, known)
+  ordered = all(
+    names.index(name) == known.index(name) for name in {*names} & {*known}
+  )
+  same_number = test.num_classes == weights.num_classes
+  if not same_number or not ordered or _training_config(weights):
+    unknown = [name for name in names if name not in known]
     raise UserError(
       f"{dataset} has {test.num_classes} classes and the checkpoint "
-      f"{weights.num_classes}, or their names differ; choose another --dataset"
+      f"{weights.num_classes}, or their names differ"
+      f"{f' ({unknown[0]!r} is not among its)' if known and unknown else ''}; "
+      "choose another --dataset"
     )
-  if names_differ:
-    log.warning(
-      "%s does not name its classes as %s does; taken to be in the same order",
-      weights.source,
-      dataset,
-    )
+  log.warning(
+    "%s does not name its classes as %s does; taken to be in the same order",
+    weights.source,
+    dataset,
+  )
+  return test

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from vit_jax import attention_maps, preprocess, pretrained
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_folder, check_free, suggest
 from vit_jax.models import posemb, variants
 from vit_jax.paper import data, flops
 from vit_jax.paper.runs import (
@@ -95,7 +95,7 @@ def make_figures(
   images: Sequence[str] = (),
   runs: str | None = None,
   only: Sequence[str] = (),
-  image_size: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
 ) -> list[str]:
   """Draws figures into a folder.
 
@@ -105,7 +105,7 @@ def make_figures(
     images: paths of image files, for what depends on images.
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
-    image_size: pixels; unset: each checkpoint's own.
+    image_size: pixels, or (h, w); unset: each checkpoint's own.
 
   Returns:
     The paths of what was written.
@@ -144,12 +144,9 @@ def make_figures(
 
 
 def _check_free(out, files):
-  folder = Path(out)
-  if folder.exists() and not folder.is_dir():
-    raise UserError(f"--out={out} is a file; give a folder")
+  check_folder(Path(out), "--out")
   for file in files:
-    if file.exists():
-      raise UserError(f"{file} is there already; give another --out")
+    check_free(file)
 
 
 def _draw(names, seen, runs, all_wanted) -> dict[str, Drawing]:

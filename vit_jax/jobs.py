@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_folder
 from vit_jax.metrics import duration
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def lock(folder: Path) -> Iterator[int]:
   Raises:
     UserError: another sweep is at work there.
   """
+  check_folder(folder)
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / "lock", "a+") as file:
     waiting = False

@@ -25,7 +25,7 @@ def linear(
   shots: Sequence[int | None] = (5, 10),
   seeds: int = 3,
   l2: float = fewshot.L2,
-  image_size: int | None = None,
+  image_size: int | tuple[int, int] | None = None,
   preprocess: str | None = None,
   data_dir: str | None = None,
   batch_size: int = 64,
@@ -39,7 +39,7 @@ def linear(
     shots: training images of each class; None for all there are.
     seeds: how many draws of the shots.
     l2: the penalty's factor.
-    image_size: pixels; unset: the checkpoint's own.
+    image_size: pixels, or (h, w); unset: the checkpoint's own.
     preprocess: of training and test images; unset: the checkpoint's own
       evaluation preprocessing.
     data_dir: where the TFDS data sets are.

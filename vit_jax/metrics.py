@@ -45,9 +45,14 @@ class MetricLog:
       rewritten = workdir / "metrics.jsonl.tmp"
       rewritten.write_text("".join(self._lines))
       rewritten.replace(self._file)
-      self._tensorboard = metric_writers.SummaryWriter(
-        str(workdir / "tensorboard")
-      )
+      folder = workdir / "tensorboard"
+      # Those of before may have later steps, and would run backwards.
+      for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+      self._tensorboard = metric_writers.SummaryWriter(str(folder))
+      for line in self._lines:
+        values = json.loads(line)
+        self._tensorboard.write_scalars(values.pop("step"), values)
 
   def add(self, step: int, metrics: dict) -> None:
     """Takes the metrics of a step as device arrays, without fetching them."""

@@ -1,6 +1,8 @@
 """The `predict` command: class names and probabilities for image files."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from vit_jax.errors import UserError
 from vit_jax.steps import normalize
 
 BATCH_SIZE = 32
+# What is taken of a folder.
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def predict(
@@ -25,35 +29,71 @@ def predict(
 
   Args:
     source: whatever `vit_jax.load` reads.
-    images: paths of image files.
+    images: paths of image files, and of folders: of those every image below.
     top: how many classes to return for each.
     class_names: a text file with a name a line, for weights that have none.
 
   Returns:
     [{"image": path, "classes": [{"name", "probability"}, ...]}], the most
     probable class first. Probabilities are a softmax, or independent
-    sigmoids where the run was trained with the sigmoid loss.
+    sigmoids where the run was trained with the sigmoid loss. A file that is no
+    image has "error", a line, in place of "classes".
 
   Raises:
-    UserError: no checkpoint, or a file that is no image.
+    UserError: no checkpoint, or one that gives no probabilities.
   """
   if top < 1:
     raise UserError(f"--top is {top}; it must be 1 or more")
   model = pretrained.load(source)
   about = model.config
   names = read_names(class_names, about)
-  # All files are read before the model is compiled: a wrong path shows now.
-  pixels = [
-    preprocess.preprocess_image(image, about.preprocess, about.image_size)
-    for image in images
-  ]
+  files = list_images(images)
+  size = min(len(files), BATCH_SIZE)
+  # Always of one shape, for which the model is compiled once.
+  batch = np.zeros((size, *about.image_size, 3), np.uint8)
   results = []
-  for start in range(0, len(pixels), BATCH_SIZE):
-    batch = np.stack(pixels[start : start + BATCH_SIZE])
-    for classes in classify(model, batch, names, top):
-      image = str(images[len(results)])
-      results.append({"image": image, "classes": classes})
+  for start in range(0, len(files), size):
+    good = []
+    for file in files[start : start + size]:
+      row = {"image": file}
+      try:
+        batch[len(good)] = preprocess.preprocess_image(
+          file, about.preprocess, about.image_size
+        )
+        good.append(row)
+      except UserError as e:
+        row["error"] = str(e)
+      results.append(row)
+    if good:
+      found = classify(model, batch, names, top)
+      for row, classes in zip(good, found, strict=False):
+        row["classes"] = classes
   return results
+
+
+def list_images(paths: Sequence[str]) -> list[str]:
+  """Returns the paths, with the images below a folder in place of it.
+
+  Raises:
+    UserError: a folder without images.
+  """
+  files = []
+  for path in map(os.fspath, paths):
+    if not os.path.isdir(path):
+      files.append(path)
+      continue
+    found = sorted(
+      str(file)
+      for file in Path(path).rglob("*")
+      if file.suffix.lower() in _SUFFIXES and file.name[0] != "."
+    )
+    if not found:
+      raise UserError(
+        f"{path} is a folder without images: no {', '.join(_SUFFIXES)} is in "
+        "it or below it"
+      )
+    files += found
+  return files
 
 
 def classify(
@@ -94,7 +134,7 @@ def read_names(
   if file is None:
     return about.class_names
   try:
-    with open(file, encoding="utf-8") as f:
+    with open(file, encoding="utf-8-sig") as f:  # editors write a mark
       names = f.read().splitlines()
   except (OSError, ValueError) as e:
     raise UserError(f"--class_names {file}: cannot be read: {e}") from e

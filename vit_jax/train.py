@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from vit_jax import checkpoint, data, distributed, lock, pretrained, sharding
 from vit_jax import config as configuration
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.errors import RunStopped, UserError, check_folder
 from vit_jax.metrics import MetricLog, NotFinite
 from vit_jax.state import flatten, make_key, unflatten
 from vit_jax.tasks import build, make_task
@@ -251,11 +251,8 @@ def check_workdir(config, workdir) -> dict | None:
       one, or a file where a folder should be.
   """
   inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
-  for folder in (*inside, workdir, *workdir.parents):
-    if "://" not in str(workdir) and folder.exists() and not folder.is_dir():
-      raise UserError(
-        f"{folder} is a file, not a folder; choose another --workdir"
-      )
+  for folder in inside if "://" not in str(workdir) else ():
+    check_folder(folder)
   if not (workdir / "config.json").exists():
     if checkpoint.list_steps(workdir):
       raise UserError(

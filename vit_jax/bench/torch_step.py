@@ -6,10 +6,12 @@ from timm and PyTorch is what they do; nothing of the JAX code runs here.
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from vit_jax.bench.process import report
 from vit_jax.errors import UserError
+from vit_jax.preprocess import as_pair
 
 _WARM_UP = 5  # steps, after the one that compiles
 
@@ -17,7 +19,7 @@ _WARM_UP = 5  # steps, after the one that compiles
 def measure(
   *,
   variant: str,
-  image_size: int,
+  image_size: int | Sequence[int],
   batch_size: int,
   num_classes: int,
   steps: int,
@@ -68,7 +70,7 @@ def measure(
   def build():
     torch.manual_seed(0)
     return VisionTransformer(
-      img_size=image_size,
+      img_size=as_pair(image_size),
       patch_size=patch_size,
       num_classes=num_classes,
       embed_dim=hidden_size,
@@ -86,7 +88,7 @@ def measure(
         torch,
         build(),
         getattr(torch, memory_format),
-        (batch_size, 3, image_size, image_size),
+        (batch_size, 3, *as_pair(image_size)),
         num_classes,
         steps,
         device,

@@ -33,6 +33,7 @@ from vit_jax.data import labelled, ops
 from vit_jax.data.pipeline import count_cpus, train_batches
 from vit_jax.data.source import Source, get_source
 from vit_jax.errors import UserError
+from vit_jax.preprocess import as_pair
 
 _RECIPE = "inception_crop(size)|flip_lr"
 _AREA = (5, 100)  # percent, of `inception_crop`
@@ -51,7 +52,7 @@ def bench(
   split: str = "train",
   data_dir: str | None = None,
   *,
-  image_size: int = 224,
+  image_size: int | tuple[int, int] = 224,
   batch_size: int = 256,
   rounds: int = 5,
   needs: float | None = None,
@@ -60,7 +61,7 @@ def bench(
 
   Args:
     dataset, split, data_dir: as `get_source`; None for JPEGs that are made.
-    image_size: pixels.
+    image_size: pixels, or (h, w).
     batch_size: images of a batch of this host.
     rounds: the median of them counts.
     needs: images a second that some machines take.
@@ -73,7 +74,7 @@ def bench(
     UserError: no such data set, images that are no JPEGs, a size or a number
       that is not positive.
   """
-  numbers = {"image_size": image_size, "batch_size": batch_size}
+  numbers = {"image_size": min(as_pair(image_size)), "batch_size": batch_size}
   numbers |= {} if needs is None else {"needs": needs}
   for name, value in numbers.items():
     if not value > 0:
@@ -102,7 +103,7 @@ def measure(
   source: Source,
   file: Path,
   *,
-  image_size: int,
+  image_size: int | tuple[int, int],
   batch_size: int,
   rounds: int,
 ) -> dict[str, Any]:
@@ -309,7 +310,7 @@ def _plain(source, file, image_size):
     )
     window = tf.concat([begin[:2], extent[:2]], axis=0)
     image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
-    image = tf.image.resize(image, (image_size, image_size))
+    image = tf.image.resize(image, as_pair(image_size))
     image = tf.image.random_flip_left_right(image)
     return {"image": image / 127.5 - 1, "labels": labels}
 

@@ -25,7 +25,7 @@ import numpy as np
 import vit_jax
 from vit_jax import preprocess as numpy_preprocess
 from vit_jax import pretrained
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_free, suggest
 from vit_jax.export import formats, pictures
 from vit_jax.steps import normalize
 from vit_jax.warmstart import match_layout
@@ -110,8 +110,7 @@ def _choose_folder(out):
   if "://" in out:
     raise UserError(f"{out} is no local folder; export there, then copy")
   folder = pathlib.Path(out)
-  if folder.exists():
-    raise UserError(f"{out} exists; nothing is overwritten, choose another")
+  check_free(out)
   return folder
 
 

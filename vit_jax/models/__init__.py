@@ -130,6 +130,18 @@ def _check_masked(target, variant, sizes, options):
       )
 
 
+def _promoting(function):
+  """Allows the promotions that the user's own code may forbid itself."""
+
+  @functools.wraps(function)
+  def run(*args, **kwargs):
+    rank = jax.numpy_rank_promotion("allow")
+    with rank, jax.numpy_dtype_promotion("standard"):
+      return function(*args, **kwargs)
+
+  return run
+
+
 def _as_model(make, config, image_size, grid, *inputs):
   """Returns the `Model` of a kind of module, made from a `ViTConfig`.
 
@@ -140,11 +152,13 @@ def _as_model(make, config, image_size, grid, *inputs):
   # same numbers in both forms.
   initial = make(dataclasses.replace(config, scan=False))
 
+  @_promoting
   def init(key):
     image = jnp.zeros((1, *image_size, 3))
     params = initial.init(key, image, *inputs)["params"]
     return params if module == initial else stack_blocks(params)
 
+  @_promoting
   def apply(
     params, images, *inputs, train=False, key=None, intermediates=False
   ):

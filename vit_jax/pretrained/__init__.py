@@ -5,9 +5,12 @@ names, unread; `load` makes a model of them that can be called.
 """
 
 import pathlib
+import re
+import shutil
 
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import RunStopped, UserError, check_free, suggest
 from vit_jax.models import variants
+from vit_jax.preprocess import rescale
 from vit_jax.pretrained import (
   archives,
   big_vision,
@@ -76,6 +79,17 @@ def read(source: str) -> Weights:
   Raises:
     UserError: nothing there, damaged, or of no known format.
   """
+  weights = _read(source)
+  if any(weights.cut_off()):
+    note = (
+      "images {}x{} are no whole patches: {} pixels at the bottom and {} to "
+      "the right are cut off, as by its authors"
+    ).format(*weights.image_size, *weights.cut_off())
+    weights = weights._replace(notes=(*weights.notes, note))
+  return weights
+
+
+def _read(source):
   where = fetch.locate(str(source))
   if runs.matches(where.path):
     return runs.read(where.path)
@@ -95,6 +109,11 @@ def _find_safetensors(folder):
   found = sorted(folder.glob("*.safetensors"))
   if len(found) == 1:
     return found[0]
+  if inner := _find_checkpoints(folder):
+    raise UserError(
+      f"no checkpoint at {folder}, but in folders below it: give {inner[0]}"
+      f"{f', or another of {len(inner)}' if inner[1:] else ''}"
+    )
   raise UserError(
     f"no checkpoint at {folder}: it is no run folder and holds "
     f"{len(found) or 'no'} safetensors files; give a run, a Hugging Face or "
@@ -102,8 +121,39 @@ def _find_safetensors(folder):
   )
 
 
+# Below the folder of Hugging Face's Trainer, of its cache, of one model in that
+# cache, and of runs; what is the latest comes last.
+_BELOW = ("*", "snapshots/*", "models--*/snapshots/*", "*/*")
+
+
+def _find_checkpoints(folder) -> list[str]:
+  """Returns the folders below one that have weights, the latest first."""
+  found = {}
+  for pattern in _BELOW:
+    for path in sorted(folder.glob(pattern), key=_by_number, reverse=True):
+      if list(path.glob("*.safetensors*")) or runs.matches(path):
+        found.setdefault(str(path))
+  main = folder / "refs" / "main"  # of a model in the cache: the snapshot
+  latest = (
+    str(folder / "snapshots" / main.read_text().strip())
+    if main.exists()
+    else ""
+  )
+  return sorted(found, key=lambda path: path != latest)
+
+
+def _by_number(path):
+  """Sorts checkpoint-1000 behind checkpoint-500."""
+  return [
+    int(part) if part.isdigit() else -1
+    for part in re.split(r"(\d+)", path.name)
+  ]
+
+
 def write(weights: Weights, out: str, to: str) -> list[str]:
   """Writes weights in another format.
+
+  What is written is read again: it is not left there if it is another model.
 
   Args:
     weights: from `read`.
@@ -111,21 +161,66 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
     to: one of `FORMATS`.
 
   Returns:
-    What a user should know, one line each.
+    What a user should know, one line each: what the format does not keep.
 
   Raises:
-    UserError: something that the format cannot say.
+    UserError: something that the format cannot represent.
+    RunStopped: it could not be written.
   """
   if to not in FORMATS:
     raise UserError(
       f"--to is {to!r}; the choices are {', '.join(FORMATS)}"
       f"{suggest(to, FORMATS)}"
     )
-  if "mpp_head/kernel" in weights.params and to != "orbax":
+  if "://" not in out:
+    check_free(out)
+  try:
+    _check(weights, to)
+  except UserError as e:
+    able = [name for name in FORMATS if _is_able(weights, name)]
+    raise UserError(
+      f"{e}; convert {weights.source} to {' or '.join(able)} instead"
+    ) from e
+  try:
+    if to == "orbax":
+      runs.write(weights, out)
+      return list(weights.notes)
+    return _write_file(weights, pathlib.Path(out), to)
+  except OSError as e:
+    raise RunStopped(
+      f"could not write {out}: {e.strerror or e}; nothing is left of it"
+    ) from e
+
+
+def _check(weights, to):
+  """Raises a UserError that names what a format cannot represent."""
+  if to == "orbax":
+    return
+  if "mpp_head/kernel" in weights.params:
     raise UserError(
       f"{weights.source} was trained on masked patches: {to} has no place for "
-      "its head; fine-tune it first, or convert it to orbax"
+      "its head; fine-tune it first"
     )
+  if not _is_resnet(weights):
+    _MODULES[to].check(weights)
+  elif to != "npz":
+    raise UserError(f"{to} has no ResNets such as {weights.model['variant']}")
+
+
+def _is_able(weights, to) -> bool:
+  try:
+    _check(weights, to)
+  except UserError:
+    return False
+  return True
+
+
+def _is_resnet(weights):
+  return variants.parse(weights.model["variant"]).encoder is None
+
+
+def _write_file(weights, path, to):
+  """Writes what is no run folder, and reads it again; returns notes."""
   notes = list(weights.notes)
   if to not in ("hf", "timm"):
     standard = fold_normalization(weights)
@@ -135,35 +230,64 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
         "the patch embedding"
       )
       weights = standard
-  if to in ("npz", "big_vision") and weights.class_names:
-    notes.append(f"{to} has no class names: they are lost")
-  if to != "orbax":
-    params = match_layout(weights.params, scan=False)
-    model = {**weights.model, "scan": False}
-    weights = weights._replace(params=params, model=model)
-  is_resnet = variants.parse(weights.model["variant"]).encoder is None
-  path = pathlib.Path(out)
-  if to == "orbax":
-    runs.write(weights, out)
-  elif to == "npz" and is_resnet:
-    bit.write(weights, path)
-  elif is_resnet:
-    raise UserError(
-      f"{to} has no ResNets such as {weights.model['variant']}; convert it to "
-      "npz or orbax"
-    )
-  else:
-    _WRITERS[to](weights, path)
-  return notes
+  params = match_layout(weights.params, scan=False)
+  model = {**weights.model, "scan": False}
+  weights = weights._replace(params=params, model=model)
+  (bit if _is_resnet(weights) else _MODULES[to]).write(weights, path)
+  try:
+    return notes + _compare(weights, read(str(path)), to)
+  except UserError as e:
+    (shutil.rmtree if path.is_dir() else pathlib.Path.unlink)(path)
+    raise UserError(f"{to} cannot represent this model: {e}") from e
 
 
-_WRITERS = {
-  "npz": vision_transformer.write,
-  "big_vision": big_vision.write,
-  "hf": huggingface.write,
-  "timm": timm.write,
+# Fields of `Config` that a format may lose; of others it is another model.
+_LOST = {
+  "preprocess": "preprocessing",
+  "loss": "loss",
+  "class_names": "class names",
+  "resize": "way to resize position embeddings",
 }
-FORMATS = (*_WRITERS, "orbax")
+
+
+def _compare(weights, found, to) -> list[str]:
+  """Returns what is not read as it was, a line each.
+
+  Raises:
+    UserError: another model is read.
+  """
+  old, new = describe(weights)._asdict(), describe(found)._asdict()
+  old["origin"] = new["origin"]
+  if _is_resnet(weights):  # it has no size of its own
+    old |= {"grid": new["grid"], "image_size": new["image_size"]}
+  elif old["image_size"] == new["image_size"]:
+    for about in (old, new):  # with numbers where it says `size`
+      size = about["image_size"]
+      about["preprocess"] = rescale(about["preprocess"], size, size)
+  if _is_resnet(weights) or old["pos_embedding"] != "learned":
+    old["resize"] = new["resize"]
+  different = [name for name in old if old[name] != new[name]]
+  for name in different:
+    if name not in _LOST:
+      raise UserError(f"{name} {old[name]} is read as {new[name]}")
+  pixels = (weights.mean, weights.std)
+  if pixels != (found.mean, found.std):
+    raise UserError(f"mean and deviation of pixels {pixels} are read otherwise")
+  return [
+    f"{to} does not keep the {_LOST[name]}; read again it is "
+    f"{'none' if new[name] is None else repr(new[name])}"
+    for name in different
+  ]
+
+
+# "npz" of a ResNet is `bit`.
+_MODULES = {
+  "npz": vision_transformer,
+  "big_vision": big_vision,
+  "hf": huggingface,
+  "timm": timm,
+}
+FORMATS = (*_MODULES, "orbax")
 
 
 def _sniff(path) -> str:

@@ -179,6 +179,8 @@ def write_safetensors(
       dict(arrays), temporary, metadata={"format": "pt"}
     )
     temporary.replace(path)
+  except safetensors.SafetensorError as e:  # the disk is full, say
+    raise OSError(str(e)) from e
   finally:
     temporary.unlink(missing_ok=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vit_jax.models import variants
 from vit_jax.pretrained import archives
-from vit_jax.pretrained.vision_transformer import check_sayable
+from vit_jax.pretrained.vision_transformer import check_representable
 from vit_jax.pretrained.weights import (
   NO_TOKEN,
   POS_EMBEDDING,
@@ -106,15 +106,20 @@ def _modern_name(name, arrays):
   return name
 
 
+def check(weights: Weights) -> None:
+  """Raises a UserError that names what the format cannot represent."""
+  check_representable(
+    weights, ("learned", "sincos2d"), ("token", "gap", "map"), ORIGIN
+  )
+
+
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes an npz file, blocks looped.
 
   Raises:
-    UserError: something that the format cannot say.
+    UserError: see `check`.
   """
-  check_sayable(
-    weights, ("learned", "sincos2d"), ("token", "gap", "map"), ORIGIN
-  )
+  check(weights)
   params = dict(weights.params)
   has_token = weights.model.get("classifier", "token") == "token"
   if has_token and POS_EMBEDDING in params:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from vit_jax import preprocess
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_free
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule
 
@@ -180,7 +180,7 @@ def parse_preparation(
       side = args[0] if args else kwargs["smaller_size"]
       return Preparation(False, (side, side))
   raise UserError(
-    f"{format_name} cannot say the preprocessing {text!r}; it can say "
+    f"{format_name} cannot represent the preprocessing {text!r}, but "
     "'resize(size)', 'resize(256)|central_crop(size)' and "
     "'resize_small(256)|central_crop(size)'"
   )
@@ -199,8 +199,8 @@ def write_folder(
   Raises:
     UserError: there is something at `out` already.
   """
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f"{out} exists; nothing is overwritten, choose another")
+  if not out.is_dir() or any(out.iterdir()):
+    check_free(out)
   partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
   partial.mkdir(parents=True)
   try:

@@ -7,6 +7,7 @@ ones; both are read, the old ones are written. Activation, epsilon and number
 of heads stand in config.json only.
 """
 
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -40,7 +41,26 @@ _ACTIVATIONS = {
 }
 # Pillow's filters by their numbers.
 _FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+_NEAREST = 0
 _HALF = (0.5, 0.5, 0.5)
+# Fields of preprocessor_config.json that are read below, and those that change
+# no pixels. Others are refused, unless they are off.
+_READ = {
+  *("size", "do_resize", "resample", "do_center_crop", "crop_size"),
+  *("crop_pct", "do_rescale", "rescale_factor", "do_normalize"),
+  *("image_mean", "image_std"),
+}
+_HARMLESS = {
+  *("image_processor_type", "feature_extractor_type", "processor_class"),
+  *("auto_map", "data_format", "input_data_format", "return_tensors"),
+  *("default_to_square", "device", "disable_grouping", "do_convert_rgb"),
+}
+# Processors that crop, and take one number for the shorter side, unless told
+# otherwise; the first of them do the latter.
+_SHORTER = ("CLIP", "ConvNext")
+_CROPPING = ("CLIP", "DeiT")
+_WHOLE_FROM = 384  # pixels, where ConvNext crops no more
+_SINGLE_LABEL = "single_label_classification"
 _MULTI_LABEL = "multi_label_classification"
 
 
@@ -131,7 +151,7 @@ def read(
       f"{num_layers}"
     )
   class_names, name_notes = _read_names(source, config, num_classes)
-  multi_label = config.get("problem_type") == _MULTI_LABEL
+  multi_label = _check_problem(source, config, num_classes)
   weights = Weights(
     ORIGIN,
     source,
@@ -148,6 +168,25 @@ def read(
   rules = _make_rules(prefix, modern)
   params = translate(rules, weights.shapes(), arrays, source)
   return weights._replace(params=params)
+
+
+def _check_problem(source, config, num_classes) -> bool:
+  """Returns whether the classes are independent of each other.
+
+  Raises:
+    UserError: the head's outputs are not classes.
+  """
+  problem = config.get("problem_type")
+  if problem == _MULTI_LABEL:
+    return True
+  # Of one output and no problem_type, transformers makes a regression.
+  if problem not in (None, _SINGLE_LABEL) or num_classes == 1:
+    raise UserError(
+      f"{source}: problem_type is {problem!r} in its config.json and the head "
+      f"has {num_classes} outputs: numbers rather than classes; classification "
+      f"is {_SINGLE_LABEL!r} with 2 or more, or {_MULTI_LABEL!r}"
+    )
+  return False
 
 
 def _drop_unused(arrays):
@@ -236,18 +275,24 @@ def _read_preprocessor(weights, preprocessor):
       "[-1, 1], of images that were resized whole"
     )
     return weights._replace(notes=(*weights.notes, note))
+  for name, value in preprocessor.items():
+    if name not in _READ | _HARMLESS and value and not name.startswith("_"):
+      raise UserError(
+        f"{source}: its preprocessor_config.json has {name}={value!r}, which "
+        "is not known here"
+      )
   number = hub.get_field(source, preprocessor, "resample", 2)
+  if number == _NEAREST or number not in _FILTERS:
+    raise UserError(
+      f"{source}: resample is {number} in its preprocessor_config.json; of "
+      "Pillow's filters there are 1 to 4 here, nearest that is bilinear"
+    )
   note = (
-    f"its authors resize with Pillow's {_FILTERS.get(number, number)} filter, "
+    f"its authors resize with Pillow's {_FILTERS[number]} filter, "
     "which averages when it makes images smaller; ours is bilinear and does "
     "not, so that pixels differ a little"
   )
-  normalised = hub.get_field(source, preprocessor, "do_normalize", True)
-  if not normalised:
-    mean, std = (0.0,) * 3, (1.0,) * 3
-  else:
-    mean = hub.get_colour(source, preprocessor, "image_mean", _HALF)
-    std = hub.get_colour(source, preprocessor, "image_std", _HALF)
+  mean, std = _read_normalization(source, preprocessor)
   return weights._replace(
     preprocess=_read_preparation(weights, preprocessor),
     mean=mean,
@@ -256,21 +301,99 @@ def _read_preprocessor(weights, preprocessor):
   )
 
 
+def _read_normalization(source, preprocessor):
+  """Returns mean and standard deviation of pixels in [0, 1].
+
+  From 0 to 255 they are multiplied by a factor before they are normalised.
+  """
+  mean, std = (0.0,) * 3, (1.0,) * 3
+  if hub.get_field(source, preprocessor, "do_normalize", True):
+    mean = hub.get_colour(source, preprocessor, "image_mean", _HALF)
+    std = hub.get_colour(source, preprocessor, "image_std", _HALF)
+  factor = 1.0
+  if hub.get_field(source, preprocessor, "do_rescale", True):
+    factor = hub.get_field(source, preprocessor, "rescale_factor", 1 / 255)
+  if not factor:
+    raise UserError(f"{source}: rescale_factor is 0; all images would be black")
+  scale = 255 * factor
+  if math.isclose(scale, 1, rel_tol=1e-6):
+    return mean, std
+  return tuple(x / scale for x in mean), tuple(x / scale for x in std)
+
+
 def _read_preparation(weights, preprocessor):
-  """Returns the preprocessing string."""
-  size = preprocessor.get("size")
-  crops = hub.get_field(weights.source, preprocessor, "do_center_crop", False)
-  shorter = isinstance(size, dict) and "shortest_edge" in size
-  if isinstance(size, dict):
-    edge = size.get("shortest_edge")
-    size = edge if shorter else [size.get("height"), size.get("width")]
-  resized = hub.get_pair(
-    weights.source, {"size": size}, "size", weights.image_size[0]
+  """Returns the preprocessing string.
+
+  Raises:
+    UserError: images that are not resized, or do not get the model's size.
+  """
+  source, image_size = weights.source, weights.image_size
+  if not hub.get_field(source, preprocessor, "do_resize", True):
+    raise UserError(
+      f"{source}: do_resize is false in its preprocessor_config.json; images "
+      "of all sizes have to get the model's"
+    )
+  kind = str(
+    preprocessor.get("image_processor_type")
+    or preprocessor.get("feature_extractor_type")
   )
-  if not shorter and not crops:
-    # What the images are resized to is what the model takes.
-    return hub.Preparation().to_text(weights.image_size)
-  return hub.Preparation(not shorter, resized).to_text(weights.image_size)
+  size, shorter = preprocessor.get("size"), False
+  if isinstance(size, dict) and "shortest_edge" in size:
+    size, shorter = size["shortest_edge"], True
+  elif isinstance(size, int):
+    shorter = kind.startswith(_SHORTER)
+  resized = _get_size(source, "size", size, image_size)
+  crops = hub.get_field(
+    source, preprocessor, "do_center_crop", kind.startswith(_CROPPING)
+  )
+  name, found = "size", resized
+  if crops:
+    crop_size = preprocessor.get("crop_size")
+    name, found = "crop_size", _get_size(source, name, crop_size, image_size)
+  if preprocessor.get("crop_pct") is not None:
+    resized, shorter, crops = _apply_crop_pct(
+      source, preprocessor, resized, shorter
+    )
+  if found != image_size:
+    raise UserError(
+      f"{source}: {name} is {found} in its preprocessor_config.json, and "
+      f"image_size {image_size} in its config.json; they must agree"
+    )
+  if shorter and not crops:
+    raise UserError(
+      f"{source}: size is {preprocessor['size']} and do_center_crop false in "
+      "its preprocessor_config.json; images would get different sizes"
+    )
+  if not crops:
+    return hub.Preparation().to_text(image_size)
+  return hub.Preparation(not shorter, resized).to_text(image_size)
+
+
+def _apply_crop_pct(source, preprocessor, size, shorter):
+  """Returns (resized, shorter, crops) by the rule of ConvNext's processor.
+
+  The shorter side gets size / crop_pct, then the middle is cropped; from 384 on
+  images are resized whole.
+  """
+  crop = hub.get_field(source, preprocessor, "crop_pct", 1.0)
+  if not 0 < crop <= 1 or not shorter:
+    raise UserError(
+      f"{source}: crop_pct is {crop} in its preprocessor_config.json; it must "
+      "be in (0, 1], and size have a shortest_edge"
+    )
+  if size[0] >= _WHOLE_FROM:
+    return size, False, False
+  side = int(size[0] / crop)
+  return (side, side), True, True
+
+
+def _get_size(source, name, value, default):
+  """Returns a field as (h, w): a number, a pair, or height and width."""
+  if isinstance(value, dict):
+    value = [value.get("height"), value.get("width")]
+  if value is None:
+    return default
+  return hub.get_pair(source, {name: value}, name, 0)
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
@@ -279,10 +402,9 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   It is a ViTForImageClassification, or without classes a ViTModel.
 
   Raises:
-    UserError: something that the format cannot say, or a folder that is there.
+    UserError: see `check`; or there is something at `out`.
   """
-  weights.create_model()  # checks the configuration
-  _check_sayable(weights)
+  check(weights)
   documents = {
     "config.json": _make_config(weights),
     "preprocessor_config.json": _make_preprocessor(weights),
@@ -291,7 +413,9 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   hub.write_folder(out, documents, translate_back(rules, weights))
 
 
-def _check_sayable(weights):
+def check(weights: Weights) -> None:
+  """Raises a UserError that names what the format cannot represent."""
+  weights.create_model()  # checks the configuration
   options = {"classifier": "token", "pos_embedding": "learned"}
   options["pos_embedding_at"] = "input"
   problems = [
@@ -306,9 +430,9 @@ def _check_sayable(weights):
     problems.append("a pre_logits layer together with a head")
   if problems:
     raise UserError(
-      f"Hugging Face's ViT cannot say {', '.join(problems)}; convert "
-      f"{weights.source} to orbax instead"
+      f"Hugging Face's ViT cannot represent {', '.join(problems)}"
     )
+  _make_preprocessor(weights)
 
 
 def _make_config(weights):

@@ -98,9 +98,18 @@ class Pretrained:
     return self.to_probabilities(self(images))
 
   def to_probabilities(self, logits) -> jax.Array:
-    """f32[b k] -> f32[b k], softmax or sigmoid as trained."""
+    """f32[b k] -> f32[b k], softmax or sigmoid as trained.
+
+    Raises:
+      UserError: a softmax over one class, which is 1 for every image.
+    """
     if self.config.loss == "sigmoid":
       return jax.nn.sigmoid(logits)
+    if self.config.num_classes == 1:
+      raise UserError(
+        "the head has 1 output and a softmax, which is 100 % for every image; "
+        "take the logits: vit_jax.load(...)(images)"
+      )
     return jax.nn.softmax(logits)
 
   def _run(self, images):

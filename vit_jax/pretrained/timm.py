@@ -340,10 +340,9 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
 
   Raises:
-    UserError: something that the format cannot say, or a folder that is there.
+    UserError: see `check`; or there is something at `out`.
   """
-  weights.create_model()  # checks the configuration
-  _check_sayable(weights)
+  check(weights)
   rules, with_token = RULES, True
   if weights.model.get("classifier", "token") == "token":
     rule, with_token = _choose_rule(weights)
@@ -364,7 +363,9 @@ def _choose_rule(weights):
   return _WITH_TOKEN, True
 
 
-def _check_sayable(weights):
+def check(weights: Weights) -> None:
+  """Raises a UserError that names what the format cannot represent."""
+  weights.create_model()  # checks the configuration
   options = {
     "pos_embedding": ("learned", "none"),
     "pos_embedding_at": ("input",),
@@ -381,10 +382,8 @@ def _check_sayable(weights):
   if "pre_logits/kernel" in weights.params:
     problems.append("a pre_logits layer")
   if problems:
-    raise UserError(
-      f"timm's ViT cannot say {', '.join(problems)}; convert "
-      f"{weights.source} to orbax instead"
-    )
+    raise UserError(f"timm's ViT cannot represent {', '.join(problems)}")
+  _make_pretrained(weights)
 
 
 def _make_config(weights, with_token):
@@ -441,8 +440,8 @@ def _make_pretrained(weights):
   aimed = tuple(math.floor(s / crop) for s in weights.image_size)
   if crop > 1 or (preparation.squash and aimed != resized):
     raise UserError(
-      f"timm's ViT cannot say the preprocessing {weights.preprocess!r}: there "
-      "height and width are enlarged by one factor, then cropped"
+      f"timm's ViT cannot represent the preprocessing {weights.preprocess!r}: "
+      "there height and width are enlarged by one factor, then cropped"
     )
   return {
     "num_classes": weights.num_classes,

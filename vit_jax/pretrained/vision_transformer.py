@@ -85,13 +85,18 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   return weights._replace(params=params)
 
 
+def check(weights: Weights) -> None:
+  """Raises a UserError that names what the format cannot represent."""
+  check_representable(weights, ("learned",), ("token", "gap"), "npz")
+
+
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes an npz file.
 
   Raises:
-    UserError: something that the format cannot say.
+    UserError: see `check`.
   """
-  check_sayable(weights, ("learned",), ("token", "gap"), "npz")
+  check(weights)
   archives.write_npz(out, translate_back(PUBLISHED_RULES, weights))
 
 
@@ -125,8 +130,8 @@ def describe_units(arrays) -> tuple[int, ...] | None:
   return tuple(stages[stage] for stage in sorted(stages))
 
 
-def check_sayable(weights, pos_embeddings, classifiers, format_name):
-  """Raises a UserError that names what a file format cannot say.
+def check_representable(weights, pos_embeddings, classifiers, format_name):
+  """Raises a UserError that names what a file format cannot represent.
 
   The formats without a configuration of their own are read with the paper's
   activation and epsilon, on square images.
@@ -152,7 +157,4 @@ def check_sayable(weights, pos_embeddings, classifiers, format_name):
   if weights.image_size[0] != weights.image_size[1]:
     problems.append("images {}x{}".format(*weights.image_size))
   if problems:
-    raise UserError(
-      f"{format_name} cannot say {', '.join(problems)}; convert "
-      f"{weights.source} to orbax instead"
-    )
+    raise UserError(f"{format_name} cannot represent {', '.join(problems)}")

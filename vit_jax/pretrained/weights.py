@@ -18,6 +18,7 @@ import numpy as np
 from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.models import variants
+from vit_jax.preprocess import as_pair
 from vit_jax.state import LazyArray, flatten
 from vit_jax.warmstart import POS_EMBEDDING as POS_EMBEDDING
 
@@ -61,7 +62,8 @@ class Weights(NamedTuple):
   def create_model(self, **changes) -> models.Model:
     """Returns the model; `changes` override what the file says.
 
-    In float32 unless it was trained here with another dtype.
+    In float32 unless it was trained here with another dtype. The file's own
+    image size may be no multiple of the patch, see `cut_off`.
     """
     options = {
       "dtype": "float32",
@@ -70,7 +72,26 @@ class Weights(NamedTuple):
       **self.model,
       **changes,
     }
-    return models.create(**options)
+    if not any(self.cut_off()) or (
+      as_pair(options["image_size"]) != self.image_size
+    ):
+      return models.create(**options)
+    height, width = self.image_size
+    bottom, right = self.cut_off()
+    options["image_size"] = (height - bottom, width - right)
+    return models.create(**options)._replace(image_size=self.image_size)
+
+  def cut_off(self) -> tuple[int, int]:
+    """Returns the pixels (at the bottom, to the right) that are in no patch.
+
+    Other libraries take images of such sizes; their convolution, as ours,
+    leaves these pixels out.
+    """
+    sizes = variants.parse(self.model["variant"])
+    if sizes.encoder is None:  # a ResNet pads them
+      return 0, 0
+    height, width = self.image_size
+    return height % sizes.stride, width % sizes.stride
 
   def shapes(self) -> dict[str, Any]:
     """Returns {path: shape and dtype} of the model's parameters."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vit_jax import checkpoint
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.report import charts
 from vit_jax.report.details import look
 from vit_jax.report.page import make_page
@@ -60,10 +60,7 @@ def report(
 
 def _check_out(file, out):
   """Raises a UserError now, not after minutes, if `out` cannot be written."""
-  if file.exists():
-    raise UserError(
-      f"{out} exists; nothing is overwritten, give another one with --out="
-    )
+  check_free(file)
   if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
     raise UserError(
       f"--out={out}: {file.parent} is no folder that can be written to; make "

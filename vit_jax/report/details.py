@@ -10,6 +10,7 @@ from PIL import Image
 
 from vit_jax import attention_maps, checkpoint, data, pretrained, sharding
 from vit_jax.errors import UserError
+from vit_jax.evaluate import match_classes
 from vit_jax.evaluators import by_class
 from vit_jax.report.runs import Run
 from vit_jax.steps import normalize
@@ -40,12 +41,14 @@ class Mistake(NamedTuple):
 
   Attributes:
     found: what it is.
+    name: of the image: a file's, or its place in the data set.
     picture: as the model got it.
     attention: the same, dark where the model did not look; None for a model
       without attention.
   """
 
   found: by_class.Mistake
+  name: str
   picture: Picture
   attention: Picture | None
 
@@ -122,10 +125,7 @@ def _look(run, data_dir, mistakes):
     hint = "" if data_dir else "; or say where it is with --data_dir"
     raise UserError(f"{e}{hint}") from e
   weights = pretrained.read(str(run.path))
-  if weights.class_names != test.class_names:
-    raise UserError(
-      f"{dataset} has other classes now than when the run was trained"
-    )
+  test = match_classes(weights, test, dataset)
   model = pretrained.assemble(weights)
   mesh = sharding.make_mesh()
   tally = by_class.make_tally(
@@ -146,12 +146,12 @@ def _look(run, data_dir, mistakes):
     class_names=test.class_names,
     multilabel=test.multilabel,
     tally=tally,
-    mistakes=_show(model, tally.mistakes),
+    mistakes=_show(model, test, tally.mistakes),
     attends=bool(model.model.num_layers),
   )
 
 
-def _show(model, mistakes):
+def _show(model, test, mistakes):
   """Returns the mistakes with pictures, and attention if there is some."""
   make_map = None
   if model.model.num_layers:
@@ -164,7 +164,8 @@ def _show(model, mistakes):
       seen = make_map(normalize(mistake.pixels[None])).maps
       overlaid = attention_maps.overlay(mistake.pixels, np.asarray(seen[0]))
       attention = encode(overlaid)
-    shown.append(Mistake(mistake, encode(mistake.pixels), attention))
+    name = test.describe(mistake.index)
+    shown.append(Mistake(mistake, name, encode(mistake.pixels), attention))
   return shown
 
 

@@ -230,7 +230,7 @@ def _draw_mistake(found, mistake):
     tag("strong", found.class_names[about.given]),
     f" with {_show_probability(about.probability)}",
     _tell_labels(names, _show_probability(about.label_probability)),
-    tag("small", f"Test image {about.index:,}"),
+    tag("small", mistake.name),
   )
   kind = "pictures small" if small else "pictures"
   return tag("figure", tag("div", *pictures, class_=kind), caption)

@@ -1,0 +1,75 @@
+"""Mistakes in a configuration that show without data, and so in seconds.
+
+Nothing here imports TensorFlow. A run checks the same again, and the rest.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from vit_jax import config as configuration
+from vit_jax import losses, models, optim, preprocess
+from vit_jax.errors import UserError, suggest
+from vit_jax.models import variants
+
+# What the evaluators yield, but for counts.
+METRICS = (
+  *("accuracy", "prec@1", "lrap", "loss"),
+  *("r2", "trivial_loss", "trivial_accuracy"),
+)
+
+
+def check(config) -> None:
+  """Raises a UserError for a run that cannot be, whatever its data are."""
+  configuration.check_ranges(config)
+  if config.objective == "masked_patches":
+    models.create_masked(
+      target=config.masked_target, image_size=config.image_size, **config.model
+    )
+  else:
+    models.create(num_classes=1, image_size=config.image_size, **config.model)
+    losses.get_loss(**config.loss)
+  preprocess.parse(config.train.preprocess, config.image_size)
+  if config.eval.split:
+    preprocess.parse(config.eval.preprocess, config.image_size, evaluation=True)
+  if config.total_steps > 0:
+    optim.make_schedule(**config.schedule, total_steps=config.total_steps)
+  if config.init_from:
+    _check_architecture(config.init_from, config.model.variant)
+
+
+def _check_architecture(source, variant):
+  """Raises a UserError unless local weights are of a variant."""
+  if not os.path.exists(source):
+    return
+  found = _read_variant(Path(source))
+  if not found:
+    from vit_jax import pretrained  # a second more
+
+    found = pretrained.read(source).model["variant"]
+  if variants.parse(found) != variants.parse(variant):
+    raise UserError(
+      f"{source} holds another architecture: {found} there and {variant} here; "
+      "set config.model as in that run"
+    )
+
+
+def _read_variant(path) -> str | None:
+  """Returns the variant of a run or one of its checkpoints, None of others."""
+  for folder in (path, path.absolute().parents[1]):
+    file = folder / "config.json"
+    if file.is_file():
+      try:
+        return json.loads(file.read_text())["config"]["model"]["variant"]
+      except (ValueError, KeyError, TypeError):
+        return None
+  return None
+
+
+def check_select(name: str | None) -> None:
+  """Raises a UserError for a metric that no evaluator yields."""
+  if name is not None and name not in METRICS:
+    raise UserError(
+      f"--select={name}: evaluations have {', '.join(METRICS)}"
+      f"{suggest(name, METRICS)}"
+    )
