@@ -14,7 +14,7 @@ from vit_jax.models import variants
 
 # What the evaluators yield, but for counts.
 METRICS = (
-  *("accuracy", "prec@1", "lrap", "loss"),
+  *("accuracy", "accuracy@5", "prec@1", "lrap", "loss"),
   *("r2", "trivial_loss", "trivial_accuracy"),
 )
 
