@@ -5,6 +5,7 @@ beside the user's other files as well as it does in this project.
 """
 
 import ast
+import contextlib
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from vit_jax import preprocess
 from vit_jax.errors import UserError, suggest
 
 # What a run may change when it goes on: where it writes and how often, how the
@@ -151,8 +153,17 @@ def differences(old: dict, new: dict) -> list[str]:
   return [
     f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key) and key not in RESUMABLE
+    if _meaning(old, key) != _meaning(new, key) and key not in RESUMABLE
   ]
+
+
+def _meaning(flat, key):
+  """Returns a value; preprocessing that is written otherwise is the same."""
+  value = flat.get(key)
+  if key.endswith(".preprocess") and value:
+    with contextlib.suppress(UserError):
+      return preprocess.parse(value, flat["image_size"])
+  return value
 
 
 # Key -> its least value, and the first that is too large.
