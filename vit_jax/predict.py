@@ -94,8 +94,8 @@ def read_names(
   if file is None:
     return about.class_names
   try:
-    with open(file, encoding="utf-8") as f:
-      names = f.read().splitlines()
+    with open(file, encoding="utf-8-sig") as f:  # Windows adds a mark
+      names = [line.strip() for line in f.read().splitlines()]
   except (OSError, ValueError) as e:
     raise UserError(f"--class_names {file}: cannot be read: {e}") from e
   if len(names) != about.num_classes:
