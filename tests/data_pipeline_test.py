@@ -1,11 +1,13 @@
 """Batch k is a function of (seed, k): on any hosts, after any restart."""
 
+import gc
 import io
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
 from vit_jax import data
 from vit_jax.data import pipeline
@@ -315,6 +317,26 @@ def test_image_that_grows_too_large_is_named(text):
   with pytest.raises(UserError, match=words) as e:
     list(_evaluate(source, 8, range(8), preprocess=text, image_size=224))
   assert "\n" not in str(e.value)
+
+
+def _count_iterators():
+  return sum(isinstance(x, OwnedIterator) for x in gc.get_objects())
+
+
+def test_no_iterator_outlives_its_batches():
+  """One that lives when Python ends may wait for ever, for its reader."""
+  source = Numbers(20)
+  before = _count_iterators()
+  held = _evaluate(source, 8, range(8))
+  next(held)
+  assert _count_iterators() == before + 1
+  pipeline._close_all()
+  assert _count_iterators() == before
+  source.images[13] = b"no image"
+  with pytest.raises(UserError) as error:
+    list(_evaluate(source, 8, range(8)))
+  assert error.value.__context__.__traceback__  # whose frames had it
+  assert _count_iterators() == before
 
 
 def test_file_that_vanishes_is_named(tmp_path):

@@ -9,8 +9,12 @@ shuffle is over the whole data set without a buffer.
 # TensorFlow's annotations do not know tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
+import atexit
+import contextlib
 import functools
 import os
+import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -332,20 +336,43 @@ def _parse(source, record, max_labels):
   return encoded, labels
 
 
+# When Python ends, threads of tf.data wait for ever to read in Python, and an
+# iterator that is destroyed then waits for them: none may live that long.
+_open = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+  for batches in list(_open):
+    with contextlib.suppress(ValueError):  # a thread is in it
+      batches.close()
+
+
 def _iterate(dataset, steps, mask, explain):
   """Yields NumPy batches; names the example that is at fault, if one is."""
+  batches = _generate(dataset, steps, mask, explain)
+  _open.add(batches)
+  return batches
+
+
+def _generate(dataset, steps, mask, explain):
   batches = dataset.as_numpy_iterator()
-  for step in steps:
-    if not mask(step).any():
-      return  # only the last step of an evaluation can be all padding
-    try:
-      batch = next(batches)
-    except tf.errors.OpError:
-      explain(step)
-      raise
-    if (batch["labels"] == BAD_LABEL).any():
-      explain(step)
-    yield batch
+  try:
+    for step in steps:
+      if not mask(step).any():
+        return  # only the last step of an evaluation can be all padding
+      try:
+        batch = next(batches)
+      except BaseException as e:
+        traceback.clear_frames(e.__traceback__)  # which keep the iterator
+        if isinstance(e, tf.errors.OpError):
+          explain(step)
+        raise
+      if (batch["labels"] == BAD_LABEL).any():
+        explain(step)
+      yield batch
+  finally:
+    del batches
 
 
 def _pad(batches, reader, dataset, steps):
