@@ -450,8 +450,8 @@ def read_turn(image: Image.Image) -> np.ndarray:
   """Returns bool[3] for the EXIF orientation of an image, see `_TURNS`."""
   exif = Image.Exif()
   try:
-    exif.load(image.info.get("exif"))
-    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation))
+    exif.load(image.info.get("exif", b""))
+    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
   except Exception:  # damaged EXIF is ignored, as elsewhere
     turn = None
   return np.array(turn or (False, False, False))
