@@ -76,8 +76,8 @@ def get_config() -> Any:
   config.eval = ml_collections.ConfigDict()
   config.eval.dataset = placeholder(str)  # unset: the training data set
   config.eval.split = "validation"  # held-out images, or the test set
-  # Nothing random; kept with the weights, for `predict`.
-  config.eval.preprocess = "resize_small(256)|central_crop(size)"
+  # Nothing random; kept with the weights, for `predict`. 256 pixels for 224.
+  config.eval.preprocess = "resize_small(size * 8 / 7)|central_crop(size)"
   config.eval.batch_size = 0  # 0: the training batch size
 
   # --- duration: exactly one of the three is set ---

@@ -9,7 +9,8 @@ import ml_collections
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import losses, models, optim, preprocess
+from vit_jax import data, losses, models, optim, preprocess
+from vit_jax import train as training
 from vit_jax.errors import UserError
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
@@ -210,6 +211,37 @@ def test_differences_are_named_with_both_values():
     "batch_size: 4096 -> 64",
     "optimizer.lr_multipliers: [] -> ['head/.*=2']",
   ]
+
+
+def test_the_same_preprocessing_written_otherwise_is_no_difference():
+  old = configuration.to_dict(_load())
+  new = configuration.to_dict(_load())
+  old["eval"]["preprocess"] = "resize_small(256)|central_crop(size)"
+  assert old != new
+  assert configuration.differences(old, new) == []
+  old["image_size"] = new["image_size"] = 384  # 256 is not 439
+  [difference] = configuration.differences(old, new)
+  assert difference.startswith("eval.preprocess: 'resize_small(256)|")
+
+
+def test_a_new_run_enlarges_no_images_again(tmp_path):
+  config = _load(eval__preprocess="resize_small(256)|central_crop(size)")
+  assert training.check_workdir(config, tmp_path) is None
+  larger = {"image_size": "384", "eval.preprocess": config.eval.preprocess}
+  with pytest.raises(UserError, match=r"256.*439"):
+    training.check_workdir(configuration.load(_COMMON, larger), tmp_path)
+
+
+def test_test_images_that_are_training_images_are_said(tmp_path, caplog):
+  data.prepare("digits", str(tmp_path))
+  options = {"data_dir": str(tmp_path), "train.dataset": "digits"}
+  options |= {"train.split": "train[:60%]", "eval.split": "train[50%:]"}
+  training.open_sources(configuration.load(_COMMON, options))
+  assert "100 of the 500 test images of digits are training" in caplog.text
+  caplog.clear()
+  options["train.split"] = "train[:50%]"
+  training.open_sources(configuration.load(_COMMON, options))
+  assert "training images" not in caplog.text
 
 
 def test_a_key_that_one_side_lacks_is_a_difference():

@@ -24,9 +24,9 @@ def _png(image):
   return file.getvalue()
 
 
-def _jpeg(image):
+def _jpeg(image, **kwargs):
   file = io.BytesIO()
-  Image.fromarray(image).save(file, "JPEG", quality=95)
+  Image.fromarray(image).save(file, "JPEG", quality=95, **kwargs)
   return file.getvalue()
 
 
@@ -109,6 +109,38 @@ def test_fused_crop_equals_decoding_first():
     apart = ops.inception_crop(whole, 32, seed=_seed(i))
     # The decoder interpolates chroma past the edge of a whole image only.
     assert np.mean(np.abs(fused.numpy().astype(int) - apart.numpy())) < 0.5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_fused_crop_of_a_turned_file(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  encoded = _jpeg(_image((120, 200)), exif=exif)
+  # The decoder interpolates chroma past the edge of a whole image only, so a
+  # window is compared with one of the file itself, turned by Pillow.
+  upright = ops.decode(tf.constant(encoded), precise=False).numpy()
+  pillows = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+  assert _distance(upright, pillows) <= 5  # of the fast DCT
+  crop = tf.function(
+    lambda seed: ops.decode_and_inception_crop(encoded, 32, seed=seed)
+  )
+  for i in range(5):
+    fused = crop(_seed(i)).numpy().astype(int)
+    apart = ops.inception_crop(upright, 32, seed=_seed(i))
+    assert np.mean(np.abs(fused - apart.numpy())) < 0.5
+
+
+@pytest.mark.parametrize("encode", [_png, _jpeg])
+def test_plain_files_pay_for_no_pillow(encode, monkeypatch):
+  def fail(*_):
+    raise AssertionError("called")
+
+  monkeypatch.setattr(ops.preprocess, "open_image", fail)
+  encoded = tf.constant(encode(_image()))
+  assert ops.decode(encoded, precise=True).shape == (24, 40, 3)
+  assert ops.decode_and_inception_crop(encoded, 8, seed=_seed(0)).shape == (
+    *(8, 8, 3),
+  )
 
 
 def test_random_crop_is_everywhere_and_whole():

@@ -1,11 +1,13 @@
 """Batch k is a function of (seed, k): on any hosts, after any restart."""
 
+import gc
 import io
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
 from vit_jax import data
 from vit_jax.data import pipeline
@@ -257,12 +259,6 @@ def test_mixture_of_single_and_multilabel_sets():
   assert {tuple(x) for x in labels.tolist()} > {(3, 4), (0, -1)}
 
 
-def test_mixture_needs_one_number_of_classes():
-  mixture = [(Numbers(4), 1), (Numbers(4, num_classes=3, name="three"), 1)]
-  with pytest.raises(UserError, match="10 classes and 'three' 3"):
-    _train(mixture, range(8))
-
-
 @pytest.mark.parametrize(
   ("labels", "words"),
   [
@@ -294,6 +290,64 @@ def test_undecodable_image_names_the_example():
     _train(source, range(8), preprocess=CROPPED)
   with pytest.raises(UserError, match="example 13 of numbers all: not a read"):
     list(_evaluate(source, 8, range(8)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (300, 1), (2, 3000)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_of_one_pixel_in_a_dimension(shape, kind):
+  source = Numbers(8)
+  file = io.BytesIO()
+  Image.new("RGB", shape[::-1], "red").save(file, kind)
+  source.images[3] = file.getvalue()
+  for text in (CROPPED, "resize_small(9)|random_crop(size)"):
+    [batch] = _train(source, range(8), preprocess=text, num_steps=1)
+    assert batch["image"].shape == (8, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+  "text", ["resize_small(256)|central_crop(size)", "central_crop(size)"]
+)
+def test_image_that_grows_too_large_is_named(text):
+  # To 256 x 230,400,000 pixels, or 224 x 201,600,000: it would fill the memory.
+  source = Numbers(8)
+  file = io.BytesIO()
+  Image.new("L", (900_000, 1)).save(file, "PNG")
+  source.images[5] = file.getvalue()
+  words = r"example 5 of numbers all: 900000x1 pixels .* too many pixels"
+  with pytest.raises(UserError, match=words) as e:
+    list(_evaluate(source, 8, range(8), preprocess=text, image_size=224))
+  assert "\n" not in str(e.value)
+
+
+def _count_iterators():
+  return sum(isinstance(x, OwnedIterator) for x in gc.get_objects())
+
+
+def test_no_iterator_outlives_its_batches():
+  """One that lives when Python ends may wait for ever, for its reader."""
+  source = Numbers(20)
+  before = _count_iterators()
+  held = _evaluate(source, 8, range(8))
+  next(held)
+  assert _count_iterators() == before + 1
+  pipeline._close_all()
+  assert _count_iterators() == before
+  source.images[13] = b"no image"
+  with pytest.raises(UserError) as error:
+    list(_evaluate(source, 8, range(8)))
+  assert error.value.__context__.__traceback__  # whose frames had it
+  assert _count_iterators() == before
+
+
+def test_file_that_vanishes_is_named(tmp_path):
+  for i in range(8):
+    (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+    file = tmp_path / "ab"[i % 2] / f"{i}.png"
+    Image.new("RGB", (9, 9)).save(file)
+  source = data.get_source(f"folder:{tmp_path}", "train+test")
+  (tmp_path / "a" / "4.png").unlink()
+  with pytest.raises(UserError, match=r"a/4\.png: cannot be read: No such"):
+    _train(source, range(8), preprocess=CROPPED)
 
 
 def test_wrong_string_is_found_before_the_first_batch():

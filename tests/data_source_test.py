@@ -1,6 +1,9 @@
 """Sources: TFDS data sets in ArrayRecord and folders of images."""
 
 import io
+import os
+import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
 from vit_jax import data
-from vit_jax.data import builders
+from vit_jax.data import builders, ops
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
 
@@ -211,6 +214,63 @@ def test_tfrecord_is_to_be_converted(data_dir):
     data.get_source("digits", "train", f"{data_dir}/old")
 
 
+@pytest.mark.parametrize(
+  ("split", "words"),
+  [
+    ("test[-0.01%:]", r"0\.01% of 797 examples rounds to 0"),
+    ("train[:50]+test[:99.95%]", r"99\.95% of 797 examples rounds to 797"),
+    ("test[0.05%:50%]", r"0\.05% of 797 examples rounds to 0"),
+  ],
+)
+def test_percentage_that_rounds_to_nothing(data_dir, split, words):
+  with pytest.raises(UserError, match=words):
+    data.get_source("digits", split, data_dir)
+  for sound in ("test[0%:100%]", "test[:99.9%]", "test[-1%:]"):
+    data.get_source("digits", sound, data_dir)
+
+
+def test_examples_that_two_splits_share(data_dir, tmp_path):
+  def share(dataset, split, other):
+    sources = [data.get_source(dataset, s, data_dir) for s in (split, other)]
+    return data.count_shared(*sources)
+
+  assert share("digits", "train[:60%]", "train[50%:]") == 100
+  assert share("digits", "train[:60%]", "train[60%:]") == 0
+  assert share("digits", "train", "test") == 0
+  assert share("digits", "train[:10]+test[:20]", "test[15:]+train[:1]") == 6
+  folder = _make_folder(tmp_path, {"a": 50, "b": 50})
+  assert share(folder, "train[:60]", "train[50:]+test") == 10
+
+
+def test_data_dir_with_brackets_is_explained(tmp_path):
+  folder = str(tmp_path / "a [1]")
+  for call in (
+    lambda: data.get_source("digits", "train", folder),
+    lambda: data.prepare("digits", folder),
+  ):
+    with pytest.raises(UserError, match=r"a \[1\]': TFDS finds nothing"):
+      call()
+
+
+def test_commands_in_messages_are_quoted(tmp_path):
+  folder = f"{tmp_path}/my data"
+  with pytest.raises(UserError) as e:
+    data.get_source("digits", "train", folder)
+  assert f"prepare digits --data_dir='{folder}'`" in str(e.value)
+
+
+def test_limit_of_open_files_is_raised(data_dir, monkeypatch):
+  now, asked = [200, 400], []
+  monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
+  monkeypatch.setattr(resource, "setrlimit", lambda _, new: asked.append(new))
+  for _ in range(2):
+    data.get_source("digits", "train", data_dir)
+  assert asked == [(201, 400)] * 2
+  now[1] = 100
+  with pytest.raises(UserError, match=r"'digits' has 1 files.* may open 100"):
+    data.get_source("digits", "train", data_dir)
+
+
 def test_missing_file_is_named(tmp_path):
   builder = digits.Digits(data_dir=tmp_path, file_format="array_record")
   builder.download_and_prepare()
@@ -249,6 +309,29 @@ def test_builders_are_found_by_module_name():
 )
 def test_parse_mixture(text, expected):
   assert data.parse_mixture(text) == expected
+
+
+@pytest.mark.parametrize("prefix", ["folder:", "objectnet:"])
+def test_path_that_ends_like_a_weight(prefix, tmp_path):
+  (tmp_path / "lr=3").mkdir()
+  text = f"{prefix}{tmp_path}/lr=3"
+  assert data.parse_mixture(text) == [(text, 1.0)]
+  assert data.parse_mixture(text + "=2") == [(text, 2.0)]
+
+
+def test_mixture_needs_the_same_classes_in_order(tmp_path):
+  pets = _make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
+  others = _make_folder(tmp_path / "others", {"aeroplane": 3, "zebra": 3})
+  three = _make_folder(tmp_path / "three", {"cat": 2, "dog": 2, "eel": 2})
+  pets, others, three = (
+    data.get_source(name, "train") for name in (pets, others, three)
+  )
+  data.check_mixture([pets, pets])
+  with pytest.raises(UserError, match=r"'cat' and 'aeroplane'.*'dog'.*'zebra'"):
+    data.check_mixture([pets, pets, others])
+  with pytest.raises(UserError, match=r"pets' has 2 classes .*three' 3") as e:
+    data.check_mixture([pets, three])
+  assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -317,14 +400,77 @@ def test_sub_splits_of_a_folder(tmp_path):
     data.get_source(folder, "val")
 
 
-@pytest.mark.parametrize("held_out", ["test", "val", "validation"])
-def test_split_folders(tmp_path, held_out):
-  _make_folder(tmp_path / "train", {"a": 4, "b": 5})
+@pytest.mark.parametrize(
+  ("train", "held_out", "split"),
+  [
+    ("train", "test", "test"),
+    ("train", "val", "val"),
+    ("train", "Validation", "validation"),
+    ("train", "valid", "valid"),
+    ("TRAIN", "eval", "eval"),
+    ("Training", "Testing", "test"),
+  ],
+)
+def test_split_folders(tmp_path, train, held_out, split):
+  _make_folder(tmp_path / train, {"a": 4, "b": 5})
   _make_folder(tmp_path / held_out, {"a": 2, "b": 1})
   folder = f"folder:{tmp_path}"
-  assert data.list_splits(folder) == {"train": 9, held_out: 3}
-  source = data.get_source(folder, held_out)
+  assert data.list_splits(folder) == {"train": 9, split: 3}
+  source = data.get_source(folder, split)
   assert sorted(np.ravel(_labels(source)).tolist()) == [0, 0, 1]
+
+
+def test_all_split_folders_are_read_and_others_named(tmp_path, caplog):
+  for name, count in (("train", 4), ("test", 3), ("valid", 2), ("extra", 1)):
+    _make_folder(tmp_path / name, {"a": count, "b": count})
+  folder = f"folder:{tmp_path}"
+  assert data.list_splits(folder) == {"train": 8, "test": 6, "valid": 4}
+  data.get_source(folder, "train")
+  assert f"left out: 1 folder, such as {tmp_path}/extra" in caplog.text
+  (tmp_path / "extra").rename(tmp_path / "Training")
+  with pytest.raises(UserError, match=r"Training/ and train/ mean the same"):
+    data.get_source(folder, "train")
+
+
+def test_folders_that_are_no_classes(tmp_path):
+  for fold in ("fold1", "fold2", "fold3"):
+    _make_folder(tmp_path / fold, {"a": 2, "b": 2})
+  with pytest.raises(UserError, match=r"fold1, .* same sub-folders, a, b"):
+    data.get_source(f"folder:{tmp_path}", "train")
+  # As Tiny ImageNet has it: what is called the same has one thing in it.
+  for fold in ("fold1", "fold2", "fold3"):
+    shutil.rmtree(tmp_path / fold / "b")
+  assert data.get_source(f"folder:{tmp_path}", "train").num_classes == 3
+
+
+def test_links_in_a_folder(tmp_path):
+  elsewhere = tmp_path / "elsewhere"
+  _make_folder(elsewhere, {"a": 3, "more": 4})
+  folder = _make_folder(tmp_path / "here", {"b": 2})
+  (tmp_path / "here" / "a").symlink_to(elsewhere / "a")
+  (elsewhere / "a" / "deep").symlink_to(elsewhere / "more")
+  source = data.get_source(folder, "train+test")
+  assert source.class_names == ["a", "b"]
+  assert np.bincount(np.ravel(_labels(source))).tolist() == [7, 2]
+  (elsewhere / "a" / "gone.png").symlink_to(elsewhere / "nothing.png")
+  with pytest.raises(UserError, match=r"gone\.png: cannot be read: No such"):
+    data.get_source(folder, "train+test")
+  (elsewhere / "a" / "gone.png").unlink()
+  (elsewhere / "a" / "loop").symlink_to(elsewhere)
+  with pytest.raises(UserError, match="loop: a link to a folder around it"):
+    data.get_source(folder, "train")
+
+
+def test_names_that_are_not_utf_8(tmp_path, caplog):
+  folder = _make_folder(tmp_path, {"a": 3, "b": 3})
+  odd = tmp_path / "a" / os.fsdecode(b"caf\xe9.png")
+  (tmp_path / "a" / "000.png").rename(odd)
+  source = data.get_source(folder, "train+test")
+  assert str(odd) in _names(source)
+  assert len(source.identity()) == 16
+  (tmp_path / "a").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+  with pytest.raises(UserError, match=r"'caf\\udce9' .* UTF-8; rename"):
+    data.get_source(folder, "train")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
@@ -339,10 +485,11 @@ def test_files_of_a_folder_come_as_they_are(tmp_path, suffix):
     assert labels.numpy().tolist() == [0 if "/a/" in path else 1]
 
 
-def test_webp_that_tensorflow_refuses_is_transcoded(tmp_path):
+def test_webp_that_tensorflow_refuses_is_read(tmp_path):
   folder = _make_folder(tmp_path, {"a": 3, "b": 3}, "webp")
   rng = np.random.RandomState(0)
   alpha = rng.randint(0, 256, (9, 12, 4), np.uint8)
+  alpha[..., 3] = 255 * (alpha[..., 3] < 128)
   kwargs = {"lossless": True, "exact": True}
   (tmp_path / "a" / "alpha.webp").write_bytes(_encode(alpha, "WEBP", **kwargs))
   moving = [Image.fromarray(alpha[..., :3]), Image.new("RGB", (12, 9))]
@@ -355,15 +502,18 @@ def test_webp_that_tensorflow_refuses_is_transcoded(tmp_path):
   )
   source = data.get_source(folder, "train+test")
   for i, name in enumerate(_names(source)):
-    _, size = source.check_example(i)
+    _, size, _ = source.check_example(i)
     assert size == (9, 12)
     if "alpha" in name or "moving" in name:
       encoded, _ = source.parse(source.read([i])[0])
-      pixels = np.asarray(Image.open(io.BytesIO(encoded.numpy())))
-      np.testing.assert_array_equal(pixels, alpha[..., :3])
+      hidden = (alpha[..., 3:] == 0) & ("alpha" in name)
+      np.testing.assert_array_equal(
+        ops.decode(encoded, precise=True),
+        np.where(hidden, 255, alpha[..., :3]),
+      )
 
 
-def test_other_files_are_no_images(tmp_path):
+def test_other_files_are_no_images(tmp_path, caplog):
   folder = _make_folder(tmp_path, {"a": 5, "b": 5, ".cache": 1})
   (tmp_path / "readme.txt").write_text("hello")
   (tmp_path / "a" / "notes.txt").write_text("hello")
@@ -373,7 +523,10 @@ def test_other_files_are_no_images(tmp_path):
     (tmp_path / "b" / "000.png").read_bytes()
   )
   assert data.list_splits(folder) == {"train": 9, "test": 2}
+  (tmp_path / "a" / "phone.HEIC").write_text("unread")
+  (tmp_path / "loose.png").write_text("in no class")
   assert data.get_source(folder, "train").num_classes == 2
+  assert "left out: 2 .txt, 1 .heic, 1 .png, such as " in caplog.text
 
 
 def _break_text(path):

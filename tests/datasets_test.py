@@ -1,5 +1,7 @@
 """The `data` command: list, prepare, check, show."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import requests
@@ -202,6 +204,47 @@ def test_check_of_a_folder(tmp_path):
   assert test["label_counts"].tolist() == [1, 1]
   assert train["height"] == (30, 30)
   assert 20 <= train["width"][0] < train["width"][1] <= 29
+
+
+def test_check_lists_every_fault_and_counts_what_is_odd(tmp_path, capsys):
+  rng = np.random.RandomState(0)
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    for i in range(10):
+      pixels = rng.randint(0, 256, (20, 30, 4), np.uint8)
+      file = tmp_path / name / f"{i}.png"
+      exif = Image.Exif()
+      exif[0x0112] = 6 if i < 2 else 1
+      mode = Image.fromarray(pixels if i < 3 else pixels[..., :3])
+      mode.save(file, exif=exif)
+  (tmp_path / "a" / "8.heic").write_text("unread")
+  dark = rng.randint(0, 4096, (9, 9)).astype("u2")
+  Image.fromarray(dark).save(tmp_path / "b" / "dark.png")
+  hidden = np.full((9, 9, 4), 255, np.uint8)
+  hidden[..., 3] = np.arange(9)
+  Image.fromarray(hidden).save(tmp_path / "b" / "white.png")
+  name = f"folder:{tmp_path}"
+  summaries = datasets.check(name)
+  traits = sum((s["traits"] for s in summaries), Counter())
+  assert {trait.partition(" ")[0]: n for trait, n in traits.items()} == {
+    "with": 7,
+    "turned": 4,
+    "16-bit": 1,
+    "of": 1,
+  }
+  out = capsys.readouterr().out
+  assert "left out: 1 .heic, such as" in out
+  assert "with transparency, put on white" in out
+  for i in (4, 6):
+    (tmp_path / "a" / f"{i}.png").write_text("no image")
+  (tmp_path / "b" / "5.png").write_bytes(b"")
+  with pytest.raises(UserError, match="3 examples are at fault"):
+    datasets.check(name)
+  out = capsys.readouterr().out
+  for file in ("a/4.png", "a/6.png", "b/5.png"):
+    assert f"at fault: {tmp_path}/{file}: not a readable" in out
+  with pytest.raises(UserError, match="lists 2 more files at fault"):
+    data.get_source(name, "train+test")
 
 
 def test_check_explains(data_dir):

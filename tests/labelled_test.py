@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_runs import REPO
 
 from vit_jax import data, datasets, preprocess
-from vit_jax.data import labelled, near_duplicates, own_files
+from vit_jax.data import labelled, near_duplicates, ops, own_files
 from vit_jax.errors import RunStopped, UserError
 
 
@@ -90,7 +90,7 @@ def _read_all(root, split="train"):
   source = data.get_source("mine", split, str(root / "data"))
   found = []
   for i in range(source.num_examples):
-    labels, size = source.check_example(i)
+    labels, size, _ = source.check_example(i)
     found.append((size, labels))
   return source, found
 
@@ -106,7 +106,7 @@ def test_a_data_set_is_freed_of_test_images(tmp_path, inline, capsys):
   clean = data.get_source("clean", "train", str(tmp_path / "data"))
   assert clean.class_names == first.class_names
   kept = [clean.check_example(i) for i in range(18)]
-  assert [(size, ls) for ls, size in kept] == examples[:3] + examples[5:]
+  assert [(size, ls) for ls, size, _ in kept] == examples[:3] + examples[5:]
   for options, words in (
     ({"images": "tfds:mine:train", "labels": "x.csv"}, "labels of its own"),
     ({"images": "tfds:mine"}, "give DATASET:SPLIT"),
@@ -242,9 +242,9 @@ _ODD = {
 def test_odd_files_are_read_as_training_reads_them(name):
   encoded = _ODD[name](_image(1))
   kept, thumbnail = labelled._decode(encoded)
-  decoded = tf.io.decode_image(kept, channels=3, expand_animations=False)
+  decoded = ops.decode(tf.constant(kept), precise=True)
   expected = preprocess.decode_image(encoded)
-  assert decoded.shape == (32, 40, 3)  # also the one that is to be turned
+  assert decoded.shape == ((40, 32, 3) if name == "turned.jpg" else (32, 40, 3))
   # TensorFlow's JPEG decoder and Pillow's round differently.
   difference = np.abs(decoded.numpy().astype(int) - expected)
   assert difference.max() <= (4 if kept[:2] == b"\xff\xd8" else 0)
@@ -452,6 +452,8 @@ def test_the_figures_of_the_readme_in_small(tmp_path):
     ("image,label\na.jpg,\n", "line 2: a field is empty"),
     ("image,label,confidence\na.jpg,x,much\n", "'much' is no number"),
     ("image,label\na.jpg,dgo\n", "unknown class 'dgo'; did you mean 'dog'"),
+    ("image,label\na.jpg,cat|dog\n", r"line 2: 'cat\|dog' is several labels"),
+    ("image,label\na.jpg, \n", "line 2: a field is empty"),
     ("image,label\n", "has no labels$"),
     ("image,label,weight\na.jpg,x,0.1\n", "no labels of a confidence of 0.5"),
     ("image,label,confidence\na.jpg,x,nan\n", "'nan' is no number"),
@@ -501,11 +503,42 @@ def test_labels_have_weights_or_confidences(tmp_path):
   file = tmp_path / "labels.csv"
   # As a spreadsheet writes it: a byte order mark, two characters a line end.
   for column in ("weight", "confidence"):
-    text = f"image,label,{column}\r\na.jpg,x,0.2\r\n'b.jpg',y,7\r\n'b.jpg',x,"
+    text = f"image, label,{column}\r\na.jpg,x,0.2\r\n'b.jpg', y ,7\r\nb.jpg ,x,"
     file.write_bytes(text.replace("'", '"').encode("utf-8-sig"))
     names, labels = own_files.read_labels(file, None, 0.5)
     assert names == ["x", "y"]
     assert labels == {"a.jpg": [], "b.jpg": [1, 0]}
+
+
+def test_a_class_may_have_a_bar_in_its_name(tmp_path):
+  (tmp_path / "classes.txt").write_bytes("cat\ncat|dog \n".encode("utf-8-sig"))
+  (tmp_path / "labels.csv").write_text("image,label\na.jpg,cat|dog\n")
+  names, labels = own_files.read_labels(
+    tmp_path / "labels.csv", str(tmp_path / "classes.txt"), 0.0
+  )
+  assert names == ["cat", "cat|dog"]
+  assert labels == {"a.jpg": [1]}
+
+
+def test_a_folder_with_links_and_names_of_any_bytes(tmp_path, inline):
+  _make(tmp_path, 3)
+  odd = os.fsdecode(b"caf\xe9.jpg")
+  folder = tmp_path / "images" / "a"
+  (folder / "0.jpg").rename(folder / odd)
+  folder.rename(tmp_path / "elsewhere")
+  folder.symlink_to(tmp_path / "elsewhere")
+  names = [name for name, _ in own_files.list_images(str(tmp_path / "images"))]
+  assert sorted(names) == sorted(["a/1.jpg", "a/2.jpg", f"a/{odd}"])
+  (folder / "again").symlink_to(tmp_path / "images")
+  with pytest.raises(UserError, match="again: a link to a folder around it"):
+    own_files.list_images(str(tmp_path / "images"))
+  (folder / "again").unlink()
+  rows = "".join(f"a/{i}.jpg,x\n" for i in (1, 2))
+  text = f"image,label\n{rows}"
+  (tmp_path / "labels.csv").write_text(text)
+  report = _build(tmp_path, holdout=0.0)
+  assert report["train"] == 2
+  assert report["without labels"] == [f"a/{odd}"]
 
 
 def test_names_in_labels_that_no_image_has(tmp_path, inline, caplog, capsys):

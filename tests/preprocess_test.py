@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vit_jax import preprocess
 from vit_jax.data import ops
@@ -51,6 +51,14 @@ def _run_tf(encoded, text, size):
     ("resize(size)", [("resize", ((32, 48),), {})]),
     ("resize((32, 48))", [("resize", ((32, 48),), {})]),
     (
+      "resize_small(size * 8 / 7)|central_crop(size)",
+      [("resize_small", (55,), {}), ("central_crop", ((32, 48),), {})],
+    ),
+    (
+      "resize(1.5 * size)|random_crop(size=size)",
+      [("resize", ((48, 72),), {}), ("random_crop", (), {"size": (32, 48)})],
+    ),
+    (
       " inception_crop(size, area_min=8.5) | flip_lr ",
       [("inception_crop", ((32, 48),), {"area_min": 8.5}), ("flip_lr", (), {})],
     ),
@@ -78,6 +86,9 @@ def test_parse(text, expected):
     ("warp(size)", "there are resize, resize_small"),
     ("resize(x)", "neither a number nor `size`"),
     ("resize(1 + size)", "not a literal"),
+    ("resize(size / 0)", "'size / 0'"),
+    ("resize(size * 1e999)", "cannot convert Infinity"),
+    ("resize(size * 'x')", "'x'"),
     ("resize(size, foo=3)", "it takes resize(size, method='bilinear')"),
     ("resize()", "missing a required argument: 'size'"),
     ("resize(0)", "positive integer"),
@@ -100,6 +111,37 @@ def test_wrong_string_is_explained_in_one_line(text, words):
     preprocess.parse(text, 224)
   assert words in str(e.value)
   assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "size", "words"),
+  [
+    ("resize_small(256)|central_crop(size)", 384, ("256", "384x384", "439")),
+    ("resize_small(256)|central_crop(size)", 257, ("256", "257x257", "294")),
+    ("resize(300)|random_crop(size)", 384, ("300", "384x384", "439")),
+    ("resize((400, 300))|central_crop(size)", (384, 448), ("300", "384x448")),
+  ],
+)
+def test_crop_that_enlarges_what_was_shrunk(text, size, words):
+  with pytest.raises(UserError) as e:
+    preprocess.check_crops(text, size)
+  assert all(word in str(e.value) for word in words)
+  assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "size"),
+  [
+    ("resize_small(256)|central_crop(size)", 256),
+    ("resize_small(256)|central_crop(size)", (224, 448)),  # fits wide ones
+    ("resize_small(size * 8 / 7)|central_crop(size)", 384),
+    ("resize(448)|random_crop(size)|flip_lr", 384),
+    ("central_crop(size)", 384),
+    ("inception_crop(size)|flip_lr", 384),
+  ],
+)
+def test_crop_that_enlarges_nothing(text, size):
+  preprocess.check_crops(text, size)
 
 
 def test_evaluation_takes_no_random_operation():
@@ -212,6 +254,7 @@ def test_shorter_side_and_crop():
     ("RGB", "BMP"),
     ("P", "GIF"),
     ("RGB", "WEBP"),
+    ("RGBA", "WEBP"),
   ],
 )
 def test_modes_decode_as_in_tensorflow(mode, kind):
@@ -228,13 +271,89 @@ def test_modes_decode_as_in_tensorflow(mode, kind):
   )
 
 
-def test_orientation_in_exif_is_ignored_as_in_training():
-  image = Image.fromarray(_photo((16, 24)))
-  exif = image.getexif()
-  exif[0x0112] = 6  # a quarter turn
-  encoded = _encode(image, "JPEG", exif=exif)
-  assert preprocess.decode_image(encoded).shape == (16, 24, 3)
-  assert ops.decode(tf.constant(encoded), precise=True).shape == (16, 24, 3)
+def _turned(image, orientation, kind):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  return _encode(image, kind, exif=exif)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [*range(1, 9), 0, 99])
+def test_exif_orientation_is_obeyed(orientation, kind):
+  encoded = _turned(_photo((16, 24)), orientation, kind)
+  upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+  assert upright.size == ((16, 24) if 5 <= orientation <= 8 else (24, 16))
+  for found in (
+    preprocess.decode_image(encoded),
+    preprocess.decode_image(Image.open(io.BytesIO(encoded))),
+    preprocess.decode_image(upright),  # once, not twice
+    ops.decode(tf.constant(encoded), precise=True).numpy(),
+  ):
+    np.testing.assert_array_equal(found, np.asarray(upright))
+
+
+def test_damaged_exif_is_ignored():
+  encoded = _turned(_photo((16, 24)), 6, "JPEG")
+  for cut in (encoded.find(b"MM\0*"), encoded.find(b"\x01\x12")):
+    broken = encoded[:cut] + b"\xff\xff" + encoded[cut + 2 :]
+    assert preprocess.decode_image(broken).shape == (16, 24, 3)
+    assert ops.decode(tf.constant(broken), precise=True).shape == (16, 24, 3)
+
+
+def _palette_with_alpha():
+  """Returns a palette image with alpha for each colour, and its RGBA."""
+  rng = np.random.RandomState(3)
+  colours = rng.randint(0, 256, (256, 4)).astype(np.uint8)
+  indices = np.arange(256).reshape(16, 16).astype(np.uint8)
+  image = Image.fromarray(indices, "P")
+  image.putpalette(colours[:, :3].tobytes())
+  alpha = colours[:, 3].tobytes()
+  return _encode(image, "PNG", transparency=alpha), colours[indices]
+
+
+def _every_alpha(kind, grey=False, **kwargs):
+  """Every alpha with many values; also hidden colours, with an alpha of 0."""
+  rng = np.random.RandomState(3)
+  rgba = rng.randint(0, 256, (256, 40, 4)).astype(np.uint8)
+  rgba[..., 3] = np.arange(256)[:, None]
+  if grey:
+    rgba[..., 1:3] = rgba[..., :1]
+    return _encode(Image.fromarray(rgba[..., ::3], "LA"), kind), rgba
+  return _encode(rgba, kind, **kwargs), rgba
+
+
+def _grey_with_key(bits):
+  """One grey value is transparent."""
+  values = np.arange(99).reshape(9, 11) * (1 if bits == 8 else 660)
+  key = int(values[4, 4])
+  image = Image.fromarray(values.astype("u1" if bits == 8 else "u2"))
+  high = values >> (bits - 8)
+  rgba = np.stack([high, high, high, 255 * (values != key)], -1)
+  return _encode(image, "PNG", transparency=key), rgba.astype(np.uint8)
+
+
+_TRANSPARENT = {
+  "RGBA": lambda: _every_alpha("PNG"),
+  "LA": lambda: _every_alpha("PNG", grey=True),
+  "P": _palette_with_alpha,
+  "grey with a key": lambda: _grey_with_key(8),
+  "16-bit grey with a key": lambda: _grey_with_key(16),
+  "WebP": lambda: _every_alpha("WEBP", lossless=True, exact=True),
+}
+
+
+@pytest.mark.parametrize("name", _TRANSPARENT)
+def test_transparency_is_composited_on_white(name):
+  encoded, rgba = _TRANSPARENT[name]()
+  alpha = rgba[..., 3:] / 255
+  expected = np.rint(rgba[..., :3] * alpha + 255 * (1 - alpha))
+  assert len(np.unique(rgba[..., 3])) > 1
+  for found in (
+    preprocess.decode_image(encoded),
+    preprocess.decode_image(rgba),
+    ops.decode(tf.constant(encoded), precise=False).numpy(),
+  ):
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_what_an_image_may_be(tmp_path):
@@ -242,12 +361,10 @@ def test_what_an_image_may_be(tmp_path):
   path = tmp_path / "photo.png"
   path.write_bytes(_encode(array, "PNG"))
   grey = array[..., 0]
-  alpha = np.concatenate([array, array[..., :1]], axis=-1)
   for same in (path, str(path), path.read_bytes(), Image.fromarray(array)):
     np.testing.assert_array_equal(preprocess.preprocess_image(
       same, "resize(size)", 8), preprocess.preprocess_image(
       array, "resize(size)", 8))  # fmt: skip
-  np.testing.assert_array_equal(preprocess.decode_image(alpha), array)
   np.testing.assert_array_equal(
     preprocess.decode_image(grey), np.stack([grey] * 3, -1)
   )

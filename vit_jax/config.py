@@ -5,15 +5,18 @@ beside the user's other files as well as it does in this project.
 """
 
 import ast
+import contextlib
 import importlib.util
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
+from vit_jax import preprocess
 from vit_jax.errors import UserError, suggest
 
 # What a run may change when it goes on: where it writes and how often, how the
@@ -160,7 +163,7 @@ def differences(old: dict, new: dict) -> list[str]:
   return [
     f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
     for key in sorted(old.keys() | new.keys())
-    if old.get(key) != new.get(key)
+    if find_meaning(old, key) != find_meaning(new, key)
     and (key not in RESUMABLE or (drawn and key == "micro_batches"))
   ]
 
@@ -168,6 +171,15 @@ def differences(old: dict, new: dict) -> list[str]:
 def modernize(flat: dict[str, Any]) -> dict[str, Any]:
   """Returns a flat configuration of any version with today's keys."""
   return ADDED | {RENAMED.get(key, key): value for key, value in flat.items()}
+
+
+def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
+  """Returns a value; preprocessing that is written differently is the same."""
+  value = flat.get(key)
+  if key.endswith(".preprocess") and value:
+    with contextlib.suppress(UserError):
+      return preprocess.parse(value, flat["image_size"])
+  return value
 
 
 # Key -> its least value, and the first that is too large.

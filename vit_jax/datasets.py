@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
 from vit_jax.data import builders, labelled, own_files, tasks
+from vit_jax.data.source import FolderSource
 from vit_jax.errors import UserError
 
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
@@ -210,30 +212,44 @@ def check(
     num_examples: how many of each split, evenly spread; 0 for all.
 
   Returns:
-    [{"split", "examples", "checked", "height", "width", "label_counts"}]:
-    height and width are (least, most) in pixels, label_counts int[k] of the
-    checked ones.
+    [{"split", "examples", "checked", "height", "width", "label_counts",
+    "traits"}]: height and width are (least, most) in pixels, label_counts
+    int[k] of the checked ones, traits {what users may not expect: how many}.
 
   Raises:
-    UserError: no such data set or split; the first example that is at fault.
+    UserError: no such data set or split; examples at fault, after they have all
+      been printed.
   """
   task = data.find_task(name)
   if not name.startswith((data.FOLDER, data.OBJECTNET)):
     _print_needs(name, task, data.find_needs(name, data_dir))
   splits = [split] if split else _choose_splits(name, task, data_dir)
-  summaries = []
+  summaries, faults = [], []
   for i, split in enumerate(splits):
-    source = data.get_source(name, split, data_dir)
+    source = data.get_source(name, split, data_dir, faults)
     if i == 0:
       labels = f"up to {source.max_labels} labels" if source.multilabel else "1"
       print(
         f"{name}: {source.num_classes:,} classes "
         f"({_shorten(source.class_names)}), labels an image: {labels}"
       )
-    summary = _check_split(source, num_examples)
+      if isinstance(source, FolderSource) and source.left_out:
+        _print(f"  {source.describe_left_out()}")
+    summary = _check_split(source, num_examples, faults)
     _print_summary(summary, source)
     summaries.append(summary)
+  if len(faults) > 1:
+    for fault in faults:
+      _print(f"at fault: {fault}")
+    raise UserError(f"{name}: {len(faults):,} examples are at fault, see above")
+  if faults:
+    raise UserError(faults[0])
   return summaries
+
+
+def _print(text):
+  """Prints text, also with names of files that are not UTF-8."""
+  print(text.encode(errors="backslashreplace").decode())
 
 
 def _print_needs(name, task, needs):
@@ -265,20 +281,30 @@ def _choose_splits(name, task, data_dir):
   return list(data.list_splits(name, data_dir))
 
 
-def _check_split(source, num_examples):
+def _check_split(source, num_examples, faults):
+  """Returns what `check` does; adds a line to `faults` for each fault."""
   count = min(num_examples or source.num_examples, source.num_examples)
-  indices = np.arange(count) * source.num_examples // count
+  indices = np.arange(count) * source.num_examples // max(count, 1)
+
+  def check_example(index):
+    try:
+      return source.check_example(index)
+    except UserError as e:
+      faults.append(str(e))
+
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    checked = list(pool.map(source.check_example, indices.tolist()))
-  labels = np.array([label for ls, _ in checked for label in ls], int)
-  heights, widths = zip(*(size for _, size in checked), strict=True)
+    checked = [x for x in pool.map(check_example, indices.tolist()) if x]
+  labels = np.array([label for ls, *_ in checked for label in ls], int)
+  sizes = [size for _, size, _ in checked] or [(0, 0)]
+  heights, widths = zip(*sizes, strict=True)
   return {
     "split": source.split,
     "examples": source.num_examples,
-    "checked": count,
+    "checked": len(checked),
     "height": (min(heights), max(heights)),
     "width": (min(widths), max(widths)),
     "label_counts": np.bincount(labels, minlength=source.num_classes),
+    "traits": Counter(trait for *_, traits in checked for trait in traits),
   }
 
 
@@ -294,6 +320,8 @@ def _print_summary(summary, source):
     f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
     f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
   )
+  for trait, count in summary["traits"].most_common():
+    print(f"    {count:,} {trait}")
 
 
 def _range(pair):

@@ -135,7 +135,7 @@ def read_names(
     return about.class_names
   try:
     with open(file, encoding="utf-8-sig") as f:  # editors write a mark
-      names = f.read().splitlines()
+      names = [line.strip() for line in f.read().splitlines()]
   except (OSError, ValueError) as e:
     raise UserError(f"--class_names {file}: cannot be read: {e}") from e
   if len(names) != about.num_classes:

@@ -2,11 +2,12 @@
 
 A preprocessing string names operations and what they take, joined by "|":
 
-    inception_crop(size)|flip_lr             training, ImageNet
-    resize(size)                             evaluation, fine-tuning
-    resize_small(256)|central_crop(size)     evaluation, ImageNet
+    inception_crop(size)|flip_lr                      training, ImageNet
+    resize(size)                                      evaluation, fine-tuning
+    resize_small(size * 8 / 7)|central_crop(size)     evaluation, ImageNet
 
-Arguments are Python literals; the word `size` means `config.image_size`.
+Arguments are Python literals; the word `size` means `config.image_size`, and
+may be multiplied and divided by numbers.
 `parse` is used for both halves: `vit_jax.data` runs the operations in
 TensorFlow, this module runs those of evaluation in NumPy, to the same numbers,
 so that `predict` needs no TensorFlow.
@@ -18,9 +19,10 @@ import io
 import math
 import os
 import warnings
+from fractions import Fraction
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vit_jax.errors import UserError, suggest
 
@@ -141,7 +143,7 @@ def parse(
   except (SyntaxError, ValueError) as e:
     raise UserError(
       f"preprocess {text!r} does not parse; write operations joined by '|', "
-      "as in 'resize_small(256)|central_crop(size)'"
+      "as in 'resize_small(size * 8 / 7)|central_crop(size)'"
     ) from e
   ops = [_parse_op(node, text, image_size) for node in _split(tree)]
   for name, _, _ in ops:
@@ -183,8 +185,9 @@ def _parse_op(node, text, image_size):
       f"{suggest(name, _OPS)}; there are {', '.join(_OPS)}"
     )
   try:
-    args = tuple(_literal(a, image_size) for a in call.args)
-    kwargs = {_keyword(k): _literal(k.value, image_size) for k in call.keywords}
+    size = max(image_size) if name == "resize_small" else image_size
+    args = tuple(_literal(a, size) for a in call.args)
+    kwargs = {_keyword(k): _literal(k.value, size) for k in call.keywords}
     inspect.signature(_OPS[name]).bind(*args, **kwargs)
     _OPS[name](*args, **kwargs)
   except (TypeError, ValueError) as e:
@@ -200,21 +203,82 @@ def _keyword(keyword) -> str:
   return keyword.arg
 
 
-def _literal(node, image_size):
+def _literal(node, size):
   if isinstance(node, ast.Name):
     _require(node.id == "size", f"{node.id!r} is neither a number nor `size`")
-    return image_size
+    return size
+  if isinstance(node, ast.BinOp):
+    if isinstance(size, int):
+      return _calculate(node, size)
+    return tuple(_calculate(node, side) for side in size)
   try:
     return ast.literal_eval(node)
   except ValueError as e:
     raise ValueError(f"{ast.unparse(node)!r} is not a literal") from e
 
 
+def _calculate(node, size) -> int:
+  """Returns a product or quotient of `size` and numbers, halves rounded up."""
+
+  def calculate(node):
+    match node:
+      case ast.Name(id="size"):
+        return Fraction(size)
+      case ast.Constant(value=int() | float() as number):
+        return Fraction(number)
+      case ast.BinOp(op=ast.Mult()):
+        return calculate(node.left) * calculate(node.right)
+      case ast.BinOp(op=ast.Div()):
+        return calculate(node.left) / calculate(node.right)
+    raise ValueError(
+      f"{ast.unparse(node)!r} is not a literal, nor `size` times or by a number"
+    )
+
+  try:
+    return math.floor(calculate(node) + Fraction(1, 2))
+  except ArithmeticError as e:
+    raise ValueError(f"{ast.unparse(node)!r}: {e}") from e
+
+
+def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
+  """Raises a UserError if a crop enlarges what a resize has always shrunk.
+
+  As resize_small(256)|central_crop(size) does for 384 pixels. A wide crop that
+  fits into wide images is not an error.
+
+  Args: as `parse`.
+  """
+  image_size = as_pair(image_size)
+  sides, before = None, ""
+  for name, args, kwargs in parse(text, image_size):
+    size = _first_argument(name, args, kwargs)
+    if name in ("central_crop", "random_crop") and sides:
+      crop = as_pair(size)
+      if before == "resize_small":
+        crop = min(crop), min(crop)
+      if any(x < y for x, y in zip(sides, crop, strict=True)):
+        shown = "x".join(map(str, as_pair(size)))
+        right = math.floor(max(image_size) * 8 / 7 + 0.5)
+        raise UserError(
+          f"preprocess {text!r}: {before} makes images of {min(sides)} pixels, "
+          f"which {name} enlarges again to {shown}; write resize_small(size * "
+          f"8 / 7), which is {right} pixels here, or resize(size)"
+        )
+    if name in (*_SETS_SIZE, "resize_small"):
+      sides, before = as_pair(size), name
+
+
+def _first_argument(name, args, kwargs):
+  """Returns what an operation takes first, of most of them the size."""
+  given = inspect.signature(_OPS[name]).bind(*args, **kwargs).arguments
+  return next(iter(given.values()), None)
+
+
 def _check_output_size(ops, text, image_size):
   size = None
   for name, args, kwargs in ops:
     if name in _SETS_SIZE:
-      size = as_pair(kwargs["size"] if "size" in kwargs else args[0])
+      size = as_pair(_first_argument(name, args, kwargs))
     elif name == "resize_small":
       size = None  # one side depends on the image
   if size != image_size:
@@ -295,11 +359,11 @@ def _read_file(path) -> bytes:
 
 
 def decode_image(image, name: str = "image") -> np.ndarray:
-  """Decodes to uint8[h w 3], as `tf.io.decode_image` does.
+  """Decodes to uint8[h w 3], as `vit_jax.data.ops.decode` does.
 
-  Like TensorFlow, and so like training: EXIF orientation is ignored, alpha is
-  dropped rather than blended, 16-bit channels keep their high byte, animations
-  give their first frame. JPEGs go through the accurate integer DCT.
+  EXIF orientation is obeyed, transparency composited on white. 16-bit channels
+  keep their high byte, animations give their first frame. JPEGs go through the
+  accurate integer DCT.
 
   Raises:
     UserError: not an image, damaged, or larger than MAX_PIXELS; names it.
@@ -309,7 +373,7 @@ def decode_image(image, name: str = "image") -> np.ndarray:
   try:
     if not isinstance(image, Image.Image):
       image = open_image(image, name)
-    return _pil_to_rgb(image)
+    return _turn(_pil_to_rgb(image), read_turn(image))
   except UserError:
     raise
   except Exception as e:  # Pillow's plugins raise what they like.
@@ -352,14 +416,55 @@ def _array_to_rgb(array, name):
     )
   if array.shape[2] == 1:
     return np.repeat(array, 3, axis=2)
-  return array[..., :3]
+  return _composite(array) if array.shape[2] == 4 else array
+
+
+def _composite(rgba):
+  """Puts uint8[h w 4] on white; exact, halves rounded as Pillow does."""
+  dark = (255 - rgba[..., :3]) * rgba[..., 3:].astype(np.uint16) + 128
+  return 255 - ((dark + (dark >> 8)) >> 8).astype(np.uint8)
 
 
 def _pil_to_rgb(image):
   if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-    high_byte = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255)
-    return _array_to_rgb(high_byte.astype(np.uint8), "image")
+    values = np.asarray(image).astype(np.int64)
+    alpha = np.where(values == image.info.get("transparency"), 0, 255)
+    grey = (values >> 8).clip(0, 255)
+    rgba = np.stack([grey, grey, grey, alpha], axis=-1)
+    return _composite(rgba.astype(np.uint8))
+  if image.has_transparency_data:
+    return _composite(np.asarray(image.convert("RGBA")))
   return np.array(image.convert("RGB"))
+
+
+# EXIF orientation -> whether to reverse the rows, to reverse the columns, and
+# then to swap both. Source: Exif 2.32, tag 0x0112.
+_TURNS = {
+  2: (False, True, False),
+  3: (True, True, False),
+  4: (True, False, False),
+  5: (False, False, True),
+  6: (True, False, True),
+  7: (True, True, True),
+  8: (False, True, True),
+}
+
+
+def read_turn(image: Image.Image) -> np.ndarray:
+  """Returns bool[3] for the EXIF orientation of an image, see `_TURNS`."""
+  exif = Image.Exif()
+  try:
+    exif.load(image.info.get("exif", b""))
+    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
+  except Exception:  # damaged EXIF is ignored, as elsewhere
+    turn = None
+  return np.array(turn or (False, False, False))
+
+
+def _turn(pixels, turn):
+  rows, columns, swap = turn
+  pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
+  return np.ascontiguousarray(pixels.swapaxes(0, 1) if swap else pixels)
 
 
 def _check_pixels(height, width, name):

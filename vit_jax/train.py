@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from vit_jax import checkpoint, data, distributed, lock, pretrained, sharding
+from vit_jax import (
+  checkpoint,
+  data,
+  distributed,
+  lock,
+  preprocess,
+  pretrained,
+  sharding,
+)
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError, check_folder
 from vit_jax.metrics import MetricLog, NotFinite
@@ -227,12 +235,14 @@ def open_sources(config):
   ]
   for source, _ in sources:
     source.check_labels()
+  labels_matter = config.objective == "classification"
+  if labels_matter:
+    data.check_mixture([source for source, _ in sources])
   if not config.eval.split:
     return sources, None
   name = config.eval.dataset or mixture[0][0]
   test = data.get_source(name, config.eval.split, config.data_dir)
   first = sources[0][0]
-  labels_matter = config.objective == "classification"
   if labels_matter and test.class_names != first.class_names:
     raise UserError(
       f"eval.dataset {name} has {test.num_classes} classes, training has "
@@ -240,6 +250,14 @@ def open_sources(config):
       "classes, or set config.eval.split='' for no evaluation"
     )
   test.check_labels()
+  for source, _ in sources:
+    shared = data.count_shared(source, test)
+    if shared:
+      log.warning(
+        "%d of the %d test images of %s are training images too: %s and %s "
+        "overlap",
+        *(shared, test.num_examples, name, source.split, test.split),
+      )
   return sources, test
 
 
@@ -248,7 +266,8 @@ def check_workdir(config, workdir) -> dict | None:
 
   Raises:
     UserError: it holds a run of another configuration, checkpoints without
-      one, or a file where a folder should be.
+      one, or a file where a folder should be; a new run would enlarge its
+      images again.
   """
   inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
   for folder in inside if "://" not in str(workdir) else ():
@@ -259,6 +278,8 @@ def check_workdir(config, workdir) -> dict | None:
         f"{workdir} has checkpoints and no config.json, which says what run "
         "they are of; restore it, or choose another --workdir"
       )
+    for text in (config.train.preprocess, config.eval.preprocess):
+      preprocess.check_crops(text, config.image_size)
     return None
   run = read_run(workdir)
   differences = configuration.differences(

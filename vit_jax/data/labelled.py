@@ -422,17 +422,14 @@ def _write_images(images, writer):
 
 
 def _decode(encoded):
-  """Returns bytes that TensorFlow decodes to the same image, and a thumbnail.
+  """Returns bytes that training decodes to the same image, and a thumbnail.
 
-  Pixels are those that training sees, see `preprocess.decode_image`: turned by
-  no EXIF, the first of several. CMYK is made RGB here, in one way.
+  Pixels are those that training sees, see `preprocess.decode_image`. CMYK is
+  made RGB here, in one way.
   """
   image = preprocess.open_image(encoded, "image")
   kept = image.format in _KEPT and image.mode != "CMYK"
-  if image.mode == "RGB":
-    image.load()  # all of it, and so finds damage
-  else:
-    image = Image.fromarray(preprocess.decode_image(image))
+  image = Image.fromarray(preprocess.decode_image(image))
   if not kept:
     out = io.BytesIO()
     image.save(out, "PNG")
@@ -442,7 +439,7 @@ def _decode(encoded):
 
 def _draw(name) -> float:
   """Returns a number in [0, 1) that is the name's own."""
-  digest = hashlib.sha256(name.encode()).digest()
+  digest = hashlib.sha256(os.fsencode(name)).digest()
   return int.from_bytes(digest[:6], "big") / 2**48
 
 

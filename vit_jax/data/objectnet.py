@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from vit_jax.data import ops
 from vit_jax.data.source import (
   OBJECTNET,
   FolderSource,
@@ -169,8 +170,7 @@ class ObjectNetSource(FolderSource):
 
   def parse_image(self, record):
     encoded = tf.strings.substr(record, 4 * self.max_labels, -1)
-    pixels = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    pixels.set_shape((None, None, 3))
+    pixels = ops.decode(encoded, precise=True)
     inside = pixels[_FRAME:-_FRAME, _FRAME:-_FRAME]
     return tf.io.encode_png(inside, compression=0)
 
@@ -190,4 +190,4 @@ def _find_files(dataset):
       f"{f' nor {len(missing) - 1} others' if len(missing) > 1 else ''}; give "
       "the folder `images` of ObjectNet's archive"
     )
-  return find_images(root, list(CLASSES))
+  return find_images(root, list(CLASSES))[0]

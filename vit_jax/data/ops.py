@@ -12,6 +12,7 @@ image's augmentation depends on (seed, step, row) and nothing else.
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from vit_jax import preprocess
@@ -20,6 +21,7 @@ from vit_jax import preprocess
 _REFERENCE_SIZE = 224
 # Pixels, as a multiple of those of the result; from three on it does not pay.
 _CAST_UP_TO = 2
+_HEAD = 2**16  # bytes of a file that hold its EXIF, or where that begins
 _GREY = 128  # what fills the pixels that an operation leaves empty
 
 
@@ -65,16 +67,27 @@ def make_preprocess(
 def decode(encoded: tf.Tensor, *, precise: bool) -> tf.Tensor:
   """Decodes JPEG, PNG, WebP, GIF or BMP to uint8[h w 3].
 
+  As `preprocess.decode_image`: EXIF orientation is obeyed, transparency
+  composited on white. TensorFlow can do neither, so files with transparency go
+  through Pillow.
+
   Args:
     encoded: scalar string.
     precise: take the accurate integer DCT, which is also Pillow's, rather than
       the fast one (up to 3 levels apart).
   """
   dct = "INTEGER_ACCURATE" if precise else "INTEGER_FAST"
+
+  def decode_jpeg():
+    image = tf.io.decode_jpeg(encoded, channels=3, dct_method=dct)
+    return tf.cond(
+      _has_exif(encoded),
+      lambda: _turn(image, _read_turn(encoded)),
+      lambda: image,
+    )
+
   image = tf.cond(
-    tf.io.is_jpeg(encoded),
-    lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=dct),
-    lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    tf.io.is_jpeg(encoded), decode_jpeg, lambda: _decode_other(encoded)
   )
   image.set_shape((None, None, 3))
   return image
@@ -87,20 +100,100 @@ def decode_and_inception_crop(
 
   def crop_jpeg():
     shape = tf.io.extract_jpeg_shape(encoded)
-    window = sample_window(shape, area_min, area_max, seed)
-    return tf.io.decode_and_crop_jpeg(
-      encoded, window, channels=3, dct_method="INTEGER_FAST"
-    )
+
+    def crop():
+      window = sample_window(shape, area_min, area_max, seed)
+      return _decode_window(encoded, window)
+
+    def crop_and_turn():
+      turn = _read_turn(encoded)
+      upright = tf.where(turn[2], tf.gather(shape, [1, 0, 2]), shape)
+      window = sample_window(upright, area_min, area_max, seed)
+      window = _turn_back(window, shape, turn)
+      return _turn(_decode_window(encoded, window), turn)
+
+    return tf.cond(_has_exif(encoded), crop_and_turn, crop)
 
   def crop_other():
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    image.set_shape((None, None, 3))
+    image = _decode_other(encoded)
     window = sample_window(tf.shape(image), area_min, area_max, seed)
     return tf.image.crop_to_bounding_box(image, *tf.unstack(window))
 
   image = tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_other)
   image.set_shape((None, None, 3))
   return resize(image, size)
+
+
+def _decode_window(encoded, window):
+  return tf.io.decode_and_crop_jpeg(
+    encoded, window, channels=3, dct_method="INTEGER_FAST"
+  )
+
+
+def _decode_other(encoded):
+  """Decodes what is no JPEG; Pillow what may be transparent or turned."""
+  image = tf.cond(
+    _is_plain(encoded),
+    lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+    lambda: _call(preprocess.decode_image, encoded, tf.uint8),
+  )
+  image.set_shape((None, None, 3))
+  return image
+
+
+def _is_plain(encoded):
+  """Returns whether a file is an opaque PNG without EXIF, or a lossy WebP."""
+  is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
+  colour_type = tf.strings.substr(encoded, 25, 1)
+  has_alpha = (colour_type == b"\4") | (colour_type == b"\6")
+  # The simplest kind of WebP, which has neither.
+  is_lossy_webp = tf.strings.substr(encoded, 12, 4) == b"VP8 "
+  opaque = is_png & ~has_alpha & ~_contains(encoded, "tRNS|eXIf")
+  return opaque | is_lossy_webp
+
+
+def _has_exif(encoded):
+  return _contains(encoded, r"Exif\x00\x00")
+
+
+def _contains(encoded, pattern):
+  """Returns whether a pattern is in the head of a file, in microseconds."""
+  head = tf.strings.substr(encoded, 0, _HEAD)
+  # Searching takes a twentieth of what matching ".*pattern.*" does.
+  rest = tf.strings.regex_replace(head, pattern, "", replace_global=False)
+  return tf.strings.length(rest) < tf.strings.length(head)
+
+
+def _read_turn(encoded):
+  """Returns the bool[3] of `preprocess.read_turn`."""
+
+  def read(encoded):
+    return preprocess.read_turn(preprocess.open_image(encoded, "image"))
+
+  return tf.ensure_shape(_call(read, encoded, tf.bool), [3])
+
+
+def _call(function, encoded, dtype):
+  """Runs a Python function of bytes in a graph."""
+
+  def run(encoded):  # bytes in a graph, object[] out of it
+    return function(np.asarray(encoded, object).item())
+
+  return tf.numpy_function(run, [encoded], dtype, stateful=False)
+
+
+def _turn(image, turn):
+  image = tf.reverse(image, tf.reshape(tf.where(turn[:2]), [-1]))
+  return tf.cond(turn[2], lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+
+
+def _turn_back(window, shape, turn):
+  """Maps a window of the upright image to one of the file, of that shape."""
+  top_left, size = window[:2], window[2:]
+  top_left = tf.where(turn[2], top_left[::-1], top_left)
+  size = tf.where(turn[2], size[::-1], size)
+  top_left = tf.where(turn[:2], shape[:2] - top_left - size, top_left)
+  return tf.concat([top_left, size], axis=0)
 
 
 # --- sizes ---
@@ -129,7 +222,7 @@ def resize_small(image, smaller_size, method="area"):
   size = tf.stack(
     [preprocess.scale_side(s, short, smaller_size) for s in (height, width)]
   )
-  resized = tf.image.resize(image, tf.cast(size, tf.int32), method=method)
+  resized = tf.image.resize(image, _check_size(size), method=method)
   return tf.cast(tf.round(resized), tf.uint8)
 
 
@@ -179,14 +272,23 @@ def _scale_to_integer(uniform, largest):
   return tf.minimum(tf.cast(scaled, tf.int32), largest)
 
 
+def _check_size(size):
+  """Returns a size as int32[2]; fails if it would fill the memory."""
+  fits = size[0] * size[1] <= preprocess.MAX_PIXELS
+  words = "resized it has too many pixels:"
+  with tf.control_dependencies([tf.debugging.Assert(fits, [words, size])]):
+    return tf.cast(size, tf.int32)
+
+
 def _enlarge_to_fit(image, crop):
-  height, width = _height_width(image)
+  height, width = _height_width(image, tf.int64)  # products may pass 2**31
 
   def enlarge():
     # At least one of the two sides ends up equal to the crop's.
-    new_height = tf.maximum(crop[0], -(-height * crop[1] // width))
-    new_width = tf.maximum(crop[1], -(-width * crop[0] // height))
-    resized = tf.image.resize(image, tf.stack([new_height, new_width]))
+    new_height = tf.maximum(-(-height * crop[1] // width), crop[0])
+    new_width = tf.maximum(-(-width * crop[0] // height), crop[1])
+    size = _check_size(tf.stack([new_height, new_width]))
+    resized = tf.image.resize(image, size)
     return tf.cast(tf.round(resized), tf.uint8)
 
   too_small = (height < crop[0]) | (width < crop[1])

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from vit_jax.data.source import Source, get_source, one_line
+from vit_jax.data.source import Source, get_source, one_line, walk
 from vit_jax.errors import UserError, suggest
 
 TFDS = "tfds:"  # before images that are a data set's
@@ -62,6 +62,11 @@ def read_labels(
   ids = {name: i for i, name in enumerate(known or ())}
   seen: dict[str, dict[int, bool]] = {}  # {image: {class: sure enough}}
   for line, image, label, confidence in _read_rows(path):
+    if label not in ids and "|" in label:
+      raise UserError(
+        f"{path}, line {line}: {label!r} is several labels; give each a line "
+        "of its own, or list it in --classes if it is one"
+      )
     if known is not None and label not in ids:
       raise UserError(
         f"{path}, line {line}: unknown class {label!r}{suggest(label, known)}; "
@@ -88,9 +93,9 @@ def read_labels(
 
 
 def _read_classes(path):
-  names = [line.rstrip("\r\n") for line in _read_lines(path)]
+  names = [line.strip() for line in _read_lines(path)]
   for line, name in enumerate(names, 1):
-    if not name.strip():
+    if not name:
       raise UserError(f"{path}, line {line}: no class; remove the line")
   twice = [name for name, count in Counter(names).items() if count > 1]
   if twice:
@@ -119,6 +124,7 @@ def _read_rows(path) -> Iterator[tuple[int, str, str, float]]:
   as_json = path.suffix.lower() in (".jsonl", ".json")
   read = _read_json if as_json else _read_csv
   for line, image, label, confidence in read(path):
+    label = (label or "").strip()
     if not image or not label:
       raise UserError(f"{path}, line {line}: a field is empty")
     try:
@@ -135,7 +141,8 @@ def _read_rows(path) -> Iterator[tuple[int, str, str, float]]:
 def _read_csv(path):
   reader = csv.DictReader(_read_lines(path), strict=True)
   try:
-    columns = reader.fieldnames or ["nothing"]
+    columns = [name.strip() for name in reader.fieldnames or ["nothing"]]
+    reader.fieldnames = columns
     if not {"image", "label"} <= set(columns):
       raise UserError(
         f"{path}: the first line must name the columns image, label and "
@@ -148,7 +155,8 @@ def _read_csv(path):
           f"{path}, line {reader.line_num}: more fields than columns; a name "
           "with a comma needs quotation marks"
         )
-      yield reader.line_num, row["image"], row["label"], row.get(weight)
+      image = (row["image"] or "").strip()
+      yield reader.line_num, image, row["label"], row.get(weight)
   except csv.Error as e:
     raise UserError(f"{path}, line {reader.line_num}: {e}") from e
 
@@ -226,9 +234,9 @@ def list_images(
   Args:
     source: a folder of images or of tar or Parquet files, or one such file. A
       name is the path below the folder, or in the tar file; in Parquet files
-      it is the column "name", and the bytes are the column "image". Links to
-      folders are not followed. "tfds:DATASET:SPLIT" is a data set that is
-      there already; names are numbers.
+      it is the column "name", and the bytes are the column "image". Links are
+      followed. "tfds:DATASET:SPLIT" is a data set that is there already; names
+      are numbers.
     data_dir: where that data set is.
 
   Raises:
@@ -241,7 +249,7 @@ def list_images(
   if not os.path.exists(root):
     raise UserError(f"--images {source} does not exist")
   found = []
-  for path in _walk(root) if os.path.isdir(root) else [root]:
+  for path in walk(root) if os.path.isdir(root) else [root]:
     lower = path.lower()
     if lower.endswith(".tar"):
       found += _list_tar(path)
@@ -265,17 +273,6 @@ def list_images(
         f"in {_describe(other)}; rename or remove one"
       )
   return found
-
-
-def _walk(root) -> Iterator[str]:
-  """Yields the paths of files; of a million in seconds, with no stat of any."""
-
-  def fail(error):
-    raise UserError(f"--images {root}: {one_line(error)}")
-
-  for folder, _, files in os.walk(root, onerror=fail):
-    for name in files:
-      yield os.path.join(folder, name)
 
 
 def _describe(place):

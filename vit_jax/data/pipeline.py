@@ -9,14 +9,19 @@ shuffle is over the whole data set without a buffer.
 # TensorFlow's annotations do not know tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
+import atexit
+import contextlib
+import functools
 import os
+import traceback
+import weakref
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import ops
-from vit_jax.data.source import BAD_LABEL, Source
+from vit_jax.data.source import BAD_LABEL, Source, one_line
 from vit_jax.errors import UserError
 
 # A mixture repeats a random pattern of this many slots, each of which belongs
@@ -123,7 +128,7 @@ def train_batches(
   """Yields this host's rows of the batches of `num_steps` steps.
 
   Args:
-    sources_and_weights: the mixture; weights are relative.
+    sources_and_weights: the mixture, of the same classes; weights are relative.
     seed: decides the order and all augmentation, with the step and the row.
     batch_size: of the global batch.
     rows: int[b], this host's row numbers in the global batch.
@@ -138,11 +143,11 @@ def train_batches(
     {"image": uint8[b h w 3], "labels": int32[b l], padded with -1}.
 
   Raises:
-    UserError: bad string or mixture; while iterating, an example that cannot
-      be decoded or whose labels are out of range, by name.
+    UserError: bad string or weights; while iterating, an example that cannot
+      be read, decoded or preprocessed or whose labels are out of range, by
+      name.
   """
   sources = [source for source, _ in sources_and_weights]
-  _check_mixture(sources)
   seed = int(seed) % 2**63  # what seeds may be: non-negative, 63 bits
   order = Order(
     seed,
@@ -151,14 +156,12 @@ def train_batches(
   )
   reader = _Reader(sources, order, batch_size, rows)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
+  steps = range(start_step, start_step + num_steps)
   dataset = _make_dataset(
-    reader,
-    range(start_step, start_step + num_steps),
-    process,
-    _choose_max_labels(sources, max_labels),
-    seed,
+    reader, steps, process, _choose_max_labels(sources, max_labels), seed
   )
-  return _iterate(dataset, reader, range(start_step, start_step + num_steps))
+  explain = functools.partial(reader.explain, process=process, seed=seed)
+  return _iterate(dataset, steps, reader.mask, explain)
 
 
 def eval_batches(
@@ -193,7 +196,9 @@ def eval_batches(
     process,
     _choose_max_labels([source], max_labels),
   )
-  return _pad(_iterate(dataset, reader, steps), reader, dataset, steps)
+  explain = functools.partial(reader.explain, process=process, seed=0)
+  batches = _iterate(dataset, steps, reader.mask, explain)
+  return _pad(batches, reader, dataset, steps)
 
 
 def _in_order(positions):
@@ -240,21 +245,20 @@ class _Reader:
           records[slot] = record
     return records, which, rows
 
-  def explain(self, step) -> None:
+  def explain(self, step, process, seed) -> None:
     """Raises a UserError for the first example of a step that is at fault."""
-    which, examples, _ = self.locate(step)
-    for i, example in zip(which, examples, strict=True):
-      self.sources[i].check_example(int(example))
-
-
-def _check_mixture(sources):
-  first = sources[0]
-  for source in sources[1:]:
-    if source.num_classes != first.num_classes:
-      raise UserError(
-        f"mixture: {first.dataset!r} has {first.num_classes:,} classes and "
-        f"{source.dataset!r} {source.num_classes:,}; they must be the same"
-      )
+    which, examples, rows = self.locate(step)
+    seeds = _fold(seed, tf.constant(step, tf.int64), tf.constant(rows))
+    for i, example, seed in zip(which, examples, seeds, strict=True):
+      source, example = self.sources[i], int(example)
+      _, (height, width), _ = source.check_example(example)
+      try:
+        process(source.read_example(example)[0], seed)
+      except tf.errors.OpError as e:
+        raise UserError(
+          f"{source.describe(example)}: {width}x{height} pixels cannot be "
+          f"preprocessed: {one_line(e)}; remove it or choose another preprocess"
+        ) from e
 
 
 def _choose_max_labels(sources, max_labels):
@@ -332,20 +336,43 @@ def _parse(source, record, max_labels):
   return encoded, labels
 
 
-def _iterate(dataset, reader, steps):
+# When Python ends, threads of tf.data wait for ever to read in Python, and an
+# iterator that is destroyed then waits for them: none may live that long.
+_open = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+  for batches in list(_open):
+    with contextlib.suppress(ValueError):  # a thread is in it
+      batches.close()
+
+
+def _iterate(dataset, steps, mask, explain):
   """Yields NumPy batches; names the example that is at fault, if one is."""
+  batches = _generate(dataset, steps, mask, explain)
+  _open.add(batches)
+  return batches
+
+
+def _generate(dataset, steps, mask, explain):
   batches = dataset.as_numpy_iterator()
-  for step in steps:
-    if not reader.mask(step).any():
-      return  # only the last step of an evaluation can be all padding
-    try:
-      batch = next(batches)
-    except tf.errors.OpError:
-      reader.explain(step)
-      raise
-    if (batch["labels"] == BAD_LABEL).any():
-      reader.explain(step)
-    yield batch
+  try:
+    for step in steps:
+      if not mask(step).any():
+        return  # only the last step of an evaluation can be all padding
+      try:
+        batch = next(batches)
+      except BaseException as e:
+        traceback.clear_frames(e.__traceback__)  # which keep the iterator
+        if isinstance(e, tf.errors.OpError):
+          explain(step)
+        raise
+      if (batch["labels"] == BAD_LABEL).any():
+        explain(step)
+      yield batch
+  finally:
+    del batches
 
 
 def _pad(batches, reader, dataset, steps):

@@ -94,6 +94,9 @@ def _compare(
   ignored = _IGNORED.union(configuration.find_unused(found))
   for key in sorted(expected.keys() & found.keys() - ignored):
     right = choices.get(key, [expected[key]])
-    if found[key] not in right:
+    meanings = [
+      configuration.find_meaning({**found, key: x}, key) for x in right
+    ]
+    if configuration.find_meaning(found, key) not in meanings:
       wanted = " or ".join(map(str, right))
       yield f"{key} {found[key]} (protocol: {wanted})"
