@@ -21,7 +21,7 @@ from vit_jax import preprocess
 _REFERENCE_SIZE = 224
 # Pixels, as a multiple of those of the result; from three on it does not pay.
 _CAST_UP_TO = 2
-_HEAD = 2**16  # bytes of a file that hold its EXIF, or where that begins
+_HEAD = 2**14  # bytes of a file in which its EXIF or palette begins
 _GREY = 128  # what fills the pixels that an operation leaves empty
 
 
