@@ -17,11 +17,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax import config as configuration
-from vit_jax import data, datasets, evaluate, sharding
+from vit_jax import data, datasets, sharding
 from vit_jax import preprocess as preprocessing
 from vit_jax import train as training
 from vit_jax.__main__ import main
-from vit_jax.data import objectnet, source, tasks
+from vit_jax.data import objectnet, relabelled, source, tasks
 from vit_jax.data.builders import mini_scenes, mini_tissue
 from vit_jax.errors import UserError
 from vit_jax.tasks import make_task
@@ -777,4 +777,4 @@ def test_a_task_of_other_classes_is_not_evaluated(mini_dir):
 
   test = data.get_source("mini:count", "test", mini_dir)
   with pytest.raises(UserError, match="mini:count has 6 classes and the check"):
-    evaluate.match_classes(Weights, test, "mini:count")
+    relabelled.match_classes(Weights, test, "mini:count")

@@ -18,6 +18,7 @@ _LAYERS = (
   ("models", "optim", "sharding", "data", "lifeline"),
   ("steps", "checkpoint", "warmstart", "config", "metrics"),
   ("pretrained",),
+  ("early",),
   ("evaluators", "paper", "attention_maps"),
   ("tasks",),
   (

@@ -1,19 +1,16 @@
 """The `evaluate` command: the whole test set through saved weights."""
 
 import functools
-import logging
 from typing import Any
 
 import ml_collections
 
 from vit_jax import data, losses, pretrained, sharding
-from vit_jax.data.relabelled import RelabelledSource
+from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
 from vit_jax.evaluators import classification
 from vit_jax.state import unflatten
 from vit_jax.tasks import make_task
-
-log = logging.getLogger(__name__)
 
 # Of weights that come without a training configuration.
 _BATCH_SIZE = 64
@@ -106,42 +103,3 @@ def _choose_evaluator(weights, config):
     loss_fn=losses.get_loss(name=weights.loss),
   )
   return make_evaluate, _BATCH_SIZE, True
-
-
-def match_classes(weights, test, dataset: str) -> data.Source:
-  """Returns a test set with the labels of a head, by the names of the classes.
-
-  The set may lack classes of the head, and have them in another order. Of other
-  weights than our runs the names need not be the set's, or are not known; there
-  the order is taken to be the same if the number is.
-
-  Raises:
-    UserError: the set has other classes.
-  """
-  names, known = test.class_names, weights.class_names or []
-  if names == known and test.num_classes == weights.num_classes:
-    return test
-  if len({*known}) == len(known) and {*names} <= {*known}:
-    log.info(
-      "%s has %d of the %d classes of %s, matched by name",
-      *(dataset, len(names), len(known), weights.source),
-    )
-    return RelabelledSource(test, known)
-  ordered = all(
-    names.index(name) == known.index(name) for name in {*names} & {*known}
-  )
-  same_number = test.num_classes == weights.num_classes
-  if not same_number or not ordered or _training_config(weights):
-    unknown = [name for name in names if name not in known]
-    raise UserError(
-      f"{dataset} has {test.num_classes} classes and the checkpoint "
-      f"{weights.num_classes}, or their names differ"
-      f"{f' ({unknown[0]!r} is not among its)' if known and unknown else ''}; "
-      "choose another --dataset"
-    )
-  log.warning(
-    "%s does not name its classes as %s does; taken to be in the same order",
-    weights.source,
-    dataset,
-  )
-  return test

@@ -6,6 +6,7 @@ ones, and compare with training on those few alone, for as many steps.
 
 import json
 import logging
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -99,7 +100,9 @@ def quickstart(workdir: str) -> None:
   print(make_table(result))
   print(f"Written to {report}.")
   print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
-  print(f"A page on the runs: vit-jax report {folder} --out=report.html")
+  print(
+    f"A page on the runs: vit-jax report {shlex.quote(str(folder))} --out=report.html"
+  )
 
 
 def say(text: str) -> None:

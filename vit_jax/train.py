@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import signal
 import time
 from collections import deque
@@ -288,7 +289,7 @@ def check_workdir(config, workdir) -> dict | None:
   if differences:
     longer = (
       "; to train for longer, start another --workdir with "
-      f"--config.init_from={workdir}: it takes the weights, and neither the "
+      f"--config.init_from={shlex.quote(str(workdir))}: it takes the weights, and neither the "
       "optimizer's state nor the step"
       if any(text.startswith("total_") for text in differences)
       else ""
@@ -587,7 +588,7 @@ def say_saved(checkpoints) -> str:
   folder = checkpoints.workdir / "checkpoints" / str(saved[-1])
   return (
     f"step {saved[-1]} is saved; mend that and run the same command again, or "
-    f"evaluate it: vit-jax evaluate --checkpoint={folder}"
+    f"evaluate it: vit-jax evaluate --checkpoint={shlex.quote(str(folder))}"
   )
 
 

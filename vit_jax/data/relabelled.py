@@ -1,9 +1,14 @@
 """A test set whose labels are those of a model that names more classes."""
 
+import logging
+
 import numpy as np
 import tensorflow as tf
 
 from vit_jax.data.source import BAD_LABEL, Source
+from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class RelabelledSource(Source):
@@ -40,3 +45,49 @@ class RelabelledSource(Source):
     labels = self._source.parse_labels(record)
     places = tf.clip_by_value(labels + 1, 0, len(self._new) - 1)
     return tf.gather(self._new, places)
+
+
+def match_classes(weights, test, dataset: str) -> Source:
+  """Returns a test set with the labels of a head, by the names of the classes.
+
+  The set may lack classes of the head, and have them in another order. Of other
+  weights than our runs the names need not be the set's, or are not known; there
+  the order is taken to be the same if the number is.
+
+  Args:
+    weights: a `pretrained.weights.Weights`.
+    test: the test set.
+    dataset: its name, for messages.
+
+  Raises:
+    UserError: the set has other classes.
+  """
+  names, known = test.class_names, weights.class_names or []
+  if names == known and test.num_classes == weights.num_classes:
+    return test
+  if len({*known}) == len(known) and {*names} <= {*known}:
+    log.info(
+      "%s has %d of the %d classes of %s, matched by name",
+      *(dataset, len(names), len(known), weights.source),
+    )
+    return RelabelledSource(test, known)
+  ordered = all(
+    names.index(name) == known.index(name) for name in {*names} & {*known}
+  )
+  # A converted checkpoint has a config.json as well, but was not trained here.
+  is_ours = weights.run and "train" in weights.run["config"]
+  same_number = test.num_classes == weights.num_classes
+  if not same_number or not ordered or is_ours:
+    unknown = [name for name in names if name not in known]
+    raise UserError(
+      f"{dataset} has {test.num_classes} classes and the checkpoint "
+      f"{weights.num_classes}, or their names differ"
+      f"{f' ({unknown[0]!r} is not among its)' if known and unknown else ''}; "
+      "choose another --dataset"
+    )
+  log.warning(
+    "%s does not name its classes as %s does; taken to be in the same order",
+    weights.source,
+    dataset,
+  )
+  return test

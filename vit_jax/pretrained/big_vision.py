@@ -90,7 +90,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     image_size=(grid[0] * patch, grid[1] * patch),
     num_classes=width_of(arrays, "head/bias"),
     params={},
-    preprocess="resize_small(256)|central_crop(size)",
+    preprocess="resize_small(size * 8 / 7)|central_crop(size)",
   )
   rules = TOKEN_RULES if token else RULES
   params = translate(rules, weights.shapes(), arrays, source)

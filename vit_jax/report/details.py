@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import attention_maps, checkpoint, data, pretrained, sharding
+from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
-from vit_jax.evaluate import match_classes
 from vit_jax.evaluators import by_class
 from vit_jax.report.runs import Run
 from vit_jax.steps import normalize
