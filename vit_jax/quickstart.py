@@ -100,9 +100,8 @@ def quickstart(workdir: str) -> None:
   print(make_table(result))
   print(f"Written to {report}.")
   print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
-  print(
-    f"A page on the runs: vit-jax report {shlex.quote(str(folder))} --out=report.html"
-  )
+  quoted = shlex.quote(str(folder))
+  print(f"A page on the runs: vit-jax report {quoted} --out=report.html")
 
 
 def say(text: str) -> None:

@@ -289,8 +289,8 @@ def check_workdir(config, workdir) -> dict | None:
   if differences:
     longer = (
       "; to train for longer, start another --workdir with "
-      f"--config.init_from={shlex.quote(str(workdir))}: it takes the weights, and neither the "
-      "optimizer's state nor the step"
+      f"--config.init_from={shlex.quote(str(workdir))}: it takes the weights, "
+      "and neither the optimizer's state nor the step"
       if any(text.startswith("total_") for text in differences)
       else ""
     )
