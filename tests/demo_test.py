@@ -269,10 +269,9 @@ def wait_for_news(page, old):
 
 def judge(checkpoint, file):
   """Returns what the page has to say of a file, by `predict`."""
-  try:
-    (found,) = predict(checkpoint, [str(file)], top=demo.TOP)
-  except UserError as e:
-    return str(e).replace(str(file), file.name)
+  (found,) = predict(checkpoint, [str(file)], top=demo.TOP)
+  if "error" in found:
+    return found["error"].replace(str(file), file.name)
   return as_shown(found["classes"])
 
 

@@ -1,5 +1,6 @@
 """What a run writes down, and that a run that goes on writes the same."""
 
+import errno
 import json
 import logging
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow as tf
 from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -156,6 +158,30 @@ def test_half_a_last_line_is_dropped(tmp_path, cut):
   lines = whole.splitlines(keepends=True)
   expected = [*lines[:-1], '{"step": 6, "eval/accuracy": 0.5}\n']
   assert file.read_text() == "".join(expected)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    OSError(errno.ENOSPC, "No space left on device"),
+    tf.errors.ResourceExhaustedError(None, None, "No space left on device"),
+  ],
+)
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, error):
+  """And the lines and events of before are still there."""
+
+  def fail(*_):
+    raise error
+
+  log = _open(epath.Path(tmp_path))
+  _run(log, range(1, 5))
+  log.close()
+  before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+  writer = "vit_jax.metrics.metric_writers.SummaryWriter"
+  monkeypatch.setattr(f"{writer}.write_scalars", fail)
+  with pytest.raises(RunStopped, match=f"{tmp_path}: No space left on device;"):
+    _open(epath.Path(tmp_path), start_step=4)
+  assert {f: f.read_bytes() for f in before} == before
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path):

@@ -219,13 +219,13 @@ def test_another_image_size(tmp_path, size):
 def test_another_image_size_shows_as_much_of_a_picture(tmp_path):
   arrays = file_formats.big_vision_npz(_random(VIT))
   source = _save(tmp_path, arrays)
-  # 224 pixels out of the middle of 256, so 64 out of 73.1.
+  # 32 pixels out of the middle of 37, so 64 out of 74.
   prepared = "resize_small(size * 8 / 7)|central_crop(size)"
   assert vit_jax.load(source).config.preprocess == prepared
   larger = vit_jax.load(source, image_size=64).config.preprocess
   ops = parse(larger, (64, 64), evaluation=True)
   assert [name for name, *_ in ops] == ["resize_small", "central_crop"]
-  assert [next(iter(sizes.values())) for *_, sizes in ops] == [73, (64, 64)]
+  assert [next(iter(sizes.values())) for *_, sizes in ops] == [74, (64, 64)]
 
 
 def test_other_classes_get_a_head_of_zeros(tmp_path, caplog):

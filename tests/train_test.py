@@ -574,8 +574,9 @@ def train_as_two(runs, reference, batches, tmp_path, *, devices, chain):
     before, last = last, stop_pair(pair, last + 3, told)
     assert before < last < TOTAL
     assert saved_steps(workdir)[-1] == last
-    # Only one of them writes.
-    assert len(read_metrics(workdir)) == last + last // 6
+    # Only one of them writes; an evaluation at the last step was dropped.
+    evaluations = len(read_metrics(workdir)) - last
+    assert (last - 1) // 6 <= evaluations <= last // 6
   runs.train_to_end(workdir, record=records[0])
   both = tmp_path / "both"
   both.write_text("".join(r.read_text() for r in records))
@@ -641,7 +642,7 @@ def test_a_file_that_cannot_be_written_stops_the_run(runs, whole, tmp_path):
   saved = [m for m in whole[1] if saved_steps(m.folder) == [2, 4]]
   workdir = shutil.copytree(saved[-1].folder, tmp_path / "run")
   before = read_state(workdir)
-  process = runs.train(workdir, *SHORT, devices=DEVICES, file_limit=2000)
+  process = runs.train(workdir, *SHORT, devices=DEVICES, file_limit=9000)
   assert process.wait() == 1, process.stderr()
   line = process.stderr().splitlines()[-1]
   assert line.startswith("stopped: could not write")

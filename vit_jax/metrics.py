@@ -1,11 +1,13 @@
 """What a run writes down: JSON lines, TensorBoard, a line for people."""
 
+import contextlib
 import json
 import logging
 import math
 import time
 
 import jax
+import tensorflow as tf
 from clu import metric_writers
 
 from vit_jax.errors import RunStopped
@@ -38,21 +40,26 @@ class MetricLog:
     self._first = self._clock
     self._writes = jax.process_index() == 0
     if self._writes:
-      workdir.mkdir(parents=True, exist_ok=True)
       self._file = workdir / "metrics.jsonl"
       self._lines = _read_lines(self._file, start_step)
-      # Whole or not at all: a kill in between must not cost the lines.
-      rewritten = workdir / "metrics.jsonl.tmp"
-      rewritten.write_text("".join(self._lines))
-      rewritten.replace(self._file)
-      folder = workdir / "tensorboard"
-      # Those of before may have later steps, and would run backwards.
-      for events in folder.glob("events.out.tfevents.*"):
-        events.unlink()
-      self._tensorboard = metric_writers.SummaryWriter(str(folder))
-      for line in self._lines:
-        values = json.loads(line)
-        self._tensorboard.write_scalars(values.pop("step"), values)
+      with _writing(workdir):
+        self._start(workdir / "tensorboard")
+
+  def _start(self, folder):
+    """Writes what is kept of metrics.jsonl anew, there and to TensorBoard."""
+    # Whole or not at all: a kill in between must not cost the lines.
+    rewritten = self._file.with_name("metrics.jsonl.tmp")
+    rewritten.write_text("".join(self._lines))
+    rewritten.replace(self._file)
+    # Those of before may have later steps, and would run backwards.
+    old = list(folder.glob("events.out.tfevents.*"))
+    self._tensorboard = metric_writers.SummaryWriter(str(folder))
+    for line in self._lines:
+      values = json.loads(line)
+      self._tensorboard.write_scalars(values.pop("step"), values)
+    self._tensorboard.flush()
+    for events in old:
+      events.unlink()
 
   def add(self, step: int, metrics: dict) -> None:
     """Takes the metrics of a step as device arrays, without fetching them."""
@@ -87,18 +94,13 @@ class MetricLog:
       return
     line = json.dumps({"step": step, **values}) + "\n"
     self._lines.append(line)
-    try:
+    with _writing(self._file.parent):
       if str(self._file).startswith("gs://"):  # objects cannot be appended to
         self._file.write_text("".join(self._lines))
       else:
         with self._file.open("a") as f:
           f.write(line)
-    except OSError as e:
-      raise RunStopped(
-        f"could not write {self._file}: {e.strerror}; make room and run the "
-        "same command again"
-      ) from e
-    self._tensorboard.write_scalars(step, values)
+      self._tensorboard.write_scalars(step, values)
 
   def restart_clock(self, step: int) -> None:
     """Leaves out of the speed what was not training, such as an evaluation."""
@@ -127,6 +129,19 @@ class MetricLog:
       speed / jax.device_count(),
       duration(left),
     )
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+  """Raises a RunStopped, one line, where metrics cannot be written."""
+  try:
+    yield
+  except (OSError, tf.errors.OpError) as e:
+    words = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    raise RunStopped(
+      f"could not write the metrics in {workdir}: {words}; make room and run "
+      "the same command again"
+    ) from e
 
 
 def duration(seconds: float) -> str:
