@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
 from vit_jax import data
-from vit_jax.data import builders, ops
+from vit_jax.data import builders, ops, relabelled
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
 
@@ -571,8 +572,31 @@ def test_folder_that_is_none_is_explained(tmp_path):
     data.get_source(f"folder:{tmp_path}", "train")
 
 
-def test_split_folders_need_the_same_classes(tmp_path):
-  _make_folder(tmp_path / "train", {"a": 2, "b": 2})
-  _make_folder(tmp_path / "val", {"a": 2, "c": 2})
-  with pytest.raises(UserError, match=r"val/ and train/ .* differ in b, c"):
+def test_split_folders_have_classes_of_the_training_images(tmp_path):
+  """Some of them are enough."""
+  _make_folder(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
+  _make_folder(tmp_path / "val", {"b": 1, "c": 1})
+  _make_folder(tmp_path / "test", {"c": 3})
+  for split, labels in (("val", [1, 2]), ("test", [2, 2, 2])):
+    source = data.get_source(f"folder:{tmp_path}", split)
+    assert source.class_names == ["a", "b", "c"]
+    records = source.read(range(len(labels)))
+    found = [struct.unpack("<i", record[:4])[0] for record in records]
+    assert sorted(found) == labels
+  _make_folder(tmp_path / "test", {"d": 1})
+  with pytest.raises(UserError, match=r"test: .* no class 'd'"):
     data.get_source(f"folder:{tmp_path}", "train")
+
+
+def test_labels_in_another_order_of_names(tmp_path):
+  _make_folder(tmp_path, {"b": 2, "c": 2})
+  source = data.get_source(f"folder:{tmp_path}", "train+test")
+  assert relabelled.relabel(source, ["b", "c"]) is source
+  assert relabelled.relabel(source, ["b", "a"]) is None
+  found = relabelled.relabel(source, ["c", "a", "b"])
+  assert found.num_classes == 3
+  assert found.identity() == source.identity()
+  records = [tf.constant(record) for record in source.read(range(4))]
+  old = [int(source.parse_labels(record)[0]) for record in records]
+  new = [int(found.parse_labels(record)[0]) for record in records]
+  assert [{0: 2, 1: 0}[label] for label in old] == new

@@ -472,6 +472,29 @@ def test_other_data_are_named_at_a_resume(tmp_path):
       check_folder(root, run)
 
 
+def test_a_test_set_may_lack_classes(tmp_path):
+  draw_folder(tmp_path / "train", ["cat", "dog", "emu"])
+  draw_folder(tmp_path / "some", ["dog", "emu"])
+  draw_folder(tmp_path / "other", ["dog", "wolf"])
+
+  def open_sources(name):
+    overrides = {
+      "train.dataset": f"folder:{tmp_path}/train",
+      "eval.dataset": f"folder:{tmp_path}/{name}",
+      "eval.split": "test",
+      "loss.name": "softmax",
+    }
+    config = configuration.load(str(CONFIGS / "common.py"), overrides)
+    return train.open_sources(config)[1]
+
+  found = open_sources("some")
+  assert found.class_names == ["cat", "dog", "emu"]
+  labels = [int(found.parse_labels(r)[0]) for r in found.read(range(4))]
+  assert sorted(labels) == [1, 1, 2, 2]
+  with pytest.raises(UserError, match=r"2 classes, training 3; \['wolf'\]"):
+    open_sources("other")
+
+
 def stop_after(process, step):
   """Sends SIGTERM after a step; returns the step that was saved."""
   assert process.wait_until(lambda: step in process.steps()), process.stderr()

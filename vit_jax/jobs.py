@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_jax.errors import UserError, check_folder
+from vit_jax.lock import is_alive
 from vit_jax.metrics import duration
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def lock(folder: Path) -> Iterator[int]:
     while not _try_lock(file):
       file.seek(0)
       owner = file.read().strip()
-      if owner and _is_alive(int(owner)):
+      if owner and is_alive(int(owner)):
         raise UserError(
           f"{folder}: another sweep (process {owner}) is at work there; wait "
           "for it, or choose another --workdir"
@@ -188,16 +189,6 @@ def _try_lock(file):
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
-  return True
-
-
-def _is_alive(process):
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:  # somebody else's
-    pass
   return True
 
 

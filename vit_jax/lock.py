@@ -108,7 +108,7 @@ class Lock:
       return False
     if self._is_flocked:  # the owner would hold it
       return True
-    return owner["process"] == os.getpid() or not _is_alive(owner["process"])
+    return owner["process"] == os.getpid() or not is_alive(owner["process"])
 
   def _write(self):
     self._beats += 1
@@ -185,7 +185,8 @@ def _describe(owner) -> str:
   return f"process {owner['process']} on {owner['host']}"
 
 
-def _is_alive(process) -> bool:
+def is_alive(process: int) -> bool:
+  """Returns whether a process of this machine runs."""
   try:
     os.kill(process, 0)
   except ProcessLookupError:

@@ -25,6 +25,7 @@ from vit_jax import (
   sharding,
 )
 from vit_jax import config as configuration
+from vit_jax.data.relabelled import relabel
 from vit_jax.errors import RunStopped, UserError, check_folder
 from vit_jax.metrics import MetricLog, NotFinite
 from vit_jax.state import flatten, make_key, unflatten
@@ -244,12 +245,6 @@ def open_sources(config):
   name = config.eval.dataset or mixture[0][0]
   test = data.get_source(name, config.eval.split, config.data_dir)
   first = sources[0][0]
-  if labels_matter and test.class_names != first.class_names:
-    raise UserError(
-      f"eval.dataset {name} has {test.num_classes} classes, training has "
-      f"{first.num_classes}, or their names differ; evaluate on the same "
-      "classes, or set config.eval.split='' for no evaluation"
-    )
   test.check_labels()
   for source, _ in sources:
     shared = data.count_shared(source, test)
@@ -259,7 +254,17 @@ def open_sources(config):
         "overlap",
         *(shared, test.num_examples, name, source.split, test.split),
       )
-  return sources, test
+  if not labels_matter:
+    return sources, test
+  relabelled = relabel(test, first.class_names)
+  if relabelled is None:
+    unknown = [x for x in test.class_names if x not in first.class_names]
+    raise UserError(
+      f"eval.dataset {name} has {test.num_classes} classes, training "
+      f"{first.num_classes}; {unknown[:3]} are not among these; evaluate on "
+      "classes of training, or set config.eval.split='' for no evaluation"
+    )
+  return sources, relabelled
 
 
 def check_workdir(config, workdir) -> dict | None:

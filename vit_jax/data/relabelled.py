@@ -47,6 +47,19 @@ class RelabelledSource(Source):
     return tf.gather(self._new, places)
 
 
+def relabel(source: Source, class_names: list[str]) -> Source | None:
+  """Returns a source with labels in another order of names; None: no such.
+
+  All its classes have to be among `class_names`, which are all different.
+  """
+  names = source.class_names
+  if names == class_names:
+    return source
+  if len({*class_names}) < len(class_names) or not {*names} <= {*class_names}:
+    return None
+  return RelabelledSource(source, class_names)
+
+
 def match_classes(weights, test, dataset: str) -> Source:
   """Returns a test set with the labels of a head, by the names of the classes.
 
@@ -63,14 +76,14 @@ def match_classes(weights, test, dataset: str) -> Source:
     UserError: the set has other classes.
   """
   names, known = test.class_names, weights.class_names or []
-  if names == known and test.num_classes == weights.num_classes:
-    return test
-  if len({*known}) == len(known) and {*names} <= {*known}:
-    log.info(
-      "%s has %d of the %d classes of %s, matched by name",
-      *(dataset, len(names), len(known), weights.source),
-    )
-    return RelabelledSource(test, known)
+  relabelled = relabel(test, known)
+  if relabelled and relabelled.num_classes == weights.num_classes:
+    if relabelled is not test:
+      log.info(
+        "%s has %d of the %d classes of %s, matched by name",
+        *(dataset, len(names), len(known), weights.source),
+      )
+    return relabelled
   ordered = all(
     names.index(name) == known.index(name) for name in {*names} & {*known}
   )

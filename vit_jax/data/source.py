@@ -738,26 +738,28 @@ def _find_splits(root):
   if "train" not in folders or len(folders) == 1:
     classes, files, left_out = _find_files(root)
     return classes, _hold_out(files, len(classes)), left_out
-  root_of_train = folders.pop("train")
-  classes, train, left_out = _find_files(root_of_train)
+  classes, train, left_out = _find_files(folders.pop("train"))
   splits = {"train": train}
   for split, folder in folders.items():
-    found, splits[split], more = _find_files(folder)
+    _, splits[split], more = _find_files(folder, classes)
     left_out += more
-    if found != classes:
-      odd = sorted(set(classes) ^ set(found))
-      raise UserError(
-        f"{root}: {folder.name}/ and {root_of_train.name}/ must have the same "
-        f"classes, they differ in {', '.join(odd[:5])}"
-      )
   return classes, splits, left_out + others
 
 
-def _find_files(root):
-  """Returns class names, [(path, label)] and [path] of what is left out."""
+def _find_files(root, known=None):
+  """Returns class names, [(path, label)] and [path] of what is left out.
+
+  Labels are those of the `known` classes, some of which may have no images.
+  """
   classes = [folder.name for folder in _list_folders(root)]
+  unknown = [name for name in classes if name not in (known or classes)]
+  if unknown:
+    raise UserError(
+      f"{root}: the training images have no class {unknown[0]!r}"
+      f"{suggest(unknown[0], known)}; rename or remove the folder"
+    )
   files, left_out = find_images(root, classes)
-  if len(classes) < 2:
+  if len(classes) < (1 if known else 2):
     found = f"1 class, {classes[0]!r}" if classes else "no folder of images"
     raise UserError(
       f"{root}: found {found}; it needs a sub-folder of images for each of at "
@@ -767,6 +769,8 @@ def _find_files(root):
   left_out += [
     path for path in root.iterdir() if path.is_file() and path.name[0] != "."
   ]
+  labels = [(known or classes).index(name) for name in classes]
+  files = [(path, labels[label]) for path, label in files]
   return classes, sorted(files, key=lambda f: _hash(f[0], root)), left_out
 
 
