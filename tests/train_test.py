@@ -23,6 +23,7 @@ import crashes
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from record_batches import digests
 from tiny_runs import (
@@ -421,6 +422,22 @@ def test_a_profiler_window_past_the_end_is_refused():
   train.check_profile(config, 11)
   with pytest.raises(UserError, match=r"profile_step 11 .* last step, 10"):
     train.check_profile(config, 10)
+
+
+def test_a_longer_run_is_told_how_to_begin(tmp_path):
+  workdir = epath.Path(tmp_path / "a run")
+  workdir.mkdir()
+
+  def load(steps):
+    path = str(CONFIGS / "common.py")
+    return configuration.load(path, {"total_steps": str(steps)})
+
+  run = {"config": configuration.to_dict(load(10)), "total_steps": 10}
+  (workdir / "config.json").write_text(json.dumps(run))
+  assert train.check_workdir(load(10), workdir) == run
+  with pytest.raises(UserError, match="total_steps: 10 -> 20") as error:
+    train.check_workdir(load(20), workdir)
+  assert f"--config.init_from='{workdir}'" in str(error.value)
 
 
 def draw_folder(root, classes, count=2):
