@@ -48,6 +48,7 @@ class MetricLog:
   def _start(self, folder):
     """Writes what is kept of metrics.jsonl anew, there and to TensorBoard."""
     # Whole or not at all: a kill in between must not cost the lines.
+    self._file.parent.mkdir(parents=True, exist_ok=True)
     rewritten = self._file.with_name("metrics.jsonl.tmp")
     rewritten.write_text("".join(self._lines))
     rewritten.replace(self._file)
