@@ -35,9 +35,9 @@ class Fault(NamedTuple):
 _FAULTS = {
   # The model.
   "the epsilon of LayerNorm": Fault(
-    "models/vit.py",
-    "variance, 0) + self.epsilon)",
-    "variance, 0) + 10 * self.epsilon)",
+    "models/layers.py",
+    "variance, 0) + epsilon)",
+    "variance, 0) + 10 * epsilon)",
     "models_test.py::test_logits_and_intermediates_equal_numpy",
   ),
   "GELU without its tanh approximation": Fault(
