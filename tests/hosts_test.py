@@ -152,11 +152,15 @@ def test_two_of_three_processes_end_with_a_sentence(runs, tmp_path):
 
 @pytest.mark.ci
 def test_preflight_of_several_processes(runs, tmp_path, capsys):
-  port = find_port()
   args = ["preflight", *runs.train_args(tmp_path / "run")[1:]]
-  flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-  pair = [runs.start([*args, *flags, f"--process_id={i}"]) for i in range(2)]
-  assert [process.wait() for process in pair] == [0, 0], pair[0].stderr()
+  for _ in range(5):
+    flags = [f"--coordinator=localhost:{find_port()}", "--num_processes=2"]
+    pair = [runs.start([*args, *flags, f"--process_id={i}"]) for i in range(2)]
+    codes = [process.wait() for process in pair]
+    # Another test that compiles for TPUs may hold libtpu's lock for a while.
+    if "not ready: accelerator\n" not in pair[0].stderr():
+      break
+  assert codes == [0, 0], pair[0].stderr()
   lines = dict(line.split(maxsplit=1) for line in pair[0].stdout().splitlines())
   assert "saw 2 of 2 hosts" in lines["hosts"]
   assert lines["data"].startswith("ok")
