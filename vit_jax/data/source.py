@@ -671,6 +671,10 @@ class FolderSource(Source):
     """They are the folders' and cannot be wrong."""
 
   def identity(self):
+    return self._identity
+
+  @functools.cached_property
+  def _identity(self):  # a stat of each file: once a start
     names = [f"{path.parent.name}/{path.name}" for path, _ in self._files]
     sizes = [path.stat().st_size for path, _ in self._files]
     return _digest([*zip(names, sizes, strict=True)])
