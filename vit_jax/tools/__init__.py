@@ -1,0 +1,1 @@
+"""What is built on the core: sweeps, reports, tables, plans, exports."""

@@ -1,0 +1,1 @@
+"""The parts of training: optimizer, steps, objectives, what a run writes."""
