@@ -34,9 +34,9 @@ setuptools.setup(
   packages=setuptools.find_packages(include=["vit_jax", "vit_jax.*"]),
   package_data={
     "vit_jax.data.builders": ["imagenet21k.txt"],
-    "vit_jax.paper": ["tables.json"],
+    "vit_jax.tools.paper": ["tables.json"],
     "vit_jax.pretrained.embedded": ["*/*"],
-    "vit_jax.report": ["style.css"],
+    "vit_jax.tools.report": ["style.css"],
   },
   python_requires=">=3.11",
   install_requires=[

@@ -28,7 +28,7 @@ from array_record.python import array_record_module
 from PIL import Image, ImageDraw
 from sklearn import datasets as sklearn_datasets
 
-from vit_jax.data import near_duplicates
+from vit_jax.tools.build_data import near_duplicates
 
 _REPO = Path(__file__).parents[1]
 _CHUNK = 250  # images that a process draws or decodes at a time

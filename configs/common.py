@@ -70,7 +70,7 @@ def get_config() -> Any:
   # `vit-jax data list`), `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
   config.train.dataset = "imagenet21k"
   config.train.split = "train"  # as TFDS writes it: "train[:98%]"
-  # Operations joined by "|", see `vit_jax.preprocess`.
+  # Operations joined by "|", see `vit_jax.data.preprocess`.
   config.train.preprocess = "inception_crop(size)|flip_lr"
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
   config.eval = ml_collections.ConfigDict()

@@ -19,13 +19,13 @@ tasks (Table 9). `vit-jax vtab` runs them all.
 
 from common import get_config as get_common_config
 
-from vit_jax.data import tasks
+from vit_jax.data import benchmarks
 
 
 def get_config(arg="ViT-B_16,caltech101"):
   """Returns the configuration of "VARIANT,TASK"."""
   variant, _, name = arg.partition(",")
-  task = tasks.find_task(name if ":" in name else f"vtab:{name}")
+  task = benchmarks.find_task(name if ":" in name else f"vtab:{name}")
   if task is None:
     raise ValueError(f"vtab.py:{arg} names no task; give VARIANT,caltech101")
   config = get_common_config()

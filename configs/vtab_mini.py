@@ -10,13 +10,13 @@ schedule for small models, where vtab.py has the paper's.
 
 from common import get_config as get_common_config
 
-from vit_jax.data import tasks
+from vit_jax.data import benchmarks
 
 
 def get_config(arg="ViT-N_8,mini:digits"):
   """Returns the configuration of "VARIANT,TASK"."""
   variant, _, name = arg.partition(",")
-  task = tasks.find_task(name if ":" in name else f"mini:{name}")
+  task = benchmarks.find_task(name if ":" in name else f"mini:{name}")
   if task is None:
     raise ValueError(f"vtab_mini.py:{arg} has no task; VARIANT,mini:count has")
   config = get_common_config()

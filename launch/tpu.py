@@ -448,7 +448,7 @@ uv pip install --quiet --python venv/bin/python \\
   --constraint code/constraints.txt --editable './code[tpu]' >&2
 say commit %(commit)s
 say versions "$(venv/bin/python -c '
-from vit_jax.hosts import read_versions
+from vit_jax.training.hosts import read_versions
 print(*(f"{name} {x}" for name, x in read_versions().items()), sep=", ")')"
 say finished yes
 """

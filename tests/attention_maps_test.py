@@ -6,8 +6,9 @@ import pytest
 import random_models
 import reference_vit
 
-from vit_jax import attention_maps, models, pretrained
+from vit_jax import models, pretrained
 from vit_jax.errors import UserError
+from vit_jax.evaluation import attention_maps
 from vit_jax.state import flatten
 
 _GRID, _PATCH = (2, 3), 4

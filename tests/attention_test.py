@@ -12,7 +12,7 @@ from random_models import random_images, random_params
 from vit_jax import models
 from vit_jax.models import attention, layers
 from vit_jax.models.config import ViTConfig
-from vit_jax.paper.flops import count_in_jaxpr
+from vit_jax.tools.paper.flops import count_in_jaxpr
 
 # Heads of half a register's lanes, of a whole, and across two of them.
 _each_head = pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import tensorflow as tf
 from PIL import Image
 
 from vit_jax.__main__ import main
-from vit_jax.bench import step
-from vit_jax.data import pipeline, speed
+from vit_jax.data import pipeline
+from vit_jax.tools.bench import input as input_bench
+from vit_jax.tools.bench import step
 
 TINY = "ViT-w16d1m32h2_8"
 OPTIONS = {
@@ -142,7 +143,7 @@ def test_a_process_that_dies_is_an_error():
 def test_timms_model_is_ours():
   import torch_libraries  # noqa: F401, torchvision is not there
 
-  from vit_jax.bench import torch_step
+  from vit_jax.tools.bench import torch_step
 
   options = {k: v for k, v in OPTIONS.items() if k != "remat"}
   shape = {"patch_size": 8, "hidden_size": 16, "num_layers": 1}
@@ -177,7 +178,7 @@ def _jpeg(i):
 
 def test_report_of_the_input():
   times = {"pipeline": [1.0, 2.0, 4.0], "plain": [3.0, 4.0, 4.0]}
-  assert speed._compare(times) == {"plain": 2.0}
+  assert input_bench._compare(times) == {"plain": 2.0}
   found = {
     "images_per_second": {"pipeline": 2000.0, "plain": 1500.0},
     "cpu_ms": {"pipeline": 1.0, "plain": 1.25},
@@ -192,7 +193,7 @@ def test_report_of_the_input():
     "needs": 5000.0,
     "hosts": 3,
   }
-  text = speed.format_report(found)
+  text = input_bench.format_report(found)
   assert "1,000 images/s a core of 2; JPEGs of 70 kB" in text
   assert "5,000 images/s take 3 such hosts" in text
   assert "trust the CPU column" in text
@@ -205,7 +206,7 @@ def test_input_of_a_folder(tmp_path):
     for i in range(10):
       (tmp_path / name / f"{i}.jpg").write_bytes(_jpeg(i))
   options = {"image_size": 32, "batch_size": 8, "rounds": 1}
-  found = speed.bench(f"folder:{tmp_path}", needs=1e9, **options)
+  found = input_bench.bench(f"folder:{tmp_path}", needs=1e9, **options)
   rates = found["images_per_second"]
   assert list(rates) == ["pipeline", "plain", "resizing", "decoding"]
   assert found["per_core"] == pytest.approx(rates["pipeline"] / found["cores"])
@@ -215,8 +216,8 @@ def test_input_of_a_folder(tmp_path):
 
 @pytest.mark.ci
 def test_input_of_what_is_made(capsys, monkeypatch):
-  monkeypatch.setattr(speed, "_TURN", 128)
-  monkeypatch.setattr(speed, "_PHOTOS", 32)
+  monkeypatch.setattr(input_bench, "_TURN", 128)
+  monkeypatch.setattr(input_bench, "_PHOTOS", 32)
   small = ["--image_size=32", "--batch_size=64"]
   assert main(["bench", "input", "--needs=20000", *small]) == 0
   said = capsys.readouterr().out

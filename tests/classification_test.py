@@ -11,9 +11,11 @@ import tensorflow as tf
 from PIL import Image
 from sklearn import metrics
 
-from vit_jax import data, losses, models, sharding
+from vit_jax import data, models, sharding
 from vit_jax.errors import UserError
-from vit_jax.evaluators import by_class, classification
+from vit_jax.evaluation import classification
+from vit_jax.tools.report import by_class
+from vit_jax.training import losses
 
 _CLASSES = 4
 

@@ -9,9 +9,11 @@ import ml_collections
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import data, losses, models, optim, preprocess
+from vit_jax import data, models
 from vit_jax import train as training
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError
+from vit_jax.training import losses, optim
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _COMMON = str(_CONFIGS / "common.py")

@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from vit_jax import data, preprocess
-from vit_jax.data import ops
+from vit_jax import data
+from vit_jax.data import ops, preprocess
 
 _SHAPES = ((40, 60), (90, 50), (33, 33))
 

@@ -17,14 +17,15 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax import config as configuration
-from vit_jax import data, datasets, sharding
-from vit_jax import preprocess as preprocessing
+from vit_jax import data, sharding
 from vit_jax import train as training
 from vit_jax.__main__ import main
-from vit_jax.data import objectnet, relabelled, source, tasks
+from vit_jax.data import benchmarks, objectnet, relabelled, source
+from vit_jax.data import preprocess as preprocessing
 from vit_jax.data.builders import mini_scenes, mini_tissue
 from vit_jax.errors import UserError
-from vit_jax.tasks import make_task
+from vit_jax.tools import datasets
+from vit_jax.training.objectives import make_task
 
 # Examples of each split of the TFDS data sets: their published metadata, which
 # TFDS's package does not contain.
@@ -160,7 +161,7 @@ class Mocked:
 
   def prepare(self, name, overrides=(), sizes=None):
     """Makes the builder's folder; `overrides` go round the examples."""
-    task = tasks.find_task(name)
+    task = benchmarks.find_task(name)
     builder = source.find_builder(name, self.root, "array_record")
     with tfds.testing.mock_data(num_examples=_NUM_MOCKED):
       examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
@@ -385,7 +386,7 @@ def test_distance_of_the_closest_vehicle(depths, types, label):
 def test_vehicles_are_kittis_first_types():
   features = source.find_builder("vtab:kitti_distance").info.features
   names = features["objects"].feature["type"].names
-  assert names[: tasks._KITTI_VEHICLES] == ["Car", "Van", "Truck"]
+  assert names[: benchmarks._KITTI_VEHICLES] == ["Car", "Van", "Truck"]
   assert data.find_task("vtab:kitti_distance").class_names == (
     *("up to 8 m", "8 to 20 m", "over 20 m", "no vehicle"),
   )
@@ -541,7 +542,7 @@ def mini_dir(tmp_path_factory):
 
 def test_mini_vtab_has_every_group_and_no_overlap(mini_dir):
   found = data.list_tasks("mini:")
-  assert {t.group for t in found} == set(tasks.GROUPS)
+  assert {t.group for t in found} == set(benchmarks.GROUPS)
   for task in found:
     sizes = [
       data.get_source(task.name, split, mini_dir).num_examples

@@ -9,9 +9,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import downloader
 
-from vit_jax import data, datasets
+from vit_jax import data
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
+from vit_jax.tools import datasets
 
 
 class WrongLabel(tfds.core.GeneratorBasedBuilder):

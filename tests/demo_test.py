@@ -21,11 +21,12 @@ from PIL import Image
 from random_models import random_weights
 from tiny_runs import REPO, Process, find_port
 
-from vit_jax import demo, pretrained
+from vit_jax import pretrained
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
-from vit_jax.predict import predict
+from vit_jax.evaluation.predict import predict
 from vit_jax.state import as_lazy, flatten
+from vit_jax.tools import demo
 
 # One that HTML and two that a dictionary would make something else of.
 NAMES = ["crane", "a <b>wren</b> & co", "crane", "${1+1}", "tern, bird"]

@@ -718,7 +718,7 @@ def get_config():
 
 @pytest.mark.ci
 def test_the_quickstart(project, monkeypatch):
-  monkeypatch.setattr("vit_jax.quickstart.PRIOR_EXAMPLES", 200)
+  monkeypatch.setattr("vit_jax.tools.quickstart.PRIOR_EXAMPLES", 200)
   for half in ("pretrain", "finetune"):
     with open(project.folder / f"configs/quickstart_{half}.py", "a") as f:
       f.write(_SHORTER)

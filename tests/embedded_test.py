@@ -9,8 +9,8 @@ from PIL import Image
 from sklearn import datasets
 
 import vit_jax
-from vit_jax import preprocess
 from vit_jax.__main__ import main
+from vit_jax.data import preprocess
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
 from vit_jax.pretrained import embedded, fetch

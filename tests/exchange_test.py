@@ -9,10 +9,12 @@ from PIL import Image
 from random_models import random_weights
 
 import vit_jax
-from vit_jax import demo, export, figures, preprocess, pretrained
+from vit_jax import pretrained
 from vit_jax.__main__ import main
+from vit_jax.data import preprocess
 from vit_jax.state import as_lazy, flatten
-from vit_jax.steps import normalize
+from vit_jax.tools import demo, export, figures
+from vit_jax.training.steps import normalize
 
 SMALL = "w32d2m64h2"
 

@@ -17,12 +17,12 @@ from random_models import random_images, random_params
 import vit_jax
 from vit_jax import models
 from vit_jax.__main__ import main
+from vit_jax.data.preprocess import preprocess_image
 from vit_jax.errors import UserError
-from vit_jax.export import export, formats, lowering, pictures
-from vit_jax.predict import predict
-from vit_jax.preprocess import preprocess_image
+from vit_jax.evaluation.predict import predict
 from vit_jax.pretrained import Weights, runs
 from vit_jax.state import as_lazy, flatten
+from vit_jax.tools.export import export, formats, lowering, pictures
 
 _VIT = "ViT-w16d2m24h2_8"
 # Variant -> arguments of `models.create`, image size, preprocessing, loss.

@@ -10,10 +10,12 @@ from random_models import random_params
 from sklearn.linear_model import Ridge
 
 import vit_jax
-from vit_jax import data, models, preprocess, sharding, steps
+from vit_jax import data, models, sharding
 from vit_jax.__main__ import main
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError
-from vit_jax.evaluators import fewshot
+from vit_jax.evaluation import fewshot
+from vit_jax.training import steps
 
 _NAMES = list("abc")
 

@@ -11,10 +11,12 @@ from PIL import Image
 from random_models import models_are_kept  # noqa: F401 - a fixture
 from sklearn import decomposition
 
-from vit_jax import __main__, attention_maps, figures, pretrained
-from vit_jax.paper import flops
-from vit_jax.preprocess import preprocess_image
-from vit_jax.steps import normalize
+from vit_jax import __main__, pretrained
+from vit_jax.data.preprocess import preprocess_image
+from vit_jax.evaluation import attention_maps
+from vit_jax.tools import figures
+from vit_jax.tools.paper import flops
+from vit_jax.training.steps import normalize
 
 _VARIANT = "ViT-w8d2m12h2_8"
 _OF_RUNS = "ViT-w64d2m256h2_32"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from vit_jax.models import variants
-from vit_jax.paper import data, flops
+from vit_jax.tools.paper import data, flops
 
 
 def _count_vit(variant, image_size, num_classes, hidden):

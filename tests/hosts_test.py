@@ -11,9 +11,9 @@ import time
 import pytest
 from tiny_runs import find_port
 
-from vit_jax import hosts
 from vit_jax.__main__ import main
 from vit_jax.errors import RunStopped, UserError
+from vit_jax.training import hosts
 
 
 def call(port, indices, count, timeout=1.0, facts=None):

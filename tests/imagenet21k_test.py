@@ -17,11 +17,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax import config as configuration
-from vit_jax import data, datasets, train
+from vit_jax import data, train
 from vit_jax.data import ops
 from vit_jax.data.builders import imagenet21k
 from vit_jax.errors import UserError
-from vit_jax.tasks import make_task
+from vit_jax.tools import datasets
+from vit_jax.training.objectives import make_task
 
 _REPO = pathlib.Path(__file__).parents[1]
 _GOOGLE, _FALL = "imagenet21k", "imagenet21k/classes_21841"

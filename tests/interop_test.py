@@ -14,8 +14,8 @@ from random_models import (
 from torch_formats import VARIANT
 
 from vit_jax import models
+from vit_jax.data.preprocess import preprocess_image
 from vit_jax.models import posemb
-from vit_jax.preprocess import preprocess_image
 from vit_jax.pretrained import (
   archives,
   bit,

@@ -13,7 +13,7 @@ from random_models import random_weights
 
 from vit_jax import pretrained
 from vit_jax.errors import UserError
-from vit_jax.export import export
+from vit_jax.tools.export import export
 
 _VARIANT = "ViT-w16d1m24h2_8"
 

@@ -21,9 +21,11 @@ import tensorflow as tf
 from PIL import Image
 from tiny_runs import REPO
 
-from vit_jax import data, datasets, preprocess
-from vit_jax.data import labelled, near_duplicates, ops, own_files
+from vit_jax import data
+from vit_jax.data import ops, preprocess
 from vit_jax.errors import RunStopped, UserError
+from vit_jax.tools import datasets
+from vit_jax.tools.build_data import labelled, near_duplicates, own_files
 
 
 def _image(seed, size=(40, 32)):

@@ -22,8 +22,8 @@ from tiny_runs import (
   saved_steps,
 )
 
-from vit_jax import lifeline
 from vit_jax.__main__ import main
+from vit_jax.training import lifeline
 
 # A process of a run without JAX: it does what it is told, line by line.
 _PROCESS = """

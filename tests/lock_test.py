@@ -13,8 +13,9 @@ import pytest
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vit_jax import distributed, lock
+from vit_jax import distributed
 from vit_jax.errors import RunStopped, UserError
+from vit_jax.training import lock
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import losses
 from vit_jax.errors import UserError
+from vit_jax.training import losses
 
 
 def _random_case(seed, batch=6, classes=11):

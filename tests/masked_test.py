@@ -18,11 +18,13 @@ from tiny_runs import (
 )
 
 from vit_jax import config as configuration
-from vit_jax import data, masking, models, sharding, steps, tasks
+from vit_jax import data, models, sharding
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
-from vit_jax.evaluators import masked
+from vit_jax.evaluation import masked
+from vit_jax.models import masking
 from vit_jax.state import TrainState, flatten
+from vit_jax.training import objectives, steps
 
 COLOURS = ("mean_colour", "colour_grid")
 _TINY = "ViT-w16d2m32h2_4"
@@ -586,7 +588,7 @@ def test_configurations_that_cannot_be_run(overrides, words, runs):
     str(runs.config), {"objective": "masked_patches", **overrides}
   )
   with pytest.raises(UserError) as error:
-    tasks.make_task(config, ["a", "b"], False)
+    objectives.make_task(config, ["a", "b"], False)
   assert words in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -597,7 +599,7 @@ def test_configurations_that_cannot_be_run(overrides, words, runs):
 )
 def test_the_configurations_can_be_run(spec):
   config = configuration.load(str(REPO / "configs" / spec))
-  task = tasks.make_task(config, ["a", "b"], False)
+  task = objectives.make_task(config, ["a", "b"], False)
   assert configuration.count_steps(config, 1000) == config.total_steps
   shapes = flatten(jax.eval_shape(task.model.init, jax.random.key(0)))
   assert shapes["mpp_head/kernel"].shape[1] % 512 == 0

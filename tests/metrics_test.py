@@ -13,7 +13,7 @@ from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
 from vit_jax.errors import RunStopped
-from vit_jax.metrics import MetricLog, NotFinite, duration
+from vit_jax.training.metrics import MetricLog, NotFinite, duration
 
 
 def _open(workdir, start_step=0, total_steps=10, log_every=2):
@@ -74,13 +74,13 @@ def test_log_steps_and_evaluations_are_lines(tmp_path):
 
 def test_speed_counts_what_the_devices_still_had_to_do(tmp_path, monkeypatch):
   now = [0.0]
-  monkeypatch.setattr("vit_jax.metrics.time.monotonic", lambda: now[0])
+  monkeypatch.setattr("vit_jax.training.metrics.time.monotonic", lambda: now[0])
 
   def fetch(ready):
     now[0] += 3  # seconds until the devices are there
     return ready
 
-  monkeypatch.setattr("vit_jax.metrics.jax.device_get", fetch)
+  monkeypatch.setattr("vit_jax.training.metrics.jax.device_get", fetch)
   log = _open(tmp_path, log_every=4)
   for step in range(1, 5):
     now[0] += 0.25
@@ -177,7 +177,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, error):
   _run(log, range(1, 5))
   log.close()
   before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-  writer = "vit_jax.metrics.metric_writers.SummaryWriter"
+  writer = "vit_jax.training.metrics.metric_writers.SummaryWriter"
   monkeypatch.setattr(f"{writer}.write_scalars", fail)
   with pytest.raises(RunStopped, match=f"{tmp_path}: No space left on device;"):
     _open(epath.Path(tmp_path), start_step=4)

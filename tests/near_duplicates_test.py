@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import near_duplicates
+from vit_jax.tools.build_data import near_duplicates
 
 
 def _image(seed, size=(40, 32)):

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax import optim
 from vit_jax.errors import UserError
 from vit_jax.state import flatten, unflatten
+from vit_jax.training import optim
 
 _SHAPES = {
   "cls": (1, 1, 4),

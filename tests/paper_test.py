@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import optim, sharding
-from vit_jax.data import tasks as data_tasks
+from vit_jax import sharding
+from vit_jax.data import benchmarks as data_tasks
 from vit_jax.errors import UserError
-from vit_jax.paper import data
 from vit_jax.state import flatten
-from vit_jax.tasks import build, make_task
+from vit_jax.tools.paper import data
+from vit_jax.training import optim
+from vit_jax.training.objectives import build, make_task
 
 _CONFIGS = Path(__file__).parents[1] / "configs"
 _PAPER = data.load()

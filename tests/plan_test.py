@@ -6,9 +6,9 @@ import json
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import plan
 from vit_jax.errors import UserError
-from vit_jax.plan import chips, compiling, hlo, report
+from vit_jax.tools import plan
+from vit_jax.tools.plan import chips, compiling, hlo, report
 
 # Five times around a loop of one product and a copy; before it a sum over
 # devices, a kernel and a product of batches, as TPU programs write it.

@@ -10,9 +10,9 @@ from collections import namedtuple
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import preflight
 from vit_jax.errors import UserError
-from vit_jax.preflight import FAILED, OK, SKIPPED, WARNING, Found
+from vit_jax.tools import preflight
+from vit_jax.tools.preflight import FAILED, OK, SKIPPED, WARNING, Found
 
 _HOLD = """
 import fcntl, sys

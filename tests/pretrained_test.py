@@ -19,8 +19,8 @@ from random_models import (
 
 import vit_jax
 from vit_jax import models, pretrained
+from vit_jax.data.preprocess import parse
 from vit_jax.errors import UserError
-from vit_jax.preprocess import parse
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from browser import PHONE
 
-from vit_jax import report as report_package
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
-from vit_jax.evaluators import by_class
-from vit_jax.paper import flops
-from vit_jax.report import charts, details, page, report
-from vit_jax.report.runs import find_runs, measure_speed
+from vit_jax.tools import report as report_package
+from vit_jax.tools.paper import flops
+from vit_jax.tools.report import by_class, charts, details, page, report
+from vit_jax.tools.report.runs import find_runs, measure_speed
 
 _BAD_NAME = "<script>alert('&\"')</script>"
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from vit_jax import models, optim, sharding
+from vit_jax import models, sharding
 from vit_jax.errors import UserError
 from vit_jax.state import TrainState, flatten
+from vit_jax.training import optim
 
 _OPTIMIZER = {
   "b1": 0.9,

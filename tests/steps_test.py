@@ -9,9 +9,10 @@ import optax
 import pytest
 from sklearn import metrics
 
-from vit_jax import losses, models, sharding, steps
-from vit_jax.evaluators import classification
+from vit_jax import models, sharding
+from vit_jax.evaluation import classification
 from vit_jax.state import TrainState, flatten
+from vit_jax.training import losses, steps
 
 _CLASSES = 5
 

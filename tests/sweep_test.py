@@ -11,9 +11,9 @@ import pytest
 import stand_in
 from tiny_runs import Process, snapshot
 
-from vit_jax import jobs, sweep
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
+from vit_jax.tools import jobs, sweep
 
 LEARNING_RATES = "--grid=schedule.base_lr=0.001,0.003"
 

@@ -9,11 +9,11 @@ import fake_runs
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import sweep, tables
 from vit_jax.__main__ import _make_parser, _parse_overrides, main
-from vit_jax.data import tasks as data_tasks
+from vit_jax.data import benchmarks as data_tasks
 from vit_jax.errors import UserError
-from vit_jax.paper import cells, data, flops, protocol
+from vit_jax.tools import sweep
+from vit_jax.tools.paper import cells, data, flops, protocol, tables
 
 _REPO = Path(__file__).parents[1]
 _PRETRAINED = "pretrain.py:ViT-B_32,jft,7"

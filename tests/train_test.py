@@ -37,10 +37,11 @@ from tiny_runs import (
   snapshot,
 )
 
-from vit_jax import checkpoint, data, metrics, train
+from vit_jax import checkpoint, data, train
 from vit_jax import config as configuration
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
+from vit_jax.training import metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOTAL = 14  # steps, see tiny_config.py

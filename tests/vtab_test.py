@@ -8,11 +8,12 @@ import stand_in
 from random_models import random_params
 from tiny_runs import snapshot
 
-from vit_jax import data, jobs, models, pretrained, sweep, vtab
+from vit_jax import data, models, pretrained
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten
+from vit_jax.tools import jobs, sweep, vtab
 
 _VARIANT = "ViT-w32d1m64h2_8"
 

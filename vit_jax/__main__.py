@@ -697,7 +697,7 @@ def _find_place(args):
     raise UserError(
       "--coordinator, --num_processes and --process_id are given together"
     )
-  from vit_jax import hosts
+  from vit_jax.training import hosts
 
   return hosts.find_place(*given, timeout=args.start_timeout)
 
@@ -707,7 +707,7 @@ def _connect(args, say_saved=None):
   place = _find_place(args)
   if place is None:
     return
-  from vit_jax import hosts, lifeline
+  from vit_jax.training import hosts, lifeline
 
   args.lifeline = lifeline.hold(
     place, args.start_timeout, args.lost_timeout, say_saved
@@ -728,7 +728,8 @@ def _train(args):
 
 def _load_checked(spec, overrides):
   """Returns a configuration; mistakes that take no data to see come first."""
-  from vit_jax import config, early
+  from vit_jax import config
+  from vit_jax.training import early
 
   loaded = config.load(spec, overrides)
   early.check(loaded)
@@ -745,7 +746,7 @@ def _say_saved(workdir):
 
 def _preflight(args):
   place = _find_place(args)
-  from vit_jax.preflight import preflight
+  from vit_jax.tools.preflight import preflight
 
   preflight(
     args.config,
@@ -759,8 +760,8 @@ def _preflight(args):
 
 
 def _plan(args):
-  from vit_jax import plan
-  from vit_jax.plan import report
+  from vit_jax.tools import plan
+  from vit_jax.tools.plan import report
 
   if args.table2:
     rows = plan.plan_table2()
@@ -792,12 +793,12 @@ def _plan(args):
 
 
 def _sweep(args):
-  from vit_jax import early
+  from vit_jax.training import early
 
   early.check_select(args.select)
   if not args.grid:  # else these are not yet the runs
     _load_checked(args.config, args.overrides)
-  from vit_jax import sweep
+  from vit_jax.tools import sweep
 
   options = {
     "overrides": args.overrides,
@@ -823,7 +824,7 @@ def _sweep(args):
 
 
 def _vtab(args):
-  from vit_jax import sweep, vtab
+  from vit_jax.tools import sweep, vtab
 
   result = vtab.vtab(
     args.source,
@@ -842,7 +843,7 @@ def _evaluate(args):
   _connect(args)
   import jax
 
-  from vit_jax.evaluate import evaluate
+  from vit_jax.evaluation.evaluate import evaluate
 
   results = evaluate(
     args.workdir or args.checkpoint,
@@ -863,7 +864,7 @@ def _evaluate(args):
 
 
 def _linear(args):
-  from vit_jax import linear
+  from vit_jax.evaluation import linear
 
   shots = linear.parse_shots(args.shots)
   _connect(args)
@@ -887,7 +888,7 @@ def _linear(args):
 
 
 def _predict(args):
-  from vit_jax.predict import predict
+  from vit_jax.evaluation.predict import predict
 
   results = predict(args.checkpoint, args.images, args.top, args.class_names)
   if args.json:
@@ -910,13 +911,13 @@ def _say_errors(results):
 
 
 def _demo(args):
-  from vit_jax.demo import demo
+  from vit_jax.tools.demo import demo
 
   demo(args.checkpoint, args.class_names, args.host, args.port, args.share)
 
 
 def _inspect(args):
-  from vit_jax.inspect import format_report, inspect, list_published
+  from vit_jax.pretrained.inspect import format_report, inspect, list_published
 
   if args.source is None:
     print(list_published())
@@ -926,7 +927,7 @@ def _inspect(args):
 
 
 def _convert(args):
-  from vit_jax.convert import convert
+  from vit_jax.pretrained.convert import convert
 
   for note in convert(args.source, args.out, args.to):
     print(f"note: {note}")
@@ -934,7 +935,7 @@ def _convert(args):
 
 
 def _export(args):
-  from vit_jax.export import export
+  from vit_jax.tools.export import export
 
   about = export(
     args.source,
@@ -951,7 +952,7 @@ def _export(args):
 
 
 def _tables(args):
-  from vit_jax import tables
+  from vit_jax.tools.paper import tables
 
   if args.only and (args.name is None or args.commands or args.markdown):
     raise UserError("--only=CELL takes the NAME of a table, and --json at most")
@@ -976,7 +977,7 @@ def _tables(args):
 
 
 def _figures(args):
-  from vit_jax.figures import make_figures
+  from vit_jax.tools.figures import make_figures
 
   written = make_figures(
     args.out,
@@ -990,26 +991,26 @@ def _figures(args):
 
 
 def _report(args):
-  from vit_jax.report import report
+  from vit_jax.tools.report import report
 
   file = report(args.workdirs, args.out, args.data_dir)
   print(f"{file}: {file.stat().st_size / 1e3:,.0f} kB")
 
 
 def _data_list(args):
-  from vit_jax import datasets
+  from vit_jax.tools import datasets
 
   datasets.list_datasets(args.data_dir)
 
 
 def _data_prepare(args):
-  from vit_jax import datasets
+  from vit_jax.tools import datasets
 
   datasets.prepare(args.name, args.data_dir)
 
 
 def _data_build(args):
-  from vit_jax import datasets
+  from vit_jax.tools import datasets
 
   datasets.build(
     args.name,
@@ -1025,13 +1026,13 @@ def _data_build(args):
 
 
 def _data_check(args):
-  from vit_jax import datasets
+  from vit_jax.tools import datasets
 
   datasets.check(args.name, args.split, args.data_dir, args.examples)
 
 
 def _data_show(args):
-  from vit_jax import datasets
+  from vit_jax.tools import datasets
 
   datasets.show(
     args.name,
@@ -1045,7 +1046,7 @@ def _data_show(args):
 
 
 def _bench_step(args):
-  from vit_jax.bench import step
+  from vit_jax.tools.bench import step
 
   rows = step.bench(
     args.variant.split(","),
@@ -1063,9 +1064,9 @@ def _bench_step(args):
 
 
 def _bench_input(args):
-  from vit_jax.data import speed
+  from vit_jax.tools.bench import input as input_bench
 
-  found = speed.bench(
+  found = input_bench.bench(
     args.dataset,
     args.split,
     args.data_dir,
@@ -1073,11 +1074,11 @@ def _bench_input(args):
     batch_size=args.batch_size,
     needs=args.needs,
   )
-  print(json.dumps(found) if args.json else speed.format_report(found))
+  print(json.dumps(found) if args.json else input_bench.format_report(found))
 
 
 def _quickstart(args):
-  from vit_jax.quickstart import quickstart
+  from vit_jax.tools.quickstart import quickstart
 
   quickstart(args.workdir)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import ml_collections
 
-from vit_jax import preprocess
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError, suggest
 
 # What a run may change when it goes on: where it writes and how often, how the

@@ -15,22 +15,16 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
-from vit_jax import (
-  checkpoint,
-  data,
-  distributed,
-  lock,
-  preprocess,
-  pretrained,
-  sharding,
-)
+from vit_jax import checkpoint, data, distributed, pretrained, sharding
 from vit_jax import config as configuration
+from vit_jax.data import preprocess
 from vit_jax.data.relabelled import relabel
 from vit_jax.errors import RunStopped, UserError, check_folder
-from vit_jax.metrics import MetricLog, NotFinite
+from vit_jax.pretrained.warmstart import warm_start
 from vit_jax.state import flatten, make_key, unflatten
-from vit_jax.tasks import build, make_task
-from vit_jax.warmstart import warm_start
+from vit_jax.training import lock
+from vit_jax.training.metrics import MetricLog, NotFinite
+from vit_jax.training.objectives import build, make_task
 
 log = logging.getLogger(__name__)
 

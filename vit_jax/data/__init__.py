@@ -1,46 +1,46 @@
-"""Data: from a data set's name to NumPy batches. TensorFlow stays in here."""
+"""Data: from a data set's name to NumPy batches. TensorFlow stays in here.
 
-import contextlib
+The names are imported when they are asked for: `preprocess` and what else needs
+no TensorFlow does not load it.
+"""
 
-import tensorflow as tf
+import importlib
+from typing import TYPE_CHECKING
 
-from vit_jax.data.pipeline import eval_batches, train_batches
-from vit_jax.data.prepare import Needs, find_needs, prepare
-from vit_jax.data.source import (
-  FOLDER,
-  OBJECTNET,
-  Source,
-  check_mixture,
-  count_shared,
-  get_source,
-  list_splits,
-  parse_mixture,
-)
-from vit_jax.data.tasks import MINI, VTAB, Task, find_task, list_tasks
+if TYPE_CHECKING:
+  from vit_jax.data.benchmarks import MINI as MINI
+  from vit_jax.data.benchmarks import VTAB as VTAB
+  from vit_jax.data.benchmarks import Task as Task
+  from vit_jax.data.benchmarks import find_task as find_task
+  from vit_jax.data.benchmarks import list_tasks as list_tasks
+  from vit_jax.data.pipeline import eval_batches as eval_batches
+  from vit_jax.data.pipeline import train_batches as train_batches
+  from vit_jax.data.preparation import Needs as Needs
+  from vit_jax.data.preparation import find_needs as find_needs
+  from vit_jax.data.preparation import prepare as prepare
+  from vit_jax.data.source import FOLDER as FOLDER
+  from vit_jax.data.source import OBJECTNET as OBJECTNET
+  from vit_jax.data.source import Source as Source
+  from vit_jax.data.source import check_mixture as check_mixture
+  from vit_jax.data.source import count_shared as count_shared
+  from vit_jax.data.source import get_source as get_source
+  from vit_jax.data.source import list_splits as list_splits
+  from vit_jax.data.source import parse_mixture as parse_mixture
 
-__all__ = [
-  "FOLDER",
-  "MINI",
-  "OBJECTNET",
-  "VTAB",
-  "Needs",
-  "Source",
-  "Task",
-  "check_mixture",
-  "count_shared",
-  "eval_batches",
-  "find_needs",
-  "find_task",
-  "get_source",
-  "list_splits",
-  "list_tasks",
-  "parse_mixture",
-  "prepare",
-  "train_batches",
-]
+_NAMES = {
+  "benchmarks": "MINI VTAB Task find_task list_tasks",
+  "pipeline": "eval_batches train_batches",
+  "preparation": "Needs find_needs prepare",
+  "source": (
+    "FOLDER OBJECTNET Source check_mixture count_shared get_source list_splits "
+    "parse_mixture"
+  ),
+}
+_MODULE_OF = {n: module for module, ns in _NAMES.items() for n in ns.split()}
 
-# The accelerators are JAX's. TensorFlow refuses once it has started, which
-# happens where the caller has already given it its devices.
-for _kind in ("GPU", "TPU"):
-  with contextlib.suppress(RuntimeError):
-    tf.config.set_visible_devices([], _kind)
+
+def __getattr__(name):
+  if name not in _MODULE_OF:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  module = importlib.import_module(f"{__name__}.{_MODULE_OF[name]}")
+  return getattr(module, name)

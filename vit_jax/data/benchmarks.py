@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from vit_jax import preprocess
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError, suggest
 
 NATURAL, SPECIALIZED, STRUCTURED = GROUPS = (

@@ -9,13 +9,20 @@ image's augmentation depends on (seed, step, row) and nothing else.
 # TensorFlow's annotations do not know tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from vit_jax import preprocess
+from vit_jax.data import preprocess
+
+# The accelerators are JAX's. TensorFlow refuses once it has started, which
+# happens where the caller has already given it its devices.
+for _kind in ("GPU", "TPU"):
+  with contextlib.suppress(RuntimeError):
+    tf.config.set_visible_devices([], _kind)
 
 # RandAugment's pixel distances are stated for images of this size.
 _REFERENCE_SIZE = 224
@@ -31,7 +38,7 @@ def make_preprocess(
   """Builds the function of a preprocessing string.
 
   Args:
-    text: see `vit_jax.preprocess`.
+    text: see `vit_jax.data.preprocess`.
     image_size: height and width, pixels.
     evaluation: decode with the accurate DCT, allow no random operation.
 

@@ -11,8 +11,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module  # pyright: ignore
 from tensorflow_datasets.core.download import downloader
 
+from vit_jax.data.benchmarks import BY_HAND, PACKAGES
 from vit_jax.data.source import FOLDER, OBJECTNET, find_builder, one_line
-from vit_jax.data.tasks import BY_HAND, PACKAGES
 from vit_jax.errors import UserError
 
 # Pauses double from 0.2 s on: TFDS's own number, 10, takes 213 s to find out

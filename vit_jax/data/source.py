@@ -31,9 +31,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from PIL import Image
 
-from vit_jax import preprocess
-from vit_jax.data import builders, ops
-from vit_jax.data.tasks import TASKS, find_task, resolve_dataset
+from vit_jax.data import builders, ops, preprocess
+from vit_jax.data.benchmarks import TASKS, find_task, resolve_dataset
 from vit_jax.errors import UserError, suggest
 
 log = logging.getLogger(__name__)

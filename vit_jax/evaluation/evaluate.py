@@ -5,12 +5,13 @@ from typing import Any
 
 import ml_collections
 
-from vit_jax import data, losses, pretrained, sharding
+from vit_jax import data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
-from vit_jax.evaluators import classification
+from vit_jax.evaluation import classification
 from vit_jax.state import unflatten
-from vit_jax.tasks import make_task
+from vit_jax.training import losses
+from vit_jax.training.objectives import make_task
 
 # Of weights that come without a training configuration.
 _BATCH_SIZE = 64

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_jax import data, models, steps
+from vit_jax import data, models
 from vit_jax.errors import UserError
-from vit_jax.evaluators.sums import fetch, make_sums
+from vit_jax.evaluation.sums import fetch, make_sums
+from vit_jax.training import steps
 
 L2 = 2.0**10
 _CONSTANT = 100.0  # the feature that stands for a bias

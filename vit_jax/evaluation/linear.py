@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax import data, pretrained, sharding
 from vit_jax.errors import UserError
-from vit_jax.evaluators import fewshot
+from vit_jax.evaluation import fewshot
 
 
 def linear(

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from vit_jax import data, models, steps
-from vit_jax.evaluators.sums import add_up, make_sums
+from vit_jax import data, models
+from vit_jax.evaluation.sums import add_up, make_sums
+from vit_jax.training import steps
 
 
 def make_evaluate(

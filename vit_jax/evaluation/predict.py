@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import preprocess, pretrained
+from vit_jax import pretrained
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError
-from vit_jax.steps import normalize
+from vit_jax.training.steps import normalize
 
 BATCH_SIZE = 32
 # What is taken of a folder.

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vit_jax import data, models, sharding
-from vit_jax import preprocess as preprocessing
+from vit_jax.data import preprocess as preprocessing
 
 
 def make_sums(

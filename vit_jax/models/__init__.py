@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vit_jax import masking
 from vit_jax.errors import UserError
 from vit_jax.models import layers as layers
-from vit_jax.models import mpp, resnet, variants, vit
+from vit_jax.models import masking, mpp, resnet, variants, vit
 from vit_jax.models import posemb as posemb
 from vit_jax.models.config import DEFAULTS as DEFAULTS
 from vit_jax.models.config import check_choice as check_choice

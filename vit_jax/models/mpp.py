@@ -3,8 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vit_jax import masking
-from vit_jax.models import vit
+from vit_jax.models import masking, vit
 
 
 class MaskedPatchPredictor(vit.VisionTransformer):

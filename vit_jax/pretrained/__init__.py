@@ -8,9 +8,9 @@ import pathlib
 import re
 import shutil
 
+from vit_jax.data.preprocess import rescale
 from vit_jax.errors import RunStopped, UserError, check_free, suggest
 from vit_jax.models import variants
-from vit_jax.preprocess import rescale
 from vit_jax.pretrained import (
   archives,
   big_vision,
@@ -28,8 +28,8 @@ from vit_jax.pretrained.loaded import assemble as assemble
 from vit_jax.pretrained.loaded import check_numerics as check_numerics
 from vit_jax.pretrained.loaded import describe as describe
 from vit_jax.pretrained.loaded import fold_normalization as fold_normalization
-from vit_jax.pretrained.weights import Weights as Weights
-from vit_jax.warmstart import match_layout as match_layout
+from vit_jax.pretrained.warmstart import match_layout
+from vit_jax.pretrained.weights import Weights
 
 # What stands before the names in some files: optimizer dumps, big_vision's
 # training states. What is beside it there is no weight.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from vit_jax import preprocess
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_free
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import models
+from vit_jax.data.preprocess import rescale
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.preprocess import rescale
+from vit_jax.pretrained.warmstart import Report, warm_start
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray, flatten, unflatten
-from vit_jax.warmstart import Report, warm_start
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from vit_jax import models
+from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.preprocess import as_pair
+from vit_jax.pretrained.warmstart import POS_EMBEDDING as POS_EMBEDDING
 from vit_jax.state import LazyArray, flatten
-from vit_jax.warmstart import POS_EMBEDDING as POS_EMBEDDING
 
 
 class Weights(NamedTuple):

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
-from vit_jax.data import builders, labelled, own_files, tasks
+from vit_jax.data import benchmarks, builders
 from vit_jax.data.source import FolderSource
 from vit_jax.errors import UserError
+from vit_jax.tools.build_data import labelled, own_files
 
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
 
@@ -41,7 +42,7 @@ def list_datasets(data_dir: str | None = None) -> list[dict]:
     print("  nothing yet")
   for name in missing:
     how = "run `vit-jax data prepare"
-    if name in tasks.BY_HAND:
+    if name in benchmarks.BY_HAND:
       how = "by hand: see `vit-jax data check"
     print(f"built in: {name}  ({how} {name}`)")
   _print_tasks({p["name"] for p in prepared if p["format"] == "array_record"})
@@ -55,11 +56,11 @@ def list_datasets(data_dir: str | None = None) -> list[dict]:
 def _print_tasks(ready):
   """Prints the tasks by group, with what they wait for."""
   for title, prefix, groups in (
-    ("VTAB-1k", data.VTAB, tasks.GROUPS),
-    ("mini-VTAB, without a download", data.MINI, tasks.GROUPS),
+    ("VTAB-1k", data.VTAB, benchmarks.GROUPS),
+    ("mini-VTAB, without a download", data.MINI, benchmarks.GROUPS),
     ("other test sets of the paper", "", ("",)),
   ):
-    names = list(data.list_tasks(prefix)) if prefix else tasks.list_plain()
+    names = list(data.list_tasks(prefix)) if prefix else benchmarks.list_plain()
     splits = ", ".join(names[0].splits)
     print(f"{title}{f' (splits {splits})' if splits else ''}:")
     for group in groups:
@@ -74,7 +75,7 @@ def _say_state(task, ready):
     return "ready"
   if name in builders.names():
     return f"run `vit-jax data prepare {task.name}`"
-  if name in tasks.BY_HAND:
+  if name in benchmarks.BY_HAND:
     return f"by hand: see `vit-jax data check {task.name}`"
   return "to download"
 

@@ -20,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from vit_jax import attention_maps, predict, preprocess, pretrained
+from vit_jax import pretrained
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError
+from vit_jax.evaluation import attention_maps, predict
 from vit_jax.pretrained.loaded import HEAD_OF_ZEROS, fold_normalization
 from vit_jax.state import as_lazy, flatten
-from vit_jax.steps import normalize
+from vit_jax.training.steps import normalize
 
 TOP = 5  # classes shown
 _FACTORS = (1 / 2, 3 / 4, 1, 3 / 2, 2)  # of the checkpoint's resolution

@@ -18,11 +18,14 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from vit_jax import attention_maps, preprocess, pretrained
+from vit_jax import pretrained
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_folder, check_free, suggest
+from vit_jax.evaluation import attention_maps
 from vit_jax.models import posemb, variants
-from vit_jax.paper import data, flops
-from vit_jax.paper.runs import (
+from vit_jax.state import flatten
+from vit_jax.tools.paper import data, flops
+from vit_jax.tools.paper.runs import (
   Run,
   find_origin,
   find_runs,
@@ -30,8 +33,7 @@ from vit_jax.paper.runs import (
   plain_name,
   read_metrics,
 )
-from vit_jax.state import flatten
-from vit_jax.steps import normalize
+from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_jax.errors import UserError, check_folder
-from vit_jax.lock import is_alive
-from vit_jax.metrics import duration
+from vit_jax.training.lock import is_alive
+from vit_jax.training.metrics import duration
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_jax import checkpoint, hosts
+from vit_jax import checkpoint
 from vit_jax import config as configuration
-from vit_jax.data.speed import time_batches
 from vit_jax.errors import RunStopped, UserError
+from vit_jax.tools.bench.input import time_batches
 from vit_jax.train import check_workdir, open_sources, read_rows
+from vit_jax.training import hosts
 
 log = logging.getLogger(__name__)
 

@@ -14,20 +14,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import (
-  checkpoint,
-  config,
-  data,
-  datasets,
-  losses,
-  models,
-  sharding,
-)
+from vit_jax import checkpoint, config, data, models, sharding
 from vit_jax.errors import UserError
-from vit_jax.evaluators import classification
-from vit_jax.figures import make_figures
-from vit_jax.predict import predict
+from vit_jax.evaluation import classification
+from vit_jax.evaluation.predict import predict
+from vit_jax.tools import datasets
+from vit_jax.tools.figures import make_figures
 from vit_jax.train import train
+from vit_jax.training import losses
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import Any
 from vit_jax import checkpoint, pretrained, train
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
-from vit_jax.jobs import (
+from vit_jax.tools.jobs import (
   Run,
   choose_metric,
   divide_devices,

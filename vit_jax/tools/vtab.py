@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import checkpoint, data, pretrained, sweep
+from vit_jax import checkpoint, data, pretrained
 from vit_jax.errors import UserError
-from vit_jax.jobs import divide_devices, lock
+from vit_jax.tools import sweep
+from vit_jax.tools.jobs import divide_devices, lock
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 from vit_jax import config as configuration
-from vit_jax import losses, models, optim, preprocess
+from vit_jax import models
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
+from vit_jax.training import losses, optim
 
 # What the evaluators yield, but for counts.
 METRICS = (

@@ -22,8 +22,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from vit_jax import hosts
 from vit_jax.errors import UserError
+from vit_jax.training import hosts
 
 LOST = 69  # the exit code: sysexits' "unavailable"
 TIMEOUT = 60  # seconds

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vit_jax import losses, models, optim, steps
+from vit_jax import models
 from vit_jax.errors import UserError
-from vit_jax.evaluators import classification, masked
+from vit_jax.evaluation import classification, masked
 from vit_jax.state import TrainState
+from vit_jax.training import losses, optim, steps
 
 
 class Task(NamedTuple):

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax import masking
-from vit_jax.losses import multi_hot
-from vit_jax.optim import polyak
+from vit_jax.models import masking
 from vit_jax.state import KEY_IMPL, TrainState, make_key
+from vit_jax.training.losses import multi_hot
+from vit_jax.training.optim import polyak
 
 
 def normalize(images):

@@ -28,8 +28,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from vit_jax import preprocess
-from vit_jax.data.tasks import BY_HAND
+from vit_jax.data import preprocess
+from vit_jax.data.benchmarks import BY_HAND
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)

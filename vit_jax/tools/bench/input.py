@@ -29,11 +29,12 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from vit_jax.data import labelled, ops
+from vit_jax.data import ops
 from vit_jax.data.pipeline import count_cpus, train_batches
+from vit_jax.data.preprocess import as_pair
 from vit_jax.data.source import Source, get_source
 from vit_jax.errors import UserError
-from vit_jax.preprocess import as_pair
+from vit_jax.tools.build_data import labelled
 
 _RECIPE = "inception_crop(size)|flip_lr"
 _AREA = (5, 100)  # percent, of `inception_crop`

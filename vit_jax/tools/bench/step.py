@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit_jax import losses, models, optim, sharding, steps
-from vit_jax.bench.process import call, report
+from vit_jax import models, sharding
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.paper.flops import OPERATIONS, count_multiply_adds
 from vit_jax.state import TrainState
+from vit_jax.tools.bench.process import call, report
+from vit_jax.tools.paper.flops import OPERATIONS, count_multiply_adds
+from vit_jax.training import losses, optim, steps
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def _run(spec):
   """Returns what `measure` says of a spec, in another process."""
   what = "%s, %d images: compiling, then %d steps"
   log.info(what, spec["variant"], spec["batch_size"], spec["steps"])
-  return call("vit_jax.bench.step", spec)
+  return call("vit_jax.tools.bench.step", spec)
 
 
 def _run_largest(spec):
@@ -110,7 +111,7 @@ def _run_timm(ours):
   if ours["remat"] != "none" or not ours["batch_size"]:
     return result | {"error": "measured without --remat, and where ours ran"}
   shape = {"patch_size": sizes.patch_size, **sizes.encoder._asdict()}
-  result |= call("vit_jax.bench.torch_step", spec | shape)
+  result |= call("vit_jax.tools.bench.torch_step", spec | shape)
   if "step_seconds" in result:
     result |= _rates(ours, result["step_seconds"], ours.get("ceiling_tflops"))
     if "step_seconds" in ours:

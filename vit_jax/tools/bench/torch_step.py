@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from vit_jax.bench.process import report
+from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
-from vit_jax.preprocess import as_pair
+from vit_jax.tools.bench.process import report
 
 _WARM_UP = 5  # steps, after the one that compiles
 

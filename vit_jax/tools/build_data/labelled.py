@@ -36,11 +36,16 @@ from array_record.python import array_record_module  # pyright: ignore
 from PIL import Image
 from tensorflow_datasets.core import example_serializer
 
-from vit_jax import preprocess
-from vit_jax.data import near_duplicates
-from vit_jax.data.own_files import Place, list_images, open_set, read_image
+from vit_jax.data import preprocess
 from vit_jax.data.source import get_source, one_line
 from vit_jax.errors import RunStopped, UserError
+from vit_jax.tools.build_data import near_duplicates
+from vit_jax.tools.build_data.own_files import (
+  Place,
+  list_images,
+  open_set,
+  read_image,
+)
 
 log = logging.getLogger(__name__)
 

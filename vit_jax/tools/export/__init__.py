@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import preprocess as numpy_preprocess
 from vit_jax import pretrained
+from vit_jax.data import preprocess as numpy_preprocess
 from vit_jax.errors import UserError, check_free, suggest
-from vit_jax.export import formats, pictures
-from vit_jax.steps import normalize
-from vit_jax.warmstart import match_layout
+from vit_jax.pretrained.warmstart import match_layout
+from vit_jax.tools.export import formats, pictures
+from vit_jax.training.steps import normalize
 
 DESCRIPTION = "export.json"
 

@@ -14,7 +14,7 @@ from jax import core
 from jax import export as jax_export
 
 from vit_jax.errors import UserError
-from vit_jax.export import lowering
+from vit_jax.tools.export import lowering
 
 # JAX's symbols are 1 at least, and a batch may be empty.
 _ANY_BATCH = "batch - 1"

@@ -1,7 +1,7 @@
 """Evaluation preprocessing as a JAX graph, for pictures of any size.
 
-`vit_jax.preprocess` does the same in NumPy. Here height and width are values in
-the graph: all shapes but the input's are fixed, as far as a picture is not
+`vit_jax.data.preprocess` does it in NumPy. Here height and width are values
+in the graph: all shapes but the input's are fixed, as far as a picture is not
 stretched by its area, so that one file takes pictures of every size.
 
 An operation is therefore not run when it is met. A `View` says how to compute
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vit_jax.data.preprocess import as_pair, parse, scale_side
 from vit_jax.errors import UserError
-from vit_jax.preprocess import as_pair, parse, scale_side
 
 
 class View(NamedTuple):
@@ -119,7 +119,7 @@ def _stretch(view, size, method, *, known, least):
   return View(size, known, least, whole)
 
 
-# The arithmetic of both is that of `vit_jax.preprocess`, in its order.
+# The arithmetic of both is that of `vit_jax.data.preprocess`, in its order.
 
 
 def _bilinear(view, size):

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vit_jax.paper import data, flops, protocol
-from vit_jax.paper.runs import (
+from vit_jax.tools.paper import data, flops, protocol
+from vit_jax.tools.paper.runs import (
   Pretraining,
   Run,
   comes_from,

@@ -16,7 +16,7 @@ def load() -> dict[str, Any]:
   "pretraining" has the sets to pre-train on, "measures" what the columns of
   the tables measure, "vtab" the 19 tasks by the names that Table 9 prints.
   """
-  file = importlib.resources.files("vit_jax.paper") / "tables.json"
+  file = importlib.resources.files("vit_jax.tools.paper") / "tables.json"
   return json.loads(file.read_text(encoding="utf-8"))
 
 

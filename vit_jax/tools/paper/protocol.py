@@ -7,9 +7,9 @@ from typing import Any
 
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
-from vit_jax.paper.runs import Pretraining, Run
+from vit_jax.tools.paper.runs import Pretraining, Run
 
-_CONFIGS = Path(__file__).parents[2] / "configs"
+_CONFIGS = Path(__file__).parents[3] / "configs"
 
 # What has no influence on a result, but for rounding; and what decides which
 # cell a run is of, or how long it is, which the callers compare.

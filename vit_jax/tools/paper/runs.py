@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from vit_jax import checkpoint
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
-from vit_jax.paper import data
 from vit_jax.pretrained.names import PUBLISHED
+from vit_jax.tools.paper import data
 
 log = logging.getLogger(__name__)
 

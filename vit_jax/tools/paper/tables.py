@@ -12,9 +12,9 @@ from typing import Any
 
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
-from vit_jax.paper import cells, data, flops, protocol
-from vit_jax.paper.cells import Cell
-from vit_jax.paper.runs import Pretraining, Run, find_runs, is_pretraining
+from vit_jax.tools.paper import cells, data, flops, protocol
+from vit_jax.tools.paper.cells import Cell
+from vit_jax.tools.paper.runs import Pretraining, Run, find_runs, is_pretraining
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
 _STAND_IN = "ImageNet-21k"  # for what only JFT-300M can give

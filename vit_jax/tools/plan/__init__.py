@@ -16,11 +16,10 @@ from vit_jax import config as configuration
 from vit_jax import sharding
 from vit_jax.data import find_task, parse_mixture
 from vit_jax.errors import UserError
-from vit_jax.metrics import duration
-from vit_jax.paper import data as paper
-from vit_jax.paper.flops import OPERATIONS, count_in_jaxpr
-from vit_jax.plan import hlo
-from vit_jax.plan.compiling import (
+from vit_jax.tools.paper import data as paper
+from vit_jax.tools.paper.flops import OPERATIONS, count_in_jaxpr
+from vit_jax.tools.plan import hlo
+from vit_jax.tools.plan.compiling import (
   OutOfMemory,
   Program,
   Slice,
@@ -29,7 +28,8 @@ from vit_jax.plan.compiling import (
   make_batch,
   make_shapes,
 )
-from vit_jax.tasks import Task, make_task
+from vit_jax.training.metrics import duration
+from vit_jax.training.objectives import Task, make_task
 
 log = logging.getLogger(__name__)
 

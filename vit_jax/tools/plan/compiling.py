@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from vit_jax import sharding
 from vit_jax.errors import UserError
-from vit_jax.plan.chips import Chip, find_chip
-from vit_jax.tasks import build
+from vit_jax.tools.plan.chips import Chip, find_chip
+from vit_jax.training.objectives import build
 
 # Nothing that libtpu would ask the machine for is there, and a second process
 # may compile at the same time: no device is opened.

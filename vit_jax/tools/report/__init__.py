@@ -7,10 +7,10 @@ from pathlib import Path
 
 from vit_jax import checkpoint
 from vit_jax.errors import RunStopped, UserError, check_free
-from vit_jax.report import charts
-from vit_jax.report.details import look
-from vit_jax.report.page import make_page
-from vit_jax.report.runs import MAIN_METRICS, Run, find_runs
+from vit_jax.tools.report import charts
+from vit_jax.tools.report.details import look
+from vit_jax.tools.report.page import make_page
+from vit_jax.tools.report.runs import MAIN_METRICS, Run, find_runs
 
 log = logging.getLogger(__name__)
 

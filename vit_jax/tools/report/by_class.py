@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import data, models, steps
-from vit_jax.evaluators.sums import fetch, make_sums
+from vit_jax import data, models
+from vit_jax.evaluation.sums import fetch, make_sums
+from vit_jax.training import steps
 
 
 class Mistake(NamedTuple):

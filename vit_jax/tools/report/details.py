@@ -8,12 +8,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vit_jax import attention_maps, checkpoint, data, pretrained, sharding
+from vit_jax import checkpoint, data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
-from vit_jax.evaluators import by_class
-from vit_jax.report.runs import Run
-from vit_jax.steps import normalize
+from vit_jax.evaluation import attention_maps
+from vit_jax.tools.report import by_class
+from vit_jax.tools.report.runs import Run
+from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
 

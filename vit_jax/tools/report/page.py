@@ -8,11 +8,11 @@ from pathlib import Path
 
 import vit_jax
 from vit_jax.errors import UserError
-from vit_jax.paper import flops
-from vit_jax.report import charts, results
-from vit_jax.report.details import Details
-from vit_jax.report.runs import COUNTS, SPEED, Run, measure_speed
-from vit_jax.report.tags import (
+from vit_jax.tools.paper import flops
+from vit_jax.tools.report import charts, results
+from vit_jax.tools.report.details import Details
+from vit_jax.tools.report.runs import COUNTS, SPEED, Run, measure_speed
+from vit_jax.tools.report.tags import (
   Raw,
   escape,
   fold,

@@ -2,9 +2,9 @@
 
 import collections
 
-from vit_jax.report.details import Details
-from vit_jax.report.runs import Run
-from vit_jax.report.tags import (
+from vit_jax.tools.report.details import Details
+from vit_jax.tools.report.runs import Run
+from vit_jax.tools.report.tags import (
   Raw,
   bar,
   fold,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vit_jax import checkpoint
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
-from vit_jax.paper.runs import NEEDED, name_runs, read_metrics, walk
+from vit_jax.tools.paper.runs import NEEDED, name_runs, read_metrics, walk
 
 SPEED = "speed/images_per_second"
 _SPEED_PER_DEVICE = f"{SPEED}_per_device"

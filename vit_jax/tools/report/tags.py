@@ -4,7 +4,7 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-from vit_jax.report.details import Picture
+from vit_jax.tools.report.details import Picture
 
 
 class Raw(str):
