@@ -43,8 +43,9 @@ test-nightly: $(INSTALLED_DEV)  ## what takes long and rarely breaks
 
 # What JAX and Python decide; the rest follows from it.
 test-newest: $(INSTALLED_NEWEST)  ## the core, with the newest Python and JAX
-	@.venv-newest/bin/python $(TESTS) $(foreach name,models optim steps \
-	  sharding checkpoint train pretrained,tests/$(name)_test.py)
+	@.venv-newest/bin/python $(TESTS) $(foreach name,unit/models/models \
+	  unit/training/optim unit/training/steps unit/sharding unit/checkpoint \
+	  integration/train parity/pretrained,tests/$(name)_test.py)
 
 notebooks: $(INSTALLED_DEV)  ## run them, and keep their outputs in them
 	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py

@@ -4,7 +4,7 @@
 
 draws a test set and 20,000 images, hides copies of test images among them,
 changed in known ways, builds the set, also with a kill in the middle, and
-prints tables. tests/labelled_test.py does the same with fewer images.
+prints tables. tests/unit/tools/labelled_test.py does it with fewer images.
 """
 
 import os

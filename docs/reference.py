@@ -74,7 +74,7 @@ def point_out(text: str) -> str:
   That is links to its files, and the names of tests, which read as sentences.
   """
   text = re.sub(r"\]\(\.\./", f"]({PUBLIC}/", text)
-  return re.sub(r"`(tests/\w+\.py)(?:::test_(\w+))?`", _link_test, text)
+  return re.sub(r"`(tests/[\w/]+\.py)(?:::test_(\w+))?`", _link_test, text)
 
 
 def _link_test(found):

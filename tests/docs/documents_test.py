@@ -32,7 +32,7 @@ from vit_jax.pretrained import fetch
 from vit_jax.pretrained.names import PUBLISHED
 from vit_jax.state import flatten
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 _PAGES = sorted((REPO / "docs").glob("*.md"))
 _DOCUMENTS = [
   *(
@@ -151,35 +151,37 @@ _TESTED = {
   "--workdir=runs/rates --config.data_dir=runs/quickstart/data "
   "--config.init_from=runs/quickstart/pretrain "
   "--grid=schedule.base_lr=0.02,0.05 --seeds=2": (
-    "tests/sweep_test.py::test_the_real_train_goes_on_too"
+    "tests/unit/tools/sweep_test.py::test_the_real_train_goes_on_too"
   ),
   "vit-jax sweep --config=configs/photos.py:photos "
   "--workdir=runs/photos_rates --seeds=1 "
   "--grid=schedule.base_lr=0.001,0.003,0.01,0.03": (
-    "tests/sweep_test.py::test_the_real_train_goes_on_too"
+    "tests/unit/tools/sweep_test.py::test_the_real_train_goes_on_too"
   ),
   "vit-jax data check vtab:resisc45 --data_dir=data": (
-    "tests/data_tasks_test.py::"
+    "tests/unit/data/data_tasks_test.py::"
     "test_check_says_what_is_fetched_by_hand_and_where_it_goes"
   ),
   "vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini "
   "--tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data": (
-    "tests/vtab_test.py::test_two_tasks_with_the_real_train"
+    "tests/unit/tools/vtab_test.py::test_two_tasks_with_the_real_train"
   ),
   "vit-jax bench step --variant=ViT-Ti_16 --batch_size=8 --image_size=64 "
-  "--steps=3": "tests/bench_test.py::test_processes_end_to_end",
+  "--steps=3": "tests/unit/tools/bench_test.py::test_processes_end_to_end",
   "vit-jax bench input --needs=20000": (
-    "tests/bench_test.py::test_input_of_what_is_made"
+    "tests/unit/tools/bench_test.py::test_input_of_what_is_made"
   ),
   "vit-jax demo --checkpoint=runs/quickstart/finetune": (
-    "tests/demo_test.py::test_uploads_are_judged_as_by_predict"
+    "tests/unit/tools/demo_test.py::test_uploads_are_judged_as_by_predict"
   ),
   "vit-jax export runs/quickstart/finetune digits --to=onnx": (
-    "tests/export_test.py::test_the_documents_commands"
+    "tests/unit/tools/export_test.py::test_the_documents_commands"
   ),
   "vit-jax export runs/quickstart/finetune digits_96 --to=onnx --preprocess "
-  "--image_size=96": "tests/export_test.py::test_the_documents_commands",
-  "make quickstart": "tests/documents_test.py::test_the_quickstart",
+  "--image_size=96": (
+    "tests/unit/tools/export_test.py::test_the_documents_commands"
+  ),
+  "make quickstart": "tests/docs/documents_test.py::test_the_quickstart",
 }
 _BY_CI = {
   f"make {word}"
@@ -366,7 +368,7 @@ def test_named_tests_run_with_the_same_options(text):
 def test_named_tests_are_there():
   named = set(_TESTED.values())
   for path in _DOCUMENTS:
-    named |= set(re.findall(r"tests/\w+_test\.py(?:::\w+)?", _read(path)))
+    named |= set(re.findall(r"tests/[\w/]+_test\.py(?:::\w+)?", _read(path)))
   for node in sorted(named):
     file, _, test = node.partition("::")
     assert (REPO / file).is_file(), node

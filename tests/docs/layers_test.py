@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-_PACKAGE = pathlib.Path(__file__).parents[1] / "vit_jax"
+_PACKAGE = pathlib.Path(__file__).parents[2] / "vit_jax"
 
 # A unit is a module directly in vit_jax, a room, or what is directly in one of
 # the rooms in _BY_MODULE. It imports units of layers above its own line here,
@@ -33,8 +33,8 @@ _LAYERS = (
     "evaluation.masked",
     "evaluation.predict",
   ),
-  ("training.objectives", "evaluation.evaluate", "evaluation.linear"),
-  ("train",),
+  ("training.objectives", "evaluation.linear"),
+  ("train", "evaluation.evaluate"),
   # The tools: what the core never imports.
   ("tools.paper", "tools.build_data"),
   (

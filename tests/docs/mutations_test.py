@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-_REPO = Path(__file__).parents[1]
+_REPO = Path(__file__).parents[2]
 
 
 class Fault(NamedTuple):
@@ -38,143 +38,143 @@ _FAULTS = {
     "models/layers.py",
     "variance, 0) + epsilon)",
     "variance, 0) + 10 * epsilon)",
-    "models_test.py::test_logits_and_intermediates_equal_numpy",
+    "unit/models/models_test.py::test_logits_and_intermediates_equal_numpy",
   ),
   "GELU without its tanh approximation": Fault(
     "models/vit.py",
     '"gelu_tanh": lambda x: nn.gelu(x, approximate=True)',
     '"gelu_tanh": lambda x: nn.gelu(x, approximate=False)',
-    "models_test.py::test_logits_and_intermediates_equal_numpy",
+    "unit/models/models_test.py::test_logits_and_intermediates_equal_numpy",
   ),
   "positions resized from pixel centres": Fault(
     "models/posemb.py",
     "np.arange(length_out) * ((length_in - 1) / (length_out - 1))",
     "(np.arange(length_out) + 0.5) * (length_in / length_out) - 0.5",
-    "posemb_test.py::test_resized_grid_equals_scipy",
+    "unit/models/posemb_test.py::test_resized_grid_equals_scipy",
   ),
   # The step.
   "pixels that do not reach 1": Fault(
     "steps.py",
     "- 127.5) / 127.5",
     "- 127.5) / 128",
-    "steps_test.py::test_normalize_maps_bytes_onto_minus_one_to_one",
+    "unit/training/steps_test.py::test_normalize_maps_bytes_onto_minus_one_to_one",
   ),
   "the same dropout at each step": Fault(
     "steps.py",
     "jax.random.fold_in(key, state.step)",
     "jax.random.fold_in(key, 0)",
-    "steps_test.py::test_randomness_is_a_function_of_key_and_step",
+    "unit/training/steps_test.py::test_randomness_is_a_function_of_key_and_step",
   ),
   "a dropped EMA": Fault(
     "steps.py",
     "ema = polyak(state.ema, params, ema_decay) if ema_decay else None",
     "ema = state.ema",
-    "steps_test.py::test_polyak_average_equals_its_formula",
+    "unit/training/steps_test.py::test_polyak_average_equals_its_formula",
   ),
   "gradients of micro-batches added, not averaged": Fault(
     "steps.py",
     "lambda x: x / micro_batches, total",
     "lambda x: x, total",
-    "steps_test.py::test_micro_batches_give_the_update_of_the_large_batch",
+    "unit/training/steps_test.py::test_micro_batches_give_the_update_of_the_large_batch",
   ),
   "padding that is evaluated": Fault(
     "steps.py",
     "labelled = mask & (",
     "labelled = (",
-    "steps_test.py::test_evaluation_sums_equal_numpy_and_sklearn",
+    "unit/training/steps_test.py::test_evaluation_sums_equal_numpy_and_sklearn",
   ),
   "the smaller part of mixup first": Fault(
     "steps.py",
     "a = jnp.maximum(a, 1 - a)",
     "a = jnp.minimum(a, 1 - a)",
-    "steps_test.py::test_mixup_mixes_each_row_with_its_neighbour",
+    "unit/training/steps_test.py::test_mixup_mixes_each_row_with_its_neighbour",
   ),
   # The optimizer.
   "a warm-up that is one step ahead": Fault(
     "optim.py",
     "jnp.minimum(1, t / warmup_steps)",
     "jnp.minimum(1, (t + 1) / warmup_steps)",
-    "optim_test.py::test_schedule_equals_formula_at_every_step",
+    "unit/training/optim_test.py::test_schedule_equals_formula_at_every_step",
   ),
   "weight decay of every parameter": Fault(
     "optim.py",
     "add_decayed_weights(weight_decay, _mask_by(decayed))",
     "add_decayed_weights(weight_decay)",
-    "optim_test.py::test_optimizer_equals_formula_at_every_step",
+    "unit/training/optim_test.py::test_optimizer_equals_formula_at_every_step",
   ),
   "no gradient clipping": Fault(
     "optim.py",
     "  if clip_norm:\n",
     "  if clip_norm > 1e9:\n",
-    "optim_test.py::test_optimizer_equals_formula_at_every_step",
+    "unit/training/optim_test.py::test_optimizer_equals_formula_at_every_step",
   ),
   "a kernel split along another axis": Fault(
     "sharding.py",
     '(r"Dense_1/kernel", P(None, "fsdp"))',
     '(r"Dense_1/kernel", P("fsdp", None))',
-    "sharding_test.py",
+    "unit/sharding_test.py",
   ),
   # The data.
   "images flipped upside down": Fault(
     "data/ops.py",
     "tf.reverse(image, [1])",
     "tf.reverse(image, [0])",
-    "data_ops_test.py::test_flip_mirrors_half_of_the_images",
+    "unit/data/data_ops_test.py::test_flip_mirrors_half_of_the_images",
   ),
   "rows that begin anew after a resume": Fault(
     "data/pipeline.py",
     "tf.data.Dataset.range(steps.start, steps.stop)",
     "tf.data.Dataset.range(0, len(steps))",
-    "data_pipeline_test.py::test_restart_at_any_step_goes_on_the_same",
+    "unit/data/data_pipeline_test.py::test_restart_at_any_step_goes_on_the_same",
   ),
   "the same order in each epoch": Fault(
     "data/pipeline.py",
     "(self._seed, int(i), int(epoch))",
     "(self._seed, int(i), 0)",
-    "data_pipeline_test.py",
+    "unit/data/data_pipeline_test.py",
   ),
   "the farthest object's distance": Fault(
     "data/tasks.py",
     'tf.reduce_min(objects["pixel_coords"][:, 2])',
     'tf.reduce_max(objects["pixel_coords"][:, 2])',
-    "data_tasks_test.py::test_distance_of_the_closest_object",
+    "unit/data/data_tasks_test.py::test_distance_of_the_closest_object",
   ),
   "groups of values that are one too wide": Fault(
     "data/tasks.py",
     "tf.cast(value, tf.int32) * num_classes // num_values",
     "tf.cast(value, tf.int32) * num_classes // (num_values - 1)",
-    "data_tasks_test.py::test_dsprites_merge_neighbouring_values",
+    "unit/data/data_tasks_test.py::test_dsprites_merge_neighbouring_values",
   ),
   # Files.
   "files that are not renamed when they are whole": Fault(
     "checkpoint.py",
     'temporary = path.with_name(path.name + ".tmp")',
     "temporary = path",
-    "train_test.py::test_a_run_killed_here_ends_as_if_it_had_not_been",
+    "integration/train_test.py::test_a_run_killed_here_ends_as_if_it_had_not_been",
   ),
   "a fingerprint that does not see the order": Fault(
     "checkpoint.py",
     "(position * jnp.uint32(0x9E3779B9))",
     "(position * jnp.uint32(0))",
-    "checkpoint_test.py::test_fingerprint_changes_with_the_order",
+    "unit/checkpoint_test.py::test_fingerprint_changes_with_the_order",
   ),
   "the oldest checkpoint instead of the newest": Fault(
     "checkpoint.py",
     "for step in reversed(self.steps()):",
     "for step in self.steps():",
-    "checkpoint_test.py",
+    "unit/checkpoint_test.py",
   ),
   "a resumed run that reads from the beginning": Fault(
     "train.py",
     "read_rows(config, sources, rows, step, total_steps - step)",
     "read_rows(config, sources, rows, 0, total_steps - step)",
-    "train_test.py",
+    "integration/train_test.py",
   ),
   "queries in the place of keys": Fault(
     "pretrained/timm.py",
     "fused, part=(i, 3))",
     "fused, part=((i + 1) % 3, 3))",
-    "timm_test.py::test_logits",
+    "parity/timm_test.py::test_logits",
   ),
 }
 

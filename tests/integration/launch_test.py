@@ -20,7 +20,7 @@ import pytest
 import yaml
 from tiny_runs import Process, find_port, saved_steps
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 TPU = REPO / "launch" / "tpu.py"
 _SPEC = importlib.util.spec_from_file_location("tpu", TPU)
 tpu = importlib.util.module_from_spec(_SPEC)

@@ -23,7 +23,7 @@ from vit_jax.pretrained import fetch
 from vit_jax.pretrained.names import PUBLISHED
 from vit_jax.state import flatten
 
-_REPO = Path(__file__).parents[1]
+_REPO = Path(__file__).parents[2]
 _FOLDER = _REPO / "notebooks"
 _NAMES = (
   "quickstart",

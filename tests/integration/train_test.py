@@ -43,7 +43,7 @@ from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.training import metrics
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 TOTAL = 14  # steps, see tiny_config.py
 DEVICES = 8  # of this process, see conftest.py
 # A smaller run: with kill after kill, most of the time goes into starts.

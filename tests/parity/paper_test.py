@@ -18,7 +18,7 @@ from vit_jax.tools.paper import data
 from vit_jax.training import optim
 from vit_jax.training.objectives import build, make_task
 
-_CONFIGS = Path(__file__).parents[1] / "configs"
+_CONFIGS = Path(__file__).parents[2] / "configs"
 _PAPER = data.load()
 _SETS = _PAPER["pretraining"]
 

@@ -15,7 +15,7 @@ from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.training import losses, optim
 
-_CONFIGS = Path(__file__).parents[1] / "configs"
+_CONFIGS = Path(__file__).parents[2] / "configs"
 _COMMON = str(_CONFIGS / "common.py")
 
 

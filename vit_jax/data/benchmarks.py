@@ -168,7 +168,8 @@ _DSPRITES = ("dsprites:2.*.*", "train[589824:590024]", "train[663552:]")
 _NORB = ("smallnorb:2.*.*", "test[:200]", "test[50%:]")
 
 # In the order of the paper's Table 9. Splits and labels are those of the
-# published task_adaptation code; `tests/data_tasks_test.py` has them twice.
+# published task_adaptation code; `tests/unit/data/data_tasks_test.py` has them
+# once more.
 _VTAB_TASKS = (
   _vtab("caltech101", "Caltech101", NATURAL, "caltech101:3.*.*",
         "train[2754:2954]", "test", 102),

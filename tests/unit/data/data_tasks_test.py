@@ -432,7 +432,7 @@ _SIZE = 16
 @pytest.fixture(scope="module")
 def tiny():
   """Returns (task, training step, state) of a small ViT of 1,000 classes."""
-  common = pathlib.Path(__file__).parents[1] / "configs" / "common.py"
+  common = pathlib.Path(__file__).parents[3] / "configs" / "common.py"
   config = configuration.load(str(common))
   with config.unlocked():
     config.image_size = _SIZE

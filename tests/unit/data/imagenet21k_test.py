@@ -24,7 +24,7 @@ from vit_jax.errors import UserError
 from vit_jax.tools import datasets
 from vit_jax.training.objectives import make_task
 
-_REPO = pathlib.Path(__file__).parents[1]
+_REPO = pathlib.Path(__file__).parents[3]
 _GOOGLE, _FALL = "imagenet21k", "imagenet21k/classes_21841"
 
 # Their labels in either map. The first are WordNet's oldest nouns; tench and

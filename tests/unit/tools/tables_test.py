@@ -15,7 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.tools import sweep
 from vit_jax.tools.paper import cells, data, flops, protocol, tables
 
-_REPO = Path(__file__).parents[1]
+_REPO = Path(__file__).parents[3]
 _PRETRAINED = "pretrain.py:ViT-B_32,jft,7"
 _RESULTS = (2, 5, 6, 7, 8, 9)
 
