@@ -80,6 +80,17 @@ def get_config() -> Any:
   config.eval.preprocess = "resize_small(size * 8 / 7)|central_crop(size)"
   config.eval.batch_size = 0  # 0: the training batch size
 
+  # More evaluations, each under a name: `add_eval` of `vit_jax.config`, or
+  # --config.evals.NAME.KEY. The keys: `type`, "fewshot" or unset for the
+  # objective's own; `dataset`, `split`, `preprocess`, `batch_size`, `every`, as
+  # `eval` and `eval_every` where they are unset; `train_split` and `shots`, the
+  # images of each class that a few-shot evaluation learns from. Results are
+  # logged as NAME/METRIC.
+  config.evals = ml_collections.ConfigDict()
+  # NAME/METRIC that decides which checkpoint is kept as the best, more is
+  # better. Unset: accuracy of `eval`, for several labels an image its prec@1.
+  config.best_metric = placeholder(str)
+
   # --- duration: exactly one of the three is set ---
   config.batch_size = 4096  # over all hosts and devices
   config.total_steps = 0  # updates

@@ -47,7 +47,7 @@ def use(monkeypatch, jobs, sweep) -> None:
   monkeypatch.setattr(jobs, "_start", start)
   monkeypatch.setattr(jobs, "_POLL_SECONDS", 0)
   # The stand-in's config.json is not one to compare with.
-  monkeypatch.setattr(sweep.train, "check_workdir", lambda *_: False)
+  monkeypatch.setattr(sweep.run_folder, "check", lambda *_: False)
 
 
 def main(parent, *arguments):

@@ -186,18 +186,17 @@ def shared_programs():
   The second one then takes two seconds of CPU time, not six.
   """
   with pytest.MonkeyPatch.context() as patch:
-    make_task = train.make_task
 
-    def make_sharing_task(*args):
-      task = make_task(*args)
-      make_evaluate = _share(task.make_evaluate, lambda: None)
-      return task._replace(make_evaluate=make_evaluate)
-
-    def by_config(config, *_):
+    def by_config(config, *_, **__):
       return str(configuration.to_dict(config))
 
-    patch.setattr(train, "make_task", _share(make_sharing_task, by_config))
-    patch.setattr(train, "build", _share(train.build, by_config))
+    for module, name in (
+      (train.objectives, "create"),
+      (train, "make_step"),
+      (train, "make_evaluators"),
+    ):
+      shared = _share(getattr(module, name), by_config)
+      patch.setattr(module, name, shared)
     jit = _share(sharding.jit_train_step, lambda _, step, __: step)
     patch.setattr(sharding, "jit_train_step", jit)
     yield

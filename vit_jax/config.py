@@ -6,15 +6,18 @@ beside the user's other files as well as it does in this project.
 
 import ast
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, suggest
@@ -39,7 +42,9 @@ RESUMABLE = (
 # Keys that were added to configs/common.py since the first release: {key: the
 # value that runs from before had without saying so}. And those that have been
 # renamed since: {old: new}. Without an entry no run from before is resumed.
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {
+  "best_metric": None,
+}
 RENAMED: dict[str, str] = {}
 
 
@@ -94,6 +99,9 @@ def override(config, key: str, text: str) -> None:
   Raises:
     UserError: unknown key, or a value of another type.
   """
+  name = re.match(r"evals\.(\w+)\.", key)
+  if name and name[1] not in config.evals:
+    add_eval(config, name[1])
   known = flatten(config)
   if key not in known:
     raise UserError(f"unknown config key {key!r}{suggest(key, known)}")
@@ -112,6 +120,111 @@ def override(config, key: str, text: str) -> None:
     )
   with node.unlocked():
     node[name] = value
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """One evaluation of a run, all of it said.
+
+  Attributes:
+    name: "eval" for `config.eval`, else that of an entry of `config.evals`.
+    type: the run's objective, or one of `evaluators.OTHERS`.
+    dataset: None for the first training data set.
+    split: of the test images.
+    preprocess: of all its images.
+    batch_size: over all hosts and devices.
+    every: steps; 0: at the end only.
+    train_split: of the images that "fewshot" learns from.
+    shots: how many of each class.
+  """
+
+  name: str
+  type: str
+  dataset: str | None
+  split: str
+  preprocess: str
+  batch_size: int
+  every: int
+  train_split: str
+  shots: tuple[int, ...]
+
+  @property
+  def key(self) -> str:
+    """Where the configuration has it."""
+    return "eval" if self.name == "eval" else f"evals.{self.name}"
+
+
+def add_eval(config, name: str, **values: Any) -> None:
+  """Adds an entry to `config.evals`; what is not given stays at its default.
+
+  Args:
+    config: with the keys of configs/common.py.
+    name: its results are logged as NAME/METRIC.
+    **values: see configs/common.py.
+
+  Raises:
+    ValueError: a name or key that cannot be.
+  """
+  if not re.fullmatch(r"[A-Za-z]\w*", name) or name in _TAKEN:
+    raise UserError(
+      f"config.evals.{name}: an evaluation's name is a word of letters, "
+      f"digits and _, and none of {', '.join(_TAKEN)}"
+    )
+  entry = ml_collections.ConfigDict()
+  for key in ("type", "dataset", "split", "preprocess"):
+    entry[key] = placeholder(str)
+  entry.batch_size = placeholder(int)
+  entry.every = placeholder(int)
+  entry.train_split = "train"
+  entry.shots = (5, 10)
+  for key, value in values.items():
+    if key not in entry:
+      raise UserError(
+        f"unknown config key evals.{name}.{key}{suggest(key, entry)}"
+      )
+    entry[key] = value
+  with config.unlocked():
+    config.evals[name] = entry
+
+
+# What else stands before the "/" of a logged name.
+_TAKEN = ("eval", "train", "speed")
+
+
+def list_evals(config) -> list[Eval]:
+  """Returns the evaluations of a run; that of `config.eval` is the first.
+
+  Raises:
+    UserError: an evaluation without a split, a number that cannot be.
+  """
+  usual = {
+    "type": config.objective,
+    "dataset": config.eval.dataset,
+    "split": config.eval.split,
+    "preprocess": config.eval.preprocess,
+    "batch_size": config.eval.batch_size or config.batch_size,
+    "every": config.eval_every,
+    "train_split": "train",
+    "shots": (5, 10),
+  }
+  found = [Eval("eval", **usual)] if config.eval.split else []
+  # Runs from before have none.
+  for name, entry in config.get("evals", {}).items():
+    given = {k: v for k, v in entry.items() if v is not None}
+    found.append(Eval(name, **usual | given))
+    _check_eval(found[-1])
+  return found
+
+
+def _check_eval(e):
+  if not e.split:
+    raise UserError(f"config.evals.{e.name} needs a split to evaluate")
+  if min(e.batch_size, e.every + 1, *e.shots) < 1 or not e.shots:
+    raise UserError(
+      f"config.evals.{e.name} has batch_size {e.batch_size}, every {e.every}, "
+      f"shots {e.shots}; it needs batch_size and shots of 1 or more and every "
+      "of 0 or more"
+    )
 
 
 def parse_value(text: str, kind: type):

@@ -105,7 +105,7 @@ def on_mesh(mesh, function: Callable) -> Callable:
   know what there is to split for (see `models/attention.py`).
   """
 
-  @functools.wraps(function)
+  @functools.wraps(getattr(function, "func", function))  # of a partial
   def run(*args):
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return function(*args)

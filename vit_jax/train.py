@@ -1,30 +1,37 @@
 """Training, in reading order: from a configuration to a run folder."""
 
 import contextlib
-import json
+import dataclasses
+import functools
 import logging
-import os
 import shlex
-import signal
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from clu import parameter_overview
-from jax.experimental import multihost_utils
 
-from vit_jax import checkpoint, data, distributed, pretrained, sharding
+from vit_jax import checkpoint, distributed, pretrained, sharding
 from vit_jax import config as configuration
-from vit_jax.data import preprocess
-from vit_jax.data.relabelled import relabel
-from vit_jax.errors import RunStopped, UserError, check_folder
+from vit_jax.errors import RunStopped, UserError
+from vit_jax.evaluation.evaluators import (
+  Evaluator,
+  find_best,
+  make_evaluators,
+)
 from vit_jax.pretrained.warmstart import warm_start
 from vit_jax.state import flatten, make_key, unflatten
-from vit_jax.training import lock
+from vit_jax.training import (
+  inputs,
+  lock,
+  objectives,
+  optim,
+  run_folder,
+  steps,
+)
 from vit_jax.training.metrics import MetricLog, NotFinite
-from vit_jax.training.objectives import build, make_task
+from vit_jax.training.profiler import Profiler, check_profile
+from vit_jax.training.stop import Stopping, StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +44,9 @@ def train(config, workdir) -> dict[str, float] | None:
     workdir: the run folder, a local path or a gs:// address.
 
   Returns:
-    The metrics of the last evaluation, {} for a run that evaluates nothing;
-    None if the run was told to stop, and is to be resumed.
+    The metrics of the last evaluation, those of `config.evals` as NAME/METRIC;
+    {} for a run that evaluates nothing; None if the run was told to stop, and
+    is to be resumed.
 
   Raises:
     UserError: a configuration that cannot be run; nothing has been written.
@@ -46,12 +54,53 @@ def train(config, workdir) -> dict[str, float] | None:
       read or written, or an evaluation failed.
   """
   with StopSignal() as stop, contextlib.ExitStack() as stack:
-    return _train(config, workdir, stop, stack)
+    workdir = checkpoint.absolute(workdir)
+    run = check_configuration(config, workdir)
+    mesh = sharding.make_mesh(config.fsdp)
+    sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
+
+    # Data, and what is learnt from it.
+    opened = inputs.open_inputs(config)
+    total_steps = count_steps(config, run, opened, workdir)
+    objective = objectives.create(config, opened.first.class_names)
+    train_step, init_state = make_step(config, objective, total_steps)
+    evaluators = make_evaluators(
+      config, opened.evals, objective, mesh=mesh, before_batch=stop.check
+    )
+    best = find_best(config, evaluators)
+
+    # State: resumed, from other weights, or random, in that order.
+    own = take_folder(config, workdir, run, opened, stack)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    state, layout = make_state(
+      config, mesh, objective, init_state, run and checkpoints
+    )
+    step = int(state.step)
+    distributed.check_same({"the step to resume from": step})
+    done = run_folder.read_results(workdir, step)
+    if step == total_steps and all(e.name in done for e in evaluators):
+      log.info("the run is complete: %d steps in %s", step, workdir)
+      return flatten_results({e.name: done[e.name] for e in evaluators})
+    batches = inputs.read_batches(config, mesh, opened, step, total_steps)
+    if run:
+      checkpoints.clear_unfinished()
+      log.info("resuming from step %d of %d", step, total_steps)
+    else:
+      run_folder.write(config, workdir, total_steps, objective, opened, state)
+    step_program = sharding.jit_train_step(mesh, train_step, layout)
+    loop = Loop(
+      config, total_steps, evaluators, best, checkpoints, own, stop, step, state
+    )
+    return loop.run(step_program, batches, done)
 
 
-def _train(config, workdir, stop, stack):
-  # Machines.
-  workdir = checkpoint.absolute(workdir)
+def check_configuration(config, workdir) -> dict | None:
+  """Returns config.json of the run in `workdir`, None for a new one.
+
+  Raises:
+    UserError: a configuration that cannot be, or that is not that run's, or
+      another one on another process.
+  """
   distributed.check_same(
     {
       "the source code of vit_jax": distributed.digest_package(),
@@ -60,301 +109,91 @@ def _train(config, workdir, stop, stack):
     }
   )
   configuration.check_ranges(config)
-  run = check_workdir(config, workdir)
+  run = run_folder.check(config, workdir)
   if not run:  # what older versions took is resumed
     configuration.check_unused(config)
-  mesh = sharding.make_mesh(config.fsdp)
-  sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
-
-  # Data, and what is learnt from it.
-  sources, test = open_sources(config)
-  first = sources[0][0]
-  examples = sum(source.num_examples for source, _ in sources)
-  if run:
-    check_data(run, sources, test, workdir)
-    total_steps = run["total_steps"]
-  else:
-    total_steps = configuration.count_steps(config, examples)
-  check_profile(config, total_steps)
-  task = make_task(config, first.class_names, first.multilabel)
-  train_step, init_state = build(config, task, total_steps)
-  evaluate = test and task.make_evaluate(
-    source=test,
-    mesh=mesh,
-    batch_size=config.eval.batch_size or config.batch_size,
-    preprocess=config.eval.preprocess,
-    before_batch=stop.check,
-  )
-
-  # State: resumed, from other weights, or random, in that order.
-  key = make_key(config.seed)
-  layout = sharding.tree_shardings(mesh, jax.eval_shape(init_state, key))
-  own = take_workdir(workdir, stack)
-  if check_workdir(config, workdir) != run:
-    raise UserError(f"another run has just ended in {workdir}; start again")
-  distributed.check_same(
-    {"config.json": run, "the data": describe_data(sources, test)}
-  )
-  token = own.token if own else lock.read_token(workdir)
-  distributed.check_same({"the lock in --workdir": token})
-  checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-  state = restore(checkpoints, init_state, layout) if run else None
-  if state is None:
-    state = jax.jit(init_state, out_shardings=layout)(key)
-    if config.init_from:
-      state = start_from(
-        config.init_from, state, task.model, config, task.class_names
-      )
-  step = int(state.step)
-  distributed.check_same({"the step to resume from": step})
-  if step == total_steps and (not test or read_results(workdir, step)):
-    log.info("the run is complete: %d steps in %s", step, workdir)
-    return read_results(workdir, step)
-  batches = read_batches(config, mesh, sources, step, total_steps)
-  if run:
-    checkpoints.clear_unfinished()
-    log.info("resuming from step %d of %d", step, total_steps)
-  else:
-    record = {
-      "total_steps": total_steps,
-      "class_names": task.class_names,
-      "multilabel": first.multilabel,
-      "data": describe_data(sources, test),
-    }
-    write_run_files(config, workdir, record, state)
-  metrics = MetricLog(
-    workdir,
-    start_step=step,
-    total_steps=total_steps,
-    log_every=config.log_every,
-    batch_size=config.batch_size,
-  )
-  train_step = sharding.jit_train_step(mesh, train_step, layout)
-  profiler = Profiler(config, workdir)
-
-  def save(step, state):
-    if own:
-      own.check()
-    metrics.flush(step)
-    checkpoints.save(step, state)
-    metrics.restart_clock(step)
-
-  def assess(step, state, results=None):
-    """Evaluates, unless that has been done, and keeps the best state."""
-    if not results:
-      metrics.flush(step)
-      params = state.params if state.ema is None else state.ema
-      results = run_evaluation(evaluate, params, step)
-      report(metrics, step, results)
-    checkpoints.save_if_best(step, state, results[task.main_metric])
-    metrics.restart_clock(step)
-    return results
-
-  def evaluation_is_due(step):
-    is_last = step == total_steps
-    return test and step and (is_last or is_due(step, config.eval_every))
-
-  # The loop. Nothing in a step waits for the devices: metrics are fetched one
-  # log interval late, or before something is saved. A state is saved before it
-  # is evaluated, so that no evaluation can cost it.
-  results, saved = {}, step
-  try:
-    if evaluation_is_due(step):  # the run may have stopped before it, or in it
-      results = assess(step, state, read_results(workdir, step))
-    stop.check()
-    for step, batch in enumerate(batches, step + 1):  # noqa: B020
-      profiler.before(step, state)
-      state, values = train_step(state, batch)
-      metrics.add(step, values)
-      if step % config.log_every == 0:
-        metrics.flush(step - config.log_every)
-      if step == total_steps or is_due(step, config.checkpoint_every):
-        save(step, state)
-        saved = step
-      if evaluation_is_due(step):
-        results = assess(step, state)
-      if step < total_steps:
-        stop.check()
-    profiler.close(state, step + 1)
-    checkpoints.close()
-  except Stopping:
-    profiler.close(state, step + 1)
-    if saved != step:
-      save(step, state)
-    checkpoints.close()
-    where = f"saved step {step}" if step else "before the first step"
-    log.info("stopping: %s; run again to resume", where)
-    return None
-  except NotFinite as e:
-    raise RunStopped(f"{e}; {advise(checkpoints)}") from e
-  except (DataFailed, EvaluationFailed) as e:
-    # Another process may not have failed, and would not save with this one.
-    if saved != step and jax.process_count() == 1:
-      save(step, state)
-    raise RunStopped(f"{e}; {say_saved(checkpoints)}") from e
-  except BaseException:
-    with contextlib.suppress(RunStopped):  # another error is on its way
-      checkpoints.wait()
-    raise
-  finally:
-    metrics.close()
-  log.info("the run is complete: %d steps in %s", step, workdir)
-  return results
-
-
-def take_workdir(workdir, stack) -> lock.Lock | None:
-  """Holds the run folder's lock on process 0 until `stack` is closed.
-
-  Raises:
-    UserError: another run has it, or the folder cannot be written.
-  """
-  if jax.process_index():
-    return None
-  try:
-    return stack.enter_context(lock.hold(workdir))
-  except OSError as e:
-    raise UserError(
-      f"cannot write to {workdir}: {e.strerror or e}; choose another --workdir"
-    ) from e
-
-
-def open_sources(config):
-  """Opens [(training source, weight)] and the test source, None for no test.
-
-  Raises:
-    UserError: unknown, missing or unsuitable data.
-  """
-  mixture = data.parse_mixture(config.train.dataset)
-  sources = [
-    (data.get_source(name, config.train.split, config.data_dir), weight)
-    for name, weight in mixture
-  ]
-  for source, _ in sources:
-    source.check_labels()
-  labels_matter = config.objective == "classification"
-  if labels_matter:
-    data.check_mixture([source for source, _ in sources])
-  if not config.eval.split:
-    return sources, None
-  name = config.eval.dataset or mixture[0][0]
-  test = data.get_source(name, config.eval.split, config.data_dir)
-  first = sources[0][0]
-  test.check_labels()
-  for source, _ in sources:
-    shared = data.count_shared(source, test)
-    if shared:
-      log.warning(
-        "%d of the %d test images of %s are training images too: %s and %s "
-        "overlap",
-        *(shared, test.num_examples, name, source.split, test.split),
-      )
-  if not labels_matter:
-    return sources, test
-  relabelled = relabel(test, first.class_names)
-  if relabelled is None:
-    unknown = [x for x in test.class_names if x not in first.class_names]
-    raise UserError(
-      f"eval.dataset {name} has {test.num_classes} classes, training "
-      f"{first.num_classes}; {unknown[:3]} are not among these; evaluate on "
-      "classes of training, or set config.eval.split='' for no evaluation"
-    )
-  return sources, relabelled
-
-
-def check_workdir(config, workdir) -> dict | None:
-  """Returns config.json of the run that `workdir` holds, None for none.
-
-  Raises:
-    UserError: it holds a run of another configuration, checkpoints without
-      one, or a file where a folder should be; a new run would enlarge its
-      images again.
-  """
-  inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
-  for folder in inside if "://" not in str(workdir) else ():
-    check_folder(folder)
-  if not (workdir / "config.json").exists():
-    if checkpoint.list_steps(workdir):
-      raise UserError(
-        f"{workdir} has checkpoints and no config.json, which says what run "
-        "they are of; restore it, or choose another --workdir"
-      )
-    for text in (config.train.preprocess, config.eval.preprocess):
-      preprocess.check_crops(text, config.image_size)
-    return None
-  run = read_run(workdir)
-  differences = configuration.differences(
-    run["config"], configuration.to_dict(config)
-  )
-  if differences:
-    longer = (
-      "; to train for longer, start another --workdir with "
-      f"--config.init_from={shlex.quote(str(workdir))}: it takes the weights, "
-      "and neither the optimizer's state nor the step"
-      if any(text.startswith("total_") for text in differences)
-      else ""
-    )
-    raise UserError(
-      f"{workdir} holds a run of another configuration "
-      f"({'; '.join(differences)}); choose another --workdir, or resume with "
-      f"the configuration that it was started with{longer}"
-    )
   return run
 
 
-def read_run(workdir) -> dict:
-  """Returns the contents of a run's config.json.
+def count_steps(config, run, opened: inputs.Inputs, workdir) -> int:
+  """Returns the steps of the whole run, whose data are those it began with."""
+  if run:
+    run_folder.check_data(run, opened, workdir)
+    total_steps = run["total_steps"]
+  else:
+    total_steps = configuration.count_steps(config, opened.num_examples)
+  check_profile(config, total_steps)
+  return total_steps
+
+
+def make_step(config, objective: objectives.Objective, total_steps: int):
+  """Returns train_step(state, batch) and init_state(key), both pure."""
+  schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
+  optimizer = optim.make_optimizer(
+    **config.optimizer,
+    schedule=schedule,
+    base_lr=config.schedule.base_lr,
+    params=jax.eval_shape(objective.model.init, jax.random.key(0)),
+  )
+  train_step = functools.partial(
+    steps.train_step,
+    objective=objective,
+    optimizer=optimizer,
+    schedule=schedule,
+    micro_batches=config.micro_batches,
+    ema_decay=config.ema_decay,
+  )
+  init_state = functools.partial(
+    steps.init_state,
+    model=objective.model,
+    optimizer=optimizer,
+    ema_decay=config.ema_decay,
+  )
+  return train_step, init_state
+
+
+def take_folder(config, workdir, run, opened: inputs.Inputs, stack):
+  """Locks the run folder until `stack` is closed; see `run_folder.take`.
 
   Raises:
-    UserError: it is cut off or empty.
+    UserError: another run has it, or other processes see something else.
   """
-  try:
-    return json.loads((workdir / "config.json").read_text())
-  except ValueError as e:
-    raise UserError(
-      f"{workdir}/config.json is not whole ({e}); restore it from a copy, or "
-      "choose another --workdir"
-    ) from None
+  own = run_folder.take(workdir, stack)
+  if run_folder.check(config, workdir) != run:
+    raise UserError(f"another run has just ended in {workdir}; start again")
+  distributed.check_same({"config.json": run, "the data": opened.describe()})
+  token = own.token if own else lock.read_token(workdir)
+  distributed.check_same({"the lock in --workdir": token})
+  return own
 
 
-def describe_data(sources, test) -> dict:
-  """Returns what must be the same when a run is resumed: identities of data."""
+def make_state(config, mesh, objective, init_state, checkpoints):
+  """Returns the state to go on from, and how it lies on the devices.
 
-  def describe(source):
-    return {
-      "dataset": source.dataset,
-      "examples": source.num_examples,
-      "identity": source.identity(),
-    }
-
-  return {
-    "train": [describe(source) for source, _ in sources],
-    "eval": [describe(test)] if test else [],
-  }
-
-
-def check_data(run, sources, test, workdir) -> None:
-  """Raises a UserError if the data are not those that the run began with."""
-  names = sources[0][0].class_names
-  if run["class_names"] and run["class_names"] != names:
-    old, new = set(run["class_names"]), set(names)
-    raise UserError(
-      f"the classes of the training data are not those of the run in {workdir}"
-      f": gone {sorted(old - new)[:5]}, new {sorted(new - old)[:5]}; restore "
-      "the data, or choose another --workdir"
+  Args:
+    config, mesh, objective: of the run.
+    init_state: key -> random state.
+    checkpoints: those of the run; None for a new one.
+  """
+  key = make_key(config.seed)
+  shapes = jax.eval_shape(init_state, key)
+  layout = sharding.tree_shardings(mesh, shapes)
+  if checkpoints:
+    placed = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      layout,
     )
-  found = describe_data(sources, test)
-  for kind, entries in run.get("data", {}).items():  # older runs have none
-    for old, new in zip(entries, found[kind], strict=True):
-      if old != new:
-        raise UserError(
-          f"{new['dataset']} ({kind}) has changed since the run in {workdir} "
-          f"began: it had {old['examples']:,} examples ({old['identity']}) and "
-          f"has {new['examples']:,} ({new['identity']}); restore the data, or "
-          "choose another --workdir"
-        )
+    state = checkpoints.restore(placed)
+    if state is not None:
+      return state, layout
+  state = jax.jit(init_state, out_shardings=layout)(key)
+  if config.init_from:
+    state = start_from(config.init_from, state, objective, config)
+  return state, layout
 
 
-def start_from(source, state, model, config, class_names):
+def start_from(source, state, objective, config):
   """Returns the state with other weights, and reports on them.
 
   Raises:
@@ -366,8 +205,8 @@ def start_from(source, state, model, config, class_names):
     flatten(state.params),
     weights.params,
     old_grid=weights.create_model().grid,
-    new_grid=model.grid,
-    same_classes=weights.class_names == class_names,
+    new_grid=objective.model.grid,
+    same_classes=weights.class_names == objective.class_names,
     source=weights.source,
     resize=weights.resize,
   )
@@ -386,90 +225,128 @@ def start_from(source, state, model, config, class_names):
   return state._replace(params=params, ema=ema)
 
 
-def write_run_files(config, workdir, record, state):
-  """Writes config.json and parameters.txt of a new run."""
-  if jax.process_index():
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  run = {"config": configuration.to_dict(config), **record}
-  overview = parameter_overview.get_parameter_overview(
-    state.params, include_stats="sharding"
-  )
-  checkpoint.write_atomically(workdir / "parameters.txt", overview)
-  checkpoint.write_atomically(
-    workdir / "config.json", json.dumps(run, indent=1)
-  )
-  count = sum(x.size for x in jax.tree.leaves(state.params))
-  log.info(
-    "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
-    "devices: %d, %d steps of %d images",
-    config.model.variant,
-    count / 1e6,
-    sharding.bytes_per_device(state) / 2**30,
-    jax.device_count(),
-    record["total_steps"],
-    config.batch_size,
-  )
+@dataclasses.dataclass
+class Loop:
+  """A run under way: its state, and what happens between the steps.
 
+  Attributes:
+    config: the run's.
+    total_steps: the last step.
+    evaluators: what is evaluated, and when.
+    best: the (evaluation, metric) that decides which state is the best.
+    checkpoints: where the state is saved.
+    own: the lock of the run folder; None on other processes than the first.
+    stop: whether the run was told to stop.
+    step: the last step that was taken.
+    state: the training state after it.
+  """
 
-def restore(checkpoints, init_state, layout):
-  """Returns the newest intact state, laid out so; None if there is none."""
-  shapes = jax.eval_shape(init_state, make_key(0))
-  return checkpoints.restore(
-    jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      layout,
+  config: Any
+  total_steps: int
+  evaluators: list[Evaluator]
+  best: tuple[str, str] | None
+  checkpoints: checkpoint.Checkpoints
+  own: lock.Lock | None
+  stop: StopSignal
+  step: int
+  state: Any
+
+  def run(self, train_step, batches: Iterator, done):
+    """Takes the steps that are left; returns as `train`.
+
+    Nothing in a step waits for the devices: metrics are fetched one log
+    interval late, or before something is saved. A state is saved before it is
+    evaluated, so that no evaluation can cost it.
+
+    Args:
+      train_step: the jitted step.
+      batches: of the steps to come, on the devices.
+      done: the results that the run folder has of this step.
+    """
+    config, workdir = self.config, self.checkpoints.workdir
+    self.saved, self.results = self.step, {}
+    self.metrics = MetricLog(
+      workdir,
+      start_step=self.step,
+      total_steps=self.total_steps,
+      log_every=config.log_every,
+      batch_size=config.batch_size,
     )
-  )
+    profiler = Profiler(config, workdir)
+    try:
+      self.evaluate(done)  # the run may have stopped before it, or in it
+      self.stop.check()
+      for batch in batches:
+        self.step += 1
+        profiler.before(self.step, self.state)
+        self.state, values = train_step(self.state, batch)
+        self.metrics.add(self.step, values)
+        if self.step % config.log_every == 0:
+          self.metrics.flush(self.step - config.log_every)
+        if self.step == self.total_steps or is_due(
+          self.step, config.checkpoint_every
+        ):
+          self.save()
+        self.evaluate({})
+        if self.step < self.total_steps:
+          self.stop.check()
+      profiler.close(self.state, self.step + 1)
+      self.checkpoints.close()
+    except Stopping:
+      profiler.close(self.state, self.step + 1)
+      self.save_unless_saved()
+      self.checkpoints.close()
+      where = (
+        f"saved step {self.step}" if self.step else "before the first step"
+      )
+      log.info("stopping: %s; run again to resume", where)
+      return None
+    except NotFinite as e:
+      raise RunStopped(f"{e}; {advise(self.checkpoints)}") from e
+    except (inputs.DataFailed, EvaluationFailed) as e:
+      # Another process may not have failed, and would not save with this one.
+      if jax.process_count() == 1:
+        self.save_unless_saved()
+      raise RunStopped(f"{e}; {say_saved(self.checkpoints)}") from e
+    except BaseException:
+      with contextlib.suppress(RunStopped):  # another error is on its way
+        self.checkpoints.wait()
+      raise
+    finally:
+      self.metrics.close()
+    log.info("the run is complete: %d steps in %s", self.step, workdir)
+    return flatten_results(self.results)
 
+  def save(self):
+    """Saves the state."""
+    if self.own:
+      self.own.check()
+    self.metrics.flush(self.step)
+    self.checkpoints.save(self.step, self.state)
+    self.metrics.restart_clock(self.step)
+    self.saved = self.step
 
-def read_batches(config, mesh, sources, step, total_steps) -> Iterator:
-  """Returns the batches of the steps to come, on their way to the devices."""
-  rows = sharding.local_rows(mesh, config.batch_size)
-  host_batches = read_rows(config, sources, rows, step, total_steps - step)
-  return prefetch(
-    sharding.put_batch(mesh, batch, config.batch_size)
-    for batch in name_failures(host_batches)
-  )
+  def save_unless_saved(self):
+    if self.saved != self.step:
+      self.save()
 
-
-class DataFailed(RunStopped):
-  """Training data could not be read."""
-
-
-def name_failures(batches: Iterable) -> Iterator:
-  """Yields batches; what goes wrong with them becomes a DataFailed."""
-  try:
-    yield from batches
-  except Exception as e:
-    raise DataFailed(
-      f"could not read the training data: {checkpoint.first_line(e)}"
-    ) from e
-
-
-def read_rows(config, sources, rows, start_step, num_steps) -> Iterator:
-  """Returns these rows of the run's batches, on the host."""
-  return data.train_batches(
-    sources,
-    seed=config.seed,
-    batch_size=config.batch_size,
-    rows=rows,
-    preprocess=config.train.preprocess,
-    image_size=config.image_size,
-    start_step=start_step,
-    num_steps=num_steps,
-  )
-
-
-def prefetch(batches: Iterable, size: int = 2) -> Iterator:
-  """Keeps `size` batches on their way to the devices ahead of the one used."""
-  queue = deque()
-  for batch in batches:
-    queue.append(batch)
-    if len(queue) > size:
-      yield queue.popleft()
-  yield from queue
+  def evaluate(self, done):
+    """Runs what is due and not `done`, and keeps the best state."""
+    for evaluator in self.evaluators:
+      if not evaluator.is_due(self.step, self.total_steps):
+        continue
+      results = done.get(evaluator.name)
+      if not results:
+        self.metrics.flush(self.step)
+        state = self.state
+        params = state.params if state.ema is None else state.ema
+        results = run_evaluation(evaluator, params, self.step)
+        report(self.metrics, evaluator.name, self.step, results)
+      if self.best and self.best[0] == evaluator.name:
+        metric = results[self.best[1]]
+        self.checkpoints.save_if_best(self.step, self.state, metric)
+      self.metrics.restart_clock(self.step)
+      self.results[evaluator.name] = results
 
 
 def is_due(step: int, every: int) -> bool:
@@ -477,90 +354,41 @@ def is_due(step: int, every: int) -> bool:
   return bool(every) and step % every == 0
 
 
-def report(metrics, step, results):
-  """Writes and prints the result of an evaluation."""
-  metrics.write(step, {f"eval/{name}": x for name, x in results.items()})
-  text = "  ".join(
-    f"{name} {x}" if isinstance(x, int) else f"{name} {x:.4f}"
-    for name, x in results.items()
-  )
-  log.info("evaluation at step %d  %s", step, text)
-
-
-def read_results(workdir, step: int) -> dict[str, float]:
-  """Returns the evaluation at `step` in metrics.jsonl, {} if there is none."""
-  file = workdir / "metrics.jsonl"
-  for line in file.read_text().splitlines() if file.exists() else ():
-    try:
-      values = json.loads(line)
-    except ValueError:  # a kill may leave half a line
-      continue
-    results = {
-      name.removeprefix("eval/"): x
-      for name, x in values.items()
-      if name.startswith("eval/")
-    }
-    if results and values["step"] == step:
-      return results
-  return {}
-
-
 class EvaluationFailed(RunStopped):
   """A test set could not be evaluated."""
 
 
-def run_evaluation(evaluate, params, step) -> dict[str, float]:
+def run_evaluation(evaluator: Evaluator, params, step) -> dict[str, float]:
   """Returns the results of an evaluation; what goes wrong names its step."""
   try:
-    return dict(evaluate(params))
+    return dict(evaluator.run(params))
   except Stopping:
     raise
   except Exception as e:
+    what = "" if evaluator.name == "eval" else f" {evaluator.name}"
     raise EvaluationFailed(
-      f"the evaluation at step {step} failed: {checkpoint.first_line(e)}"
+      f"the evaluation{what} at step {step} failed: {checkpoint.first_line(e)}"
     ) from e
 
 
-def check_profile(config, total_steps):
-  """Raises a UserError for a profiler window that the run never comes to."""
-  if config.profile_step > total_steps:
-    raise UserError(
-      f"profile_step {config.profile_step} is past the last step, "
-      f"{total_steps}; choose one up to that, or 0 for no profile"
-    )
+def report(metrics, name, step, results):
+  """Writes and prints the result of an evaluation."""
+  metrics.write(step, {f"{name}/{metric}": x for metric, x in results.items()})
+  text = "  ".join(
+    f"{metric} {x}" if isinstance(x, int) else f"{metric} {x:.4f}"
+    for metric, x in results.items()
+  )
+  what = "evaluation" if name == "eval" else name
+  log.info("%s at step %d  %s", what, step, text)
 
 
-class Profiler:
-  """The profiler window of a run; a run that resumes in it traces the rest."""
-
-  def __init__(self, config, workdir):
-    self._first = config.profile_step
-    self._end = self._first + config.profile_steps if self._first else 0
-    self._folder = workdir / "profile"
-    self._started = None
-
-  def before(self, step, state):
-    """Starts or ends the trace before a step runs."""
-    if self._first <= step < self._end and self._started is None:
-      jax.block_until_ready(state)
-      jax.profiler.start_trace(str(self._folder))
-      self._started = step
-    elif step >= self._end:
-      self.close(state, step)
-
-  def close(self, state, step):
-    """Ends the trace, if there is one, before `step`."""
-    if self._started is None:
-      return
-    jax.block_until_ready(state)
-    jax.profiler.stop_trace()
-    log.info(
-      "profile of %d steps from step %d in %s",
-      step - self._started,
-      self._started,
-      self._folder.parent,
-    )
-    self._started, self._end = None, 0
+def flatten_results(results: dict[str, dict[str, float]]) -> dict[str, float]:
+  """Returns {metric: value}, with NAME/ before those of `config.evals`."""
+  return {
+    metric if name == "eval" else f"{name}/{metric}": value
+    for name, values in results.items()
+    for metric, value in values.items()
+  }
 
 
 def advise(checkpoints) -> str:
@@ -589,55 +417,3 @@ def say_saved(checkpoints) -> str:
     f"step {saved[-1]} is saved; mend that and run the same command again, or "
     f"evaluate it: vit-jax evaluate --checkpoint={shlex.quote(str(folder))}"
   )
-
-
-class Stopping(Exception):
-  """The run was told to stop."""
-
-
-class StopSignal:
-  """SIGTERM, SIGHUP or Ctrl-C ask a run to save its state and stop.
-
-  More of them change nothing, as whoever sends one may send another; but Ctrl-C
-  again, a second later or more, quits at once. With several processes JAX's
-  preemption service takes SIGTERM and makes all of them agree on where to stop;
-  the others are passed on to it.
-  """
-
-  def __enter__(self):
-    self._since = None
-    self._stops = False
-    self._polls = 0
-    self._alone = jax.process_count() == 1
-    signals = [signal.SIGINT] + [signal.SIGTERM] * self._alone
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-      signals.append(signal.SIGHUP)
-    self._previous = {s: signal.signal(s, self._handle) for s in signals}
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def _handle(self, number, _):
-    now = time.monotonic()
-    if self._since is None:
-      self._since = now
-      log.info("saving, then stopping; Ctrl-C again quits at once")
-      if not self._alone:
-        os.kill(os.getpid(), signal.SIGTERM)
-    elif number == signal.SIGINT and now - self._since > 1:
-      raise KeyboardInterrupt
-
-  def check(self) -> None:
-    """Raises Stopping if the run is to stop here, on every process alike.
-
-    All processes have to come here equally often.
-    """
-    if self._alone:
-      self._stops = self._since is not None
-    else:
-      self._polls += 1
-      self._stops |= multihost_utils.reached_preemption_sync_point(self._polls)
-    if self._stops:
-      raise Stopping

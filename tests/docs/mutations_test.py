@@ -78,7 +78,7 @@ _FAULTS = {
     "unit/training/steps_test.py::test_micro_batches_give_the_update_of_the_large_batch",
   ),
   "padding that is evaluated": Fault(
-    "training/steps.py",
+    "training/objectives.py",
     "labelled = mask & (",
     "labelled = (",
     "unit/training/steps_test.py::test_evaluation_sums_equal_numpy_and_sklearn",
@@ -165,9 +165,9 @@ _FAULTS = {
     "unit/checkpoint_test.py",
   ),
   "a resumed run that reads from the beginning": Fault(
-    "train.py",
-    "read_rows(config, sources, rows, step, total_steps - step)",
-    "read_rows(config, sources, rows, 0, total_steps - step)",
+    "training/inputs.py",
+    "read_rows(config, inputs, rows, step, total_steps - step)",
+    "read_rows(config, inputs, rows, 0, total_steps - step)",
     "integration/train_test.py",
   ),
   "queries in the place of keys": Fault(

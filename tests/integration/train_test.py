@@ -8,6 +8,7 @@ about files runs in this one.
 import collections
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -41,7 +42,7 @@ from vit_jax import checkpoint, data, train
 from vit_jax import config as configuration
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
-from vit_jax.training import metrics
+from vit_jax.training import inputs, metrics, profiler, run_folder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TOTAL = 14  # steps, see tiny_config.py
@@ -304,7 +305,8 @@ def test_a_stop_outside_the_steps_is_served_at_once(
   """
   workdir = tmp_path / "run"
   name = "run_evaluation" if isinstance(at, int) else at
-  function = getattr(train, name)
+  module = inputs if name == "read_batches" else train
+  function = getattr(module, name)
 
   def signal_first(*args):
     if at in (name, args[-1]):
@@ -317,7 +319,7 @@ def test_a_stop_outside_the_steps_is_served_at_once(
   # signals that these look for; keep_checkpoints may change on resume.
   args = runs.train_args(workdir, *SHORT, f"keep_checkpoints={10 * saved + 5}")
   with monkeypatch.context() as patch:
-    patch.setattr(train, name, signal_first)
+    patch.setattr(module, name, signal_first)
     assert main([*args, "--stopped_exit_code=75"]) == 75
   assert saved_steps(workdir)[-1:] == [saved] * bool(saved)
   where = f"saved step {saved}" if saved else "before the first step"
@@ -356,7 +358,9 @@ def test_an_evaluation_that_fails_costs_nothing(
     raise OSError("test/7.jpg is no image")
 
   def fail_at_the_end(evaluator, params, step):
-    return evaluate(fail if step == 6 else evaluator, params, step)
+    if step == 6:
+      evaluator = evaluator._replace(run=fail)
+    return evaluate(evaluator, params, step)
 
   with monkeypatch.context() as patch:
     patch.setattr(train, "run_evaluation", fail_at_the_end)
@@ -371,6 +375,82 @@ def test_an_evaluation_that_fails_costs_nothing(
   assert_same_run(workdir, whole[0])
 
 
+def test_evaluations_of_three_kinds_at_their_own_intervals(
+  runs, sharing, tmp_path, monkeypatch
+):
+  """A test set, few shots and another data set; stopped, and resumed."""
+  photos = tmp_path / "photos"
+  draw_folder(photos, ["1", "7"])  # two of the ten classes
+  options = (
+    *SHORT[:2],
+    "eval_every=4",
+    "evals.few.type=fewshot",
+    "evals.few.train_split=train[:200]",
+    "evals.few.shots=(1, 3)",
+    "evals.few.every=3",
+    f"evals.photos.dataset=folder:{photos}",
+    "evals.photos.split=test",
+    "evals.photos.every=2",
+    "best_metric=few/3shot",
+  )
+  whole = tmp_path / "whole"
+  assert main(runs.train_args(whole, *options)) == 0
+  found = {}
+  for line in read_metrics(whole):
+    for key in line:
+      found.setdefault(key, []).append(line["step"])
+  assert found["eval/accuracy"] == [4, 6]
+  assert found["few/1shot"] == found["few/3shot"] == [3, 6]
+  assert found["photos/accuracy"] == [2, 4, 6]
+  (line,) = [x for x in read_metrics(whole) if "few/3shot" in x][-1:]
+  args = [f"--checkpoint={whole}/checkpoints/6", "--dataset=digits", "--json"]
+  shots = ["--shots=1,3", "--seeds=1", "--train_split=train[:200]"]
+  shots += ["--test_split=test[:40]", f"--data_dir={runs.data_dir}"]
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    assert main(["linear", *args, *shots]) == 0
+  expected = json.loads(out.getvalue())["results"]
+  assert [line["few/1shot"], line["few/3shot"]] == [
+    pytest.approx(x["accuracy"]) for x in expected
+  ]
+
+  evaluate = train.run_evaluation
+
+  def stop_between(evaluator, params, step):
+    results = evaluate(evaluator, params, step)
+    if (evaluator.name, step) == ("eval", 4):  # the photos are still to come
+      signal.raise_signal(signal.SIGTERM)
+    return results
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "run_evaluation", stop_between)
+    assert main(runs.train_args(tmp_path / "run", *options)) == 0
+  assert saved_steps(tmp_path / "run")[-1] == 4
+  assert main(runs.train_args(tmp_path / "run", *options)) == 0
+  assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    (["best_metric=eval/loss"], "'eval/loss'; the choices are eval/accuracy"),
+    (["best_metric=few/5shot"], "the choices are eval/accuracy"),
+    (["evals.few.type=shots"], "classification, fewshot"),
+    (["evals.few.shot=3"], "did you mean"),
+    (["evals.train.every=3"], "none of eval, train, speed"),
+    (["evals.a.every=-2"], "every of 0 or more"),
+    (["evals.a.type=fewshot", "evals.a.shots=()"], "shots of 1 or more"),
+    (["evals.a.preprocess=flip_lr"], "random"),
+    (["eval.split=", "evals.a.every=3"], "needs a split"),
+  ],
+)
+def test_an_evaluation_that_cannot_be_is_named(
+  options, words, runs, tmp_path, capsys
+):
+  assert main(runs.train_args(tmp_path / "run", *SHORT, *options)) == 2
+  assert words in capsys.readouterr().err
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_folder_that_cannot_be_written_is_one_line(
   number, tmp_path, monkeypatch
@@ -378,12 +458,12 @@ def test_a_folder_that_cannot_be_written_is_one_line(
   def fail(*_):
     raise OSError(number, os.strerror(number))
 
-  monkeypatch.setattr(train.lock, "hold", fail)
+  monkeypatch.setattr(run_folder.lock, "hold", fail)
   with (
     contextlib.ExitStack() as stack,
     pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(number)}"),
   ):
-    train.take_workdir(tmp_path, stack)
+    run_folder.take(tmp_path, stack)
 
 
 @pytest.mark.parametrize(
@@ -408,11 +488,11 @@ def test_the_profiler_traces_what_is_left_of_its_window(
   config = configuration.load(str(CONFIGS / "common.py"))
   with config.unlocked():
     config.profile_step, config.profile_steps = 3, 3
-  profiler = train.Profiler(config, tmp_path)
+  window = profiler.Profiler(config, tmp_path)
   for now[0] in range(start, end):
-    profiler.before(now[0], ())
+    window.before(now[0], ())
   now[0] = end
-  profiler.close((), end)
+  window.close((), end)
   assert found == traced
 
 
@@ -420,9 +500,9 @@ def test_a_profiler_window_past_the_end_is_refused():
   config = configuration.load(
     str(CONFIGS / "common.py"), {"profile_step": "11"}
   )
-  train.check_profile(config, 11)
+  profiler.check_profile(config, 11)
   with pytest.raises(UserError, match=r"profile_step 11 .* last step, 10"):
-    train.check_profile(config, 10)
+    profiler.check_profile(config, 10)
 
 
 def test_a_longer_run_is_told_how_to_begin(tmp_path):
@@ -435,9 +515,9 @@ def test_a_longer_run_is_told_how_to_begin(tmp_path):
 
   run = {"config": configuration.to_dict(load(10)), "total_steps": 10}
   (workdir / "config.json").write_text(json.dumps(run))
-  assert train.check_workdir(load(10), workdir) == run
+  assert run_folder.check(load(10), workdir) == run
   with pytest.raises(UserError, match="total_steps: 10 -> 20") as error:
-    train.check_workdir(load(20), workdir)
+    run_folder.check(load(20), workdir)
   assert f"--config.init_from='{workdir}'" in str(error.value)
 
 
@@ -454,7 +534,8 @@ def draw_folder(root, classes, count=2):
 def check_folder(root, run):
   source = data.get_source(f"folder:{root}", "train", None)
   test = data.get_source(f"folder:{root}", "test", None)
-  train.check_data(run, [(source, 1)], test, "WORKDIR")
+  opened = inputs.Inputs([(source, 1)], {"eval": [test]})
+  run_folder.check_data(run, opened, "WORKDIR")
 
 
 def test_other_data_are_named_at_a_resume(tmp_path):
@@ -465,7 +546,7 @@ def test_other_data_are_named_at_a_resume(tmp_path):
   test = data.get_source(f"folder:{root}", "test", None)
   run = {
     "class_names": list(source.class_names),
-    "data": train.describe_data([(source, 1)], test),
+    "data": inputs.Inputs([(source, 1)], {"eval": [test]}).describe(),
   }
   run = json.loads(json.dumps(run))
   check_folder(root, run)
@@ -503,7 +584,7 @@ def test_a_test_set_may_lack_classes(tmp_path):
       "loss.name": "softmax",
     }
     config = configuration.load(str(CONFIGS / "common.py"), overrides)
-    return train.open_sources(config)[1]
+    return inputs.open_inputs(config).evals["eval"][0]
 
   found = open_sources("some")
   assert found.class_names == ["cat", "dog", "emu"]

@@ -15,8 +15,8 @@ from vit_jax.data import benchmarks as data_tasks
 from vit_jax.errors import UserError
 from vit_jax.state import flatten
 from vit_jax.tools.paper import data
-from vit_jax.training import optim
-from vit_jax.training.objectives import build, make_task
+from vit_jax.train import make_step
+from vit_jax.training import objectives, optim
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _PAPER = data.load()
@@ -319,11 +319,12 @@ def _trace(spec):
       config.model.scan = True
   dataset = config.train.dataset
   classes = [str(i) for i in range(_count_classes(dataset))]
-  task = make_task(config, classes, dataset in _MULTILABEL)
-  step, init = build(config, task, total_steps=20_000)
+  objective = objectives.create(config, classes)
+  step, init = make_step(config, objective, total_steps=20_000)
   state = jax.eval_shape(init, jax.random.key(0))
+  image_size = objective.model.image_size
   batch = {
-    "image": jax.ShapeDtypeStruct((8, *task.model.image_size, 3), jnp.uint8),
+    "image": jax.ShapeDtypeStruct((8, *image_size, 3), jnp.uint8),
     "labels": jax.ShapeDtypeStruct((8, 3), jnp.int32),
   }
   after, values = jax.eval_shape(step, state, batch)

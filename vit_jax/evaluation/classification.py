@@ -2,46 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
-from vit_jax import data, models
 from vit_jax.evaluation.sums import add_up, make_sums
-from vit_jax.training import steps
+from vit_jax.training.objectives import Classification
 
 
-def make_evaluate(
-  *,
-  model: models.Model,
-  loss_fn: Callable,
-  source: data.Source,
-  mesh,
-  batch_size: int,
-  preprocess: str,
-  before_batch: Callable[[], None] = lambda: None,
-) -> Callable:
-  """Returns params -> iterator of (name, value) over all of `source`.
+def make_evaluate(objective: Classification, source, **where) -> Callable:
+  """Returns params -> iterator of (name, value), see `summarize`.
 
   Args:
-    model: the model.
-    loss_fn: (logits f32[b k], targets f32[b k]) -> f32[b].
+    objective: what the model was trained for.
     source: the test set; every example counts once, on any number of devices.
-    mesh: where to compute.
-    batch_size: of the global batch.
-    preprocess: evaluation preprocessing.
-    before_batch: may raise, to end an evaluation between two batches.
-
-  Raises:
-    UserError: the batch size is not divisible, or the preprocessing is random.
+    **where: the other arguments of `make_sums`.
   """
-  eval_step = steps.make_eval_step(
-    apply=model.apply, loss_fn=loss_fn, num_classes=source.num_classes
-  )
   sums = make_sums(
-    eval_step,
-    model=model,
-    source=source,
-    mesh=mesh,
-    batch_size=batch_size,
-    preprocess=preprocess,
-    before_batch=before_batch,
+    objective.eval_step, model=objective.model, source=source, **where
   )
   return lambda params: summarize(sums(params), source.multilabel)
 
@@ -49,7 +23,7 @@ def make_evaluate(
 def summarize(
   sums: Iterable[dict], multilabel: bool
 ) -> Iterator[tuple[str, float]]:
-  """Turns the sums of `steps.make_eval_step`, a batch each, into metrics.
+  """Turns the sums of `Classification.eval_step`, a batch each, into metrics.
 
   Yields:
     "examples", all that were seen; then, over those with a label, "loss", the

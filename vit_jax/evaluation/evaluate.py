@@ -1,6 +1,5 @@
 """The `evaluate` command: the whole test set through saved weights."""
 
-import functools
 from typing import Any
 
 import ml_collections
@@ -8,10 +7,10 @@ import ml_collections
 from vit_jax import data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
-from vit_jax.evaluation import classification
+from vit_jax.evaluation.evaluators import make_evaluate
 from vit_jax.state import unflatten
-from vit_jax.training import losses
-from vit_jax.training.objectives import make_task
+from vit_jax.training import losses, objectives
+from vit_jax.training.objectives import Classification
 
 # Of weights that come without a training configuration.
 _BATCH_SIZE = 64
@@ -57,13 +56,24 @@ def evaluate(
       "--split=test"
     )
   test = data.get_source(dataset, split, data_dir)
-  make_evaluate, usual, by_class = _choose_evaluator(weights, config)
-  if by_class:
+  if config:
+    objective = objectives.create(config, weights.class_names or [])
+    usual = config.eval.batch_size or config.batch_size
+    if objective.class_names:
+      test = match_classes(weights, test, dataset)
+  else:
     test = match_classes(weights, test, dataset)
+    objective = Classification(
+      model=weights.create_model(),
+      class_names=test.class_names,
+      loss_fn=losses.get_loss(name=weights.loss),
+    )
+    usual = _BATCH_SIZE
   mesh = sharding.make_mesh()
   chosen = usual if batch_size is None else batch_size
   run = make_evaluate(
-    source=test,
+    objective,
+    test,
     mesh=mesh,
     batch_size=sharding.round_up(chosen, mesh),
     preprocess=weights.preprocess,
@@ -87,20 +97,3 @@ def _training_config(weights) -> Any:
   if not weights.run or "train" not in weights.run["config"]:
     return None
   return ml_collections.ConfigDict(weights.run["config"])
-
-
-def _choose_evaluator(weights, config):
-  """Returns make_evaluate (see the evaluators), the batch size, and whether
-  labels matter."""
-  if config:
-    task = make_task(
-      config, weights.class_names or [], weights.run["multilabel"]
-    )
-    batch_size = config.eval.batch_size or config.batch_size
-    return task.make_evaluate, batch_size, bool(task.class_names)
-  make_evaluate = functools.partial(
-    classification.make_evaluate,
-    model=weights.create_model(),
-    loss_fn=losses.get_loss(name=weights.loss),
-  )
-  return make_evaluate, _BATCH_SIZE, True

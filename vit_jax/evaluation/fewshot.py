@@ -115,26 +115,65 @@ def sample(
     if len(mine) < shots:
       raise UserError(
         f"class {name!r} has {len(mine)} training images, fewer than "
-        f"--shots={shots}; take fewer shots or another --train_split"
+        f"{shots} shots; take fewer shots or another train_split"
       )
     chosen.append(mine[:shots])
   return np.concatenate(chosen)
 
 
-def make_extract(
-  *,
+def make_evaluate(
   model: models.Model,
-  source: data.Source,
-  mesh,
-  batch_size: int,
-  preprocess: str,
+  train: data.Source,
+  test: data.Source,
+  shots: Sequence[int],
+  **where,
+) -> Callable:
+  """Returns params -> iterator of ("5shot", accuracy) for each of `shots`.
+
+  The examples are those of seed 0, the same in every evaluation.
+
+  Args:
+    model: the model; its head does not matter.
+    train, test: sets of the same classes, one label an image.
+    shots: training images of each class.
+    **where: the other arguments of `make_sums`.
+
+  Raises:
+    UserError: other classes there, several labels, fewer images than shots.
+  """
+  if train.class_names != test.class_names:
+    raise UserError(
+      f"{train.split} and {test.split} of {test.dataset} have other classes"
+    )
+  extractors = [
+    make_extract(model=model, source=source, **where)
+    for source in (train, test)
+  ]
+
+  def run(params):
+    train_set, test_set = (extract(params) for extract in extractors)
+    yield "examples", len(test_set[1])
+    for count in shots:
+      accuracy = evaluate(
+        train_set, test_set, train.class_names, shots=count, seed=0
+      )
+      yield f"{count}shot", accuracy
+
+  return run
+
+
+def make_extract(
+  *, model: models.Model, source: data.Source, **where
 ) -> Callable:
   """Returns params -> (features f32[n d], labels int32[n]) of all of `source`.
 
   What the head would get of every image, once and in order, on any number of
   devices; every process has all of them.
 
-  Args: as `classification.make_evaluate`.
+  Args:
+    model: the model; its head does not matter.
+    source: its images.
+    **where: the other arguments of `make_sums`.
 
   Raises:
     UserError: images with several labels, a batch size that is not divisible,
@@ -153,14 +192,7 @@ def make_extract(
     features = models.representation(out)
     return features.astype(np.float32), batch["labels"][:, 0], batch["mask"]
 
-  batches = make_sums(
-    extract,
-    model=model,
-    source=source,
-    mesh=mesh,
-    batch_size=batch_size,
-    preprocess=preprocess,
-  )
+  batches = make_sums(extract, model=model, source=source, **where)
 
   def run(params):
     kept = [

@@ -9,57 +9,29 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from vit_jax import data, models
 from vit_jax.evaluation.sums import add_up, make_sums
-from vit_jax.training import steps
+from vit_jax.training.objectives import MaskedPatches
 
 
-def make_evaluate(
-  *,
-  model: models.Model,
-  target: str,
-  source: data.Source,
-  mesh,
-  batch_size: int,
-  preprocess: str,
-  before_batch: Callable[[], None] = lambda: None,
-) -> Callable:
-  """Returns params -> iterator of (name, value) over all of `source`.
+def make_evaluate(objective: MaskedPatches, source, **where) -> Callable:
+  """Returns params -> iterator of (name, value), see `summarize`.
 
   Which patches of an image are corrupted, and how, depends on its place in the
   data set alone: the same on any number of devices, in every evaluation.
 
   Args:
-    model: from `models.create_masked`.
-    target: one of `masking.TARGETS`.
+    objective: what the model was trained for.
     source: the test set; its labels do not matter.
-    mesh: where to compute.
-    batch_size: of the global batch.
-    preprocess: evaluation preprocessing.
-    before_batch: may raise, to end an evaluation between two batches.
-
-  Raises:
-    UserError: the batch size is not divisible, or the preprocessing is random.
+    **where: the other arguments of `make_sums`.
   """
-  eval_step = steps.make_masked_eval_step(
-    apply=model.apply,
-    patch_size=model.image_size[0] // model.grid[0],
-    target=target,
-  )
   sums = make_sums(
-    eval_step,
-    model=model,
-    source=source,
-    mesh=mesh,
-    batch_size=batch_size,
-    preprocess=preprocess,
-    before_batch=before_batch,
+    objective.eval_step, model=objective.model, source=source, **where
   )
-  return lambda params: summarize(sums(params), target)
+  return lambda params: summarize(sums(params), objective.target)
 
 
 def summarize(sums: Iterable[dict], target: str) -> Iterator[tuple[str, float]]:
-  """Turns the sums of `steps.make_masked_eval_step` into metrics.
+  """Turns the sums of `MaskedPatches.eval_step` into metrics.
 
   Yields:
     "examples" and "loss", the mean over the corrupted patches. Colours:

@@ -26,8 +26,8 @@ from vit_jax import checkpoint
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.tools.bench.input import time_batches
-from vit_jax.train import check_workdir, open_sources, read_rows
-from vit_jax.training import hosts
+from vit_jax.training import hosts, run_folder
+from vit_jax.training.inputs import open_inputs, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -272,7 +272,7 @@ def _owner(path):
 def check_folder(config, workdir: str, count: int) -> Found:
   """Checks that the run folder can be written, and is no other run's."""
   folder = checkpoint.absolute(workdir)
-  resuming = check_workdir(config, folder)
+  resuming = run_folder.check(config, folder)
   here = next(f for f in (folder, *folder.parents) if f.exists())
   if "://" in str(folder):
     here = folder  # a bucket has no folders that would have to be there
@@ -370,8 +370,9 @@ def _ask_storage(bucket):
 
 def check_data(config) -> Found:
   """Opens the run's data sets and reads the ends of each."""
-  sources, test = open_sources(config)
-  opened = [source for source, _ in sources] + ([test] if test else [])
+  inputs = open_inputs(config)
+  opened = [source for source, _ in inputs.train]
+  opened += [source for sources in inputs.evals.values() for source in sources]
   for source in opened:
     source.read(np.array([0, source.num_examples - 1]))
   counts = ", ".join(f"{source.num_examples:,}" for source in opened)
@@ -447,8 +448,7 @@ def measure_input(config) -> float | None:
   """
   rows = np.arange(min(_ROWS, config.batch_size))
   try:
-    sources, _ = open_sources(config)
-    batches = read_rows(config, sources, rows, 0, 2**40)
+    batches = read_rows(config, open_inputs(config), rows, 0, 2**40)
     return time_batches(batches, len(rows))
   except Exception as e:  # as in `check_machine`
     log.warning("the input cannot be measured: %s", checkpoint.first_line(e))

@@ -22,6 +22,7 @@ from vit_jax.tools import datasets
 from vit_jax.tools.figures import make_figures
 from vit_jax.train import train
 from vit_jax.training import losses
+from vit_jax.training.objectives import Classification
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +170,15 @@ def evaluate_constant(c) -> dict[str, float]:
     num_layers=0,
   )
   mesh = sharding.make_mesh()
-  evaluate = classification.make_evaluate(
+  test = data.get_source(c.train.dataset, c.eval.split, c.data_dir)
+  objective = Classification(
     model=constant,
+    class_names=test.class_names,
     loss_fn=losses.get_loss(**c.loss),
-    source=data.get_source(c.train.dataset, c.eval.split, c.data_dir),
+  )
+  evaluate = classification.make_evaluate(
+    objective,
+    test,
     mesh=mesh,
     batch_size=c.batch_size,
     preprocess=c.eval.preprocess,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax import checkpoint, pretrained, train
+from vit_jax import checkpoint, pretrained
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.tools.jobs import (
@@ -32,6 +32,7 @@ from vit_jax.tools.jobs import (
   lock,
   run_all,
 )
+from vit_jax.training import inputs, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def make_name(setting: dict[str, str], seed: int) -> str:
 def _check(run):
   loaded = configuration.load(run.config, run.overrides)
   configuration.check_ranges(loaded)
-  if not train.check_workdir(loaded, checkpoint.absolute(run.workdir)):
+  if not run_folder.check(loaded, checkpoint.absolute(run.workdir)):
     configuration.check_unused(loaded)
   if not loaded.eval.split:
     raise UserError(
@@ -161,10 +162,10 @@ def check_sources(runs: Sequence[Run]) -> None:
   seen = set()
   for run in runs:
     loaded = configuration.load(run.config, run.overrides)
-    parts = (loaded.train.dataset, loaded.train.split)
-    parts += (loaded.eval.dataset, loaded.eval.split, loaded.data_dir)
+    parts = (loaded.train.dataset, loaded.train.split, loaded.data_dir)
+    parts += tuple(configuration.list_evals(loaded))
     if parts not in seen:
-      train.open_sources(loaded)
+      inputs.open_inputs(loaded)
     if loaded.init_from and loaded.init_from not in seen:
       pretrained.read(loaded.init_from)
     seen |= {parts, loaded.init_from}

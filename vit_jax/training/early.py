@@ -32,8 +32,8 @@ def check(config) -> None:
     models.create(num_classes=1, image_size=config.image_size, **config.model)
     losses.get_loss(**config.loss)
   preprocess.parse(config.train.preprocess, config.image_size)
-  if config.eval.split:
-    preprocess.parse(config.eval.preprocess, config.image_size, evaluation=True)
+  for e in configuration.list_evals(config):
+    preprocess.parse(e.preprocess, config.image_size, evaluation=True)
   if config.total_steps > 0:
     optim.make_schedule(**config.schedule, total_steps=config.total_steps)
   if config.init_from:

@@ -1,142 +1,232 @@
-"""What a run trains for, by name, and the steps that this comes to."""
+"""What a run trains for: a model, its loss, and what an evaluation adds up.
 
+Everything here is a pure function of values, with no input or output.
+"""
+
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vit_jax import models
 from vit_jax.errors import UserError
-from vit_jax.evaluation import classification, masked
-from vit_jax.state import TrainState
-from vit_jax.training import losses, optim, steps
+from vit_jax.models import masking
+from vit_jax.state import make_key
+from vit_jax.training.losses import get_loss, multi_hot
+from vit_jax.training.steps import mixup, normalize
+
+_TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
 
-class Task(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Objective:
   """One of the things that a model can learn.
 
   Attributes:
     model: the model.
-    objective: what a training step minimises.
-    eval_step: what `make_evaluate` computes on the devices.
-    make_evaluate: (source=, mesh=, batch_size=, preprocess=) -> evaluate, see
-      the evaluators.
-    main_metric: the result by which checkpoints are compared; more is better.
-    class_names: what the model tells apart; none for a model without labels.
+    class_names: what it tells apart; none for a model without labels.
   """
 
   model: models.Model
-  objective: steps.Objective
-  eval_step: Callable
-  make_evaluate: Callable
-  main_metric: str
   class_names: list[str]
 
+  def prepare(self, batch, key) -> Any:
+    """Returns the examples of a batch, a pytree of arrays [b ...].
 
-def make_task(config, class_names: list[str], multilabel: bool) -> Task:
-  """Returns the task that `config.objective` names.
+    What it draws is drawn for the whole batch, before that is split.
+    """
+    raise NotImplementedError
+
+  def loss(self, params, examples, key) -> jax.Array:
+    """Returns f32[], a mean over the examples.
+
+    The key feeds dropout and stochastic depth.
+    """
+    raise NotImplementedError
+
+  def eval_step(self, params, batch) -> dict[str, jax.Array]:
+    """Returns sums over the examples whose mask is set."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Objective):
+  """Naming the classes of an image.
+
+  Attributes:
+    loss_fn: (logits f32[b k], targets f32[b k]) -> f32[b].
+    mixup_alpha: of `mixup`; 0 for none.
+  """
+
+  loss_fn: Callable
+  mixup_alpha: float = 0.0
+
+  def prepare(self, batch, key):
+    images = normalize(batch["image"])
+    targets = multi_hot(batch["labels"], len(self.class_names))
+    if self.mixup_alpha:
+      images, targets = mixup(key, images, targets, self.mixup_alpha)
+    return images, targets
+
+  def loss(self, params, examples, key):
+    images, targets = examples
+    logits = self.model.apply(params, images, train=True, key=key)
+    return jnp.mean(self.loss_fn(logits, targets))
+
+  def eval_step(self, params, batch):
+    """Returns sums over the unmasked examples.
+
+    They are "examples", "labelled" (examples with at least one label), and over
+    those alone "loss", "correct" (the top class is one of the labels) and
+    "ranking_precision". With one label an image and ten classes or more also
+    "correct@5" (the label is one of the five top classes).
+    """
+    logits = self.model.apply(params, normalize(batch["image"]))
+    targets = multi_hot(batch["labels"], len(self.class_names))
+    mask = batch["mask"]
+    labelled = mask & (targets.sum(-1) > 0)
+    top = jnp.argmax(logits, -1)
+    correct = jnp.take_along_axis(targets, top[:, None], 1)[:, 0] > 0
+    sums = {}
+    if batch["labels"].shape[1] == 1 and targets.shape[1] >= _TOP_5_CLASSES:
+      _, best = jax.lax.top_k(logits, 5)
+      among = jnp.any(best == batch["labels"], -1)
+      sums["correct@5"] = jnp.sum(labelled & among)
+    ranking = ranking_precision(logits, batch["labels"])
+    return sums | {
+      "examples": jnp.sum(mask),
+      "labelled": jnp.sum(labelled),
+      "loss": jnp.sum(jnp.where(labelled, self.loss_fn(logits, targets), 0)),
+      "correct": jnp.sum(labelled & correct),
+      "ranking_precision": jnp.sum(jnp.where(labelled, ranking, 0)),
+    }
+
+
+def ranking_precision(logits, labels):
+  """Label ranking average precision of each example, f32[b].
+
+  For each label: the fraction of true labels among the classes that score at
+  least as high; then the mean over the labels (Tsoumakas et al., "Mining
+  Multi-label Data", 2010). With one label it is the reciprocal rank.
+
+  Args:
+    logits: f32[b k].
+    labels: i32[b l], -1 for none, no label twice.
+  """
+  present = labels >= 0
+  scores = jnp.take_along_axis(logits, jnp.maximum(labels, 0), 1)
+  above = (logits[:, None, :] >= scores[:, :, None]).sum(-1)
+  true_above = (
+    (scores[:, None, :] >= scores[:, :, None]) & present[:, None, :]
+  ).sum(-1)
+  precision = jnp.where(present, true_above / above, 0)
+  return precision.sum(-1) / jnp.maximum(present.sum(-1), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPatches(Objective):
+  """Predicting corrupted patches, which takes no labels, see `masking`.
+
+  Its model is that of `models.create_masked`.
+
+  Attributes:
+    target: what of a patch is predicted, one of `masking.TARGETS`.
+  """
+
+  target: str
+
+  def prepare(self, batch, key):
+    return self._corrupt(
+      batch["image"], jax.random.split(key, len(batch["image"]))
+    )
+
+  def loss(self, params, examples, key):
+    images, corruption, targets = examples
+    predictions = self.model.apply(
+      params, images, corruption, train=True, key=key
+    )
+    return jnp.mean(masking.prediction_loss(predictions, targets, self.target))
+
+  def eval_step(self, params, batch):
+    """Returns sums over the unmasked examples.
+
+    The index of an image in its data set decides what of it is corrupted.
+
+    They are "examples" and "loss". Of the m corrupted patches of each, for
+    colours: "correct" (predictions, one a cell) and "colours" f32[cells 512],
+    how often each was the target; for pixels: their number "patches", and "sum"
+    and "squares" of what was to predict, f32[3pp] each.
+    """
+    fold_in = functools.partial(jax.random.fold_in, make_key(0))
+    images, corruption, targets = self._corrupt(
+      batch["image"], jax.vmap(fold_in)(batch["index"])
+    )
+    predictions = self.model.apply(params, images, corruption)
+    loss = masking.prediction_loss(predictions, targets, self.target)
+    sums = {
+      "examples": jnp.sum(batch["mask"]),
+      "loss": jnp.sum(jnp.where(batch["mask"], loss, 0)),
+    }
+    mask = batch["mask"][:, None, None]
+    if self.target == "pixels":
+      patches = jnp.sum(mask) * targets.shape[1]
+      targets = jnp.where(mask, targets, 0)
+      return sums | {
+        "patches": patches,
+        "sum": targets.sum((0, 1)),
+        "squares": (targets**2).sum((0, 1)),
+      }
+    found = jnp.argmax(masking.split_cells(predictions), -1)
+    is_colour = targets[..., None] == jnp.arange(masking.COLOURS)
+    return sums | {
+      "correct": jnp.sum(mask & (found == targets)),
+      "colours": jnp.sum(mask[..., None] & is_colour, (0, 1)),
+    }
+
+  def _corrupt(self, images, keys):
+    """Returns (images f32[b h w 3], their corruption, the targets [b m ...]).
+
+    Args:
+      images: u8[b h w 3].
+      keys: PRNG keys [b], one for each image.
+    """
+    patch_size = self.model.image_size[0] // self.model.grid[0]
+    targets = masking.make_targets(images, patch_size, self.target)
+    corruption = masking.draw_corruption(keys, targets.shape[1])
+    targets = masking.take_patches(targets, corruption.corrupted)
+    return normalize(images), corruption, targets
+
+
+def create(config, class_names: list[str]) -> Objective:
+  """Returns what `config.objective` names.
 
   Args:
     config: with the keys of configs/common.py.
     class_names: of the training set.
-    multilabel: whether its images may have several labels.
 
   Raises:
     UserError: an unknown objective, or a model or loss that cannot be had.
   """
-  models.check_choice("objective", config.objective, tuple(TASKS))
-  return TASKS[config.objective](config, class_names, multilabel)
-
-
-def make_classification(config, class_names, multilabel) -> Task:
-  """Naming the classes of an image; see `make_task`."""
-  num_classes = len(class_names)
-  model = models.create(
-    num_classes=num_classes, image_size=config.image_size, **config.model
-  )
-  loss_fn = losses.get_loss(**config.loss)
-  return Task(
-    model=model,
-    objective=steps.make_classification(
-      apply=model.apply,
-      loss_fn=loss_fn,
-      num_classes=num_classes,
+  models.check_choice("objective", config.objective, OBJECTIVES)
+  options = {"image_size": config.image_size, **config.model}
+  if config.objective == "classification":
+    return Classification(
+      model=models.create(num_classes=len(class_names), **options),
+      class_names=class_names,
+      loss_fn=get_loss(**config.loss),
       mixup_alpha=config.train.mixup_alpha,
-    ),
-    eval_step=steps.make_eval_step(
-      apply=model.apply, loss_fn=loss_fn, num_classes=num_classes
-    ),
-    make_evaluate=functools.partial(
-      classification.make_evaluate, model=model, loss_fn=loss_fn
-    ),
-    main_metric="prec@1" if multilabel else "accuracy",
-    class_names=class_names,
-  )
-
-
-def make_masked_patches(config, class_names, multilabel) -> Task:
-  """Predicting corrupted patches, which takes no labels; see `make_task`."""
+    )
   if config.train.mixup_alpha:
     raise UserError(
       f"train.mixup_alpha is {config.train.mixup_alpha}; masked_patches "
       "predicts the pixels of one image, so leave it at 0"
     )
   target = config.masked_target
-  model = models.create_masked(
-    target=target, image_size=config.image_size, **config.model
-  )
-  options = {
-    "apply": model.apply,
-    "patch_size": model.image_size[0] // model.grid[0],
-    "target": target,
-  }
-  return Task(
-    model=model,
-    objective=steps.make_masked_patches(**options),
-    eval_step=steps.make_masked_eval_step(**options),
-    make_evaluate=functools.partial(
-      masked.make_evaluate, model=model, target=target
-    ),
-    main_metric="r2" if target == "pixels" else "accuracy",
-    class_names=[],
-  )
+  model = models.create_masked(target=target, **options)
+  return MaskedPatches(model=model, class_names=[], target=target)
 
 
-TASKS = {
-  "classification": make_classification,
-  "masked_patches": make_masked_patches,
-}
-
-
-def build(config, task: Task, total_steps: int):
-  """Returns train_step(state, batch) and init_state(key), both pure."""
-  schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
-  optimizer = optim.make_optimizer(
-    **config.optimizer,
-    schedule=schedule,
-    base_lr=config.schedule.base_lr,
-    params=jax.eval_shape(task.model.init, jax.random.key(0)),
-  )
-  train_step = steps.make_train_step(
-    objective=task.objective,
-    optimizer=optimizer,
-    schedule=schedule,
-    micro_batches=config.micro_batches,
-    ema_decay=config.ema_decay,
-  )
-
-  def init_state(key):
-    init_key, step_key = jax.random.split(key)
-    params = task.model.init(init_key)
-    ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      opt_state=optimizer.init(params),
-      ema=ema,
-      rng=jax.random.key_data(step_key),
-    )
-
-  return train_step, init_state
+OBJECTIVES = ("classification", "masked_patches")

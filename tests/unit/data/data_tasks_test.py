@@ -24,8 +24,9 @@ from vit_jax.data import benchmarks, objectnet, relabelled, source
 from vit_jax.data import preprocess as preprocessing
 from vit_jax.data.builders import mini_scenes, mini_tissue
 from vit_jax.errors import UserError
+from vit_jax.evaluation import classification
 from vit_jax.tools import datasets
-from vit_jax.training.objectives import make_task
+from vit_jax.training.objectives import create
 
 # Examples of each split of the TFDS data sets: their published metadata, which
 # TFDS's package does not contain.
@@ -431,7 +432,7 @@ _SIZE = 16
 
 @pytest.fixture(scope="module")
 def tiny():
-  """Returns (task, training step, state) of a small ViT of 1,000 classes."""
+  """Returns (objective, step, state) of a small ViT of 1,000 classes."""
   common = pathlib.Path(__file__).parents[3] / "configs" / "common.py"
   config = configuration.load(str(common))
   with config.unlocked():
@@ -443,10 +444,10 @@ def tiny():
     config.loss.name = "softmax"
     config.optimizer.name = "sgd"
     config.schedule.warmup_steps = 0
-  task = make_task(config, [str(k) for k in range(1000)], False)
-  train_step, init_state = training.build(config, task, 10)
+  objective = create(config, [str(k) for k in range(1000)])
+  train_step, init_state = training.make_step(config, objective, 10)
   state = jax.jit(init_state)(jax.random.key(0))
-  return task, jax.jit(train_step), state
+  return objective, jax.jit(train_step), state
 
 
 @pytest.fixture(scope="module")
@@ -512,10 +513,11 @@ def test_real_counts_any_of_an_images_labels_and_no_image_without(mocked, tiny):
     [{"real_label": ids} for ids in labels],
     sizes={"validation": 20},
   )
-  task, _, state = tiny
+  objective, _, state = tiny
   found = data.get_source("imagenet2012_real", "test", mocked.root)
-  run = task.make_evaluate(
-    source=found,
+  run = classification.make_evaluate(
+    objective,
+    found,
     mesh=sharding.make_mesh(),
     batch_size=8,
     preprocess="resize(size)",

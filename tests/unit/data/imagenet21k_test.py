@@ -22,7 +22,7 @@ from vit_jax.data import ops
 from vit_jax.data.builders import imagenet21k
 from vit_jax.errors import UserError
 from vit_jax.tools import datasets
-from vit_jax.training.objectives import make_task
+from vit_jax.training.objectives import create
 
 _REPO = pathlib.Path(__file__).parents[3]
 _GOOGLE, _FALL = "imagenet21k", "imagenet21k/classes_21841"
@@ -287,8 +287,8 @@ def test_mocked_examples_make_a_batch_of_the_papers_configuration(
   assert sorted(labels) == sorted(int(x["label"]) for x in mocked)
   with config.unlocked():
     config.model.scan = True  # one block is traced for all
-  task = make_task(config, found.class_names, found.multilabel)
-  _, init = train.build(config, task, 20_000)
+  objective = create(config, found.class_names)
+  _, init = train.make_step(config, objective, 20_000)
   state = jax.eval_shape(init, jax.random.key(0))
   # `paper_test.py` traces the step.
   assert state.params["head"]["kernel"].shape == (768, 21_843)

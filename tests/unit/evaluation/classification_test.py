@@ -16,6 +16,7 @@ from vit_jax.errors import UserError
 from vit_jax.evaluation import classification
 from vit_jax.tools.report import by_class
 from vit_jax.training import losses
+from vit_jax.training.objectives import Classification
 
 _CLASSES = 4
 
@@ -78,12 +79,19 @@ _MODEL = models.Model(
 )
 
 
+def _make_objective(source, loss):
+  return Classification(
+    model=_MODEL,
+    class_names=source.class_names,
+    loss_fn=losses.get_loss(loss),
+  )
+
+
 def _evaluate(source, devices, batch_size, loss="softmax"):
   mesh = sharding.make_mesh(1, jax.devices()[:devices])
   evaluate = classification.make_evaluate(
-    model=_MODEL,
-    loss_fn=losses.get_loss(loss),
-    source=source,
+    _make_objective(source, loss),
+    source,
     mesh=mesh,
     batch_size=batch_size,
     preprocess="resize(size)",
@@ -159,9 +167,8 @@ def test_random_preprocessing_is_refused():
   # Before anything is trained, not at the first evaluation.
   with pytest.raises(UserError, match="flip_lr is random"):
     classification.make_evaluate(
-      model=_MODEL,
-      loss_fn=losses.get_loss("softmax"),
-      source=source,
+      _make_objective(source, "softmax"),
+      source,
       mesh=sharding.make_mesh(),
       batch_size=8,
       preprocess="resize(size)|flip_lr",

@@ -89,7 +89,7 @@ def test_draws():
   rng = np.random.default_rng(1)
   expected = [rng.permutation(np.where(labels == k)[0])[:10] for k in range(3)]
   np.testing.assert_array_equal(ten, np.concatenate(expected))
-  with pytest.raises(UserError, match=r"class 'c' has 20 .* --shots=21"):
+  with pytest.raises(UserError, match=r"class 'c' has 20 .* 21 shots"):
     fewshot.sample(labels, _NAMES, 21, seed=0)
 
 
@@ -194,7 +194,7 @@ def test_the_command(weights, runs, capsys):
 @pytest.mark.parametrize(
   ("argument", "words"),
   [
-    ("--shots=40", "fewer than --shots=40"),
+    ("--shots=40", "fewer than 40 shots"),
     ("--shots=five", "--shots is 'five'"),
     ("--shots=0", "must be 1 or more"),
     ("--seeds=0", "must be 1 or more"),

@@ -1,5 +1,6 @@
 """Masked patch prediction: what is hidden, what is asked, what is learnt."""
 
+import functools
 import json
 import shutil
 
@@ -216,14 +217,23 @@ def test_the_pixel_loss_equals_its_formula():
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+# A model that is a table: one row of predictions for each patch.
+_TABLE = models.Model(
+  init=lambda key: None,
+  apply=lambda table, images, corruption, **_: table[corruption.corrupted],
+  image_size=(16, 16),
+  grid=(4, 4),
+  num_layers=0,
+)
+
+
+def _make_objective(model, target):
+  return objectives.MaskedPatches(model=model, class_names=[], target=target)
+
+
 @pytest.mark.parametrize("target", masking.TARGETS)
 def test_only_the_predictions_for_corrupted_patches_count(target):
-  """A model that is a table: one row of predictions for each patch."""
-  objective = steps.make_masked_patches(
-    apply=lambda table, images, corruption, **_: table[corruption.corrupted],
-    patch_size=4,
-    target=target,
-  )
+  objective = _make_objective(_TABLE, target)
   examples = jax.jit(objective.prepare)(
     {"image": _random_images(1)}, jax.random.key(3)
   )
@@ -347,10 +357,9 @@ def _train(
   model = _create(target, **options)
   # A large epsilon: a bias of the keys has no gradient but rounding errors.
   optimizer = optax.adam(0.03, eps=1e-2)
-  step = steps.make_train_step(
-    objective=steps.make_masked_patches(
-      apply=model.apply, patch_size=4, target=target
-    ),
+  step = functools.partial(
+    steps.train_step,
+    objective=_make_objective(model, target),
     optimizer=optimizer,
     schedule=lambda step: 0.03,
     micro_batches=micro_batches,
@@ -423,9 +432,7 @@ def test_scanned_and_unrolled_blocks_agree(scanned):
 
 def test_a_new_head_finds_every_colour_as_likely():
   model = _create(scan=True)
-  objective = steps.make_masked_patches(
-    apply=model.apply, patch_size=4, target="mean_colour"
-  )
+  objective = _make_objective(model, "mean_colour")
 
   def run(key, images):
     examples = objective.prepare({"image": images}, key)
@@ -440,14 +447,9 @@ def test_corruption_is_a_function_of_seed_and_step():
   table = np.random.default_rng(0).normal(size=(16, 512)).astype(np.float32)
   optimizer = optax.sgd(0.0)
   step = jax.jit(
-    steps.make_train_step(
-      objective=steps.make_masked_patches(
-        apply=lambda table, images, corruption, **_: table[
-          corruption.corrupted
-        ],
-        patch_size=4,
-        target="mean_colour",
-      ),
+    functools.partial(
+      steps.train_step,
+      objective=_make_objective(_TABLE, "mean_colour"),
       optimizer=optimizer,
       schedule=lambda step: 0.0,
     )
@@ -481,9 +483,8 @@ def photos(tmp_path_factory):
 def _evaluate(model, params, target, source, devices, batch_size):
   mesh = sharding.make_mesh(1, jax.devices()[:devices])
   evaluate = masked.make_evaluate(
-    model=model,
-    target=target,
-    source=source,
+    _make_objective(model, target),
+    source,
     mesh=mesh,
     batch_size=batch_size,
     preprocess="resize(size)",
@@ -588,7 +589,7 @@ def test_configurations_that_cannot_be_run(overrides, words, runs):
     str(runs.config), {"objective": "masked_patches", **overrides}
   )
   with pytest.raises(UserError) as error:
-    objectives.make_task(config, ["a", "b"], False)
+    objectives.create(config, ["a", "b"])
   assert words in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -599,9 +600,9 @@ def test_configurations_that_cannot_be_run(overrides, words, runs):
 )
 def test_the_configurations_can_be_run(spec):
   config = configuration.load(str(REPO / "configs" / spec))
-  task = objectives.make_task(config, ["a", "b"], False)
+  objective = objectives.create(config, ["a", "b"])
   assert configuration.count_steps(config, 1000) == config.total_steps
-  shapes = flatten(jax.eval_shape(task.model.init, jax.random.key(0)))
+  shapes = flatten(jax.eval_shape(objective.model.init, jax.random.key(0)))
   assert shapes["mpp_head/kernel"].shape[1] % 512 == 0
 
 

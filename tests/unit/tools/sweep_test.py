@@ -302,10 +302,10 @@ def test_an_unknown_metric(args, no_training, capsys):
 
 _SWEEP = f"""
 import sys
-from vit_jax import jobs, sweep
+from vit_jax.tools import jobs, sweep
 from vit_jax.__main__ import main
 jobs._CHILD = {stand_in.CHILD!r}
-sweep.train.check_workdir = lambda *_: False
+sweep.run_folder.check = lambda *_: False
 sys.exit(main(sys.argv[1:]))
 """
 

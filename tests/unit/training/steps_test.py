@@ -12,7 +12,7 @@ from sklearn import metrics
 from vit_jax import models, sharding
 from vit_jax.evaluation import classification
 from vit_jax.state import TrainState, flatten
-from vit_jax.training import losses, steps
+from vit_jax.training import losses, objectives, steps
 
 _CLASSES = 5
 
@@ -52,11 +52,15 @@ def _make_state(params, optimizer, ema=False):
   )
 
 
+def _as_model(apply):
+  return models.Model(lambda key: None, apply, (8, 8), (1, 1), 0)
+
+
 def _make_objective(apply=_apply_linear, loss="softmax", mixup_alpha=0.0):
-  return steps.make_classification(
-    apply=apply,
+  return objectives.Classification(
+    model=_as_model(apply),
+    class_names=[str(k) for k in range(_CLASSES)],
     loss_fn=losses.get_loss(loss),
-    num_classes=_CLASSES,
     mixup_alpha=mixup_alpha,
   )
 
@@ -65,7 +69,8 @@ def _make_step(
   optimizer, *, apply=_apply_linear, loss="softmax", mixup_alpha=0.0, **kwargs
 ):
   return jax.jit(
-    steps.make_train_step(
+    functools.partial(
+      steps.train_step,
       objective=_make_objective(apply, loss, mixup_alpha),
       optimizer=optimizer,
       schedule=lambda step: 0.1 * step,
@@ -246,11 +251,7 @@ def test_mixup_weights_follow_the_beta_distribution():
 
 @functools.cache
 def _make_eval_step(loss):
-  return jax.jit(
-    steps.make_eval_step(
-      apply=_apply_linear, loss_fn=losses.get_loss(loss), num_classes=_CLASSES
-    )
-  )
+  return jax.jit(_make_objective(loss=loss).eval_step)
 
 
 def _eval_sums(batch, loss="softmax"):
@@ -300,9 +301,11 @@ def test_top_5_accuracy_equals_sklearn():
   batch["labels"] = rng.integers(0, 12, (100, 1), np.int32)
   batch["labels"][3] = -1  # no label
   batch["mask"] = np.arange(100) < 90
-  step = steps.make_eval_step(
-    apply=_apply_linear, loss_fn=losses.get_loss("softmax"), num_classes=12
-  )
+  step = objectives.Classification(
+    model=_as_model(_apply_linear),
+    class_names=[str(k) for k in range(12)],
+    loss_fn=losses.get_loss("softmax"),
+  ).eval_step
   found = jax.jit(step)(params, batch)
   results = dict(classification.summarize([found], multilabel=False))
   counts = batch["mask"] & (batch["labels"][:, 0] >= 0)
@@ -332,7 +335,7 @@ def test_what_padding_holds_changes_nothing():
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-_ranking_precision = jax.jit(steps.ranking_precision)
+_ranking_precision = jax.jit(objectives.ranking_precision)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -375,7 +378,8 @@ def _train_vit(devices, fsdp, *, scan):
     optax.scale_by_adam(eps=1e-2),
     optax.scale(-0.03),
   )
-  train_step = steps.make_train_step(
+  train_step = functools.partial(
+    steps.train_step,
     objective=_make_objective(model.apply, "sigmoid"),
     optimizer=optimizer,
     schedule=lambda step: 0.1,

@@ -4,6 +4,7 @@ What is measured is the step that trains, on a batch that is on the devices
 already. Only jax, flax, optax and numpy are needed.
 """
 
+import functools
 import importlib.metadata
 import logging
 import os
@@ -17,10 +18,10 @@ import jax.numpy as jnp
 from vit_jax import models, sharding
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.state import TrainState
 from vit_jax.tools.bench.process import call, report
 from vit_jax.tools.paper.flops import OPERATIONS, count_multiply_adds
 from vit_jax.training import losses, optim, steps
+from vit_jax.training.objectives import Classification
 
 log = logging.getLogger(__name__)
 
@@ -227,21 +228,20 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
     base_lr=1e-4,
     params=jax.eval_shape(model.init, jax.random.key(0)),
   )
-  train_step = steps.make_train_step(
-    objective=steps.make_classification(
-      apply=model.apply,
+  train_step = functools.partial(
+    steps.train_step,
+    objective=Classification(
+      model=model,
+      class_names=[str(i) for i in range(num_classes)],
       loss_fn=losses.get_loss("softmax"),
-      num_classes=num_classes,
     ),
     optimizer=optimizer,
     schedule=schedule,
   )
 
-  def init_state(key):
-    params = model.init(key)
-    rng = jax.random.key_data(key)
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step, params, optimizer.init(params), None, rng)
+  init_state = functools.partial(
+    steps.init_state, model=model, optimizer=optimizer
+  )
 
   def make_batch(key):
     shape = (batch_size, *model.image_size, 3)

@@ -29,7 +29,7 @@ from vit_jax.tools.plan.compiling import (
   make_shapes,
 )
 from vit_jax.training.metrics import duration
-from vit_jax.training.objectives import Task, make_task
+from vit_jax.training.objectives import Objective, create
 
 log = logging.getLogger(__name__)
 
@@ -134,15 +134,17 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   configuration.check_unused(config)
   num_classes, num_examples = find_sizes(config, *sizes)
   names = [str(i) for i in range(num_classes)]
-  task = make_task(config, names, False)
+  objective = create(config, names)
   total_steps = _count_steps(config, num_examples)
   mesh = sharding.make_mesh(config.fsdp, machines.devices)
-  step, state, batch = make_shapes(config, task, mesh, total_steps or 10**6)
+  step, state, batch = make_shapes(
+    config, objective, mesh, total_steps or 10**6
+  )
   try:
     begin = time.monotonic()
     train = compile_step(step, state, batch)
     log.info("the train step took %s", duration(time.monotonic() - begin))
-    evaluation = _compile_evaluation(config, task, mesh, state)
+    evaluation = _compile_evaluation(config, objective, mesh, state)
   except OutOfMemory as e:
     need = e.needed and e.needed * machines.per_chip()
     return {"fits": False, "hbm_gib": need, "hbm_limit_gib": _limit(machines)}
@@ -150,7 +152,7 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
     Path(dump_hlo).write_text(train.text, encoding="utf-8")
   # In float32 nothing is computed that is not part of the model.
   given = overrides | {"model.dtype": "float32"}
-  plain = make_task(configuration.load(spec, given), names, False)
+  plain = create(configuration.load(spec, given), names)
   products = count_products(plain)
   found = estimate(train, machines, config.batch_size, products)
   memory = add_up_memory(train, evaluation, state, batch, machines)
@@ -186,30 +188,30 @@ def _count_steps(config, num_examples):
   return configuration.count_steps(config, num_examples or 0)
 
 
-def _compile_evaluation(config, task, mesh, state):
+def _compile_evaluation(config, objective, mesh, state):
   size = config.eval.batch_size or config.batch_size
-  batch = make_batch(mesh, size, task.model.image_size)
+  batch = make_batch(mesh, size, objective.model.image_size)
   if config.objective == "classification":
     del batch["index"]
-  step = jax.jit(sharding.on_mesh(mesh, task.eval_step))
+  step = jax.jit(sharding.on_mesh(mesh, objective.eval_step))
   return compile_step(step, state.params, batch)
 
 
-def count_products(task: Task) -> float:
+def count_products(objective: Objective) -> float:
   """Returns the operations of training on one image that cannot be saved.
 
   Those of the forward pass, and twice as many of the backward pass; what is
   computed again for want of memory is no part of it.
   """
-  size = task.model.image_size
+  size = objective.model.image_size
   batch = {
     "image": jax.ShapeDtypeStruct((1, *size, 3), "uint8"),
     "labels": jax.ShapeDtypeStruct((1, 1), "int32"),
   }
   key = jax.random.key(0)
-  params = jax.eval_shape(task.model.init, key)
-  examples = jax.eval_shape(task.objective.prepare, batch, key)
-  traced = jax.make_jaxpr(task.objective.loss)(params, examples, key)
+  params = jax.eval_shape(objective.model.init, key)
+  examples = jax.eval_shape(objective.prepare, batch, key)
+  traced = jax.make_jaxpr(objective.loss)(params, examples, key)
   return OPERATIONS * count_in_jaxpr(traced.jaxpr)
 
 

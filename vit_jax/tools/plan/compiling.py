@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from vit_jax import sharding
 from vit_jax.errors import UserError
 from vit_jax.tools.plan.chips import Chip, find_chip
-from vit_jax.training.objectives import build
+from vit_jax.train import make_step
 
 # Nothing that libtpu would ask the machine for is there, and a second process
 # may compile at the same time: no device is opened.
@@ -100,18 +100,18 @@ def find_slice(topology: str) -> Slice:
   return Slice(topology, chip, chips, tuple(found.devices))
 
 
-def make_shapes(config, task, mesh, total_steps: int):
+def make_shapes(config, objective, mesh, total_steps: int):
   """Returns (train_step, its state, its batch) of shapes and layouts alone.
 
   Raises:
     UserError: a batch or a layout that does not fit these machines.
   """
   sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
-  train_step, init_state = build(config, task, total_steps)
+  train_step, init_state = make_step(config, objective, total_steps)
   shapes = jax.eval_shape(init_state, jax.random.key(0))
   layout = sharding.tree_shardings(mesh, shapes)
   state = jax.tree.map(_place, shapes, layout)
-  batch = make_batch(mesh, config.batch_size, task.model.image_size)
+  batch = make_batch(mesh, config.batch_size, objective.model.image_size)
   batch = {name: batch[name] for name in ("image", "labels")}
   step = sharding.jit_train_step(mesh, train_step, layout)
   return step, state, batch

@@ -11,6 +11,7 @@ import numpy as np
 from vit_jax import data, models
 from vit_jax.evaluation.sums import fetch, make_sums
 from vit_jax.training import steps
+from vit_jax.training.losses import multi_hot
 
 
 class Mistake(NamedTuple):
@@ -100,7 +101,7 @@ def make_tally(
 def _look(logits, batch, to_probabilities, count):
   """Returns what is to be known of a batch, a few arrays."""
   labels = batch["labels"]
-  targets = steps.multi_hot(labels, logits.shape[-1])
+  targets = multi_hot(labels, logits.shape[-1])
   top = jnp.argmax(logits, -1)
   labelled = batch["mask"] & (targets.sum(-1) > 0)
   correct = jnp.take_along_axis(targets, top[:, None], 1)[:, 0] > 0

@@ -1,0 +1,90 @@
+"""docs/extending.md: its additions, made to a copy, add up to a run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_REPO = Path(__file__).parents[2]
+_TEXT = (_REPO / "docs" / "extending.md").read_text(encoding="utf-8")
+
+
+def _add(root):
+  """Makes the changes of the document; returns {changed file: is new}."""
+  touched = {}
+  for kind, name, text in re.findall(
+    r"^```(python|diff)\n# (\S+)\n(.*?)^```$", _TEXT, re.M | re.S
+  ):
+    path = root / name
+    if kind == "python":
+      assert not path.exists()
+      path.write_text(text)
+      touched[name] = True
+      continue
+    lines = text.splitlines(keepends=True)
+    old, new = (
+      "".join(line[1:] for line in lines if line[0] in marks)
+      for marks in (" -", " +")
+    )
+    before = path.read_text()
+    if old:
+      assert before.count(old) == 1, f"{name} has not once:\n{old}"
+      path.write_text(before.replace(old, new))
+    touched.setdefault(name, False)
+  return touched
+
+
+def test_the_table_says_what_is_touched(tmp_path):
+  for name in ("vit_jax", "configs"):
+    shutil.copytree(_REPO / name, tmp_path / name)
+  touched = _add(tmp_path)
+  rows = re.findall(r"^\| an? .* \| (\d) of (\d) \|$", _TEXT, re.M)
+  assert sum(int(new) for new, _ in rows) == sum(touched.values())
+  assert sum(int(all_) for _, all_ in rows) == len(touched)
+
+
+@pytest.mark.ci
+def test_the_additions_run(tmp_path):
+  for name in ("vit_jax", "configs"):
+    shutil.copytree(_REPO / name, tmp_path / name)
+  _add(tmp_path)
+  commands = re.findall(r"^vit-jax (.+)$", _TEXT, re.M)
+  environment = {
+    **os.environ,
+    "PYTHONPATH": str(tmp_path),
+    "TFDS_DATA_DIR": str(tmp_path / "data"),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+  }
+  said = {}
+  for command in commands:
+    done = subprocess.run(
+      [sys.executable, "-m", "vit_jax", *command.split()],
+      cwd=tmp_path,
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said[command.split()[0]] = done.stdout
+  assert said["classes"].split() == ["lying", "standing"]
+  run = tmp_path / "runs" / "stripes"
+  config = json.loads((run / "config.json").read_text())["config"]
+  assert config["model"]["logit_scale"] == 2
+  lines = (run / "metrics.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  steps = {
+    name: [line["step"] for line in found if name in line]
+    for name in ("eval/accuracy", "sure/confidence", "few/5shot")
+  }
+  assert steps == {
+    "eval/accuracy": [30, 60],
+    "sure/confidence": [20, 40, 60],
+    "few/5shot": [30, 60],
+  }
+  assert found[-1]["few/5shot"] > 0.5 < found[-3]["eval/accuracy"]

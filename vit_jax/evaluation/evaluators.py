@@ -1,0 +1,132 @@
+"""The evaluations of a run, as its configuration lists them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from vit_jax import data, models
+from vit_jax.config import list_evals
+from vit_jax.errors import UserError
+from vit_jax.evaluation import classification, fewshot, masked
+from vit_jax.training.objectives import (
+  Classification,
+  MaskedPatches,
+  Objective,
+)
+
+
+class Evaluator(NamedTuple):
+  """One evaluation of a run.
+
+  Attributes:
+    name: "eval", or that of an entry of config.evals; its results are logged
+      as NAME/METRIC.
+    every: so many steps, and at the end; 0: at the end only.
+    metrics: those that checkpoints can be compared by, more is better; the
+      first is the usual one.
+    run: params -> iterator of (metric, value).
+  """
+
+  name: str
+  every: int
+  metrics: tuple[str, ...]
+  run: Callable
+
+  def is_due(self, step: int, total_steps: int) -> bool:
+    """Returns whether it runs after this step."""
+    due = bool(self.every) and step % self.every == 0
+    return step > 0 and (due or step == total_steps)
+
+
+def make_evaluators(
+  config,
+  sources: Mapping[str, Sequence[data.Source]],
+  objective: Objective,
+  **where,
+) -> list[Evaluator]:
+  """Returns the evaluators of a run, that of `config.eval` first.
+
+  Args:
+    config: with the keys of configs/common.py.
+    sources: the data of each evaluation by name: the test set; the training and
+      the test set of a few-shot evaluation.
+    objective: what the run trains for.
+    **where: `mesh` and `before_batch` of `make_sums`.
+
+  Raises:
+    UserError: a batch size, preprocessing or data that cannot be evaluated.
+  """
+  made = []
+  for e in list_evals(config):
+    kinds = {config.objective: _make_own, **OTHERS}
+    models.check_choice(f"{e.key}.type", e.type, tuple(kinds))
+    where |= {"batch_size": e.batch_size, "preprocess": e.preprocess}
+    make = kinds[e.type]
+    metrics, run = make(config, e, sources[e.name], objective, **where)
+    made.append(Evaluator(e.name, e.every, metrics, run))
+  return made
+
+
+def _make_own(config, e, sources, objective, **where):
+  (test,) = sources
+  return _list_metrics(objective, test), make_evaluate(objective, test, **where)
+
+
+def _make_fewshot(config, e, sources, objective, **where):
+  # Without a head, so that any model will do; its parameters may have one.
+  model = models.create(
+    num_classes=0, image_size=config.image_size, **config.model
+  )
+  train, test = sources
+  metrics = tuple(f"{count}shot" for count in e.shots)
+  return metrics, fewshot.make_evaluate(model, train, test, e.shots, **where)
+
+
+# What an evaluation can be, beside that of the run's own objective: type ->
+# (config, entry, its sources, objective, **where) -> (metrics, run), see
+# `Evaluator`.
+OTHERS = {"fewshot": _make_fewshot}
+
+
+def make_evaluate(
+  objective: Objective, source: data.Source, **where
+) -> Callable:
+  """Returns params -> iterator of (name, value): how well it is reached.
+
+  Args: as `classification.make_evaluate`.
+  """
+  if isinstance(objective, Classification):
+    return classification.make_evaluate(objective, source, **where)
+  assert isinstance(objective, MaskedPatches)
+  return masked.make_evaluate(objective, source, **where)
+
+
+def _list_metrics(objective, source):
+  """Returns the results by which checkpoints are compared; more is better."""
+  if not isinstance(objective, Classification):
+    return ("r2" if objective.target == "pixels" else "accuracy",)
+  return ("prec@1", "lrap") if source.multilabel else ("accuracy",)
+
+
+def find_best(
+  config, evaluators: Sequence[Evaluator]
+) -> tuple[str, str] | None:
+  """Returns the (evaluation, metric) that decides which checkpoint is best.
+
+  None for a run that evaluates nothing, or nothing but `config.evals`.
+
+  Raises:
+    UserError: `config.best_metric` is none of theirs.
+  """
+  known = {e.name: e.metrics for e in evaluators}
+  if not config.get("best_metric"):
+    return ("eval", known["eval"][0]) if "eval" in known else None
+  name, _, metric = str(config.best_metric).partition("/")
+  if metric not in known.get(name, ()):
+    choices = [
+      f"{name}/{m}" for name, metrics in known.items() for m in metrics
+    ]
+    raise UserError(
+      f"config.best_metric is {config.best_metric!r}; the choices are "
+      f"{', '.join(choices) or 'none: the run evaluates nothing'}"
+    )
+  return name, metric

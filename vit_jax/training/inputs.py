@@ -1,0 +1,160 @@
+"""What goes into a run: its data sets, and batches on their way to devices."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from vit_jax import checkpoint, data, sharding
+from vit_jax.config import Eval, list_evals
+from vit_jax.data.relabelled import relabel
+from vit_jax.errors import RunStopped, UserError
+
+log = logging.getLogger(__name__)
+
+
+class Inputs(NamedTuple):
+  """The data sets of a run.
+
+  Attributes:
+    train: [(source, weight)], the weights of a mixture.
+    evals: {evaluation: its sources}, the names and order of `list_evals`.
+  """
+
+  train: list[tuple[data.Source, float]]
+  evals: dict[str, list[data.Source]]
+
+  @property
+  def first(self) -> data.Source:
+    """The first training set, whose classes are the run's."""
+    return self.train[0][0]
+
+  @property
+  def num_examples(self) -> int:
+    """Training examples of an epoch."""
+    return sum(source.num_examples for source, _ in self.train)
+
+  def describe(self) -> dict[str, list[dict]]:
+    """Returns what must be the same when a run is resumed: identities."""
+    sets = {"train": [source for source, _ in self.train], **self.evals}
+    return {
+      name: [
+        {
+          "dataset": source.dataset,
+          "examples": source.num_examples,
+          "identity": source.identity(),
+        }
+        for source in sources
+      ]
+      for name, sources in sets.items()
+    }
+
+
+def open_inputs(config) -> Inputs:
+  """Opens the data sets of a run.
+
+  Raises:
+    UserError: unknown, missing or unsuitable data.
+  """
+  mixture = data.parse_mixture(config.train.dataset)
+  train = [
+    (data.get_source(name, config.train.split, config.data_dir), weight)
+    for name, weight in mixture
+  ]
+  for source, _ in train:
+    source.check_labels()
+  if config.objective == "classification":
+    data.check_mixture([source for source, _ in train])
+  evals = {
+    e.name: _open_eval(config, e, mixture[0][0], [s for s, _ in train])
+    for e in list_evals(config)
+  }
+  return Inputs(train, evals)
+
+
+def _open_eval(
+  config, e: Eval, first: str, train: Sequence[data.Source]
+) -> list[data.Source]:
+  """Returns the test set; of a few-shot evaluation its training set, then it.
+
+  Raises:
+    UserError: as `open_inputs`.
+  """
+  name = e.dataset or first
+  if e.type == "fewshot":
+    sources = [
+      data.get_source(name, split, config.data_dir)
+      for split in (e.train_split, e.split)
+    ]
+    for source in sources:
+      source.check_labels()
+    return sources
+  test = data.get_source(name, e.split, config.data_dir)
+  test.check_labels()
+  for source in train:
+    shared = data.count_shared(source, test)
+    if shared:
+      log.warning(
+        "%d of the %d test images of %s are training images too: %s and %s "
+        "overlap",
+        *(shared, test.num_examples, name, source.split, test.split),
+      )
+  if config.objective != "classification":
+    return [test]
+  relabelled = relabel(test, train[0].class_names)
+  if relabelled is None:
+    unknown = [x for x in test.class_names if x not in train[0].class_names]
+    raise UserError(
+      f"{e.key}.dataset {name} has {test.num_classes} classes, training "
+      f"{train[0].num_classes}; {unknown[:3]} are not among these; evaluate on "
+      "classes of training, or set config.eval.split='' for no evaluation"
+    )
+  return [relabelled]
+
+
+def read_batches(config, mesh, inputs, step, total_steps) -> Iterator:
+  """Returns the batches of the steps to come, on their way to the devices."""
+  rows = sharding.local_rows(mesh, config.batch_size)
+  host_batches = read_rows(config, inputs, rows, step, total_steps - step)
+  return prefetch(
+    sharding.put_batch(mesh, batch, config.batch_size)
+    for batch in name_failures(host_batches)
+  )
+
+
+class DataFailed(RunStopped):
+  """Training data could not be read."""
+
+
+def name_failures(batches: Iterable) -> Iterator:
+  """Yields batches; what goes wrong with them becomes a DataFailed."""
+  try:
+    yield from batches
+  except Exception as e:
+    raise DataFailed(
+      f"could not read the training data: {checkpoint.first_line(e)}"
+    ) from e
+
+
+def read_rows(config, inputs, rows, start_step, num_steps) -> Iterator:
+  """Returns these rows of the run's batches, on the host."""
+  return data.train_batches(
+    inputs.train,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    rows=rows,
+    preprocess=config.train.preprocess,
+    image_size=config.image_size,
+    start_step=start_step,
+    num_steps=num_steps,
+  )
+
+
+def prefetch(batches: Iterable, size: int = 2) -> Iterator:
+  """Keeps `size` batches on their way to the devices ahead of the one used."""
+  queue = deque()
+  for batch in batches:
+    queue.append(batch)
+    if len(queue) > size:
+      yield queue.popleft()
+  yield from queue

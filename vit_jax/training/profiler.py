@@ -1,0 +1,51 @@
+"""The profiler window of a run."""
+
+import logging
+
+import jax
+
+from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def check_profile(config, total_steps):
+  """Raises a UserError for a profiler window that the run never comes to."""
+  if config.profile_step > total_steps:
+    raise UserError(
+      f"profile_step {config.profile_step} is past the last step, "
+      f"{total_steps}; choose one up to that, or 0 for no profile"
+    )
+
+
+class Profiler:
+  """The profiler window of a run; a run that resumes in it traces the rest."""
+
+  def __init__(self, config, workdir):
+    self._first = config.profile_step
+    self._end = self._first + config.profile_steps if self._first else 0
+    self._folder = workdir / "profile"
+    self._started = None
+
+  def before(self, step, state):
+    """Starts or ends the trace before a step runs."""
+    if self._first <= step < self._end and self._started is None:
+      jax.block_until_ready(state)
+      jax.profiler.start_trace(str(self._folder))
+      self._started = step
+    elif step >= self._end:
+      self.close(state, step)
+
+  def close(self, state, step):
+    """Ends the trace, if there is one, before `step`."""
+    if self._started is None:
+      return
+    jax.block_until_ready(state)
+    jax.profiler.stop_trace()
+    log.info(
+      "profile of %d steps from step %d in %s",
+      step - self._started,
+      self._started,
+      self._folder.parent,
+    )
+    self._started, self._end = None, 0

@@ -1,0 +1,159 @@
+"""A run folder: whose it is, what run it holds, what a run writes first."""
+
+import json
+import logging
+import shlex
+
+import jax
+from clu import parameter_overview
+
+from vit_jax import checkpoint, sharding
+from vit_jax import config as configuration
+from vit_jax.data import preprocess
+from vit_jax.errors import UserError, check_folder
+from vit_jax.training import lock
+from vit_jax.training.inputs import Inputs
+
+log = logging.getLogger(__name__)
+
+
+def take(workdir, stack) -> lock.Lock | None:
+  """Holds the run folder's lock on process 0 until `stack` is closed.
+
+  Raises:
+    UserError: another run has it, or the folder cannot be written.
+  """
+  if jax.process_index():
+    return None
+  try:
+    return stack.enter_context(lock.hold(workdir))
+  except OSError as e:
+    raise UserError(
+      f"cannot write to {workdir}: {e.strerror or e}; choose another --workdir"
+    ) from e
+
+
+def check(config, workdir) -> dict | None:
+  """Returns config.json of the run that `workdir` holds, None for none.
+
+  Raises:
+    UserError: it holds a run of another configuration, checkpoints without
+      one, or a file where a folder should be; a new run would enlarge its
+      images again.
+  """
+  inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
+  for folder in inside if "://" not in str(workdir) else ():
+    check_folder(folder)
+  if not (workdir / "config.json").exists():
+    if checkpoint.list_steps(workdir):
+      raise UserError(
+        f"{workdir} has checkpoints and no config.json, which says what run "
+        "they are of; restore it, or choose another --workdir"
+      )
+    texts = {e.preprocess for e in configuration.list_evals(config)}
+    for text in (config.train.preprocess, *sorted(texts)):
+      preprocess.check_crops(text, config.image_size)
+    return None
+  run = read_run(workdir)
+  differences = configuration.differences(
+    run["config"], configuration.to_dict(config)
+  )
+  if differences:
+    longer = (
+      "; to train for longer, start another --workdir with "
+      f"--config.init_from={shlex.quote(str(workdir))}: it takes the weights, "
+      "and neither the optimizer's state nor the step"
+      if any(text.startswith("total_") for text in differences)
+      else ""
+    )
+    raise UserError(
+      f"{workdir} holds a run of another configuration "
+      f"({'; '.join(differences)}); choose another --workdir, or resume with "
+      f"the configuration that it was started with{longer}"
+    )
+  return run
+
+
+def read_run(workdir) -> dict:
+  """Returns the contents of a run's config.json.
+
+  Raises:
+    UserError: it is cut off or empty.
+  """
+  try:
+    return json.loads((workdir / "config.json").read_text())
+  except ValueError as e:
+    raise UserError(
+      f"{workdir}/config.json is not whole ({e}); restore it from a copy, or "
+      "choose another --workdir"
+    ) from None
+
+
+def check_data(run, inputs: Inputs, workdir) -> None:
+  """Raises a UserError if the data are not those that the run began with."""
+  names = inputs.first.class_names
+  if run["class_names"] and run["class_names"] != names:
+    old, new = set(run["class_names"]), set(names)
+    raise UserError(
+      f"the classes of the training data are not those of the run in {workdir}"
+      f": gone {sorted(old - new)[:5]}, new {sorted(new - old)[:5]}; restore "
+      "the data, or choose another --workdir"
+    )
+  found = inputs.describe()
+  for kind, entries in run.get("data", {}).items():  # older runs have none
+    for old, new in zip(entries, found.get(kind, []), strict=True):
+      if old != new:
+        raise UserError(
+          f"{new['dataset']} ({kind}) has changed since the run in {workdir} "
+          f"began: it had {old['examples']:,} examples ({old['identity']}) and "
+          f"has {new['examples']:,} ({new['identity']}); restore the data, or "
+          "choose another --workdir"
+        )
+
+
+def write(config, workdir, total_steps, objective, opened: Inputs, state):
+  """Writes config.json and parameters.txt of a new run."""
+  if jax.process_index():
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  run = {
+    "config": configuration.to_dict(config),
+    "total_steps": total_steps,
+    "class_names": objective.class_names,
+    "multilabel": opened.first.multilabel,
+    "data": opened.describe(),
+  }
+  overview = parameter_overview.get_parameter_overview(
+    state.params, include_stats="sharding"
+  )
+  checkpoint.write_atomically(workdir / "parameters.txt", overview)
+  checkpoint.write_atomically(
+    workdir / "config.json", json.dumps(run, indent=1)
+  )
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  log.info(
+    "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
+    "devices: %d, %d steps of %d images",
+    config.model.variant,
+    count / 1e6,
+    sharding.bytes_per_device(state) / 2**30,
+    jax.device_count(),
+    total_steps,
+    config.batch_size,
+  )
+
+
+def read_results(workdir, step: int) -> dict[str, dict[str, float]]:
+  """Returns {evaluation: {metric: value}} at `step` from metrics.jsonl."""
+  found: dict[str, dict[str, float]] = {}
+  file = workdir / "metrics.jsonl"
+  for line in file.read_text().splitlines() if file.exists() else ():
+    try:
+      values = json.loads(line)
+    except ValueError:  # a kill may leave half a line
+      continue
+    if values.pop("step") == step:
+      for key, x in values.items():
+        name, _, metric = key.partition("/")
+        found.setdefault(name, {})[metric] = x
+  return found

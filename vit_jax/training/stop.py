@@ -1,0 +1,63 @@
+"""Told to stop: a run saves its state and ends, on every process alike."""
+
+import logging
+import os
+import signal
+import time
+
+import jax
+from jax.experimental import multihost_utils
+
+log = logging.getLogger(__name__)
+
+
+class Stopping(Exception):
+  """The run was told to stop."""
+
+
+class StopSignal:
+  """SIGTERM, SIGHUP or Ctrl-C ask a run to save its state and stop.
+
+  More of them change nothing, as whoever sends one may send another; but Ctrl-C
+  again, a second later or more, quits at once. With several processes JAX's
+  preemption service takes SIGTERM and makes all of them agree on where to stop;
+  the others are passed on to it.
+  """
+
+  def __enter__(self):
+    self._since = None
+    self._stops = False
+    self._polls = 0
+    self._alone = jax.process_count() == 1
+    signals = [signal.SIGINT] + [signal.SIGTERM] * self._alone
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+      signals.append(signal.SIGHUP)
+    self._previous = {s: signal.signal(s, self._handle) for s in signals}
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number, _):
+    now = time.monotonic()
+    if self._since is None:
+      self._since = now
+      log.info("saving, then stopping; Ctrl-C again quits at once")
+      if not self._alone:
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif number == signal.SIGINT and now - self._since > 1:
+      raise KeyboardInterrupt
+
+  def check(self) -> None:
+    """Raises Stopping if the run is to stop here, on every process alike.
+
+    All processes have to come here equally often.
+    """
+    if self._alone:
+      self._stops = self._since is not None
+    else:
+      self._polls += 1
+      self._stops |= multihost_utils.reached_preemption_sync_point(self._polls)
+    if self._stops:
+      raise Stopping
