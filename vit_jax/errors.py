@@ -46,3 +46,16 @@ def suggest(name: str, choices: Iterable[str]) -> str:
   """Returns "; did you mean 'x'?" for the closest choice, else ""."""
   matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
   return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def one_line(error: Exception, limit: int = 200) -> str:
+  """Returns an exception's words in one line of at most `limit` characters.
+
+  A long one loses its middle: what went wrong is at its ends, and long paths
+  are between.
+  """
+  words = " ".join(str(error).split()) or type(error).__name__
+  if len(words) <= limit:
+    return words
+  half = (limit - 5) // 2
+  return f"{words[:half]} ... {words[-half:]}"

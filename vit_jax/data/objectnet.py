@@ -13,8 +13,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from vit_jax.data import ops
-from vit_jax.data.source import (
-  OBJECTNET,
+from vit_jax.data.folder import (
   FolderSource,
   find_folder,
   find_images,
@@ -22,6 +21,7 @@ from vit_jax.data.source import (
 )
 from vit_jax.errors import UserError
 
+OBJECTNET = "objectnet:"
 _FRAME = 2  # pixels
 
 # Folder -> ImageNet-1k classes: the facts of the archive's `mappings`.

@@ -21,8 +21,8 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import ops
-from vit_jax.data.source import BAD_LABEL, Source, one_line
-from vit_jax.errors import UserError
+from vit_jax.data.source import BAD_LABEL, Source
+from vit_jax.errors import UserError, one_line
 
 # A mixture repeats a random pattern of this many slots, each of which belongs
 # to one data set; the granularity of weights.

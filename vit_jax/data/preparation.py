@@ -12,8 +12,9 @@ from array_record.python import array_record_module  # pyright: ignore
 from tensorflow_datasets.core.download import downloader
 
 from vit_jax.data.benchmarks import BY_HAND, PACKAGES
-from vit_jax.data.source import FOLDER, OBJECTNET, find_builder, one_line
-from vit_jax.errors import UserError
+from vit_jax.data.catalog import FOLDER, OBJECTNET
+from vit_jax.data.tfds import find_builder, open_folder
+from vit_jax.errors import UserError, one_line
 
 # Pauses double from 0.2 s on: TFDS's own number, 10, takes 213 s to find out
 # that there is no network.
@@ -41,10 +42,8 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
     builder = find_builder(name, data_dir, "array_record")
     _download(builder, name)
   else:
-    # The folder knows of formats added since; the builder's code does not.
-    builder = tfds.builder_from_directory(builder.data_path)
-    array_record = tfds.core.FileFormat.ARRAY_RECORD
-    if array_record not in builder.info.available_file_formats():
+    builder, ready = open_folder(builder)
+    if not ready:
       _convert(builder)
   return folder
 
@@ -79,9 +78,7 @@ def find_needs(name: str, data_dir: str | None = None) -> Needs:
   builder = find_builder(name, data_dir)
   state = "missing"
   if builder.is_prepared():
-    there = tfds.builder_from_directory(builder.data_path).info
-    array_record = tfds.core.FileFormat.ARRAY_RECORD
-    ready = array_record in there.available_file_formats()
+    _, ready = open_folder(builder)
     state = "ready" if ready else "to convert"
   instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
   manual_folder = None

@@ -1,6 +1,7 @@
-"""A test set whose labels are those of a model that names more classes."""
+"""Class names: which sets go together, and labels in another's order."""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -25,8 +26,7 @@ class RelabelledSource(Source):
     self.multilabel, self.max_labels = source.multilabel, source.max_labels
     self.class_names, self.num_classes = class_names, len(class_names)
     new = [class_names.index(name) for name in source.class_names]
-    # Labels that the source should not have stay unusable: one place at each
-    # end.
+    # One place at each end, for labels that the source should not have.
     self._new = np.array([BAD_LABEL, *new, BAD_LABEL], np.int32)
 
   def identity(self):
@@ -48,9 +48,9 @@ class RelabelledSource(Source):
 
 
 def relabel(source: Source, class_names: list[str]) -> Source | None:
-  """Returns a source with labels in another order of names; None: no such.
+  """Returns a source with labels in the order of `class_names`.
 
-  All its classes have to be among `class_names`, which are all different.
+  None unless these are all different and have all classes of the source.
   """
   names = source.class_names
   if names == class_names:
@@ -60,17 +60,53 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
   return RelabelledSource(source, class_names)
 
 
-def match_classes(weights, test, dataset: str) -> Source:
+def check_mixture(sources: Sequence[Source]) -> None:
+  """Raises a UserError unless all sources have the same classes, in order."""
+  first, *others = sources
+  for source in others:
+    if source.class_names != first.class_names:
+      raise class_error(
+        source,
+        first.class_names,
+        first.num_classes,
+        repr(first.dataset),
+        "a mixture needs the same classes in the same order",
+      )
+
+
+def class_error(
+  source: Source, known: Sequence[str], count: int, owner: str, advice: str
+) -> UserError:
+  """Returns the error for a source whose classes are not those of its owner.
+
+  Args:
+    source: the data set at fault.
+    known: the names of the owner's classes, as far as it has any.
+    count: how many they are.
+    owner: what the source's classes have to fit.
+    advice: what to do.
+  """
+  names = source.class_names
+  unknown = [repr(name) for name in names if known and name not in known]
+  why = f"; {owner} has no {', '.join(unknown[:3])}" if unknown else ""
+  if sorted(names) == sorted(known):
+    why = ", in another order"
+  return UserError(
+    f"{source.dataset!r} has {len(names):,} classes, {owner} {count:,}{why}; "
+    f"{advice}"
+  )
+
+
+def match_classes(weights, test: Source) -> Source:
   """Returns a test set with the labels of a head, by the names of the classes.
 
-  The set may lack classes of the head, and have them in another order. Of other
-  weights than our runs the names need not be the set's, or are not known; there
-  the order is taken to be the same if the number is.
+  The set may lack classes of the head, and have them in another order. Weights
+  that were not trained here may name their classes otherwise or not at all;
+  then the same number is taken to mean the same order.
 
   Args:
     weights: a `pretrained.weights.Weights`.
     test: the test set.
-    dataset: its name, for messages.
 
   Raises:
     UserError: the set has other classes.
@@ -81,7 +117,7 @@ def match_classes(weights, test, dataset: str) -> Source:
     if relabelled is not test:
       log.info(
         "%s has %d of the %d classes of %s, matched by name",
-        *(dataset, len(names), len(known), weights.source),
+        *(test.dataset, len(names), len(known), weights.source),
       )
     return relabelled
   ordered = all(
@@ -89,18 +125,17 @@ def match_classes(weights, test, dataset: str) -> Source:
   )
   # A converted checkpoint has a config.json as well, but was not trained here.
   is_ours = weights.run and "train" in weights.run["config"]
-  same_number = test.num_classes == weights.num_classes
-  if not same_number or not ordered or is_ours:
-    unknown = [name for name in names if name not in known]
-    raise UserError(
-      f"{dataset} has {test.num_classes} classes and the checkpoint "
-      f"{weights.num_classes}, or their names differ"
-      f"{f' ({unknown[0]!r} is not among its)' if known and unknown else ''}; "
-      "choose another --dataset"
+  if test.num_classes != weights.num_classes or not ordered or is_ours:
+    raise class_error(
+      test,
+      known,
+      weights.num_classes,
+      "the checkpoint",
+      "choose another --dataset",
     )
   log.warning(
     "%s does not name its classes as %s does; taken to be in the same order",
     weights.source,
-    dataset,
+    test.dataset,
   )
   return test

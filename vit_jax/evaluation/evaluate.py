@@ -60,9 +60,9 @@ def evaluate(
     objective = objectives.create(config, weights.class_names or [])
     usual = config.eval.batch_size or config.batch_size
     if objective.class_names:
-      test = match_classes(weights, test, dataset)
+      test = match_classes(weights, test)
   else:
-    test = match_classes(weights, test, dataset)
+    test = match_classes(weights, test)
     objective = Classification(
       model=weights.create_model(),
       class_names=test.class_names,

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
 from vit_jax.data import benchmarks, builders
-from vit_jax.data.source import FolderSource
+from vit_jax.data.folder import FolderSource
 from vit_jax.errors import UserError
 from vit_jax.tools.build_data import labelled, own_files
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from vit_jax import checkpoint, data, sharding
 from vit_jax.config import Eval, list_evals
-from vit_jax.data.relabelled import relabel
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.data.relabelled import class_error, relabel
+from vit_jax.errors import RunStopped
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +103,13 @@ def _open_eval(
     return [test]
   relabelled = relabel(test, train[0].class_names)
   if relabelled is None:
-    unknown = [x for x in test.class_names if x not in train[0].class_names]
-    raise UserError(
-      f"{e.key}.dataset {name} has {test.num_classes} classes, training "
-      f"{train[0].num_classes}; {unknown[:3]} are not among these; evaluate on "
-      "classes of training, or set config.eval.split='' for no evaluation"
+    raise class_error(
+      test,
+      train[0].class_names,
+      train[0].num_classes,
+      "training",
+      f"choose another {e.key}.dataset, of classes of training, or set "
+      "config.eval.split='' for no evaluation",
     )
   return [relabelled]
 

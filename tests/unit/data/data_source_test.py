@@ -328,9 +328,9 @@ def test_mixture_needs_the_same_classes_in_order(tmp_path):
     data.get_source(name, "train") for name in (pets, others, three)
   )
   data.check_mixture([pets, pets])
-  with pytest.raises(UserError, match=r"'cat' and 'aeroplane'.*'dog'.*'zebra'"):
+  with pytest.raises(UserError, match=r"/pets' has no 'aeroplane', 'zebra'; "):
     data.check_mixture([pets, pets, others])
-  with pytest.raises(UserError, match=r"pets' has 2 classes .*three' 3") as e:
+  with pytest.raises(UserError, match=r"three' has 3 classes, .*pets' 2;") as e:
     data.check_mixture([pets, three])
   assert "\n" not in str(e.value)
 

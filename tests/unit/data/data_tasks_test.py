@@ -20,8 +20,9 @@ from vit_jax import config as configuration
 from vit_jax import data, sharding
 from vit_jax import train as training
 from vit_jax.__main__ import main
-from vit_jax.data import benchmarks, objectnet, relabelled, source
+from vit_jax.data import benchmarks, objectnet, relabelled
 from vit_jax.data import preprocess as preprocessing
+from vit_jax.data import tfds as tfds_source
 from vit_jax.data.builders import mini_scenes, mini_tissue
 from vit_jax.errors import UserError
 from vit_jax.evaluation import classification
@@ -157,13 +158,13 @@ class Mocked:
         raise IndexError(index)
 
     monkeypatch.setattr(
-      source.array_record_data_source, "ArrayRecordDataSource", Files
+      tfds_source.array_record_data_source, "ArrayRecordDataSource", Files
     )
 
   def prepare(self, name, overrides=(), sizes=None):
     """Makes the builder's folder; `overrides` go round the examples."""
     task = benchmarks.find_task(name)
-    builder = source.find_builder(name, self.root, "array_record")
+    builder = tfds_source.find_builder(name, self.root, "array_record")
     with tfds.testing.mock_data(num_examples=_NUM_MOCKED):
       examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
     for i, example in enumerate(examples if overrides else ()):
@@ -262,7 +263,7 @@ def test_splits_of_vtab(mocked, name):
   name = f"vtab:{name}"
   task = data.find_task(name)
   assert task.dataset.partition(":")[0] == dataset
-  builder = source.find_builder(name, mocked.root)
+  builder = tfds_source.find_builder(name, mocked.root)
   assert builder.name == dataset.partition("/")[0]
   mocked.prepare(name, _overrides(name))
   train = ("train", 0, 800)
@@ -385,7 +386,7 @@ def test_distance_of_the_closest_vehicle(depths, types, label):
 
 
 def test_vehicles_are_kittis_first_types():
-  features = source.find_builder("vtab:kitti_distance").info.features
+  features = tfds_source.find_builder("vtab:kitti_distance").info.features
   names = features["objects"].feature["type"].names
   assert names[: benchmarks._KITTI_VEHICLES] == ["Car", "Van", "Truck"]
   assert data.find_task("vtab:kitti_distance").class_names == (
@@ -655,7 +656,7 @@ def test_objectnet_maps_its_classes_and_loses_its_frame(tmp_path):
 
 def test_objectnets_map_names_the_same_things():
   names = data.find_task("imagenet2012")
-  wnids = source.find_builder(names.dataset).info.features["label"].names
+  wnids = tfds_source.find_builder(names.dataset).info.features["label"].names
   # Of WordNet: banana, lemon, teapot, umbrella, wok, clocks, pens, skirts.
   for folder, expected in (
     ("banana", ["n07753592"]),
@@ -779,5 +780,8 @@ def test_a_task_of_other_classes_is_not_evaluated(mini_dir):
     source = "runs/x"
 
   test = data.get_source("mini:count", "test", mini_dir)
-  with pytest.raises(UserError, match="mini:count has 6 classes and the check"):
-    relabelled.match_classes(Weights, test, "mini:count")
+  words = (
+    "'mini:count' has 6 classes, the checkpoint 2; the checkpoint has no '"
+  )
+  with pytest.raises(UserError, match=words):
+    relabelled.match_classes(Weights, test)

@@ -30,9 +30,10 @@ import tensorflow as tf
 from PIL import Image
 
 from vit_jax.data import ops
+from vit_jax.data.catalog import get_source
 from vit_jax.data.pipeline import count_cpus, train_batches
 from vit_jax.data.preprocess import as_pair
-from vit_jax.data.source import Source, get_source
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 from vit_jax.tools.build_data import labelled
 

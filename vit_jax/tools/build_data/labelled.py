@@ -37,8 +37,8 @@ from PIL import Image
 from tensorflow_datasets.core import example_serializer
 
 from vit_jax.data import preprocess
-from vit_jax.data.source import get_source, one_line
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.data.catalog import get_source
+from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.tools.build_data import near_duplicates
 from vit_jax.tools.build_data.own_files import (
   Place,

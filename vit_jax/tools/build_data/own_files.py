@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from vit_jax.data.source import Source, get_source, one_line, walk
-from vit_jax.errors import UserError, suggest
+from vit_jax.data.catalog import get_source
+from vit_jax.data.folder import walk
+from vit_jax.data.source import Source
+from vit_jax.errors import UserError, one_line, suggest
 
 TFDS = "tfds:"  # before images that are a data set's
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

@@ -126,7 +126,7 @@ def _look(run, data_dir, mistakes):
     hint = "" if data_dir else "; or say where it is with --data_dir"
     raise UserError(f"{e}{hint}") from e
   weights = pretrained.read(str(run.path))
-  test = match_classes(weights, test, dataset)
+  test = match_classes(weights, test)
   model = pretrained.assemble(weights)
   mesh = sharding.make_mesh()
   tally = by_class.make_tally(

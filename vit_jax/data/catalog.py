@@ -1,0 +1,93 @@
+"""Data sets by name: the forms of a name, and how it is opened."""
+
+import math
+from pathlib import Path
+
+from vit_jax.data import folder, tfds
+from vit_jax.data.folder import FOLDER, FolderSource
+from vit_jax.data.objectnet import OBJECTNET, ObjectNetSource
+from vit_jax.data.source import Source
+from vit_jax.errors import UserError
+
+
+def get_source(
+  dataset: str,
+  split: str,
+  data_dir: str | None = None,
+  faults: list[str] | None = None,
+) -> Source:
+  """Opens a split of a data set.
+
+  Args:
+    dataset: a TFDS name, `name/config:version`, a task of `benchmarks.py`
+      (`vtab:clevr_count`), `folder:PATH` or `objectnet:PATH`.
+    split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`;
+      of a task also its names: `train800`.
+    data_dir: where TFDS data sets are; None for TFDS's own choice.
+    faults: of a folder, takes a line for each file that is not a whole image,
+      and the file is left out; None: such files are an error.
+
+  Raises:
+    UserError: unknown or unprepared data set, bad split, no image and label in
+      it, a file that is not an image.
+  """
+  if dataset.startswith(FOLDER):
+    return FolderSource(dataset, split, faults)
+  if dataset.startswith(OBJECTNET):
+    return ObjectNetSource(dataset, split)
+  return tfds.TfdsSource(dataset, split, data_dir)
+
+
+def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
+  """Returns {split: number of examples} of a prepared data set or a folder.
+
+  Raises:
+    UserError: as `get_source`.
+  """
+  if dataset.startswith(FOLDER):
+    return folder.list_splits(dataset)
+  if dataset.startswith(OBJECTNET):
+    return {"test": get_source(dataset, "test").num_examples}
+  return tfds.list_splits(dataset, data_dir)
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+  """Splits `a=0.7,b=0.3` into [(data set, weight)]; one name alone weighs 1.
+
+  Weights are relative: `a=7,b=3` is the same mixture.
+
+  Raises:
+    UserError: a weight is missing, not a number or not positive.
+  """
+  text = text.strip()
+  if not text:
+    raise UserError("the data set's name is empty; see `vit-jax data list`")
+  # A folder's path may hold commas and equal signs.
+  if text.startswith((FOLDER, OBJECTNET)) and not _ends_with_weight(text):
+    return [(text, 1.0)]
+  if "=" not in text and "," not in text:
+    return [(text, 1.0)]
+  mixture = []
+  for part in text.split(","):
+    name, _, weight = part.strip().rpartition("=")
+    weight = _parse_weight(weight)
+    if not name or not weight:
+      raise UserError(
+        f"mixture {text!r}: {part.strip()!r} needs a name and a positive "
+        "weight, as in 'a=0.7,b=0.3'"
+      )
+    mixture.append((name, weight))
+  return mixture
+
+
+def _parse_weight(text) -> float | None:
+  try:
+    weight = float(text)
+  except ValueError:
+    return None
+  return weight if 0 < weight < math.inf else None
+
+
+def _ends_with_weight(text):
+  path = Path(text.partition(":")[2]).expanduser()
+  return _parse_weight(text.rpartition("=")[2]) and not path.is_dir()

@@ -1,0 +1,360 @@
+"""Folders of images, a sub-folder a class."""
+
+import concurrent.futures
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from vit_jax.data import ops, preprocess
+from vit_jax.data.source import Source, digest
+from vit_jax.data.tfds import resolve_split
+from vit_jax.errors import UserError, suggest
+
+log = logging.getLogger(__name__)
+
+FOLDER = "folder:"
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What TensorFlow decodes, as Pillow calls it.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Folder, in any case -> split.
+_SPLITS = {"train": "train", "training": "train"}
+_SPLITS |= {"test": "test", "testing": "test", "dev": "dev"}
+_SPLITS |= {name: name for name in ("val", "valid", "validation", "eval")}
+_HOLD_OUT = 0.1  # of each class, where a folder has no test images of its own
+_NUM_THREADS = 16  # for reading files, most of which is waiting
+
+
+class FolderSource(Source):
+  """A folder of images, a sub-folder a class, or such a folder a split.
+
+  With a folder for training and others for testing inside (`_SPLITS`), these
+  are the splits. Otherwise a tenth of each class is held out: those whose
+  relative file names have the smallest hashes are `test`, the others `train`.
+  Within a split the order is that of the hashes too, so that `train[:10%]` is a
+  random tenth, the same everywhere. Links are followed.
+
+  A record is the label, four bytes little endian, and the file.
+
+  Attributes:
+    left_out: files that are not read, and folders beside those of splits.
+  """
+
+  multilabel = False
+  max_labels = 1
+
+  def __init__(self, dataset: str, split: str, faults: list[str] | None = None):
+    self.dataset, self.split = dataset, split
+    root = find_folder(dataset)
+    self.class_names, splits, self.left_out = _find_splits(root)
+    self.num_classes = len(self.class_names)
+    self._files = take_split(splits, dataset, split)
+    self._check_files(faults)
+    self.num_examples = len(self._files)
+    if self.left_out and faults is None:
+      log.warning("%s: %s", dataset, self.describe_left_out())
+
+  def _check_files(self, faults):
+    """Leaves out what is no whole image; raises if `faults` is None."""
+    Image.init()  # Pillow's list of formats; not thread-safe
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+      found = list(pool.map(_find_fault, [path for path, _ in self._files]))
+    self._files = [
+      file for file, fault in zip(self._files, found, strict=True) if not fault
+    ]
+    found = [fault for fault in found if fault]
+    if faults is not None:
+      faults += found
+    elif found:
+      command = f"vit-jax data check {shlex.quote(self.dataset)}"
+      more = f"; `{command}` lists {len(found) - 1} more files at fault"
+      raise UserError(found[0] + (more if len(found) > 1 else ""))
+
+  def describe_left_out(self) -> str:
+    """Returns how many files of which kinds are not read."""
+    kinds = Counter(
+      "folder" if path.is_dir() else path.suffix.lower() or "without suffix"
+      for path in self.left_out
+    )
+    counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
+    return (
+      f"left out: {counts}, such as {self.left_out[0]}; what is read are "
+      f"{', '.join(_SUFFIXES)} files in the folders of classes"
+    )
+
+  def read(self, indices):
+    with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
+      return list(pool.map(self._read_one, np.asarray(indices).tolist()))
+
+  def check_labels(self):
+    """They are the folders' and cannot be wrong."""
+
+  def identity(self):
+    return self._identity
+
+  @functools.cached_property
+  def _identity(self):  # a stat of each file: once a start
+    names = [f"{path.parent.name}/{path.name}" for path, _ in self._files]
+    sizes = [path.stat().st_size for path, _ in self._files]
+    return digest([*zip(names, sizes, strict=True)])
+
+  def locate(self):
+    return [(str(path), 0, 1) for path, _ in self._files]
+
+  def _read_one(self, index):
+    path, label = self._files[index]
+    return struct.pack("<i", label) + path.read_bytes()
+
+  def parse_image(self, record):
+    return tf.strings.substr(record, 4, -1)
+
+  def parse_labels(self, record):
+    return tf.io.decode_raw(tf.strings.substr(record, 0, 4), tf.int32)
+
+  def describe(self, index):
+    return str(self._files[index][0])
+
+
+def list_splits(dataset: str) -> dict[str, int]:
+  """Returns {split: number of files}; see `catalog.list_splits`."""
+  _, splits, _ = _find_splits(find_folder(dataset))
+  return {name: len(files) for name, files in splits.items()}
+
+
+def find_folder(dataset: str, prefix: str = FOLDER) -> Path:
+  """Returns the folder of `folder:PATH`, or of another prefix.
+
+  Raises:
+    UserError: there is none.
+  """
+  root = Path(dataset.removeprefix(prefix)).expanduser()
+  if not root.is_dir():
+    raise UserError(
+      f"{dataset!r}: {root} is not a folder; give one with a sub-folder of "
+      "images for each class"
+    )
+  return root
+
+
+def _list_folders(root):
+  return sorted(d for d in root.iterdir() if d.is_dir() and d.name[0] != ".")
+
+
+def _find_splits(root):
+  """Returns class names, {split: [(path, label)]}, and what is left out.
+
+  Files are in the order of their hashes.
+  """
+  folders: dict[str, Path] = {}
+  others = []
+  for folder in _list_folders(root):
+    split = _SPLITS.get(folder.name.lower())
+    if split in folders:
+      raise UserError(
+        f"{root}: {folders[split].name}/ and {folder.name}/ mean the same "
+        "split; remove or rename one"
+      )
+    if split:
+      folders[split] = folder
+    else:
+      others.append(folder)
+  if "train" not in folders or len(folders) == 1:
+    classes, files, left_out = _find_files(root)
+    return classes, _hold_out(files, len(classes)), left_out
+  classes, train, left_out = _find_files(folders.pop("train"))
+  splits = {"train": train}
+  for split, folder in folders.items():
+    _, splits[split], more = _find_files(folder, classes)
+    left_out += more
+  return classes, splits, left_out + others
+
+
+def _find_files(root, known=None):
+  """Returns class names, [(path, label)] and [path] of what is left out.
+
+  Labels are those of the `known` classes, some of which may have no images.
+  """
+  classes = [folder.name for folder in _list_folders(root)]
+  unknown = [name for name in classes if name not in (known or classes)]
+  if unknown:
+    raise UserError(
+      f"{root}: the training images have no class {unknown[0]!r}"
+      f"{suggest(unknown[0], known or ())}; rename or remove the folder"
+    )
+  files, left_out = find_images(root, classes)
+  if len(classes) < (1 if known else 2):
+    found = f"1 class, {classes[0]!r}" if classes else "no folder of images"
+    raise UserError(
+      f"{root}: found {found}; it needs a sub-folder of images for each of at "
+      "least 2 classes"
+    )
+  _check_classes(root, classes, files)
+  left_out += [
+    path for path in root.iterdir() if path.is_file() and path.name[0] != "."
+  ]
+  labels = [(known or classes).index(name) for name in classes]
+  files = [(path, labels[label]) for path, label in files]
+  return classes, sorted(files, key=lambda f: _hash(f[0], root)), left_out
+
+
+def _check_classes(root, classes, files):
+  """Raises a UserError for class folders that are something else."""
+  for name in classes:
+    try:
+      name.encode()
+    except UnicodeEncodeError as e:
+      raise UserError(
+        f"{root}: the folder {name!r} names a class, not in UTF-8; rename it"
+      ) from e
+  inner: dict[int, set[str]] = {}
+  for path, label in files:
+    parts = path.relative_to(root).parts
+    if len(parts) == 2:  # an image of its own
+      return
+    inner.setdefault(label, set()).add(parts[1])
+  first = inner[0]
+  if len(first) > 1 and all(names == first for names in inner.values()):
+    raise UserError(
+      f"{root}: {', '.join(classes[:5])} would be the classes, but all have "
+      f"the same sub-folders, {', '.join(sorted(first)[:5])}; name splits "
+      "train/ and test/, or give a folder whose sub-folders are the classes"
+    )
+
+
+def find_images(
+  root: Path, classes: list[str]
+) -> tuple[list[tuple[Path, int]], list[Path]]:
+  """Returns [(path, which of the classes)] of a folder of class folders.
+
+  Second: the files that are not read. Hidden ones are not counted.
+
+  Raises:
+    UserError: a class has no images.
+  """
+  files, left_out = [], []
+  for label, name in enumerate(classes):
+    paths = [
+      Path(path)
+      for path in walk(str(root / name))
+      if os.path.basename(path)[0] != "."
+      # A link to nothing is found when it is read.
+      and (os.path.isfile(path) or os.path.islink(path))
+    ]
+    images = [path for path in paths if path.suffix.lower() in _SUFFIXES]
+    left_out += [path for path in paths if path.suffix.lower() not in _SUFFIXES]
+    if not images:
+      raise UserError(
+        f"{root / name}: class {name!r} has no images ({', '.join(_SUFFIXES)});"
+        " add some or remove the folder"
+      )
+    files += [(path, label) for path in images]
+  return files, left_out
+
+
+def walk(root: str) -> Iterator[str]:
+  """Yields the paths of files; of a million in seconds, with no stat of any.
+
+  Raises:
+    UserError: a folder that cannot be read, or a link to one that it is in.
+  """
+
+  def fail(error):
+    raise UserError(
+      f"{error.filename}: cannot be read: {error.strerror}"
+    ) from error
+
+  for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+    for name in folders:
+      link = os.path.join(folder, name)
+      if os.path.islink(link):
+        target = os.path.realpath(link)
+        around = [os.path.realpath(x) for x in (folder, *Path(folder).parents)]
+        if any(f"{x}/".startswith(f"{target}/") for x in around):
+          raise UserError(f"{link}: a link to a folder around it; remove it")
+    for name in files:
+      yield os.path.join(folder, name)
+
+
+def _hash(path, root):
+  relative = path.relative_to(root).as_posix()
+  return hashlib.sha256(os.fsencode(relative)).digest()
+
+
+def _hold_out(files, num_classes):
+  """Splits off the first tenth of each class, at least one where it has two."""
+  totals = np.bincount([label for _, label in files], minlength=num_classes)
+  quota = np.where(
+    totals < 2, 0, np.maximum(1, np.floor(totals * _HOLD_OUT + 0.5))
+  )
+  splits = {"train": [], "test": []}
+  for path, label in files:
+    splits["test" if quota[label] > 0 else "train"].append((path, label))
+    quota[label] -= 1
+  return splits
+
+
+def take_split(splits: dict[str, list], dataset: str, split: str) -> list:
+  """Returns the files of `split`, a part or a sum in TFDS's syntax.
+
+  Raises:
+    UserError: no such split, or a part of it that has no files.
+  """
+  infos = {
+    name: tfds.core.SplitInfo(
+      name=name, shard_lengths=[len(files)], num_bytes=0
+    )
+    for name, files in splits.items()
+  }
+  _, parts = resolve_split(infos, dataset, split)
+  return [file for name, i, j in parts for file in splits[name][i:j]]
+
+
+def _find_fault(path) -> str | None:
+  """Returns what is wrong with a file that is no whole image.
+
+  Cheap: headers, PNG's check sums, and whether the end is there. Only what
+  looks odd is decoded.
+  """
+  try:
+    data = path.read_bytes()
+    image = preprocess.open_image(data, str(path), _FORMATS)
+    kind = image.format
+    image.verify()
+    if not _has_end(data, kind):
+      ops.decode(data, precise=False)
+  except UserError as e:
+    return str(e)
+  except OSError as e:
+    if e.strerror:
+      return f"{path}: cannot be read: {e.strerror}"
+    return _not_readable(path, e)
+  except Exception as e:  # Pillow's plugins raise what they like.
+    return _not_readable(path, e)
+
+
+def _not_readable(path, error):
+  kind = type(error).__name__
+  return f"{path}: not a readable image ({kind}); repair or remove it"
+
+
+def _has_end(data, kind):
+  if kind in (
+    "JPEG",
+    "MPO",
+  ):  # MPO: with a second picture; the end marker cannot occur inside a scan
+    return b"\xff\xd9" in data[-4096:]
+  if kind == "PNG":
+    return b"IEND" in data[-4096:]
+  if kind == "WEBP":
+    return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+  return False

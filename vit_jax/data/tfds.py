@@ -1,0 +1,291 @@
+"""TFDS data sets in ArrayRecord files, which have random access."""
+
+# What TFDS says to return is a union of everything that it might.
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import json
+import os
+import re
+import resource
+import shlex
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
+
+from vit_jax.data import builders
+from vit_jax.data.benchmarks import TASKS, find_task, resolve_dataset
+from vit_jax.data.source import Source, digest
+from vit_jax.errors import UserError, one_line, suggest
+
+_SPARE_FILES = 128  # open files that a run needs beside those of its data
+_CHUNK = 4096  # records that are parsed at once, to count labels
+
+
+class TfdsSource(Source):
+  """A split of a TFDS data set in ArrayRecord files."""
+
+  def __init__(self, dataset: str, split: str, data_dir: str | None):
+    builder = _open_prepared(dataset, data_dir)
+    self.dataset, self.split = dataset, split
+    self._task = task = find_task(dataset)
+    splits = builder.info.splits
+    info = splits[resolve_split(splits, dataset, split)[0]]
+    self.num_examples = info.num_examples
+    files = info.file_instructions
+    shards = [
+      [Path(f.filename).name, f.skip, f.take, f.examples_in_shard]
+      for f in files
+    ]
+    self._identity = f"{builder.info.full_name} {digest(shards)}"
+    self._locations = [
+      (str(f.filename), f.skip, f.skip + f.take) for f in files
+    ]
+    _check_files(files, dataset)
+    self._files = array_record_data_source.ArrayRecordDataSource(files)
+    image, key, label = _select_features(builder.info.features, dataset)
+    # Only these two are parsed: others, masks say, would cost decoding time.
+    self._image = tfds.features.FeaturesDict({"image": image})
+    self._labels = tfds.features.FeaturesDict({key: label})
+    self._labels_key = key
+    self.class_names = _name_classes(label, dataset)
+    self.num_classes = len(self.class_names)
+    self.multilabel = hasattr(label, "feature") and not (task and task.derive)
+    self.max_labels = 1
+    if self.multilabel:
+      declared = (task and task.max_labels) or _read_max_labels(builder)
+      self.max_labels = declared or self._count_max_labels()
+
+  def identity(self):
+    return self._identity
+
+  def locate(self):
+    return self._locations
+
+  def read(self, indices):
+    return self._files.__getitems__(np.asarray(indices).tolist())
+
+  def parse_image(self, record):
+    skip = {"image": tfds.decode.SkipDecoding()}
+    image = self._image.deserialize_example(record, decoders=skip)["image"]
+    if self._task and self._task.scale_pixels != 1:
+      pixels = tf.io.decode_png(image) * self._task.scale_pixels
+      image = tf.io.encode_png(pixels, compression=0)
+    return image
+
+  def parse_labels(self, record):
+    labels = self._labels.deserialize_example(record)[self._labels_key]
+    if self._task and self._task.derive:
+      labels = self._task.derive(labels)
+    return tf.reshape(tf.cast(labels, tf.int32), [-1])
+
+  def _count_max_labels(self):
+    """Reads the whole split, unless the set declares `max_labels`."""
+    most = 1
+    for start in range(0, self.num_examples, _CHUNK):
+      stop = min(start + _CHUNK, self.num_examples)
+      counts = (
+        tf.data.Dataset.from_tensor_slices(self.read(np.arange(start, stop)))
+        .map(lambda record: tf.size(self.parse_labels(record)))
+        .batch(_CHUNK)
+      )
+      most = max(most, *(int(c.max()) for c in counts.as_numpy_iterator()))
+    return most
+
+
+def list_splits(dataset: str, data_dir: str | None) -> dict[str, int]:
+  """Returns {split: number of examples}; see `catalog.list_splits`."""
+  splits = _open_prepared(dataset, data_dir).info.splits
+  return {name: info.num_examples for name, info in splits.items()}
+
+
+def find_builder(
+  dataset: str, data_dir: str | None = None, file_format: str | None = None
+) -> tfds.core.DatasetBuilder:
+  """Returns the TFDS builder of a name, prepared or not.
+
+  Args:
+    dataset, data_dir: as `catalog.get_source`.
+    file_format: what to prepare it as; None for what it is already.
+
+  Raises:
+    UserError: unknown name (did you mean), configuration or version.
+  """
+  if data_dir and set("[]*?") & set(os.path.abspath(data_dir)):
+    raise UserError(
+      f"data_dir {data_dir!r}: TFDS finds nothing below a folder with one of "
+      "[ ] * ? in its path; rename it"
+    )
+  data_dir = os.path.expanduser(data_dir) if data_dir else None
+  resolved = resolve_dataset(dataset)
+  name = resolved.partition("/")[0].partition(":")[0]
+  if name in builders.names():
+    builders.load(name)  # registers it
+  try:
+    return tfds.builder(resolved, data_dir=data_dir, file_format=file_format)
+  except tfds.core.DatasetNotFoundError as e:
+    known = sorted({*tfds.list_builders(), *builders.names(), *TASKS})
+    raise UserError(
+      f"unknown data set {dataset!r}{suggest(name, known)}; built in: "
+      f"{', '.join(builders.names())}; folders: folder:PATH; `vit-jax data "
+      "list` lists all"
+    ) from e
+  except (ValueError, AssertionError, TypeError, ImportError) as e:
+    raise UserError(f"data set {dataset!r}: {one_line(e)}") from e
+
+
+def open_folder(builder):
+  """Returns the builder of a prepared folder, and whether it has ArrayRecord.
+
+  The folder knows of formats added since; the builder's code does not.
+  """
+  builder = tfds.builder_from_directory(builder.data_path)
+  formats = builder.info.available_file_formats()
+  return builder, tfds.core.FileFormat.ARRAY_RECORD in formats
+
+
+def _open_prepared(dataset, data_dir):
+  builder = find_builder(dataset, data_dir)
+  command = f"vit-jax data prepare {shlex.quote(dataset)}"
+  if data_dir:
+    command += f" --data_dir={shlex.quote(data_dir)}"
+  if not builder.is_prepared():
+    raise UserError(
+      f"data set {dataset!r} is not in {builder.data_path}; run `{command}`"
+    )
+  builder, ready = open_folder(builder)
+  info = builder.info
+  if not ready:
+    kind = info.file_format.value if info.file_format else "an unknown format"
+    raise UserError(
+      f"data set {dataset!r} in {builder.data_path} is prepared as {kind}, "
+      f"training reads array_record; run `{command}` to convert it"
+    )
+  info.set_file_format(
+    "array_record", override=True, override_if_initialized=True
+  )
+  return builder
+
+
+def _read_max_labels(builder):
+  """Returns what the builder declared in `tfds.core.MetadataDict`, or None."""
+  file = os.path.join(builder.data_path, "metadata.json")
+  if not tf.io.gfile.exists(file):
+    return None
+  with tf.io.gfile.GFile(file) as f:
+    return json.load(f).get("max_labels")
+
+
+def resolve_split(infos, dataset: str, split: str):
+  """Returns a split's name for TFDS, and [(split, first, end)] of its parts.
+
+  Args:
+    infos: {name: SplitInfo} of all splits.
+    dataset: the data set; of a task, `split` may have names of its own.
+    split: such as `train[:800]+test[:200]`.
+
+  Raises:
+    UserError: no such split, or a part of it that has no examples.
+  """
+  task = find_task(dataset)
+  spec = task.resolve_split(split) if task else split
+  try:
+    found = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    _check_percentages(spec, infos)
+    parts = []
+    for part in found:
+      size = infos[part.splitname].num_examples
+      first, end, _ = slice(part.from_, part.to).indices(size)
+      parts.append((part.splitname, first, end))
+    if all(first >= end for _, first, end in parts):
+      raise ValueError("it has no examples")
+  except (KeyError, ValueError, AssertionError) as e:
+    problem = one_line(e, 120).partition(". ")[0].rstrip(".")
+    names = f"{', '.join(task.splits)}; " if task and task.splits else ""
+    sizes = [f"{name} ({x.num_examples:,})" for name, x in infos.items()]
+    raise UserError(
+      f"split {split!r} of {dataset!r}: {problem}; there are {names}"
+      f"{', '.join(sizes)}, and parts and sums such as train[:90%], "
+      "train[:800]+test[:200]"
+    ) from e
+  return spec, parts
+
+
+def _check_percentages(split, infos):
+  """Raises a ValueError for a percentage that rounds to none or all."""
+  for part in split.split("+"):
+    name, _, bounds = part.strip().partition("[")
+    if "%" not in bounds:
+      continue
+    count = infos[name].num_examples
+    for text in re.findall(r"[\d.]+", bounds):
+      rounded = round(float(text) * count / 100)
+      if 0 < float(text) < 100 and rounded in (0, count):
+        raise ValueError(
+          f"{text}% of {count:,} examples rounds to {rounded:,}, give a number "
+          f"of examples, as in {name}[:{max(1, count - 1)}]"
+        )
+
+
+def _check_files(instructions, dataset):
+  """Checks that all files are there, and that they can be open all at once.
+
+  ArrayRecord keeps its files open: the limit of open files is raised.
+
+  Raises:
+    UserError: a file is missing, or the system does not allow as many.
+  """
+  count = len(instructions)
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  limit = 2**20 if hard == resource.RLIM_INFINITY else hard
+  if count + _SPARE_FILES > limit:
+    raise UserError(
+      f"data set {dataset!r} has {count:,} files, all of them open at once; "
+      f"this process may open {limit:,}: allow more, `ulimit -n {2 * count}`"
+    )
+  if soft != resource.RLIM_INFINITY:
+    new = max(soft, min(soft + count, limit))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
+  files = [str(i.filename) for i in instructions]
+  missing = [file for file in files if not tf.io.gfile.exists(file)]
+  if missing:
+    raise UserError(
+      f"data set {dataset!r}: {len(missing)} of its files are missing, the "
+      f"first is {missing[0]}; delete the folder and prepare it again"
+    )
+
+
+def _select_features(features, dataset):
+  """Returns the image's feature, the labels' key and their feature."""
+  task = find_task(dataset)
+  keys = [task.feature] if task else ["label", "labels"]
+  key = next((k for k in keys if k in features), None)
+  label = features[key] if key else None
+  image = dict(features).get("image")
+  usable = (task and task.derive) or isinstance(
+    getattr(label, "feature", label), tfds.features.ClassLabel
+  )
+  if not isinstance(image, tfds.features.Image) or not key or not usable:
+    wanted = " or ".join(f"`{k}`" for k in keys)
+    raise UserError(
+      f"data set {dataset!r} has the features {', '.join(sorted(features))}; "
+      f"it needs `image` and {wanted}, of class labels"
+    )
+  return image, key, label
+
+
+def _name_classes(label, dataset):
+  """Returns the class names, as many as the task has."""
+  task = find_task(dataset)
+  if task and task.class_names:
+    return list(task.class_names)
+  names = list(getattr(label, "feature", label).names)
+  if task and len(names) != task.num_classes:
+    raise UserError(
+      f"data set {dataset!r} has {len(names)} classes where it is prepared, "
+      f"not the {task.num_classes} of {task.title}; prepare it again"
+    )
+  return names
