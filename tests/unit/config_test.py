@@ -141,7 +141,7 @@ def test_a_pair_is_an_image_size_everywhere(text):
     assert model.image_size == (32, 64)
     assert model.grid == (2, 4)
     ops = preprocess.parse(config.train.preprocess, size)
-    assert ops[0][:2] == ("inception_crop", ((32, 64),))
+    assert ops[0] == ("inception_crop", {"size": (32, 64)})
   assert configuration.differences(saved, configuration.to_dict(again)) == []
 
 

@@ -1,16 +1,15 @@
 """From an image to the uint8 pixels that the model reads.
 
-A preprocessing string names operations and what they take, joined by "|":
+A preprocessing string names operations and their arguments, joined by "|":
 
     inception_crop(size)|flip_lr                      training, ImageNet
     resize(size)                                      evaluation, fine-tuning
     resize_small(size * 8 / 7)|central_crop(size)     evaluation, ImageNet
 
 Arguments are Python literals; the word `size` means `config.image_size`, and
-may be multiplied and divided by numbers.
-`parse` is used for both halves: `vit_jax.data` runs the operations in
-TensorFlow, this module runs those of evaluation in NumPy, to the same numbers,
-so that `predict` needs no TensorFlow.
+may be multiplied and divided by numbers. `vit_jax.data.ops` runs the operations
+in TensorFlow. This module runs those of evaluation in NumPy, to the same
+numbers, so that `predict` needs no TensorFlow.
 """
 
 import ast
@@ -20,6 +19,7 @@ import math
 import os
 import warnings
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -40,11 +40,11 @@ def _require(ok, what):
 
 
 def _is_count(x, least=1):
-  return isinstance(x, int) and not isinstance(x, bool) and x >= least
+  return type(x) is int and x >= least
 
 
 def _is_number(x):
-  return isinstance(x, int | float) and not isinstance(x, bool)
+  return type(x) in (int, float)
 
 
 def _check_size(size):
@@ -81,10 +81,9 @@ def _check_resize_small(smaller_size, method="area"):
 
 def _check_inception_crop(size, area_min=5, area_max=100):
   _check_size(size)
+  numbers = _is_number(area_min) and _is_number(area_max)
   _require(
-    _is_number(area_min)
-    and _is_number(area_max)
-    and 0 < area_min <= area_max <= 100,
+    numbers and 0 < area_min <= area_max <= 100,
     "areas are percentages, 0 < area_min <= area_max <= 100",
   )
 
@@ -117,12 +116,11 @@ TRAINING_OPS = {
   "randaug": _check_randaug,
 }
 _OPS = EVALUATION_OPS | TRAINING_OPS
-_SETS_SIZE = ("resize", "central_crop", "inception_crop", "random_crop")
 
 
 def parse(
   text: str, image_size: int | tuple[int, int], *, evaluation: bool = False
-) -> list[tuple[str, tuple, dict]]:
+) -> list[tuple[str, dict[str, Any]]]:
   """Parses a preprocessing string.
 
   Args:
@@ -131,7 +129,7 @@ def parse(
     evaluation: whether random operations are an error.
 
   Returns:
-    [(name, positional arguments, keyword arguments)], in order.
+    [(name, the arguments that are given, by name)], in order.
 
   Raises:
     UserError: syntax, unknown operation, wrong arguments, or images that do
@@ -146,13 +144,23 @@ def parse(
       "as in 'resize_small(size * 8 / 7)|central_crop(size)'"
     ) from e
   ops = [_parse_op(node, text, image_size) for node in _split(tree)]
-  for name, _, _ in ops:
+  size = None
+  for name, arguments in ops:
     if evaluation and name in TRAINING_OPS:
       raise UserError(
         f"preprocess {text!r}: {name} is random, for training only; "
         f"evaluation has {', '.join(EVALUATION_OPS)}"
       )
-  _check_output_size(ops, text, image_size)
+    if name == "resize_small":
+      size = None  # one side depends on the image
+    elif "size" in arguments:
+      size = as_pair(arguments["size"])
+  if size != image_size:
+    found = "differing sizes" if size is None else f"{size[0]}x{size[1]} pixels"
+    raise UserError(
+      f"preprocess {text!r} gives images of {found}, image_size is "
+      f"{image_size[0]}x{image_size[1]}; end with e.g. central_crop(size)"
+    )
   return ops
 
 
@@ -173,29 +181,27 @@ def _split(node):
 
 def _parse_op(node, text, image_size):
   call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-  if not isinstance(call.func, ast.Name):
-    raise UserError(
-      f"preprocess {text!r}: {ast.unparse(node)!r} is not an operation; "
-      f"there are {', '.join(_OPS)}"
-    )
-  name = call.func.id
+  name = call.func.id if isinstance(call.func, ast.Name) else ""
   if name not in _OPS:
+    problem = f"{ast.unparse(node)!r} is not an operation"
+    if name:
+      problem = f"unknown operation {name!r}{suggest(name, _OPS)}"
     raise UserError(
-      f"preprocess {text!r}: unknown operation {name!r}"
-      f"{suggest(name, _OPS)}; there are {', '.join(_OPS)}"
+      f"preprocess {text!r}: {problem}; there are {', '.join(_OPS)}"
     )
+  signature = inspect.signature(_OPS[name])
   try:
     size = max(image_size) if name == "resize_small" else image_size
-    args = tuple(_literal(a, size) for a in call.args)
+    args = [_literal(a, size) for a in call.args]
     kwargs = {_keyword(k): _literal(k.value, size) for k in call.keywords}
-    inspect.signature(_OPS[name]).bind(*args, **kwargs)
-    _OPS[name](*args, **kwargs)
+    arguments = signature.bind(*args, **kwargs).arguments
+    _OPS[name](**arguments)
   except (TypeError, ValueError) as e:
     raise UserError(
       f"preprocess {text!r}: {ast.unparse(node)}: {e}; it takes "
-      f"{name}{inspect.signature(_OPS[name])}"
+      f"{name}{signature}"
     ) from e
-  return name, args, kwargs
+  return name, arguments
 
 
 def _keyword(keyword) -> str:
@@ -249,44 +255,24 @@ def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
   Args: as `parse`.
   """
   image_size = as_pair(image_size)
-  sides, before = None, ""
-  for name, args, kwargs in parse(text, image_size):
-    size = _first_argument(name, args, kwargs)
-    if name in ("central_crop", "random_crop") and sides:
-      crop = as_pair(size)
-      if before == "resize_small":
-        crop = min(crop), min(crop)
-      if any(x < y for x, y in zip(sides, crop, strict=True)):
-        shown = "x".join(map(str, as_pair(size)))
-        right = math.floor(max(image_size) * 8 / 7 + 0.5)
-        raise UserError(
-          f"preprocess {text!r}: {before} makes images of {min(sides)} pixels, "
-          f"which {name} enlarges again to {shown}; write resize_small(size * "
-          f"8 / 7), which is {right} pixels here, or resize(size)"
-        )
-    if name in (*_SETS_SIZE, "resize_small"):
-      sides, before = as_pair(size), name
-
-
-def _first_argument(name, args, kwargs):
-  """Returns what an operation takes first, of most of them the size."""
-  given = inspect.signature(_OPS[name]).bind(*args, **kwargs).arguments
-  return next(iter(given.values()), None)
-
-
-def _check_output_size(ops, text, image_size):
-  size = None
-  for name, args, kwargs in ops:
-    if name in _SETS_SIZE:
-      size = as_pair(_first_argument(name, args, kwargs))
-    elif name == "resize_small":
-      size = None  # one side depends on the image
-  if size != image_size:
-    found = "differing sizes" if size is None else f"{size[0]}x{size[1]} pixels"
-    raise UserError(
-      f"preprocess {text!r} gives images of {found}, image_size is "
-      f"{image_size[0]}x{image_size[1]}; end with e.g. central_crop(size)"
-    )
+  sides, before = (math.inf, math.inf), ""
+  for name, arguments in parse(text, image_size):
+    size = arguments.get("size", arguments.get("smaller_size"))
+    if size is None:
+      continue
+    crop = size = as_pair(size)
+    if before == "resize_small":
+      crop = min(size), min(size)
+    crops = name in ("central_crop", "random_crop")
+    if crops and (sides[0] < crop[0] or sides[1] < crop[1]):
+      right = math.floor(max(image_size) * 8 / 7 + 0.5)
+      raise UserError(
+        f"preprocess {text!r}: {before} makes images of {min(sides)} pixels, "
+        f"which {name} enlarges again to {size[0]}x{size[1]}; write "
+        f"resize_small(size * 8 / 7), which is {right} pixels here, or "
+        "resize(size)"
+      )
+    sides, before = size, name
 
 
 def rescale(
@@ -296,26 +282,26 @@ def rescale(
 ) -> str:
   """Returns an evaluation string that shows as much at another resolution.
 
-  Every size in it grows alike, the fixed ones as well as `size`: of
-  resize_small(256)|central_crop(size), for 224 pixels, comes
+  Every size in it is scaled alike, the fixed ones as well as `size`:
+  resize_small(256)|central_crop(size), for 224 pixels, becomes
   resize_small(512)|central_crop(448) for 448, with the same part of the image.
 
   Args:
     text: the string, for images of `old_size`.
     old_size: (height, width) or both, pixels.
-    new_size: alike.
+    new_size: likewise.
 
   Raises:
     UserError: the string is wrong.
   """
   old_size, new_size = as_pair(old_size), as_pair(new_size)
   ops = []
-  for name, args, kwargs in parse(text, old_size, evaluation=True):
-    given = inspect.signature(_OPS[name]).bind(*args, **kwargs).arguments
-    key, size = next(iter(given.items()))  # the size is what they take first
+  for name, arguments in parse(text, old_size, evaluation=True):
+    key, size = next(iter(arguments.items()))  # operations take the size first
     sides = tuple(map(scale_side, as_pair(size), old_size, new_size))
-    given[key] = max(sides) if name == "resize_small" else sides
-    ops.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in given.items())})")
+    scaled = max(sides) if name == "resize_small" else sides
+    values = {**arguments, key: scaled}
+    ops.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in values.items())})")
   return "|".join(ops)
 
 
@@ -345,8 +331,8 @@ def preprocess_image(
     name = os.fspath(image)
     image = _read_file(name)
   pixels = decode_image(image, name)
-  for op, args, kwargs in ops:
-    pixels = _NUMPY_OPS[op](pixels, *args, **kwargs, name=name)
+  for op, arguments in ops:
+    pixels = _NUMPY_OPS[op](pixels, **arguments, name=name)
   return pixels
 
 
@@ -366,7 +352,7 @@ def decode_image(image, name: str = "image") -> np.ndarray:
   accurate integer DCT.
 
   Raises:
-    UserError: not an image, damaged, or larger than MAX_PIXELS; names it.
+    UserError: not an image, corrupt, or larger than MAX_PIXELS; names it.
   """
   if isinstance(image, np.ndarray):
     return _array_to_rgb(image, name)
@@ -404,12 +390,8 @@ def open_image(encoded: bytes, name: str, formats=None) -> Image.Image:
 def _array_to_rgb(array, name):
   if array.ndim == 2:
     array = array[..., None]
-  if (
-    array.dtype != np.uint8
-    or array.ndim != 3
-    or array.shape[2] not in (1, 3, 4)
-    or 0 in array.shape
-  ):
+  is_image = array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.size
+  if array.dtype != np.uint8 or not is_image:
     raise UserError(
       f"{name}: {array.dtype}{list(array.shape)} is not an image; give "
       "uint8[h w 3]"
@@ -456,7 +438,7 @@ def read_turn(image: Image.Image) -> np.ndarray:
   try:
     exif.load(image.info.get("exif", b""))
     turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
-  except Exception:  # damaged EXIF is ignored, as elsewhere
+  except Exception:  # corrupt EXIF is ignored, as elsewhere
     turn = None
   return np.array(turn or (False, False, False))
 

@@ -169,16 +169,13 @@ def parse_preparation(
     UserError: something that a `Preparation` is not.
   """
   ops = preprocess.parse(text, image_size, evaluation=True)
-  names = [name for name, _, _ in ops]
-  if names and names[1:] in ([], ["central_crop"]):
-    _, args, kwargs = ops[0]
-    if names[0] == "resize":
-      size = args[0] if args else kwargs["size"]
-      resized = preprocess.as_pair(size)
+  (name, arguments), *others = ops
+  if [other for other, _ in others] in ([], ["central_crop"]):
+    if name == "resize":
+      resized = preprocess.as_pair(arguments["size"])
       return Preparation(True, None if resized == image_size else resized)
-    if names[0] == "resize_small":
-      side = args[0] if args else kwargs["smaller_size"]
-      return Preparation(False, (side, side))
+    if name == "resize_small":
+      return Preparation(False, (arguments["smaller_size"],) * 2)
   raise UserError(
     f"{format_name} cannot represent the preprocessing {text!r}, but "
     "'resize(size)', 'resize(256)|central_crop(size)' and "

@@ -47,27 +47,33 @@ def _run_tf(encoded, text, size):
 @pytest.mark.parametrize(
   ("text", "expected"),
   [
-    ("resize(size)", [("resize", ((32, 48),), {})]),
-    ("resize((32, 48))", [("resize", ((32, 48),), {})]),
+    ("resize(size)", [("resize", {"size": (32, 48)})]),
+    ("resize((32, 48))", [("resize", {"size": (32, 48)})]),
     (
       "resize_small(size * 8 / 7)|central_crop(size)",
-      [("resize_small", (55,), {}), ("central_crop", ((32, 48),), {})],
+      [
+        ("resize_small", {"smaller_size": 55}),
+        ("central_crop", {"size": (32, 48)}),
+      ],
     ),
     (
       "resize(1.5 * size)|random_crop(size=size)",
-      [("resize", ((48, 72),), {}), ("random_crop", (), {"size": (32, 48)})],
+      [("resize", {"size": (48, 72)}), ("random_crop", {"size": (32, 48)})],
     ),
     (
       " inception_crop(size, area_min=8.5) | flip_lr ",
-      [("inception_crop", ((32, 48),), {"area_min": 8.5}), ("flip_lr", (), {})],
+      [
+        ("inception_crop", {"size": (32, 48), "area_min": 8.5}),
+        ("flip_lr", {}),
+      ],
     ),
     (
       "resize_small(256)|random_crop(size=size)|randaug(2, 15)|flip_lr()",
       [
-        ("resize_small", (256,), {}),
-        ("random_crop", (), {"size": (32, 48)}),
-        ("randaug", (2, 15), {}),
-        ("flip_lr", (), {}),
+        ("resize_small", {"smaller_size": 256}),
+        ("random_crop", {"size": (32, 48)}),
+        ("randaug", {"num_ops": 2, "magnitude": 15}),
+        ("flip_lr", {}),
       ],
     ),
   ],

@@ -215,8 +215,8 @@ def _draw_examples(about, preprocess):
     drawn = [rng.uniform(-1, 1, shape).astype(np.float32) for shape in shapes]
     return [(x, x) for x in drawn]
   text, size = about.preprocess, about.image_size
-  _, args, kwargs = numpy_preprocess.parse(text, size)[0]
-  height, width = numpy_preprocess.as_pair([*args, *kwargs.values()][0])
+  _, arguments = numpy_preprocess.parse(text, size)[0]
+  height, width = numpy_preprocess.as_pair(next(iter(arguments.values())))
   examples = []
   for shape in ((1, 2 * height, 4 * width, 3), (3, 6 * height, 3 * width, 3)):
     drawn = rng.integers(0, 256, shape, np.uint8)

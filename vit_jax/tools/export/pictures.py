@@ -61,8 +61,8 @@ def prepare(
 
   _, height, width, _ = pictures.shape
   view = View((height, width), True, (1, 1), sample)
-  for name, args, kwargs in parse(text, image_size, evaluation=True):
-    view = _OPS[name](view, *args, **kwargs)
+  for name, arguments in parse(text, image_size, evaluation=True):
+    view = _OPS[name](view, **arguments)
   return view.sample(*map(jnp.arange, image_size))
 
 
