@@ -123,7 +123,6 @@ def train_batches(
   image_size: int | tuple[int, int],
   start_step: int,
   num_steps: int,
-  max_labels: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of the batches of `num_steps` steps.
 
@@ -137,31 +136,23 @@ def train_batches(
     start_step: of the first batch; batch k holds the positions
       k * batch_size .. (k + 1) * batch_size - 1 of the stream.
     num_steps: how many batches.
-    max_labels: length of the label lists; default: the largest needed.
 
   Yields:
-    {"image": uint8[b h w 3], "labels": int32[b l], padded with -1}.
+    {"image": uint8[b h w 3], "labels": int32[b l], padded with -1}; l is the
+    largest `max_labels` of the sources.
 
   Raises:
     UserError: bad string or weights; while iterating, an example that cannot
       be read, decoded or preprocessed or whose labels are out of range, by
       name.
   """
-  sources = [source for source, _ in sources_and_weights]
-  seed = int(seed) % 2**63  # what seeds may be: non-negative, 63 bits
-  order = Order(
-    seed,
-    [source.num_examples for source in sources],
-    [weight for _, weight in sources_and_weights],
-  )
-  reader = _Reader(sources, order, batch_size, rows)
+  sources, weights = zip(*sources_and_weights, strict=True)
+  seed = int(seed) % 2**63  # SeedSequence and TensorFlow take no others
+  order = Order(seed, [source.num_examples for source in sources], weights)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
+  reader = _Reader(sources, order, batch_size, rows, process, seed)
   steps = range(start_step, start_step + num_steps)
-  dataset = _make_dataset(
-    reader, steps, process, _choose_max_labels(sources, max_labels), seed
-  )
-  explain = functools.partial(reader.explain, process=process, seed=seed)
-  return _iterate(dataset, steps, reader.mask, explain)
+  return _iterate(reader, _make_dataset(reader, steps), steps)
 
 
 def eval_batches(
@@ -171,7 +162,6 @@ def eval_batches(
   rows: np.ndarray,
   preprocess: str,
   image_size: int | tuple[int, int],
-  max_labels: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of every example once, in order.
 
@@ -186,19 +176,15 @@ def eval_batches(
   Raises:
     UserError: as `train_batches`; also an operation that is random.
   """
-  rows = np.asarray(rows, np.int64)
-  reader = _Reader([source], _in_order, batch_size, rows, source.num_examples)
   process = ops.make_preprocess(preprocess, image_size, evaluation=True)
-  steps = range(-(-source.num_examples // batch_size))
-  dataset = _make_dataset(
-    reader,
-    steps,
-    process,
-    _choose_max_labels([source], max_labels),
+  reader = _Reader(
+    *([source], _in_order, batch_size, rows, process),
+    num_positions=source.num_examples,
   )
-  explain = functools.partial(reader.explain, process=process, seed=0)
-  batches = _iterate(dataset, steps, reader.mask, explain)
-  return _pad(batches, reader, dataset, steps)
+  steps = range(-(-source.num_examples // batch_size))
+  dataset = _make_dataset(reader, steps)
+  batches = _iterate(reader, dataset, steps)
+  return _pad(batches, reader, dataset.element_spec, steps)
 
 
 def _in_order(positions):
@@ -209,8 +195,10 @@ def _in_order(positions):
 class _Reader:
   """Reads the records of this host's rows of a step."""
 
-  def __init__(self, sources, order, batch_size, rows, num_positions=None):
-    self.sources = sources
+  def __init__(
+    self, sources, order, batch_size, rows, process, seed=0, num_positions=None
+  ):
+    self.sources, self.process, self.seed = sources, process, seed
     self.rows = np.asarray(rows, np.int64)
     assert self.rows.ndim == 1
     assert len(self.rows)
@@ -227,7 +215,7 @@ class _Reader:
     return step * self._batch_size + self.rows < self._num_positions
 
   def locate(self, step):
-    """Returns (data set, example, row), int64[b'] each, of the rows there."""
+    """Returns (data set, example, row), int64[b'] each, of existing rows."""
     rows = self.rows[self.mask(step)]
     return *self._order(step * self._batch_size + rows), rows
 
@@ -236,24 +224,22 @@ class _Reader:
     which, examples, rows = self.locate(int(step))
     # Filled one by one: NumPy would cut trailing zeros off a list of bytes.
     records = np.empty(len(which), object)
-    for i, source in enumerate(self.sources):
+    for i in np.unique(which):
       slots = np.flatnonzero(which == i)
-      if len(slots):
-        for slot, record in zip(
-          slots, source.read(examples[slots]), strict=True
-        ):
-          records[slot] = record
+      found = self.sources[i].read(examples[slots])
+      for slot, record in zip(slots, found, strict=True):
+        records[slot] = record
     return records, which, rows
 
-  def explain(self, step, process, seed) -> None:
+  def explain(self, step) -> None:
     """Raises a UserError for the first example of a step that is at fault."""
     which, examples, rows = self.locate(step)
-    seeds = _fold(seed, tf.constant(step, tf.int64), tf.constant(rows))
+    seeds = _fold(self.seed, tf.constant(step, tf.int64), tf.constant(rows))
     for i, example, seed in zip(which, examples, seeds, strict=True):
       source, example = self.sources[i], int(example)
       _, (height, width), _ = source.check_example(example)
       try:
-        process(source.read_example(example)[0], seed)
+        self.process(source.read_example(example)[0], seed)
       except tf.errors.OpError as e:
         raise UserError(
           f"{source.describe(example)}: {width}x{height} pixels cannot be "
@@ -261,21 +247,11 @@ class _Reader:
         ) from e
 
 
-def _choose_max_labels(sources, max_labels):
-  needed = max(source.max_labels for source in sources)
-  if max_labels is not None and max_labels < needed:
-    raise UserError(
-      f"max_labels {max_labels} is too few, {sources[0].dataset!r} has images "
-      f"with {needed} labels"
-    )
-  return max_labels or needed
-
-
 def _fold(seed, step, rows):
   """Returns int64[b 2], the seeds of the augmentations of a step's rows.
 
-  What folding the step and then the row into the seed gives. All but putting
-  the row beside it is the same for all rows, and done once.
+  They are what folding the step and then the row into the seed gives; all but
+  the row is the same for all rows, and computed once.
   """
   fold_in = tf.random.experimental.stateless_fold_in
   of_step = fold_in(tf.constant([seed, 0], tf.int64), step)
@@ -283,8 +259,9 @@ def _fold(seed, step, rows):
   return tf.stack([tf.fill(tf.shape(rows), key), rows], axis=1)
 
 
-def _make_dataset(reader, steps, process, max_labels, seed=0):
+def _make_dataset(reader, steps):
   """The tf.data graph: steps -> records -> examples -> batches."""
+  max_labels = max(source.max_labels for source in reader.sources)
 
   # There is no Python control flow over tensors here; looking for some costs
   # seconds of every start.
@@ -295,24 +272,26 @@ def _make_dataset(reader, steps, process, max_labels, seed=0):
     )
     for tensor in (records, which, rows):
       tensor.set_shape([None])
-    return records, tf.cast(which, tf.int32), _fold(seed, step, rows)
+    return records, tf.cast(which, tf.int32), _fold(reader.seed, step, rows)
+
+  def parse(source, record):
+    encoded, labels = source.parse(record)
+    padding = [[0, max_labels - source.max_labels]]
+    return encoded, tf.pad(labels, padding, constant_values=-1)
 
   @tf.autograph.experimental.do_not_convert
   def make_example(record, which, seed):
-    parsers = [
-      lambda source=source: _parse(source, record, max_labels)
-      for source in reader.sources
-    ]
-    # A choice of one would be made for each image all the same.
+    parsers = [functools.partial(parse, x, record) for x in reader.sources]
+    # A `switch_case` of one would be evaluated for each image all the same.
     encoded, labels = (
       tf.switch_case(which, parsers) if len(parsers) > 1 else parsers[0]()
     )
-    return {"image": process(encoded, seed), "labels": labels}
+    return {"image": reader.process(encoded, seed), "labels": labels}
 
   cpus = count_cpus()
   options = tf.data.Options()
   options.deterministic = True
-  # Nothing is left to tune, and the thread that would sleeps longer and longer:
+  # Nothing is left to tune, and the tuner's thread sleeps longer and longer:
   # the end of an iterator may wait for it, 20 seconds after a minute's run.
   options.autotune.enabled = False
   options.threading.private_threadpool_size = cpus
@@ -328,14 +307,6 @@ def _make_dataset(reader, steps, process, max_labels, seed=0):
   )
 
 
-def _parse(source, record, max_labels):
-  encoded, labels = source.parse(record)
-  missing = max_labels - source.max_labels
-  if missing:
-    labels = tf.pad(labels, [[0, missing]], constant_values=-1)
-  return encoded, labels
-
-
 # When Python ends, threads of tf.data wait for ever to read in Python, and an
 # iterator that is destroyed then waits for them: none may live that long.
 _open = weakref.WeakSet()
@@ -348,46 +319,44 @@ def _close_all():
       batches.close()
 
 
-def _iterate(dataset, steps, mask, explain):
-  """Yields NumPy batches; names the example that is at fault, if one is."""
-  batches = _generate(dataset, steps, mask, explain)
+def _iterate(reader, dataset, steps):
+  batches = _generate(reader, dataset, steps)
   _open.add(batches)
   return batches
 
 
-def _generate(dataset, steps, mask, explain):
+def _generate(reader, dataset, steps):
+  """Yields NumPy batches; names the example that is at fault, if one is."""
   batches = dataset.as_numpy_iterator()
   try:
     for step in steps:
-      if not mask(step).any():
+      if not reader.mask(step).any():
         return  # only the last step of an evaluation can be all padding
       try:
         batch = next(batches)
       except BaseException as e:
         traceback.clear_frames(e.__traceback__)  # which keep the iterator
         if isinstance(e, tf.errors.OpError):
-          explain(step)
+          reader.explain(step)
         raise
       if (batch["labels"] == BAD_LABEL).any():
-        explain(step)
+        reader.explain(step)
       yield batch
   finally:
     del batches
 
 
-def _pad(batches, reader, dataset, steps):
+def _pad(batches, reader, spec, steps):
   """Adds the mask, and padding in the rows that do not exist."""
-  spec = dataset.element_spec
   for step in steps:
     mask = reader.mask(step)
-    padded = {
-      "image": np.zeros((len(mask), *spec["image"].shape[1:]), np.uint8),
-      "labels": np.full((len(mask), *spec["labels"].shape[1:]), -1, np.int32),
-    }
     batch = next(batches) if mask.any() else {}
-    if mask.all():
-      padded = batch
-    else:
+    if not mask.all():
+      padded = {
+        "image": np.zeros((len(mask), *spec["image"].shape[1:]), np.uint8),
+        "labels": np.full((len(mask), *spec["labels"].shape[1:]), -1, np.int32),
+      }
       for key, value in batch.items():
         padded[key][mask] = value
-    yield {**padded, "mask": mask}
+      batch = padded
+    yield {**batch, "mask": mask}

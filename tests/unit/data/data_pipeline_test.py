@@ -244,12 +244,6 @@ def test_multilabel_is_padded():
     batch["labels"].tolist(), _colours([batch]), strict=True
   ):
     assert labels == expected[i]
-  [wide] = _train(source, range(8), num_steps=1, max_labels=5)
-  assert wide["labels"].shape == (8, 5)
-  np.testing.assert_array_equal(wide["labels"][:, :3], batch["labels"])
-  assert (wide["labels"][:, 3:] == -1).all()
-  with pytest.raises(UserError, match="max_labels 2 is too few"):
-    _train(source, range(8), max_labels=2)
 
 
 def test_mixture_of_single_and_multilabel_sets():
@@ -401,12 +395,6 @@ def test_evaluation_rows_in_any_order():
   [batch] = _evaluate(Numbers(5), 8, [6, 1, 7, 4])
   assert batch["mask"].tolist() == [False, True, False, True]
   assert _colours([batch])[1::2] == [1, 4]
-
-
-def test_evaluation_pads_labels_to_the_mixtures_length():
-  [batch] = _evaluate(Numbers(3), 8, range(8), max_labels=4)
-  assert batch["labels"].shape == (8, 4)
-  assert batch["labels"][:, 0].tolist() == [0, 1, 2] + [-1] * 5
 
 
 def test_evaluation_refuses_random_operations():
