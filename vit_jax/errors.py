@@ -42,6 +42,22 @@ def check_folder(path, option: str = "--workdir") -> None:
       )
 
 
+def check_choice(what: str, value, choices: Iterable[str]) -> None:
+  """Raises a UserError unless a value is one of the choices.
+
+  Args:
+    what: was given, such as "config.objective" or "--to".
+    value: of it.
+    choices: names.
+  """
+  choices = list(choices)
+  if value not in choices:
+    raise UserError(
+      f"{what} is {value!r}; choose from {', '.join(choices)}"
+      f"{suggest(str(value), choices)}"
+    )
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
   """Returns "; did you mean 'x'?" for the closest choice, else ""."""
   matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)

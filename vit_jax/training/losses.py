@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_choice
 
 LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -18,8 +18,7 @@ LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 def multi_hot(labels: jax.Array, num_classes: int) -> jax.Array:
   """Turns class ids int32[b l], padded with -1, into f32[b k] of 0 and 1.
 
-  A label that is given twice counts once. Ids outside [0, k) set nothing:
-  whoever reads the labels checks them.
+  A label that is given twice counts once. Ids outside [0, k) set nothing.
   """
   # A comparison, not a scatter: index -1 would wrap to the last class, and XLA
   # fuses this into the reduction without ever making [b l k].
@@ -85,11 +84,7 @@ def get_loss(name: str, label_smoothing: float = 0.0) -> LossFn:
   Raises:
     UserError: unknown name, smoothing out of range.
   """
-  if name not in _LOSSES:
-    choices = ", ".join(_LOSSES)
-    raise UserError(
-      f"unknown loss {name!r}; choose from {choices}{suggest(name, _LOSSES)}"
-    )
+  check_choice("config.loss.name", name, _LOSSES)
   loss, limit = _LOSSES[name]
   if not 0 <= label_smoothing < limit:
     raise UserError(

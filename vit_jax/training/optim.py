@@ -6,6 +6,7 @@ block is `Transformer/encoderblock`, all depths in one array: a rule written as
 `.*/encoderblock(_\d+)?/.*` serves both forms.
 """
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_choice, suggest
 from vit_jax.state import flatten, path_str
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
@@ -45,50 +46,27 @@ def make_schedule(
   last one is taken at T - 1. `linear_end` is a learning rate, not a fraction.
   The rsqrt curve (Zhai et al., "Scaling Vision Transformers") is base_lr at
   the end of the warm-up whatever s is, and halves after another 3 s steps.
-
-  Returns:
-    A function of the step (integer, traced or not) to f32[].
+  The step is an integer, traced or not; the rate is f32[].
 
   Raises:
     UserError: an unknown decay, a negative rate or duration, or a warm-up and
       cooldown that do not fit in the run.
   """
-  _check_name("decay", decay, ("linear", "cosine", "rsqrt", "constant"))
-  _check_at_least_zero(
-    base_lr=base_lr,
-    linear_end=linear_end,
-    warmup_steps=warmup_steps,
-    cooldown_steps=cooldown_steps,
-  )
+  rates = {"base_lr": base_lr, "linear_end": linear_end}
+  steps = {"warmup_steps": warmup_steps, "cooldown_steps": cooldown_steps}
+  _check_range(math.inf, **rates, **steps)
   if warmup_steps + cooldown_steps > total_steps:
     raise UserError(
       f"warmup_steps {warmup_steps} and cooldown_steps {cooldown_steps} do not "
       f"fit in a run of {total_steps} steps; shorten them or train for longer"
     )
-  if decay == "linear" and linear_end > base_lr:
-    raise UserError(
-      f"linear_end {linear_end} is above base_lr {base_lr}, so the rate would "
-      "grow; choose an end between 0 and base_lr"
-    )
-  if decay == "rsqrt" and not rsqrt_timescale > 0:
-    raise UserError(
-      f"rsqrt_timescale {rsqrt_timescale} is not positive; give it in steps, "
-      "for instance 10000"
-    )
+  curve = _make_curve(decay, base_lr, linear_end, rsqrt_timescale)
   decay_steps = max(1, total_steps - warmup_steps)
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     t = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((t - warmup_steps) / decay_steps, 0, 1)
-    if decay == "linear":
-      lr = linear_end + (base_lr - linear_end) * (1 - progress)
-    elif decay == "cosine":
-      lr = base_lr * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    elif decay == "rsqrt":
-      since_warmup = jnp.maximum(0, t - warmup_steps)
-      lr = base_lr * jax.lax.rsqrt(1 + since_warmup / rsqrt_timescale)
-    else:
-      lr = jnp.full_like(t, base_lr)
+    lr = curve(progress, jnp.maximum(0, t - warmup_steps))
     if warmup_steps:
       lr *= jnp.minimum(1, t / warmup_steps)
     if cooldown_steps:
@@ -96,6 +74,29 @@ def make_schedule(
     return lr
 
   return schedule
+
+
+def _make_curve(decay, base_lr, linear_end, rsqrt_timescale):
+  """Returns (p, max(0, t - w)) -> the rate without warm-up and cooldown."""
+  decays = ("linear", "cosine", "rsqrt", "constant")
+  check_choice("config.schedule.decay", decay, decays)
+  if decay == "linear":
+    if linear_end > base_lr:
+      raise UserError(
+        f"linear_end {linear_end} is above base_lr {base_lr}, so the rate "
+        "would grow; choose an end between 0 and base_lr"
+      )
+    return lambda p, _: linear_end + (base_lr - linear_end) * (1 - p)
+  if decay == "cosine":
+    return lambda p, _: base_lr * 0.5 * (1 + jnp.cos(jnp.pi * p))
+  if decay == "rsqrt":
+    if not rsqrt_timescale > 0:
+      raise UserError(
+        f"rsqrt_timescale {rsqrt_timescale} is not positive; give it in steps, "
+        "for instance 10000"
+      )
+    return lambda _, t: base_lr * jax.lax.rsqrt(1 + t / rsqrt_timescale)
+  return lambda p, _: jnp.full_like(p, base_lr)
 
 
 def make_optimizer(
@@ -120,50 +121,35 @@ def make_optimizer(
   One update of a parameter p, in this order:
 
     g <- g min(1, clip_norm / norm)     norm over all parameters not frozen
-    d <- Adam(g), or momentum d + g     no Nesterov
+    d <- Adam(g), or momentum d + g     no Nesterov; eps outside the root
     p <- p - factor lr(t) (d + decay p)
 
   where lr is `schedule`, factor is the parameter's learning-rate multiplier,
   and decay is `weight_decay` (scaling "lr", the paper) or `weight_decay /
-  base_lr` (scaling "schedule", big_vision: lr(t) / base_lr is left of it) for
-  parameters that match `weight_decay_params`, else 0.
+  base_lr` (scaling "schedule", big_vision) for parameters that match
+  `weight_decay_params`, else 0. A factor of 0 freezes a parameter: it has no
+  gradient, in the norm either, no decay and no moments. The moments mirror the
+  parameters: their paths end in the parameter's path.
 
-  A factor of 0 freezes: the parameter's gradient counts as absent, in the norm
-  too, it does not decay, and it has no moments, which takes no memory.
-
-  Args:
-    name: "adam" or "sgd".
-    b1: Adam's decay of the first moment, in [0, 1).
-    b2: Adam's decay of the second moment, in [0, 1).
-    eps: added to Adam's denominator, outside the square root.
-    momentum: SGD's, in [0, 1); the learning rate applies after it.
-    accumulator_dtype: "float32" or "bfloat16", of Adam's first moment or of
-      SGD's momentum as they are stored; Adam's second moment is float32.
-    weight_decay: 0 for none.
-    weight_decay_scaling: "lr" or "schedule".
-    weight_decay_params: regular expression of the paths that decay.
-    clip_norm: limit of the global gradient norm; 0 for no clipping.
-    lr_multipliers: "regex=factor" strings; the first match wins, 1 without.
-    schedule: learning rate by step, `make_schedule`.
-    base_lr: the schedule's, for weight_decay_scaling "schedule".
-    params: the parameters or their shapes; only paths are read.
-
-  Returns:
-    An `optax.GradientTransformation`. Its moments mirror the parameters: their
-    paths end in the parameter's path.
+  Args: the keys of `config.optimizer`, see configs/common.py; the schedule and
+  its base rate; the parameters or their shapes, of which only paths are read.
 
   Raises:
     UserError: unknown names, values out of range, regular expressions that do
       not compile or match no parameter, nothing left to train.
   """
-  _check_name("optimizer", name, ("adam", "sgd"))
-  _check_name("accumulator_dtype", accumulator_dtype, ("float32", "bfloat16"))
-  _check_name("weight_decay_scaling", weight_decay_scaling, ("lr", "schedule"))
-  _check_at_least_zero(eps=eps, weight_decay=weight_decay, clip_norm=clip_norm)
-  _check_below_one(b1=b1, b2=b2, momentum=momentum)
+  for key, value, choices in (
+    ("name", name, ("adam", "sgd")),
+    ("accumulator_dtype", accumulator_dtype, ("float32", "bfloat16")),
+    ("weight_decay_scaling", weight_decay_scaling, ("lr", "schedule")),
+  ):
+    check_choice(f"config.optimizer.{key}", value, choices)
+  _check_range(
+    math.inf, eps=eps, clip_norm=clip_norm, weight_decay=weight_decay
+  )
+  _check_range(1, b1=b1, b2=b2, momentum=momentum)
   paths = list(flatten(params))
   factors = _parse_multipliers(lr_multipliers, paths)
-
   parts = []
   if clip_norm:
     parts.append(optax.clip_by_global_norm(clip_norm))
@@ -173,12 +159,7 @@ def make_optimizer(
     parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
   if weight_decay:
     if weight_decay_scaling == "schedule":
-      if not base_lr:
-        raise UserError(
-          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; "
-          "use a positive base_lr, or weight_decay 0"
-        )
-      weight_decay /= base_lr
+      weight_decay = _divide_decay(weight_decay, base_lr)
     decayed = _match("weight_decay_params", weight_decay_params, paths)
     parts.append(optax.add_decayed_weights(weight_decay, _mask_by(decayed)))
   if any(factor != 1 for factor in factors.values()):
@@ -187,14 +168,21 @@ def make_optimizer(
   return _freeze(optax.chain(*parts), factors)
 
 
+def _divide_decay(weight_decay, base_lr):
+  if not base_lr:
+    raise UserError(
+      "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use a "
+      "positive base_lr, or weight_decay 0"
+    )
+  return weight_decay / base_lr
+
+
 def polyak(ema: Any, params: Any, decay: float) -> Any:
   """Returns `decay * ema + (1 - decay) * params`, leaf by leaf."""
   return optax.incremental_update(params, ema, 1 - decay)
 
 
-def _freeze(
-  optimizer: optax.GradientTransformation, factors: dict[str, float]
-) -> optax.GradientTransformation:
+def _freeze(optimizer, factors: dict[str, float]):
   """Hides the parameters of factor 0 from the optimizer."""
   frozen = {path for path, factor in factors.items() if not factor}
   if not frozen:
@@ -236,9 +224,7 @@ def _mask_by(paths: Collection[str]) -> Callable[[Any], Any]:
   )
 
 
-def _parse_multipliers(
-  rules: Iterable[str], paths: list[str]
-) -> dict[str, float]:
+def _parse_multipliers(rules, paths: list[str]) -> dict[str, float]:
   """Returns each parameter's factor from "regex=factor" rules."""
   factors: dict[str, float] = {}
   for rule in [rules] if isinstance(rules, str) else rules:
@@ -247,7 +233,7 @@ def _parse_multipliers(
       factor = float(text)
     except ValueError:
       factor = -1.0
-    if not pattern or not 0 <= factor < float("inf"):
+    if not pattern or not 0 <= factor < math.inf:
       raise UserError(
         f"lr_multipliers has {rule!r}, which is not 'regex=factor' with a "
         "factor of at least 0; write for instance 'head/.*=10'"
@@ -274,21 +260,7 @@ def _match(key: str, pattern: str, paths: list[str]) -> set[str]:
   return matches
 
 
-def _check_name(key: str, value: str, choices: tuple[str, ...]):
-  if value not in choices:
-    raise UserError(
-      f"unknown {key} {value!r}; choose from {', '.join(choices)}"
-      f"{suggest(value, choices)}"
-    )
-
-
-def _check_at_least_zero(**values: float):
+def _check_range(end: float, **values: float):
   for key, value in values.items():
-    if not 0 <= value < float("inf"):
-      raise UserError(f"{key} {value} is not a number of at least 0")
-
-
-def _check_below_one(**values: float):
-  for key, value in values.items():
-    if not 0 <= value < 1:
-      raise UserError(f"{key} {value} is not in [0, 1)")
+    if not 0 <= value < end:
+      raise UserError(f"{key} {value} is not in [0, {end})")

@@ -115,7 +115,7 @@ def test_schedule_by_hand(changes, step, lr):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"decay": "cosin"}, "unknown decay 'cosin'.*did you mean 'cosine'"),
+    ({"decay": "cosin"}, "decay is 'cosin'.*did you mean 'cosine'"),
     ({"base_lr": -1e-3}, "base_lr -0.001"),
     ({"base_lr": float("nan")}, "base_lr nan"),
     ({"warmup_steps": 26}, "warmup_steps 26 .*25 steps"),
@@ -439,9 +439,12 @@ def test_scan_form_gets_the_same_updates():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "adm"}, "unknown optimizer 'adm'.*did you mean 'adam'"),
+    ({"name": "adm"}, "optimizer.name is 'adm'.*did you mean 'adam'"),
     ({"accumulator_dtype": "bf16"}, "choose from float32, bfloat16"),
-    ({"weight_decay_scaling": "learning"}, "unknown weight_decay_scaling"),
+    (
+      {"weight_decay_scaling": "learning"},
+      "weight_decay_scaling is 'learning'",
+    ),
     ({"weight_decay": -0.1}, "weight_decay -0.1"),
     ({"clip_norm": -1}, "clip_norm -1"),
     ({"b2": 1.0}, r"b2 1.0 is not in \[0, 1\)"),
