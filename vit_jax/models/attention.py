@@ -69,17 +69,25 @@ def _scores(x_ref, y_ref, i, head, head_dim):
   return total
 
 
+def _exponentials(x_ref, y_ref, i, head, head_dim, valid, axis):
+  """Returns the exponentials of a softmax over the keys, and 1 / their sum.
+
+  The keys are those of one head, along `axis`.
+  """
+  s = _scores(x_ref, y_ref, i, head, head_dim) / math.sqrt(head_dim)
+  key = jax.lax.broadcasted_iota(jnp.int32, s.shape, axis)
+  s = jnp.where(key < valid, s, _MINUS)
+  e = jnp.exp(s - s.max(axis, keepdims=True))
+  return e, 1 / e.sum(axis, keepdims=True)
+
+
 def _forward(q_ref, k_ref, v_ref, o_ref, *, head_dim, valid):
   images, q, lanes = q_ref.shape
 
   def one(i, _):
     outs = [jnp.zeros((q, LANES), jnp.float32)] * (lanes // LANES)
     for head in range(lanes // head_dim):
-      s = _scores(q_ref, k_ref, i, head, head_dim) / math.sqrt(head_dim)
-      key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-      s = jnp.where(key < valid, s, _MINUS)
-      e = jnp.exp(s - s.max(1, keepdims=True))
-      scale = 1 / e.sum(1, keepdims=True)
+      e, scale = _exponentials(q_ref, k_ref, i, head, head_dim, valid, 1)
       e = e.astype(v_ref.dtype)
       for offset, first, last in _tiles(head, head_dim):
         v = v_ref[i, :, pl.ds(offset, LANES)]
@@ -95,7 +103,7 @@ def _forward(q_ref, k_ref, v_ref, o_ref, *, head_dim, valid):
 def _backward(
   q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *, head_dim, valid
 ):
-  """Scores stand as [keys queries]: so only one product is of a transpose."""
+  """Scores are [keys queries], so that only one product needs a transpose."""
   images, _, lanes = q_ref.shape
   dtype = q_ref.dtype
 
@@ -106,11 +114,8 @@ def _backward(
       for ref in (q_ref, k_ref, v_ref)
     )
     for head in range(lanes // head_dim):
-      s = _scores(k_ref, q_ref, i, head, head_dim) / math.sqrt(head_dim)
-      key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 0)
-      s = jnp.where(key < valid, s, _MINUS)
-      e = jnp.exp(s - s.max(0, keepdims=True))
-      p = e * (1 / e.sum(0, keepdims=True))
+      e, scale = _exponentials(k_ref, q_ref, i, head, head_dim, valid, 0)
+      p = e * scale
       dp = _scores(v_ref, do_ref, i, head, head_dim)
       ds = p * (dp - (p * dp).sum(0, keepdims=True)) / math.sqrt(head_dim)
       p, ds = p.astype(dtype), ds.astype(dtype)
@@ -137,8 +142,8 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
     which: "forward" of query [b q d], key and value [b n d]; "backward" of
       these and the result's gradient [b q d], whose padding is zero.
     head_dim: width of a head.
-    valid: the tokens that are no padding.
-    *arrays: as these.
+    valid: how many tokens are not padding.
+    *arrays: of these.
     interpret: whether to compute it without a TPU, for tests.
 
   Returns:
@@ -153,9 +158,10 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   def block(x):
     return pl.BlockSpec((images, x.shape[1], lanes), lambda i, j: (i, 0, j))
 
-  # The result is as the query; gradients are as what they are of.
-  outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-  outputs = outputs[:num_outputs]
+  # The result is like the query; gradients are like query, key and value.
+  outputs = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:num_outputs]
+  ]
   cost, cycles = _count_cost(arrays, outputs, head_dim)
   return pl.pallas_call(
     functools.partial(kernel, head_dim=head_dim, valid=valid),
@@ -183,10 +189,7 @@ _CYCLES_OF_FEW = {1: (29.4, 36.9), 3: (17.3, 22.4)}
 
 
 def _count_cost(arrays, outputs, head_dim):
-  """Returns (cost, cycles) for whoever estimates a program.
-
-  The compiler has an estimate of cycles for each instruction, but for kernels.
-  """
+  """Returns (cost, cycles) of a kernel, for which the compiler has none."""
   (b, q, d), n = arrays[0].shape, arrays[1].shape[1]
   heads = b * (d // head_dim)
   # Forward the keys are side by side, backward the queries.
@@ -202,7 +205,7 @@ def _count_cost(arrays, outputs, head_dim):
   return cost, round(cycles[len(outputs)][straddling] * registers)
 
 
-# Jitted so that a model's layers share what is traced.
+# Jitted so that a model's layers share one trace.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(which, head_dim, valid, *arrays):
   """Runs a kernel on each device's images, which the compiler cannot split."""
@@ -217,15 +220,10 @@ def _run(which, head_dim, valid, *arrays):
 
 
 def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
-  """Returns the fused attention for the devices that are traced for.
+  """Returns a function like `attend` for the devices that are traced for.
 
-  Args:
-    tokens: n of an image, with padding.
-    width: d.
-    num_heads: a.
-
-  Returns:
-    A function as `attend`, or None if nothing fused can do that there.
+  None if there is no fused attention for them and for these sizes: `tokens` of
+  an image with padding, `width` d.
   """
   head_dim = width // num_heads
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -261,10 +259,9 @@ def attend(query, key, value, num_heads: int, valid: int):
 
   Args:
     query: [b q d].
-    key: [b n d]; rows from `valid` on are padding.
-    value: likewise.
-    num_heads: a, whose columns lie side by side.
-    valid: the tokens that are no padding.
+    key, value: [b n d]; rows from `valid` on are padding.
+    num_heads: a; the columns of a head are side by side.
+    valid: how many tokens are not padding.
   """
   head_dim = query.shape[-1] // num_heads
   return jax.lax.platform_dependent(
@@ -282,11 +279,7 @@ def attend_plainly(
   """Returns what `attend` does, and the weights f32[b a q n].
 
   Args:
-    query: [b q d]; it need not be as long as the others.
-    key: see `attend`, likewise `value`, `num_heads` and `valid`.
-    value: see there.
-    num_heads: see there.
-    valid: see there.
+    query, key, value, num_heads, valid: as in `attend`.
     offsets: f32[b a q n], added to the scores.
     drop: function of the weights, applied before the product with the values.
   """
@@ -351,10 +344,9 @@ class MultiHeadDotProductAttention(nn.Module):
     """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
 
     Args:
-      inputs_q: what asks.
-      inputs_kv: what is asked; rows from `valid` on are padding.
+      inputs_q, inputs_kv: rows of inputs_kv from `valid` on are padding.
       valid: how many rows are not.
-      weights: whether they are wanted; else None stands in their place.
+      weights: whether to return them; else None takes their place.
       affine: of both inputs, see `LayerNorm`.
     """
     width, num_heads = inputs_q.shape[-1], self.config.num_heads
@@ -362,26 +354,21 @@ class MultiHeadDotProductAttention(nn.Module):
 
     # In rows, so that the three gradients are added where LayerNorm's begins:
     # a change of shape between them costs XLA one more pass.
-    alike, n = inputs_q is inputs_kv, inputs_kv.shape[1]
-    rows_q = inputs_q.reshape(-1, width)
-    rows_kv = rows_q if alike else inputs_kv.reshape(-1, width)
+    rows_q = rows_kv = inputs_q.reshape(-1, width)
+    if inputs_q is not inputs_kv:
+      rows_kv = inputs_kv.reshape(-1, width)
 
     def project(name, rows, like):
       y = Dense(self.config, (width, *heads), name=name)(rows, affine)
       return y.reshape(like.shape)
 
-    query, key, value = (
-      project("query", rows_q, inputs_q),
-      project("key", rows_kv, inputs_kv),
-      project("value", rows_kv, inputs_kv),
-    )
-    plainly = weights or self.relative or not self.config.use_tpu_layout
-    if inputs_q.shape[1] % ROWS:
-      plainly = True
-    if self.dropout_rate > 0 and not self.deterministic:
-      plainly = True
-    fused = None
-    if not plainly:
+    query = project("query", rows_q, inputs_q)
+    key = project("key", rows_kv, inputs_kv)
+    value = project("value", rows_kv, inputs_kv)
+    n, fused = inputs_kv.shape[1], None
+    drops = self.dropout_rate > 0 and not self.deterministic
+    whole = inputs_q.shape[1] % ROWS == 0 and self.config.use_tpu_layout
+    if whole and not (weights or self.relative or drops):
       fused = find_fused(n, width, num_heads)
     if fused:
       x, found = fused(query, key, value, num_heads, valid), None

@@ -130,8 +130,7 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
     )
   if config.layer_norm_epsilon <= 0:
     raise UserError(
-      f"model.layer_norm_epsilon is {config.layer_norm_epsilon}; it must be "
-      "positive"
+      f"model.layer_norm_epsilon is {config.layer_norm_epsilon}, not positive"
     )
   if encoder:
     _check_positions(variant, config)

@@ -1,7 +1,6 @@
-"""Layers of the Vision Transformer, in the layout that suits TPUs.
+"""Dense layer, LayerNorm and dropout, in the layout that suits TPUs.
 
-What the paper calls a dense layer, LayerNorm or dropout; how it is computed is
-decided here. The plain form, in float32, is what the other is tested against.
+The plain form, in float32, is what the other is tested against.
 """
 
 import math
@@ -103,8 +102,8 @@ def add_bias(x, bias):
   """[r o] + [o]; the bias's gradient is a product with ones, where it may be.
 
   It sums over all tokens, for which XLA's estimate on v5e is 256,000 cycles for
-  B/16's keys alone: as much as for two of their products. A product with ones
-  adds in float32 as well and is but a pass through memory.
+  B/16's keys alone: as much as for two of their matmuls. A product with ones
+  also adds in float32 and costs one pass through memory.
   """
   return x + bias
 
@@ -140,10 +139,7 @@ class Dense(nn.Module):
   def __call__(self, x, affine=None):
     """[... i] -> [... o]; `affine` see `LayerNorm`."""
     shape, dtype = self.kernel_shape, self.config.dtype
-    flat = (
-      math.prod(shape[: self.in_axes]),
-      math.prod(shape[self.in_axes :]),
-    )
+    flat = math.prod(shape[: self.in_axes]), math.prod(shape[self.in_axes :])
     # Xavier's of the flattened shape, not of one head's.
     init = nn.initializers.xavier_uniform()
     kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))

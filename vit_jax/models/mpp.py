@@ -1,9 +1,16 @@
 """The Vision Transformer with a head that predicts corrupted patches."""
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from vit_jax.models import masking, vit
+from vit_jax.errors import UserError
+from vit_jax.models import masking, variants, vit
+from vit_jax.models.config import check_choice
+from vit_jax.models.config import make as make_config
+from vit_jax.models.model import Model, as_model, check_image_size
 
 
 class MaskedPatchPredictor(vit.VisionTransformer):
@@ -52,3 +59,64 @@ class MaskedPatchPredictor(vit.VisionTransformer):
       corruption.masked[..., None], mask_token.astype(x.dtype), tokens
     )
     return tokens.reshape(x.shape)
+
+
+def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
+  """Returns the model that predicts masked patches, see `masking`.
+
+  Its `apply` takes a `masking.Corruption` after the images, and returns the
+  predictions f32[b m o] for the m corrupted patches. Its parameters are those
+  of the ViT, "mask_token" and "mpp_head"; of the classifier it has at most the
+  class token.
+
+  Args:
+    target: what is predicted, one of `masking.TARGETS`.
+    variant: a ViT's, such as "ViT-B_16".
+    image_size: as in `create`; at least two patches.
+    **options: as in `create`, but for what only a classifier has.
+
+  Raises:
+    UserError: as `create`; a variant without patches of pixels, a patch size
+      that the target's cells do not divide, an option that means nothing.
+  """
+  check_choice("masked_target", target, tuple(masking.TARGETS))
+  sizes = variants.parse(variant)
+  _check_masked(target, variant, sizes, options)
+  config = make_config(variant, 0, options)
+  height_width = check_image_size(image_size, sizes)
+  grid = tuple(side // sizes.patch_size for side in height_width)
+  num_patches = grid[0] * grid[1]
+  if num_patches < 2:
+    raise UserError(
+      f"image_size {image_size} is one patch of {variant}; to predict a patch "
+      "from others there must be two at least"
+    )
+  keys = jax.random.split(jax.random.key(0), 1)
+  corruption = masking.draw_corruption(keys, num_patches)
+  make = functools.partial(
+    MaskedPatchPredictor,
+    num_outputs=masking.count_outputs(target, sizes.patch_size),
+  )
+  return as_model(make, config, height_width, grid, corruption)
+
+
+def _check_masked(target, variant, sizes, options):
+  """Raises a UserError for what `create_masked` cannot take."""
+  if sizes.encoder is None or sizes.units is not None:
+    raise UserError(
+      f"masked patches are patches of pixels, which {variant} does not have; "
+      "choose a plain ViT such as ViT-B_16"
+    )
+  cells, patch = masking.TARGETS[target], sizes.patch_size
+  if cells and patch % cells:
+    raise UserError(
+      f"masked_target {target!r} sees a patch as {cells}x{cells} cells, which "
+      f"the patch size {patch} of {variant} is not divisible into; choose a "
+      f"patch size that {cells} divides, or 'mean_colour'"
+    )
+  for name in ("representation_size", "head_bias_init"):
+    if options.get(name):
+      raise UserError(
+        f"model.{name} is {options[name]!r}, which means nothing for masked "
+        "patches: they have no classifier; leave it at 0"
+      )

@@ -6,17 +6,13 @@ import numpy as np
 
 def join_axes(rows, columns):
   """[h d/2] and [w d/2] -> [h*w d]: the column's half first, then the row's."""
-  height, width = rows.shape[0], columns.shape[0]
-  halves = (
-    jnp.tile(columns, (height, 1)),
-    jnp.repeat(rows, width, axis=0),
-  )
-  return jnp.concatenate(halves, axis=1)
+  tiled = jnp.tile(columns, (rows.shape[0], 1))
+  repeated = jnp.repeat(rows, columns.shape[0], axis=0)
+  return jnp.concatenate([tiled, repeated], axis=1)
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
-  """Returns fixed embeddings f32[h*w d], a quarter of d each: sin and cos of x,
-  sin and cos of y.
+  """Returns fixed embeddings f32[h*w d]: sin and cos of x, sin and cos of y.
 
   Wave i turns by 10000**(-i / (d/4 - 1)) radians a patch, as in MoCo v3
   (arXiv 2104.02057) and big_vision.
@@ -32,9 +28,8 @@ def corner_aligned(length_in: int, length_out: int) -> np.ndarray:
 
   Output o samples the input at o * (in - 1) / (out - 1), as
   `scipy.ndimage.zoom(order=1)` does and as the published fine-tuned weights
-  were made. It is not `jax.image.resize`, which aligns pixel centres. With one
-  output there is no second corner to align; the first input is taken, as
-  scipy takes it.
+  were made; `jax.image.resize` aligns pixel centres instead. A single output
+  takes the first input, as in scipy.
   """
   if length_out == 1:
     position = np.zeros(1)
@@ -91,8 +86,7 @@ def _keys_kernel(x, a):
   return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
-# How to resize, by the name of whose convention it is: a function of (length
-# in, length out) that returns the matrix f64[out in].
+# Whose convention it is -> (length in, length out) -> the matrix f64[out in].
 METHODS = {
   "corner_aligned": corner_aligned,
   "timm": bicubic_antialiased,
@@ -113,14 +107,9 @@ def resize_axis(
 def resize_grid(
   grid: np.ndarray, shape: tuple[int, int], method: str = "corner_aligned"
 ) -> np.ndarray:
-  """Resizes position embeddings f32[h w d] to f32[*shape d].
+  """Resizes position embeddings f32[h w d] to f32[*shape d], in float64.
 
-  An unchanged shape returns the very same values. Computed in float64.
-
-  Args:
-    grid: the embeddings.
-    shape: (h, w) in patches.
-    method: one of `METHODS`.
+  An unchanged shape returns the very same values.
   """
   if grid.shape[:2] == tuple(shape):
     return grid

@@ -8,7 +8,6 @@ pooling is float32: it is one vector an image.
 """
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -59,8 +58,8 @@ class PositionEmbs(nn.Module):
   """One vector for each position, learned or computed.
 
   "learned" (1-D): one for each token, the class token included. "2d": one
-  half-vector for each row and each column. "sincos2d": fixed waves. The latter
-  two leave the class token, which has no place in the image, without.
+  half-vector for each row and each column. "sincos2d": fixed waves. These two
+  add nothing to the class token, which has no place in the image.
   """
 
   kind: str
@@ -72,15 +71,14 @@ class PositionEmbs(nn.Module):
     init = nn.initializers.normal(0.02)
     if self.kind == "learned":
       return self.param("pos_embedding", init, (1, n, width))
-    height_width = self.grid
     if self.kind == "2d":
       tables = [
         self.param(f"pos_embedding_{axis}", init, (length, width // 2))
-        for axis, length in zip("yx", height_width, strict=True)
+        for axis, length in zip("yx", self.grid, strict=True)
       ]
       tokens = posemb.join_axes(*tables)
     else:
-      tokens = posemb.sincos_2d(height_width, width)
+      tokens = posemb.sincos_2d(self.grid, width)
     extra = n - tokens.shape[0]
     return jnp.pad(tokens, ((extra, 0), (0, 0)))[None]
 
@@ -88,15 +86,14 @@ class PositionEmbs(nn.Module):
 class Encoder1DBlock(nn.Module):
   """Pre-LayerNorm transformer block (the paper, equations 2 and 3).
 
-  `positions` makes the embeddings that this block adds to its own input; it is
-  None where they are added elsewhere or not at all. With `first_only` only the
-  first token is updated; the others serve as keys and values.
+  With `first_only` only the first token is updated; the others serve as keys
+  and values.
   """
 
   config: ViTConfig
-  num_tokens: int  # what comes behind them is padding
+  grid: tuple[int, int]
+  num_tokens: int  # the others are padding
   first_only: bool = False
-  positions: Any = None
   deterministic: bool = True
   intermediates: bool = False
 
@@ -126,10 +123,12 @@ class Encoder1DBlock(nn.Module):
       key = self.make_rng("dropout")
       return layers.drop_path(split(y), drop_path_rate, key).reshape(x.shape)
 
-    if self.positions:
-      shared_positions = self.positions(name="posembed")(n, x.shape[-1])
-    if shared_positions is not None:
-      added = layers.pad_tokens(config, shared_positions.astype(x.dtype))
+    positions = shared_positions
+    if config.pos_embedding_at == "every_layer":
+      embed = PositionEmbs(config.pos_embedding, self.grid, name="posembed")
+      positions = embed(n, x.shape[-1])
+    if positions is not None:
+      added = layers.pad_tokens(config, positions.astype(x.dtype))
       x = (split(x) + added).reshape(x.shape)
     y, affine = LayerNorm(config)(x)
     queries = keys = split(y)
@@ -161,8 +160,8 @@ class Encoder1DBlock(nn.Module):
 class Encoder(nn.Module):
   """Position embedding, the blocks, a last LayerNorm.
 
-  With `first_only` just the first token of the result is returned, and the last
-  block does the less, but for scanned ones.
+  With `first_only` only the first token is returned, and the last block, unless
+  scanned, computes no other.
   """
 
   config: ViTConfig
@@ -176,23 +175,19 @@ class Encoder(nn.Module):
     """[b n d] -> [b n d] or [b 1 d], intermediates by name."""
     config, (b, n, d) = self.config, x.shape
     x = layers.pad_tokens(config, x)
-    positions, shared = None, None
+    shared = None
     kind, place = config.pos_embedding, config.pos_embedding_at
-    if kind not in ("none", "relative"):
-      positions = functools.partial(PositionEmbs, kind, self.grid)
-      if place != "every_layer":
-        embedding = positions(name="posembed_input")(n, d)
-        positions = None
-        if place == "input":
-          # Its gradient is a sum over images, in float32.
-          padding = ((0, 0), (0, x.shape[1] - n), (0, 0))
-          x = (x + jnp.pad(embedding, padding)).astype(x.dtype)
-        else:
-          shared = embedding
+    if kind not in ("none", "relative") and place != "every_layer":
+      shared = PositionEmbs(kind, self.grid, name="posembed_input")(n, d)
+    if shared is not None and place == "input":
+      # In float32, because its gradient is a sum over images.
+      padding = ((0, 0), (0, x.shape[1] - n), (0, 0))
+      x = (x + jnp.pad(shared, padding)).astype(x.dtype)
+      shared = None
     x = dropout(config, self.deterministic)(x)
     out = {"embedded": x[:, :n]}
     x = layers.spread(x.reshape(-1, d))
-    x, blocks = self.run_blocks(x, n, positions, shared)
+    x, blocks = self.run_blocks(x, n, shared)
     for i, values in enumerate(blocks):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
     if self.first_only:
@@ -201,7 +196,7 @@ class Encoder(nn.Module):
     x = x.reshape(b, -1, d)[:, :n]
     return x, out | {"encoded": x}
 
-  def run_blocks(self, x, num_tokens, positions, shared_positions):
+  def run_blocks(self, x, num_tokens, shared_positions):
     """Applies every block; returns x and each block's intermediates."""
     config, depth = self.config, self.config.num_layers
     highest = config.stochastic_depth_rate
@@ -212,8 +207,8 @@ class Encoder(nn.Module):
       policy = REMAT_POLICIES[config.remat]
       block = nn.remat(block, policy=policy, prevent_cse=not config.scan)
     options = {
+      "grid": self.grid,
       "num_tokens": num_tokens,
-      "positions": positions,
       "deterministic": self.deterministic,
       "intermediates": self.intermediates,
     }
