@@ -1,4 +1,4 @@
-"""The mesh, and one table that says how each array lies on it.
+"""The mesh, and one table of the layout of each array on it.
 
 The mesh has two axes. Both split the batch; "fsdp" also splits parameters and
 optimizer moments, so that a device holds 1/fsdp of them. There is no
@@ -23,8 +23,8 @@ from vit_jax.state import flatten, path_str
 RUN_AHEAD = 4
 
 # First match wins; each pattern must match the path's last names. Optimizer
-# moments end in the path of their parameter and so lie as it does. The spec
-# speaks of the last axes: scanned parameters have a depth axis before them.
+# moments end in the path of their parameter and so have its layout. The spec
+# is of the last axes: scanned parameters have a depth axis before them.
 RULES = (
   (r"(query|key|value)/kernel", P("fsdp", None, None)),  # [d a d/a]
   (r"out/kernel", P(None, None, "fsdp")),  # [a d/a d]
@@ -99,10 +99,10 @@ def batch_sharding(mesh) -> NamedSharding:
 
 
 def on_mesh(mesh, function: Callable) -> Callable:
-  """Returns the function, to be jitted, that knows which mesh it is traced for.
+  """Returns the function, to be jitted, with the mesh set while it is traced.
 
-  The compiler splits all but kernels over the devices by itself; those have to
-  know what there is to split for (see `models/attention.py`).
+  The compiler splits everything over the devices but kernels, which do it
+  themselves (see `models/attention.py`).
   """
 
   @functools.wraps(getattr(function, "func", function))  # of a partial
@@ -114,12 +114,12 @@ def on_mesh(mesh, function: Callable) -> Callable:
 
 
 def jit_train_step(mesh, train_step: Callable, layout) -> Callable:
-  """Returns the step as a program: the new state takes the old one's memory.
+  """Returns the jitted step; the new state takes the old one's memory.
 
   Args:
     mesh: to compute on.
     train_step: (state, batch) -> (state, metrics).
-    layout: how the state lies on the devices, before and after: its shardings.
+    layout: the shardings of the state, before and after.
   """
   train_step = on_mesh(mesh, train_step)
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))

@@ -348,10 +348,7 @@ def _not_readable(path, error):
 
 
 def _has_end(data, kind):
-  if kind in (
-    "JPEG",
-    "MPO",
-  ):  # MPO: with a second picture; the end marker cannot occur inside a scan
+  if kind in ("JPEG", "MPO"):  # the end marker cannot occur inside a scan
     return b"\xff\xd9" in data[-4096:]
   if kind == "PNG":
     return b"IEND" in data[-4096:]
