@@ -288,7 +288,7 @@ def list_tasks(prefix: str) -> list[Task]:
 
 
 def list_plain() -> list[Task]:
-  """Returns the tasks that are no part of VTAB: the paper's other test sets."""
+  """Returns the tasks outside VTAB: the paper's other test sets."""
   return list(_PLAIN_TASKS)
 
 
@@ -311,9 +311,3 @@ def find_task(dataset: str) -> Task | None:
       )
   task = TASKS.get(dataset.partition(":")[0].partition("/")[0])
   return task and dataclasses.replace(task, dataset=dataset)
-
-
-def resolve_dataset(dataset: str) -> str:
-  """Returns the TFDS name that a data set's or a task's name stands for."""
-  task = find_task(dataset)
-  return task.dataset if task else dataset

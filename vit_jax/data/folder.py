@@ -65,7 +65,7 @@ class FolderSource(Source):
       log.warning("%s: %s", dataset, self.describe_left_out())
 
   def _check_files(self, faults):
-    """Leaves out what is no whole image; raises if `faults` is None."""
+    """Leaves out files that are not whole images; raises without `faults`."""
     Image.init()  # Pillow's list of formats; not thread-safe
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       found = list(pool.map(_find_fault, [path for path, _ in self._files]))
@@ -320,7 +320,7 @@ def take_split(splits: dict[str, list], dataset: str, split: str) -> list:
 
 
 def _find_fault(path) -> str | None:
-  """Returns what is wrong with a file that is no whole image.
+  """Returns what is wrong with a file that is not a whole image.
 
   Cheap: headers, PNG's check sums, and whether the end is there. Only what
   looks odd is decoded.
@@ -334,17 +334,11 @@ def _find_fault(path) -> str | None:
       ops.decode(data, precise=False)
   except UserError as e:
     return str(e)
-  except OSError as e:
-    if e.strerror:
-      return f"{path}: cannot be read: {e.strerror}"
-    return _not_readable(path, e)
   except Exception as e:  # Pillow's plugins raise what they like.
-    return _not_readable(path, e)
-
-
-def _not_readable(path, error):
-  kind = type(error).__name__
-  return f"{path}: not a readable image ({kind}); repair or remove it"
+    if isinstance(e, OSError) and e.strerror:
+      return f"{path}: cannot be read: {e.strerror}"
+    kind = type(e).__name__
+    return f"{path}: not a readable image ({kind}); repair or remove it"
 
 
 def _has_end(data, kind):

@@ -1,9 +1,9 @@
 """Batches: which example is row r of batch k, and the tf.data that makes it.
 
-Nothing here keeps state. Position p = k * batch_size + r of the infinite
-stream names a data set of the mixture, and an example of it, by arithmetic: so
-batch k is the same on any number of hosts and after any restart, and the
-shuffle is over the whole data set without a buffer.
+The pipeline is stateless given the step number. Position p = k * batch_size + r
+of the infinite stream determines a data set of the mixture and an example of it
+by arithmetic, so batch k is the same on any number of hosts and after any
+restart, and the shuffle is over the whole data set without a buffer.
 """
 
 # TensorFlow's annotations do not know tf.random.experimental.
@@ -237,10 +237,11 @@ class _Reader:
     seeds = _fold(self.seed, tf.constant(step, tf.int64), tf.constant(rows))
     for i, example, seed in zip(which, examples, seeds, strict=True):
       source, example = self.sources[i], int(example)
-      _, (height, width), _ = source.check_example(example)
+      encoded, _, pixels = source.check_example(example)
       try:
-        self.process(source.read_example(example)[0], seed)
+        self.process(encoded, seed)
       except tf.errors.OpError as e:
+        height, width, _ = pixels.shape
         raise UserError(
           f"{source.describe(example)}: {width}x{height} pixels cannot be "
           f"preprocessed: {one_line(e)}; remove it or choose another preprocess"
@@ -263,8 +264,7 @@ def _make_dataset(reader, steps):
   """The tf.data graph: steps -> records -> examples -> batches."""
   max_labels = max(source.max_labels for source in reader.sources)
 
-  # There is no Python control flow over tensors here; looking for some costs
-  # seconds of every start.
+  # AutoGraph would cost seconds of every start, and nothing here needs it.
   @tf.autograph.experimental.do_not_convert
   def read(step):
     records, which, rows = tf.numpy_function(

@@ -1,4 +1,4 @@
-"""Has TFDS data sets ready in ArrayRecord, the format with random access."""
+"""Prepares TFDS data sets in ArrayRecord, the format with random access."""
 
 import dataclasses
 import importlib.util
@@ -50,7 +50,7 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-  """What stands between a TFDS data set and its use.
+  """What a TFDS data set lacks before it can be used.
 
   Attributes:
     state: "ready", "to convert" (there, in another format), or "missing".

@@ -374,7 +374,7 @@ def open_image(encoded: bytes, name: str, formats=None) -> Image.Image:
 
   Raises:
     UserError: more than MAX_PIXELS.
-    Exception: whatever Pillow raises for what is no image.
+    Exception: whatever Pillow raises for files that are not images.
   """
   try:
     # Above its threshold Pillow warns, above twice that it raises.

@@ -12,7 +12,7 @@ import json
 import numpy as np
 import tensorflow as tf
 
-from vit_jax.data import ops, preprocess
+from vit_jax.data import ops
 from vit_jax.errors import UserError
 
 BAD_LABEL = -2
@@ -116,10 +116,8 @@ class Source(abc.ABC):
     encoded, labels = self._parse_unchecked(record)
     return encoded.numpy(), labels.numpy().tolist()
 
-  def check_example(
-    self, index: int
-  ) -> tuple[list[int], tuple[int, int], list[str]]:
-    """Returns the labels of an example, its (height, width) in pixels, traits.
+  def check_example(self, index: int) -> tuple[bytes, list[int], np.ndarray]:
+    """Returns an example's encoded image, its labels, its pixels uint8[h w 3].
 
     Raises:
       UserError: it cannot be used; names the example.
@@ -148,25 +146,7 @@ class Source(abc.ABC):
       raise UserError(
         f"{what}: not a readable image; repair or remove it"
       ) from e
-    return labels, pixels.shape[:2], _find_traits(encoded, pixels)
-
-
-def _find_traits(encoded, pixels):
-  """Returns what `data check` counts: properties that users may not expect."""
-  traits = []
-  if (pixels == pixels[0, 0]).all():
-    traits.append("of one colour")
-  try:
-    image = preprocess.open_image(encoded, "image")
-    if image.has_transparency_data:
-      traits.append("with transparency, put on white")
-    if preprocess.read_turn(image).any():
-      traits.append("turned upright as their EXIF says")
-    if image.mode.startswith("I") and np.asarray(image).max() < 4096:
-      traits.append("16-bit with values below 4,096, so nearly black")
-  except Exception:  # Pillow may not read what TensorFlow does
-    return traits
-  return traits
+    return encoded, labels, pixels
 
 
 def count_shared(source: Source, other: Source) -> int:

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 
 from vit_jax.data import builders
-from vit_jax.data.benchmarks import TASKS, find_task, resolve_dataset
+from vit_jax.data.benchmarks import TASKS, find_task
 from vit_jax.data.source import Source, digest
 from vit_jax.errors import UserError, one_line, suggest
 
@@ -120,7 +120,8 @@ def find_builder(
       "[ ] * ? in its path; rename it"
     )
   data_dir = os.path.expanduser(data_dir) if data_dir else None
-  resolved = resolve_dataset(dataset)
+  task = find_task(dataset)
+  resolved = task.dataset if task else dataset
   name = resolved.partition("/")[0].partition(":")[0]
   if name in builders.names():
     builders.load(name)  # registers it

@@ -34,7 +34,7 @@ _AMPERE = 8  # compute capability of the first GPUs that cuDNN's is for
 
 
 def _tiles(head, head_dim):
-  """Yields (offset, first, last) of the lane tiles that a head lies on."""
+  """Yields (offset, first, last) of the lane tiles that a head is on."""
   start, end = head * head_dim, (head + 1) * head_dim
   for tile in range(start // LANES, -(-end // LANES)):
     offset = tile * LANES

@@ -61,8 +61,8 @@ def count_rows(config: ViTConfig, n: int) -> int:
 def pad_tokens(config: ViTConfig, x):
   """Appends zeros to [b n d], so that n fills the rows of TPU registers.
 
-  Then [b n d] and [b*n d] lie in memory alike, and XLA needs no copies between
-  what is about images and what is about tokens alone.
+  Then [b n d] and [b*n d] have the same memory layout, and XLA needs no copies
+  between them.
   """
   n = x.shape[1]
   return jnp.pad(x, ((0, 0), (0, count_rows(config, n) - n), (0, 0)))

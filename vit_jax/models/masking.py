@@ -38,17 +38,12 @@ class Corruption(NamedTuple):
   masked: jax.Array
 
 
-def count_corrupted(num_patches: int) -> int:
-  """Returns how many patches of an image are corrupted: half, rounded down."""
-  return num_patches // 2
-
-
 def draw_corruption(keys, num_patches: int) -> Corruption:
   """Draws the corruption of one image for each of the keys [b].
 
-  Which patches, is the beginning of a random permutation: their number is the
-  same for each image, and shapes are static. What happens to each is drawn for
-  itself, so the shares of masked, swapped and kept ones hold on average.
+  Half of the patches, rounded down, are corrupted, the first of a random
+  permutation, so that shapes are static. What happens to each is drawn
+  independently: the shares of masked, swapped and kept ones hold on average.
 
   Args:
     keys: PRNG keys [b].
@@ -59,7 +54,7 @@ def draw_corruption(keys, num_patches: int) -> Corruption:
 
 def _draw_one(key, num_patches):
   which_key, kind_key, other_key = jax.random.split(key, 3)
-  count = count_corrupted(num_patches)
+  count = num_patches // 2
   corrupted = jax.random.permutation(which_key, num_patches)[:count]
   kind = jax.random.uniform(kind_key, (count,))
   # 1 to n - 1 places further on, in a circle: every patch but itself.

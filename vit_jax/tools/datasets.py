@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
-from vit_jax.data import benchmarks, builders
+from vit_jax.data import benchmarks, builders, preprocess
 from vit_jax.data.folder import FolderSource
 from vit_jax.errors import UserError
 from vit_jax.tools.build_data import labelled, own_files
@@ -289,9 +289,11 @@ def _check_split(source, num_examples, faults):
 
   def check_example(index):
     try:
-      return source.check_example(index)
+      encoded, labels, pixels = source.check_example(index)
     except UserError as e:
       faults.append(str(e))
+      return None
+    return labels, pixels.shape[:2], _find_traits(encoded, pixels)
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     checked = [x for x in pool.map(check_example, indices.tolist()) if x]
@@ -307,6 +309,24 @@ def _check_split(source, num_examples, faults):
     "label_counts": np.bincount(labels, minlength=source.num_classes),
     "traits": Counter(trait for *_, traits in checked for trait in traits),
   }
+
+
+def _find_traits(encoded, pixels):
+  """Returns properties that users may not expect."""
+  traits = []
+  if (pixels == pixels[0, 0]).all():
+    traits.append("of one colour")
+  try:
+    image = preprocess.open_image(encoded, "image")
+    if image.has_transparency_data:
+      traits.append("with transparency, put on white")
+    if preprocess.read_turn(image).any():
+      traits.append("turned upright as their EXIF says")
+    if image.mode.startswith("I") and np.asarray(image).max() < 4096:
+      traits.append("16-bit with values below 4,096, so nearly black")
+  except Exception:  # Pillow may not read what TensorFlow does
+    return traits
+  return traits
 
 
 def _print_summary(summary, source):

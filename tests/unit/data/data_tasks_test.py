@@ -342,7 +342,7 @@ def test_clevr_counts(mocked):
   mocked.prepare("vtab:clevr_count", overrides)
   found = data.get_source("vtab:clevr_count", "test", mocked.root)
   for i, count in enumerate(counts):
-    [label], *_ = found.check_example(i)
+    _, [label], _ = found.check_example(i)
     assert label == count - 3
     assert found.class_names[label] == f"{count} objects"
 
