@@ -124,7 +124,7 @@ def find_builder(
   resolved = task.dataset if task else dataset
   name = resolved.partition("/")[0].partition(":")[0]
   if name in builders.names():
-    builders.load(name)  # registers it
+    builders.load(name)
   try:
     return tfds.builder(resolved, data_dir=data_dir, file_format=file_format)
   except tfds.core.DatasetNotFoundError as e:

@@ -7,8 +7,6 @@ a file.
 import importlib
 import pkgutil
 
-from vit_jax.errors import UserError, suggest
-
 
 def names() -> list[str]:
   """Returns the names of the data sets that are built in."""
@@ -16,15 +14,6 @@ def names() -> list[str]:
 
 
 def load(name: str):
-  """Imports the builder class of `name`, which also makes TFDS know it.
-
-  Raises:
-    UserError: there is no such module.
-  """
-  if name not in names():
-    raise UserError(
-      f"unknown built-in data set {name!r}{suggest(name, names())}; "
-      f"there are {', '.join(names())}"
-    )
+  """Imports the builder class of one of `names()`, which registers it."""
   module = importlib.import_module(f"{__name__}.{name}")
   return getattr(module, "".join(part.capitalize() for part in name.split("_")))
