@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -156,6 +157,22 @@ def test_imports_go_down_the_layers(unit, path):
     if imported in _BY_MODULE:
       continue  # `from vit_jax.tools import plan` stands there twice
     assert _LAYER_OF[imported] < _LAYER_OF[unit], f"{unit} imports {name}"
+
+
+def test_modules_do_not_import_in_a_circle():
+  """Not inside functions either."""
+  modules = {}
+  for path in _PACKAGE.rglob("*.py"):
+    parts = path.relative_to(_PACKAGE.parent).with_suffix("").parts
+    modules[".".join(part for part in parts if part != "__init__")] = path
+  graph = {
+    module: {
+      name if name in modules else name.rpartition(".")[0]
+      for name in _read_imports(path)
+    }
+    for module, path in modules.items()
+  }
+  graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
 @_each_source
