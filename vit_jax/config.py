@@ -52,7 +52,8 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   """Runs `get_config` of a configuration file and applies overrides.
 
   Args:
-    spec: "FILE" or "FILE:ARG"; the argument is handed to get_config.
+    spec: "CONFIG" or "CONFIG:ARG", see `find`; the argument is handed to
+      get_config.
     overrides: {"schedule.base_lr": "3e-4"} as typed by the user.
 
   Returns:
@@ -63,22 +64,15 @@ def load(spec: str, overrides: dict[str, str] | None = None):
       unknown key, a value of the wrong type.
   """
   file, _, arg = spec.partition(":")
-  path = Path(file)
-  if not path.is_file():
-    siblings = [str(p) for p in Path(path.parent).glob("*.py")]
-    raise UserError(
-      f"no configuration file {file!r}{suggest(file, siblings)}; give "
-      "--config=FILE[:ARG], for instance configs/quickstart_pretrain.py"
-    )
+  path = find(file)
   module_spec = importlib.util.spec_from_file_location("config_file", path)
   assert module_spec is not None
   assert module_spec.loader is not None
-  module = importlib.util.module_from_spec(module_spec)
-  # A configuration imports its neighbours: `from common import get_config`.
-  sys.path.insert(0, str(path.parent.absolute()))
   try:
-    module_spec.loader.exec_module(module)
-    config = module.get_config(arg) if arg else module.get_config()
+    with _importing_from(path.parent.absolute()):
+      module = importlib.util.module_from_spec(module_spec)
+      module_spec.loader.exec_module(module)
+      config = module.get_config(arg) if arg else module.get_config()
   except ValueError as e:
     raise UserError(str(e)) from e
   except Exception as e:
@@ -86,11 +80,59 @@ def load(spec: str, overrides: dict[str, str] | None = None):
     words = str(e).replace("\\n", "\n").strip(" \n'") or "no message"
     line = words.splitlines()[-1][-300:]
     raise UserError(f"{file} failed: {type(e).__name__}: {line}") from e
-  finally:
-    sys.path.remove(str(path.parent.absolute()))
   for key, text in (overrides or {}).items():
     override(config, key, text)
   return config.lock()
+
+
+def find(file: str) -> Path:
+  """Returns the path of a configuration file.
+
+  Args:
+    file: a path, or the name of one in configs/: "finetune", and anywhere
+      "configs/finetune.py".
+
+  Raises:
+    UserError: no such file.
+  """
+  path = Path(file)
+  if path.suffix == ".py" and path.is_file():
+    return path
+  known = {p.stem: p for p in sorted(_find_folder().glob("*.py"))}
+  if path.stem in known and str(path.parent) in (".", "configs"):
+    return known[path.stem]
+  siblings = [str(p) for p in path.parent.glob("*.py")]
+  raise UserError(
+    f"no configuration file {file!r}{suggest(file, [*known, *siblings])}; give "
+    "--config=CONFIG[:ARG], a file or the name of one in configs/, such as "
+    "quickstart_pretrain"
+  )
+
+
+def _find_folder():
+  """Returns configs/: in the package where it is installed, or beside it."""
+  package = Path(__file__).parent
+  installed = package / "configs"
+  return installed if installed.is_dir() else package.parent / "configs"
+
+
+@contextlib.contextmanager
+def _importing_from(folder):
+  """Lets a configuration import its neighbours: `from common import ...`.
+
+  These modules are forgotten afterwards, because those of another folder may
+  have the same names.
+  """
+  names = {path.stem for path in folder.glob("*.py")}
+  hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+  sys.path.insert(0, str(folder))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder))
+    for name in names & sys.modules.keys():
+      del sys.modules[name]
+    sys.modules.update(hidden)
 
 
 def override(config, key: str, text: str) -> None:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import ml_collections
@@ -21,6 +22,49 @@ _COMMON = str(_CONFIGS / "common.py")
 def _load(**overrides):
   given = {key.replace("__", "."): text for key, text in overrides.items()}
   return configuration.load(_COMMON, given)
+
+
+# --- files ---
+
+
+def test_names_of_the_configurations(tmp_path, monkeypatch):
+  """Wherever it starts; a file that is there comes first."""
+  arg = "ViT-B_16,cifar100"
+  wanted = configuration.load(f"{_CONFIGS}/finetune.py:{arg}")
+  monkeypatch.chdir(tmp_path)
+  for name in ("finetune", "finetune.py", "configs/finetune.py"):
+    assert configuration.load(f"{name}:{arg}") == wanted
+  (tmp_path / "finetune.py").write_text("get_config = None")
+  assert configuration.load(f"finetune:{arg}") == wanted
+  with pytest.raises(UserError, match=r"finetune\.py failed"):
+    configuration.load(f"finetune.py:{arg}")
+  for name, meant in (("finetun", "finetune"), ("./finetun.py", "finetune.py")):
+    with pytest.raises(UserError, match=f"; did you mean '{meant}'") as e:
+      configuration.load(name)
+    assert "\n" not in str(e.value)
+  with pytest.raises(UserError, match="no configuration file 'mine/finetune'"):
+    configuration.load("mine/finetune")
+
+
+def test_neighbours_of_a_configuration_are_forgotten(tmp_path):
+  for folder in ("a", "b"):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "common.py").write_text(f"NAME = {folder!r}")
+    (tmp_path / folder / "mine.py").write_text(
+      "import ml_collections\n"
+      "def get_config():\n"
+      "  from common import NAME\n"
+      "  return ml_collections.ConfigDict({'name': NAME})\n"
+    )
+  before = {**sys.modules, "common": sys}  # of somebody else
+  sys.modules["common"] = sys
+  try:
+    for folder in ("a", "b", "a"):
+      config = configuration.load(str(tmp_path / folder / "mine.py"))
+      assert config.name == folder
+    assert sys.modules == before
+  finally:
+    del sys.modules["common"]
 
 
 # --- overrides ---

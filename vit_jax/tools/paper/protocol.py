@@ -2,14 +2,10 @@
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from vit_jax import config as configuration
-from vit_jax.errors import UserError
 from vit_jax.tools.paper.runs import Pretraining, Run
-
-_CONFIGS = Path(__file__).parents[3] / "configs"
 
 # What has no influence on a result, but for rounding; and what decides which
 # cell a run is of, or how long it is, which the callers compare.
@@ -38,9 +34,6 @@ def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
   """Returns in what a pre-training differs, "KEY VALUE (protocol: VALUE)".
 
   Its evaluation does not matter: the weights are the same.
-
-  Raises:
-    UserError: there is no configs/ to compare with.
   """
   expected = {**load(pretraining_spec(wanted)), **dict(wanted.overrides)}
   del expected["eval.preprocess"]
@@ -56,9 +49,6 @@ def compare_finetuning(
     run: the fine-tuning.
     spec: "finetune.py:ViT-B_16,cifar100".
     base_lrs: the learning rates that the protocol selects among.
-
-  Raises:
-    UserError: there is no configs/ to compare with.
   """
   expected = load(spec)
   choices = {"schedule.base_lr": list(base_lrs)}
@@ -71,18 +61,8 @@ def compare_finetuning(
 
 @functools.cache
 def load(spec: str) -> Mapping[str, Any]:
-  """Returns a configuration of configs/, flat, as a run's config.json has it.
-
-  Raises:
-    UserError: there is no configs/.
-  """
-  file = _CONFIGS / spec.partition(":")[0]
-  if not file.exists():
-    raise UserError(
-      f"{file} is missing, which runs are compared with; install vit_jax from "
-      "a checkout: pip install -e ."
-    )
-  config = configuration.load(str(_CONFIGS / spec))
+  """Returns a configuration of configs/, flat, as config.json has it."""
+  config = configuration.load(spec.replace(".py:", ":", 1))
   return configuration.flatten(configuration.to_dict(config))
 
 
