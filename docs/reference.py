@@ -90,7 +90,7 @@ def make_commands() -> str:
   """Returns a section for each command, from the command line's own parser."""
   os.environ["COLUMNS"] = _WIDTH
   return "\n".join(
-    _format_command(parser) for parser in list_parsers(cli._make_parser())
+    _format_command(parser) for parser in list_parsers(cli.make_parser())
   )
 
 
@@ -109,14 +109,15 @@ def list_parsers(parser) -> list[argparse.ArgumentParser]:
 
 def _format_command(parser) -> str:
   usage = parser.format_usage().removeprefix("usage: ").strip()
-  lines = [f"## {parser.prog}", "", *_describe(parser)]
+  _, text = cli.COMMANDS[parser.prog.removeprefix("vit-jax ")]
+  lines = [f"## {parser.prog}", "", f"{_upper(text)}.", ""]
   lines += ["```text", _align(usage), "```", ""]
   rows = [
     (_name_option(action), _explain(action))
     for action in parser._actions
     if not isinstance(action, argparse._HelpAction)
   ]
-  if parser.get_default("run") in cli._OVERRIDDEN:
+  if parser.get_default("overrides") is not None:
     rows.append(("`--config.KEY=VALUE`", "sets [a key](config.md)"))
   lines += _format_table(("argument", "meaning"), rows)
   lines += [
@@ -125,26 +126,6 @@ def _format_command(parser) -> str:
     if group.description
   ]
   return "\n".join(lines)
-
-
-def _describe(parser):
-  """Returns what `vit-jax --help` says of a command."""
-  *parents, name = parser.prog.split()[1:]
-  at = cli._make_parser()
-  for parent in parents:
-    at = _find_subparsers(at).choices[parent]
-  for choice in _find_subparsers(at)._choices_actions:
-    if choice.dest == name:
-      return [f"{_upper(choice.help)}.", ""]
-  return []
-
-
-def _find_subparsers(parser):
-  return next(
-    action
-    for action in parser._actions
-    if isinstance(action, argparse._SubParsersAction)
-  )
 
 
 def _align(usage):

@@ -21,6 +21,27 @@ class RunStopped(RuntimeError):
   """
 
 
+# Library -> the extra of setup.py that installs it.
+EXTRAS = {
+  **dict.fromkeys(
+    ("array_record", "clu", "sklearn", "tensorflow", "tensorflow_datasets"),
+    "train",
+  ),
+  "matplotlib": "figures",
+  "gradio": "demo",
+  **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),
+  "libtpu": "plan",
+}
+
+
+def needs_extra(what: str, library: str) -> UserError:
+  """Returns the error for a library of `EXTRAS` that is not installed."""
+  return UserError(
+    f"{what} needs {library}, which is not installed: "
+    f"pip install 'vit_jax[{EXTRAS[library]}]'"
+  )
+
+
 def check_free(path) -> None:
   """Raises a UserError if there is anything at a path that is to be written."""
   if os.path.islink(path) and not os.path.exists(path):

@@ -28,6 +28,7 @@ from PIL import Image
 
 from vit_jax import __main__ as cli
 from vit_jax import config, models, pretrained
+from vit_jax.commands import flags
 from vit_jax.pretrained import fetch
 from vit_jax.pretrained.names import PUBLISHED
 from vit_jax.state import flatten
@@ -411,7 +412,7 @@ def test_every_published_name_is_in_its_list():
 # --- commands ---
 
 
-_make_parser = functools.cache(cli._make_parser)
+_make_parser = functools.cache(cli.make_parser)
 
 
 @functools.cache
@@ -424,9 +425,8 @@ def _check_vit_jax(words):
   with_names = [w for w in words if w != "--help"]
   if not with_names:
     return
-  args, rest = _make_parser().parse_known_args(with_names)
-  overrides = cli._parse_overrides(rest, args.parser)
-  assert not overrides or args.run in cli._OVERRIDDEN, words
+  args = flags.parse(_make_parser(), with_names)
+  overrides = dict(getattr(args, "overrides", {}))
   specs = getattr(args, "config", None) or []
   specs = [specs] if isinstance(specs, str) else specs
   for grid in getattr(args, "grid", []):
@@ -436,7 +436,7 @@ def _check_vit_jax(words):
   if overrides and not specs:
     specs = ["configs/common.py"]
   for spec in specs:
-    config.load(str(REPO / spec), overrides)
+    config.load(spec, overrides)
 
 
 def _check_make(words):

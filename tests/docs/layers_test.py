@@ -9,12 +9,14 @@ import sys
 
 import pytest
 
+from vit_jax import __main__
+
 _PACKAGE = pathlib.Path(__file__).parents[2] / "vit_jax"
 
 # A unit is a module directly in vit_jax, a room, or what is directly in one of
 # the rooms in _BY_MODULE. It imports units of layers above its own line here,
 # never one of its own line.
-_BY_MODULE = {"training", "evaluation", "tools"}
+_BY_MODULE = {"training", "evaluation", "tools", "commands"}
 _LAYERS = (
   ("errors",),
   (
@@ -53,6 +55,13 @@ _LAYERS = (
   ("tools.quickstart", "tools.jobs", "tools.preflight", "tools.demo"),
   ("tools.sweep",),
   ("tools.vtab",),
+  # The command line: what neither the core nor the tools import.
+  ("commands.flags",),
+  ("commands.distributed", "commands.process"),
+  tuple(
+    f"commands.{module.__name__.rpartition('.')[2]}"
+    for module, _ in __main__.COMMANDS.values()
+  ),
   ("__main__",),
 )
 _LAYER_OF = {unit: i for i, layer in enumerate(_LAYERS) for unit in layer}
@@ -173,6 +182,35 @@ def test_modules_do_not_import_in_a_circle():
     for module, path in modules.items()
   }
   graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError
+
+
+@pytest.mark.parametrize(
+  ("room", "importers"),
+  [("tools", {"tools", "commands"}), ("commands", {"commands", "__main__"})],
+)
+def test_what_the_core_never_imports(room, importers):
+  found = {
+    unit.partition(".")[0]
+    for unit, path in _SOURCES
+    for name in _read_imports(path)
+    if name.startswith(f"vit_jax.{room}.")
+  }
+  assert found == importers
+
+
+# What is run as a process of its own, and reports to the one that started it.
+_REPORTS = {"tools.bench"}
+
+
+@_each_source
+def test_only_commands_read_flags_and_print(unit, path):
+  if unit.startswith("commands.") or unit in _REPORTS:
+    return
+  assert "argparse" not in _read_imports(path)
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+      to = {word.arg: ast.unparse(word.value) for word in node.keywords}
+      assert to.get("file") == "sys.stderr", f"{path}:{node.lineno}"
 
 
 @_each_source

@@ -20,7 +20,7 @@ from tiny_runs import REPO, snapshot
 
 import vit_jax
 from vit_jax import data
-from vit_jax.__main__ import _make_parser, main
+from vit_jax.__main__ import main, make_parser
 from vit_jax.pretrained import embedded
 
 
@@ -124,7 +124,7 @@ def test_a_wrong_value(override, runs, fails, tmp_path):
 )
 def test_mistakes_that_need_no_data(override, fails, monkeypatch, tmp_path):
   """Nothing that imports TensorFlow is imported."""
-  for name in ("train", "sweep", "data"):
+  for name in ("train", "tools.sweep", "data"):
     monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
   (tmp_path / "configs").mkdir()
   for file in ("configs/common.py", "tests/tiny_config.py"):
@@ -400,7 +400,7 @@ def test_sizes_of_all_commands(size):
     ["bench", "step"],
     ["bench", "input"],
   ):
-    parsed = _make_parser().parse_args([*words, f"--image_size={size}"])
+    parsed = make_parser().parse_args([*words, f"--image_size={size}"])
     assert parsed.image_size == wanted
 
 
@@ -481,7 +481,7 @@ def test_help_of_commands(capsys):
 HEAVY = ("tensorflow", "tensorflow_datasets", "clu", "sklearn")
 PREDICT = """
 import sys
-from vit_jax.__main__ import _make_parser, main
+from vit_jax.__main__ import main
 assert main(sys.argv[1:]) == 0
 print([name for name in %r if name in sys.modules])
 """

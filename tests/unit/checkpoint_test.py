@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tiny_runs import REPO
 
 from vit_jax import checkpoint, sharding
 from vit_jax.errors import RunStopped, UserError

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from vit_jax.data.benchmarks import BY_HAND, PACKAGES
 from vit_jax.data.catalog import FOLDER, OBJECTNET
 from vit_jax.data.tfds import find_builder, open_folder
 from vit_jax.errors import UserError, one_line
+
+log = logging.getLogger(__name__)
 
 # Pauses double from 0.2 s on: TFDS's own number, 10, takes 213 s to find out
 # that there is no network.
@@ -141,7 +144,7 @@ def _convert(builder):
       "can be converted; delete it and prepare it again"
     )
   for split, info in builder.info.splits.items():
-    print(f"converting {split}: {info.num_examples:,} examples")
+    log.info("converting %s: %s examples", split, f"{info.num_examples:,}")
     template = info.filename_template
     new_template = template.replace(filetype_suffix="array_record")
     for i, length in enumerate(info.shard_lengths):

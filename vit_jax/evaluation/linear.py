@@ -111,34 +111,3 @@ def linear(
     "l2": l2,
     "results": [measure(count) for count in shots],
   }
-
-
-def parse_shots(text: str) -> list[int | None]:
-  """Reads "5,10,all".
-
-  Raises:
-    UserError: something else.
-  """
-  try:
-    return [None if t == "all" else int(t) for t in text.split(",")]
-  except ValueError as e:
-    raise UserError(
-      f"--shots is {text!r}; it is numbers and 'all', such as 5,10,all"
-    ) from e
-
-
-def format_report(found: dict[str, Any]) -> str:
-  """Returns the result of `linear` as lines for people."""
-  lines = [
-    f"{found['checkpoint']} on {found['dataset']}: {found['features']} "
-    f"features, {found['preprocess']}, {found['train_examples']} images of "
-    f"{found['train_split']}, {found['test_examples']} of "
-    f"{found['test_split']}"
-  ]
-  for row in found["results"]:
-    draws = len(row["accuracies"])
-    spread = ""
-    if row["spread"] is not None:
-      spread = f" +- {row['spread']:.2%} over {draws} draws"
-    lines.append(f"  {row['shots']:>4} shots {row['accuracy']:8.2%}{spread}")
-  return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The `inspect` command: what a file or folder of weights holds."""
+"""Descriptions of files and folders of weights."""
 
 import re
 from typing import Any
@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax import pretrained
-from vit_jax.pretrained import embedded
 from vit_jax.pretrained.loaded import HEAD_OF_ZEROS
-from vit_jax.pretrained.names import PUBLISHED
 
 
 def inspect(source: str) -> dict[str, Any]:
@@ -66,54 +64,3 @@ def _describe_array(path, x):
     "mean": float(values.mean(dtype=np.float64)),
     "std": float(values.std(dtype=np.float64)),
   }
-
-
-def format_report(found: dict[str, Any]) -> str:
-  """Returns the text that people read of what `inspect` returns."""
-  by = "x".join
-  size, grid = (by(map(str, found[name])) for name in ("image_size", "grid"))
-  names = found["class_names"]
-  lines = [
-    f"{found['source']}",
-    f"origin         {found['origin']}",
-    f"variant        {found['variant']}, "
-    f"{found['num_parameters']:,} parameters",
-    f"image size     {size}, patch {found['patch']}, grid {grid}",
-    f"classes        {found['num_classes']}, "
-    + ("named " + ", ".join(names[:3]) + ", ..." if names else "without names"),
-    f"head           {found['head'].upper()}"
-    f", from {found['classifier']}"
-    + (
-      f" through a tanh layer of {found['representation_size']}"
-      if found["representation_size"]
-      else ""
-    ),
-    f"positions      {found['pos_embedding']}, resized {found['resize']}",
-    f"activation     {found['activation']}, LayerNorm epsilon "
-    f"{found['layer_norm_epsilon']:g}",
-    f"preprocessing  {found['preprocess']}, mean {_triple(found['mean'])}, "
-    f"std {_triple(found['std'])}, {found['loss']}",
-    "",
-  ]
-  width = max(len(row["path"]) for row in found["parameters"])
-  lines += [
-    f"{row['path']:{width}}  {by(map(str, row['shape'])) or 'scalar':>16}  "
-    f"{row['dtype']:8}  mean {row['mean']:+.4f}  std {row['std']:.4f}"
-    for row in found["parameters"]
-  ]
-  lines += [f"NOTE: {note}" for note in found["notes"]]
-  return "\n".join(lines)
-
-
-def _triple(values):
-  return "/".join(f"{x:g}" for x in values)
-
-
-def list_published() -> str:
-  """Returns the published names and their addresses, a line each."""
-  places = {name: found.address for name, found in PUBLISHED.items()}
-  places |= dict.fromkeys(embedded.MODELS, "in the package: no download")
-  width = max(map(len, places))
-  return "\n".join(
-    f"{name:{width}}  {place}" for name, place in sorted(places.items())
-  )

@@ -1,18 +1,18 @@
-"""The `data` command: list, prepare, build, check and show data sets."""
+"""Data sets: listed, built, checked and shown."""
 
 import concurrent.futures
 import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
-from vit_jax.data import benchmarks, builders, preprocess
-from vit_jax.data.folder import FolderSource
+from vit_jax.data import builders, preprocess
 from vit_jax.errors import UserError
 from vit_jax.tools.build_data import labelled, own_files
 
@@ -23,64 +23,21 @@ _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
 
 
 def list_datasets(data_dir: str | None = None) -> list[dict]:
-  """Prints what is built in, and what is prepared.
+  """Returns the prepared data sets, then the other built-in ones.
 
   Returns:
-    [{"name", "version", "format", "splits": {split: examples}}], prepared
-    ones; built-in ones that are not have None for all but the name.
+    [{"name", "version", "format", "splits": {split: examples}}]; built-in ones
+    that are not prepared have None for all but the name.
   """
-  root = _resolve(data_dir)
-  prepared = _find_prepared(root)
+  prepared = _find_prepared(resolve(data_dir))
   names = {p["name"].partition("/")[0] for p in prepared}
   missing = [n for n in builders.names() if n not in names]
-  print(f"prepared in {root}:")
-  for p in prepared:
-    splits = ", ".join(f"{k} {n:,}" for k, n in p["splits"].items())
-    note = "" if p["format"] == "array_record" else f"  [{p['format']}]"
-    print(f"  {p['name']}:{p['version']}  {splits}{note}")
-  if not prepared:
-    print("  nothing yet")
-  for name in missing:
-    how = "run `vit-jax data prepare"
-    if name in benchmarks.BY_HAND:
-      how = "by hand: see `vit-jax data check"
-    print(f"built in: {name}  ({how} {name}`)")
-  _print_tasks({p["name"] for p in prepared if p["format"] == "array_record"})
-  print("folders of images by class: folder:PATH")
-  print("ObjectNet, as it was unpacked: objectnet:PATH/images")
-  print("to download: any image data set of tensorflow.org/datasets/catalog")
   unprepared = {"version": None, "format": None, "splits": None}
   return prepared + [{"name": name, **unprepared} for name in missing]
 
 
-def _print_tasks(ready):
-  """Prints the tasks by group, with what they wait for."""
-  for title, prefix, groups in (
-    ("VTAB-1k", data.VTAB, benchmarks.GROUPS),
-    ("mini-VTAB, without a download", data.MINI, benchmarks.GROUPS),
-    ("other test sets of the paper", "", ("",)),
-  ):
-    names = list(data.list_tasks(prefix)) if prefix else benchmarks.list_plain()
-    splits = ", ".join(names[0].splits)
-    print(f"{title}{f' (splits {splits})' if splits else ''}:")
-    for group in groups:
-      for task in (t for t in names if t.group == group):
-        print(f"  {group:13}{task.name:27} {_say_state(task, ready)}")
-
-
-def _say_state(task, ready):
-  dataset = task.dataset.partition(":")[0]
-  name = dataset.partition("/")[0]
-  if dataset in ready:
-    return "ready"
-  if name in builders.names():
-    return f"run `vit-jax data prepare {task.name}`"
-  if name in benchmarks.BY_HAND:
-    return f"by hand: see `vit-jax data check {task.name}`"
-  return "to download"
-
-
-def _resolve(data_dir):
+def resolve(data_dir: str | None) -> Path:
+  """Returns the folder of TFDS data sets; None: TFDS's default."""
   if data_dir is None:
     data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
   return Path(data_dir).expanduser()
@@ -125,8 +82,8 @@ def build(
   holdout: float = 0.0,
   workers: int | None = None,
   data_dir: str | None = None,
-) -> dict:
-  """Makes a multi-label data set of one's own images, or goes on with it.
+) -> tuple[Path, dict]:
+  """Makes a multi-label data set of your images, or resumes making it.
 
   Args:
     name: of the new data set.
@@ -141,7 +98,7 @@ def build(
     data_dir: where TFDS data sets are.
 
   Returns:
-    What report.json says.
+    Its folder, and the content of report.json.
 
   Raises:
     UserError: nothing to read, bad labels, or a name that is taken.
@@ -153,7 +110,7 @@ def build(
     )
   if not 0 <= holdout < 1:
     raise UserError(f"--holdout is {holdout}; it must be in [0, 1)")
-  root = str(_resolve(data_dir))
+  root = str(resolve(data_dir))
   pairs = [own_files.parse_pair(text, "--against") for text in against or []]
   if images.startswith(own_files.TFDS):
     if labels or classes or min_confidence:
@@ -167,29 +124,7 @@ def build(
     raise UserError("--labels is missing: a CSV or JSON-lines file")
   plan = labelled.Plan(name, images, class_names, by_image, pairs, holdout)
   folder = labelled.build(plan, root, workers)
-  report = json.loads((folder / "report.json").read_text())
-  for what, found in report.items():
-    count = found if isinstance(found, int) else len(found)
-    print(f"{what:20}{count:,}")
-  print(f"{name} is ready in {folder}; report.json lists what was left out")
-  return report
-
-
-# --- prepare ---
-
-
-def prepare(name: str, data_dir: str | None = None) -> Path:
-  """Has a TFDS data set ready in ArrayRecord; prints where it is.
-
-  Returns:
-    Its folder.
-
-  Raises:
-    UserError: unknown data set, or it could not be had (why).
-  """
-  folder = data.prepare(name, data_dir)
-  print(f"{name} is ready in {folder}")
-  return folder
+  return folder, json.loads((folder / "report.json").read_text())
 
 
 # --- check ---
@@ -200,11 +135,8 @@ def check(
   split: str | None = None,
   data_dir: str | None = None,
   num_examples: int = 1000,
-) -> list[dict]:
-  """Decodes examples and checks their labels; prints a summary.
-
-  Of a data set that is not there it prints what is missing, what is to be
-  fetched by hand, and where that goes.
+) -> Iterator[tuple[data.Source, dict]]:
+  """Decodes examples and checks their labels.
 
   Args:
     name: a data set.
@@ -212,67 +144,20 @@ def check(
     data_dir: where TFDS data sets are.
     num_examples: how many of each split, evenly spread; 0 for all.
 
-  Returns:
-    [{"split", "examples", "checked", "height", "width", "label_counts",
-    "traits"}]: height and width are (least, most) in pixels, label_counts
-    int[k] of the checked ones, traits {what users may not expect: how many}.
+  Yields:
+    For each split it and {"split", "examples", "checked", "height", "width",
+    "label_counts", "traits", "faults"}: height and width are (least, most) in
+    pixels, label_counts int[k] of the checked ones, traits {what users may not
+    expect: how many}, faults a line for each example that cannot be used.
 
   Raises:
-    UserError: no such data set or split; examples at fault, after they have all
-      been printed.
+    UserError: no such data set or split.
   """
   task = data.find_task(name)
-  if not name.startswith((data.FOLDER, data.OBJECTNET)):
-    _print_needs(name, task, data.find_needs(name, data_dir))
-  splits = [split] if split else _choose_splits(name, task, data_dir)
-  summaries, faults = [], []
-  for i, split in enumerate(splits):
-    source = data.get_source(name, split, data_dir, faults)
-    if i == 0:
-      labels = f"up to {source.max_labels} labels" if source.multilabel else "1"
-      print(
-        f"{name}: {source.num_classes:,} classes "
-        f"({_shorten(source.class_names)}), labels an image: {labels}"
-      )
-      if isinstance(source, FolderSource) and source.left_out:
-        _print(f"  {source.describe_left_out()}")
-    summary = _check_split(source, num_examples, faults)
-    _print_summary(summary, source)
-    summaries.append(summary)
-  if len(faults) > 1:
-    for fault in faults:
-      _print(f"at fault: {fault}")
-    raise UserError(f"{name}: {len(faults):,} examples are at fault, see above")
-  if faults:
-    raise UserError(faults[0])
-  return summaries
-
-
-def _print(text):
-  """Prints text, also with names of files that are not UTF-8."""
-  print(text.encode(errors="backslashreplace").decode())
-
-
-def _print_needs(name, task, needs):
-  if task:
-    print(f"{name} is {task.title}{task.group and ', ' + task.group}")
-    for split, text in task.splits.items():
-      print(f"  {split}: {text}")
-  if needs.state == "ready":
-    print(f"prepared in {needs.folder}")
-    return
-  print(f"not ready ({needs.state}): {needs.folder}")
-  if needs.state == "to convert":
-    return
-  for package in needs.packages:
-    print(f"  takes the Python package {package}, which is not installed")
-  if needs.manual_folder is None:
-    print("  all of it is downloaded or made by `vit-jax data prepare`")
-    return
-  print(f"  fetched by hand, into {needs.manual_folder}:")
-  for file, there in needs.manual_files.items():
-    print(f"    {file}  {'there' if there else 'missing'}")
-  print(f"  TFDS says: {needs.instructions}")
+  for part in [split] if split else _choose_splits(name, task, data_dir):
+    faults = []
+    source = data.get_source(name, part, data_dir, faults)
+    yield source, _check_split(source, num_examples, faults)
 
 
 def _choose_splits(name, task, data_dir):
@@ -283,7 +168,7 @@ def _choose_splits(name, task, data_dir):
 
 
 def _check_split(source, num_examples, faults):
-  """Returns what `check` does; adds a line to `faults` for each fault."""
+  """Returns a summary, see `check`; adds to `faults`."""
   count = min(num_examples or source.num_examples, source.num_examples)
   indices = np.arange(count) * source.num_examples // max(count, 1)
 
@@ -308,6 +193,7 @@ def _check_split(source, num_examples, faults):
     "width": (min(widths), max(widths)),
     "label_counts": np.bincount(labels, minlength=source.num_classes),
     "traits": Counter(trait for *_, traits in checked for trait in traits),
+    "faults": faults,
   }
 
 
@@ -329,32 +215,6 @@ def _find_traits(encoded, pixels):
   return traits
 
 
-def _print_summary(summary, source):
-  counts = summary["label_counts"]
-  rarest, commonest = int(counts.argmin()), int(counts.argmax())
-  names = source.class_names
-  print(
-    f"  {summary['split']}: {summary['examples']:,} examples, "
-    f"{summary['checked']:,} checked and sound\n"
-    f"    height {_range(summary['height'])}, width "
-    f"{_range(summary['width'])} pixels\n"
-    f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
-    f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
-  )
-  for trait, count in summary["traits"].most_common():
-    print(f"    {count:,} {trait}")
-
-
-def _range(pair):
-  low, high = pair
-  return str(low) if low == high else f"{low} to {high}"
-
-
-def _shorten(names, limit=5):
-  more = ", ..." if len(names) > limit else ""
-  return ", ".join(names[:limit]) + more
-
-
 # --- show ---
 
 
@@ -369,7 +229,7 @@ def show(
   rows: int = 4,
   seed: int = 0,
   data_dir: str | None = None,
-) -> Path:
+) -> tuple[Path, int]:
   """Writes a PNG grid of images as the model sees them while training.
 
   Args:
@@ -380,7 +240,7 @@ def show(
     seed: decides the choice and the augmentation, as `config.seed` does.
 
   Returns:
-    The file.
+    The file, and the number of images.
 
   Raises:
     UserError: as for training; the file cannot be written.
@@ -408,8 +268,7 @@ def show(
     grid.save(file, "PNG")
   except OSError as e:
     raise UserError(f"{file} cannot be written: {e.strerror}") from e
-  print(f"{count} images of {name} {split} are in {file}")
-  return file
+  return file, count
 
 
 def _draw_grid(images, captions, columns):

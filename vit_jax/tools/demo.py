@@ -1,10 +1,11 @@
-"""The `demo` command: a page to drop pictures on.
+"""A web page to drop pictures on.
 
 It shows the classes that `predict` gives for the file, and where the model
 looks, at any resolution in whole patches. `Viewer` is what the page shows;
 the rest is the page, on gradio, which an extra installs.
 """
 
+import contextlib
 import functools
 import html
 import os
@@ -13,7 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -155,14 +156,18 @@ def _enlarge(pixels):
   )
 
 
-def demo(
+@contextlib.contextmanager
+def serve(
   source: str,
   class_names: str | None = None,
   host: str = "127.0.0.1",
   port: int | None = None,
   share: bool = False,
-) -> None:
-  """Serves the page until Ctrl-C or SIGTERM; see `launch`."""
+) -> Iterator[str]:
+  """Serves the page while its context lasts; yields its address.
+
+  Ctrl-C or SIGTERM ends the context, and is not raised again; see `launch`.
+  """
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   # What is uploaded goes into a folder that is ours to delete: gradio leaves it
   # where a page is open at the end.
@@ -172,21 +177,16 @@ def demo(
     prefix="vit_jax_demo_", dir=base, ignore_cleanup_errors=True
   ) as folder:
     os.environ["GRADIO_TEMP_DIR"] = folder
-    _serve(*_start(source, class_names, host, port, share))
-
-
-def _serve(viewer, page):
-  """Returns when somebody ends it."""
-  try:
-    print(f"{page.local_url} shows the demo; Ctrl-C ends it", flush=True)
-    threading.Event().wait()  # which nobody sets
-  except KeyboardInterrupt:
-    pass  # how it is meant to end
-  finally:
-    page.close(verbose=False)
-    # Ending amid a computation, Python would abort in C++.
-    with viewer.lock:
+    viewer, page = _start(source, class_names, host, port, share)
+    try:
+      yield page.local_url
+    except KeyboardInterrupt:
       pass
+    finally:
+      page.close(verbose=False)
+      # Ending amid a computation, Python would abort in C++.
+      with viewer.lock:
+        pass
 
 
 def launch(
@@ -209,7 +209,7 @@ def launch(
     gradio's Blocks; `.close()` ends it.
 
   Raises:
-    UserError: no gradio, the address is taken, or see `Viewer`.
+    UserError: the address is taken, or see `Viewer`.
   """
   return _start(source, class_names, host, port, share)[1]
 
@@ -243,10 +243,8 @@ def _start(source, class_names, host, port, share):
 def _import_gradio() -> Any:
   # Read when it is imported: nothing is told to anybody.
   os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-  try:
-    import gradio  # pyright: ignore[reportMissingImports]
-  except ImportError as e:
-    raise UserError("the demo needs gradio: pip install 'vit_jax[demo]'") from e
+  import gradio  # pyright: ignore[reportMissingImports]
+
   return gradio
 
 

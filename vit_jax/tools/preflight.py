@@ -1,4 +1,4 @@
-"""The `preflight` command: what would stop a run, found before it starts.
+"""Checks in advance for problems that would fail or stall a run.
 
 Every process of the run looks at its own machine, without touching its TPU.
 Then a roll is called, where each hears what all have found; so all end alike.
@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 
 from vit_jax import checkpoint
-from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.tools.bench.input import time_batches
 from vit_jax.training import hosts, run_folder
@@ -51,64 +50,65 @@ class Found(NamedTuple):
   text: str
 
 
-def preflight(
-  spec: str,
-  workdir: str,
-  *,
-  overrides: dict[str, str] | None = None,
-  place: hosts.Place | None = None,
-  expected: int | None = None,
-  topology: str | None = None,
-  timeout: float = hosts.START_TIMEOUT,
-) -> dict[str, Found]:
-  """Checks what a run needs, on every process of it; prints what was found.
+def examine(config, workdir: str, count: int) -> dict:
+  """Returns what this process knows of its machine, for `hosts.call_roll`.
 
   Args:
-    spec: "FILE[:ARG]" of the run's configuration.
+    config: of the run.
     workdir: of the run.
-    overrides: {"fsdp": "16"} as typed by the user.
-    place: of this process among the others; None: there is one.
-    expected: how many processes there should be; None: as many as `place` says.
-    topology: as for `plan`, "v5e:4x4"; None: its memory is not planned.
-    timeout: seconds to wait for the other processes.
-
-  Returns:
-    {check: what was found}.
-
-  Raises:
-    UserError: a check has failed; which ones has been printed.
-    RunStopped: not all hosts came.
+    count: how many processes there are.
   """
-  config = configuration.load(spec, overrides)
-  place = place or hosts.Place("", 1, 0)
-  found = check_machine(config, workdir, place.count)
-  facts = {
+  found = check_machine(config, workdir, count)
+  readable = found["data"].state == OK
+  return {
     "versions": hosts.read_versions(),
     "chips": len(find_chips()),
-    "images_per_second": None,
+    "images_per_second": measure_input(config) if readable else None,
     "found": found,
   }
-  if found["data"].state == OK:
-    facts["images_per_second"] = measure_input(config)
-  try:
-    everyone = hosts.call_roll(place, facts, timeout)
-  except RunStopped:
-    _print(found)
-    raise
-  found = {"hosts": check_hosts(everyone, expected)}
-  found["versions"] = check_versions(everyone)
-  found |= merge([(f["host"], f["found"]) for f in everyone])
-  if place.index == 0:
-    plan, why_not = ask_plan(spec, overrides, topology)
-    found["memory"] = check_memory(plan, topology) if plan else why_not
-    found["input"] = check_input(everyone, plan)
-    _print(found)
+
+
+def compare(everyone: list[dict], expected: int | None) -> dict[str, Found]:
+  """Returns {check: what was found} on all machines.
+
+  Args:
+    everyone: what `examine` returned there.
+    expected: how many processes there should be; None: as many as there are.
+  """
+  return {
+    "hosts": check_hosts(everyone, expected),
+    "versions": check_versions(everyone),
+    **merge([(facts["host"], facts["found"]) for facts in everyone]),
+  }
+
+
+def check_plan(
+  everyone: list[dict],
+  spec: str,
+  overrides: dict[str, str] | None,
+  topology: str | None,
+) -> dict[str, Found]:
+  """Compares the run's plan with its memory and its input.
+
+  Args:
+    everyone: what `examine` returned on all machines.
+    spec, overrides: of the run's configuration, as typed by the user.
+    topology: as for `plan`, "v5e:4x4"; None: its memory is not planned.
+  """
+  plan, why_not = ask_plan(spec, overrides, topology)
+  return {
+    "memory": check_memory(plan, topology) if plan else why_not,
+    "input": check_input(everyone, plan),
+  }
+
+
+def raise_if_failed(found: dict[str, Found]) -> None:
+  """Raises RunStopped if hosts are missing, a UserError if a check failed."""
   failed = [name for name, check in found.items() if check.state == FAILED]
   if found["hosts"].state == FAILED:
     raise RunStopped(found["hosts"].text)
   if failed:
     raise UserError(f"not ready: {', '.join(failed)}")
-  return found
 
 
 def check_machine(config, workdir: str, count: int) -> dict[str, Found]:
@@ -147,12 +147,6 @@ def merge(by_host: list[tuple[str, dict]]) -> dict[str, Found]:
       lines = [*texts]
     merged[name] = Found(worst, "; ".join(lines))
   return merged
-
-
-def _print(found):
-  width = max(map(len, found)) + 2
-  for name, (state, text) in found.items():
-    print(f"{name:{width}}{state:9}{text}", flush=True)
 
 
 # --- all hosts ---

@@ -1,4 +1,4 @@
-"""The `quickstart` command: the paper's main experiment, in minutes.
+"""The quickstart: the paper's main experiment, in minutes.
 
 Pre-train on many cheap images, fine-tune at twice the resolution on few real
 ones, and compare with training on those few alone, for as many steps.
@@ -6,7 +6,6 @@ ones, and compare with training on those few alone, for as many steps.
 
 import json
 import logging
-import shlex
 import shutil
 import time
 from pathlib import Path
@@ -15,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import checkpoint, config, data, models, sharding
-from vit_jax.errors import UserError
 from vit_jax.evaluation import classification
 from vit_jax.evaluation.predict import predict
-from vit_jax.tools import datasets
 from vit_jax.tools.figures import make_figures
 from vit_jax.train import train
 from vit_jax.training import losses
@@ -26,41 +23,31 @@ from vit_jax.training.objectives import Classification
 
 log = logging.getLogger(__name__)
 
-CONFIGS = {
-  "pretrain": "configs/quickstart_pretrain.py",
-  "finetune": "configs/quickstart_finetune.py",
-}
+REPORT = "report.json"
 NUM_PREDICTIONS = 8  # held-out images that are classified at the end
 # Class frequencies are estimated from so many training images.
 PRIOR_EXAMPLES = 4000
 
 
-def quickstart(workdir: str) -> None:
-  """Runs all of it in `workdir`; writes report.json and pictures into it.
+def read_report(folder: Path) -> dict | None:
+  """Returns the report of a quickstart that has finished."""
+  report = folder / REPORT
+  return json.loads(report.read_text()) if report.exists() else None
 
-  Interrupted, it goes on where it stopped. Done, it says so.
 
-  Raises:
-    UserError: not started from the project's folder.
+def quickstart(folder: Path) -> dict | None:
+  """Runs all of it in `folder`; writes its report and pictures there.
+
+  Interrupted, it continues where it stopped.
+
+  Returns:
+    The report, None if it was interrupted.
   """
-  folder = Path(workdir)
-  report = folder / "report.json"
-  if report.exists():
-    print(make_table(json.loads(report.read_text())))
-    print(
-      f"This is from an earlier run: {folder} is done. "
-      f"To run it anew: rm -r {folder} && make quickstart"
-    )
-    return
-  for file in CONFIGS.values():
-    if not Path(file).exists():
-      raise UserError(f"{file} is not here; start from the project's folder")
-
   begin = time.monotonic()
   data_dir = str(folder / "data")
   for name in ("jft_like", "digits"):
     say(f"Data: {name}")
-    datasets.prepare(name, data_dir)
+    data.prepare(name, data_dir)
 
   say("Pre-training on jft_like")
   pretrain = load("pretrain", data_dir)
@@ -74,8 +61,7 @@ def quickstart(workdir: str) -> None:
   say("The same from scratch")
   scratch = train(load("finetune", data_dir), folder / "from_scratch")
   if None in (pretrained, finetuned, scratch):
-    print("Interrupted; run it again to resume.")
-    return
+    return None
 
   say("Predictions for held-out images")
   images, names = write_test_images(folder / "images", finetune)
@@ -91,12 +77,9 @@ def quickstart(workdir: str) -> None:
   say("Where the model looks")
   draw_figures(folder / "figures", str(folder / "finetune"), images)
   result["seconds"] = round(time.monotonic() - begin, 1)
-  checkpoint.write_atomically(report, json.dumps(result, indent=1) + "\n")
-  print(make_table(result))
-  print(f"Written to {report}.")
-  print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
-  quoted = shlex.quote(str(folder))
-  print(f"A page on the runs: vit-jax report {quoted} --out=report.html")
+  text = json.dumps(result, indent=1) + "\n"
+  checkpoint.write_atomically(folder / REPORT, text)
+  return result
 
 
 def say(text: str) -> None:
@@ -106,7 +89,7 @@ def say(text: str) -> None:
 def load(name, data_dir, overrides=None):
   """Loads one of the two configurations."""
   overrides = {"data_dir": data_dir, **(overrides or {})}
-  return config.load(CONFIGS[name], overrides)
+  return config.load(f"quickstart_{name}", overrides)
 
 
 def summarize_pretraining(c, results):

@@ -26,7 +26,6 @@ from vit_jax.data import tfds as tfds_source
 from vit_jax.data.builders import mini_scenes, mini_tissue
 from vit_jax.errors import UserError
 from vit_jax.evaluation import classification
-from vit_jax.tools import datasets
 from vit_jax.training.objectives import create
 
 # Examples of each split of the TFDS data sets: their published metadata, which
@@ -696,7 +695,7 @@ def test_check_says_what_is_fetched_by_hand_and_where_it_goes(tmp_path, capsys):
     assert f"fetched by hand, into {manual}:" in out
     assert all(f"{file}  missing" in out for file in files)
     with pytest.raises(UserError, match=f"put .*{files[0]}.* into {manual}"):
-      datasets.prepare(name, root)
+      data.prepare(name, root)
   (tmp_path / "downloads" / "manual" / "NWPU-RESISC45").mkdir(parents=True)
   needs = data.find_needs("vtab:resisc45", root)
   assert needs.manual_files == {"NWPU-RESISC45": True}
@@ -705,11 +704,13 @@ def test_check_says_what_is_fetched_by_hand_and_where_it_goes(tmp_path, capsys):
 
 def test_check_of_every_task(mocked, capsys):
   for name in ("vtab:dtd", "vtab:clevr_count", "imagenet2012_real", "cifar10"):
-    with pytest.raises(UserError, match="data prepare"):
-      datasets.check(name, data_dir=mocked.root)
-    assert "not ready (missing)" in capsys.readouterr().out
+    command = ["data", "check", name, f"--data_dir={mocked.root}"]
+    assert main(command) == 2
+    out, err = capsys.readouterr()
+    assert "data prepare" in err
+    assert "not ready (missing)" in out
     mocked.prepare(name, [*_overrides(name), {"real_label": [5]}][:5])
-    datasets.check(name, data_dir=mocked.root, num_examples=5)
+    assert main([*command, "--examples=5"]) == 0
     out = capsys.readouterr().out
     assert f"{name} is {data.find_task(name).title}" in out
     assert "5 checked and sound" in out
@@ -717,7 +718,7 @@ def test_check_of_every_task(mocked, capsys):
 
 def test_list_has_the_tasks_by_group(mocked, capsys):
   mocked.prepare("vtab:dtd")
-  datasets.list_datasets(mocked.root)
+  assert main(["data", "list", f"--data_dir={mocked.root}"]) == 0
   lines = [line.split() for line in capsys.readouterr().out.splitlines()]
   assert ["natural", "vtab:dtd", "ready"] in lines
   assert ["structured", "vtab:dmlab", "to", "download"] in lines

@@ -18,10 +18,10 @@ from PIL import Image
 
 from vit_jax import config as configuration
 from vit_jax import data, train
+from vit_jax.__main__ import main
 from vit_jax.data import ops
 from vit_jax.data.builders import imagenet21k
 from vit_jax.errors import UserError
-from vit_jax.tools import datasets
 from vit_jax.training.objectives import create
 
 _REPO = pathlib.Path(__file__).parents[3]
@@ -301,18 +301,19 @@ _CUT = r"cannot be read, in or after n\d{8} \(.*\); fetch it again"
 
 def test_what_is_missing_and_where_it_goes(tmp_path, capsys):
   manual = tmp_path / "downloads" / "manual"
-  with pytest.raises(UserError, match="run `vit-jax data prepare imagenet21k"):
-    datasets.check(_GOOGLE, data_dir=str(tmp_path))
-  out = capsys.readouterr().out
+  where = f"--data_dir={tmp_path}"
+  assert main(["data", "check", _GOOGLE, where]) == 2
+  out, err = capsys.readouterr()
+  assert "run `vit-jax data prepare imagenet21k" in err
   assert f"fetched by hand, into {manual}:" in out
   either = "fall11_whole.tar or winter21_whole.tar.gz or "
   assert either in out
   assert "missing" in out
   assert "Log in at https://image-net.org" in out
   with pytest.raises(UserError, match=f"put {either}.* into {manual}") as e:
-    datasets.prepare(_FALL, str(tmp_path))
+    data.prepare(_FALL, str(tmp_path))
   assert "\n" not in str(e.value)
-  datasets.list_datasets(str(tmp_path))
+  assert main(["data", "list", where]) == 0
   listed = (
     "built in: imagenet21k  (by hand: see `vit-jax data check imagenet21k`"
   )

@@ -1,5 +1,6 @@
-"""The `data` command: list, prepare, check, show."""
+"""Data sets are listed, prepared, checked and shown."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from tensorflow_datasets.core.download import downloader
 
 from vit_jax import data
+from vit_jax.__main__ import main
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
 from vit_jax.tools import datasets
@@ -61,7 +63,7 @@ class Unreachable(tfds.core.GeneratorBasedBuilder):
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
   root = str(tmp_path_factory.mktemp("prepared"))
-  datasets.prepare("digits", root)
+  data.prepare("digits", root)
   return root
 
 
@@ -73,12 +75,12 @@ def _files(folder):
 
 
 def test_prepare_writes_array_record_once(data_dir, capsys):
-  folder = datasets.prepare("digits", data_dir)
-  assert "is ready in" in capsys.readouterr().out
+  folder = data.prepare("digits", data_dir)
   assert folder.name == "1.0.0"
   before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
   assert any("train.array_record" in f.name for f in before)
-  assert datasets.prepare("digits", data_dir) == folder
+  assert main(["data", "prepare", "digits", f"--data_dir={data_dir}"]) == 0
+  assert f"digits is ready in {folder}\n" in capsys.readouterr().out
   assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
 
 
@@ -86,7 +88,7 @@ def test_prepare_converts_tfrecord(tmp_path, data_dir):
   digits.Digits(data_dir=tmp_path).download_and_prepare()
   with pytest.raises(UserError, match="to convert it"):
     data.get_source("digits", "train", str(tmp_path))
-  folder = datasets.prepare("digits", str(tmp_path))
+  folder = data.prepare("digits", str(tmp_path))
   assert not [name for name in _files(folder) if "incomplete" in name]
   for split in ("train", "test"):
     converted = data.get_source("digits", split, str(tmp_path))
@@ -94,7 +96,7 @@ def test_prepare_converts_tfrecord(tmp_path, data_dir):
     everything = np.arange(converted.num_examples)
     assert converted.read(everything) == generated.read(everything)
   before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
-  assert datasets.prepare("digits", str(tmp_path)) == folder  # once is enough
+  assert data.prepare("digits", str(tmp_path)) == folder  # once is enough
   assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
   # TFDS itself still reads the old files.
   assert len(tfds.load("digits", split="test", data_dir=tmp_path)) == 797
@@ -109,11 +111,11 @@ def test_interrupted_conversion_changes_nothing(tmp_path, monkeypatch):
   whole = train.read_bytes()
   train.write_bytes(whole[:-30])
   with pytest.raises(UserError, match=r"train\.tfrecord.* cannot be read"):
-    datasets.prepare("digits", str(tmp_path))
+    data.prepare("digits", str(tmp_path))
   assert _files(folder) == before
   assert (folder / "dataset_info.json").read_bytes() == summary
   train.write_bytes(whole)
-  datasets.prepare("digits", str(tmp_path))
+  data.prepare("digits", str(tmp_path))
   assert data.list_splits("digits", str(tmp_path))["train"] == 1000
 
 
@@ -124,7 +126,7 @@ def test_prepare_explains_what_it_cannot_do(tmp_path):
     ("unreachable", "could not be prepared: no route to host"),
   ):
     with pytest.raises(UserError, match=words) as e:
-      datasets.prepare(name, str(tmp_path))
+      data.prepare(name, str(tmp_path))
     assert "\n" not in str(e.value)
   assert not list(tmp_path.glob("*/*/dataset_info.json"))
 
@@ -140,12 +142,14 @@ def test_list_tells_what_is_there(data_dir, tmp_path, capsys):
     "format": "array_record",
     "splits": {"train": 1000, "test": 797},
   }
+  assert main(["data", "list", f"--data_dir={data_dir}"]) == 0
   out = capsys.readouterr().out
   assert "digits:1.0.0  train 1,000, test 797" in out
   assert "built in: jft_like" in out
   digits.Digits(data_dir=tmp_path).download_and_prepare()
   [old, *_] = datasets.list_datasets(str(tmp_path))
   assert old["format"] == "tfrecord"
+  assert main(["data", "list", f"--data_dir={tmp_path}"]) == 0
   assert "[tfrecord]" in capsys.readouterr().out
 
 
@@ -154,6 +158,7 @@ def test_list_of_nothing(tmp_path, capsys, monkeypatch):
   found = datasets.list_datasets()
   assert {"digits", "jft_like"} <= {d["name"] for d in found}
   assert all(d["splits"] is None for d in found)
+  assert main(["data", "list"]) == 0
   out = capsys.readouterr().out
   assert "nothing yet" in out
   assert "run `vit-jax data prepare digits`" in out
@@ -162,8 +167,13 @@ def test_list_of_nothing(tmp_path, capsys, monkeypatch):
 # --- check ---
 
 
+def _check(name, *args, **kwargs):
+  """Returns the summaries of all splits."""
+  return [row for _, row in datasets.check(name, *args, **kwargs)]
+
+
 def test_check_counts_everything(data_dir, capsys):
-  train, test = datasets.check("digits", data_dir=data_dir, num_examples=0)
+  train, test = _check("digits", data_dir=data_dir, num_examples=0)
   assert (train["split"], train["examples"], train["checked"]) == (
     *("train", 1000, 1000),
   )
@@ -171,13 +181,15 @@ def test_check_counts_everything(data_dir, capsys):
   assert train["height"] == train["width"] == (8, 8)
   total = train["label_counts"] + test["label_counts"]
   assert total.tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+  given = [f"--data_dir={data_dir}", "--examples=1000"]
+  assert main(["data", "check", "digits", *given]) == 0
   out = capsys.readouterr().out
   assert "digits: 10 classes (0, 1, 2, 3, 4, ...)" in out
   assert "train: 1,000 examples, 1,000 checked and sound" in out
 
 
 def test_check_of_a_sample_and_a_part(data_dir):
-  [part] = datasets.check("digits", "train[:50%]", data_dir, num_examples=7)
+  [part] = _check("digits", "train[:50%]", data_dir, num_examples=7)
   assert (part["examples"], part["checked"]) == (500, 7)
   assert part["label_counts"].sum() == 7
 
@@ -190,8 +202,9 @@ def test_check_finds_labels_out_of_range(tmp_path):
   declared = features.read_text()
   assert declared.count('"numClasses": "8"') == 1
   features.write_text(declared.replace('"8"', '"3"'))
-  with pytest.raises(UserError, match=r"example 1 of wrong_label train: .* 7"):
-    datasets.check("wrong_label", data_dir=str(tmp_path))
+  [summary] = _check("wrong_label", data_dir=str(tmp_path))
+  (fault,) = summary["faults"]
+  assert re.match("example 1 of wrong_label train: .* 7", fault)
 
 
 def test_check_of_a_folder(tmp_path):
@@ -200,7 +213,7 @@ def test_check_of_a_folder(tmp_path):
     for i in range(10):
       size = (20 + i, 30)
       Image.new("RGB", size).save(tmp_path / name / f"{i}.jpg")
-  train, test = datasets.check(f"folder:{tmp_path}")
+  train, test = _check(f"folder:{tmp_path}")
   assert train["label_counts"].tolist() == [9, 9]
   assert test["label_counts"].tolist() == [1, 1]
   assert train["height"] == (30, 30)
@@ -225,7 +238,7 @@ def test_check_lists_every_fault_and_counts_what_is_odd(tmp_path, capsys):
   hidden[..., 3] = np.arange(9)
   Image.fromarray(hidden).save(tmp_path / "b" / "white.png")
   name = f"folder:{tmp_path}"
-  summaries = datasets.check(name)
+  summaries = _check(name)
   traits = sum((s["traits"] for s in summaries), Counter())
   assert {trait.partition(" ")[0]: n for trait, n in traits.items()} == {
     "with": 7,
@@ -233,15 +246,16 @@ def test_check_lists_every_fault_and_counts_what_is_odd(tmp_path, capsys):
     "16-bit": 1,
     "of": 1,
   }
+  assert main(["data", "check", name]) == 0
   out = capsys.readouterr().out
   assert "left out: 1 .heic, such as" in out
   assert "with transparency, put on white" in out
   for i in (4, 6):
     (tmp_path / "a" / f"{i}.png").write_text("no image")
   (tmp_path / "b" / "5.png").write_bytes(b"")
-  with pytest.raises(UserError, match="3 examples are at fault"):
-    datasets.check(name)
-  out = capsys.readouterr().out
+  assert main(["data", "check", name]) == 2
+  out, err = capsys.readouterr()
+  assert "3 examples are at fault" in err
   for file in ("a/4.png", "a/6.png", "b/5.png"):
     assert f"at fault: {tmp_path}/{file}: not a readable" in out
   with pytest.raises(UserError, match="lists 2 more files at fault"):
@@ -250,16 +264,16 @@ def test_check_lists_every_fault_and_counts_what_is_odd(tmp_path, capsys):
 
 def test_check_explains(data_dir):
   with pytest.raises(UserError, match="Unknown split 'x'"):
-    datasets.check("digits", "x", data_dir)
+    _check("digits", "x", data_dir)
   with pytest.raises(UserError, match="prepare mnist"):
-    datasets.check("mnist", data_dir=data_dir)
+    _check("mnist", data_dir=data_dir)
 
 
 # --- show ---
 
 
 def test_show_draws_what_training_sees(data_dir, tmp_path):
-  file = datasets.show(
+  file, count = datasets.show(
     "digits",
     "train[:100]",
     preprocess="resize(size)",
@@ -270,6 +284,7 @@ def test_show_draws_what_training_sees(data_dir, tmp_path):
     seed=4,
     data_dir=data_dir,
   )
+  assert count == 6
   grid = np.asarray(Image.open(file))
   source = data.get_source("digits", "train[:100]", data_dir)
   [batch] = data.train_batches(

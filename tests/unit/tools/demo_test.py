@@ -146,7 +146,8 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path):
   with monkeypatch.context() as patch:
     patch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     assert run() == (
-      "error: the demo needs gradio: pip install 'vit_jax[demo]'"
+      "error: vit-jax demo needs gradio, which is not installed: "
+      "pip install 'vit_jax[demo]'"
     )
   monkeypatch.setattr(demo, "_import_gradio", lambda: None)
   with socket.create_server(("127.0.0.1", 0)) as taken:

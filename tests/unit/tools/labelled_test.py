@@ -22,6 +22,7 @@ from PIL import Image
 from tiny_runs import REPO
 
 from vit_jax import data
+from vit_jax.__main__ import main
 from vit_jax.data import ops, preprocess
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.tools import datasets
@@ -84,7 +85,7 @@ def _build(root, **options):
     images=str(options.pop("images", root / "images")),
     labels=str(options.pop("labels", root / "labels.csv")),
     **options,
-  )
+  )[1]
 
 
 def _read_all(root, split="train"):
@@ -103,7 +104,7 @@ def test_a_data_set_is_freed_of_test_images(tmp_path, inline, capsys):
   _build(tmp_path)
   first, examples = _read_all(tmp_path)
   again = {"data_dir": str(tmp_path / "data"), "against": ["mine:train[3:5]"]}
-  report = datasets.build("clean", images="tfds:mine:train", **again)
+  _, report = datasets.build("clean", images="tfds:mine:train", **again)
   assert [name for name, *_ in report["twins"]] == ["00000003", "00000004"]
   clean = data.get_source("clean", "train", str(tmp_path / "data"))
   assert clean.class_names == first.class_names
@@ -549,7 +550,10 @@ def test_names_in_labels_that_no_image_has(tmp_path, inline, caplog, capsys):
   labels = tmp_path / "labels.csv"
   text = labels.read_text()
   labels.write_text(text.replace("a/2.jpg", "a/2.jpeg"))
-  report = _build(tmp_path)
+  given = [f"--images={tmp_path}/images", f"--labels={labels}", "--workers=1"]
+  command = ["data", "build", "mine", *given, f"--data_dir={tmp_path}/data"]
+  assert main(command) == 0
+  report = json.loads((tmp_path / "data/mine/1.0.0/report.json").read_text())
   assert report["labels of no image"] == ["a/2.jpeg"]
   assert report["without labels"] == ["a/2.jpg"]
   assert "1 of 4 names in the labels file" in caplog.text

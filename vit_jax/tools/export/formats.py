@@ -13,7 +13,7 @@ import numpy as np
 from jax import core
 from jax import export as jax_export
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, needs_extra
 from vit_jax.tools.export import lowering
 
 # JAX's symbols are 1 at least, and a batch may be empty.
@@ -80,9 +80,7 @@ class Format(NamedTuple):
     try:
       self.versions()
     except importlib.metadata.PackageNotFoundError as e:
-      raise UserError(
-        f"--to={self.name} needs {e.name}: pip install 'vit_jax[export]'"
-      ) from e
+      raise needs_extra(f"--to={self.name}", e.name) from e
 
   def versions(self) -> dict[str, str]:
     """Returns {package: version}."""

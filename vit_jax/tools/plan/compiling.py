@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import sharding
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, needs_extra
 from vit_jax.tools.plan.chips import Chip, find_chip
 from vit_jax.train import make_step
 
@@ -75,10 +75,7 @@ def find_slice(topology: str) -> Slice:
   """
   chip = find_chip(topology)
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError(
-      "plan needs libtpu, the TPU compiler, which is not installed; "
-      "pip install 'vit_jax[plan]'"
-    )
+    raise needs_extra("the TPU compiler", "libtpu")
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,35 @@
+"""`vit-jax bench input`: measure how many images a second this host reads."""
+
+import json
+
+from vit_jax.commands import flags, process
+
+
+def add_flags(parser):
+  parser.add_argument("--dataset", help="default: drawn for the measurement")
+  parser.add_argument("--split", default="train")
+  flags.add_data_dir(parser)
+  flags.add_image_size(parser, default=224)
+  parser.add_argument("--batch_size", type=int, default=256)
+  parser.add_argument(
+    "--needs",
+    type=float,
+    metavar="IMAGES_PER_SECOND",
+    help="what a slice takes: shows how many such hosts feed it",
+  )
+  flags.add_json(parser)
+
+
+def run(args):
+  process.use_cpu()
+  from vit_jax.tools.bench import input as input_bench
+
+  found = input_bench.bench(
+    args.dataset,
+    args.split,
+    args.data_dir,
+    image_size=args.image_size,
+    batch_size=args.batch_size,
+    needs=args.needs,
+  )
+  print(json.dumps(found) if args.json else input_bench.format_report(found))

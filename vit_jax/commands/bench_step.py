@@ -1,0 +1,40 @@
+"""`vit-jax bench step`: measure the train step on the local devices."""
+
+import json
+
+from vit_jax.commands import flags
+from vit_jax.errors import RunStopped
+
+
+def add_flags(parser):
+  parser.add_argument(
+    "--variant", default="ViT-L_16", help="names: ViT-B_16,ViT-L_16"
+  )
+  flags.add_image_size(parser, default=224)
+  parser.add_argument(
+    "--batch_size", type=int, default=0, help="0 (default): the largest"
+  )
+  parser.add_argument("--num_classes", type=int, default=18291)
+  parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument("--dtype", default="bfloat16", help="or float32")
+  parser.add_argument("--remat", default="none", help="or dots, full")
+  parser.add_argument("--beside", help="timm: the same model there")
+  flags.add_json(parser)
+
+
+def run(args):
+  from vit_jax.tools.bench import step
+
+  rows = step.bench(
+    args.variant.split(","),
+    beside=args.beside,
+    image_size=args.image_size,
+    batch_size=args.batch_size,
+    num_classes=args.num_classes,
+    steps=args.steps,
+    dtype=args.dtype,
+    remat=args.remat,
+  )
+  print(json.dumps(rows) if args.json else step.format_report(rows))
+  if all("error" in row for row in rows if row["code"] == "vit_jax"):
+    raise RunStopped("no step was measured")

@@ -1,0 +1,51 @@
+"""`vit-jax data build`: make a data set of your own labelled images."""
+
+from vit_jax.commands import flags, process
+
+
+def add_flags(parser):
+  parser.add_argument("name", metavar="NAME", help="of the new data set")
+  parser.add_argument(
+    "--images",
+    required=True,
+    help="a folder, .tar or .parquet files, or tfds:DATASET:SPLIT",
+  )
+  parser.add_argument(
+    "--labels", help="CSV (image,label[,confidence]) or .jsonl"
+  )
+  parser.add_argument("--classes", help="a file with a class a line")
+  parser.add_argument("--min_confidence", type=float, default=0.0)
+  parser.add_argument(
+    "--against",
+    action="append",
+    metavar="DATASET:SPLIT",
+    help="a test set whose images are left out; may be repeated",
+  )
+  parser.add_argument(
+    "--holdout", type=float, default=0.0, help="part that becomes `test`"
+  )
+  parser.add_argument("--workers", type=int, help="default: one a core")
+  flags.add_data_dir(parser)
+
+
+def run(args):
+  process.use_cpu()
+  from vit_jax.tools import datasets
+
+  folder, report = datasets.build(
+    args.name,
+    images=args.images,
+    labels=args.labels,
+    classes=args.classes,
+    min_confidence=args.min_confidence,
+    against=args.against,
+    holdout=args.holdout,
+    workers=args.workers,
+    data_dir=args.data_dir,
+  )
+  for what, found in report.items():
+    count = found if isinstance(found, int) else len(found)
+    print(f"{what:20}{count:,}")
+  print(
+    f"{args.name} is ready in {folder}; report.json lists what was left out"
+  )

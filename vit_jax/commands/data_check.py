@@ -1,0 +1,99 @@
+"""`vit-jax data check`: read a data set and describe what is in it."""
+
+from vit_jax.commands import flags, process
+from vit_jax.errors import UserError
+
+
+def add_flags(parser):
+  flags.add_dataset_name(parser)
+  flags.add_data_dir(parser)
+  parser.add_argument("--split", help="default: every split")
+  parser.add_argument(
+    "--examples", type=int, default=1000, help="of each split; 0: all of them"
+  )
+
+
+def run(args):
+  process.use_cpu()
+  from vit_jax import data
+  from vit_jax.tools import datasets
+
+  name = args.name
+  task = data.find_task(name)
+  if not name.startswith((data.FOLDER, data.OBJECTNET)):
+    _print_needs(name, task, data.find_needs(name, args.data_dir))
+  faults, first = [], True
+  for source, summary in datasets.check(
+    name, args.split, args.data_dir, args.examples
+  ):
+    if first:
+      _print_source(name, source)
+    first = False
+    _print_summary(summary, source)
+    faults += summary["faults"]
+  if len(faults) > 1:
+    for fault in faults:
+      _print(f"at fault: {fault}")
+    raise UserError(f"{name}: {len(faults):,} examples are at fault, see above")
+  if faults:
+    raise UserError(faults[0])
+
+
+def _print(text):
+  """Prints text, also with names of files that are not UTF-8."""
+  print(text.encode(errors="backslashreplace").decode())
+
+
+def _print_needs(name, task, needs):
+  if task:
+    print(f"{name} is {task.title}{task.group and ', ' + task.group}")
+    for split, text in task.splits.items():
+      print(f"  {split}: {text}")
+  if needs.state == "ready":
+    print(f"prepared in {needs.folder}")
+    return
+  print(f"not ready ({needs.state}): {needs.folder}")
+  if needs.state == "to convert":
+    return
+  for package in needs.packages:
+    print(f"  takes the Python package {package}, which is not installed")
+  if needs.manual_folder is None:
+    print("  all of it is downloaded or made by `vit-jax data prepare`")
+    return
+  print(f"  fetched by hand, into {needs.manual_folder}:")
+  for file, there in needs.manual_files.items():
+    print(f"    {file}  {'there' if there else 'missing'}")
+  print(f"  TFDS says: {needs.instructions}")
+
+
+def _print_source(name, source):
+  labels = f"up to {source.max_labels} labels" if source.multilabel else "1"
+  names = source.class_names
+  more = ", ..." if len(names) > 5 else ""
+  print(
+    f"{name}: {source.num_classes:,} classes ({', '.join(names[:5])}{more}), "
+    f"labels an image: {labels}"
+  )
+  if getattr(source, "left_out", None):  # of a folder: files, by suffix
+    _print(f"  {source.describe_left_out()}")
+
+
+def _print_summary(summary, source):
+  counts = summary["label_counts"]
+  rarest, commonest = int(counts.argmin()), int(counts.argmax())
+  names = source.class_names
+  print(
+    f"  {summary['split']}: {summary['examples']:,} examples, "
+    f"{summary['checked']:,} checked and sound\n"
+    f"    height {_range(summary['height'])}, width "
+    f"{_range(summary['width'])} pixels\n"
+    f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
+    f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
+  )
+  for trait, count in summary["traits"].most_common():
+    print(f"    {count:,} {trait}")
+
+
+def _range(pair):
+  low, high = pair
+  return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,32 @@
+"""`vit-jax demo`: classify pictures dropped on a web page."""
+
+import threading
+
+from vit_jax.commands import flags
+
+
+def add_flags(parser):
+  flags.add_classifier(parser)
+  parser.add_argument(
+    "--host",
+    default="127.0.0.1",
+    help="default: 127.0.0.1, for this machine alone; 0.0.0.0 for all",
+  )
+  parser.add_argument(
+    "--port", type=int, help="default: a free one from 7860 on"
+  )
+  parser.add_argument(
+    "--share",
+    action="store_true",
+    help="a public address too, through gradio's servers; for Colab",
+  )
+
+
+def run(args):
+  from vit_jax.tools import demo
+
+  with demo.serve(
+    args.checkpoint, args.class_names, args.host, args.port, args.share
+  ) as url:
+    print(f"{url} shows the demo; Ctrl-C ends it", flush=True)
+    threading.Event().wait()  # which nobody sets

@@ -1,0 +1,42 @@
+"""`vit-jax figures`: the paper's figures, of any weights."""
+
+from vit_jax.commands import flags
+
+
+def add_flags(parser):
+  parser.add_argument(
+    "--checkpoint",
+    action="append",
+    default=[],
+    metavar="SOURCE",
+    help=f"{flags.SOURCE}; may be repeated: a panel each",
+  )
+  parser.add_argument(
+    "images", nargs="*", metavar="IMAGE", help="for rollout and distances"
+  )
+  parser.add_argument(
+    "--runs", metavar="DIR", help="a folder with runs, for curves and compute"
+  )
+  parser.add_argument(
+    "--out", required=True, metavar="DIR", help="where they are written"
+  )
+  parser.add_argument(
+    "--only",
+    metavar="NAMES",
+    help="rollout, filters, positions, distances, curves, compute",
+  )
+  flags.add_image_size(parser, help="default: the checkpoint's")
+
+
+def run(args):
+  from vit_jax.tools.figures import make_figures
+
+  written = make_figures(
+    args.out,
+    checkpoints=args.checkpoint,
+    images=args.images,
+    runs=args.runs,
+    only=args.only.split(",") if args.only else (),
+    image_size=args.image_size,
+  )
+  print("\n".join(written))

@@ -1,0 +1,158 @@
+"""The parser of a command line, and the flags that several commands share."""
+
+import argparse
+
+from vit_jax.errors import UserError, suggest
+
+SOURCE = (
+  "a run folder or checkpoint, an npz or safetensors file, a Hugging Face or "
+  "timm folder, a gs:// or https:// address, or a published name"
+)
+
+
+class Parser(argparse.ArgumentParser):
+  """Reports a mistake in one line, and adds defaults to the help texts."""
+
+  def add_argument(self, *args, **kwargs):
+    action = super().add_argument(*args, **kwargs)
+    text, default = action.help or "", action.default
+    hidden = default in (None, False, [], argparse.SUPPRESS)
+    if not hidden and "default" not in text:
+      action.help = f"{text} (default: {default})".strip()
+    return action
+
+  def error(self, message):
+    self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
+  """Returns the flags of a command line.
+
+  Those of a command with `add_overrides` have `overrides`, {"a.b": "text"}.
+
+  Raises:
+    SystemExit: --help, or argparse found a mistake.
+    UserError: an unknown flag.
+  """
+  args, rest = parser.parse_known_args(argv)
+  if "overrides" in args:
+    args.overrides = _parse_overrides(rest, args.parser)
+  elif rest:
+    raise _unknown(rest[0], args.parser)
+  return args
+
+
+def _parse_overrides(arguments, parser):
+  """Returns {"a.b": "text"} of --config.a.b=text and --config.a.b text."""
+  overrides = {}
+  rest = list(arguments)
+  while rest:
+    argument = rest.pop(0)
+    if not argument.startswith("--config."):
+      raise _unknown(argument, parser)
+    key, equals, value = argument.removeprefix("--config.").partition("=")
+    if not equals:
+      if not rest:
+        raise UserError(f"{argument} needs a value: {argument}=VALUE")
+      value = rest.pop(0)
+    overrides[key] = value
+  return overrides
+
+
+def _unknown(argument, parser):
+  """Returns the error, with the option that may have been meant."""
+  name = argument.partition("=")[0].partition(".")[0]
+  options = [o for action in parser._actions for o in action.option_strings]
+  return UserError(
+    f"unknown argument {argument!r}; see {parser.prog} --help"
+    f"{suggest(name, options)}"
+  )
+
+
+# --- flags of several commands ---
+
+
+def add_overrides(parser):
+  """Accepts --config.KEY=VALUE, see `parse`."""
+  parser.set_defaults(overrides={})
+
+
+def add_config(parser, help="--config.key=value changes one of its keys"):
+  parser.add_argument(
+    "--config",
+    required=True,
+    metavar="CONFIG[:ARG]",
+    help=f"a file, or the name of one in configs/; {help}",
+  )
+  add_overrides(parser)
+
+
+def add_workdir(parser, help="the run folder"):
+  parser.add_argument("--workdir", required=True, help=help)
+
+
+def add_checkpoint(parser):
+  parser.add_argument(
+    "--checkpoint", required=True, metavar="SOURCE", help=SOURCE
+  )
+
+
+def add_classifier(parser):
+  add_checkpoint(parser)
+  parser.add_argument(
+    "--class_names",
+    metavar="FILE",
+    help="a name a line, for weights that have none",
+  )
+
+
+def add_grid(parser, help):
+  parser.add_argument(
+    "--grid", action="append", default=[], metavar="KEY=A,B,...", help=help
+  )
+
+
+def add_jobs(parser):
+  parser.add_argument(
+    "--jobs",
+    type=int,
+    default=1,
+    help="runs at once; they divide the GPUs or TPU chips (default: 1)",
+  )
+
+
+def add_dataset_name(parser):
+  parser.add_argument(
+    "name", metavar="NAME", help="of a data set, a task or folder:PATH"
+  )
+
+
+def add_data_dir(parser):
+  parser.add_argument(
+    "--data_dir",
+    help="where data sets are; default: the run's, else $TFDS_DATA_DIR or "
+    "~/tensorflow_datasets",
+  )
+
+
+def add_image_size(parser, **kwargs):
+  parser.add_argument(
+    "--image_size", type=_parse_size, metavar="PIXELS|H,W", **kwargs
+  )
+
+
+def _parse_size(text):
+  """Returns the integer or (height, width) of 48 and 48,96; for argparse."""
+  words = text.split(",")
+  sides = [int(word) if word.isdecimal() else 0 for word in words]
+  if len(sides) > 2 or min(sides) < 1:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is neither pixels, as 224, nor height and width, as 224,448"
+    )
+  return tuple(sides) if len(sides) == 2 else sides[0]
+
+
+def add_json(parser):
+  parser.add_argument(
+    "--json", action="store_true", help="machine-readable output"
+  )

@@ -1,0 +1,80 @@
+"""`vit-jax linear`: evaluate features by few-shot accuracy and a probe."""
+
+import json
+
+from vit_jax.commands import distributed, flags
+from vit_jax.errors import UserError
+
+
+def add_flags(parser):
+  flags.add_checkpoint(parser)
+  parser.add_argument("--dataset", required=True, help="one label an image")
+  parser.add_argument("--train_split", default="train")
+  parser.add_argument("--test_split", default="test")
+  parser.add_argument(
+    "--shots",
+    default="5,10",
+    help="images of each class; all: every one there is (default: 5,10)",
+  )
+  parser.add_argument("--seeds", type=int, default=3, help="draws (default: 3)")
+  parser.add_argument("--l2", type=float, default=1024, help="default: 1024")
+  flags.add_image_size(parser, help="default: the checkpoint's")
+  parser.add_argument(
+    "--preprocess", metavar="OPS", help="default: the checkpoint's"
+  )
+  parser.add_argument(
+    "--batch_size", type=int, default=64, help="images at once (default: 64)"
+  )
+  flags.add_data_dir(parser)
+  flags.add_json(parser)
+  distributed.add_flags(parser)
+
+
+def run(args):
+  shots = _parse_shots(args.shots)
+  distributed.connect(args)
+  import jax
+
+  from vit_jax.evaluation import linear
+
+  found = linear.linear(
+    args.checkpoint,
+    args.dataset,
+    train_split=args.train_split,
+    test_split=args.test_split,
+    shots=shots,
+    seeds=args.seeds,
+    l2=args.l2,
+    image_size=args.image_size,
+    preprocess=args.preprocess,
+    data_dir=args.data_dir,
+    batch_size=args.batch_size,
+  )
+  if not jax.process_index():
+    print(json.dumps(found) if args.json else _format(found))
+
+
+def _parse_shots(text):
+  """Returns the numbers of "5,10,all", None for all."""
+  try:
+    return [None if t == "all" else int(t) for t in text.split(",")]
+  except ValueError as e:
+    raise UserError(
+      f"--shots is {text!r}; it is numbers and 'all', such as 5,10,all"
+    ) from e
+
+
+def _format(found):
+  lines = [
+    f"{found['checkpoint']} on {found['dataset']}: {found['features']} "
+    f"features, {found['preprocess']}, {found['train_examples']} images of "
+    f"{found['train_split']}, {found['test_examples']} of "
+    f"{found['test_split']}"
+  ]
+  for row in found["results"]:
+    draws = len(row["accuracies"])
+    spread = ""
+    if row["spread"] is not None:
+      spread = f" +- {row['spread']:.2%} over {draws} draws"
+    lines.append(f"  {row['shots']:>4} shots {row['accuracy']:8.2%}{spread}")
+  return "\n".join(lines)

@@ -1,0 +1,33 @@
+"""`vit-jax quickstart`: pre-train, fine-tune and predict, in minutes."""
+
+import shlex
+from pathlib import Path
+
+
+def add_flags(parser):
+  parser.add_argument(
+    "--workdir", default="runs/quickstart", help="the folder for all of it"
+  )
+
+
+def run(args):
+  from vit_jax.tools import quickstart
+
+  folder = Path(args.workdir)
+  report = quickstart.read_report(folder)
+  if report:
+    print(quickstart.make_table(report))
+    print(
+      f"This is from an earlier run: {folder} is done. "
+      f"To run it anew: rm -r {folder} && make quickstart"
+    )
+    return
+  report = quickstart.quickstart(folder)
+  if report is None:
+    print("Interrupted; run it again to resume.")
+    return
+  print(quickstart.make_table(report))
+  print(f"Written to {folder / quickstart.REPORT}.")
+  print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
+  quoted = shlex.quote(str(folder))
+  print(f"A page on the runs: vit-jax report {quoted} --out=report.html")

@@ -1,0 +1,57 @@
+"""`vit-jax sweep`: train with every value of some keys."""
+
+import json
+
+from vit_jax.commands import flags, process
+
+
+def add_flags(parser):
+  flags.add_config(parser, "as for train; --config.key=value as well")
+  parser.add_argument(
+    "--final",
+    metavar="CONFIG[:ARG]",
+    help="what to train with the best setting; --seeds are of that",
+  )
+  flags.add_workdir(parser, "one folder a run in it")
+  flags.add_grid(parser, "a key and its values; several grids are multiplied")
+  parser.add_argument(
+    "--seeds", type=int, default=3, help="runs of each setting (default: 3)"
+  )
+  flags.add_jobs(parser)
+  parser.add_argument(
+    "--select", metavar="METRIC", help="what to compare (default: accuracy)"
+  )
+  flags.add_json(parser)
+
+
+def run(args):
+  process.use_cpu()
+  from vit_jax import config
+  from vit_jax.training import early
+
+  early.check_select(args.select)
+  if not args.grid:  # with a grid this is not yet the configuration of a run
+    early.check(config.load(args.config, args.overrides))
+  from vit_jax.tools import sweep
+
+  options = {
+    "overrides": args.overrides,
+    "grid": sweep.parse_grids(args.grid),
+    "seeds": args.seeds,
+    "jobs": args.jobs,
+    "select": args.select,
+  }
+  if args.final:
+    result = sweep.select_and_train(
+      args.config, args.final, args.workdir, **options
+    )
+    summaries = [summary for summary in result.values() if summary]
+  else:
+    result = sweep.sweep(args.config, args.workdir, **options)
+    summaries = [result]
+  if args.json:
+    print(json.dumps(result))
+  else:
+    print("\n\n".join(map(sweep.format_summary, summaries)))
+  for summary in summaries:
+    sweep.raise_if_failed(summary["runs"])

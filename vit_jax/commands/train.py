@@ -1,0 +1,37 @@
+"""`vit-jax train`: train a model, or resume a run."""
+
+from vit_jax.commands import distributed, flags
+
+
+def add_flags(parser):
+  flags.add_config(parser)
+  flags.add_workdir(parser)
+  parser.add_argument(
+    "--stopped_exit_code",
+    type=int,
+    default=0,
+    metavar="CODE",
+    help="of a run that a signal stopped after it was saved (default: 0)",
+  )
+  distributed.add_flags(parser)
+
+
+def run(args):
+  from vit_jax import config
+  from vit_jax.training import early
+
+  loaded = config.load(args.config, args.overrides)
+  early.check(loaded)  # mistakes that need no data are reported first
+  distributed.connect(args, lambda: _describe_saved(args.workdir))
+  from vit_jax.train import train
+
+  stopped = train(loaded, args.workdir) is None
+  return args.stopped_exit_code if stopped else 0
+
+
+def _describe_saved(workdir):
+  """Returns which step of a run has been saved last."""
+  from vit_jax import checkpoint
+
+  steps = checkpoint.list_steps(workdir)
+  return f"saved last: step {steps[-1]}" if steps else "nothing was saved"

@@ -1,0 +1,53 @@
+"""`vit-jax vtab`: fine-tune on VTAB's tasks, 1,000 images each."""
+
+import json
+
+from vit_jax.commands import flags, process
+
+
+def add_flags(parser):
+  parser.add_argument(
+    "--init_from",
+    "--checkpoint",
+    required=True,
+    dest="source",
+    metavar="SOURCE",
+    help=f"{flags.SOURCE}; --config.key=value as for train",
+  )
+  flags.add_overrides(parser)
+  flags.add_workdir(parser, "one folder a task in it")
+  parser.add_argument(
+    "--tasks",
+    default="all",
+    help="all 19, mini (no download needed), or names: caltech101,dtd",
+  )
+  flags.add_grid(
+    parser, "values to try on the 200 images (default: a rate and a schedule)"
+  )
+  parser.add_argument(
+    "--per_task",
+    action="store_true",
+    help="each task gets its best setting; default: one for all, as the paper",
+  )
+  parser.add_argument(
+    "--seeds", type=int, default=1, help="final runs of a task (default: 1)"
+  )
+  flags.add_jobs(parser)
+  flags.add_json(parser)
+
+
+def run(args):
+  process.use_cpu()
+  from vit_jax.tools import sweep, vtab
+
+  result = vtab.vtab(
+    args.source,
+    args.workdir,
+    tasks=args.tasks,
+    overrides=args.overrides,
+    grid=sweep.parse_grids(args.grid),
+    per_task=args.per_task,
+    seeds=args.seeds,
+    jobs=args.jobs,
+  )
+  print(json.dumps(result) if args.json else vtab.format_report(result))
