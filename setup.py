@@ -31,43 +31,59 @@ setuptools.setup(
   long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  packages=setuptools.find_packages(include=["vit_jax", "vit_jax.*"]),
+  packages=[
+    *setuptools.find_packages(include=["vit_jax", "vit_jax.*"]),
+    "vit_jax.configs",
+  ],
+  package_dir={"vit_jax.configs": "configs"},
   package_data={
+    "vit_jax": ["py.typed"],
     "vit_jax.data.builders": ["imagenet21k.txt"],
     "vit_jax.tools.paper": ["tables.json"],
     "vit_jax.pretrained.embedded": ["*/*"],
     "vit_jax.tools.report": ["style.css"],
   },
   python_requires=">=3.11",
+  # Enough to load, predict, inspect, convert and tabulate.
   install_requires=[
-    "absl-py>=2.1",
-    "array-record>=0.8",
-    "clu>=0.0.12",
+    "etils[epath]>=1.9",
     "flax>=0.12",
-    "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
     "jax>=0.10",
-    "matplotlib>=3.10",
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11",
     "pillow>=11.0",
     "safetensors>=0.5",
-    "scikit-learn>=1.5",  # ships the handwritten digits
-    "scipy>=1.14",
-    "tensorboard>=2.20",  # undeclared by clu
-    f"tensorflow-cpu>=2.20; {_LINUX_X86}",
-    f"tensorflow>=2.20; {_ELSEWHERE}",
-    "tensorflow-datasets>=4.9.9",
   ],
+  # A library that the code imports is also in `errors.EXTRAS`.
   extras_require={
-    "tpu": ["jax[tpu]"],
-    "plan": ["libtpu>=0.0.50; sys_platform == 'linux'"],
-    "cuda": ["jax[cuda12]"],
-    # `vit-jax export`: flatbuffers for StableHLO, the others for ONNX.
-    "export": ["flatbuffers>=24.3", "jax2onnx>=0.13", "onnxruntime>=1.24"],
+    "train": [  # and evaluate, and whatever else reads data sets
+      "array-record>=0.8",
+      "clu>=0.0.12",
+      "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
+      "scikit-learn>=1.5",  # ships the handwritten digits
+      "tensorboard>=2.20",  # undeclared by clu
+      f"tensorflow-cpu>=2.20; {_LINUX_X86}",
+      f"tensorflow>=2.20; {_ELSEWHERE}",
+      "tensorflow-datasets>=4.9.9",
+    ],
+    "figures": ["matplotlib>=3.10"],
     "demo": ["gradio>=6.0"],
-    "test": ["pytest>=8.0", "pytest-xdist>=3.6", "pyyaml>=6.0"],
+    # flatbuffers for StableHLO, the others for ONNX.
+    "export": ["flatbuffers>=24.3", "jax2onnx>=0.13", "onnxruntime>=1.24"],
+    "plan": ["vit_jax[train]", "libtpu>=0.0.50; sys_platform == 'linux'"],
+    "tpu": ["jax[tpu]"],
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    # What `make setup` installs: the quickstart and the default tests run.
+    "test": [
+      "vit_jax[figures,train]",
+      "pytest>=8.0",
+      "pytest-xdist>=3.6",
+      "pyyaml>=6.0",
+      "scipy>=1.14",
+    ],
     "lint": [
       "pre-commit>=4.0",
       "pyright[nodejs]>=1.1.400",

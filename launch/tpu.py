@@ -445,7 +445,7 @@ PATH="$HOME/.local/bin:$PATH"
 command -v uv >/dev/null || python3 -m pip install --quiet --user uv >&2
 test -x venv/bin/python || uv venv --quiet --python %(python)s venv >&2
 uv pip install --quiet --python venv/bin/python \\
-  --constraint code/constraints.txt --editable './code[tpu]' >&2
+  --constraint code/constraints.txt --editable './code[tpu,train]' >&2
 say commit %(commit)s
 say versions "$(venv/bin/python -c '
 from vit_jax.training.hosts import read_versions

@@ -33,8 +33,9 @@ def main():
   installed = {str(canonicalize_name(d.name)) for d in metadata.distributions()}
   _pip("--no-deps", "--editable", str(_ROOT))
   importlib.invalidate_caches()
+  extras = ["train", "figures", *sys.argv[1:]]
   wanted = list_requirements(
-    metadata.requires("vit_jax") or [], sys.argv[1:], installed
+    metadata.requires("vit_jax") or [], extras, installed
   )
   constraints = choose_constraints(
     (_ROOT / "constraints.txt").read_text(), installed
@@ -72,6 +73,8 @@ def list_requirements(
   for requirement in map(Requirement, given):
     marker, requirement.marker = requirement.marker, None
     if marker and not any(marker.evaluate({"extra": e}) for e in ("", *extras)):
+      continue
+    if requirement.name == "vit_jax":  # an extra that consists of others
       continue
     if requirement.name == "tensorflow-cpu" and "tensorflow" in installed:
       requirement.name = "tensorflow"

@@ -455,8 +455,9 @@ def _check_launch(words):
 def _check_pip(words):
   """Fails unless the extras that are to be installed are some."""
   assert words[0] == "install", words
-  for extra in re.findall(r"\.\[(\w+)\]", " ".join(words)):
-    assert f'"{extra}": [' in (REPO / "setup.py").read_text(), extra
+  for extras in re.findall(r"(?:\.|vit_jax)\[([\w,]+)\]", " ".join(words)):
+    for extra in extras.split(","):
+      assert f'"{extra}": [' in (REPO / "setup.py").read_text(), extra
 
 
 def _check_python(words):

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from vit_jax import __main__
+from vit_jax.errors import EXTRAS
 
 _PACKAGE = pathlib.Path(__file__).parents[2] / "vit_jax"
 
@@ -89,6 +90,14 @@ _CONTAINED = {
   "timm": {"tools.bench"},
   "gradio": {"tools.demo"},
 }
+
+# What `pip install vit_jax` installs; and what users install by hand, for one
+# option or file format.
+_INSTALLED = {
+  *("PIL", "etils", "flax", "jax", "ml_collections", "ml_dtypes", "numpy"),
+  *("optax", "orbax", "safetensors"),
+}
+_BY_HAND = {"torch", "timm", "pyarrow"}
 
 # A model and its step run on a bare accelerator machine with these alone.
 _BARE = (
@@ -223,6 +232,13 @@ def test_libraries_stay_where_they_belong(unit, path):
   if unit in _BARE:
     known = _BARE_LIBRARIES | sys.stdlib_module_names | {"vit_jax"}
     assert libraries <= known
+
+
+def test_every_library_is_of_the_package_or_of_an_extra():
+  names = {n for _, path in _SOURCES for n in _read_imports(path)}
+  libraries = {n.split(".")[0] for n in names} - {"vit_jax"}
+  found = libraries - sys.stdlib_module_names - _BY_HAND - _INSTALLED
+  assert found <= EXTRAS.keys()
 
 
 @_each_source

@@ -5,15 +5,12 @@ to fail there. The named tests belong to the default suite, where they pass.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-_REPO = Path(__file__).parents[2]
+from checkout import copy
 
 
 class Fault(NamedTuple):
@@ -182,19 +179,7 @@ _FAULTS = {
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
   """A copy of the project, for faults."""
-  folder = tmp_path_factory.mktemp("faults")
-  listed = subprocess.run(
-    ["git", "ls-files", "-z", "-co", "--exclude-standard"],
-    cwd=_REPO,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  for name in filter(None, listed.stdout.split("\0")):
-    if (_REPO / name).is_file():
-      (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      shutil.copy2(_REPO / name, folder / name)
-  return folder
+  return copy(tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.nightly

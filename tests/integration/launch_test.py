@@ -239,7 +239,7 @@ def test_setup_brings_the_same_commit_and_constraints_everywhere(prepared):
     installed = (home / "installed").read_text().splitlines()
     assert installed[0] == "uv venv --quiet --python 3.12 venv"
     assert "--constraint code/constraints.txt" in installed[1]
-    assert installed[1].endswith("--editable ./code[tpu]")
+    assert installed[1].endswith("--editable ./code[tpu,train]")
 
 
 @pytest.mark.ci

@@ -132,7 +132,8 @@ def test_keeps_the_outputs_of_one_run(name):
 _GIVEN = [
   "jax>=0.10",
   'libtpu>=0.0.50; sys_platform == "linux" and extra == "plan"',
-  'tensorflow-cpu>=2.20; sys_platform != "none"',
+  'tensorflow-cpu>=2.20; sys_platform != "none" and extra == "train"',
+  'vit_jax[train]; extra == "plan"',
   'gradio>=6.0; extra == "demo"',
 ]
 
@@ -141,16 +142,16 @@ _GIVEN = [
   ("installed", "extras", "wanted"),
   [
     # A new environment.
-    ({"ipykernel"}, [], ["jax>=0.10", "tensorflow-cpu>=2.20"]),
+    ({"ipykernel"}, ["train"], ["jax>=0.10", "tensorflow-cpu>=2.20"]),
     # Colab with a GPU: the plug-in has to have the version of jax.
     (
       {"jax", "jax-cuda12-plugin", "tensorflow"},
-      [],
+      ["train"],
       ["jax[cuda12]>=0.10", "tensorflow>=2.20"],
     ),
     (
       {"jax", "libtpu"},
-      ["plan"],
+      ["train", "plan"],
       ["jax[tpu]>=0.10", "libtpu>=0.0.50", "tensorflow-cpu>=2.20"],
     ),
   ],
