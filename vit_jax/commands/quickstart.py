@@ -19,7 +19,7 @@ def run(args):
     print(quickstart.make_table(report))
     print(
       f"This is from an earlier run: {folder} is done. "
-      f"To run it anew: rm -r {folder} && make quickstart"
+      f"To run it again: rm -r {folder}, then the same command"
     )
     return
   report = quickstart.quickstart(folder)

@@ -89,7 +89,7 @@ def say(text: str) -> None:
 def load(name, data_dir, overrides=None):
   """Loads one of the two configurations."""
   overrides = {"data_dir": data_dir, **(overrides or {})}
-  return config.load(f"quickstart_{name}", overrides)
+  return config.load(f"configs/quickstart_{name}.py", overrides)
 
 
 def summarize_pretraining(c, results):
