@@ -262,12 +262,14 @@ def _list_loaded(*statements):
 
 def test_imports_load_no_more_than_they_need():
   units = sorted(_WITHOUT_TENSORFLOW)
-  package, bench, predict = _list_loaded(
+  package, parser, bench, predict = _list_loaded(
     "import vit_jax",
-    "import vit_jax.__main__, vit_jax.tools.bench.step",
+    "import vit_jax.__main__; vit_jax.__main__.make_parser()",
+    "import vit_jax.tools.bench.step",
     "import " + ", ".join(f"vit_jax.{unit}" for unit in units),
   )
-  assert not package & {"jax", "flax", "tensorflow"}
+  # Neither waits for these, so `--help` is quick.
+  assert not (package | parser) & {"jax", "flax", "tensorflow", "numpy"}
   # What a bare machine has.
   others = {*_CONTAINED, "ml_collections", "safetensors", "PIL", "jax"}
   assert bench & others == {"jax", "flax"}
