@@ -102,10 +102,10 @@ def find(file: str) -> Path:
   if path.stem in known and str(path.parent) in (".", "configs"):
     return known[path.stem]
   siblings = [str(p) for p in path.parent.glob("*.py")]
+  meant = suggest(file, siblings) or suggest(path.stem, known)
   raise UserError(
-    f"no configuration file {file!r}{suggest(file, [*known, *siblings])}; give "
-    "--config=CONFIG[:ARG], a file or the name of one in configs/, such as "
-    "quickstart_pretrain"
+    f"no configuration file {file!r}{meant}; give --config=CONFIG[:ARG], a "
+    "file or the name of one in configs/, such as quickstart_pretrain"
   )
 
 

@@ -38,7 +38,11 @@ def test_names_of_the_configurations(tmp_path, monkeypatch):
   assert configuration.load(f"finetune:{arg}") == wanted
   with pytest.raises(UserError, match=r"finetune\.py failed"):
     configuration.load(f"finetune.py:{arg}")
-  for name, meant in (("finetun", "finetune"), ("./finetun.py", "finetune.py")):
+  for name, meant in (
+    ("finetun", "finetune"),
+    ("configs/finetun.py", "finetune"),
+    ("./finetun.py", "finetune.py"),
+  ):
     with pytest.raises(UserError, match=f"; did you mean '{meant}'") as e:
       configuration.load(name)
     assert "\n" not in str(e.value)
