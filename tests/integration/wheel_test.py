@@ -77,13 +77,16 @@ def test_without_extras(wheel, tmp_path, empty):
   predicted = run(*predict)
   assert predicted.count("%") == 5
   assert "823,946 parameters" in run("inspect", model)
-  assert run("convert", model, "digits", "--to=hf").endswith(
-    f"digits: {model} as hf\n"
+  assert run("convert", model, "digits", "--to=timm").endswith(
+    f"digits: {model} as timm\n"
   )
   predict[1] = "--checkpoint=digits"
   assert run(*predict) == predicted
-  # Compared with a configuration of the wheel.
-  assert "ViT-B/16" in run("tables", "table5", f"--runs={empty}")
+  assert "ViT-B/16" in run("tables", "table5")
+  load = "from vit_jax.config import load; print(load(%r).batch_size)"
+  for name in ("finetune", "configs/finetune.py"):
+    code = load % f"{name}:ViT-B_16,cifar100"
+    assert _call(python, "-c", code, cwd=empty) == "512\n"
   train = ["train", "--config=quickstart_pretrain", "--workdir=run"]
   needs = ", which is not installed: pip install 'vit_jax[train]'\n"
   assert run(*train, code=2).endswith(needs)
