@@ -34,18 +34,19 @@ def test_names_of_the_configurations(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for name in ("finetune", "finetune.py", "configs/finetune.py"):
     assert configuration.load(f"{name}:{arg}") == wanted
+
+  def check_mistake(name, meant):
+    with pytest.raises(UserError, match=f"; did you mean '{meant}'") as e:
+      configuration.load(name)
+    assert "\n" not in str(e.value)
+
+  check_mistake("finetun", "finetune")
+  check_mistake("configs/finetun.py", "finetune")
   (tmp_path / "finetune.py").write_text("get_config = None")
   assert configuration.load(f"finetune:{arg}") == wanted
   with pytest.raises(UserError, match=r"finetune\.py failed"):
     configuration.load(f"finetune.py:{arg}")
-  for name, meant in (
-    ("finetun", "finetune"),
-    ("configs/finetun.py", "finetune"),
-    ("./finetun.py", "finetune.py"),
-  ):
-    with pytest.raises(UserError, match=f"; did you mean '{meant}'") as e:
-      configuration.load(name)
-    assert "\n" not in str(e.value)
+  check_mistake("./finetun.py", "finetune.py")
   with pytest.raises(UserError, match="no configuration file 'mine/finetune'"):
     configuration.load("mine/finetune")
 
