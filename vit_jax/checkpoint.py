@@ -37,6 +37,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from vit_jax import files
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.state import flatten, unflatten
 
@@ -401,7 +402,7 @@ def _seal(directory):
     sizes = {
       str(f.relative_to(directory)): f.stat().length for f in _files(directory)
     }
-    write_atomically(listing, json.dumps(sizes, indent=1))
+    files.write_json(listing, sizes)
 
 
 def _files(directory):
@@ -430,17 +431,6 @@ def _check_files(directory):
     found = file.stat().length if file.exists() else 0
     if found != size:
       raise Corrupt(f"{name} has {found} bytes, {size} were written")
-
-
-def write_atomically(path, text: str) -> None:
-  """Writes a text file so that it is there whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  if "://" not in str(path):
-    # Else the name may be on the disk before the contents.
-    with open(temporary, "rb") as file:
-      os.fsync(file.fileno())
-  temporary.replace(path)
 
 
 def absolute(path) -> epath.Path:
@@ -566,7 +556,7 @@ def load_weights(path) -> Weights:
     RunStopped: a checkpoint could not be read.
   """
   workdir, candidates = locate(path)
-  run = json.loads((workdir / "config.json").read_text())
+  run = files.read_json(workdir / "config.json")
   for candidate in candidates:
     params, error = _attempt(lambda folder=candidate: _read_params(folder))
     if error is None:

@@ -21,6 +21,7 @@ _BY_MODULE = {"training", "evaluation", "tools", "commands"}
 _LAYERS = (
   ("errors",),
   (
+    "files",
     "state",
     "distributed",
     "training.stop",

@@ -144,9 +144,9 @@ _FAULTS = {
   ),
   # Files.
   "files that are not renamed when they are whole": Fault(
-    "checkpoint.py",
-    'temporary = path.with_name(path.name + ".tmp")',
-    "temporary = path",
+    "files.py",
+    'partial = path.with_name(path.name + ".tmp")',
+    "partial = path",
     "integration/train_test.py::test_a_run_killed_here_ends_as_if_it_had_not_been",
   ),
   "a fingerprint that does not see the order": Fault(

@@ -16,6 +16,7 @@ from vit_jax.data.benchmarks import BY_HAND, PACKAGES
 from vit_jax.data.catalog import FOLDER, OBJECTNET
 from vit_jax.data.tfds import find_builder, open_folder
 from vit_jax.errors import UserError, one_line
+from vit_jax.files import atomic_file, read_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -158,33 +159,28 @@ def _convert(builder):
 
 
 def _convert_shard(source, target, num_examples):
-  partial = target.with_name(f"{target.name}.incomplete")
+  # One record a group: random access decompresses nothing else.
+  options, count = "group_size:1", 0
   try:
-    # One record a group: random access decompresses nothing else.
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
-    count = 0
-    for record in tf.data.TFRecordDataset(str(source)).as_numpy_iterator():
-      writer.write(record)
-      count += 1
-    writer.close()
-    if count != num_examples:
-      raise UserError(
-        f"{source} has {count} examples, its data set declares {num_examples}; "
-        "delete the data set and prepare it again"
-      )
-    partial.replace(target)
+    with atomic_file(target) as partial:
+      writer = array_record_module.ArrayRecordWriter(str(partial), options)
+      for record in tf.data.TFRecordDataset(str(source)).as_numpy_iterator():
+        writer.write(record)
+        count += 1
+      writer.close()
+      if count != num_examples:
+        raise UserError(
+          f"{source} has {count} examples, its data set declares "
+          f"{num_examples}; delete the data set and prepare it again"
+        )
   except tf.errors.OpError as e:
     raise UserError(
       f"{source} cannot be read: {one_line(e)}; delete the data set and "
       "prepare it again"
     ) from e
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def _announce_array_record(file):
-  info = json.loads(file.read_text())
+  info = read_json(file)
   info.setdefault("alternativeFileFormats", []).append("array_record")
-  partial = file.with_name(f"{file.name}.incomplete")
-  partial.write_text(json.dumps(info, indent=2, sort_keys=True))
-  partial.replace(file)
+  write_atomically(file, json.dumps(info, indent=2, sort_keys=True))

@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 
+from vit_jax import files
 from vit_jax.data.preprocess import rescale
 from vit_jax.errors import RunStopped, UserError, check_free, suggest
 from vit_jax.models import variants
@@ -312,7 +313,7 @@ def _sniff(path) -> str:
 def _read_safetensors(path):
   arrays = archives.open_safetensors(path)
   config, preprocessor = (
-    archives.read_json(file) if file.exists() else None
+    files.read_json(file, "fetch it again") if file.exists() else None
     for file in (
       path.parent / "config.json",
       path.parent / "preprocessor_config.json",

@@ -4,7 +4,6 @@ Files are hostile until checked: nothing is unpickled, no name leaves the
 archive, and every error names the file and what is wrong with it.
 """
 
-import json
 import pathlib
 import zipfile
 import zlib
@@ -15,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.state import LazyArray
 
@@ -98,21 +98,19 @@ def write_npz(
   path: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
   """Writes one array after the other; the file appears when it is complete."""
-  temporary = path.with_name(path.name + ".tmp")
-  try:
-    with zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
-      for name, x in arrays:
-        # Fixed dates: the same weights are the same bytes.
-        info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
-        with archive.open(info, "w", force_zip64=True) as member:
-          np.lib.format.write_array(
-            member,
-            x.view("V2") if x.dtype == _BFLOAT16 else x,
-            allow_pickle=False,
-          )
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with (
+    files.atomic_file(path) as partial,
+    zipfile.ZipFile(partial, "w", allowZip64=True) as archive,
+  ):
+    for name, x in arrays:
+      # Fixed dates: the same weights are the same bytes.
+      info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+      with archive.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array(
+          member,
+          x.view("V2") if x.dtype == _BFLOAT16 else x,
+          allow_pickle=False,
+        )
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
@@ -127,7 +125,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
   if path.suffix != ".json":
     return _open_safetensors(path)
   arrays = {}
-  index = read_json(path)
+  index = files.read_json(path, "fetch it again")
   names = set((index.get("weight_map") or {}).values())
   for name in sorted(names):
     _check_name(path, name)
@@ -172,29 +170,11 @@ def write_safetensors(
   path: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
   """Writes the file; it appears when it is complete."""
-  temporary = path.with_name(path.name + ".tmp")
   try:
     # "pt": other libraries refuse files that do not say who wrote them.
-    safetensors.numpy.save_file(
-      dict(arrays), temporary, metadata={"format": "pt"}
-    )
-    temporary.replace(path)
+    with files.atomic_file(path) as partial:
+      safetensors.numpy.save_file(
+        dict(arrays), partial, metadata={"format": "pt"}
+      )
   except safetensors.SafetensorError as e:  # the disk is full, say
     raise OSError(str(e)) from e
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
-def read_json(path: pathlib.Path) -> dict:
-  """Returns the contents of a JSON file that holds an object.
-
-  Raises:
-    UserError: it does not parse, or holds something else.
-  """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as e:
-    raise UserError(f"{path}: no readable JSON ({e})") from e
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: a JSON object is needed")
-  return value

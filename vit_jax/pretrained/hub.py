@@ -5,14 +5,13 @@ that is complete or not there.
 """
 
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from vit_jax import files
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_free
 from vit_jax.pretrained import archives
@@ -198,13 +197,8 @@ def write_folder(
   """
   if not out.is_dir() or any(out.iterdir()):
     check_free(out)
-  partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-  partial.mkdir(parents=True)
-  try:
+  with files.atomic_folder(out) as partial:
     archives.write_safetensors(partial / WEIGHTS_FILE, arrays)
     for name, document in documents.items():
       text = json.dumps(document, indent=2, ensure_ascii=False)
       (partial / name).write_text(text + "\n", encoding="utf-8")
-    partial.replace(out)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)

@@ -1,11 +1,8 @@
 """Run folders and Orbax checkpoints of this project, as `Weights`."""
 
-import json
-import os
-import shutil
 import time
 
-from vit_jax import checkpoint
+from vit_jax import checkpoint, files
 from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.pretrained.weights import Weights, width_of
 from vit_jax.state import as_lazy, unflatten
@@ -54,8 +51,7 @@ def write(weights: Weights, out) -> None:
     UserError: there is something at `out` already.
   """
   folder = checkpoint.absolute(out)
-  local = "://" not in str(folder)
-  if local:
+  if "://" not in str(folder):
     check_free(folder)
   elif folder.exists():
     raise UserError(f"{folder} exists; nothing is overwritten, choose another")
@@ -70,29 +66,14 @@ def write(weights: Weights, out) -> None:
     "resize": weights.resize,
     "converted_from": weights.source,
   }
-  # Complete or not there; a bucket has no renaming, but config.json comes last.
-  name = f".{folder.name}.{os.getpid()}.partial"
-  partial = folder.with_name(name) if local else folder
-  checkpoints = checkpoint.Checkpoints(partial, keep=1)
-  try:
-    params = {path: x.read() for path, x in weights.params.items()}
-    checkpoints.save(0, {"params": unflatten(params)})
-    checkpoints.close()
-    checkpoint.write_atomically(
-      partial / "config.json", json.dumps(run, indent=1)
-    )
-    if local:
-      partial.rename(folder)
-  except RunStopped as e:
-    # Of a run it says that the same command resumes.
-    raise OSError(checkpoint.first_line(e.__cause__ or e)) from e
-  finally:
-    if local and partial.exists():
-      _remove(partial)
-
-
-def _remove(folder):
-  """Deletes a folder into which TensorStore may still write for a moment."""
-  for _ in range(10):
-    shutil.rmtree(folder, ignore_errors=True)
-    time.sleep(0.1)
+  with files.atomic_folder(folder) as partial:
+    checkpoints = checkpoint.Checkpoints(partial, keep=1)
+    try:
+      params = {path: x.read() for path, x in weights.params.items()}
+      checkpoints.save(0, {"params": unflatten(params)})
+      checkpoints.close()
+    except RunStopped as e:
+      time.sleep(1)  # TensorStore may still write into the folder
+      # Of a run it says that the same command resumes.
+      raise OSError(checkpoint.first_line(e.__cause__ or e)) from e
+    files.write_json(partial / "config.json", run)  # what makes it complete

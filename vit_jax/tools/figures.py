@@ -4,6 +4,7 @@ Each is a picture (PNG), a drawing (SVG) and the numbers behind it (CSV). A
 figure has a panel for each checkpoint.
 """
 
+import contextlib
 import csv
 import itertools
 import logging
@@ -22,6 +23,7 @@ from vit_jax import pretrained
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_folder, check_free, suggest
 from vit_jax.evaluation import attention_maps
+from vit_jax.files import atomic_file
 from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools.paper import data, flops
@@ -175,27 +177,19 @@ def _draw(names, seen, runs, all_wanted) -> dict[str, Drawing]:
 
 def _write(drawings):
   """Writes [(drawing, its PNG, SVG and CSV)], all of it or nothing."""
-  partial = {}
-  try:
-    for drawing, (png, svg, table) in drawings:
-      png.parent.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:  # renames when all are written
+    for drawing, paths in drawings:
+      paths[0].parent.mkdir(parents=True, exist_ok=True)
+      png, svg, table = (stack.enter_context(atomic_file(p)) for p in paths)
       # The same numbers give the same file: no date, no random names in it.
-      style: dict[Any, Any] = {"svg.hashsalt": svg.name, "svg.fonttype": "none"}
+      style: dict[Any, Any] = {
+        "svg.hashsalt": paths[1].name,
+        "svg.fonttype": "none",
+      }
       with matplotlib.rc_context(style):
-        for path in (png, svg):
-          kind = path.suffix.removeprefix(".")
-          about = {"Date": None} if kind == "svg" else {}
-          partial[path] = path.with_name(path.name + ".tmp")
-          drawing.figure.savefig(
-            partial[path], format=kind, dpi=_DPI, metadata=about
-          )
-      partial[table] = table.with_name(table.name + ".tmp")
-      _write_csv(drawing, partial[table])
-    for path, temporary in partial.items():
-      temporary.replace(path)
-  finally:
-    for temporary in partial.values():
-      temporary.unlink(missing_ok=True)
+        drawing.figure.savefig(png, format="png", dpi=_DPI)
+        drawing.figure.savefig(svg, format="svg", metadata={"Date": None})
+      _write_csv(drawing, table)
 
 
 def _write_csv(drawing, file):

@@ -4,16 +4,14 @@ Pre-train on many cheap images, fine-tune at twice the resolution on few real
 ones, and compare with training on those few alone, for as many steps.
 """
 
-import json
 import logging
-import shutil
 import time
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import checkpoint, config, data, models, sharding
+from vit_jax import config, data, files, models, sharding
 from vit_jax.evaluation import classification
 from vit_jax.evaluation.predict import predict
 from vit_jax.tools.figures import make_figures
@@ -32,7 +30,7 @@ PRIOR_EXAMPLES = 4000
 def read_report(folder: Path) -> dict | None:
   """Returns the report of a quickstart that has finished."""
   report = folder / REPORT
-  return json.loads(report.read_text()) if report.exists() else None
+  return files.read_json(report) if report.exists() else None
 
 
 def quickstart(folder: Path) -> dict | None:
@@ -77,8 +75,7 @@ def quickstart(folder: Path) -> dict | None:
   say("Where the model looks")
   draw_figures(folder / "figures", str(folder / "finetune"), images)
   result["seconds"] = round(time.monotonic() - begin, 1)
-  text = json.dumps(result, indent=1) + "\n"
-  checkpoint.write_atomically(folder / REPORT, text)
+  files.write_json(folder / REPORT, result)
   return result
 
 
@@ -187,10 +184,8 @@ def draw_figures(folder, source, images):
   """Draws the figures of a checkpoint; `folder` has all of them or none."""
   if folder.exists():
     return  # from a run that was interrupted after it
-  partial = folder.with_name(folder.name + ".tmp")
-  shutil.rmtree(partial, ignore_errors=True)
-  make_figures(str(partial), checkpoints=[source], images=images)
-  partial.rename(folder)
+  with files.atomic_folder(folder) as partial:
+    make_figures(str(partial), checkpoints=[source], images=images)
 
 
 def make_table(result: dict) -> str:

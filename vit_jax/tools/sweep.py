@@ -13,7 +13,6 @@ import ast
 import collections
 import hashlib
 import itertools
-import json
 import logging
 import re
 import statistics
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_jax import checkpoint, pretrained
+from vit_jax import checkpoint, files, pretrained
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.tools.jobs import (
@@ -288,9 +287,7 @@ def run_groups(
   results = {}
   for name, runs in groups.items():
     results[name] = summarize(runs, failed, select)
-    text = json.dumps(results[name], indent=1) + "\n"
-    file = runs[0].workdir.parent / "sweep.json"
-    checkpoint.write_atomically(file, text)
+    files.write_json(runs[0].workdir.parent / "sweep.json", results[name])
   return results, stopped
 
 

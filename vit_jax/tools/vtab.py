@@ -10,7 +10,6 @@ it on all 1,000 images, and reports the test set, which nothing else looks at.
 """
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import checkpoint, data, pretrained
+from vit_jax import data, files, pretrained
 from vit_jax.errors import UserError
 from vit_jax.tools import sweep
 from vit_jax.tools.jobs import divide_devices, lock
@@ -129,8 +128,7 @@ def vtab(
     if not finals:
       log.info("stopped; run it again to go on")
     result = summarize(source, chosen, grid, selected, settings, finals)
-    text = json.dumps(result, indent=1) + "\n"
-    checkpoint.write_atomically(folder / "vtab.json", text)
+    files.write_json(folder / "vtab.json", result)
   return result
 
 

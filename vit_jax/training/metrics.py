@@ -10,6 +10,7 @@ import jax
 import tensorflow as tf
 from clu import metric_writers
 
+from vit_jax import files
 from vit_jax.errors import RunStopped
 from vit_jax.sharding import RUN_AHEAD
 
@@ -49,9 +50,7 @@ class MetricLog:
     """Writes what is kept of metrics.jsonl anew, there and to TensorBoard."""
     # Whole or not at all: a kill in between must not cost the lines.
     self._file.parent.mkdir(parents=True, exist_ok=True)
-    rewritten = self._file.with_name("metrics.jsonl.tmp")
-    rewritten.write_text("".join(self._lines))
-    rewritten.replace(self._file)
+    files.write_atomically(self._file, "".join(self._lines))
     # Those of before may have later steps, and would run backwards.
     old = list(folder.glob("events.out.tfevents.*"))
     self._tensorboard = metric_writers.SummaryWriter(str(folder))

@@ -1,13 +1,12 @@
 """A run folder: whose it is, what run it holds, what a run writes first."""
 
-import json
 import logging
 import shlex
 
 import jax
 from clu import parameter_overview
 
-from vit_jax import checkpoint, sharding
+from vit_jax import checkpoint, files, sharding
 from vit_jax import config as configuration
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_folder
@@ -80,13 +79,10 @@ def read_run(workdir) -> dict:
   Raises:
     UserError: it is cut off or empty.
   """
-  try:
-    return json.loads((workdir / "config.json").read_text())
-  except ValueError as e:
-    raise UserError(
-      f"{workdir}/config.json is not whole ({e}); restore it from a copy, or "
-      "choose another --workdir"
-    ) from None
+  return files.read_json(
+    workdir / "config.json",
+    "restore it from a copy, or choose another --workdir",
+  )
 
 
 def check_data(run, inputs: Inputs, workdir) -> None:
@@ -126,10 +122,8 @@ def write(config, workdir, total_steps, objective, opened: Inputs, state):
   overview = parameter_overview.get_parameter_overview(
     state.params, include_stats="sharding"
   )
-  checkpoint.write_atomically(workdir / "parameters.txt", overview)
-  checkpoint.write_atomically(
-    workdir / "config.json", json.dumps(run, indent=1)
-  )
+  files.write_atomically(workdir / "parameters.txt", overview)
+  files.write_json(workdir / "config.json", run)
   count = sum(x.size for x in jax.tree.leaves(state.params))
   log.info(
     "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
@@ -146,12 +140,7 @@ def write(config, workdir, total_steps, objective, opened: Inputs, state):
 def read_results(workdir, step: int) -> dict[str, dict[str, float]]:
   """Returns {evaluation: {metric: value}} at `step` from metrics.jsonl."""
   found: dict[str, dict[str, float]] = {}
-  file = workdir / "metrics.jsonl"
-  for line in file.read_text().splitlines() if file.exists() else ():
-    try:
-      values = json.loads(line)
-    except ValueError:  # a kill may leave half a line
-      continue
+  for values in files.read_json_lines(workdir / "metrics.jsonl")[0]:
     if values.pop("step") == step:
       for key, x in values.items():
         name, _, metric = key.partition("/")

@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import io
 import itertools
-import json
 import logging
 import multiprocessing
 import os
@@ -36,6 +35,7 @@ from array_record.python import array_record_module  # pyright: ignore
 from PIL import Image
 from tensorflow_datasets.core import example_serializer
 
+from vit_jax import files
 from vit_jax.data import preprocess
 from vit_jax.data.catalog import get_source
 from vit_jax.errors import RunStopped, UserError, one_line
@@ -178,19 +178,12 @@ def _check_same_plan(plan, images, partial):
     digest.update(repr(line).encode())
   file = partial / "plan.sha256"
   if not file.exists():
-    _write_text(file, digest.hexdigest())
+    files.write_atomically(file, digest.hexdigest())
   elif file.read_text() != digest.hexdigest():
     raise UserError(
       f"{partial} holds a build of other images, labels or options; choose "
       "another name, or delete that folder"
     )
-
-
-def _write_text(file, text):
-  """Writes all of a file or nothing."""
-  temporary = file.with_suffix(".tmp")
-  temporary.write_text(text)
-  temporary.replace(file)
 
 
 def _make_parts(plan, images, partial):
@@ -378,7 +371,7 @@ class _Writer:
     """Makes the part a finished one."""
     for file in self._files.values():
       file.close()
-    _write_text(_report_of(self._part), json.dumps(self.report))
+    files.write_json(_report_of(self._part), self.report)
 
 
 def _records_of(part, split) -> Path:
@@ -451,7 +444,8 @@ def _draw(name) -> float:
 def _finish(plan, parts, unknown, folder):
   """Gives the files their final names, and TFDS what it wants to know."""
   partial = parts[0].folder
-  reports = [json.loads(_report_of(part).read_text()) for part in parts]
+  advice = "delete it, and the same command makes its part again"
+  reports = [files.read_json(_report_of(part), advice) for part in parts]
   total: dict[str, Any] = {"images": sum(len(part.images) for part in parts)}
   for name in ("unreadable", "without labels", "twins"):
     total[name] = [x for report in reports for x in report[name]]
@@ -500,7 +494,7 @@ def _finish(plan, parts, unknown, folder):
     description=f"Made of {plan.images} by vit-jax data build.",
     metadata=tfds.core.MetadataDict(max_labels=max(r["most"] for r in reports)),
   )
-  (partial / "report.json").write_text(json.dumps(total, indent=1))
+  files.write_json(partial / "report.json", total)
   shutil.rmtree(partial / "against", ignore_errors=True)
   partial.rename(folder)
   # Whoever is killed here leaves too much, not too little.

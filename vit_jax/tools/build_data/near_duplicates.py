@@ -18,6 +18,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from PIL import Image
 
+from vit_jax.files import write_atomically
+
 SIDE = 16  # pixels of a signature's side
 HALF = SIDE * SIDE // 2  # numbers in its even part, and in its odd one
 THUMBNAIL = 48  # pixels of the images that are laid over each other
@@ -87,9 +89,7 @@ class Index:
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "thumbnails.npy", self._thumbnails)
     np.save(folder / "signatures.npy", self._signatures)
-    temporary = folder / "names.tmp"
-    temporary.write_text(json.dumps(self._names))
-    temporary.replace(folder / "names.json")
+    write_atomically(folder / "names.json", json.dumps(self._names))
 
   @classmethod
   def load(cls, folder: Path) -> Self:

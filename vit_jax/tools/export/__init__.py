@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import vit_jax
 from vit_jax import pretrained
 from vit_jax.data import preprocess as numpy_preprocess
 from vit_jax.errors import UserError, check_free, suggest
+from vit_jax.files import atomic_folder
 from vit_jax.pretrained.warmstart import match_layout
 from vit_jax.tools.export import formats, pictures
 from vit_jax.training.steps import normalize
@@ -70,7 +70,7 @@ def export(
   form = formats.FORMATS[to]
   folder = _choose_folder(out)
   form.require()
-  with _whole(folder) as partial:
+  with _atomic(folder) as partial:
     model = _load(source, image_size)
     _check_size(model, form, to)
     graph = _make_graph(model, preprocess)
@@ -85,25 +85,13 @@ def export(
 
 
 @contextlib.contextmanager
-def _whole(folder):
-  """Gives a folder beside `folder`, which gets its name if all goes well."""
-  partial = folder.with_name(folder.name + ".tmp")
+def _atomic(folder):
+  """Does `atomic_folder`; a failure to write is a UserError."""
   try:
-    partial.mkdir(parents=True)
-  except FileExistsError as e:
-    raise UserError(
-      f"{partial} exists, where the file is made: another export is at work, "
-      "or was killed; remove it then"
-    ) from e
-  except OSError as e:
-    raise UserError(f"{folder} cannot be made: {e.strerror}") from e
-  try:
-    yield partial
-    partial.rename(folder)
+    with atomic_folder(folder) as partial:
+      yield partial
   except OSError as e:
     raise UserError(f"{folder} cannot be written: {e.strerror or e}") from e
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _choose_folder(out):

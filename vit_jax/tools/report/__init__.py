@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_jax import checkpoint
+from vit_jax import files
 from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.tools.report import charts
 from vit_jax.tools.report.details import look
@@ -52,7 +52,7 @@ def report(
   # A path or a class may have a name that is no Unicode.
   page = page.encode("utf-8", errors="xmlcharrefreplace").decode()
   try:
-    checkpoint.write_atomically(file, page)
+    files.write_atomically(file, page)
   except OSError as e:
     raise RunStopped(f"could not write {out}: {e.strerror}") from e
   return file

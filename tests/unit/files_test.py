@@ -1,0 +1,59 @@
+"""Atomic writes and JSON files."""
+
+import contextlib
+import os
+import re
+
+import pytest
+from etils import epath
+
+from vit_jax import files
+from vit_jax.errors import UserError
+
+
+@pytest.mark.parametrize("kind", [type(epath.Path("/")), epath.Path])
+def test_a_failed_write_changes_nothing(kind, tmp_path):
+  path = kind(tmp_path) / "x.json"
+  files.write_json(path, {"a": 1})
+  with contextlib.suppress(KeyError), files.atomic_file(path) as partial:
+    partial.write_text("half")
+    raise KeyError
+  with contextlib.suppress(KeyError), files.atomic_folder(path) as partial:
+    (partial / "half").write_text("half")
+    raise KeyError
+  assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
+  assert files.read_json(path) == {"a": 1}
+
+
+def test_a_folder_appears_whole_whatever_a_kill_has_left(tmp_path):
+  left = tmp_path / f".out.{os.getpid()}.partial"
+  left.mkdir()
+  (left / "old").touch()
+  with files.atomic_folder(tmp_path / "out") as partial:
+    (partial / "new").touch()
+    assert not (tmp_path / "out").exists()
+  assert [f.name for f in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [
+    (None, "cannot be read: No such file or directory; mend it"),
+    (b'{\n"a": }', r"is corrupt: Expecting value: line 2 column 6.*; mend it"),
+    (b"\xff", "is corrupt: 'utf-8' codec can't decode.*; mend it"),
+    (b"[1]", "is corrupt: it holds no JSON object; mend it"),
+  ],
+)
+def test_json_that_cannot_be_read_is_one_line(content, words, tmp_path):
+  file = tmp_path / "x.json"
+  if content is not None:
+    file.write_bytes(content)
+  with pytest.raises(UserError, match=f"^{re.escape(str(file))} {words}$"):
+    files.read_json(file, "mend it")
+
+
+def test_lines_that_are_corrupt_are_counted_and_a_torn_one_is_ignored(tmp_path):
+  file = tmp_path / "x.jsonl"
+  assert files.read_json_lines(file) == ([], [])
+  file.write_bytes(b'{"a": 1}\n\xff{\n[1]\n{"a": 2}\n{"a": 3}')
+  assert files.read_json_lines(file) == ([{"a": 1}, {"a": 2}], [2, 3])

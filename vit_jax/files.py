@@ -1,0 +1,116 @@
+"""Atomic writes, and JSON files whose errors name file and line.
+
+Paths are pathlib's, or epath's for buckets.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from vit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_file(path) -> Iterator[Any]:
+  """Yields a path beside `path`; what is written there then replaces `path`.
+
+  If the block raises, `path` stays as it was.
+  """
+  partial = path.with_name(path.name + ".tmp")
+  try:
+    yield partial
+    _sync(partial)
+    partial.replace(path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path) -> Iterator[Any]:
+  """Yields a new folder beside `path`, which is then renamed to `path`.
+
+  If the block raises, nothing is left. Buckets cannot rename folders: there it
+  yields `path` itself, so write last what makes the folder complete.
+  """
+  if _is_remote(path):
+    yield path
+    return
+  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+  partial.mkdir(parents=True)
+  try:
+    yield partial
+    for file in partial.rglob("*"):
+      if file.is_file():
+        _sync(file)
+    partial.replace(path)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_atomically(path, text: str) -> None:
+  """Writes a UTF-8 file so that it is there whole or not at all."""
+  with atomic_file(path) as partial:
+    partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value) -> None:
+  """Writes a value as JSON, see `write_atomically`."""
+  write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
+  """Returns the object in a JSON file.
+
+  Args:
+    path: the file.
+    advice: what a user can do, for the error.
+
+  Raises:
+    UserError: it cannot be read, or holds no JSON object.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as e:
+    words = e.strerror or e
+    raise UserError(f"{path} cannot be read: {words}; {advice}") from e
+  except ValueError as e:  # with the line and the column
+    raise UserError(f"{path} is corrupt: {e}; {advice}") from e
+  if not isinstance(value, dict):
+    raise UserError(f"{path} is corrupt: it holds no JSON object; {advice}")
+  return value
+
+
+def read_json_lines(path) -> tuple[list[dict[str, Any]], list[int]]:
+  """Returns a file's JSON objects, one a line, and its corrupt lines' numbers.
+
+  A last line without a line break is ignored: it is being written, or a kill
+  has cut it off. A file that does not exist has no lines.
+  """
+  text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+  found, corrupt = [], []
+  for number, line in enumerate(text.split("\n")[:-1], 1):
+    try:
+      value = json.loads(line)
+    except ValueError:
+      value = None
+    if isinstance(value, dict):
+      found.append(value)
+    else:
+      corrupt.append(number)
+  return found, corrupt
+
+
+def _is_remote(path) -> bool:
+  return "://" in str(path)
+
+
+def _sync(file):
+  """Has a local file's contents on the disk before its name is."""
+  if not _is_remote(file):
+    with open(file, "rb") as f:
+      os.fsync(f.fileno())
