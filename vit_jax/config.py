@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from vit_jax import data
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, suggest
 
@@ -335,6 +336,15 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
     with contextlib.suppress(UserError):
       return preprocess.parse(value, flat["image_size"])
   return value
+
+
+def find_test_set(flat: Mapping[str, Any]) -> str:
+  """Returns the data set on which a run of a flat configuration is evaluated.
+
+  That is `eval.dataset`, or the first of the training mixture.
+  """
+  mixture = data.parse_mixture(flat["train.dataset"])
+  return flat["eval.dataset"] or mixture[0][0]
 
 
 # Key -> its least value, and the first that is too large.

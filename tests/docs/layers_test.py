@@ -44,7 +44,8 @@ _LAYERS = (
   ("evaluation.evaluators", "evaluation.linear"),
   ("train", "evaluation.evaluate"),
   # The tools: what the core never imports.
-  ("tools.paper", "tools.build_data"),
+  ("tools.runs", "tools.build_data"),
+  ("tools.paper",),
   (
     "tools.figures",
     "tools.datasets",

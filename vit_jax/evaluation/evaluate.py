@@ -4,6 +4,7 @@ from typing import Any
 
 import ml_collections
 
+from vit_jax import config as configuration
 from vit_jax import data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
@@ -46,8 +47,8 @@ def evaluate(
   weights = pretrained.fold_normalization(pretrained.read(source))
   config = _training_config(weights)
   if config:
-    first_training_set = data.parse_mixture(config.train.dataset)[0][0]
-    dataset = dataset or config.eval.dataset or first_training_set
+    usual = configuration.find_test_set(configuration.flatten(config))
+    dataset = dataset or usual
     split = split or config.eval.split
     data_dir = data_dir or config.data_dir
   if not dataset or not split:

@@ -27,14 +27,8 @@ from vit_jax.files import atomic_file
 from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools.paper import data, flops
-from vit_jax.tools.paper.runs import (
-  Run,
-  find_origin,
-  find_runs,
-  name_runs,
-  plain_name,
-  read_metrics,
-)
+from vit_jax.tools.paper.pretraining import plain_name
+from vit_jax.tools.runs import Run, find_origin, find_runs
 from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
@@ -139,7 +133,7 @@ def make_figures(
     _read(source, label, images, image_size)
     for source, label in zip(checkpoints, labels, strict=True)
   ]
-  drawings = _draw(files, seen, find_runs(runs) if runs else [], bool(only))
+  drawings = _draw(files, seen, find_runs([runs]) if runs else [], bool(only))
   try:
     _write([(drawings[name], files[name]) for name in drawings])
   except OSError as e:
@@ -520,14 +514,13 @@ def _draw_curves(runs: list[Run]) -> Drawing:
 
 def _read_curves(runs):
   """Returns {(metric, name of the run): [(step, value)]}."""
-  names = name_runs([str(run.path) for run in runs])
   curves = {}
-  for label, run in zip(names, runs, strict=True):
-    for values in read_metrics(run.path)[0]:
+  for run in runs:
+    for values in run.lines:
       for metric in _CURVES:
         if metric in values:
           point = (values["step"], values[metric])
-          curves.setdefault((metric, label), []).append(point)
+          curves.setdefault((metric, run.name), []).append(point)
   return curves
 
 
@@ -586,9 +579,8 @@ def _place_run(run, runs):
   accuracy = run.results.get("accuracy")
   if origin is None or not origin.finished or accuracy is None:
     return None
-  written = origin.read_json("config.json")
   try:
-    exaflops = flops.count_training(written, origin.total_steps)
+    exaflops = flops.count_training(origin.written, origin.total_steps)
   except UserError as e:
     log.info("compute: %s: left out: %s", origin.path, e)
     return None

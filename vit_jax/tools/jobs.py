@@ -11,7 +11,6 @@ machines see only where the file system says so; this is for one machine.
 import collections
 import contextlib
 import fcntl
-import json
 import logging
 import os
 import signal
@@ -22,15 +21,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vit_jax import config as configuration
 from vit_jax.errors import UserError, check_folder
+from vit_jax.tools import runs
 from vit_jax.training.lock import is_alive
 from vit_jax.training.metrics import duration
 
 log = logging.getLogger(__name__)
 
-# Which result is compared where the user does not say; the first there is.
-_METRICS = ("accuracy", "prec@1", "r2")
-_COUNTS = ("examples", "labelled")  # among the results, and none
 _POLL_SECONDS = 0.2
 
 # `python -m vit_jax`, but for one thing: should we be killed, Linux sends
@@ -53,8 +51,8 @@ print(d[0].platform, len({str(getattr(x, "coords", x.id)) for x in d}))
 _TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}
 
 
-class Run(NamedTuple):
-  """One training of a sweep.
+class Trial(NamedTuple):
+  """One training of a sweep, begun or not.
 
   Attributes:
     name: of its folder, and in tables.
@@ -82,71 +80,37 @@ class Run(NamedTuple):
 # --- what they have come to ---
 
 
-def inspect_run(run: Run) -> dict[str, Any]:
-  """Reads a run's folder.
+def inspect_trial(trial: Trial) -> dict[str, Any]:
+  """Reads a trial's folder.
 
   Returns:
     {"status": "waiting", "interrupted" or "finished", "step", "total_steps",
     "results": the last evaluation, "recipe": data and preprocessing}.
   """
-  found = {"status": "waiting", "step": 0, "total_steps": 0, "results": {}}
-  file = run.workdir / "config.json"
-  if not file.exists():
-    return found
-  written = json.loads(file.read_text())
-  found |= {
-    "status": "interrupted",
-    "total_steps": written["total_steps"],
-    "recipe": describe_recipe(written["config"]),
-  }
-  at_end = {}
-  for line in _read_metrics(run.workdir):
-    found["step"] = max(found["step"], line["step"])
-    results = {
-      name.removeprefix("eval/"): x
-      for name, x in line.items()
-      if name.startswith("eval/")
-    }
-    found["results"] = results or found["results"]
-    if line["step"] == found["total_steps"]:
-      at_end |= results
+  run = runs.read_run(trial.workdir)
+  if run is None:
+    return {"status": "waiting", "step": 0, "total_steps": 0, "results": {}}
   # A run saves, then evaluates, and may be stopped before or in that.
-  last = run.workdir / "checkpoints" / str(found["total_steps"])
-  if last.is_dir() and at_end:
-    found["status"] = "finished"
-  return found
-
-
-def describe_recipe(config: dict) -> dict[str, Any]:
-  """Returns what was trained and evaluated on, and how it was prepared."""
-  train_part, eval_part = config["train"], config["eval"]
+  saved = (trial.workdir / "checkpoints" / str(run.total_steps)).is_dir()
   return {
-    "image_size": config["image_size"],
-    "train": f"{train_part['dataset']} {train_part['split']}",
-    "train_preprocess": train_part["preprocess"],
-    "eval": f"{eval_part['dataset'] or train_part['dataset']} "
-    f"{eval_part['split']}",
-    "eval_preprocess": eval_part["preprocess"],
+    "status": "finished" if saved and run.results else "interrupted",
+    "step": run.step,
+    "total_steps": run.total_steps,
+    "results": run.last_results,
+    "recipe": describe_recipe(run.config),
   }
 
 
-def choose_metric(results, select):
-  """Returns (name, value) of what is compared, (None, None) for no results."""
-  if not results:
-    return None, None
-  name = select or next((n for n in _METRICS if n in results), "loss")
-  if name not in results:
-    others = ", ".join(n for n in results if n not in _COUNTS)
-    raise UserError(f"--select={name}: the evaluation has {others}")
-  return name, results[name]
-
-
-def _read_metrics(workdir):
-  """Yields the lines of metrics.jsonl; the last may be in the making."""
-  file = workdir / "metrics.jsonl"
-  for line in file.read_text().splitlines() if file.exists() else []:
-    with contextlib.suppress(json.JSONDecodeError):
-      yield json.loads(line)
+def describe_recipe(flat: dict[str, Any]) -> dict[str, Any]:
+  """Returns what was trained and evaluated on, and how it was prepared."""
+  test_set = configuration.find_test_set(flat)
+  return {
+    "image_size": flat["image_size"],
+    "train": f"{flat['train.dataset']} {flat['train.split']}",
+    "train_preprocess": flat["train.preprocess"],
+    "eval": f"{test_set} {flat['eval.split']}",
+    "eval_preprocess": flat["eval.preprocess"],
+  }
 
 
 # --- running them ---
@@ -240,7 +204,7 @@ def make_environments(platform, count, jobs, environment):
 
 
 class _Job(NamedTuple):
-  run: Run
+  trial: Trial
   process: subprocess.Popen
   environment: dict[str, str]
   started: float
@@ -266,12 +230,12 @@ class _Signals:
 
 
 def run_all(
-  runs: Sequence[Run], environments: list[dict[str, str]], lock_fd: int
+  trials: Sequence[Trial], environments: list[dict[str, str]], lock_fd: int
 ) -> tuple[dict[Path, str], bool]:
   """Runs what is not finished, as many at once as there are environments.
 
   Args:
-    runs: from `plan`.
+    trials: from `plan`.
     environments: from `divide_devices`.
     lock_fd: from `lock`.
 
@@ -280,9 +244,9 @@ def run_all(
     stopped the sweep; whether it was stopped).
   """
   waiting = collections.deque(
-    run for run in runs if inspect_run(run)["status"] != "finished"
+    trial for trial in trials if inspect_trial(trial)["status"] != "finished"
   )
-  progress = _Progress(runs, len(runs) - len(waiting))
+  progress = _Progress(trials, len(trials) - len(waiting))
   free, active, failed = list(environments), [], {}
   try:
     with _Signals() as signals:
@@ -300,7 +264,7 @@ def run_all(
           free.append(job.environment)
           error = None if signals.count else _find_error(job)
           if error:
-            failed[job.run.workdir] = error
+            failed[job.trial.workdir] = error
           progress.ended(job, error)
         progress.show(active)
         time.sleep(_POLL_SECONDS)
@@ -311,11 +275,11 @@ def run_all(
       job.process.kill()
 
 
-def _start(run, environment, lock_fd):
-  run.workdir.mkdir(parents=True, exist_ok=True)
-  with open(run.workdir / "log.txt", "a") as file:
+def _start(trial, environment, lock_fd):
+  trial.workdir.mkdir(parents=True, exist_ok=True)
+  with open(trial.workdir / "log.txt", "a") as file:
     process = subprocess.Popen(
-      [sys.executable, "-c", _CHILD, str(os.getpid()), *run.arguments()],
+      [sys.executable, "-c", _CHILD, str(os.getpid()), *trial.arguments()],
       stdin=subprocess.DEVNULL,
       stdout=file,
       stderr=file,
@@ -324,14 +288,14 @@ def _start(run, environment, lock_fd):
       start_new_session=True,
       pass_fds=(lock_fd,),
     )
-  return _Job(run, process, environment, time.monotonic())
+  return _Job(trial, process, environment, time.monotonic())
 
 
 def _find_error(job):
   """Returns a line on why a run that has ended is not finished, or None."""
   if job.process.returncode:
-    return _last_line(job.run.workdir / "log.txt")
-  found = inspect_run(job.run)
+    return _last_line(job.trial.workdir / "log.txt")
+  found = inspect_trial(job.trial)
   if found["status"] == "finished":
     return None
   return (
@@ -348,31 +312,31 @@ def _last_line(file):
 class _Progress:
   """The table of the runs at work, on stderr: in place on a terminal."""
 
-  def __init__(self, runs, done):
-    self._total, self._done = len(runs), done
-    self._root = os.path.commonpath([run.workdir.parent for run in runs])
+  def __init__(self, trials, done):
+    self._total, self._done = len(trials), done
+    self._root = os.path.commonpath([t.workdir.parent for t in trials])
     self._terminal = sys.stderr.isatty()
     self._lines = 0
     self._shown = (0.0, None)
 
   def ended(self, job, error):
     """Says what became of a run."""
-    found = inspect_run(job.run)
+    found = inspect_trial(job.trial)
     self._done += found["status"] == "finished"
     self._erase()
     took = duration(time.monotonic() - job.started)
     what = f"FAILED: {error}" if error else found["status"]
-    log.info("%s  %s  %s", self._format(job.run, found), what, took)
+    log.info("%s  %s  %s", self._format(job.trial, found), what, took)
 
   def show(self, active):
     """Shows the runs at work, if something is new."""
-    names = [job.run.workdir for job in active]
+    names = [job.trial.workdir for job in active]
     now = time.monotonic()
     due = now - self._shown[0] > (1 if self._terminal else 60)
     if (names == self._shown[1] and not due) or not names:
       return
     self._erase()
-    rows = [self._format(job.run, inspect_run(job.run)) for job in active]
+    rows = [self._format(job.trial, inspect_trial(job.trial)) for job in active]
     rows.append(self._count())
     print("\n".join(rows), file=sys.stderr, flush=True)
     self._lines = len(rows)
@@ -391,9 +355,9 @@ class _Progress:
       print(f"\x1b[{self._lines}A\x1b[J", end="", file=sys.stderr, flush=True)
     self._lines = 0
 
-  def _format(self, run, found):
+  def _format(self, trial, found):
     steps = f"{found['step']}/{found['total_steps'] or '?'}"
-    name, metric = choose_metric(found["results"], None)
-    result = f"{name} {metric:.4f}" if name else ""
-    path = os.path.relpath(run.workdir, self._root)
+    name = runs.find_main(found["results"])
+    result = f"{name} {found['results'][name]:.4f}" if name else ""
+    path = os.path.relpath(trial.workdir, self._root)
     return f"  {path:36} {steps:>12}  {result:16}"

@@ -24,13 +24,13 @@ from vit_jax import checkpoint, files, pretrained
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.tools.jobs import (
-  Run,
-  choose_metric,
+  Trial,
   divide_devices,
-  inspect_run,
+  inspect_trial,
   lock,
   run_all,
 )
+from vit_jax.tools.runs import choose_metric
 from vit_jax.training import inputs, run_folder
 
 log = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ def plan(
   overrides: dict[str, str],
   grid: dict[str, list[str]],
   seeds: int,
-) -> list[Run]:
-  """Returns the runs of a sweep, checked, and touches nothing.
+) -> list[Trial]:
+  """Returns the trials of a sweep, checked, and touches nothing.
 
   Args:
     config: "FILE[:ARG]".
@@ -111,16 +111,16 @@ def plan(
   if both:
     raise UserError(f"{both[0]} is in --grid and in --config.{both[0]}")
   first_seed = configuration.load(config, overrides).seed
-  runs = []
+  trials = []
   for values in itertools.product(*grid.values()):
     setting = dict(zip(grid, values, strict=True))
     for seed in range(first_seed, first_seed + seeds):
       name = make_name(setting, seed)
       changed = {**overrides, **setting, "seed": str(seed)}
-      run = Run(name, workdir / name, config, changed, setting, seed)
-      _check(run)
-      runs.append(run)
-  return runs
+      trial = Trial(name, workdir / name, config, changed, setting, seed)
+      _check(trial)
+      trials.append(trial)
+  return trials
 
 
 def make_name(setting: dict[str, str], seed: int) -> str:
@@ -141,10 +141,10 @@ def make_name(setting: dict[str, str], seed: int) -> str:
   return f"{name[:80]},{digest}"
 
 
-def _check(run):
-  loaded = configuration.load(run.config, run.overrides)
+def _check(trial):
+  loaded = configuration.load(trial.config, trial.overrides)
   configuration.check_ranges(loaded)
-  if not run_folder.check(loaded, checkpoint.absolute(run.workdir)):
+  if not run_folder.check(loaded, checkpoint.absolute(trial.workdir)):
     configuration.check_unused(loaded)
   if not loaded.eval.split:
     raise UserError(
@@ -152,15 +152,15 @@ def _check(run):
     )
 
 
-def check_sources(runs: Sequence[Run]) -> None:
-  """Opens the data and the weights of all runs, each once.
+def check_sources(trials: Sequence[Trial]) -> None:
+  """Opens the data and the weights of all trials, each once.
 
   Raises:
     UserError: what is missing or unsuitable; no run has begun.
   """
   seen = set()
-  for run in runs:
-    loaded = configuration.load(run.config, run.overrides)
+  for trial in trials:
+    loaded = configuration.load(trial.config, trial.overrides)
     parts = (loaded.train.dataset, loaded.train.split, loaded.data_dir)
     parts += tuple(configuration.list_evals(loaded))
     if parts not in seen:
@@ -200,11 +200,11 @@ def sweep(
       result.
   """
   folder = local_folder(workdir)
-  runs = plan(config, folder, overrides, grid, seeds)
+  trials = plan(config, folder, overrides, grid, seeds)
   environments = divide_devices(jobs)
-  check_sources(runs)
+  check_sources(trials)
   with lock(folder) as lock_fd:
-    results, stopped = run_groups({"": runs}, environments, lock_fd, select)
+    results, stopped = run_groups({"": trials}, environments, lock_fd, select)
   if stopped:
     log.info("stopped; run it again to go on")
   return results[""]
@@ -240,8 +240,8 @@ def select_and_train(
 
   def plan_final(setting):
     changed = {**overrides, **setting}
-    runs = plan(final, folder / "final", changed, {}, seeds)
-    return [run._replace(setting=setting) for run in runs]
+    trials = plan(final, folder / "final", changed, {}, seeds)
+    return [trial._replace(setting=setting) for trial in trials]
 
   trials = plan(config, folder / "select", overrides, grid, 1)
   environments = divide_devices(jobs)
@@ -250,8 +250,10 @@ def select_and_train(
   found: dict[str, Any] = {"select": None, "final": None}
   with lock(folder) as lock_fd:
 
-    def run(name, runs):
-      results, stopped = run_groups({name: runs}, environments, lock_fd, select)
+    def run(name, trials):
+      results, stopped = run_groups(
+        {name: trials}, environments, lock_fd, select
+      )
       found.update(results)
       return stopped
 
@@ -267,12 +269,15 @@ def select_and_train(
 
 
 def run_groups(
-  groups: dict[str, list[Run]], environments, lock_fd: int, select: str | None
+  groups: dict[str, list[Trial]],
+  environments,
+  lock_fd: int,
+  select: str | None,
 ) -> tuple[dict[str, dict[str, Any]], bool]:
   """Runs what is not finished; writes a sweep.json for each group.
 
   Args:
-    groups: {name: runs of one folder}; all of them share the devices.
+    groups: {name: trials of one folder}; all of them share the devices.
     environments, lock_fd: as `jobs.run_all`.
     select: as `sweep`.
 
@@ -282,12 +287,12 @@ def run_groups(
   Raises:
     UserError: no such result.
   """
-  every = [run for runs in groups.values() for run in runs]
+  every = [trial for trials in groups.values() for trial in trials]
   failed, stopped = run_all(every, environments, lock_fd)
   results = {}
-  for name, runs in groups.items():
-    results[name] = summarize(runs, failed, select)
-    files.write_json(runs[0].workdir.parent / "sweep.json", results[name])
+  for name, trials in groups.items():
+    results[name] = summarize(trials, failed, select)
+    files.write_json(trials[0].workdir.parent / "sweep.json", results[name])
   return results, stopped
 
 
@@ -306,9 +311,9 @@ def local_folder(workdir: str) -> Path:
 
 
 def summarize(
-  runs: Sequence[Run], failed: dict[Path, str], select: str | None
+  trials: Sequence[Trial], failed: dict[Path, str], select: str | None
 ) -> dict[str, Any]:
-  """Returns what the runs have come to.
+  """Returns what the trials have come to.
 
   Returns:
     {"config", "select", "best": one of "settings" or None, "settings":
@@ -320,11 +325,11 @@ def summarize(
   Raises:
     UserError: the evaluations have no `select`.
   """
-  rows = [_summarize_run(run, failed, select) for run in runs]
+  rows = [_summarize_trial(trial, failed, select) for trial in trials]
   select = select or next((r["select"] for r in rows if r["select"]), None)
   settings, best = compare(rows, select)
   return {
-    "config": runs[0].config,
+    "config": trials[0].config,
     "select": select,
     "best": best,
     "settings": settings,
@@ -353,24 +358,24 @@ def compare(rows, select) -> tuple[list[dict], dict | None]:
   return settings, best
 
 
-def _summarize_run(run, failed, select):
-  found = inspect_run(run)
-  status = "failed" if run.workdir in failed else found["status"]
-  name, metric = None, None
+def _summarize_trial(trial, failed, select):
+  found = inspect_trial(trial)
+  status = "failed" if trial.workdir in failed else found["status"]
+  name = None
   if status == "finished":
-    name, metric = choose_metric(found["results"], select)
+    name = choose_metric(found["results"], select)
   return {
-    "name": run.name,
-    "workdir": str(run.workdir),
-    "setting": run.setting,
-    "seed": run.seed,
+    "name": trial.name,
+    "workdir": str(trial.workdir),
+    "setting": trial.setting,
+    "seed": trial.seed,
     "status": status,
     "select": name,
-    "metric": metric,
+    "metric": found["results"].get(name),
     "step": found["step"],
     "results": found["results"],
     "recipe": found.get("recipe"),
-    "error": failed.get(run.workdir),
+    "error": failed.get(trial.workdir),
   }
 
 

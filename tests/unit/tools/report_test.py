@@ -1,6 +1,7 @@
 """The report on runs: what is read, what is counted, what the page is."""
 
 import collections
+import dataclasses
 import html.parser
 import itertools
 import json
@@ -18,7 +19,8 @@ from vit_jax.errors import UserError
 from vit_jax.tools import report as report_package
 from vit_jax.tools.paper import flops
 from vit_jax.tools.report import by_class, charts, details, page, report
-from vit_jax.tools.report.runs import find_runs, measure_speed
+from vit_jax.tools.report.speed import measure_speed
+from vit_jax.tools.runs import find_runs
 
 _BAD_NAME = "<script>alert('&\"')</script>"
 
@@ -73,8 +75,8 @@ def test_a_run_in_progress_is_read_as_far_as_it_is(tmp_path):
   assert found.series["train/loss"] == [(20, 0.4)]
   assert found.last("eval/accuracy") == 1 - 1 / 20
   assert [note.split(":")[0] for note in found.notes] == [
-    "1 lines of metrics.jsonl cannot be read.",
-    "Values that are no finite numbers are left out",
+    "1 lines of metrics.jsonl are corrupt.",
+    "Values that are not finite are left out",
   ]
   text = page.make_page([found], {found.name: "no checkpoint"})
   assert "20 of 40 steps: in progress, or stopped" in text
@@ -84,6 +86,23 @@ def test_a_run_in_progress_is_read_as_far_as_it_is(tmp_path):
   text = page.make_page([found], {found.name: "no checkpoint"})
   for words in ("not evaluated yet", "nothing to draw yet", "has no speed"):
     assert words in text
+
+
+def test_a_mixture_is_tested_on_its_first_data_set(tmp_path, monkeypatch):
+  run = write_run(tmp_path / "run", train__dataset="digits=0.7,jft_like=0.3")
+  (run / "checkpoints" / "40").mkdir(parents=True)
+  opened = []
+
+  def get_source(dataset, split, data_dir):
+    opened.append((dataset, split))
+    raise UserError("not here")
+
+  monkeypatch.setattr(details.data, "get_source", get_source)
+  (found,) = find_runs([str(run)])
+  details.look(found, None, 1)
+  assert opened == [("digits", "test")]
+  text = page.make_page([found], {found.name: "not now"})
+  assert ["Tested on", "digits, test"] in _Reader(text).rows
 
 
 def test_the_cost_is_that_of_the_steps(tmp_path):
@@ -104,7 +123,10 @@ def test_the_cost_is_that_of_the_steps(tmp_path):
   }
   with pytest.raises(UserError, match="masked"):
     flops.count_training(masked, run.step)
-  assert "masked" in page._describe_cost(run._replace(written=masked))[-1]
+  assert (
+    "masked"
+    in page._describe_cost(dataclasses.replace(run, written=masked))[-1]
+  )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +220,7 @@ def _make_details(names, multilabel=False, attends=True):
       pairs[-1 if multilabel else i, given] += i
   picture = details.encode(_make_pixels(0))
   mistakes = [
-    details.Mistake(
+    details.ShownMistake(
       by_class.Mistake(
         index=1000 + i,
         labels=list(range(5)) if multilabel else [i + 1],
@@ -426,7 +448,7 @@ def test_mistakes_of_users_are_one_line(tmp_path, capsys):
     assert words in line
   assert out.read_text() == "mine"
   (Path(run) / "config.json").write_text("{")
-  with pytest.raises(UserError, match=r"config\.json is damaged"):
+  with pytest.raises(UserError, match=r"config\.json is corrupt"):
     find_runs([run])
 
 

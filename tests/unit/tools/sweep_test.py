@@ -6,6 +6,7 @@ import os
 import re
 import signal
 
+import fake_runs
 import forks
 import pytest
 import stand_in
@@ -276,15 +277,26 @@ def test_a_run_is_finished_once_it_is_evaluated(tmp_path):
   keys = ["--config=a.py", f"--workdir={tmp_path}"]
   keys += ["--config.schedule.base_lr=0.1", "--config.seed=0"]
   stand_in.train(["train", *keys], {}, io.StringIO())
-  run = jobs.Run("r", tmp_path, "a.py", {}, {}, 0)
-  assert jobs.inspect_run(run)["status"] == "finished"
+  run = jobs.Trial("r", tmp_path, "a.py", {}, {}, 0)
+  assert jobs.inspect_trial(run)["status"] == "finished"
   file = tmp_path / "metrics.jsonl"
   lines = [json.loads(line) for line in file.read_text().splitlines()]
   lines[2] |= {"eval/accuracy": 0.5}
   lines[-1] = {"step": 6, "train/loss": 1.0}
   file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  found = jobs.inspect_run(run)
+  found = jobs.inspect_trial(run)
   assert (found["step"], found["status"]) == (6, "interrupted")
+
+
+def test_a_mixture_is_evaluated_on_its_first_data_set(tmp_path):
+  config = fake_runs.load(
+    "quickstart_finetune.py", train__dataset="digits=0.7,jft_like=0.3"
+  )
+  fake_runs.write(tmp_path / "r", config, [], total_steps=6)
+  trial = jobs.Trial("r", tmp_path / "r", "a.py", {}, {}, 0)
+  recipe = jobs.inspect_trial(trial)["recipe"]
+  assert recipe["eval"] == "digits test"
+  assert recipe["train"] == "digits=0.7,jft_like=0.3 train"
 
 
 def test_a_mistake_in_the_final_configuration_shows_first(

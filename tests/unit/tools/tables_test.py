@@ -408,7 +408,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
     tables.make_table("tabel3")
   path = _write_run(tmp_path / "damaged", _PRETRAINED)
   (path / "config.json").write_text('{"config"')
-  with pytest.raises(UserError, match="is damaged") as error:
+  with pytest.raises(UserError, match="is corrupt") as error:
     tables.make_table("table5", str(tmp_path))
   assert "\n" not in str(error.value)
 

@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from vit_jax.tools.paper import data, flops, protocol
-from vit_jax.tools.paper.runs import (
+from vit_jax.tools.paper.pretraining import (
   Pretraining,
-  Run,
   comes_from,
-  find_origin,
   is_pretraining,
 )
+from vit_jax.tools.runs import Run, find_origin
 
 # Few-shot accuracy is looked at as the paper's code did (big_vision's few-shot
 # evaluation): images squeezed to 256 px, of which the middle 224, and drawing
@@ -158,7 +157,7 @@ def _choose(runs):
   """
   groups = {}
   for run in runs:
-    groups.setdefault(run.setting(), []).append(run)
+    groups.setdefault(run.setting, []).append(run)
   if not groups:
     return [], 0
   chosen = max(groups.values(), key=len)

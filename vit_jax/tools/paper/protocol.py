@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vit_jax import config as configuration
-from vit_jax.tools.paper.runs import Pretraining, Run
+from vit_jax.tools.paper.pretraining import Pretraining
+from vit_jax.tools.runs import Run
 
 # What has no influence on a result, but for rounding; and what decides which
 # cell a run is of, or how long it is, which the callers compare.
@@ -70,7 +71,7 @@ def _compare(
   run: Run, expected: Mapping[str, Any], choices: Mapping[str, list]
 ) -> Iterator[str]:
   """Yields the keys that differ; choices are {key: values that are right}."""
-  found = configuration.modernize(run.config)
+  found = run.config
   ignored = _IGNORED.union(configuration.find_unused(found))
   for key in sorted(expected.keys() & found.keys() - ignored):
     right = choices.get(key, [expected[key]])

@@ -14,7 +14,8 @@ from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
 from vit_jax.tools.paper import cells, data, flops, protocol
 from vit_jax.tools.paper.cells import Cell
-from vit_jax.tools.paper.runs import Pretraining, Run, find_runs, is_pretraining
+from vit_jax.tools.paper.pretraining import Pretraining, is_pretraining
+from vit_jax.tools.runs import Run, find_runs
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
 _STAND_IN = "ImageNet-21k"  # for what only JFT-300M can give
@@ -56,7 +57,7 @@ def make_table(
       f"there is no table {name!r}{suggest(name, NAMES)}; choices: "
       f"{', '.join(NAMES)}"
     )
-  found = find_runs(runs) if runs else []
+  found = find_runs([runs]) if runs else []
   folder = (runs or _RUNS).rstrip("/")
   table = data.load()[name]
   if name == "table1":

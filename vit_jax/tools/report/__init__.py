@@ -10,7 +10,7 @@ from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.tools.report import charts
 from vit_jax.tools.report.details import look
 from vit_jax.tools.report.page import make_page
-from vit_jax.tools.report.runs import MAIN_METRICS, Run, find_runs
+from vit_jax.tools.runs import MAIN_METRICS, Run, find_main, find_runs
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,9 @@ def _check_out(file, out):
 
 def _rank(run: Run):
   """Orders runs: by metric, the best result first, those without one last."""
-  names = (*MAIN_METRICS, "eval/loss")
-  metric = run.main_metric()
+  measured = {name.removeprefix("eval/") for name in run.series}
+  metric = find_main(measured)
   if metric is None:
-    return (len(names), 0.0)
-  value = run.last(metric) or 0.0
-  return (names.index(metric), value if metric == "eval/loss" else -value)
+    return (len(MAIN_METRICS), 0.0)
+  value = run.last(f"eval/{metric}") or 0.0
+  return (MAIN_METRICS.index(metric), value if metric == "loss" else -value)

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import checkpoint, data, pretrained, sharding
+from vit_jax import config as configuration
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
 from vit_jax.evaluation import attention_maps
 from vit_jax.tools.report import by_class
-from vit_jax.tools.report.runs import Run
+from vit_jax.tools.runs import Run
 from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class Picture(NamedTuple):
   size: tuple[int, int]
 
 
-class Mistake(NamedTuple):
-  """A mistake that can be shown.
+class ShownMistake(NamedTuple):
+  """A mistake with pictures.
 
   Attributes:
     found: what it is.
@@ -73,7 +74,7 @@ class Details(NamedTuple):
   class_names: list[str]
   multilabel: bool
   tally: by_class.Tally
-  mistakes: list[Mistake]
+  mistakes: list[ShownMistake]
   attends: bool
 
   @property
@@ -90,7 +91,7 @@ def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
     data_dir: where the data sets are, if not where they were.
     mistakes: how many to show.
   """
-  if run.objective != "classification":
+  if run.config["objective"] != "classification":
     return (
       "The run learns to predict masked patches and gives no classes: there is "
       "nothing to count by class."
@@ -116,9 +117,7 @@ def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
 
 def _look(run, data_dir, mistakes):
   config = run.config
-  dataset = config["eval.dataset"]
-  if not dataset:
-    dataset = data.parse_mixture(config["train.dataset"])[0][0]
+  dataset = configuration.find_test_set(config)
   split = config["eval.split"]
   try:
     test = data.get_source(dataset, split, data_dir or config["data_dir"])
@@ -166,7 +165,8 @@ def _show(model, test, mistakes):
       overlaid = attention_maps.overlay(mistake.pixels, np.asarray(seen[0]))
       attention = encode(overlaid)
     name = test.describe(mistake.index)
-    shown.append(Mistake(mistake, name, encode(mistake.pixels), attention))
+    picture = encode(mistake.pixels)
+    shown.append(ShownMistake(mistake, name, picture, attention))
   return shown
 
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import vit_jax
+from vit_jax import config as configuration
 from vit_jax.errors import UserError
 from vit_jax.tools.paper import flops
 from vit_jax.tools.report import charts, results
 from vit_jax.tools.report.details import Details
-from vit_jax.tools.report.runs import COUNTS, SPEED, Run, measure_speed
+from vit_jax.tools.report.speed import SPEED, measure_speed
 from vit_jax.tools.report.tags import (
   Raw,
   escape,
@@ -22,6 +23,7 @@ from vit_jax.tools.report.tags import (
   tag,
   transpose,
 )
+from vit_jax.tools.runs import COUNTS, Run
 
 # Metric -> its title; in this order.
 _TITLES = {
@@ -38,7 +40,7 @@ _TITLES = {
 }
 # What is no curve: counts, constants, and what another one shows.
 _NO_CURVE = (
-  *COUNTS,
+  *(f"eval/{name}" for name in COUNTS),
   "eval/trivial_loss",
   "eval/trivial_accuracy",
   "speed/images_per_second_per_device",
@@ -169,13 +171,12 @@ def _describe(run):
   size = config["image_size"]
   size = " x ".join(map(str, size)) if isinstance(size, list) else size
   task = ""
-  if run.objective != "classification":
-    task = f", {run.objective.replace('_', ' ')}"
+  if config["objective"] != "classification":
+    task = f", {config['objective'].replace('_', ' ')}"
   data = f"{config['train.dataset']}, {config['train.split']}"
-  test = config["eval.dataset"] or config["train.dataset"].partition(",")[0]
-  test = (
-    f"{test}, {config['eval.split']}" if config["eval.split"] else "nothing"
-  )
+  test = "nothing"
+  if config["eval.split"]:
+    test = f"{configuration.find_test_set(config)}, {config['eval.split']}"
   return (
     state,
     _describe_result(run),
@@ -196,7 +197,7 @@ def _describe_result(run):
   told = [
     f"{name.replace('_', ' ')} {show_metric(name, x)}"
     for name, x in found.items()
-    if x is not None and f"eval/{name}" not in COUNTS
+    if x is not None and name not in COUNTS
   ]
   # What runs are compared by stands first.
   told.sort(key=lambda text: text.startswith(("loss", "trivial")))
@@ -236,7 +237,7 @@ def _draw_curves(runs):
 
 
 def _find_kind(run):
-  if run.objective != "classification":
+  if run.config["objective"] != "classification":
     target = run.config.get("masked_target", "")
     return f"Masked patches, {target.replace('_', ' ')}"
   return f"Classification, {run.config['loss.name']} loss"

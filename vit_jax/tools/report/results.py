@@ -3,7 +3,6 @@
 import collections
 
 from vit_jax.tools.report.details import Details
-from vit_jax.tools.report.runs import Run
 from vit_jax.tools.report.tags import (
   Raw,
   bar,
@@ -14,6 +13,7 @@ from vit_jax.tools.report.tags import (
   table,
   tag,
 )
+from vit_jax.tools.runs import Run
 
 # Up to so many classes everything is shown at once.
 _FEW = 20

@@ -1,0 +1,296 @@
+"""Run folders: the one reader of what `vit-jax train` writes into them."""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vit_jax import checkpoint, files
+from vit_jax import config as configuration
+from vit_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Results that runs are compared by: the first of these that there is. More is
+# better, except for the loss.
+MAIN_METRICS = ("accuracy", "prec@1", "r2", "loss")
+# Results that are counts of images.
+COUNTS = ("examples", "labelled")
+
+# Values of keys that the first runs do not have.
+_OLD_DEFAULTS = {
+  "objective": "classification",
+  "init_from": None,
+  "ema_decay": 0.0,
+  "total_epochs": 0.0,
+  "optimizer.clip_norm": 0.0,
+}
+# A config.json without these is not a run's: a converted checkpoint has one.
+_NEEDED = {
+  *("model.variant", "train.dataset", "train.split", "eval.split"),
+  *("image_size", "batch_size", "optimizer.name", "schedule.decay"),
+}
+# Folders inside a run's; they have many files and no runs.
+_OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
+# Keys in which runs of the same setting may differ.
+_OF_ONE_RUN = {"seed", "init_from", *configuration.RESUMABLE}
+_ADVICE = "move its folder away"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+  """A run folder, read once.
+
+  Attributes:
+    path: of the folder, absolute.
+    name: short, and different from those of the runs found with it.
+    written: the contents of config.json.
+    lines: of metrics.jsonl, each with a "step".
+    num_corrupt: lines of metrics.jsonl that cannot be read.
+  """
+
+  path: Any
+  name: str
+  written: dict[str, Any]
+  lines: list[dict[str, Any]]
+  num_corrupt: int
+
+  @functools.cached_property
+  def config(self) -> dict[str, Any]:
+    """Flat, with today's keys: {"schedule.base_lr": 0.03}."""
+    flat = configuration.flatten(self.written["config"])
+    return _OLD_DEFAULTS | configuration.modernize(flat)
+
+  @property
+  def total_steps(self) -> int:
+    """Steps of the whole run."""
+    return self.written["total_steps"]
+
+  @property
+  def step(self) -> int:
+    """The last step in metrics.jsonl, 0 before the first."""
+    return max((values["step"] for values in self.lines), default=0)
+
+  @property
+  def finished(self) -> bool:
+    """Whether the last step has been done."""
+    return self.step == self.total_steps
+
+  @property
+  def setting(self) -> str:
+    """A text that is equal for runs that differ in their seeds alone."""
+    return json.dumps(
+      {k: v for k, v in sorted(self.config.items()) if k not in _OF_ONE_RUN}
+    )
+
+  @functools.cached_property
+  def series(self) -> dict[str, list[tuple[int, float]]]:
+    """{"train/loss": [(step, value), ...]} by step, finite values only."""
+    series = {}
+    for values in sorted(self.lines, key=lambda values: values["step"]):
+      for name, x in values.items():
+        if name != "step" and _is_number(x) and math.isfinite(x):
+          series.setdefault(name, []).append((values["step"], x))
+    return series
+
+  @property
+  def notes(self) -> list[str]:
+    """What is wrong with the files, a sentence each."""
+    infinite = {
+      name
+      for values in self.lines
+      for name, x in values.items()
+      if _is_number(x) and not math.isfinite(x)
+    }
+    notes = []
+    if self.num_corrupt:
+      notes.append(f"{self.num_corrupt} lines of metrics.jsonl are corrupt.")
+    if infinite:
+      names = ", ".join(sorted(infinite))
+      notes.append(f"Values that are not finite are left out: {names}.")
+    return notes
+
+  @property
+  def results(self) -> dict[str, float]:
+    """The evaluation after the last step, {} until then: {"accuracy": 0.9}."""
+    return self.evaluate_at(self.total_steps)
+
+  @property
+  def last_results(self) -> dict[str, float]:
+    """The last evaluation, {} before the first."""
+    steps = [v["step"] for v in self.lines if any(map(_is_result, v))]
+    return self.evaluate_at(max(steps, default=0))
+
+  def evaluate_at(self, step: int) -> dict[str, float]:
+    """Returns the results of the evaluation at a step, {} for none."""
+    return {
+      name.removeprefix("eval/"): x
+      for values in self.lines
+      if values["step"] == step
+      for name, x in values.items()
+      if _is_result(name)
+    }
+
+  def last(self, name: str) -> float | None:
+    """Returns the last finite value of a metric, None for none."""
+    values = self.series.get(name)
+    return values[-1][1] if values else None
+
+  def at(self, name: str, step: int) -> float | None:
+    """Returns a metric's finite value at a step, None for none."""
+    return dict(self.series.get(name, ())).get(step)
+
+  def read_json(self, name: str) -> dict[str, Any]:
+    """Returns what a command wrote into the folder, {} for nothing.
+
+    Raises:
+      UserError: the file is corrupt.
+    """
+    file = self.path / name
+    return files.read_json(file, _ADVICE) if file.exists() else {}
+
+
+def _is_number(x) -> bool:
+  return isinstance(x, (int, float))
+
+
+def _is_result(name: str) -> bool:
+  return name.startswith("eval/")
+
+
+def find_main(results) -> str | None:
+  """Returns the name of what a run with these results is compared by."""
+  return next((name for name in MAIN_METRICS if name in results), None)
+
+
+def choose_metric(results, select: str | None) -> str | None:
+  """Returns the name of the result to compare by, None for no results.
+
+  Raises:
+    UserError: the evaluation has no `select`.
+  """
+  if not results:
+    return None
+  if select and select not in results:
+    others = ", ".join(name for name in results if name not in COUNTS)
+    raise UserError(f"--select={select}: the evaluation has {others}")
+  return select or find_main(results)
+
+
+def find_runs(folders: Sequence[str]) -> list[Run]:
+  """Returns the runs in and below folders, each once.
+
+  Raises:
+    UserError: a folder that is not there or has no run, or a config.json that
+      cannot be read.
+  """
+  found = {}
+  for folder in folders:
+    root = checkpoint.absolute(folder)
+    if not root.is_dir():
+      raise UserError(f"{folder}: there is no such folder")
+    inside = {
+      os.path.realpath(path): (path, written)
+      for path in _walk(root, set())
+      if _is_of_a_run(written := _read_config(path))
+    }
+    if not inside:
+      raise UserError(
+        f"{folder} has no run in it or below it; a run is a folder with "
+        "config.json and metrics.jsonl, which `vit-jax train` writes"
+      )
+    found |= {key: run for key, run in inside.items() if key not in found}
+  names = _name_runs([str(path) for path, _ in found.values()])
+  runs = [
+    _read(path, name, written)
+    for (path, written), name in zip(found.values(), names, strict=True)
+  ]
+  for run in runs:
+    if run.num_corrupt:
+      file = run.path / "metrics.jsonl"
+      log.warning("%s: %d corrupt lines left out", file, run.num_corrupt)
+  return runs
+
+
+def read_run(folder) -> Run | None:
+  """Returns the run in a folder, None before it has begun.
+
+  Raises:
+    UserError: a config.json that cannot be read.
+  """
+  path = checkpoint.absolute(folder)
+  if not (path / "config.json").exists():
+    return None
+  return _read(path, path.name, _read_config(path))
+
+
+def _read_config(path):
+  return files.read_json(path / "config.json", _ADVICE)
+
+
+def _is_of_a_run(written) -> bool:
+  config = written.get("config")
+  return (
+    "total_steps" in written
+    and isinstance(config, dict)
+    and configuration.flatten(config).keys() >= _NEEDED
+  )
+
+
+def _read(path, name, written) -> Run:
+  lines, corrupt = files.read_json_lines(path / "metrics.jsonl")
+  good = [values for values in lines if isinstance(values.get("step"), int)]
+  num_corrupt = len(corrupt) + len(lines) - len(good)
+  return Run(path, name, written, good, num_corrupt)
+
+
+def _walk(folder, seen) -> Iterator:
+  """Yields the folders with a config.json, this one and those below it.
+
+  What a run itself made in its folder is left out. Of a folder and links to it
+  the folder is taken, or the first link.
+  """
+  real = os.path.realpath(folder)
+  if real in seen:
+    return
+  seen.add(real)
+  names = {path.name: path for path in folder.iterdir()}
+  is_run = "config.json" in names
+  if is_run:
+    yield folder
+  for name in sorted(names, key=lambda n: (os.path.islink(names[n]), n)):
+    if names[name].is_dir() and not (is_run and name in _OF_A_RUN):
+      yield from _walk(names[name], seen)
+
+
+def _name_runs(paths: Sequence[str]) -> list[str]:
+  """Returns a name for each path: what follows the folders of all."""
+  if len(paths) < 2:
+    return [path.rstrip("/").split("/")[-1] for path in paths]
+  common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
+  names = [os.path.relpath(p, common) if common else p for p in paths]
+  names = [common.split("/")[-1] if n == "." else n for n in names]
+  return names if len({*names}) == len(names) else [*paths]
+
+
+def find_origin(run: Run, runs: list[Run]) -> Run | None:
+  """Returns the run whose weights a run started from, None for no run.
+
+  Folders may have been moved together: then the last name has to do, if there
+  is but one run of that name.
+  """
+  source = run.config["init_from"]
+  if not source:
+    return None
+  parts = source.rstrip("/").split("/")
+  if parts[-1].isdigit() and parts[-2:-1] in (["checkpoints"], ["best"]):
+    parts = parts[:-2]
+  path = checkpoint.absolute("/".join(parts))
+  exact = [other for other in runs if other.path == path]
+  named = [other for other in runs if other.path.name == parts[-1]]
+  candidates = exact or named
+  return candidates[0] if len(candidates) == 1 else None
