@@ -44,7 +44,7 @@ _LAYERS = (
   ("evaluation.evaluators", "evaluation.linear"),
   ("train", "evaluation.evaluate"),
   # The tools: what the core never imports.
-  ("tools.runs", "tools.build_data"),
+  ("tools.runs", "tools.text", "tools.build_data"),
   ("tools.paper",),
   (
     "tools.figures",

@@ -15,6 +15,7 @@ from vit_jax import config, data, files, models, sharding
 from vit_jax.evaluation import classification
 from vit_jax.evaluation.predict import predict
 from vit_jax.tools.figures import make_figures
+from vit_jax.tools.text import format_columns
 from vit_jax.train import train
 from vit_jax.training import losses
 from vit_jax.training.objectives import Classification
@@ -205,13 +206,13 @@ def make_table(result: dict) -> str:
     "",
     f"Pre-training: {pre['dataset']} at {pre['resolution']} px, "
     f"{pre['images']:,} images in {pre['steps']:,} steps",
-    *("  {:20}{:>12}{:>16}".format(*row) for row in rows),
+    *(f"  {line}" for line in format_columns(rows)),
     "",
     f"Fine-tuning: {fine['dataset']} at {fine['resolution']} px, "
     f"{fine['train_examples']} labelled images, {fine['steps']} steps; "
     f"accuracy on {fine['test_examples']} held-out images",
-    f"  {'from pre-training':20}{fine['accuracy']:12.1%}",
-    f"  {'from scratch':20}{fine['from_scratch_accuracy']:12.1%}",
+    f"  from pre-training  {fine['accuracy']:6.1%}",
+    f"  from scratch       {fine['from_scratch_accuracy']:6.1%}",
     "",
     "Predictions",
     *(

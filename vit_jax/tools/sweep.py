@@ -31,6 +31,7 @@ from vit_jax.tools.jobs import (
   run_all,
 )
 from vit_jax.tools.runs import choose_metric
+from vit_jax.tools.text import format_columns
 from vit_jax.training import inputs, run_folder
 
 log = logging.getLogger(__name__)
@@ -390,8 +391,7 @@ def format_summary(result: dict[str, Any]) -> str:
     rows.append(
       (name or "(as configured)", mean, spread, f"{entry['runs']}{mark}")
     )
-  width = max(len(row[0]) for row in rows) + 2
-  lines = [f"{a:{width}}{b:>10}{c:>10}{d:>8}" for a, b, c, d in rows]
+  lines = format_columns(rows)
   recipe = next((r["recipe"] for r in result["runs"] if r["recipe"]), None)
   if recipe:
     lines.append(

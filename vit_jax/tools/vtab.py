@@ -21,6 +21,7 @@ from vit_jax import data, files, pretrained
 from vit_jax.errors import UserError
 from vit_jax.tools import sweep
 from vit_jax.tools.jobs import divide_devices, lock
+from vit_jax.tools.text import format_columns
 
 log = logging.getLogger(__name__)
 
@@ -237,16 +238,16 @@ def summarize(
 
 def format_report(result: dict[str, Any]) -> str:
   """Returns the result as lines for people."""
-  lines = [f"  {'task':16}{'val200':>9}{'test':>9}{'spread':>9}  setting"]
 
   def show(value):
     return "-" if value is None else f"{value:.2%}"
 
+  rows: list[tuple[str, ...]]
+  rows = [("task", "val200", "test", "spread", "setting")]
   for row in result["tasks"]:
     numbers = (row["validation"], row["accuracy"], row["spread"])
-    cells = "".join(f"{show(value):>9}" for value in numbers)
     setting = ",".join(f"{k}={v}" for k, v in (row["setting"] or {}).items())
-    lines.append(f"  {row['title']:16}{cells}  {setting}")
+    rows.append((row["title"], *map(show, numbers), setting))
   for name, value in {**result["groups"], "mean": result["mean"]}.items():
-    lines.append(f"  {name:16}{'':9}{show(value):>9}")
-  return "\n".join(lines)
+    rows.append((name, "", show(value), "", ""))
+  return "\n".join(format_columns(rows, "<>>><"))

@@ -36,6 +36,7 @@ from vit_jax.data.preprocess import as_pair
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 from vit_jax.tools.build_data import labelled
+from vit_jax.tools.text import format_columns
 
 _RECIPE = "inception_crop(size)|flip_lr"
 _AREA = (5, 100)  # percent, of `inception_crop`
@@ -201,19 +202,17 @@ def _compare(times):
 
 def format_report(found: dict[str, Any]) -> str:
   """Returns what `bench` found, for people."""
-  lines = [
-    f"{'':10}{'images/s':>10}{'CPU ms':>8}   pipeline is, by time, by CPU"
-  ]
+  rows: list[tuple[str, ...]]
+  rows = [("", "images/s", "CPU ms", "pipeline is, by time", "by CPU")]
   for name, rate in found["images_per_second"].items():
-    line = f"{name:10}{rate:10,.0f}{found['cpu_ms'][name]:8.2f}"
-    if name != "pipeline":
-      line += f"{found['ratio'][name]:18.2f} x"
-      line += f"{found['cpu_ratio'][name]:8.2f} x"
-    lines.append(line)
-  lines += [
+    ratios = [found[key].get(name) for key in ("ratio", "cpu_ratio")]
+    shown = [f"{x:.2f} x" if x else "" for x in ratios]
+    rows.append((name, f"{rate:,.0f}", f"{found['cpu_ms'][name]:.2f}", *shown))
+  lines = [
+    *format_columns(rows),
     f"{found['per_core']:,.0f} images/s a core of {found['cores']}; JPEGs of "
     f"{found['image_bytes'] / 1000:.0f} kB to {found['image_size']} pixels, "
-    f"batches of {found['batch_size']}; load before: {found['load']:.1f}"
+    f"batches of {found['batch_size']}; load before: {found['load']:.1f}",
   ]
   if found["load"] > 0.2 * found["cores"]:
     lines.append("the machine has other work: trust the CPU column")

@@ -20,6 +20,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.tools.bench.process import call, report
 from vit_jax.tools.paper.flops import OPERATIONS, count_multiply_adds
+from vit_jax.tools.text import format_columns
 from vit_jax.training import losses, optim, steps
 from vit_jax.training.objectives import Classification
 
@@ -312,25 +313,31 @@ def _find_memory(compiled):
 
 def format_report(rows: list[dict[str, Any]]) -> str:
   """Returns the table of what `bench` found, and what it was measured on."""
-  lines = [
-    f"{'':24}{'batch':>7}{'images/s':>10}{'TFLOP/s':>9}{'MFU':>7}"
-    f"{'GiB':>7}{'ms':>9}{'compile s':>11}"
-  ]
-  for row in rows:
-    name = f"{row['variant']} {row['code']}"
-    if "error" in row:
-      lines.append(f"{name:24}{row['batch_size']:7} {row['error']}")
-      continue
-    mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
-    lines.append(
-      f"{name:24}{row['batch_size']:7}{row['images_per_second']:10,.1f}"
-      f"{row['tflops']:9.3g}{mfu:>7}{row['memory_gib']:7.2f}"
-      f"{row['step_seconds'] * 1e3:9.2f}{row['compile_seconds']:11.1f}"
-    )
-    if "times_ours" in row:
-      lines.append(f"  vit_jax is {row['times_ours']:.2f} x as fast")
+  head = ("", "batch", "images/s", "TFLOP/s", "MFU", "GiB", "ms", "compile s")
+  lines = format_columns([(*head, ""), *map(_list_figures, rows)], "<>>>>>>><")
   notes = dict.fromkeys(map(_describe, (r for r in rows if "error" not in r)))
   return "\n".join([*lines, *notes])
+
+
+def _list_figures(row):
+  name = f"{row['variant']} {row['code']}"
+  batch_size = str(row["batch_size"])
+  if "error" in row:
+    return (name, batch_size, *[""] * 6, row["error"])
+  remark = ""
+  if "times_ours" in row:
+    remark = f"vit_jax is {row['times_ours']:.2f} x as fast"
+  return (
+    name,
+    batch_size,
+    f"{row['images_per_second']:,.1f}",
+    f"{row['tflops']:.3g}",
+    f"{row['mfu']:.1%}" if "mfu" in row else "-",
+    f"{row['memory_gib']:.2f}",
+    f"{row['step_seconds'] * 1e3:.2f}",
+    f"{row['compile_seconds']:.1f}",
+    remark,
+  )
 
 
 def _describe(row):

@@ -16,6 +16,7 @@ from vit_jax.tools.paper import cells, data, flops, protocol
 from vit_jax.tools.paper.cells import Cell
 from vit_jax.tools.paper.pretraining import Pretraining, is_pretraining
 from vit_jax.tools.runs import Run, find_runs
+from vit_jax.tools.text import format_columns
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
 _STAND_IN = "ImageNet-21k"  # for what only JFT-300M can give
@@ -450,11 +451,7 @@ def _draw(grid, markdown):
     return [
       f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])
     ]
-  widths = [max(map(len, column)) for column in zip(*grid)]  # noqa: B905
-  return [
-    "  ".join(text.ljust(w) for text, w in zip(row, widths)).rstrip()  # noqa: B905
-    for row in grid
-  ]
+  return format_columns(grid, "<")
 
 
 def _list_differences(rows):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vit_jax.tools.text import format_columns
+
 LEFT_OUT = (
   "Estimated by the compiler, not measured: left out are waits for input, for "
   "other chips (see exchange), copies that the compute does not hide, "
@@ -69,7 +71,7 @@ def format_table(plans: list[dict[str, Any]]) -> str:
   """Returns a line for each plan."""
   head = ("", "fits", "GiB", "ms", "images/s/chip", "MFU", "chip-hours")
   rows = [head] + [_row(found) for found in plans]
-  return _align(rows)
+  return "\n".join(format_columns(rows))
 
 
 def _row(found):
@@ -104,15 +106,4 @@ def format_table2(rows: list[dict[str, Any]]) -> str:
         _flags(row.get("fallback") or {}),
       )
     )
-  return "\n".join([_align(lines), "", LEFT_OUT])
-
-
-def _align(rows):
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return "\n".join(
-    "  ".join(
-      cell.ljust(width) if not i else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  )
+  return "\n".join([*format_columns(lines), "", LEFT_OUT])

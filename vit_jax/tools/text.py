@@ -1,0 +1,24 @@
+"""Text tables, for terminals."""
+
+from collections.abc import Sequence
+
+
+def format_columns(
+  rows: Sequence[Sequence[str]], aligned: str = "<>"
+) -> list[str]:
+  """Returns rows as lines, each column as wide as its widest text.
+
+  Args:
+    rows: texts, as many in each row; the first row is the header.
+    aligned: "<" or ">" for each column, the last one for all that follow.
+  """
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  signs = aligned.ljust(len(widths), aligned[-1])
+  cells = list(zip(signs, widths, strict=False))
+  return [
+    "  ".join(
+      f"{text:{sign}{width}}"
+      for text, (sign, width) in zip(row, cells, strict=True)
+    ).rstrip()
+    for row in rows
+  ]
