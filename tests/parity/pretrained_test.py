@@ -402,7 +402,7 @@ def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
     ("big_vision", VIT, {"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon"),
     ("big_vision", VIT, {"pos_embedding": "relative"}, "'relative'"),
     ("big_vision", "RNx1", {}, "no ResNets"),
-    ("nonsense", VIT, {}, "the choices are npz"),
+    ("nonsense", VIT, {}, "choose from npz"),
   ],
 )
 def test_what_a_format_cannot_say_is_named(

@@ -539,7 +539,8 @@ def _check_stopped(message, workdir):
 
 def test_a_file_too_large_stops_the_run_and_spares_the_rest(run, fork_server):
   before = _content(run)
-  code = _SAVE_AGAIN.format(tests=str(Path(__file__).parent), workdir=str(run))
+  tests = str(Path(__file__).parent)
+  code = _SAVE_AGAIN.format(tests=tests, workdir=str(run))
   done = forks.run(["-c", code])
   stopped = [x for x in done.stdout.splitlines() if x.startswith("STOPPED")]
   assert len(stopped) == 1, done.stdout + done.stderr

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from vit_jax import data, models
 from vit_jax.config import list_evals
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.evaluation import classification, fewshot, masked
 from vit_jax.training.objectives import (
   Classification,
@@ -58,7 +58,7 @@ def make_evaluators(
   made = []
   for e in list_evals(config):
     kinds = {config.objective: _make_own, **OTHERS}
-    models.check_choice(f"{e.key}.type", e.type, tuple(kinds))
+    check_choice(f"config.{e.key}.type", e.type, kinds)
     where |= {"batch_size": e.batch_size, "preprocess": e.preprocess}
     make = kinds[e.type]
     metrics, run = make(config, e, sources[e.name], objective, **where)

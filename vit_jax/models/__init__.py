@@ -10,7 +10,6 @@ from vit_jax.models import layers as layers
 from vit_jax.models import posemb as posemb
 from vit_jax.models import resnet, variants, vit
 from vit_jax.models.config import DEFAULTS as DEFAULTS
-from vit_jax.models.config import check_choice as check_choice
 from vit_jax.models.config import make as make_config
 from vit_jax.models.model import Model as Model
 from vit_jax.models.model import as_model, check_image_size

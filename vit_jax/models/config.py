@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 
 
@@ -120,7 +120,7 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
   for name, option in _OPTIONS.items():
     value = getattr(config, name)
     if option.metadata["choices"]:
-      check_choice(f"model.{name}", value, option.metadata["choices"])
+      check_choice(f"config.model.{name}", value, option.metadata["choices"])
     if option.metadata["rate"] and not 0 <= value < 1:
       raise UserError(f"model.{name} is {value}; it must be in [0, 1)")
   if config.representation_size < -1:
@@ -166,13 +166,4 @@ def _check_resnet(variant, config):
     raise UserError(
       f"model.remat 'dots' keeps nothing of {variant}, which is all "
       "convolutions; use 'full' or 'none'"
-    )
-
-
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-  """Raises a UserError unless `value` is one of `choices`."""
-  if value not in choices:
-    raise UserError(
-      f"config.{key} is {value!r}; the choices are "
-      f"{', '.join(choices)}{suggest(str(value), choices)}"
     )

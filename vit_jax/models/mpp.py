@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import masking, variants, vit
-from vit_jax.models.config import check_choice
 from vit_jax.models.config import make as make_config
 from vit_jax.models.model import Model, as_model, check_image_size
 
@@ -79,7 +78,7 @@ def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
     UserError: as `create`; a variant without patches of pixels, a patch size
       that the target's cells do not divide, an option that means nothing.
   """
-  check_choice("masked_target", target, tuple(masking.TARGETS))
+  check_choice("config.masked_target", target, masking.TARGETS)
   sizes = variants.parse(variant)
   _check_masked(target, variant, sizes, options)
   config = make_config(variant, 0, options)

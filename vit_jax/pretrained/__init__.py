@@ -10,7 +10,7 @@ import shutil
 
 from vit_jax import files
 from vit_jax.data.preprocess import rescale
-from vit_jax.errors import RunStopped, UserError, check_free, suggest
+from vit_jax.errors import RunStopped, UserError, check_choice, check_free
 from vit_jax.models import variants
 from vit_jax.pretrained import (
   archives,
@@ -168,11 +168,7 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
     UserError: something that the format cannot represent.
     RunStopped: it could not be written.
   """
-  if to not in FORMATS:
-    raise UserError(
-      f"--to is {to!r}; the choices are {', '.join(FORMATS)}"
-      f"{suggest(to, FORMATS)}"
-    )
+  check_choice("--to", to, FORMATS)
   if "://" not in out:
     check_free(out)
   try:

@@ -11,7 +11,7 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.data.preprocess import rescale
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained.warmstart import Report, warm_start
 from vit_jax.pretrained.weights import Weights
@@ -181,7 +181,7 @@ def assemble(
       "fine-tune it: vit-jax train --config.init_from="
     )
   resize = resize or weights.resize
-  models.check_choice("resize", resize, tuple(models.posemb.METHODS))
+  check_choice("resize", resize, models.posemb.METHODS)
   model = weights.create_model(
     num_classes=num_classes,
     image_size=weights.image_size if image_size is None else image_size,

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from vit_jax import pretrained
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError, check_folder, check_free, suggest
+from vit_jax.errors import UserError, check_choice, check_folder, check_free
 from vit_jax.evaluation import attention_maps
 from vit_jax.files import atomic_file
 from vit_jax.models import posemb, variants
@@ -113,11 +113,7 @@ def make_figures(
       cannot be drawn from it.
   """
   for name in only:
-    if name not in FIGURES:
-      raise UserError(
-        f"there is no figure {name!r}{suggest(name, FIGURES)}; choices: "
-        f"{', '.join(FIGURES)}"
-      )
+    check_choice("--only", name, FIGURES)
   if images and not checkpoints:
     raise UserError("images are for what weights see; give --checkpoint=SOURCE")
   if not checkpoints and not runs:

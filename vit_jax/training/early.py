@@ -10,7 +10,7 @@ from pathlib import Path
 from vit_jax import config as configuration
 from vit_jax import models
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.training import losses, optim
 
@@ -70,8 +70,5 @@ def _read_variant(path) -> str | None:
 
 def check_select(name: str | None) -> None:
   """Raises a UserError for a metric that no evaluator yields."""
-  if name is not None and name not in METRICS:
-    raise UserError(
-      f"--select={name}: evaluations have {', '.join(METRICS)}"
-      f"{suggest(name, METRICS)}"
-    )
+  if name is not None:
+    check_choice("--select", name, METRICS)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import models
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import masking
 from vit_jax.state import make_key
 from vit_jax.training.losses import get_loss, multi_hot
@@ -210,7 +210,7 @@ def create(config, class_names: list[str]) -> Objective:
   Raises:
     UserError: an unknown objective, or a model or loss that cannot be had.
   """
-  models.check_choice("objective", config.objective, OBJECTIVES)
+  check_choice("config.objective", config.objective, OBJECTIVES)
   options = {"image_size": config.image_size, **config.model}
   if config.objective == "classification":
     return Classification(

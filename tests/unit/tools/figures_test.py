@@ -360,7 +360,7 @@ def test_a_figure_of_what_was_not_given(run, tmp_path):
 @pytest.mark.parametrize(
   ("args", "said"),
   [
-    (["--only=rolout"], "no figure 'rolout'; did you mean 'rollout'?"),
+    (["--only=rolout"], "did you mean 'rollout'?"),
     ([], "nothing to draw from; give --checkpoint=SOURCE or --runs="),
     (["--checkpoint=/no/such"], "/no/such"),
     (["--runs=/no/such"], "there is no such folder"),

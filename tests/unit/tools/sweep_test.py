@@ -309,7 +309,7 @@ def test_a_mistake_in_the_final_configuration_shows_first(
 
 def test_an_unknown_metric(args, no_training, capsys):
   assert main([*args, "--select=f1", "--seeds=1"]) == 2
-  assert "--select=f1: evaluations have accuracy" in capsys.readouterr().err
+  assert "--select is 'f1'; choose from accuracy" in capsys.readouterr().err
 
 
 _SWEEP = f"""

@@ -24,7 +24,7 @@ import numpy as np
 import vit_jax
 from vit_jax import pretrained
 from vit_jax.data import preprocess as numpy_preprocess
-from vit_jax.errors import UserError, check_free, suggest
+from vit_jax.errors import UserError, check_choice, check_free
 from vit_jax.files import atomic_folder
 from vit_jax.pretrained.warmstart import match_layout
 from vit_jax.tools.export import formats, pictures
@@ -62,11 +62,7 @@ def export(
     UserError: something at `out`, an unknown or missing format, no model with
       a head at `source`, or a file that does not compute what the model does.
   """
-  if to not in formats.FORMATS:
-    raise UserError(
-      f"--to is {to!r}; the choices are {', '.join(formats.FORMATS)}"
-      f"{suggest(to, formats.FORMATS)}"
-    )
+  check_choice("--to", to, formats.FORMATS)
   form = formats.FORMATS[to]
   folder = _choose_folder(out)
   form.require()

@@ -10,7 +10,7 @@ import re
 import statistics
 from typing import Any
 
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_choice, suggest
 from vit_jax.models import variants
 from vit_jax.tools.paper import cells, data, flops, protocol
 from vit_jax.tools.paper.cells import Cell
@@ -53,11 +53,7 @@ def make_table(
   Raises:
     UserError: an unknown name, or a folder without runs.
   """
-  if name not in NAMES:
-    raise UserError(
-      f"there is no table {name!r}{suggest(name, NAMES)}; choices: "
-      f"{', '.join(NAMES)}"
-    )
+  check_choice("the table's name", name, NAMES)
   found = find_runs([runs]) if runs else []
   folder = (runs or _RUNS).rstrip("/")
   table = data.load()[name]
