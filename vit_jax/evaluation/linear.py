@@ -55,48 +55,23 @@ def linear(
   Raises:
     UserError: no checkpoint, no data, other classes, too few images.
   """
-  if seeds < 1 or any(n is not None and n < 1 for n in shots):
-    raise UserError("--seeds and --shots must be 1 or more; --shots=5,10,all")
-  if l2 <= 0:
-    raise UserError(f"--l2 is {l2}; it must be greater than 0")
+  _check_options(shots, seeds, l2)
   splits = [
     data.get_source(dataset, split, data_dir)
     for split in (train_split, test_split)
   ]
-  names, test_names = (split.class_names for split in splits)
-  if names != test_names:
-    raise UserError(f"{train_split} and {test_split} have other classes")
+  names = _check_classes(*splits)
   # A head of one class: it is not used, but every origin can have it.
   loaded = pretrained.load(source, image_size=image_size, num_classes=1)
   preprocess = preprocess or loaded.config.preprocess
-  mesh = sharding.make_mesh()
-  batch_size = sharding.round_up(batch_size, mesh)
-  extractors = [
-    fewshot.make_extract(
-      model=loaded.model,
-      source=split,
-      mesh=mesh,
-      batch_size=batch_size,
-      preprocess=preprocess,
-    )
-    for split in splits
-  ]
-  params = sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
-  train, test = (extract(params) for extract in extractors)
+  train, test = _extract(loaded, splits, preprocess, batch_size)
 
-  def measure(count):
-    # All there are is one draw.
-    draws = range(1 if count is None else seeds)
-    accuracies = [
+  def evaluate(count):
+    draws = range(1 if count is None else seeds)  # all there are is one draw
+    return [
       fewshot.evaluate(train, test, names, shots=count, seed=seed, l2=l2)
       for seed in draws
     ]
-    return {
-      "shots": count or "all",
-      "accuracy": statistics.fmean(accuracies),
-      "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-      "accuracies": accuracies,
-    }
 
   return {
     "checkpoint": source,
@@ -109,5 +84,45 @@ def linear(
     "image_size": list(loaded.config.image_size),
     "features": int(train[0].shape[1]),
     "l2": l2,
-    "results": [measure(count) for count in shots],
+    "results": [_summarize(count, evaluate(count)) for count in shots],
+  }
+
+
+def _check_options(shots, seeds, l2):
+  if seeds < 1 or any(n is not None and n < 1 for n in shots):
+    raise UserError("--seeds and --shots must be 1 or more; --shots=5,10,all")
+  if l2 <= 0:
+    raise UserError(f"--l2 is {l2}; it must be greater than 0")
+
+
+def _check_classes(train, test):
+  """Returns the names of the classes, which both have."""
+  if train.class_names != test.class_names:
+    raise UserError(f"{train.split} and {test.split} have other classes")
+  return train.class_names
+
+
+def _extract(loaded, splits, preprocess, batch_size):
+  """Returns (features, labels) of each split."""
+  mesh = sharding.make_mesh()
+  extractors = [
+    fewshot.make_extract(
+      model=loaded.model,
+      source=split,
+      mesh=mesh,
+      batch_size=sharding.round_up(batch_size, mesh),
+      preprocess=preprocess,
+    )
+    for split in splits
+  ]
+  params = sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
+  return [extract(params) for extract in extractors]
+
+
+def _summarize(count, accuracies):
+  return {
+    "shots": count or "all",
+    "accuracy": statistics.fmean(accuracies),
+    "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+    "accuracies": accuracies,
   }

@@ -77,40 +77,19 @@ def vtab(
   chosen = parse_tasks(tasks)
   folder = sweep.local_folder(workdir)
   overrides = overrides or {}
-  given = sorted(overrides.keys() & {*_FINAL, "train.dataset", "init_from"})
-  if given:
-    raise UserError(f"--config.{given[0]} is for vtab to set; leave it out")
-  is_mini = chosen[0].name.startswith(data.MINI)
+  _check_overrides(overrides)
   if not grid:  # what is given is not tried
-    default = MINI_GRID if is_mini else GRID
+    default = MINI_GRID if _is_mini(chosen[0]) else GRID
     grid = {k: v for k, v in default.items() if k not in overrides}
-  weights = pretrained.read(source)
-  model = {
-    f"model.{name}": str(weights.model[name])
-    for name in _OF_THE_WEIGHTS
-    if name in weights.model
-  }
-  common = {**model, "init_from": source, **overrides}
-  variant = weights.model["variant"]
-
-  def plan(task, kind, changes, grid, seeds):
-    name = "vtab_mini" if is_mini else "vtab"
-    return sweep.plan(
-      f"configs/{name}.py:{variant},{task.name}",
-      folder / task.name.partition(":")[2] / kind,
-      {**common, **changes},
-      grid,
-      seeds,
-    )
-
+  plan = _make_plan(source, folder, overrides)
   trials = {t.name: plan(t, "select", _SELECTION, grid, 1) for t in chosen}
   environments = divide_devices(jobs)
-  _open_data(chosen, overrides.get("data_dir"), is_mini)
+  _open_data(chosen, overrides.get("data_dir"))
   with lock(folder) as lock_fd:
 
-    def run(runs):
-      """Returns what the runs of each task have come to, None if stopped."""
-      results, stopped = sweep.run_groups(runs, environments, lock_fd, None)
+    def run(trials):
+      """Returns the results of each task's trials, None if stopped."""
+      results, stopped = sweep.run_groups(trials, environments, lock_fd, None)
       sweep.raise_if_failed([r for s in results.values() for r in s["runs"]])
       return None if stopped else results
 
@@ -131,6 +110,40 @@ def vtab(
     result = summarize(source, chosen, grid, selected, settings, finals)
     files.write_json(folder / "vtab.json", result)
   return result
+
+
+def _check_overrides(overrides):
+  given = sorted(overrides.keys() & {*_FINAL, "train.dataset", "init_from"})
+  if given:
+    raise UserError(f"--config.{given[0]} is for vtab to set; leave it out")
+
+
+def _is_mini(task):
+  return task.name.startswith(data.MINI)
+
+
+def _make_plan(source, folder, overrides):
+  """Returns (task, "select" or "final", changes, grid, seeds) -> trials."""
+  weights = pretrained.read(source)
+  model = {
+    f"model.{name}": str(weights.model[name])
+    for name in _OF_THE_WEIGHTS
+    if name in weights.model
+  }
+  common = {**model, "init_from": source, **overrides}
+  variant = weights.model["variant"]
+
+  def plan(task, kind, changes, grid, seeds):
+    name = "vtab_mini" if _is_mini(task) else "vtab"
+    return sweep.plan(
+      f"configs/{name}.py:{variant},{task.name}",
+      folder / task.name.partition(":")[2] / kind,
+      {**common, **changes},
+      grid,
+      seeds,
+    )
+
+  return plan
 
 
 def parse_tasks(text: str) -> list[data.Task]:
@@ -157,14 +170,14 @@ def parse_tasks(text: str) -> list[data.Task]:
   return found
 
 
-def _open_data(tasks, data_dir, is_mini):
+def _open_data(tasks, data_dir):
   """Sees that all splits are there, before the first run starts.
 
   Raises:
     UserError: one is not.
   """
   for task in tasks:
-    if is_mini:  # made in seconds, without a download
+    if _is_mini(task):  # made in seconds, without a download
       # TFDS prints its progress; stdout is for the result.
       with contextlib.redirect_stdout(sys.stderr):
         data.prepare(task.name, data_dir)

@@ -162,7 +162,28 @@ def measure(
     remat=remat,
   )
   before = measure_ceiling(dtype)
-  train_step, state, batch = make_step(mesh, model, num_classes, batch_size)
+  timed = _time_steps(*make_step(mesh, model, num_classes, batch_size), steps)
+  after = measure_ceiling(dtype)
+  spec = {"variant": variant, "image_size": image_size}
+  spec |= {"num_classes": num_classes, "batch_size": batch_size}
+  device = jax.local_devices()[0]
+  ceiling = max(before, after) * mesh.size
+  return {
+    "batch_size": batch_size,
+    **timed,
+    **_rates(spec, timed["step_seconds"], ceiling),
+    "ceiling_tflops": ceiling,
+    "ceilings": [before, after],
+    "devices": mesh.size,
+    "device": device.device_kind,
+    "platform": device.platform,
+    "versions": {x: importlib.metadata.version(x) for x in ("jax", "flax")},
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }
+
+
+def _time_steps(train_step, state, batch, steps):
+  """Returns the figures of a step that is compiled here."""
   start = time.perf_counter()
   compiled = train_step.lower(state, batch).compile()
   compile_seconds = time.perf_counter() - start
@@ -171,30 +192,14 @@ def measure(
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(compiled(state, batch))
     seconds.append(time.perf_counter() - start)
-  seconds = seconds[_WARM_UP:]
   memory, memory_from = _find_memory(compiled)
-  del state, batch
-  after = measure_ceiling(dtype)
-  spec = {"variant": variant, "image_size": image_size}
-  spec |= {"num_classes": num_classes, "batch_size": batch_size}
-  device = jax.local_devices()[0]
-  ceiling = max(before, after) * mesh.size
   return {
-    "batch_size": batch_size,
-    "step_seconds": statistics.median(seconds),
-    "fastest_seconds": min(seconds),
-    **_rates(spec, statistics.median(seconds), ceiling),
-    "ceiling_tflops": ceiling,
-    "ceilings": [before, after],
+    "step_seconds": statistics.median(seconds[_WARM_UP:]),
+    "fastest_seconds": min(seconds[_WARM_UP:]),
     "memory_gib": memory / 2**30,
     "memory_from": memory_from,
     "compile_seconds": compile_seconds,
     "loss": float(metrics["loss"]),
-    "devices": mesh.size,
-    "device": device.device_kind,
-    "platform": device.platform,
-    "versions": {x: importlib.metadata.version(x) for x in ("jax", "flax")},
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
 
 

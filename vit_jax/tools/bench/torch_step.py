@@ -52,25 +52,17 @@ def measure(
     UserError: PyTorch, timm or the GPU is not there.
   """
   del variant
-  try:
-    import timm  # pyright: ignore[reportMissingImports]
-    import torch  # pyright: ignore[reportMissingImports]
-    from timm.models.vision_transformer import (  # pyright: ignore
-      VisionTransformer,
-    )
-  except ImportError as e:
-    raise UserError(
-      f"--beside=timm needs PyTorch and timm: {e}; pip install torch "
-      "torchvision timm"
-    ) from e
-  if device == "cuda" and not torch.cuda.is_available():
-    raise UserError(f"PyTorch {torch.__version__} sees no GPU")
+  torch, timm = _import_libraries(device)
   torch.set_float32_matmul_precision("high")
-
-  def build():
+  how = "torch.compile" if compiled else "eager"
+  how += f", {dtype} autocast, fused AdamW"
+  size = as_pair(image_size)
+  found = []
+  for memory_format in ("contiguous_format", "channels_last"):
+    torch.compiler.reset()
     torch.manual_seed(0)
-    return VisionTransformer(
-      img_size=as_pair(image_size),
+    model = timm.models.VisionTransformer(
+      img_size=size,
       patch_size=patch_size,
       num_classes=num_classes,
       embed_dim=hidden_size,
@@ -78,31 +70,16 @@ def measure(
       num_heads=num_heads,
       mlp_ratio=mlp_dim / hidden_size,
       act_layer="gelu_tanh",  # ours
-    ).to(device)
-
-  found = []
-  for memory_format in ("contiguous_format", "channels_last"):
-    torch.compiler.reset()
-    found.append(
-      _time_steps(
-        torch,
-        build(),
-        getattr(torch, memory_format),
-        (batch_size, 3, *as_pair(image_size)),
-        num_classes,
-        steps,
-        device,
-        getattr(torch, dtype),
-        compiled,
-      )
     )
-    found[-1]["how"] = (
-      f"{'torch.compile' if compiled else 'eager'}, {dtype} autocast, fused "
-      f"AdamW, {memory_format}"
+    where = {"device": device, "memory_format": getattr(torch, memory_format)}
+    step = _make_step(
+      torch, model.to(**where), device, getattr(torch, dtype), compiled
     )
-    if device == "cuda":
-      torch.cuda.empty_cache()
-      torch.cuda.reset_peak_memory_stats()
+    images = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8)
+    labels = torch.randint(0, num_classes, (batch_size,), device=device)
+    batch = (images.to(**where), labels)
+    found.append({"how": f"{how}, {memory_format}"})
+    found[-1] |= _time(torch, step, batch, steps, device)
   name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
   return min(found, key=lambda x: x["step_seconds"]) | {
     "devices": 1,
@@ -111,25 +88,26 @@ def measure(
   }
 
 
-def _time_steps(
-  torch,
-  model,
-  memory_format,
-  shape,
-  num_classes,
-  steps,
-  device,
-  dtype,
-  compiled,
-):
-  """Returns the figures of one model as it is laid out in memory."""
-  model = model.to(memory_format=memory_format)
+def _import_libraries(device):
+  """Returns the modules torch and timm; the device must be there."""
+  try:
+    import timm  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
+  except ImportError as e:
+    raise UserError(
+      f"--beside=timm needs PyTorch and timm: {e}; pip install torch "
+      "torchvision timm"
+    ) from e
+  if device == "cuda" and not torch.cuda.is_available():
+    raise UserError(f"PyTorch {torch.__version__} sees no GPU")
+  return torch, timm
+
+
+def _make_step(torch, model, device, dtype, compiled):
+  """Returns the train step (images, labels) -> loss of a model."""
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-4, weight_decay=0.1, fused=True
   )
-  images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-  images = images.to(memory_format=memory_format)
-  labels = torch.randint(0, num_classes, shape[:1], device=device)
 
   def compute_loss(images, labels):
     # From uint8, as our step does.
@@ -141,25 +119,31 @@ def _time_steps(
   if compiled:
     compute_loss = torch.compile(compute_loss)
 
-  def step():
+  def step(images, labels):
     optimizer.zero_grad(set_to_none=True)
     loss = compute_loss(images, labels)
     loss.backward()
     optimizer.step()
     return loss
 
-  def wait():
-    if device == "cuda":
-      torch.cuda.synchronize()
+  return step
 
+
+def _time(torch, step, batch, steps, device):
+  """Returns the figures of a step; the GPU forgets its peak memory before."""
+  on_gpu = device == "cuda"
+  if on_gpu:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
   seconds = []
   for _ in range(1 + _WARM_UP + steps):
     start = time.perf_counter()
-    loss = step()
-    wait()
+    loss = step(*batch)
+    if on_gpu:
+      torch.cuda.synchronize()
     seconds.append(time.perf_counter() - start)
   timed = seconds[1 + _WARM_UP :]
-  peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+  peak = torch.cuda.max_memory_allocated() if on_gpu else 0
   return {
     "step_seconds": statistics.median(timed),
     "fastest_seconds": min(timed),
