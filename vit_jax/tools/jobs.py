@@ -96,7 +96,7 @@ def inspect_trial(trial: Trial) -> dict[str, Any]:
     "status": "finished" if saved and run.results else "interrupted",
     "step": run.step,
     "total_steps": run.total_steps,
-    "results": run.last_results,
+    "results": next(reversed(run.evaluations.values()), {}),
     "recipe": describe_recipe(run.config),
   }
 

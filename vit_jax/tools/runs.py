@@ -49,7 +49,7 @@ class Run:
     path: of the folder, absolute.
     name: short, and different from those of the runs found with it.
     written: the contents of config.json.
-    lines: of metrics.jsonl, each with a "step".
+    lines: of metrics.jsonl, each with a "step", in their order.
     num_corrupt: lines of metrics.jsonl that cannot be read.
   """
 
@@ -73,7 +73,7 @@ class Run:
   @property
   def step(self) -> int:
     """The last step in metrics.jsonl, 0 before the first."""
-    return max((values["step"] for values in self.lines), default=0)
+    return self.lines[-1]["step"] if self.lines else 0
 
   @property
   def finished(self) -> bool:
@@ -89,17 +89,33 @@ class Run:
 
   @functools.cached_property
   def series(self) -> dict[str, list[tuple[int, float]]]:
-    """{"train/loss": [(step, value), ...]} by step, finite values only."""
+    """{"train/loss": [(step, value), ...]}, finite values only."""
     series = {}
-    for values in sorted(self.lines, key=lambda values: values["step"]):
+    for values in self.lines:
       for name, x in values.items():
         if name != "step" and _is_number(x) and math.isfinite(x):
           series.setdefault(name, []).append((values["step"], x))
     return series
 
+  @functools.cached_property
+  def evaluations(self) -> dict[int, dict[str, float]]:
+    """{step: {"accuracy": 0.9, ...}}, the last one last."""
+    found = {}
+    for values in self.lines:
+      for name, x in values.items():
+        if name.startswith("eval/"):
+          results = found.setdefault(values["step"], {})
+          results[name.removeprefix("eval/")] = x
+    return found
+
+  @property
+  def results(self) -> dict[str, float]:
+    """The evaluation after the last step, {} until then."""
+    return self.evaluations.get(self.total_steps, {})
+
   @property
   def notes(self) -> list[str]:
-    """What is wrong with the files, a sentence each."""
+    """What is wrong with metrics.jsonl, a sentence each."""
     infinite = {
       name
       for values in self.lines
@@ -114,36 +130,6 @@ class Run:
       notes.append(f"Values that are not finite are left out: {names}.")
     return notes
 
-  @property
-  def results(self) -> dict[str, float]:
-    """The evaluation after the last step, {} until then: {"accuracy": 0.9}."""
-    return self.evaluate_at(self.total_steps)
-
-  @property
-  def last_results(self) -> dict[str, float]:
-    """The last evaluation, {} before the first."""
-    steps = [v["step"] for v in self.lines if any(map(_is_result, v))]
-    return self.evaluate_at(max(steps, default=0))
-
-  def evaluate_at(self, step: int) -> dict[str, float]:
-    """Returns the results of the evaluation at a step, {} for none."""
-    return {
-      name.removeprefix("eval/"): x
-      for values in self.lines
-      if values["step"] == step
-      for name, x in values.items()
-      if _is_result(name)
-    }
-
-  def last(self, name: str) -> float | None:
-    """Returns the last finite value of a metric, None for none."""
-    values = self.series.get(name)
-    return values[-1][1] if values else None
-
-  def at(self, name: str, step: int) -> float | None:
-    """Returns a metric's finite value at a step, None for none."""
-    return dict(self.series.get(name, ())).get(step)
-
   def read_json(self, name: str) -> dict[str, Any]:
     """Returns what a command wrote into the folder, {} for nothing.
 
@@ -156,10 +142,6 @@ class Run:
 
 def _is_number(x) -> bool:
   return isinstance(x, (int, float))
-
-
-def _is_result(name: str) -> bool:
-  return name.startswith("eval/")
 
 
 def find_main(results) -> str | None:
@@ -244,6 +226,7 @@ def _is_of_a_run(written) -> bool:
 def _read(path, name, written) -> Run:
   lines, corrupt = files.read_json_lines(path / "metrics.jsonl")
   good = [values for values in lines if isinstance(values.get("step"), int)]
+  good.sort(key=lambda values: values["step"])
   num_corrupt = len(corrupt) + len(lines) - len(good)
   return Run(path, name, written, good, num_corrupt)
 

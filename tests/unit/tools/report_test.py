@@ -73,7 +73,7 @@ def test_a_run_in_progress_is_read_as_far_as_it_is(tmp_path):
   (found,) = find_runs([str(run)])
   assert found.step == 20
   assert found.series["train/loss"] == [(20, 0.4)]
-  assert found.last("eval/accuracy") == 1 - 1 / 20
+  assert found.evaluations[20]["accuracy"] == 1 - 1 / 20
   assert [note.split(":")[0] for note in found.notes] == [
     "1 lines of metrics.jsonl are corrupt.",
     "Values that are not finite are left out",

@@ -74,5 +74,5 @@ def _rank(run: Run):
   metric = find_main(measured)
   if metric is None:
     return (len(MAIN_METRICS), 0.0)
-  value = run.last(f"eval/{metric}") or 0.0
+  _, value = run.series[f"eval/{metric}"][-1]
   return (MAIN_METRICS.index(metric), value if metric == "loss" else -value)

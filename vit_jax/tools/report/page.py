@@ -3,6 +3,7 @@
 import collections
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -189,15 +190,13 @@ def _describe(run):
 
 def _describe_result(run):
   """Returns the last evaluation as text."""
-  names = [n for n in run.series if n.startswith("eval/")]
-  if not names:
+  if not run.evaluations:
     return "not evaluated yet"
-  step = max(run.series[name][-1][0] for name in names)
-  found = {n.removeprefix("eval/"): run.at(n, step) for n in names}
+  step, found = list(run.evaluations.items())[-1]
   told = [
     f"{name.replace('_', ' ')} {show_metric(name, x)}"
     for name, x in found.items()
-    if x is not None and name not in COUNTS
+    if math.isfinite(x) and name not in COUNTS
   ]
   # What runs are compared by stands first.
   told.sort(key=lambda text: text.startswith(("loss", "trivial")))
@@ -304,7 +303,7 @@ def _tell_last(run, name):
   if name == SPEED:
     return ()
   return " ends at ", tag(
-    "b", show_metric(name.partition("/")[2], run.last(name))
+    "b", show_metric(name.partition("/")[2], run.series[name][-1][1])
   )
 
 

@@ -54,8 +54,8 @@ def _tell_total(run, found):
   if tally.labelled < tally.examples:
     images += f" with a label, of {tally.examples:,}"
   name = "precision at 1" if found.multilabel else "accuracy"
-  metric = "eval/prec@1" if found.multilabel else "eval/accuracy"
-  measured = run.at(metric, found.step)
+  metric = "prec@1" if found.multilabel else "accuracy"
+  measured = run.evaluations.get(found.step, {}).get(metric)
   if measured is None:
     beside = "The run did not evaluate this step."
   elif measured == share:
