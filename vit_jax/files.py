@@ -6,6 +6,7 @@ Paths are pathlib's, or epath's for buckets.
 import contextlib
 import json
 import os
+import pathlib
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +45,7 @@ def atomic_folder(path) -> Iterator[Any]:
   partial.mkdir(parents=True)
   try:
     yield partial
-    for file in partial.rglob("*"):
+    for file in pathlib.Path(partial).rglob("*"):  # epath's cannot
       if file.is_file():
         _sync(file)
     partial.replace(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import re
 
 import pytest
@@ -10,8 +11,10 @@ from etils import epath
 from vit_jax import files
 from vit_jax.errors import UserError
 
+_each_kind = pytest.mark.parametrize("kind", [pathlib.Path, epath.Path])
 
-@pytest.mark.parametrize("kind", [type(epath.Path("/")), epath.Path])
+
+@_each_kind
 def test_a_failed_write_changes_nothing(kind, tmp_path):
   path = kind(tmp_path) / "x.json"
   files.write_json(path, {"a": 1})
@@ -25,11 +28,12 @@ def test_a_failed_write_changes_nothing(kind, tmp_path):
   assert files.read_json(path) == {"a": 1}
 
 
-def test_a_folder_appears_whole_whatever_a_kill_has_left(tmp_path):
+@_each_kind
+def test_a_folder_appears_whole_whatever_a_kill_has_left(kind, tmp_path):
   left = tmp_path / f".out.{os.getpid()}.partial"
   left.mkdir()
   (left / "old").touch()
-  with files.atomic_folder(tmp_path / "out") as partial:
+  with files.atomic_folder(kind(tmp_path) / "out") as partial:
     (partial / "new").touch()
     assert not (tmp_path / "out").exists()
   assert [f.name for f in tmp_path.rglob("*")] == ["out", "new"]
