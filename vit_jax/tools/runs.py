@@ -11,15 +11,14 @@ from typing import Any
 
 from vit_jax import checkpoint, files
 from vit_jax import config as configuration
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 
 log = logging.getLogger(__name__)
 
-# Results that runs are compared by: the first of these that there is. More is
-# better, except for the loss.
+# Results that runs are compared by: the first of these that there is.
 MAIN_METRICS = ("accuracy", "prec@1", "r2", "loss")
 # Results that are counts of images.
-COUNTS = ("examples", "labelled")
+COUNTS = {"examples", "labelled"}
 
 # Values of keys that the first runs do not have.
 _OLD_DEFAULTS = {
@@ -155,12 +154,15 @@ def choose_metric(results, select: str | None) -> str | None:
   Raises:
     UserError: the evaluation has no `select`.
   """
-  if not results:
-    return None
-  if select and select not in results:
-    others = ", ".join(name for name in results if name not in COUNTS)
-    raise UserError(f"--select={select}: the evaluation has {others}")
-  return select or find_main(results)
+  if select and results:
+    check_choice("--select", select, sorted(results.keys() - COUNTS))
+    return select
+  return find_main(results)
+
+
+def order(metric: str, value: float) -> float:
+  """Returns a key by which results sort, the best first."""
+  return value if metric == "loss" else -value
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:

@@ -30,7 +30,7 @@ from vit_jax.tools.jobs import (
   lock,
   run_all,
 )
-from vit_jax.tools.runs import choose_metric
+from vit_jax.tools.runs import choose_metric, order
 from vit_jax.tools.text import format_columns
 from vit_jax.training import inputs, run_folder
 
@@ -353,9 +353,10 @@ def compare(rows, select) -> tuple[list[dict], dict | None]:
         "complete": len(metrics) == len(group),
       }
     )
-  sign = -1 if select == "loss" else 1
   complete = [entry for entry in settings if entry["complete"]]
-  best = max(complete, key=lambda entry: sign * entry["mean"], default=None)
+  best = min(
+    complete, key=lambda entry: order(select, entry["mean"]), default=None
+  )
   return settings, best
 
 

@@ -3,12 +3,11 @@
 Nothing here imports TensorFlow. A run checks the same again, and the rest.
 """
 
-import json
 import os
 from pathlib import Path
 
 from vit_jax import config as configuration
-from vit_jax import models
+from vit_jax import files, models
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
@@ -62,7 +61,7 @@ def _read_variant(path) -> str | None:
     file = folder / "config.json"
     if file.is_file():
       try:
-        return json.loads(file.read_text())["config"]["model"]["variant"]
+        return files.read_json(file)["config"]["model"]["variant"]
       except (ValueError, KeyError, TypeError):
         return None
   return None

@@ -10,7 +10,7 @@ from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.tools.report import charts
 from vit_jax.tools.report.details import look
 from vit_jax.tools.report.page import make_page
-from vit_jax.tools.runs import MAIN_METRICS, Run, find_main, find_runs
+from vit_jax.tools.runs import MAIN_METRICS, Run, find_main, find_runs, order
 
 log = logging.getLogger(__name__)
 
@@ -75,4 +75,4 @@ def _rank(run: Run):
   if metric is None:
     return (len(MAIN_METRICS), 0.0)
   _, value = run.series[f"eval/{metric}"][-1]
-  return (MAIN_METRICS.index(metric), value if metric == "loss" else -value)
+  return (MAIN_METRICS.index(metric), order(metric, value))
