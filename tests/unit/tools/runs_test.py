@@ -57,7 +57,7 @@ def test_what_runs_are_compared_by():
   assert runs.find_main({"loss": 1.0, "prec@1": 0.5}) == "prec@1"
   assert runs.choose_metric({"loss": 1.0, "accuracy": 0.5}, "loss") == "loss"
   assert runs.choose_metric({}, "loss") is None
-  with pytest.raises(UserError, match="is 'f1'; choose from accuracy, loss$"):
+  with pytest.raises(UserError, match=r"is 'f1'; choose from accuracy, loss$"):
     runs.choose_metric({"loss": 1.0, "accuracy": 0.5, "examples": 9}, "f1")
   assert runs.order("loss", 0.1) < runs.order("loss", 0.2)
   assert runs.order("accuracy", 0.2) < runs.order("accuracy", 0.1)

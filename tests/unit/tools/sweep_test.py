@@ -296,7 +296,7 @@ def test_a_mixture_is_evaluated_on_its_first_data_set(tmp_path):
   trial = jobs.Trial("r", tmp_path / "r", "a.py", {}, {}, 0)
   recipe = jobs.inspect_trial(trial)["recipe"]
   assert recipe["eval"] == "digits test"
-  assert recipe["train"] == "digits=0.7,jft_like=0.3 train"
+  assert recipe["train"] == "digits=0.7,jft_like=0.3 train[:300]"
 
 
 def test_a_mistake_in_the_final_configuration_shows_first(
