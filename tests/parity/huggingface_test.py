@@ -26,6 +26,7 @@ from torch_formats import (
 )
 
 import vit_jax
+from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.pretrained import archives, huggingface
 from vit_jax.pretrained.weights import Weights
@@ -43,7 +44,7 @@ PREPROCESSOR = {
 def _open(folder):
   """Reads a folder as `pretrained.read` does."""
   documents = [
-    archives.read_json(folder / name) if (folder / name).exists() else None
+    files.read_json(folder / name) if (folder / name).exists() else None
     for name in ("config.json", "preprocessor_config.json")
   ]
   index = folder / "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from random_models import (
 )
 from torch_formats import VARIANT
 
-from vit_jax import models
+from vit_jax import files, models
 from vit_jax.data.preprocess import preprocess_image
 from vit_jax.models import posemb
 from vit_jax.pretrained import (
@@ -126,7 +126,7 @@ def test_resized_grids_equal_torch(libraries, method, antialias):
 
 def _open_huggingface(folder):
   documents = [
-    archives.read_json(folder / name) if (folder / name).exists() else None
+    files.read_json(folder / name) if (folder / name).exists() else None
     for name in ("config.json", "preprocessor_config.json")
   ]
   arrays = archives.open_safetensors(folder / "model.safetensors")
@@ -173,7 +173,7 @@ def test_huggingface_in_parts_to_ours(libraries, tmp_path):
   model.save_pretrained(tmp_path, max_shard_size="10KB")
   index = tmp_path / "model.safetensors.index.json"
   arrays = archives.open_safetensors(index)
-  config = archives.read_json(tmp_path / "config.json")
+  config = files.read_json(tmp_path / "config.json")
   weights = huggingface.read("folder", arrays, config)
   expected = _run_torch(libraries, model, _images()).logits
   assert _difference(_run_ours(weights, _images()), expected) <= TOLERANCE
@@ -308,7 +308,7 @@ def _save_timm(libraries, model, folder):
 
 def _open_timm(folder):
   arrays = archives.open_safetensors(folder / "model.safetensors")
-  config = archives.read_json(folder / "config.json")
+  config = files.read_json(folder / "config.json")
   assert timm.matches(arrays, config)
   return timm.read(str(folder), arrays, config)
 

@@ -26,6 +26,7 @@ from torch_formats import (
   timm_config,
 )
 
+from vit_jax import files
 from vit_jax.errors import UserError
 from vit_jax.pretrained import archives, timm
 from vit_jax.pretrained.weights import Weights
@@ -37,7 +38,7 @@ _POSITIONS = "Transformer/posembed_input/pos_embedding"
 def _open(folder):
   """Reads a folder as `pretrained.read` does."""
   file = folder / "config.json"
-  config = archives.read_json(file) if file.exists() else None
+  config = files.read_json(file) if file.exists() else None
   arrays = archives.open_safetensors(folder / "model.safetensors")
   assert timm.matches(arrays, config)
   return timm.read(str(folder), arrays, config)

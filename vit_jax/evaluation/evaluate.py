@@ -47,8 +47,8 @@ def evaluate(
   weights = pretrained.fold_normalization(pretrained.read(source))
   config = _training_config(weights)
   if config:
-    usual = configuration.find_test_set(configuration.flatten(config))
-    dataset = dataset or usual
+    flat = configuration.flatten(config)
+    dataset = dataset or configuration.find_test_set(flat)
     split = split or config.eval.split
     data_dir = data_dir or config.data_dir
   if not dataset or not split:
