@@ -338,11 +338,12 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
   return value
 
 
-def find_test_set(flat: Mapping[str, Any]) -> str:
-  """Returns the data set on which a run of a flat configuration is evaluated.
+def find_test_set(config) -> str:
+  """Returns the data set of a configuration's evaluation; it may be flat.
 
   That is `eval.dataset`, or the first of the training mixture.
   """
+  flat = flatten(config)
   mixture = data.parse_mixture(flat["train.dataset"])
   return flat["eval.dataset"] or mixture[0][0]
 

@@ -47,8 +47,7 @@ def evaluate(
   weights = pretrained.fold_normalization(pretrained.read(source))
   config = _training_config(weights)
   if config:
-    flat = configuration.flatten(config)
-    dataset = dataset or configuration.find_test_set(flat)
+    dataset = dataset or configuration.find_test_set(config)
     split = split or config.eval.split
     data_dir = data_dir or config.data_dir
   if not dataset or not split:
