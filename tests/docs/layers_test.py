@@ -225,6 +225,18 @@ def test_only_commands_read_flags_and_print(unit, path):
 
 
 @_each_source
+def test_functions_fit_on_a_screen(unit, path):
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      assert node.end_lineno - node.lineno < 70, node.name
+
+
+def test_the_top_level_is_small():
+  entries = {path.name for path in _PACKAGE.iterdir()}
+  assert len({name for name in entries if not name.startswith("__")}) <= 16
+
+
+@_each_source
 def test_libraries_stay_where_they_belong(unit, path):
   libraries = {name.split(".")[0] for name in _read_imports(path)}
   # Configs are read as files, whichever directory they are in.
