@@ -28,7 +28,7 @@ from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools.paper import data, flops
 from vit_jax.tools.paper.pretraining import plain_name
-from vit_jax.tools.runs import Run, find_origin, find_runs
+from vit_jax.tools.runs import COUNTS, Run, find_origin, find_runs
 from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
@@ -461,6 +461,8 @@ def _set_title(axis, text):
 
 _CURVES = ("train/loss", "train/learning_rate", "eval/loss", "eval/accuracy")
 _CURVES += ("eval/prec@1", "eval/lrap")
+# Of other evaluations all is drawn but counts.
+_KNOWN = ("train", "eval", "speed")
 
 
 def _draw_curves(runs: list[Run]) -> Drawing:
@@ -471,9 +473,9 @@ def _draw_curves(runs: list[Run]) -> Drawing:
   # One point is no curve, but if there is nothing else.
   lengths = dict.fromkeys(_CURVES, 0)
   for (metric, _), points in curves.items():
-    lengths[metric] = max(lengths[metric], len(points))
+    lengths[metric] = max(lengths.get(metric, 0), len(points))
   least = min(2, max(lengths.values()))
-  metrics = [metric for metric in _CURVES if lengths[metric] >= least]
+  metrics = [metric for metric in lengths if lengths[metric] >= least]
   down = -(-len(metrics) // 3)
   figure, axes = _make_grid(down, min(3, len(metrics)), 3.6, 3, pictures=False)
   by_metric = dict(zip(metrics, axes.flat, strict=False))
@@ -512,11 +514,10 @@ def _read_curves(runs):
   """Returns {(metric, name of the run): [(step, value)]}."""
   curves = {}
   for run in runs:
-    for values in run.lines:
-      for metric in _CURVES:
-        if metric in values:
-          point = (values["step"], values[metric])
-          curves.setdefault((metric, run.name), []).append(point)
+    for metric, points in run.series.items():
+      evaluation, _, name = metric.partition("/")
+      if metric in _CURVES or not (evaluation in _KNOWN or name in COUNTS):
+        curves[metric, run.name] = points
   return curves
 
 

@@ -233,14 +233,27 @@ def test_positions_are_what_the_model_adds(kind, at, classifier):
 def test_curves_and_compute_of_runs(run, tmp_path):
   runs = tmp_path / "runs"
   origin = write_run(runs / "big" / "pretrain", [3.0, 2.0, 1.0])
+  few = [  # of config.evals.few
+    json.dumps({"step": step, "few/5shot": step / 4, "few/examples": 100})
+    for step in (1, 3)
+  ]
+  file = origin / "metrics.jsonl"
+  file.write_text("\n".join([*few, file.read_text()]))
   write_run(runs / "cifar10", [1.0, 0.5], 0.9, init_from=origin)
   out = tmp_path / "out"
   code, said, err, _ = run(f"--runs={runs}", f"--out={out}")
   assert code == 0, err
   assert len(said.split()) == 6
   rows = read_csv(out / "curves.csv")
-  curve = [(r["step"], r["value"]) for r in rows if r["run"] == "big/pretrain"]
-  assert curve == [("1", "3.0"), ("2", "2.0"), ("3", "1.0")]
+  curves = {}
+  for row in rows:
+    if row["run"] == "big/pretrain":
+      points = curves.setdefault(row["name"], [])
+      points.append((int(row["step"]), float(row["value"])))
+  assert curves == {
+    "train/loss": [(1, 3), (2, 2), (3, 1)],
+    "few/5shot": [(1, 0.25), (3, 0.75)],
+  }
   rows = read_csv(out / "compute.csv")
 
   # Three steps of 1,000 images, 6 x the multiply-adds by the usual formula,

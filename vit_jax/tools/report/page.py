@@ -39,9 +39,8 @@ _TITLES = {
   "train/gradient_norm": "Gradient norm",
   SPEED: "Images per second",
 }
-# What is no curve: counts, constants, and what another one shows.
+# What is no curve, beside counts: constants, and what another one shows.
 _NO_CURVE = (
-  *(f"eval/{name}" for name in COUNTS),
   "eval/trivial_loss",
   "eval/trivial_accuracy",
   "speed/images_per_second_per_device",
@@ -247,7 +246,11 @@ def _draw_kind(members):
   for run, _ in members:
     for name, values in run.series.items():
       found[name] = max(found.get(name, 0), len(values))
-  names = [n for n in found if n not in _NO_CURVE]
+  names = [
+    name
+    for name in found
+    if name not in _NO_CURVE and name.rpartition("/")[2] not in COUNTS
+  ]
   figures = [_draw_figure(n, members) for n in names if found[n] > 1]
   single = [_title(n) for n in names if found[n] == 1]
   parts = [tag("div", *figures, class_="charts")] if figures else []
