@@ -28,7 +28,7 @@ from vit_jax.training import lifeline
 # A process of a run without JAX: it does what it is told, line by line.
 _PROCESS = """
 import socket, struct, sys, ctypes
-from vit_jax import hosts, lifeline
+from vit_jax.training import hosts, lifeline
 port, index, count, timeout = map(int, sys.argv[1:5])
 lifeline._ECHO = float(sys.argv[5])
 place = hosts.Place(f"localhost:{port}", count, index)
