@@ -79,7 +79,8 @@ def test_nothing_stays_of_a_run_that_did_not_begin(workdir):
 
 def test_a_killed_owner_holds_nothing(workdir):
   code = (
-    "import os, signal; from etils import epath; from vit_jax.training import lock\n"
+    "import os, signal; from etils import epath\n"
+    "from vit_jax.training import lock\n"
     f"with lock.hold(epath.Path({str(workdir)!r})):\n"
     "  os.kill(os.getpid(), signal.SIGKILL)"
   )
