@@ -87,4 +87,6 @@ def test_the_additions_run(tmp_path):
     "sure/confidence": [20, 40, 60],
     "few/5shot": [30, 60],
   }
-  assert found[-1]["few/5shot"] > 0.5 < found[-3]["eval/accuracy"]
+  last = {name: x for line in found for name, x in line.items()}
+  assert last["few/5shot"] > 0.7
+  assert last["eval/accuracy"] > 0.7
