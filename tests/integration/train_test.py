@@ -432,8 +432,8 @@ def test_evaluations_of_three_kinds_at_their_own_intervals(
 @pytest.mark.parametrize(
   ("options", "words"),
   [
-    (["best_metric=eval/loss"], "'eval/loss'; the choices are eval/accuracy"),
-    (["best_metric=few/5shot"], "the choices are eval/accuracy"),
+    (["best_metric=eval/loss"], "'eval/loss'; choose from eval/accuracy"),
+    (["best_metric=few/5shot"], "choose from eval/accuracy"),
     (["evals.few.type=shots"], "classification, fewshot"),
     (["evals.few.shot=3"], "did you mean"),
     (["evals.train.every=3"], "none of eval, train, speed"),

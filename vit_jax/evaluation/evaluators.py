@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from vit_jax import data, models
 from vit_jax.config import list_evals
-from vit_jax.errors import UserError, check_choice
+from vit_jax.errors import check_choice
 from vit_jax.evaluation import classification, fewshot, masked
 from vit_jax.training.objectives import (
   Classification,
@@ -120,13 +120,7 @@ def find_best(
   known = {e.name: e.metrics for e in evaluators}
   if not config.get("best_metric"):
     return ("eval", known["eval"][0]) if "eval" in known else None
+  choices = [f"{name}/{m}" for name, metrics in known.items() for m in metrics]
+  check_choice("config.best_metric", config.best_metric, choices)
   name, _, metric = str(config.best_metric).partition("/")
-  if metric not in known.get(name, ()):
-    choices = [
-      f"{name}/{m}" for name, metrics in known.items() for m in metrics
-    ]
-    raise UserError(
-      f"config.best_metric is {config.best_metric!r}; the choices are "
-      f"{', '.join(choices) or 'none: the run evaluates nothing'}"
-    )
   return name, metric
