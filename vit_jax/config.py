@@ -124,15 +124,18 @@ def _importing_from(folder):
   These modules are forgotten afterwards, because those of another folder may
   have the same names.
   """
-  names = {path.stem for path in folder.glob("*.py")}
+  names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names
   hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+  packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+  packages -= sys.modules.keys()
   sys.path.insert(0, str(folder))
   try:
     yield
   finally:
     sys.path.remove(str(folder))
-    for name in names & sys.modules.keys():
-      del sys.modules[name]
+    for name in [*sys.modules]:
+      if name in names or name.partition(".")[0] in packages:
+        del sys.modules[name]
     sys.modules.update(hidden)
 
 
@@ -142,9 +145,9 @@ def override(config, key: str, text: str) -> None:
   Raises:
     UserError: unknown key, or a value of another type.
   """
-  name = re.match(r"evals\.(\w+)\.", key)
-  if name and name[1] not in config.evals:
-    add_eval(config, name[1])
+  entry = re.match(r"evals\.([^.]+)\.", key)
+  if entry and "evals" in config and entry[1] not in config.evals:
+    add_eval(config, entry[1])
   known = flatten(config)
   if key not in known:
     raise UserError(f"unknown config key {key!r}{suggest(key, known)}")
@@ -157,9 +160,9 @@ def override(config, key: str, text: str) -> None:
   # ConfigDict alone would take None for anything and True for an integer. A
   # key of type object checks its value where it is used.
   if kind is not object and type(value) is not kind:
+    example = "" if known[key] is None else f", such as {known[key]!r}"
     raise UserError(
-      f"config.{key} is {kind.__name__}, such as {known[key]!r}; "
-      f"{text!r} is not"
+      f"config.{key} is {kind.__name__}{example}; {text!r} is not"
     )
   with node.unlocked():
     node[name] = value
@@ -206,13 +209,9 @@ def add_eval(config, name: str, **values: Any) -> None:
     **values: see configs/common.py.
 
   Raises:
-    ValueError: a name or key that cannot be.
+    UserError: a name or key that cannot be.
   """
-  if not re.fullmatch(r"[A-Za-z]\w*", name) or name in _TAKEN:
-    raise UserError(
-      f"config.evals.{name}: an evaluation's name is a word of letters, "
-      f"digits and _, and none of {', '.join(_TAKEN)}"
-    )
+  _check_entry(name, values)
   entry = ml_collections.ConfigDict()
   for key in ("type", "dataset", "split", "preprocess"):
     entry[key] = placeholder(str)
@@ -220,12 +219,7 @@ def add_eval(config, name: str, **values: Any) -> None:
   entry.every = placeholder(int)
   entry.train_split = "train"
   entry.shots = (5, 10)
-  for key, value in values.items():
-    if key not in entry:
-      raise UserError(
-        f"unknown config key evals.{name}.{key}{suggest(key, entry)}"
-      )
-    entry[key] = value
+  entry.update(values)
   with config.unlocked():
     config.evals[name] = entry
 
@@ -234,11 +228,25 @@ def add_eval(config, name: str, **values: Any) -> None:
 _TAKEN = ("eval", "train", "speed")
 
 
+def _check_entry(name, keys):
+  if not re.fullmatch(r"[A-Za-z]\w*", name) or name in _TAKEN:
+    raise UserError(
+      f"config.evals.{name}: an evaluation's name is a word of letters, "
+      f"digits and _, and none of {', '.join(_TAKEN)}"
+    )
+  known = [field.name for field in dataclasses.fields(Eval)][1:]
+  for key in keys:
+    if key not in known:
+      raise UserError(
+        f"unknown config key evals.{name}.{key}{suggest(key, known)}"
+      )
+
+
 def list_evals(config) -> list[Eval]:
   """Returns the evaluations of a run; that of `config.eval` is the first.
 
   Raises:
-    UserError: an evaluation without a split, a number that cannot be.
+    UserError: a name, key or number that cannot be, or no split.
   """
   usual = {
     "type": config.objective,
@@ -253,6 +261,7 @@ def list_evals(config) -> list[Eval]:
   found = [Eval("eval", **usual)] if config.eval.split else []
   # Runs from before have none.
   for name, entry in config.get("evals", {}).items():
+    _check_entry(name, entry)
     given = {k: v for k, v in entry.items() if v is not None}
     found.append(Eval(name, **usual | given))
     _check_eval(found[-1])
@@ -262,11 +271,12 @@ def list_evals(config) -> list[Eval]:
 def _check_eval(e):
   if not e.split:
     raise UserError(f"config.evals.{e.name} needs a split to evaluate")
-  if min(e.batch_size, e.every + 1, *e.shots) < 1 or not e.shots:
+  numbers = (e.batch_size, e.every + 1, *e.shots)
+  if not e.shots or any(type(n) is not int or n < 1 for n in numbers):
     raise UserError(
       f"config.evals.{e.name} has batch_size {e.batch_size}, every {e.every}, "
-      f"shots {e.shots}; it needs batch_size and shots of 1 or more and every "
-      "of 0 or more"
+      f"shots {e.shots}; it needs integers, batch_size and shots of 1 or more "
+      "and every of 0 or more"
     )
 
 
@@ -311,16 +321,25 @@ _RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
 def differences(old: dict, new: dict) -> list[str]:
   """Returns "key: old -> new" for what a resumed run may not change.
 
-  That is all but `RESUMABLE`; with a rate of dropout or stochastic depth above
-  0 also `micro_batches`, on which its draws depend.
+  That is all but `RESUMABLE` and the evaluations of `config.evals` that do not
+  pick the best checkpoint; with a rate of dropout or stochastic depth above 0
+  also `micro_batches`, on which its draws depend.
   """
   old, new = modernize(flatten(old)), flatten(new)
-  drawn = any(new.get(f"model.{rate}") for rate in _RATES)
+  best = str(new.get("best_metric")).partition("/")[0]
+
+  def may_differ(key):
+    if key == "micro_batches":
+      return not any(new.get(f"model.{rate}") for rate in _RATES)
+    group, _, rest = key.partition(".")
+    name, _, last = rest.partition(".")
+    is_free_eval = group == "evals" and (name != best or last == "every")
+    return key in RESUMABLE or is_free_eval
+
   return [
     f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
     for key in sorted(old.keys() | new.keys())
-    if find_meaning(old, key) != find_meaning(new, key)
-    and (key not in RESUMABLE or (drawn and key == "micro_batches"))
+    if find_meaning(old, key) != find_meaning(new, key) and not may_differ(key)
   ]
 
 
@@ -401,10 +420,12 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
 
 def find_unused(values: dict[str, Any]) -> list[str]:
   """Returns the keys of `NEEDS` that have no effect in a flat configuration."""
+  # Those of `eval` are also what the entries of `evals` do not say.
+  meant = {"eval.split"} if any(k.startswith("evals.") for k in values) else {}
   return [
     key
     for key, (_, needed, wanted) in NEEDS.items()
-    if key in values and needed in values
+    if key in values and needed in values and needed not in meant
     if (not values[needed] if wanted is None else values[needed] != wanted)
   ]
 

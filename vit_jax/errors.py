@@ -31,14 +31,21 @@ EXTRAS = {
   "gradio": "demo",
   **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),
   "libtpu": "plan",
+  "gcsfs": "train",  # TensorFlow reads buckets as well
 }
 
 
-def needs_extra(what: str, library: str) -> UserError:
-  """Returns the error for a library of `EXTRAS` that is not installed."""
+def needs_extra(what: str, library: str, extra: str | None = None) -> UserError:
+  """Returns the error for a library of `EXTRAS` that is not installed.
+
+  Args:
+    what: needs it.
+    library: is missing.
+    extra: that has it, and all else that is needed; unset: of `EXTRAS`.
+  """
   return UserError(
     f"{what} needs {library}, which is not installed: "
-    f"pip install 'vit_jax[{EXTRAS[library]}]'"
+    f"pip install 'vit_jax[{extra or EXTRAS[library]}]'"
   )
 
 

@@ -40,7 +40,7 @@ def atomic_folder(path) -> Iterator[Any]:
   if _is_remote(path):
     yield path
     return
-  partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+  partial = path.with_name(f".{path.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)  # of a killed process
   partial.mkdir(parents=True)
   try:

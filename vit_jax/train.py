@@ -16,6 +16,7 @@ from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.evaluation.evaluators import (
   Evaluator,
+  check_types,
   find_best,
   make_evaluators,
 )
@@ -109,6 +110,7 @@ def check_configuration(config, workdir) -> dict | None:
     }
   )
   configuration.check_ranges(config)
+  check_types(config)
   run = run_folder.check(config, workdir)
   if not run:  # what older versions took is resumed
     configuration.check_unused(config)
@@ -118,7 +120,7 @@ def check_configuration(config, workdir) -> dict | None:
 def count_steps(config, run, opened: inputs.Inputs, workdir) -> int:
   """Returns the steps of the whole run, whose data are those it began with."""
   if run:
-    run_folder.check_data(run, opened, workdir)
+    run_folder.check_data(config, run, opened, workdir)
     total_steps = run["total_steps"]
   else:
     total_steps = configuration.count_steps(config, opened.num_examples)

@@ -402,7 +402,10 @@ def test_evaluations_of_three_kinds_at_their_own_intervals(
   assert found["eval/accuracy"] == [4, 6]
   assert found["few/1shot"] == found["few/3shot"] == [3, 6]
   assert found["photos/accuracy"] == [2, 4, 6]
-  (line,) = [x for x in read_metrics(whole) if "few/3shot" in x][-1:]
+  few = {x["step"]: x for x in read_metrics(whole) if "few/3shot" in x}
+  best = max(few, key=lambda step: few[step]["few/3shot"])  # the first
+  assert saved_steps(whole, "best") == [best]
+  line = few[6]
   args = [f"--checkpoint={whole}/checkpoints/6", "--dataset=digits", "--json"]
   shots = ["--shots=1,3", "--seeds=1", "--train_split=train[:200]"]
   shots += ["--test_split=test[:40]", f"--data_dir={runs.data_dir}"]
@@ -427,6 +430,15 @@ def test_evaluations_of_three_kinds_at_their_own_intervals(
   assert saved_steps(tmp_path / "run")[-1] == 4
   assert main(runs.train_args(tmp_path / "run", *options)) == 0
   assert_same_run(tmp_path / "run", whole)
+  # Evaluations that pick nothing may change; they change no weights.
+  for change, code in (
+    ("evals.photos.every=3", 0),
+    (f"evals.photos.dataset=folder:{photos}/", 0),
+    ("evals.few.every=2", 0),
+    ("evals.few.shots=(1, 2, 3)", 2),
+  ):
+    args = runs.train_args(tmp_path / "run", *options, change)
+    assert main(args) == code, change
 
 
 @pytest.mark.parametrize(
@@ -535,7 +547,9 @@ def check_folder(root, run):
   source = data.get_source(f"folder:{root}", "train", None)
   test = data.get_source(f"folder:{root}", "test", None)
   opened = inputs.Inputs([(source, 1)], {"eval": [test]})
-  run_folder.check_data(run, opened, "WORKDIR")
+  config = configuration.load(str(CONFIGS / "common.py"))
+  run = run | {"config": configuration.to_dict(config)}
+  run_folder.check_data(config, run, opened, "WORKDIR")
 
 
 def test_other_data_are_named_at_a_resume(tmp_path):

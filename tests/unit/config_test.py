@@ -294,6 +294,27 @@ def test_test_images_that_are_training_images_are_said(tmp_path, caplog):
   assert "training images" not in caplog.text
 
 
+def test_entries_of_evals_are_checked_however_they_are_written():
+  config = _load(eval__split="")
+  with config.unlocked():
+    config.eval_every = 7  # is what the entries do not say
+    config.evals.few = ml_collections.ConfigDict({"split": "test"})
+  configuration.check_unused(config)
+  (found,) = configuration.list_evals(config)
+  assert (found.name, found.type, found.every) == ("few", "classification", 7)
+  for entry, words in (
+    ({"spit": "test"}, "evals.few.spit.*did you mean 'split'"),
+    ({"split": "test", "shots": (2.5,)}, "needs integers"),
+    ({"split": "test", "shots": (5, "a")}, "needs integers"),
+  ):
+    with config.unlocked():
+      config.evals.few = ml_collections.ConfigDict(entry)
+    with pytest.raises(UserError, match=words):
+      configuration.list_evals(config)
+  with pytest.raises(UserError, match="a word of letters"):
+    configuration.override(config, "evals.few-shot.every", "3")
+
+
 def test_a_key_that_one_side_lacks_is_a_difference():
   old = configuration.to_dict(_load())
   new = configuration.to_dict(_load())

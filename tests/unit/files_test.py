@@ -1,7 +1,6 @@
 """Atomic writes and JSON files."""
 
 import contextlib
-import os
 import pathlib
 import re
 
@@ -30,7 +29,7 @@ def test_a_failed_write_changes_nothing(kind, tmp_path):
 
 @_each_kind
 def test_a_folder_appears_whole_whatever_a_kill_has_left(kind, tmp_path):
-  left = tmp_path / f".out.{os.getpid()}.partial"
+  left = tmp_path / ".out.partial"
   left.mkdir()
   (left / "old").touch()
   with files.atomic_folder(kind(tmp_path) / "out") as partial:

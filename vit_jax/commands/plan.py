@@ -5,6 +5,8 @@ import json
 from vit_jax.commands import flags, process
 from vit_jax.errors import UserError
 
+EXTRA = "plan"
+
 
 def add_flags(parser):
   parser.add_argument(

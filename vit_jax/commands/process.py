@@ -122,11 +122,13 @@ def _run(args):
     return args.run(args)
   except (UserError, RunStopped):
     raise
-  except ModuleNotFoundError as e:
-    library = (e.name or "").partition(".")[0]
+  except ImportError as e:
+    # epath says it in its own words.
+    library = "gcsfs" if "gcsfs" in str(e) else (e.name or "").partition(".")[0]
     if library not in EXTRAS:
       raise
-    raise needs_extra(args.parser.prog, library) from e
+    extra = getattr(sys.modules[args.run.__module__], "EXTRA", None)
+    raise needs_extra(args.parser.prog, library, extra) from e
   except Exception:
     if "jax" in sys.modules and not args.lifeline:
       _check_devices()

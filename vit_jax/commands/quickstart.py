@@ -3,6 +3,8 @@
 import shlex
 from pathlib import Path
 
+EXTRA = "train,figures"
+
 
 def add_flags(parser):
   parser.add_argument(

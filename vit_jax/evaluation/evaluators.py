@@ -57,10 +57,8 @@ def make_evaluators(
   """
   made = []
   for e in list_evals(config):
-    kinds = {config.objective: _make_own, **OTHERS}
-    check_choice(f"config.{e.key}.type", e.type, kinds)
     where |= {"batch_size": e.batch_size, "preprocess": e.preprocess}
-    make = kinds[e.type]
+    make = OTHERS.get(e.type, _make_own)
     metrics, run = make(config, e, sources[e.name], objective, **where)
     made.append(Evaluator(e.name, e.every, metrics, run))
   return made
@@ -85,6 +83,13 @@ def _make_fewshot(config, e, sources, objective, **where):
 # (config, entry, its sources, objective, **where) -> (metrics, run), see
 # `Evaluator`.
 OTHERS = {"fewshot": _make_fewshot}
+
+
+def check_types(config) -> None:
+  """Raises a UserError for an evaluation of an unknown type."""
+  for e in list_evals(config):
+    kinds = (config.objective, *OTHERS)
+    check_choice(f"config.{e.key}.type", e.type, kinds)
 
 
 def make_evaluate(

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vit_jax import pretrained
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, needs_extra
 from vit_jax.evaluation import attention_maps, predict
 from vit_jax.pretrained.loaded import HEAD_OF_ZEROS, fold_normalization
 from vit_jax.state import as_lazy, flatten
@@ -243,8 +243,10 @@ def _start(source, class_names, host, port, share):
 def _import_gradio() -> Any:
   # Read when it is imported: nothing is told to anybody.
   os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-  import gradio  # pyright: ignore[reportMissingImports]
-
+  try:
+    import gradio  # pyright: ignore[reportMissingImports]
+  except ModuleNotFoundError as e:
+    raise needs_extra("the demo", "gradio") from e
   return gradio
 
 

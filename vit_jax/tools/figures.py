@@ -178,7 +178,9 @@ def _write(drawings):
       }
       with matplotlib.rc_context(style):
         drawing.figure.savefig(png, format="png", dpi=_DPI)
-        drawing.figure.savefig(svg, format="svg", metadata={"Date": None})
+        drawing.figure.savefig(
+          svg, format="svg", dpi=_DPI, metadata={"Date": None}
+        )
       _write_csv(drawing, table)
 
 

@@ -57,7 +57,7 @@ class Trial(NamedTuple):
   Attributes:
     name: of its folder, and in tables.
     workdir: its folder.
-    config: "FILE[:ARG]".
+    config: "CONFIG[:ARG]".
     overrides: {key: text}, all of them.
     setting: {key: text} of the grid alone.
     seed: the configuration's.

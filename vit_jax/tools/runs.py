@@ -83,7 +83,11 @@ class Run:
   def setting(self) -> str:
     """A text that is equal for runs that differ in their seeds alone."""
     return json.dumps(
-      {k: v for k, v in sorted(self.config.items()) if k not in _OF_ONE_RUN}
+      {
+        key: value
+        for key, value in sorted(self.config.items())
+        if key not in _OF_ONE_RUN and not key.startswith("evals.")
+      }
     )
 
   @functools.cached_property
@@ -106,6 +110,16 @@ class Run:
           results = found.setdefault(values["step"], {})
           results[name.removeprefix("eval/")] = x
     return found
+
+  @functools.cached_property
+  def other_evaluations(self) -> dict[str, tuple[int, float]]:
+    """{"few/5shot": (step, value)}, the last of each in `config.evals`."""
+    known = ("train", "eval", "speed")
+    return {
+      name: points[-1]
+      for name, points in self.series.items()
+      if not (name.startswith(tuple(f"{group}/" for group in known)))
+    }
 
   @property
   def results(self) -> dict[str, float]:

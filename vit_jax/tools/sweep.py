@@ -96,7 +96,7 @@ def plan(
   """Returns the trials of a sweep, checked, and touches nothing.
 
   Args:
-    config: "FILE[:ARG]".
+    config: "CONFIG[:ARG]".
     workdir: the folder that gets one folder a run.
     overrides: {key: text}, of all runs.
     grid: {key: texts}; every combination is a setting.
@@ -225,8 +225,8 @@ def select_and_train(
   """Tries every setting once, then trains the best with several seeds.
 
   Args:
-    config: "FILE[:ARG]" that holds out a part of the training set.
-    final: "FILE[:ARG]" that trains on all of it.
+    config: "CONFIG[:ARG]" that holds out a part of the training set.
+    final: "CONFIG[:ARG]" that trains on all of it.
     workdir, overrides, grid, jobs, select: as `sweep`, of both.
     seeds: how many of the final run.
 

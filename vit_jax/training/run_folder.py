@@ -85,8 +85,11 @@ def read_run(workdir) -> dict:
   )
 
 
-def check_data(run, inputs: Inputs, workdir) -> None:
-  """Raises a UserError if the data are not those that the run began with."""
+def check_data(config, run, inputs: Inputs, workdir) -> None:
+  """Raises a UserError if the data are not those that the run began with.
+
+  Those of an entry of `config.evals` that has been changed may be others.
+  """
   names = inputs.first.class_names
   if run["class_names"] and run["class_names"] != names:
     old, new = set(run["class_names"]), set(names)
@@ -96,7 +99,12 @@ def check_data(run, inputs: Inputs, workdir) -> None:
       "the data, or choose another --workdir"
     )
   found = inputs.describe()
+  before = configuration.flatten(run["config"])
+  now = configuration.flatten(configuration.to_dict(config))
   for kind, entries in run.get("data", {}).items():  # older runs have none
+    entry = f"evals.{kind}."
+    if any(before.get(k) != now.get(k) for k in before | now if entry in k):
+      continue
     for old, new in zip(entries, found.get(kind, []), strict=True):
       if old != new:
         raise UserError(

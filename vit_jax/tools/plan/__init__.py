@@ -54,7 +54,7 @@ def plan(
   """Returns what a configuration would take on these machines.
 
   Args:
-    spec: "FILE[:ARG]" of a configuration.
+    spec: "CONFIG[:ARG]" of a configuration.
     topology: "CHIP:SIZE", such as "v5e:16x16".
     overrides: {"fsdp": "16"} as typed by the user.
     num_classes: of the data set, for one that the project does not know.

@@ -174,23 +174,36 @@ def _describe(run):
   if config["objective"] != "classification":
     task = f", {config['objective'].replace('_', ' ')}"
   data = f"{config['train.dataset']}, {config['train.split']}"
-  test = "nothing"
+  tests = []
   if config["eval.split"]:
-    test = f"{configuration.find_test_set(config)}, {config['eval.split']}"
+    tests.append(
+      f"{configuration.find_test_set(config)}, {config['eval.split']}"
+    )
+  tests += {
+    f"{key.split('.')[1].replace('_', ' ')}: {value}"
+    for key, value in config.items()
+    if key.startswith("evals.") and key.endswith(".dataset") and value
+  }
   return (
     state,
     _describe_result(run),
     f"{config['model.variant']}, {size} pixels{task}",
     data,
-    test,
+    "; ".join(tests) or "nothing",
     f"from {config['init_from']}" if config.get("init_from") else "random",
   )
 
 
 def _describe_result(run):
-  """Returns the last evaluation as text."""
+  """Returns the last evaluations as text."""
+  others = [
+    f"{name.replace('_', ' ')} {show_metric(name.partition('/')[2], x)}, at "
+    f"step {step:,}"
+    for name, (step, x) in run.other_evaluations.items()
+    if name.partition("/")[2] not in COUNTS
+  ]
   if not run.evaluations:
-    return "not evaluated yet"
+    return "; ".join(others) or "not evaluated yet"
   step, found = list(run.evaluations.items())[-1]
   told = [
     f"{name.replace('_', ' ')} {show_metric(name, x)}"
@@ -201,7 +214,8 @@ def _describe_result(run):
   told.sort(key=lambda text: text.startswith(("loss", "trivial")))
   examples = found.get("examples")
   images = f" on {examples:,.0f} images" if examples else ""
-  return f"{', '.join(told)}{images}, at step {step:,}"
+  main = f"{', '.join(told)}{images}, at step {step:,}"
+  return "; ".join([main, *others])
 
 
 def show_metric(name: str, x: float) -> str:
