@@ -61,6 +61,7 @@ def test_it_resumes(runs, stored):
   assert [*losses] == [*range(1, 13)]
 
 
+@pytest.mark.ci
 def test_it_is_evaluated(runs, stored, capsys):
   args = [f"--checkpoint={stored / 'run'}", f"--data_dir={runs.data_dir}"]
   assert main(["evaluate", *args, "--json"]) == 0
@@ -73,6 +74,7 @@ def test_it_is_evaluated(runs, stored, capsys):
   assert found == expected
 
 
+@pytest.mark.ci
 def test_others_start_from_it(runs, stored):
   """At another size, with the learning rate 0 of the first warm-up step."""
   options = (*_OPTIONS, "image_size=24", f"init_from={stored / 'run'}")

@@ -375,6 +375,7 @@ def test_an_evaluation_that_fails_costs_nothing(
   assert_same_run(workdir, whole[0])
 
 
+@pytest.mark.ci
 def test_evaluations_of_three_kinds_at_their_own_intervals(
   runs, sharing, tmp_path, monkeypatch
 ):

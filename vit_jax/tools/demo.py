@@ -246,7 +246,7 @@ def _import_gradio() -> Any:
   try:
     import gradio  # pyright: ignore[reportMissingImports]
   except ModuleNotFoundError as e:
-    raise needs_extra("the demo", "gradio") from e
+    raise needs_extra("vit-jax demo", "gradio") from e
   return gradio
 
 
