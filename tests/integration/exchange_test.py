@@ -108,6 +108,7 @@ def _without_times(values):
   }
 
 
+@pytest.mark.ci
 def test_evaluate_and_predict_take_a_converted_run(
   runs, reference, run, tmp_path
 ):
@@ -183,6 +184,7 @@ def test_classes_are_matched_by_name(known, run, tmp_path):
   assert json.loads(out)["accuracy"] == np.mean(right, dtype=np.float32)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("size", [16, pytest.param(32, marks=pytest.mark.ci)])
 def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   """At the weights' own size, 16, and at another, where it shows as much."""

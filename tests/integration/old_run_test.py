@@ -45,6 +45,7 @@ def _expected(stored, kind):
     }
 
 
+@pytest.mark.ci
 def test_it_resumes(runs, stored):
   before = read_losses(stored / "run")
   assert main(runs.train_args(stored / "run", *_OPTIONS)) == 0

@@ -347,6 +347,7 @@ def test_a_signal_after_the_last_step_is_no_stop(
   assert_same_run(tmp_path / "run", whole[0])
 
 
+@pytest.mark.ci
 def test_an_evaluation_that_fails_costs_nothing(
   runs, whole, tmp_path, capsys, monkeypatch
 ):

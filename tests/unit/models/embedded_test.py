@@ -26,6 +26,7 @@ def _held_out():
   return pixels, given.target[chosen]
 
 
+@pytest.mark.ci
 def test_accuracy_is_that_of_the_float32_run():
   model = vit_jax.load(NAME)
   assert model.config.class_names == list("0123456789")

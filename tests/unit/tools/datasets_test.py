@@ -172,6 +172,7 @@ def _check(name, *args, **kwargs):
   return [row for _, row in datasets.check(name, *args, **kwargs)]
 
 
+@pytest.mark.ci
 def test_check_counts_everything(data_dir, capsys):
   train, test = _check("digits", data_dir=data_dir, num_examples=0)
   assert (train["split"], train["examples"], train["checked"]) == (

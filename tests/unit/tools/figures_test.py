@@ -93,6 +93,7 @@ def write_run(path, losses, accuracy=None, init_from=None):
   )
 
 
+@pytest.mark.ci
 def test_everything_of_a_checkpoint(run, pictures, tmp_path):
   source, out = write(tmp_path / "vit.npz"), tmp_path / "figures"
   code, said, err, _ = run(f"--checkpoint={source}", *pictures, f"--out={out}")

@@ -284,6 +284,7 @@ def _read_files(folder):
 _EXTRA = ("part-", "plan.")  # a kill at the very end leaves them
 
 
+@pytest.mark.ci
 def test_a_build_that_is_killed_at_any_moment(tmp_path, inline, monkeypatch):
   monkeypatch.setattr(labelled, "_PART", 4)
   _make(tmp_path, 10)

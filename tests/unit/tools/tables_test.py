@@ -67,6 +67,7 @@ def _cell(runs, table="table5", column="CIFAR-10", name="ViT-B/32", **kwargs):
 # --- what is computed from models ---
 
 
+@pytest.mark.ci
 def test_table_1_is_exact():
   rows = tables.make_table("table1")
   found = [
