@@ -225,14 +225,14 @@ def add_eval(config, name: str, **values: Any) -> None:
 
 
 # What else stands before the "/" of a logged name.
-_TAKEN = ("eval", "train", "speed")
+LOGGED = ("eval", "train", "speed")
 
 
 def _check_entry(name, keys):
-  if not re.fullmatch(r"[A-Za-z]\w*", name) or name in _TAKEN:
+  if not re.fullmatch(r"[A-Za-z]\w*", name) or name in LOGGED:
     raise UserError(
       f"config.evals.{name}: an evaluation's name is a word of letters, "
-      f"digits and _, and none of {', '.join(_TAKEN)}"
+      f"digits and _, and none of {', '.join(LOGGED)}"
     )
   known = [field.name for field in dataclasses.fields(Eval)][1:]
   for key in keys:

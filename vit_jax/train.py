@@ -285,9 +285,7 @@ class Loop:
         self.metrics.add(self.step, values)
         if self.step % config.log_every == 0:
           self.metrics.flush(self.step - config.log_every)
-        if self.step == self.total_steps or is_due(
-          self.step, config.checkpoint_every
-        ):
+        if self.is_due(config.checkpoint_every):
           self.save()
         self.evaluate({})
         if self.step < self.total_steps:
@@ -319,6 +317,11 @@ class Loop:
     log.info("the run is complete: %d steps in %s", self.step, workdir)
     return flatten_results(self.results)
 
+  def is_due(self, every: int) -> bool:
+    """Returns whether something done `every` steps, and last, is done now."""
+    due = bool(every) and self.step % every == 0
+    return self.step > 0 and (due or self.step == self.total_steps)
+
   def save(self):
     """Saves the state."""
     if self.own:
@@ -335,7 +338,7 @@ class Loop:
   def evaluate(self, done):
     """Runs what is due and not `done`, and keeps the best state."""
     for evaluator in self.evaluators:
-      if not evaluator.is_due(self.step, self.total_steps):
+      if not self.is_due(evaluator.every):
         continue
       results = done.get(evaluator.name)
       if not results:
@@ -349,11 +352,6 @@ class Loop:
         self.checkpoints.save_if_best(self.step, self.state, metric)
       self.metrics.restart_clock(self.step)
       self.results[evaluator.name] = results
-
-
-def is_due(step: int, every: int) -> bool:
-  """Returns whether something done `every` steps is done after this one."""
-  return bool(every) and step % every == 0
 
 
 class EvaluationFailed(RunStopped):

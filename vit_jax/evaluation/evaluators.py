@@ -31,11 +31,6 @@ class Evaluator(NamedTuple):
   metrics: tuple[str, ...]
   run: Callable
 
-  def is_due(self, step: int, total_steps: int) -> bool:
-    """Returns whether it runs after this step."""
-    due = bool(self.every) and step % self.every == 0
-    return step > 0 and (due or step == total_steps)
-
 
 def make_evaluators(
   config,

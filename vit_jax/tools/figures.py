@@ -28,7 +28,7 @@ from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools.paper import data, flops
 from vit_jax.tools.paper.pretraining import plain_name
-from vit_jax.tools.runs import COUNTS, Run, find_origin, find_runs
+from vit_jax.tools.runs import Run, find_origin, find_runs
 from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
@@ -463,8 +463,6 @@ def _set_title(axis, text):
 
 _CURVES = ("train/loss", "train/learning_rate", "eval/loss", "eval/accuracy")
 _CURVES += ("eval/prec@1", "eval/lrap")
-# Of other evaluations all is drawn but counts.
-_KNOWN = ("train", "eval", "speed")
 
 
 def _draw_curves(runs: list[Run]) -> Drawing:
@@ -516,10 +514,9 @@ def _read_curves(runs):
   """Returns {(metric, name of the run): [(step, value)]}."""
   curves = {}
   for run in runs:
-    for metric, points in run.series.items():
-      evaluation, _, name = metric.partition("/")
-      if metric in _CURVES or not (evaluation in _KNOWN or name in COUNTS):
-        curves[metric, run.name] = points
+    known = {name: run.series[name] for name in run.series if name in _CURVES}
+    for metric, points in {**known, **run.other_series}.items():
+      curves[metric, run.name] = points
   return curves
 
 

@@ -111,15 +111,15 @@ class Run:
           results[name.removeprefix("eval/")] = x
     return found
 
-  @functools.cached_property
-  def other_evaluations(self) -> dict[str, tuple[int, float]]:
-    """{"few/5shot": (step, value)}, the last of each in `config.evals`."""
-    known = ("train", "eval", "speed")
-    return {
-      name: points[-1]
-      for name, points in self.series.items()
-      if not (name.startswith(tuple(f"{group}/" for group in known)))
-    }
+  @property
+  def other_series(self) -> dict[str, list[tuple[int, float]]]:
+    """Those of `series` that `config.evals` has measured, without counts."""
+    found = {}
+    for name, points in self.series.items():
+      evaluation, _, metric = name.partition("/")
+      if evaluation not in configuration.LOGGED and metric not in COUNTS:
+        found[name] = points
+    return found
 
   @property
   def results(self) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from vit_jax import checkpoint, data, sharding
-from vit_jax.config import Eval, list_evals
+from vit_jax.config import Eval, find_test_set, list_evals
 from vit_jax.data.relabelled import class_error, relabel
 from vit_jax.errors import RunStopped
 
@@ -56,31 +56,30 @@ def open_inputs(config) -> Inputs:
   Raises:
     UserError: unknown, missing or unsuitable data.
   """
-  mixture = data.parse_mixture(config.train.dataset)
   train = [
     (data.get_source(name, config.train.split, config.data_dir), weight)
-    for name, weight in mixture
+    for name, weight in data.parse_mixture(config.train.dataset)
   ]
   for source, _ in train:
     source.check_labels()
   if config.objective == "classification":
     data.check_mixture([source for source, _ in train])
   evals = {
-    e.name: _open_eval(config, e, mixture[0][0], [s for s, _ in train])
+    e.name: _open_eval(config, e, [source for source, _ in train])
     for e in list_evals(config)
   }
   return Inputs(train, evals)
 
 
 def _open_eval(
-  config, e: Eval, first: str, train: Sequence[data.Source]
+  config, e: Eval, train: Sequence[data.Source]
 ) -> list[data.Source]:
   """Returns the test set; of a few-shot evaluation its training set, then it.
 
   Raises:
     UserError: as `open_inputs`.
   """
-  name = e.dataset or first
+  name = e.dataset or find_test_set(config)
   if e.type == "fewshot":
     sources = [
       data.get_source(name, split, config.data_dir)

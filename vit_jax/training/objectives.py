@@ -3,6 +3,7 @@
 Everything here is a pure function of values, with no input or output.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -22,7 +23,7 @@ _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(abc.ABC):
   """One of the things that a model can learn.
 
   Attributes:
@@ -33,23 +34,23 @@ class Objective:
   model: models.Model
   class_names: list[str]
 
+  @abc.abstractmethod
   def prepare(self, batch, key) -> Any:
     """Returns the examples of a batch, a pytree of arrays [b ...].
 
     What it draws is drawn for the whole batch, before that is split.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def loss(self, params, examples, key) -> jax.Array:
     """Returns f32[], a mean over the examples.
 
     The key feeds dropout and stochastic depth.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def eval_step(self, params, batch) -> dict[str, jax.Array]:
     """Returns sums over the examples whose mask is set."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

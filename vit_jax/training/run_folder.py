@@ -102,8 +102,8 @@ def check_data(config, run, inputs: Inputs, workdir) -> None:
   before = configuration.flatten(run["config"])
   now = configuration.flatten(configuration.to_dict(config))
   for kind, entries in run.get("data", {}).items():  # older runs have none
-    entry = f"evals.{kind}."
-    if any(before.get(k) != now.get(k) for k in before | now if entry in k):
+    keys = [k for k in before | now if k.startswith(f"evals.{kind}.")]
+    if any(before.get(key) != now.get(key) for key in keys):
       continue
     for old, new in zip(entries, found.get(kind, []), strict=True):
       if old != new:

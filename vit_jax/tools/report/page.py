@@ -179,11 +179,11 @@ def _describe(run):
     tests.append(
       f"{configuration.find_test_set(config)}, {config['eval.split']}"
     )
-  tests += {
+  tests += [
     f"{key.split('.')[1].replace('_', ' ')}: {value}"
-    for key, value in config.items()
+    for key, value in sorted(config.items())
     if key.startswith("evals.") and key.endswith(".dataset") and value
-  }
+  ]
   return (
     state,
     _describe_result(run),
@@ -199,8 +199,7 @@ def _describe_result(run):
   others = [
     f"{name.replace('_', ' ')} {show_metric(name.partition('/')[2], x)}, at "
     f"step {step:,}"
-    for name, (step, x) in run.other_evaluations.items()
-    if name.partition("/")[2] not in COUNTS
+    for name, [*_, (step, x)] in run.other_series.items()
   ]
   if not run.evaluations:
     return "; ".join(others) or "not evaluated yet"
