@@ -213,17 +213,20 @@ def add_eval(config, name: str, **values: Any) -> None:
   """
   _check_entry(name, values)
   entry = ml_collections.ConfigDict()
-  for key in ("type", "dataset", "split", "preprocess"):
-    entry[key] = placeholder(str)
-  entry.batch_size = placeholder(int)
-  entry.every = placeholder(int)
-  entry.train_split = "train"
-  entry.shots = (5, 10)
+  for key, kind in _EVAL_KEYS.items():
+    entry[key] = placeholder(kind)
   entry.update(values)
   with config.unlocked():
     config.evals[name] = entry
 
 
+# Of an entry of `config.evals`; what they mean unset says `list_evals`.
+_EVAL_KEYS: dict[str, type] = {
+  **dict.fromkeys(("type", "dataset", "split", "preprocess"), str),
+  **dict.fromkeys(("batch_size", "every"), int),
+  "train_split": str,
+  "shots": tuple,
+}
 # What else stands before the "/" of a logged name.
 LOGGED = ("eval", "train", "speed")
 
@@ -234,11 +237,10 @@ def _check_entry(name, keys):
       f"config.evals.{name}: an evaluation's name is a word of letters, "
       f"digits and _, and none of {', '.join(LOGGED)}"
     )
-  known = [field.name for field in dataclasses.fields(Eval)][1:]
   for key in keys:
-    if key not in known:
+    if key not in _EVAL_KEYS:
       raise UserError(
-        f"unknown config key evals.{name}.{key}{suggest(key, known)}"
+        f"unknown config key evals.{name}.{key}{suggest(key, _EVAL_KEYS)}"
       )
 
 
