@@ -6,6 +6,7 @@ import os
 import select
 import sys
 import traceback
+import warnings
 
 from vit_jax.commands import flags
 from vit_jax.errors import EXTRAS, RunStopped, UserError, needs_extra
@@ -94,6 +95,10 @@ def _quiet_libraries():
     logging.getLogger(name).setLevel(logging.CRITICAL)
   logging.getLogger("vit_jax").setLevel(logging.INFO)
   sys.unraisablehook = _print_unless_stray
+  # Of coroutines that a failed save, which is reported, has not come to.
+  warnings.filterwarnings(
+    "ignore", "coroutine .* was never awaited", RuntimeWarning
+  )
 
 
 def _print_unless_stray(unraisable):
