@@ -141,25 +141,44 @@ def make_evaluate(
   Raises:
     UserError: other classes there, several labels, fewer images than shots.
   """
+  names = check_classes(train, test)
+  extract = make_extract_both(model, train, test, **where)
+
+  def run(params):
+    train_set, test_set = extract(params)
+    yield "examples", len(test_set[1])
+    for count in shots:
+      accuracy = evaluate(train_set, test_set, names, shots=count, seed=0)
+      yield f"{count}shot", accuracy
+
+  return run
+
+
+def check_classes(train: data.Source, test: data.Source) -> list[str]:
+  """Returns the names of the classes, which both splits have.
+
+  Raises:
+    UserError: they have others.
+  """
   if train.class_names != test.class_names:
     raise UserError(
       f"{train.split} and {test.split} of {test.dataset} have other classes"
     )
+  return train.class_names
+
+
+def make_extract_both(
+  model: models.Model, train: data.Source, test: data.Source, **where
+) -> Callable:
+  """Returns params -> what `make_extract` extracts of `train` and of `test`.
+
+  Args and errors: as `make_extract`.
+  """
   extractors = [
     make_extract(model=model, source=source, **where)
     for source in (train, test)
   ]
-
-  def run(params):
-    train_set, test_set = (extract(params) for extract in extractors)
-    yield "examples", len(test_set[1])
-    for count in shots:
-      accuracy = evaluate(
-        train_set, test_set, train.class_names, shots=count, seed=0
-      )
-      yield f"{count}shot", accuracy
-
-  return run
+  return lambda params: [extract(params) for extract in extractors]
 
 
 def make_extract(

@@ -60,7 +60,7 @@ def linear(
     data.get_source(dataset, split, data_dir)
     for split in (train_split, test_split)
   ]
-  names = _check_classes(*splits)
+  names = fewshot.check_classes(*splits)
   # A head of one class: it is not used, but every origin can have it.
   loaded = pretrained.load(source, image_size=image_size, num_classes=1)
   preprocess = preprocess or loaded.config.preprocess
@@ -95,28 +95,19 @@ def _check_options(shots, seeds, l2):
     raise UserError(f"--l2 is {l2}; it must be greater than 0")
 
 
-def _check_classes(train, test):
-  """Returns the names of the classes, which both have."""
-  if train.class_names != test.class_names:
-    raise UserError(f"{train.split} and {test.split} have other classes")
-  return train.class_names
-
-
 def _extract(loaded, splits, preprocess, batch_size):
   """Returns (features, labels) of each split."""
   mesh = sharding.make_mesh()
-  extractors = [
-    fewshot.make_extract(
-      model=loaded.model,
-      source=split,
-      mesh=mesh,
-      batch_size=sharding.round_up(batch_size, mesh),
-      preprocess=preprocess,
-    )
-    for split in splits
-  ]
-  params = sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
-  return [extract(params) for extract in extractors]
+  extract = fewshot.make_extract_both(
+    loaded.model,
+    *splits,
+    mesh=mesh,
+    batch_size=sharding.round_up(batch_size, mesh),
+    preprocess=preprocess,
+  )
+  return extract(
+    sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
+  )
 
 
 def _summarize(count, accuracies):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
+from evaluating import evaluate
 from PIL import Image
 from sklearn import metrics
 
@@ -88,18 +89,8 @@ def _make_objective(source, loss):
 
 
 def _evaluate(source, devices, batch_size, loss="softmax"):
-  mesh = sharding.make_mesh(1, jax.devices()[:devices])
-  evaluate = classification.make_evaluate(
-    _make_objective(source, loss),
-    source,
-    mesh=mesh,
-    batch_size=batch_size,
-    preprocess="resize(size)",
-  )
-  params = sharding.replicate(mesh, _KERNEL)
-  first = list(evaluate(params))
-  assert list(evaluate(params)) == first, "an evaluation can be repeated"
-  return dict(first)
+  objective = _make_objective(source, loss)
+  return evaluate(objective, _KERNEL, source, devices, batch_size)
 
 
 @pytest.mark.parametrize(

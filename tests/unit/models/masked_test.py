@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from evaluating import evaluate
 from PIL import Image
 from tiny_runs import (
   REPO,
@@ -22,7 +23,6 @@ from vit_jax import config as configuration
 from vit_jax import data, models, sharding
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
-from vit_jax.evaluation import masked
 from vit_jax.models import masking
 from vit_jax.state import TrainState, flatten
 from vit_jax.training import objectives, steps
@@ -480,21 +480,6 @@ def photos(tmp_path_factory):
   return root
 
 
-def _evaluate(model, params, target, source, devices, batch_size):
-  mesh = sharding.make_mesh(1, jax.devices()[:devices])
-  evaluate = masked.make_evaluate(
-    _make_objective(model, target),
-    source,
-    mesh=mesh,
-    batch_size=batch_size,
-    preprocess="resize(size)",
-  )
-  params = sharding.replicate(mesh, params)
-  first = list(evaluate(params))
-  assert list(evaluate(params)) == first, "an evaluation can be repeated"
-  return dict(first)
-
-
 @pytest.mark.parametrize("target", masking.TARGETS)
 def test_an_evaluation_equals_its_definition_on_any_machine(target, photos):
   source = data.get_source(f"folder:{photos}", "test")
@@ -542,7 +527,8 @@ def test_an_evaluation_equals_its_definition_on_any_machine(target, photos):
       "trivial_accuracy": right / targets.size,
     }
   devices, batch_size = (8, 16) if target == "mean_colour" else (1, 5)
-  found = _evaluate(model, params, target, source, devices, batch_size)
+  objective = _make_objective(model, target)
+  found = evaluate(objective, params, source, devices, batch_size)
   assert found.pop("examples") == 13
   assert found.keys() == expected.keys()
   for name, x in expected.items():

@@ -141,18 +141,22 @@ def _tell_runs(runs):
     "Tested on",
     "Weights",
   )
-  rows = [(run.name, *_describe(run)) for run in runs]
-  kind = None
-  if len(runs) <= _BESIDE:
-    head, rows = transpose(head, rows)
-    kind = "facts"
   notes = [
     tag("p", tag("strong", f"{run.name}: "), note)
     for run in runs
     for note in run.notes
   ]
   folders = tag("p", "Folders: ", join((show_path(r.path) for r in runs), ", "))
-  return join([table("What was trained", head, rows, kind), *notes, folders])
+  facts = _tell_facts("What was trained", head, runs, _describe)
+  return join([facts, *notes, folders])
+
+
+def _tell_facts(caption, head, runs, describe):
+  """Returns a table; few runs stand side by side in it, many are rows."""
+  rows = [(run.name, *describe(run)) for run in runs]
+  if len(runs) > _BESIDE:
+    return table(caption, head, rows, None)
+  return table(caption, *transpose(head, rows), "facts")
 
 
 def show_path(path) -> Raw:
@@ -337,11 +341,6 @@ def _tell_cost(runs):
     "Device time, estimated",
     "ExaFLOPs, counted",
   )
-  rows = [(run.name, *_describe_cost(run)) for run in runs]
-  kind = None
-  if len(runs) <= _BESIDE:
-    head, rows = transpose(head, rows)
-    kind = "facts"
   note = (
     "Times are estimated from the steps and speeds in metrics.jsonl: they are "
     "those of the training steps and their compilation, without starting, "
@@ -350,9 +349,8 @@ def _tell_cost(runs):
     "times the multiply-adds of the model's forward pass for each image seen, "
     "as the paper counts them; evaluations are not in them."
   )
-  return join(
-    [table("Speed and cost of each run", head, rows, kind), tag("p", note)]
-  )
+  title = "Speed and cost of each run"
+  return join([_tell_facts(title, head, runs, _describe_cost), tag("p", note)])
 
 
 def _describe_cost(run):
