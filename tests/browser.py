@@ -31,17 +31,17 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-  """Opens (url, size, dark, stream) -> playwright's page.
+  """Opens (url, size, dark, streams) -> playwright's page.
 
   When the test ends, no page may have written an error to its console, thrown
-  one, failed to fetch something, or asked anybody but its own server. An event
-  stream that a page itself stops reading counts as failed: `stream` is what the
-  addresses of such begin with.
+  one, failed to fetch something, or asked anybody but its own server. The
+  browser reports an event stream that ends early as failed; `streams` is what
+  the addresses of such streams begin with, and they may fail.
   """
   said: list[str] = []
   with contextlib.ExitStack() as stack:
 
-    def open_one(url, size=(1280, 900), dark=False, stream=None):
+    def open_one(url, size=(1280, 900), dark=False, streams=()):
       own = (urllib.parse.urljoin(url, "/"), "data:", "blob:")
 
       def note_request(request):
@@ -49,9 +49,8 @@ def open_page(chromium):
           said.append(f"asked for: {request.url}")
 
       def note_failure(request):
-        ended = request.failure == "net::ERR_ABORTED"
-        if not (stream and ended and request.url.startswith(stream)):
-          said.append(f"not there: {request.url}")
+        if not request.url.startswith(tuple(streams)):
+          said.append(f"not there: {request.url} ({request.failure})")
 
       context = chromium.new_context(
         viewport={"width": size[0], "height": size[1]},

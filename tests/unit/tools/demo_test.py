@@ -225,9 +225,11 @@ def open_demo(served, open_page):
 
 
 def open_served(served, open_page, **options):
-  # Gradio stops reading its queue's event stream when nothing is due.
-  stream = f"{served.url}gradio_api/queue/data?"
-  page = open_page(served.url, stream=stream, **options)
+  # Gradio stops reading its queue's event stream when nothing is due, and an
+  # upload may be complete before the stream of its progress is opened.
+  names = ("queue/data", "upload_progress")
+  streams = [f"{served.url}gradio_api/{name}?" for name in names]
+  page = open_page(served.url, streams=streams, **options)
   page.get_by_text("Drop, paste or choose a picture.").wait_for()
   page.get_by_label("Drop an image file here to upload").wait_for()
   return page
