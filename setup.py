@@ -98,6 +98,7 @@ setuptools.setup(
       "furo>=2025.9.25",
       "huggingface-hub>=1.0",
       "ipykernel>=6.29",
+      "kubernetes-validate>=1.32",
       "myst-parser>=5.0",
       "nbclient>=0.10",
       "playwright>=1.50",

@@ -446,10 +446,21 @@ def _check_make(words):
 
 
 def _check_launch(words):
-  args, command = _load("launch/tpu.py").parse(list(words))
-  assert args.needs_command == bool(command)
-  if command:
-    _check_vit_jax(command)
+  script = (REPO / "launch" / "tpu.sh").read_text()
+  assert re.search(rf"^{words[0]}\)", script, re.M), words[0]
+  if words[0] == "run":
+    _check_vit_jax(words[1:])
+
+
+def _check_sbatch(words):
+  assert (REPO / words[0]).is_file(), words[0]
+  _check_vit_jax(["train", *words[1:]])
+
+
+def _check_cloud(words):
+  """Of others' commands: their files are there."""
+  for word in words:
+    assert not word.startswith("launch/") or (REPO / word).is_file(), word
 
 
 def _check_pip(words):
@@ -474,7 +485,9 @@ def _check_nothing(words):
 _CHECKS = {
   "vit-jax": _check_vit_jax,
   "make": _check_make,
-  "launch/tpu.py": _check_launch,
+  "launch/tpu.sh": _check_launch,
+  "sbatch": _check_sbatch,
+  **dict.fromkeys(("sky", "kubectl", "xpk"), _check_cloud),
   "pip": _check_pip,
   "python": _check_python,
   "pytest": _check_python,
@@ -533,7 +546,7 @@ def test_commands_are_taken_by_their_parsers(capsys):
     "vit-jax predict --class_name=FILE",
     "vit-jax train --config=configs/masked.py --workdir=runs --config.size=9",
     "make tests",
-    "launch/tpu.py remove",
+    "launch/tpu.sh remove",
     "pip install '.[gpus]'",
     ".venv/bin/python benchmarks/nothing.py",
     "python -m vit_jax inspekt",
