@@ -1,21 +1,138 @@
-"""Agreement between the processes of a run.
+"""The processes of a run: how they start together, and what they must share.
 
-Processes that train with different settings, code or data end in a wrong model
-or in a collective that never returns. So they compare what must be equal before
-the first step.
+`jax.distributed` connects them, and ends all others when one is lost. Processes
+that train with different settings, code or data end in a wrong model or in a
+collective that never returns. So they compare what must be equal before the
+first step.
 """
 
 import hashlib
 import json
+import logging
+import os
 import pathlib
+import platform
 import socket
+import sys
+import threading
+from importlib import metadata
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_jax.errors import UserError
+from vit_jax import __version__
+from vit_jax.errors import RunStopped, UserError
+
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+
+
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  start_timeout: float = 300,
+  lost_timeout: float = 60,
+) -> None:
+  """Connects the processes of a run; all have to call it before using JAX.
+
+  When one is lost, JAX aborts the others (exit code 134), with a message that
+  has the number of the lost one. If not all come in time, this process ends
+  with one line and exit code 1: JAX would abort with a trace that names nobody,
+  and no exception (0.10.2).
+
+  Args:
+    coordinator: "host:port" of process 0. What is None here and below, the TPU
+      pod or Slurm says.
+    num_processes: how many there are.
+    process_id: which of them this is, from 0.
+    start_timeout: seconds to wait for all.
+    lost_timeout: seconds without a heartbeat after which a process is lost.
+
+  Raises:
+    UserError: neither the arguments nor the cluster say who is who.
+    RunStopped: process 0 cannot listen at its port, or the cluster's answer is
+      not usable.
+  """
+  if coordinator and process_id == 0:
+    _check_port(coordinator)
+  count = num_processes or os.environ.get("SLURM_NTASKS")
+  what = f"all {count} processes" if count else "all processes of this cluster"
+  where = f" at {coordinator}" if coordinator else ""
+  log.info(
+    "waiting up to %g s for %s%s; start the same command on every host",
+    *(start_timeout, what, where),
+  )
+  line = (
+    f"stopped: {what} did not meet{where} within {start_timeout:g} s; was the "
+    "same command started on every host, did it end there with an error, does "
+    "a firewall keep them from process 0?"
+  )
+  given = None not in (coordinator, num_processes, process_id)
+  timer = _exit_after(start_timeout, 1, line)
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      cluster_detection_method="deactivate" if given else None,
+      initialization_timeout=int(start_timeout) + 60,
+      heartbeat_timeout_seconds=max(1, int(lost_timeout)),
+      shutdown_timeout_seconds=int(lost_timeout) + 300,
+    )
+  except ValueError as e:  # what it needs is neither given nor found
+    raise UserError(
+      "--distributed finds no TPU pod and no Slurm step here; on other "
+      "machines give --coordinator=HOST:PORT, --num_processes, --process_id"
+    ) from e
+  except Exception as e:  # of whatever the cluster is asked with
+    raise RunStopped(f"--distributed: {e!r}") from e
+  finally:
+    timer.cancel()
+  index, count = jax.process_index(), jax.process_count()
+  log.info("all %d processes are there; this is number %d", count, index)
+
+
+def keep_exit_code(code: int, seconds: float) -> None:
+  """Lets a failed process of several end with its own exit code.
+
+  At the end JAX waits for all others, and aborts when they do not end as well.
+
+  Args:
+    code: of this process.
+    seconds: how long the others may take to fail or to be found lost.
+  """
+  if jax.distributed.is_initialized():
+    _exit_after(seconds, code)
+
+
+def _exit_after(seconds, code, line=""):
+  """Returns a timer that ends this process unless it is cancelled."""
+
+  def end():
+    if line:
+      print(line, file=sys.stderr, flush=True)
+    os._exit(code)  # the main thread waits inside of JAX
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  return timer
+
+
+def _check_port(coordinator):
+  """Raises RunStopped if another program has it: JAX would crash."""
+  try:
+    port = int(coordinator.rpartition(":")[2])
+    socket.create_server(("", port)).close()
+  except OSError as e:
+    raise RunStopped(
+      f"process 0 cannot open {coordinator}: {e.strerror}; is an older run "
+      "still there? Stop it, or give another port"
+    ) from e
 
 
 def check_same(facts: dict[str, Any]) -> None:
@@ -31,7 +148,7 @@ def check_same(facts: dict[str, Any]) -> None:
   if jax.process_count() == 1:
     return
   mine = {name: repr(value) for name, value in facts.items()}
-  hosts, everyone = zip(*_gather([socket.gethostname(), mine]), strict=True)
+  hosts, everyone = zip(*gather([socket.gethostname(), mine]), strict=True)
   for i, other in enumerate(everyone):
     names = sorted(everyone[0].keys() | other.keys())
     different = [
@@ -58,8 +175,21 @@ def digest_package() -> str:
   return digest.hexdigest()[:12]
 
 
-def _gather(value) -> list:
+def read_versions() -> dict[str, str]:
+  """Returns {package: version} of what has to be the same everywhere."""
+  versions = {"python": platform.python_version(), "vit_jax": __version__}
+  for name in _PACKAGES:
+    try:
+      versions[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      versions[name] = "none"
+  return versions
+
+
+def gather(value) -> list:
   """Returns the values of all processes, of JSON's types, by process."""
+  if jax.process_count() == 1:
+    return [value]
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.array(data.size))
   padded = np.zeros(sizes.max(), np.uint8)

@@ -734,7 +734,7 @@ def stop_pair(pair, step, told):
   return read_stopped(leader)
 
 
-@pytest.mark.nightly  # of a run's own evaluations: lifeline_test.py
+@pytest.mark.nightly  # of a run's own evaluations: distributed_test.py
 def test_two_processes_evaluate_each_example_once(runs, reference):
   args = ["evaluate", f"--workdir={reference.workdir}", "--json"]
   leader, other = runs.pair(args, devices=3)

@@ -1,7 +1,6 @@
 """The flags of a run on several machines, and how its processes connect."""
 
 import logging
-from typing import Any
 
 from vit_jax.errors import UserError
 
@@ -36,33 +35,37 @@ def add_flags(parser):
   )
 
 
-def find_place(args) -> Any:
-  """Returns the `hosts.Place` of this process, None if it is alone."""
+def connect(args) -> None:
+  """Connects to the other processes of a run, if there are any."""
   given = (args.coordinator, args.num_processes, args.process_id)
   if not args.distributed and given == (None, None, None):
-    return None
+    return
+  _check(args, *given)
+  from vit_jax import distributed
+
+  distributed.start(*given, args.start_timeout, args.lost_timeout)
+  import jax
+
+  args.connected = True
+  if jax.process_index():
+    logging.getLogger("vit_jax").setLevel(logging.WARNING)
+
+
+def _check(args, coordinator, num_processes, process_id):
+  """Raises a UserError for flags that make no sense."""
+  given = (coordinator, num_processes, process_id)
   if not args.distributed and None in given:
     raise UserError(
       "--coordinator, --num_processes and --process_id are given together"
     )
-  from vit_jax.training import hosts
-
-  return hosts.find_place(*given, timeout=args.start_timeout)
-
-
-def connect(args, say_saved=None) -> None:
-  """Connects to the other processes of a run, if there are any.
-
-  Sets `args.lifeline`, with which this process is told if one of them fails.
-  """
-  place = find_place(args)
-  if place is None:
-    return
-  from vit_jax.training import hosts, lifeline
-
-  args.lifeline = lifeline.hold(
-    place, args.start_timeout, args.lost_timeout, say_saved
-  )
-  hosts.connect(place, args.start_timeout)
-  if place.index:
-    logging.getLogger("vit_jax").setLevel(logging.WARNING)
+  if coordinator is not None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+      raise UserError(
+        f"--coordinator={coordinator}: give HOST:PORT of process 0"
+      )
+  if None not in given and not 0 <= process_id < num_processes:
+    raise UserError(
+      f"--process_id={process_id} of --num_processes={num_processes}; it goes "
+      f"from 0 to {num_processes - 1}"
+    )

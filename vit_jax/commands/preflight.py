@@ -1,7 +1,7 @@
 """`vit-jax preflight`: check what a run needs, on all its hosts."""
 
 from vit_jax.commands import distributed, flags
-from vit_jax.errors import RunStopped
+from vit_jax.errors import RunStopped, UserError
 
 
 def add_flags(parser):
@@ -17,28 +17,26 @@ def add_flags(parser):
 
 
 def run(args):
-  place = distributed.find_place(args)
   from vit_jax import config
-  from vit_jax.tools import preflight
-  from vit_jax.training import hosts
 
-  place = place or hosts.Place("", 1, 0)
   loaded = config.load(args.config, args.overrides)
-  facts = preflight.examine(loaded, args.workdir, place.count)
-  try:
-    everyone = hosts.call_roll(place, facts, args.start_timeout)
-  except RunStopped:
-    _print(facts["found"])
-    raise
-  found = preflight.compare(everyone, args.hosts)
-  if place.index == 0:
-    given = (args.config, args.overrides, args.topology)
-    found |= preflight.check_plan(everyone, *given)
-    _print(found)
-  preflight.raise_if_failed(found)
+  distributed.connect(args)
+  import jax
 
+  from vit_jax.tools import preflight
 
-def _print(found):
-  width = max(map(len, found)) + 2
-  for name, (state, text) in found.items():
-    print(f"{name:{width}}{state:9}{text}", flush=True)
+  count = jax.process_count()
+  if args.hosts and args.hosts != count:
+    raise RunStopped(
+      f"there are {count} of {args.hosts} processes; start the same command on "
+      "all hosts, with --distributed on a pod or under Slurm"
+    )
+  given = (args.config, args.overrides, args.topology)
+  found = preflight.check(loaded, args.workdir, *given)
+  if jax.process_index() == 0:
+    width = max(map(len, found)) + 2
+    for name, each in found.items():
+      print(f"{name:{width}}{each.state:9}{each.text}", flush=True)
+  failed = [name for name, each in found.items() if each.state == "failed"]
+  if failed:
+    raise UserError(f"not ready: {', '.join(failed)}")

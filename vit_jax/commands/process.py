@@ -5,7 +5,6 @@ import logging
 import os
 import select
 import sys
-import traceback
 import warnings
 
 from vit_jax.commands import flags
@@ -17,9 +16,9 @@ def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
 
   0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
   a signal, and saved). 1: the run cannot continue.
-  2: something that was given cannot be used. 69: another process of the run
-  has died. When one ends with an error, the others end with its code. 141: the
-  output's reader is gone, as after `| head`; shells give that code, too.
+  2: something that was given cannot be used. 134: JAX has aborted, because
+  another process of the run is lost or has failed. 141: the output's reader is
+  gone, as after `| head`; shells give that code, too.
   """
   for stream in (sys.stdout, sys.stderr):
     # A name that the terminal's encoding lacks is escaped, not an error.
@@ -60,27 +59,20 @@ def _is_unread(stream):
 def _run_or_report(parser, argv):
   """Runs one command; returns the exit code, see `run`."""
   _quiet_libraries()
-  lifeline = None  # to the other processes of a run
+  args = None
   try:
     args = flags.parse(parser, argv)
-    args.lifeline = None
-    try:
-      code = _run(args) or 0
-    finally:
-      lifeline = args.lifeline
-    if lifeline:
-      lifeline.leave()
-    return code
+    args.connected = False  # to other processes of a run
+    return _run(args) or 0
   except UserError as e:
-    return _fail(lifeline, f"error: {e}", 2)
+    return _fail(args, f"error: {e}", 2)
   except RunStopped as e:
-    return _fail(lifeline, f"stopped: {e}", 1)
+    return _fail(args, f"stopped: {e}", 1)
   except KeyboardInterrupt:
-    return _fail(lifeline, "", 130, "interrupted")
-  except Exception as e:
-    if not lifeline:
-      raise
-    return _fail(lifeline, traceback.format_exc(), 1, f"{e!r}"[:500])
+    return _fail(args, "", 130)
+  except Exception:
+    _fail(args, "", 1)
+    raise
 
 
 def _quiet_libraries():
@@ -135,7 +127,7 @@ def _run(args):
     extra = getattr(sys.modules[args.run.__module__], "EXTRA", None)
     raise needs_extra(args.parser.prog, library, extra) from e
   except Exception:
-    if "jax" in sys.modules and not args.lifeline:
+    if "jax" in sys.modules and not args.connected:
       _check_devices()
     raise
 
@@ -155,15 +147,14 @@ def _check_devices():
     ) from e
 
 
-def _fail(lifeline, text, code, line=None):
-  """Reports an error, as `line` to the other processes; returns the code.
-
-  If it happened because another process is dead, that is reported instead.
-  """
-  if lifeline:
-    lifeline.fail(line or text, code)
+def _fail(args, text, code):
+  """Reports an error; returns the exit code."""
   if text:
     print(text, file=sys.stderr)
-  if lifeline:
-    lifeline.end(code)
+  if args and args.connected:
+    from vit_jax import distributed
+
+    # The error may come of the loss of another process: JAX then aborts first.
+    wait = 0 if code == 130 else args.lost_timeout + 10
+    distributed.keep_exit_code(code, wait)
   return code

@@ -22,16 +22,8 @@ def run(args):
 
   loaded = config.load(args.config, args.overrides)
   early.check(loaded)  # mistakes that need no data are reported first
-  distributed.connect(args, lambda: _describe_saved(args.workdir))
+  distributed.connect(args)
   from vit_jax.train import train
 
   stopped = train(loaded, args.workdir) is None
   return args.stopped_exit_code if stopped else 0
-
-
-def _describe_saved(workdir):
-  """Returns which step of a run has been saved last."""
-  from vit_jax import checkpoint
-
-  steps = checkpoint.list_steps(workdir)
-  return f"saved last: step {steps[-1]}" if steps else "nothing was saved"

@@ -1,0 +1,290 @@
+"""Runs of several processes: all come, or a line says so; one lost ends all."""
+
+import functools
+import json
+import os
+import random
+import signal
+import time
+
+import forks
+import numpy as np
+import pytest
+from tiny_runs import (
+  REPO,
+  Process,
+  assert_same_run,
+  find_port,
+  read_losses,
+  read_metrics,
+  read_state,
+  saved_steps,
+)
+
+from vit_jax.__main__ import main
+
+ABORTED = -signal.SIGABRT  # which a shell calls 134
+
+# It meets the others, and gathers until `number` steps are over.
+_PROCESS = """
+import sys, time
+import numpy as np
+from jax.experimental import multihost_utils
+from vit_jax import distributed
+port, index, count, lost_timeout = map(int, sys.argv[1:5])
+distributed.start(f"localhost:{port}", count, index, 60, lost_timeout)
+print("all are there", flush=True)
+while True:
+  multihost_utils.process_allgather(np.array(index))
+  time.sleep(0.1)
+"""
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+  ("lost", "name"), [(2, "Task 2 heartbeat timeout"), (0, "leader task")]
+)
+def test_a_killed_process_ends_the_others(fork_server, lost, name):
+  timeout, port = 5, find_port()
+  environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
+  processes = [
+    Process(
+      ["-c", _PROCESS, str(port), str(i), "3", str(timeout)],
+      environment,
+      forks.Fork,
+    )
+    for i in range(3)
+  ]
+  for process in processes:
+    assert process.wait_until(process.stdout), process.stderr()
+  time.sleep(1)
+  processes.pop(lost).send(signal.SIGKILL)
+  begin = time.monotonic()
+  assert [p.wait() for p in processes] == [ABORTED] * 2
+  assert time.monotonic() - begin < timeout + 5
+  for process in processes:
+    assert name in process.stderr()
+
+
+@pytest.mark.ci
+def test_a_missing_process_is_waited_for_until_the_time_out(runs, tmp_path):
+  port = find_port()
+  flags = [f"--coordinator=localhost:{port}", "--num_processes=3"]
+  args = [*runs.train_args(tmp_path / "run"), *flags, "--start_timeout=5"]
+  two = [runs.start([*args, f"--process_id={i}"]) for i in (0, 2)]
+  assert [process.wait() for process in two] == [1, 1]
+  for process in two:
+    first, *_, last = process.stderr().splitlines()
+    assert first.startswith(
+      f"waiting up to 5 s for all 3 processes at localhost:{port}; start the "
+      "same command on every host"
+    )
+    assert last.startswith("stopped: all 3 processes did not meet at localhost")
+    assert "Check failure" not in process.stderr()
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--coordinator=here:1"], "are given together"),
+    (["here", 2, 0], "HOST:PORT"),
+    (["here:1", 2, 2], "from 0 to 1"),
+    (["--distributed"], "no TPU pod and no Slurm step"),
+  ],
+)
+def test_flags_that_make_no_sense(flags, message, capsys):
+  if len(flags) == 3:
+    names = ("coordinator", "num_processes", "process_id")
+    flags = [f"--{n}={x}" for n, x in zip(names, flags, strict=True)]
+  args = ["evaluate", "--workdir=/none", *flags]
+  assert main(args) == 2
+  assert message in capsys.readouterr().err
+
+
+# --- runs that train: 2 or 4 processes with a device each ---
+
+_RUN = ("model.variant=ViT-w16d2m32h2_8", "total_steps=48", "eval_every=12")
+
+
+@pytest.fixture(scope="module")
+def train_together(runs):
+  """Starts the processes of a run, with a device each."""
+
+  def start(count, workdir, *flags):
+    args = [
+      *runs.train_args(workdir, *_RUN),
+      *(f"--coordinator=localhost:{find_port()}", f"--num_processes={count}"),
+      *("--start_timeout=30", "--lost_timeout=5", *flags),
+    ]
+    return [
+      runs.start([*args, f"--process_id={i}"], devices=1) for i in range(count)
+    ]
+
+  return start
+
+
+@pytest.fixture(scope="module")
+def train_whole(runs, train_together):
+  """Returns the folder of a run of some processes that nothing disturbed."""
+
+  @functools.cache
+  def train(count):
+    workdir = runs.folder / f"whole{count}"
+    processes = train_together(count, workdir)
+    assert {p.wait() for p in processes} == {0}, processes[0].stderr()
+    assert "stopped" not in "".join(p.stderr() for p in processes)
+    return workdir
+
+  return train
+
+
+def lose_one(train_together, workdir, count, random_):
+  """Kills one of the processes at any time; the others end."""
+  before = saved_steps(workdir)[-1:]
+  processes = train_together(count, workdir)
+  lost, steps = random_.randrange(count), random_.randint(0, 5)
+  if steps:
+    assert processes[0].wait_until(lambda: len(processes[0].steps()) >= steps)
+    time.sleep(random_.uniform(0, 0.3))
+  else:  # while it starts
+    time.sleep(random_.uniform(0, 6))
+  processes[lost].send(signal.SIGKILL)
+  begin = time.monotonic()
+  codes = [p.wait() for p in processes]
+  print(time.monotonic() - begin)
+  print(f"{count} processes, {lost} killed, {codes}, {before}")
+  seen = processes[0].steps()
+  assert codes.pop(lost) == -signal.SIGKILL
+  # 1: it was lost before all had met.
+  assert set(codes) in ([{ABORTED}] if steps else [{ABORTED}, {1}])
+  assert not seen or seen[0] == 1 + (before[0] if before else 0)
+  assert saved_steps(workdir)[-1:] >= before
+  assert not (workdir / "damaged").exists()
+
+
+def survive(train_together, workdir, kills, counts, seed=0):
+  """Loses a process again and again, goes on each time, ends well."""
+  print(f"seed {seed}")
+  random_ = random.Random(seed)
+  for _ in range(kills):
+    lose_one(train_together, workdir, random_.choice(counts), random_)
+  processes = train_together(random_.choice(counts), workdir)
+  assert {p.wait() for p in processes} == {0}, processes[0].stderr()
+
+
+@pytest.mark.nightly
+def test_ten_losses_with_2_or_4_processes(
+  train_together, train_whole, tmp_path
+):
+  survive(train_together, tmp_path / "run", 10, (2, 4))
+  for kind in ("checkpoints", "best"):
+    step, arrays = read_state(tmp_path / "run", kind)
+    expected_step, expected = read_state(train_whole(4), kind)
+    assert step == expected_step
+    assert arrays.keys() == expected.keys()
+    for path, array in arrays.items():
+      np.testing.assert_allclose(
+        array, expected[path], rtol=1e-3, atol=1e-4, err_msg=path
+      )
+  losses = read_losses(train_whole(4))
+  assert read_losses(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.ci
+def test_as_many_processes_end_with_the_same_bits(
+  train_together, train_whole, tmp_path
+):
+  survive(train_together, tmp_path / "run", 1, (2,), seed=1)
+  assert_same_run(tmp_path / "run", train_whole(2))
+
+
+@pytest.mark.ci
+def test_processes_that_differ_end_before_the_first_step(runs, tmp_path):
+  """By a key of the configuration, and by a folder that they do not share."""
+
+  def end_together(first, second):
+    rest = [
+      f"--coordinator=localhost:{find_port()}",
+      *("--num_processes=2", "--start_timeout=30"),
+    ]
+    started = [
+      runs.start([*args, *rest, f"--process_id={i}"], devices=1)
+      for i, args in enumerate((first, second))
+    ]
+    assert [p.wait() for p in started] == [2, 2], started[0].stderr()
+    assert not started[0].steps()
+    return started[0].stderr().splitlines()[-1]
+
+  args = runs.train_args(tmp_path / "run", *_RUN)
+  line = end_together(args, [*args, "--config.batch_size=32"])
+  assert "process 1 on" in line
+  assert "batch_size is 32 there and 16 here" in line
+  assert not (tmp_path / "run").exists()
+  line = end_together(args, runs.train_args(tmp_path / "other", *_RUN))
+  assert "other' there" in line
+
+
+@pytest.mark.ci
+def test_an_error_of_one_process_keeps_its_exit_code(runs, tmp_path):
+  """The other one is in a collective then, and is ended by JAX."""
+  args = runs.train_args(tmp_path / "run", *_RUN)
+  rest = [f"--coordinator=localhost:{find_port()}", "--num_processes=2"]
+  args += [*rest, "--start_timeout=30", "--lost_timeout=5"]
+  wrong = [a for a in args if not a.startswith("--config.data_dir")]
+  first = runs.start([*args, "--process_id=0"], devices=1)
+  second = runs.start(
+    [*wrong, f"--config.data_dir={tmp_path}", "--process_id=1"], devices=1
+  )
+  assert second.wait() == 2, second.stderr()
+  assert first.wait() in (2, ABORTED)
+  assert "error: " in second.stderr()
+
+
+@pytest.mark.ci
+def test_two_processes_count_each_test_example_once(train_whole, capsys):
+  """Their numbers are those of one process with other devices."""
+  workdir = train_whole(2)
+  last = f"{workdir}/checkpoints/48"
+  assert main(["evaluate", f"--checkpoint={last}", "--json"]) == 0
+  results = json.loads(capsys.readouterr().out)
+  found = read_metrics(workdir)[-1]
+  assert found["eval/examples"] == results["examples"] == 40
+  assert found["eval/accuracy"] == results["accuracy"]
+  assert found["eval/loss"] == pytest.approx(results["loss"], rel=1e-5)
+
+
+@pytest.mark.nightly
+def test_a_notice_during_a_save_stops_all_four(
+  train_together, train_whole, tmp_path
+):
+  workdir = tmp_path / "run"
+  processes = train_together(4, workdir, "--stopped_exit_code=75")
+  folder = workdir / "checkpoints"
+  assert processes[3].wait_until(
+    lambda: any(not name.name.isdigit() for name in folder.glob("*"))
+  )
+  processes[3].send(signal.SIGTERM)
+  assert [p.wait() for p in processes] == [75] * 4, processes[0].stderr()
+  assert "stopping: saved step" in processes[0].stderr()
+  stopped = saved_steps(workdir)[-1]
+  assert stopped == processes[0].steps()[-1] < 48
+  processes = train_together(4, workdir)
+  assert [p.wait() for p in processes] == [0] * 4, processes[0].stderr()
+  assert min(processes[0].steps()) == stopped + 1
+  assert_same_run(workdir, train_whole(4))
+
+
+@pytest.mark.ci
+def test_preflight_of_several_processes(runs, tmp_path, capsys):
+  args = ["preflight", *runs.train_args(tmp_path / "run")[1:]]
+  pair = runs.pair(args)
+  assert [p.wait() for p in pair] == [0, 0], pair[0].stderr()
+  lines = dict(line.split(maxsplit=1) for line in pair[0].stdout().splitlines())
+  assert lines["data"].startswith("ok")
+  assert lines["workdir"].startswith("warning")  # a local path
+  assert "images/s from 2 hosts" in lines["input"]
+  assert "images/s" not in pair[1].stdout()  # one of them speaks
+  assert not list(tmp_path.iterdir())
+  assert main([*args, "--hosts=4"]) == 1
+  assert "there are 1 of 4 processes" in capsys.readouterr().err
