@@ -42,7 +42,7 @@ def start(
   When one is lost, JAX aborts the others (exit code 134), with a message that
   has the number of the lost one. If not all come in time, this process ends
   with one line and exit code 1: JAX would abort with a trace that names nobody,
-  and no exception (0.10.2).
+  and no exception (0.10 to 0.12).
 
   Args:
     coordinator: "host:port" of process 0. What is None here and below, the TPU

@@ -105,7 +105,7 @@ def check_configuration(config, workdir) -> dict | None:
   distributed.check_same(
     {
       "the source code of vit_jax": distributed.digest_package(),
-      "the versions": distributed.read_versions(),
+      **distributed.read_versions(),
       "--workdir": str(workdir),
       **configuration.flatten(config),
     }
