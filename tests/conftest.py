@@ -35,17 +35,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # works on it alone. Of the default suite, those that wait for the reference run
 # are far apart.
 _LONG = (
-  *(
-    "documents",
-    "notebooks",
-    "train",
-    "masked",
-    "distributed",
-    "sweep",
-    "plan",
-  ),
-  *("interop", "export", "models", "labelled", "launch", "data_tasks", "cli"),
-  *("attention", "attention_maps", "exchange", "demo", "report"),
+  *("documents", "notebooks", "train", "masked", "distributed", "sweep"),
+  *("plan", "interop", "export", "models", "labelled", "launch", "data_tasks"),
+  *("cli", "attention", "attention_maps", "exchange", "demo", "report"),
 )
 
 
