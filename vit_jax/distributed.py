@@ -39,40 +39,39 @@ def start(
 ) -> None:
   """Connects the processes of a run; all have to call it before using JAX.
 
-  When one is lost, JAX aborts the others (exit code 134), with a message that
-  has the number of the lost one. If not all come in time, this process ends
-  with one line and exit code 1: JAX would abort with a trace that names nobody,
-  and no exception (0.10 to 0.12).
+  JAX aborts (exit code 134) with the number of a process that has had no
+  heartbeat for `lost_timeout` seconds. Without all processes in time it would
+  abort as well and name nobody (JAX 0.10 to 0.12), so a timer ends this one
+  before, with one line and exit code 1.
 
   Args:
     coordinator: "host:port" of process 0. What is None here and below, the TPU
       pod or Slurm says.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0.
-    start_timeout: seconds to wait for all.
-    lost_timeout: seconds without a heartbeat after which a process is lost.
+    num_processes, process_id: how many there are, and which this is, from 0.
+    start_timeout, lost_timeout: seconds.
 
   Raises:
     UserError: neither the arguments nor the cluster say who is who.
-    RunStopped: process 0 cannot listen at its port, or the cluster's answer is
-      not usable.
+    RunStopped: the port is taken, or the cluster's answer is not usable.
   """
   if coordinator and process_id == 0:
     _check_port(coordinator)
   count = num_processes or os.environ.get("SLURM_NTASKS")
   what = f"all {count} processes" if count else "all processes of this cluster"
-  where = f" at {coordinator}" if coordinator else ""
+  if coordinator:
+    what += f" at {coordinator}"
   log.info(
-    "waiting up to %g s for %s%s; start the same command on every host",
-    *(start_timeout, what, where),
-  )
-  line = (
-    f"stopped: {what} did not meet{where} within {start_timeout:g} s; was the "
-    "same command started on every host, did it end there with an error, does "
-    "a firewall keep them from process 0?"
+    "waiting up to %g s for %s; start the same command on every host",
+    *(start_timeout, what),
   )
   given = None not in (coordinator, num_processes, process_id)
-  timer = _exit_after(start_timeout, 1, line)
+  timer = exit_after(
+    start_timeout,
+    1,
+    f"stopped: waited {start_timeout:g} s for {what}; was the same command "
+    "started on every host, did it end there with an error, does a firewall "
+    "keep them from process 0?",
+  )
   try:
     jax.distributed.initialize(
       coordinator,
@@ -96,26 +95,13 @@ def start(
   log.info("all %d processes are there; this is number %d", count, index)
 
 
-def keep_exit_code(code: int, seconds: float) -> None:
-  """Lets a failed process of several end with its own exit code.
-
-  At the end JAX waits for all others, and aborts when they do not end as well.
-
-  Args:
-    code: of this process.
-    seconds: how long the others may take to fail or to be found lost.
-  """
-  if jax.distributed.is_initialized():
-    _exit_after(seconds, code)
-
-
-def _exit_after(seconds, code, line=""):
-  """Returns a timer that ends this process unless it is cancelled."""
+def exit_after(seconds: float, code: int, line: str = "") -> threading.Timer:
+  """Ends this process later, even if its main thread waits inside of JAX."""
 
   def end():
     if line:
       print(line, file=sys.stderr, flush=True)
-    os._exit(code)  # the main thread waits inside of JAX
+    os._exit(code)
 
   timer = threading.Timer(seconds, end)
   timer.daemon = True

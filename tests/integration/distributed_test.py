@@ -79,7 +79,9 @@ def test_a_missing_process_is_waited_for_until_the_time_out(runs, tmp_path):
       f"waiting up to 5 s for all 3 processes at localhost:{port}; start the "
       "same command on every host"
     )
-    assert last.startswith("stopped: all 3 processes did not meet at localhost")
+    assert last.startswith(
+      "stopped: waited 5 s for all 3 processes at localhost"
+    )
     assert "Check failure" not in process.stderr()
   assert not (tmp_path / "run").exists()
 

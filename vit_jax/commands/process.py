@@ -154,7 +154,8 @@ def _fail(args, text, code):
   if args and args.connected:
     from vit_jax import distributed
 
-    # The error may come of the loss of another process: JAX then aborts first.
-    wait = 0 if code == 130 else args.lost_timeout + 10
-    distributed.keep_exit_code(code, wait)
+    # At the end JAX waits for all others and aborts when they do not end as
+    # well, so the exit code is kept by a timer. The error may come of the loss
+    # of another process: JAX then aborts first.
+    distributed.exit_after(0 if code == 130 else args.lost_timeout + 10, code)
   return code
