@@ -636,8 +636,8 @@ def project(tmp_path_factory):
   _lay_out_weights(project)
   with pytest.MonkeyPatch.context() as patch:
     # To draw all takes half a minute.
-    for name, count in (("TRAIN_EXAMPLES", 400), ("TEST_EXAMPLES", 100)):
-      patch.setattr(f"vit_jax.data.builders.jft_like.{name}", count)
+    few = {"train": 400, "test": 100}
+    patch.setattr("vit_jax.data.builders.jft_like.JftLike.SIZES", few)
     for name in ("jft_like", "digits"):
       project.call("data", "prepare", name, "--data_dir=data")
   shutil.copytree(

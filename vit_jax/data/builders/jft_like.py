@@ -5,27 +5,19 @@ colours. An image shows one or two glyphs, often over a shape, on a coloured
 and textured ground, and has a label for everything that it shows: it is
 multi-label, and long-tailed, since glyphs, shapes, textures and colours are
 drawn by Zipf-like laws. There are no digits and no fonts in it.
-
-Image i is a pure function of (seed, i). Random numbers are an integer hash,
-and pixels are computed in integers, or in floats that hold every intermediate
-result exactly, so that the bytes are the same on every machine.
+The images of a seed never change; see `vit_jax.data.drawn`.
 """
 
 import functools
-import io
-import struct
-import zlib
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-SIZE = 32  # height and width of an image, in pixels
+from vit_jax.data.drawn import SIZE, DrawnBuilder, Draws
+
 NUM_GLYPHS = 250
-TRAIN_EXAMPLES = 40_000
-TEST_EXAMPLES = 2_000
 SEED = 2020
-CHUNK = 100  # images that are drawn together
 
 # Frequent ones first, here and below. Glyphs are light and the ground is dark,
 # as on a blackboard.
@@ -50,26 +42,12 @@ GROUNDS = {
   "teal": (10, 90, 95),
 }
 TEXTURES = (
-  "plain",
-  "gradient",
-  "noise",
-  "stripes",
-  "checks",
-  "dots",
-  "grid",
-  "rings",
-  "waves",
+  *("plain", "gradient", "noise", "stripes", "checks"),
+  *("dots", "grid", "rings", "waves"),
 )
 SHAPES = (
-  "disc",
-  "square",
-  "ring",
-  "diamond",
-  "bar",
-  "frame",
-  "cross",
-  "crescent",
-  "triangle",
+  *("disc", "square", "ring", "diamond", "bar"),
+  *("frame", "cross", "crescent", "triangle"),
 )
 STROKE_COUNTS = ("one_stroke", "two_strokes", "three_strokes")
 STROKE_WEIGHTS = ("thin", "medium", "thick")
@@ -102,49 +80,6 @@ MAX_LABELS = 13 + len(PARTS)
 
 _STROKES = 3  # at most, in a glyph
 _POINTS = 24  # that trace a stroke
-
-
-class Draws:
-  """Random numbers for items `index`: a hash of (stream, item, position)."""
-
-  def __init__(self, stream: int, index: np.ndarray):
-    self._base = _mix(np.asarray(stream, np.uint64)) + (
-      np.asarray(index, np.uint64) << np.uint64(24)
-    )
-    self._position = 0
-
-  def bits(self, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Returns uint64[n *shape], fresh at every call."""
-    size = int(np.prod(shape))
-    counter = self._base[:, None] + np.arange(
-      self._position, self._position + size, dtype=np.uint64
-    )
-    self._position += size
-    return _mix(counter).reshape(len(self._base), *shape)
-
-  def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()):
-    """Returns float64[n *shape] in [low, high)."""
-    unit = (self.bits(shape) >> np.uint64(11)) * 2.0**-53
-    return low + (high - low) * unit
-
-  def integer(self, low: int, high: int, shape: tuple[int, ...] = ()):
-    """Returns int64[n *shape] in [low, high)."""
-    return np.floor(self.uniform(low, high, shape)).astype(np.int64)
-
-  def zipf(self, size: int, offset: float = 2.0) -> np.ndarray:
-    """Returns int64[n] in [0, size): frequency of k ~ 1 / (k + offset)."""
-    frequency = 1.0 / (np.arange(size) + offset)
-    edges = np.cumsum(frequency)[:-1] / frequency.sum()
-    return np.searchsorted(edges, self.uniform(0, 1), side="right")
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-  """The output function of SplitMix64 (Steele et al. 2014), uint64."""
-  with np.errstate(over="ignore"):
-    x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @functools.cache
@@ -514,72 +449,23 @@ def _place(path, layout, which: int, draws: Draws) -> np.ndarray:
   return center[:, None, None] + half[:, None, None, None] * path
 
 
-def encode_png(image: np.ndarray) -> bytes:
-  """Encodes uint8[h w 3] as PNG without compressing it.
+class JftLike(DrawnBuilder):
+  """JFT-like images drawn by a program: multi-label, long-tailed.
 
-  What zlib makes differs from version to version; stored blocks do not.
-  ArrayRecord compresses the records anyway.
+  Invented glyphs, shapes, textures and colours. Each image has a label for
+  everything that it shows; frequencies follow Zipf-like laws. A stand-in for
+  JFT, small enough to pre-train on in minutes.
   """
-  height, width, _ = image.shape
-  rows = np.zeros((height, 1 + 3 * width), np.uint8)  # 0: unfiltered row
-  rows[:, 1:] = image.reshape(height, -1)
-  data = rows.tobytes()
-  assert len(data) < 65536, image.shape  # one stored block
-  size = len(data)
-  body = b"\x78\x01\x01" + struct.pack("<HH", size, size ^ 0xFFFF) + data
-  body += struct.pack(">I", zlib.adler32(data))
-  header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-  chunks = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
-  return b"\x89PNG\r\n\x1a\n" + b"".join(
-    struct.pack(">I", len(content))
-    + tag
-    + content
-    + struct.pack(">I", zlib.crc32(tag + content))
-    for tag, content in chunks
-  )
 
-
-class JftLike(tfds.core.GeneratorBasedBuilder):
-  """JFT-like images drawn by a program: multi-label, long-tailed."""
-
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return self.dataset_info_from_configs(
-      metadata=tfds.core.MetadataDict(max_labels=MAX_LABELS),
-      description=(
-        f"Invented glyphs ({NUM_GLYPHS} classes), shapes, textures and "
-        "colours, drawn by a program. Each image has a label for everything "
-        "that it shows; frequencies follow Zipf-like laws. A stand-in for "
-        "JFT, small enough to pre-train on in minutes."
-      ),
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(
-            shape=(SIZE, SIZE, 3), encoding_format="png"
-          ),
-          "labels": tfds.features.Sequence(
-            tfds.features.ClassLabel(names=list(CLASS_NAMES))
-          ),
-        }
-      ),
+  SIZES: ClassVar = {"train": 40_000, "test": 2_000}
+  LABELS: ClassVar = {
+    "labels": tfds.features.Sequence(
+      tfds.features.ClassLabel(names=list(CLASS_NAMES))
     )
+  }
+  METADATA: ClassVar = {"max_labels": MAX_LABELS}
+  SHUFFLED = True
 
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
-    end = TRAIN_EXAMPLES + TEST_EXAMPLES
-    return {
-      "train": self._generate_examples(0, TRAIN_EXAMPLES),
-      "test": self._generate_examples(TRAIN_EXAMPLES, end),
-    }
-
-  def _generate_examples(self, start: int, stop: int):
-    for low in range(start, stop, CHUNK):
-      index = np.arange(low, min(low + CHUNK, stop))
-      for i, image, labels in zip(index, *draw_images(index), strict=True):
-        png = io.BytesIO(encode_png(image))
-        yield (
-          int(i),
-          {"image": png, "labels": np.flatnonzero(labels).tolist()},
-        )
+  def draw(self, index):
+    for image, labels in zip(*draw_images(index), strict=True):
+      yield image, np.flatnonzero(labels).tolist()

@@ -4,22 +4,18 @@
 are, `label_distance` how near the nearest is. A stand-in for VTAB's structured
 tasks that needs no download.
 
-Image i is a pure function of i, the same bytes on every machine; see
-`mini_tissue.py`.
+Image i is a pure function of i, see `vit_jax.data.drawn`.
 """
 
-import io
 import itertools
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vit_jax.data.builders.jft_like import Draws, encode_png
+from vit_jax.data.drawn import SIZE, DrawnBuilder, Draws
 
-SIZE = 32  # height and width, pixels
-NUM_EXAMPLES = {"train": 1000, "test": 1000}
 _STREAM = 102  # of random numbers
-_CHUNK = 250  # images that are drawn together
 MOST_BALLS = 6
 # The nearest ball's distance lies between two of these; a ball at 1 has a
 # radius of 5.5 pixels, one at d has 5.5 / d.
@@ -103,49 +99,17 @@ def _draw_ball(image, *, x, depth, colour, exists):
   return image + (paint - image) * inside[..., None] // 256
 
 
-class MiniScenes(tfds.core.GeneratorBasedBuilder):
+class MiniScenes(DrawnBuilder):
   """Balls on a floor: how many there are, and how near the nearest is."""
 
-  name = "mini_scenes"
-  VERSION = tfds.core.Version("1.0.0")
+  LABELS: ClassVar = {
+    "label_count": tfds.features.ClassLabel(
+      names=["1 ball", *(f"{n} balls" for n in range(2, MOST_BALLS + 1))]
+    ),
+    "label_distance": tfds.features.ClassLabel(
+      names=[f"{a:g} to {b:g}" for a, b in itertools.pairwise(DISTANCES)]
+    ),
+  }
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    counts = [f"{n} balls" for n in range(2, MOST_BALLS + 1)]
-    nears = [f"{x:g}" for x in DISTANCES]
-    names = [f"{a} to {b}" for a, b in itertools.pairwise(nears)]
-    return tfds.core.DatasetInfo(
-      builder=self,
-      disable_shuffling=True,  # each image is random already
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(
-            shape=(SIZE, SIZE, 3), encoding_format="png"
-          ),
-          "label_count": tfds.features.ClassLabel(names=["1 ball", *counts]),
-          "label_distance": tfds.features.ClassLabel(names=names),
-        }
-      ),
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
-    train, test = NUM_EXAMPLES["train"], NUM_EXAMPLES["test"]
-    return {
-      "train": self._generate_examples(0, train),
-      "test": self._generate_examples(train, train + test),
-    }
-
-  def _generate_examples(self, start: int, stop: int):
-    for low in range(start, stop, _CHUNK):
-      index = np.arange(low, min(low + _CHUNK, stop))
-      drawn = zip(index, *draw_images(index), strict=True)
-      for i, image, count, near in drawn:
-        yield (
-          int(i),
-          {
-            "image": io.BytesIO(encode_png(image)),
-            "label_count": int(count),
-            "label_distance": int(near),
-          },
-        )
+  def draw(self, index):
+    yield from zip(*draw_images(index), strict=True)

@@ -3,21 +3,17 @@
 Cells on a slide, 32 x 32 pixels; the class is how they look and lie together.
 A stand-in for VTAB's specialized tasks that needs no download.
 
-Image i is a pure function of i. Only sums, products, quotients and roundings
-of single numbers are taken, so that the bytes are the same on every machine.
+Image i is a pure function of i, see `vit_jax.data.drawn`.
 """
 
-import io
+from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from vit_jax.data.builders.jft_like import Draws, encode_png
+from vit_jax.data.drawn import SIZE, DrawnBuilder, Draws
 
-SIZE = 32  # height and width, pixels
-NUM_EXAMPLES = {"train": 1000, "test": 1000}
 _STREAM = 101  # of random numbers
-_CHUNK = 250  # images that are drawn together
 _MOST_CELLS = 28
 
 # Class: (fewest, most cells; least, greatest radius in pixels; how many times
@@ -84,39 +80,10 @@ def _draw_cells(draws, labels):
   return np.floor(ink * 230).astype(np.int64)
 
 
-class MiniTissue(tfds.core.GeneratorBasedBuilder):
+class MiniTissue(DrawnBuilder):
   """Cells on a slide; the class is how they look and lie together."""
 
-  name = "mini_tissue"
-  VERSION = tfds.core.Version("1.0.0")
+  LABELS: ClassVar = {"label": tfds.features.ClassLabel(names=list(CLASSES))}
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      disable_shuffling=True,  # each image is random already
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(
-            shape=(SIZE, SIZE, 3), encoding_format="png"
-          ),
-          "label": tfds.features.ClassLabel(names=list(CLASSES)),
-        }
-      ),
-      supervised_keys=("image", "label"),
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager  # nothing to download
-    train, test = NUM_EXAMPLES["train"], NUM_EXAMPLES["test"]
-    return {
-      "train": self._generate_examples(0, train),
-      "test": self._generate_examples(train, train + test),
-    }
-
-  def _generate_examples(self, start: int, stop: int):
-    for low in range(start, stop, _CHUNK):
-      index = np.arange(low, min(low + _CHUNK, stop))
-      for i, image, label in zip(index, *draw_images(index), strict=True):
-        png = io.BytesIO(encode_png(image))
-        yield int(i), {"image": png, "label": int(label)}
+  def draw(self, index):
+    yield from zip(*draw_images(index), strict=True)
