@@ -3,8 +3,8 @@
   python benchmarks/data_build.py
 
 draws a test set and 20,000 images, hides copies of test images among them,
-changed in known ways, builds the set, also with a kill in the middle, and
-prints tables. tests/unit/tools/labelled_test.py does it with fewer images.
+changed in known ways, builds the set, and prints tables.
+tests/unit/tools/labelled_test.py does it with fewer images.
 """
 
 import os
@@ -14,9 +14,9 @@ if __name__ == "__main__":
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import multiprocessing
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,10 +24,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_module
 from PIL import Image, ImageDraw
 from sklearn import datasets as sklearn_datasets
 
+from vit_jax.data.catalog import get_source
 from vit_jax.tools.build_data import near_duplicates
 
 _REPO = Path(__file__).parents[1]
@@ -155,64 +155,13 @@ def _make_some(job):
 # --- the build ---
 
 
-def start_build(
-  root: Path, name: str, source: str, workers: int, *options: str
-) -> subprocess.Popen:
-  """Starts the command, in a process group of its own."""
+def build(root: Path, name: str, source: str, workers: int, *options: str):
+  """Runs the command."""
   command = [sys.executable, "-m", "vit_jax", "data", "build", name]
   command += [f"--images={root / source}", f"--labels={root / source}.csv"]
   command += [f"--data_dir={root / 'data'}", f"--workers={workers}", *options]
-  return subprocess.Popen(
-    command,
-    env=os.environ | {"PYTHONPATH": str(_REPO)},
-    start_new_session=True,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
-def finish(process: subprocess.Popen) -> None:
-  """Waits until a command has ended well."""
-  _, said = process.communicate()
-  assert process.returncode == 0, said
-
-
-def kill_in_the_middle(process, folder: Path, parts: int) -> dict:
-  """Kills a build when so many parts are done.
-
-  Returns:
-    {(inode, time): name} of the records of finished parts.
-  """
-  while len(list(folder.glob("part-*.json"))) < parts:
-    assert process.poll() is None, process.stderr.read()
-    time.sleep(0.02)
-  os.killpg(process.pid, signal.SIGKILL)
-  process.communicate()
-  reports = folder.glob("part-*.json")
-  return list_files(folder, [f"{r.stem}-*.array_record" for r in reports])
-
-
-def list_files(folder: Path, patterns: list[str]) -> dict:
-  """Returns {(inode, time of the last change): name}."""
-  files = [file for pattern in patterns for file in folder.glob(pattern)]
-  stats = [(file.stat(), file.name) for file in files]
-  return {(s.st_ino, s.st_mtime_ns): name for s, name in stats}
-
-
-def is_same(one: Path, other: Path) -> bool:
-  """Returns whether two data sets have the same records in the same files."""
-  files = [sorted(folder.glob("*.array_record*")) for folder in (one, other)]
-  if not files[0] or len(files[0]) != len(files[1]):
-    return False
-  return all(
-    _read(a) == _read(b) for a, b in zip(files[0], files[1], strict=True)
-  )
-
-
-def _read(file):
-  reader = array_record_module.ArrayRecordReader(str(file))
-  return reader.read_all()
+  env = os.environ | {"PYTHONPATH": str(_REPO)}
+  subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
 
 
 # --- speeds ---
@@ -282,24 +231,20 @@ def count_digits() -> tuple[int, int]:
 def measure(root: Path, images: int, tests: int, workers: int) -> dict:
   """Returns the figures; see `format_tables`."""
   planted = make_files(root, images, tests, workers)
-  data = root / "data"
-  finish(start_build(root, "tests", "tests", workers))
-  against = "--against=tests:train"
-
-  process = start_build(root, "killed", "images", workers, against)
-  partial = data / "killed" / "1.0.0.building"
-  kept = kill_in_the_middle(process, partial, max(1, images // 2500))
-  finish(start_build(root, "killed", "images", workers, against))
-  after = list_files(data / "killed" / "1.0.0", ["*.array_record*"])
-
+  build(root, "tests", "tests", workers)
   start = time.monotonic()
-  finish(start_build(root, "whole", "images", workers, against))
+  build(root, "whole", "images", workers, "--against=tests:train")
   seconds = time.monotonic() - start
-  folder = data / "whole" / "1.0.0"
-  report = json.loads((folder / "report.json").read_text())
+  file = root / "data" / "whole" / "1.0.0" / "report.json"
+  report = json.loads(file.read_text())
   twins = {name: twin for name, twin, _ in report["twins"]}
   copies = {n: kind for n, kind in planted.items() if kind in KINDS}
-  right = {n for n in copies if twins.get(n) == _original(n, tests)}
+  originals = _list_originals(root, tests)
+  right = {
+    n
+    for n in copies
+    if originals.get(twins.get(n)) == _name(int(Path(n).stem) // 20 % tests)
+  }
   return {
     "images": images,
     "tests": tests,
@@ -307,10 +252,6 @@ def measure(root: Path, images: int, tests: int, workers: int) -> dict:
     "speed": images / seconds,
     "decoding": measure_decoding(root / "images", workers),
     "comparing": measure_comparing(root / "images", _INDEX),
-    "parts": len(after),
-    "kept": len(kept),
-    "untouched": len(kept.keys() & after.keys()),
-    "same": is_same(folder, data / "killed" / "1.0.0"),
     "ruined": sum(kind in RUINS for kind in planted.values()),
     "listed": len({n for n, _ in report["unreadable"]} & planted.keys()),
     "unreadable": len(report["unreadable"]),
@@ -324,11 +265,18 @@ def measure(root: Path, images: int, tests: int, workers: int) -> dict:
   }
 
 
-def _original(name, tests):
-  """Returns the name in the index of what an image is a copy of."""
-  original = int(Path(name).stem) // 20 % tests
-  place = sorted(map(_name, range(tests))).index(_name(original))
-  return f"tests:train:{place}"
+def _list_originals(root, tests) -> dict[str, str]:
+  """Returns {name in the index: file name} of the test images."""
+  source = get_source("tests", "train", str(root / "data"))
+  names = {
+    hashlib.sha256((root / "tests" / _name(i)).read_bytes()).digest(): _name(i)
+    for i in range(tests)
+  }
+  return {
+    f"tests:train:{i}": names[hashlib.sha256(encoded).digest()]
+    for i in range(source.num_examples)
+    for encoded, _ in [source.read_example(i)]
+  }
 
 
 def format_tables(x: dict) -> str:
@@ -349,12 +297,6 @@ def format_tables(x: dict) -> str:
     (
       f"comparing with {_INDEX:,} test images, one process",
       f"{x['comparing']:.0f} images/s",
-    ),
-    (
-      "killed (SIGKILL) and started again",
-      f"{x['untouched']} of {x['kept']} finished parts kept, "
-      f"{x['parts'] - x['kept']} written; "
-      f"{'the same records' if x['same'] else 'OTHER RECORDS'} as without",
     ),
     ("unreadable files listed", f"{x['listed']} of {x['ruined']}"),
     None,

@@ -106,6 +106,32 @@ def read_json_lines(path) -> tuple[list[dict[str, Any]], list[int]]:
   return found, corrupt
 
 
+def walk(root: str) -> Iterator[str]:
+  """Yields the paths of files; of a million in seconds, with no stat of any.
+
+  Raises:
+    UserError: a folder that cannot be read, or a link to one that it is in.
+  """
+
+  def fail(error):
+    raise UserError(
+      f"{error.filename}: cannot be read: {error.strerror}"
+    ) from error
+
+  for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
+    for name in folders:
+      link = os.path.join(folder, name)
+      if os.path.islink(link):
+        target = os.path.realpath(link)
+        around = [
+          os.path.realpath(x) for x in (folder, *pathlib.Path(folder).parents)
+        ]
+        if any(f"{x}/".startswith(f"{target}/") for x in around):
+          raise UserError(f"{link}: a link to a folder around it; remove it")
+    for name in files:
+      yield os.path.join(folder, name)
+
+
 def _is_remote(path) -> bool:
   return "://" in str(path)
 

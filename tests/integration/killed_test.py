@@ -1,7 +1,6 @@
 """What a kill leaves of files that appear whole or not at all: see crashes.py.
 
-For checkpoints see checkpoint_test.py, for data sets labelled_test.py, for
-downloads fetch_test.py.
+For checkpoints see checkpoint_test.py, for downloads fetch_test.py.
 """
 
 import os

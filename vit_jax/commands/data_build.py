@@ -18,6 +18,7 @@ def add_flags(parser):
   parser.add_argument(
     "--against",
     action="append",
+    default=[],
     metavar="DATASET:SPLIT",
     help="a test set whose images are left out; may be repeated",
   )
@@ -30,9 +31,9 @@ def add_flags(parser):
 
 def run(args):
   process.use_cpu()
-  from vit_jax.tools import datasets
+  from vit_jax.tools.build_data import labelled
 
-  folder, report = datasets.build(
+  folder, report = labelled.build(
     args.name,
     images=args.images,
     labels=args.labels,

@@ -22,21 +22,17 @@ def run(args):
   task = data.find_task(name)
   if not name.startswith((data.FOLDER, data.OBJECTNET)):
     _print_needs(name, task, data.find_needs(name, args.data_dir))
-  faults, first = [], True
-  for source, summary in datasets.check(
-    name, args.split, args.data_dir, args.examples
-  ):
-    if first:
+  faults = []
+  checked = datasets.check(name, args.split, args.data_dir, args.examples)
+  for i, (source, summary) in enumerate(checked):
+    if not i:
       _print_source(name, source)
-    first = False
     _print_summary(summary, source)
     faults += summary["faults"]
-  if len(faults) > 1:
-    for fault in faults:
-      _print(f"at fault: {fault}")
-    raise UserError(f"{name}: {len(faults):,} examples are at fault, see above")
+  for fault in faults:
+    _print(f"at fault: {fault}")
   if faults:
-    raise UserError(faults[0])
+    raise UserError(f"{name}: {len(faults):,} examples are at fault, see above")
 
 
 def _print(text):
@@ -55,8 +51,6 @@ def _print_needs(name, task, needs):
   print(f"not ready ({needs.state}): {needs.folder}")
   if needs.state == "to convert":
     return
-  for package in needs.packages:
-    print(f"  takes the Python package {package}, which is not installed")
   if needs.manual_folder is None:
     print("  all of it is downloaded or made by `vit-jax data prepare`")
     return

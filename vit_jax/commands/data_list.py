@@ -9,12 +9,12 @@ def add_flags(parser):
 
 def run(args):
   process.use_cpu()
-  from vit_jax.data import benchmarks
+  from vit_jax.data.preparation import find_data_dir
   from vit_jax.tools import datasets
 
   found = datasets.list_datasets(args.data_dir)
   prepared = [row for row in found if row["splits"] is not None]
-  print(f"prepared in {datasets.resolve(args.data_dir)}:")
+  print(f"prepared in {find_data_dir(args.data_dir)}:")
   for row in prepared:
     splits = ", ".join(f"{k} {n:,}" for k, n in row["splits"].items())
     note = "" if row["format"] == "array_record" else f"  [{row['format']}]"
@@ -22,12 +22,9 @@ def run(args):
   if not prepared:
     print("  nothing yet")
   for row in found[len(prepared) :]:
-    how = "run `vit-jax data prepare"
-    if row["name"] in benchmarks.BY_HAND:
-      how = "by hand: see `vit-jax data check"
-    print(f"built in: {row['name']}  ({how} {row['name']}`)")
-  ready = {r["name"] for r in prepared if r["format"] == "array_record"}
-  _print_tasks(ready)
+    how = _describe_state(row["name"], row["name"], set())
+    print(f"built in: {row['name']}  ({how})")
+  _print_tasks({r["name"] for r in prepared if r["format"] == "array_record"})
   print("folders of images by class: folder:PATH")
   print("ObjectNet, as it was unpacked: objectnet:PATH/images")
   print("to download: any image data set of tensorflow.org/datasets/catalog")
@@ -38,28 +35,27 @@ def _print_tasks(ready):
   from vit_jax import data
   from vit_jax.data import benchmarks
 
-  for title, prefix, groups in (
-    ("VTAB-1k", data.VTAB, benchmarks.GROUPS),
-    ("mini-VTAB, without a download", data.MINI, benchmarks.GROUPS),
-    ("other test sets of the paper", "", ("",)),
+  for title, tasks in (
+    ("VTAB-1k", data.list_tasks(data.VTAB)),
+    ("mini-VTAB, without a download", data.list_tasks(data.MINI)),
+    ("other test sets of the paper", benchmarks.list_plain()),
   ):
-    names = list(data.list_tasks(prefix)) if prefix else benchmarks.list_plain()
-    splits = ", ".join(names[0].splits)
+    splits = ", ".join(tasks[0].splits)
     print(f"{title}{f' (splits {splits})' if splits else ''}:")
-    for group in groups:
-      for task in (t for t in names if t.group == group):
-        print(f"  {group:13}{task.name:27} {_describe_state(task, ready)}")
+    for task in tasks:
+      state = _describe_state(task.name, task.dataset, ready)
+      print(f"  {task.group:13}{task.name:27} {state}")
 
 
-def _describe_state(task, ready):
+def _describe_state(name, dataset, ready):
   from vit_jax.data import benchmarks, builders
 
-  dataset = task.dataset.partition(":")[0]
-  name = dataset.partition("/")[0]
+  dataset = dataset.partition(":")[0]
+  builder = dataset.partition("/")[0]
   if dataset in ready:
     return "ready"
-  if name in builders.names():
-    return f"run `vit-jax data prepare {task.name}`"
-  if name in benchmarks.BY_HAND:
-    return f"by hand: see `vit-jax data check {task.name}`"
+  if builder in benchmarks.BY_HAND:
+    return f"by hand: see `vit-jax data check {name}`"
+  if builder in builders.names():
+    return f"run `vit-jax data prepare {name}`"
   return "to download"

@@ -257,8 +257,7 @@ _PLAIN_TASKS = (
 )  # fmt: skip
 
 # What TFDS does not download: files and folders, by data set, for its folder
-# `downloads/manual` ("a or b": one of them will do), and the Python packages
-# that only making the set needs.
+# `downloads/manual` ("a or b": one of them will do).
 BY_HAND = {
   "imagenet21k": (
     "fall11_whole.tar or winter21_whole.tar.gz or fall11_whole/ or "
@@ -271,14 +270,6 @@ BY_HAND = {
     *("sample", "train", "test", "trainLabels.csv"),
   ),
 }
-PACKAGES = {
-  "diabetic_retinopathy_detection": ("cv2",),
-  "dsprites": ("h5py",),
-  "kitti": ("cv2",),
-  "patch_camelyon": ("h5py",),
-  "sun397": ("cv2",),
-}
-
 TASKS = {t.name: t for t in (*_VTAB_TASKS, *_MINI_TASKS, *_PLAIN_TASKS)}
 
 

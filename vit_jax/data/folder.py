@@ -8,7 +8,6 @@ import os
 import shlex
 import struct
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from vit_jax.data import ops, preprocess
 from vit_jax.data.source import Source, digest
 from vit_jax.data.tfds import resolve_split
 from vit_jax.errors import UserError, suggest
+from vit_jax.files import walk
 
 log = logging.getLogger(__name__)
 
@@ -198,37 +198,12 @@ def _find_files(root, known=None):
       f"{root}: found {found}; it needs a sub-folder of images for each of at "
       "least 2 classes"
     )
-  _check_classes(root, classes, files)
   left_out += [
     path for path in root.iterdir() if path.is_file() and path.name[0] != "."
   ]
   labels = [(known or classes).index(name) for name in classes]
   files = [(path, labels[label]) for path, label in files]
   return classes, sorted(files, key=lambda f: _hash(f[0], root)), left_out
-
-
-def _check_classes(root, classes, files):
-  """Raises a UserError for class folders that are something else."""
-  for name in classes:
-    try:
-      name.encode()
-    except UnicodeEncodeError as e:
-      raise UserError(
-        f"{root}: the folder {name!r} names a class, not in UTF-8; rename it"
-      ) from e
-  inner: dict[int, set[str]] = {}
-  for path, label in files:
-    parts = path.relative_to(root).parts
-    if len(parts) == 2:  # an image of its own
-      return
-    inner.setdefault(label, set()).add(parts[1])
-  first = inner[0]
-  if len(first) > 1 and all(names == first for names in inner.values()):
-    raise UserError(
-      f"{root}: {', '.join(classes[:5])} would be the classes, but all have "
-      f"the same sub-folders, {', '.join(sorted(first)[:5])}; name splits "
-      "train/ and test/, or give a folder whose sub-folders are the classes"
-    )
 
 
 def find_images(
@@ -259,30 +234,6 @@ def find_images(
       )
     files += [(path, label) for path in images]
   return files, left_out
-
-
-def walk(root: str) -> Iterator[str]:
-  """Yields the paths of files; of a million in seconds, with no stat of any.
-
-  Raises:
-    UserError: a folder that cannot be read, or a link to one that it is in.
-  """
-
-  def fail(error):
-    raise UserError(
-      f"{error.filename}: cannot be read: {error.strerror}"
-    ) from error
-
-  for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
-    for name in folders:
-      link = os.path.join(folder, name)
-      if os.path.islink(link):
-        target = os.path.realpath(link)
-        around = [os.path.realpath(x) for x in (folder, *Path(folder).parents)]
-        if any(f"{x}/".startswith(f"{target}/") for x in around):
-          raise UserError(f"{link}: a link to a folder around it; remove it")
-    for name in files:
-      yield os.path.join(folder, name)
 
 
 def _hash(path, root):

@@ -1,9 +1,7 @@
-"""Data sets: listed, built, checked and shown."""
+"""Data sets: listed, checked and shown."""
 
 import concurrent.futures
 import json
-import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vit_jax import data
 from vit_jax.data import builders, preprocess
+from vit_jax.data.preparation import find_data_dir
 from vit_jax.errors import UserError
-from vit_jax.tools.build_data import labelled, own_files
 
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
 
@@ -29,18 +27,11 @@ def list_datasets(data_dir: str | None = None) -> list[dict]:
     [{"name", "version", "format", "splits": {split: examples}}]; built-in ones
     that are not prepared have None for all but the name.
   """
-  prepared = _find_prepared(resolve(data_dir))
+  prepared = _find_prepared(find_data_dir(data_dir))
   names = {p["name"].partition("/")[0] for p in prepared}
   missing = [n for n in builders.names() if n not in names]
   unprepared = {"version": None, "format": None, "splits": None}
   return prepared + [{"name": name, **unprepared} for name in missing]
-
-
-def resolve(data_dir: str | None) -> Path:
-  """Returns the folder of TFDS data sets; None: TFDS's default."""
-  if data_dir is None:
-    data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  return Path(data_dir).expanduser()
 
 
 def _find_prepared(root):
@@ -66,65 +57,6 @@ def _find_prepared(root):
       }
     )
   return found
-
-
-# --- build ---
-
-
-def build(
-  name: str,
-  *,
-  images: str,
-  labels: str | None = None,
-  classes: str | None = None,
-  min_confidence: float = 0.0,
-  against: list[str] | None = None,
-  holdout: float = 0.0,
-  workers: int | None = None,
-  data_dir: str | None = None,
-) -> tuple[Path, dict]:
-  """Makes a multi-label data set of your images, or resumes making it.
-
-  Args:
-    name: of the new data set.
-    images: a folder, tar or Parquet files, or "tfds:DATASET:SPLIT"; see
-      `data.own_files`.
-    labels: a CSV or JSON-lines file; None for a data set's own.
-    classes: a file with a class a line; None: those that occur.
-    min_confidence: labels of less are left out.
-    against: "DATASET:SPLIT", test sets whose images must not be in it.
-    holdout: part of the images that become the split "test".
-    workers: processes; None: one a core.
-    data_dir: where TFDS data sets are.
-
-  Returns:
-    Its folder, and the content of report.json.
-
-  Raises:
-    UserError: nothing to read, bad labels, or a name that is taken.
-    RunStopped: the disk is full, or a worker died; the same call goes on.
-  """
-  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-    raise UserError(
-      f"{name!r} is no name of a data set; use lower-case letters, digits and _"
-    )
-  if not 0 <= holdout < 1:
-    raise UserError(f"--holdout is {holdout}; it must be in [0, 1)")
-  root = str(resolve(data_dir))
-  pairs = [own_files.parse_pair(text, "--against") for text in against or []]
-  if images.startswith(own_files.TFDS):
-    if labels or classes or min_confidence:
-      raise UserError(f"--images {images} has labels of its own; leave others")
-    class_names, by_image = own_files.open_set(images, root).class_names, None
-  elif labels:
-    class_names, by_image = own_files.read_labels(
-      labels, classes, min_confidence
-    )
-  else:
-    raise UserError("--labels is missing: a CSV or JSON-lines file")
-  plan = labelled.Plan(name, images, class_names, by_image, pairs, holdout)
-  folder = labelled.build(plan, root, workers)
-  return folder, json.loads((folder / "report.json").read_text())
 
 
 # --- check ---
@@ -153,18 +85,10 @@ def check(
   Raises:
     UserError: no such data set or split.
   """
-  task = data.find_task(name)
-  for part in [split] if split else _choose_splits(name, task, data_dir):
+  for part in [split] if split else data.list_splits(name, data_dir):
     faults = []
     source = data.get_source(name, part, data_dir, faults)
     yield source, _check_split(source, num_examples, faults)
-
-
-def _choose_splits(name, task, data_dir):
-  """Those of VTAB's names that overlap least, else all that there are."""
-  if task and "train800val200" in task.splits:
-    return ["train800val200", "test"]
-  return list(data.list_splits(name, data_dir))
 
 
 def _check_split(source, num_examples, faults):
@@ -273,21 +197,16 @@ def show(
 
 def _draw_grid(images, captions, columns):
   """Returns a PIL image; captions that are too long lose their end."""
-  height, width = images.shape[1:3]
-  scale = max(1, -(-_MIN_CELL // min(height, width)))
-  height, width = height * scale, width * scale
+  scale = max(1, -(-_MIN_CELL // min(images.shape[1:3])))
+  height, width = (side * scale for side in images.shape[1:3])
   margin, line = 4, 14
-  cell_height, cell_width = height + line + margin, width + margin
-  num_rows = -(-len(images) // columns)
-  grid = Image.new(
-    "RGB",
-    (columns * cell_width + margin, num_rows * cell_height + margin),
-    "white",
-  )
+  cell = width + margin, height + line + margin
+  rows = -(-len(images) // columns)
+  size = columns * cell[0] + margin, rows * cell[1] + margin
+  grid = Image.new("RGB", size, "white")
   draw, font = ImageDraw.Draw(grid), ImageFont.load_default()
   for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-    y = i // columns * cell_height + margin
-    x = i % columns * cell_width + margin
+    x, y = i % columns * cell[0] + margin, i // columns * cell[1] + margin
     pixels = Image.fromarray(image)
     grid.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
     draw.text((x, y + height), _fit(caption, width, font), "black", font)

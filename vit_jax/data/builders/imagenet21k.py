@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Imagenet21k(tfds.core.GeneratorBasedBuilder):
     report = {"encoded_anew": [], "unreadable": []}
     images = read_images(archive, set(empty))
     count = 0
-    for (synset, name, encoded), made in map_ahead(make_readable, images):
+    for synset, name, encoded, made in _decode_ahead(images):
       file_name = f"{synset}/{name}"
       if made is None:
         report["unreadable"].append(file_name)
@@ -227,20 +227,30 @@ def _read_folder(folder) -> Iterator[tuple[str, bytes]]:
 # --- images ---
 
 
-def map_ahead(function, items: Iterable) -> Iterator[tuple]:
-  """Yields (item, function(its last part)) in order, in parallel.
+def _decode_ahead(images):
+  """Yields (synset, file name, bytes, readable bytes or None), by threads."""
 
-  Threads do, since decoding is C++; at most four items a thread are in memory.
+  def run(image):
+    return *image, make_readable(image[-1])
+
+  with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+    yield from map_ahead(pool, run, images)
+
+
+def map_ahead(
+  pool: concurrent.futures.Executor, function: Callable, items: Iterable
+) -> Iterator:
+  """Yields function(item) in order; a pool is at it, a little ahead.
+
+  At most four items a core are in memory.
   """
   ahead = collections.deque()
-  with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-    for item in items:
-      ahead.append((item, pool.submit(function, item[-1])))
-      if len(ahead) >= 4 * NUM_THREADS:
-        item, future = ahead.popleft()
-        yield item, future.result()
-    for item, future in ahead:
-      yield item, future.result()
+  for item in items:
+    ahead.append(pool.submit(function, item))
+    if len(ahead) >= 4 * NUM_THREADS:
+      yield ahead.popleft().result()
+  while ahead:
+    yield ahead.popleft().result()
 
 
 def make_readable(encoded: bytes) -> bytes | None:

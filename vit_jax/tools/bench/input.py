@@ -16,6 +16,7 @@ it for all of them.
 # pyright: reportAttributeAccessIssue=false
 
 import functools
+import io
 import math
 import os
 import statistics
@@ -27,15 +28,16 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit_jax.data import ops
 from vit_jax.data.catalog import get_source
 from vit_jax.data.pipeline import count_cpus, train_batches
+from vit_jax.data.preparation import run_builder
 from vit_jax.data.preprocess import as_pair
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
-from vit_jax.tools.build_data import labelled
 from vit_jax.tools.text import format_columns
 
 _RECIPE = "inception_crop(size)|flip_lr"
@@ -70,8 +72,12 @@ def bench(
     needs: images a second that some machines take.
 
   Returns:
-    As `measure`, and "needs" and "hosts", which is how many such hosts read
-    that much.
+    "images_per_second": {name: median over the rounds}, "cpu_ms": {name: time
+    of all cores for an image, the least}, "per_core": of the pipeline, "ratio":
+    {name of another: the pipeline's images a second are so many times its}, the
+    median of a round's, "cpu_ratio": the same of CPU time, "cores", "load": of
+    the machine before, "image_bytes": the mean, "image_size", "batch_size",
+    "needs" and "hosts", which is how many such hosts read that much.
 
   Raises:
     UserError: no such data set, images that are no JPEGs, a size or a number
@@ -82,84 +88,39 @@ def bench(
   for name, value in numbers.items():
     if not value > 0:
       raise UserError(f"--{name}={value}; it must be more than 0")
-  with tempfile.TemporaryDirectory() as name:
-    folder = Path(name)
+  with tempfile.TemporaryDirectory() as folder:
     if dataset is None:
-      source = make_photos(folder / "photos", _PHOTOS)
+      source = make_photos(Path(folder), _PHOTOS)
     else:
       source = get_source(dataset, split, data_dir)
-    found = measure(
-      source,
-      folder / "images.tfrecord",
-      image_size=image_size,
-      batch_size=batch_size,
-      rounds=rounds,
-    )
-  found = {"dataset": dataset, "split": split, **found}
-  if needs is not None:
-    hosts = math.ceil(needs / found["images_per_second"]["pipeline"])
-    found |= {"needs": needs, "hosts": hosts}
-  return found
-
-
-def measure(
-  source: Source,
-  file: Path,
-  *,
-  image_size: int | tuple[int, int],
-  batch_size: int,
-  rounds: int,
-) -> dict[str, Any]:
-  """Measures the four in turns, some batches of each a round.
-
-  Args:
-    source: what to read.
-    file: is written, a TFRecord file of some of its records.
-    image_size, batch_size, rounds: as `bench`.
-
-  Returns:
-    "images_per_second": {name: median over the rounds}, "cpu_ms": {name: time
-    of all cores for an image, the least}, "per_core": of the pipeline, "ratio":
-    {name of another: the pipeline's images a second are so many times its}, the
-    median of a round's, "cpu_ratio": the same of CPU time, "cores", "load": of
-    the machine before, "image_bytes": the mean, "image_size", "batch_size".
-
-  Raises:
-    UserError: an image is no JPEG.
-  """
-  load = os.getloadavg()[0]
-  image_bytes = _write_records(source, file)
-  others = {
-    "plain": _plain(source, file, image_size),
-    "resizing": _part(source, file, image_size),
-    "decoding": _part(source, file, None),
-  }
-  turns: dict[str, Callable[[], Iterator]] = {
-    "pipeline": functools.partial(_pipeline, source, image_size, batch_size)
-  }
-  for name, images in others.items():
-    turns[name] = images.batch(batch_size).prefetch(2).as_numpy_iterator
-  seconds = {name: [] for name in turns}
-  cpu = {name: [] for name in turns}
-  for _ in range(rounds):
-    for name, start in turns.items():
-      one, cpu_one = _take_turn(start(), max(2, _TURN // batch_size))
-      seconds[name].append(one / batch_size)
-      cpu[name].append(cpu_one / batch_size)
+    load = os.getloadavg()[0]
+    file = Path(folder) / "images.tfrecord"
+    image_bytes = _write_records(source, file)
+    turns = _make_turns(source, file, image_size, batch_size)
+    seconds, cpu = {name: [] for name in turns}, {name: [] for name in turns}
+    for _ in range(rounds):
+      for name, start in turns.items():
+        one, cpu_one = _take_turn(start(), max(2, _TURN // batch_size))
+        seconds[name].append(one / batch_size)
+        cpu[name].append(cpu_one / batch_size)
   rates = {name: 1 / statistics.median(x) for name, x in seconds.items()}
-  cores = count_cpus()
-  return {
+  found = {
+    "dataset": dataset,
+    "split": split,
     "images_per_second": rates,
     "cpu_ms": {name: min(x) * 1e3 for name, x in cpu.items()},
-    "per_core": rates["pipeline"] / cores,
+    "per_core": rates["pipeline"] / count_cpus(),
     "ratio": _compare(seconds),
     "cpu_ratio": _compare(cpu),
-    "cores": cores,
+    "cores": count_cpus(),
     "load": load,
     "image_bytes": image_bytes,
     "image_size": image_size,
     "batch_size": batch_size,
   }
+  if needs is not None:
+    found |= {"needs": needs, "hosts": math.ceil(needs / rates["pipeline"])}
+  return found
 
 
 def time_batches(batches: Iterator, batch_size: int) -> float:
@@ -231,19 +192,29 @@ def make_photos(folder: Path, count: int) -> Source:
 
   They show blotches of many sizes; the spectrum falls as that of photographs.
   """
-  images = folder / "images"
-  images.mkdir(parents=True)
   rng = np.random.default_rng(0)
   canvas = _draw_canvas(rng)
-  room = np.subtract(_CANVAS, _PHOTO)
-  for i in range(count):
-    top, left = rng.integers(0, room)
-    pixels = canvas[top : top + _PHOTO[0], left : left + _PHOTO[1]]
-    file = images / f"{i:05d}.jpg"
-    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
-  labels = {f"{i:05d}.jpg": [i % 2] for i in range(count)}
-  plan = labelled.Plan("photos", str(images), ["even", "odd"], labels, [], 0.0)
-  labelled.build(plan, str(folder), workers=1)
+
+  def draw():
+    for i in range(count):
+      top, left = rng.integers(0, np.subtract(_CANVAS, _PHOTO))
+      pixels = canvas[top : top + _PHOTO[0], left : left + _PHOTO[1]]
+      file = io.BytesIO()
+      Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+      yield i, {"image": io.BytesIO(file.getvalue()), "label": i % 2}
+
+  features = {
+    "image": tfds.features.Image(),
+    "label": tfds.features.ClassLabel(names=["even", "odd"]),
+  }
+  builder = tfds.dataset_builders.AdhocBuilder(
+    name="photos",
+    version="1.0.0",
+    features=tfds.features.FeaturesDict(features),
+    split_datasets={"train": draw()},
+    data_dir=folder,
+  )
+  run_builder(builder)
   return get_source("photos", "train", str(folder))
 
 
@@ -282,6 +253,25 @@ def _write_records(source, file):
 
 
 # --- the four ---
+
+
+def _make_turns(
+  source, file, image_size, batch_size
+) -> dict[str, Callable[[], Iterator]]:
+  """Returns {name: function that starts it}."""
+  others = {
+    "plain": _plain(source, file, image_size),
+    "resizing": _part(source, file, image_size),
+    "decoding": _part(source, file, None),
+  }
+  pipeline = functools.partial(_pipeline, source, image_size, batch_size)
+  return {
+    "pipeline": pipeline,
+    **{
+      name: images.batch(batch_size).prefetch(2).as_numpy_iterator
+      for name, images in others.items()
+    },
+  }
 
 
 def _pipeline(source, image_size, batch_size) -> Iterator:

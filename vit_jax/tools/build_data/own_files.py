@@ -1,4 +1,4 @@
-"""One's own images and their labels: which there are, and how they are read.
+"""Your own images and their labels: which there are, and how they are read.
 
 Images are files of a folder, members of tar files, rows of Parquet files, or
 the examples of a data set that is there already. A name belongs to each, and by
@@ -9,22 +9,25 @@ import csv
 import functools
 import itertools
 import json
+import logging
 import math
 import os
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from vit_jax.data.catalog import get_source
-from vit_jax.data.folder import walk
-from vit_jax.data.source import Source
 from vit_jax.errors import UserError, one_line, suggest
+from vit_jax.files import walk
 
-TFDS = "tfds:"  # before images that are a data set's
+if TYPE_CHECKING:
+  from vit_jax.data.source import Source
+
+log = logging.getLogger(__name__)
+
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+TFDS = "tfds:"  # before images that are a data set's
 _COLUMNS = ("confidence", "weight")  # of labels; two names of one thing
 
 
@@ -56,143 +59,120 @@ def read_labels(
     The class names, and {image: class ids}.
 
   Raises:
-    UserError: a line that cannot be read, an unknown class, the same label of
-      the same image twice, no label left.
+    UserError: a line that cannot be read, an unknown class, no label left.
   """
   path = Path(file)
-  known = None if classes is None else _read_classes(Path(classes))
-  ids = {name: i for i, name in enumerate(known or ())}
-  seen: dict[str, dict[int, bool]] = {}  # {image: {class: sure enough}}
-  for line, image, label, confidence in _read_rows(path):
-    if label not in ids and "|" in label:
+  read = _read_json if path.suffix in (".json", ".jsonl") else _read_csv
+  rows = list(read(path))
+  names = sorted({label for _, _, label, _ in rows})
+  if classes is not None:
+    names = [line.strip() for line in _read_lines(Path(classes))]
+    if "" in names or len({*names}) < max(len(names), 1):
+      raise UserError(f"{classes}: give a class a line, each of them once")
+  ids = {name: i for i, name in enumerate(names)}
+  labels: dict[str, list[int]] = {}
+  for line, image, label, confidence in rows:
+    if label not in ids:
       raise UserError(
-        f"{path}, line {line}: {label!r} is several labels; give each a line "
-        "of its own, or list it in --classes if it is one"
-      )
-    if known is not None and label not in ids:
-      raise UserError(
-        f"{path}, line {line}: unknown class {label!r}{suggest(label, known)}; "
+        f"{path}, line {line}: unknown class {label!r}{suggest(label, names)}; "
         f"the classes are those of {classes}"
       )
-    of_image = seen.setdefault(image, {})
-    number = ids.setdefault(label, len(ids))
-    if number in of_image:
-      raise UserError(
-        f"{path}, line {line}: {image!r} has the label {label!r} already; "
-        "remove one of the two"
-      )
-    of_image[number] = confidence >= min_confidence
-  names = known or sorted(ids)
-  order = {ids[name]: i for i, name in enumerate(names)}
-  labels = {
-    image: [order[number] for number, sure in of_image.items() if sure]
-    for image, of_image in seen.items()
-  }
+    of_image = labels.setdefault(image, [])
+    if confidence >= min_confidence and ids[label] not in of_image:
+      of_image.append(ids[label])
   if not any(labels.values()):
     least = f" of a confidence of {min_confidence} or more" if labels else ""
     raise UserError(f"{path} has no labels{least}")
   return names, labels
 
 
-def _read_classes(path):
-  names = [line.strip() for line in _read_lines(path)]
-  for line, name in enumerate(names, 1):
-    if not name:
-      raise UserError(f"{path}, line {line}: no class; remove the line")
-  twice = [name for name, count in Counter(names).items() if count > 1]
-  if twice:
-    first = names.index(twice[0])
-    second = names.index(twice[0], first + 1)
-    raise UserError(
-      f"{path}: {twice[0]!r} is there twice, in the lines {first + 1} and "
-      f"{second + 1}"
-    )
-  if not names:
-    raise UserError(f"{path} has no classes")
-  return names
-
-
 def _read_lines(path) -> Iterator[str]:
   try:
-    # Spreadsheets begin their CSV files with a byte order mark.
     with open(path, encoding="utf-8-sig", newline="") as f:
       yield from f
   except (OSError, UnicodeDecodeError) as e:
-    raise UserError(f"{path}: cannot be read: {one_line(e)}") from e
-
-
-def _read_rows(path) -> Iterator[tuple[int, str, str, float]]:
-  """Yields (line, image, label, confidence)."""
-  as_json = path.suffix.lower() in (".jsonl", ".json")
-  read = _read_json if as_json else _read_csv
-  for line, image, label, confidence in read(path):
-    label = (label or "").strip()
-    if not image or not label:
-      raise UserError(f"{path}, line {line}: a field is empty")
-    try:
-      number = float(1 if confidence in (None, "") else confidence)
-    except (ValueError, TypeError):
-      number = math.nan
-    if not math.isfinite(number):
-      raise UserError(
-        f"{path}, line {line}: confidence {confidence!r} is no number"
-      )
-    yield line, _tidy(image), label, number
+    words = getattr(e, "strerror", None) or e
+    raise UserError(f"{path} cannot be read: {words}") from e
 
 
 def _read_csv(path):
+  """Yields (line, image, label, confidence)."""
   reader = csv.DictReader(_read_lines(path), strict=True)
   try:
-    columns = [name.strip() for name in reader.fieldnames or ["nothing"]]
-    reader.fieldnames = columns
-    if not {"image", "label"} <= set(columns):
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+    if not {"image", "label"} <= set(reader.fieldnames):
       raise UserError(
         f"{path}: the first line must name the columns image, label and "
-        f"perhaps confidence; it names {', '.join(columns)}"
+        f"perhaps confidence; it names {', '.join(reader.fieldnames)}"
       )
-    weight = next((name for name in _COLUMNS if name in columns), "")
+    weight = next((x for x in _COLUMNS if x in reader.fieldnames), "")
     for row in reader:
       if None in row:
         raise UserError(
           f"{path}, line {reader.line_num}: more fields than columns; a name "
           "with a comma needs quotation marks"
         )
-      image = (row["image"] or "").strip()
-      yield reader.line_num, image, row["label"], row.get(weight)
+      values = row["image"], row["label"], row.get(weight) or 1
+      yield _make_row(path, reader.line_num, *values)
   except csv.Error as e:
     raise UserError(f"{path}, line {reader.line_num}: {e}") from e
 
 
 def _read_json(path):
-  first: dict[str, int] = {}
-  for number, line in enumerate(_read_lines(path), 1):
-    if not line.strip():
+  """Yields (line, image, label, confidence)."""
+  for line, text in enumerate(_read_lines(path), 1):
+    if not text.strip():
       continue
     try:
-      row = json.loads(line)
+      row = json.loads(text)
       image, labels = row["image"], row["labels"]
-      confidences = next(
-        (row[f"{name}s"] for name in _COLUMNS if row.get(f"{name}s")), None
-      )
-      if not isinstance(image, str) or not isinstance(labels, list):
-        raise ValueError("the image must be a text, the labels a list")
-      if len(confidences or labels) != len(labels):
-        raise ValueError("labels and confidences differ in number")
+      found = next((row[f"{x}s"] for x in _COLUMNS if row.get(f"{x}s")), None)
+      if not isinstance(labels, list):
+        raise TypeError("the labels must be a list")
+      pairs = list(zip(labels, found or [1] * len(labels), strict=True))
     except (ValueError, KeyError, TypeError) as e:
-      words = f"{e} is missing" if isinstance(e, KeyError) else one_line(e)
       raise UserError(
-        f"{path}, line {number}: {words}; a line is "
+        f"{path}, line {line}: {one_line(e)}; a line is "
         '{"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
       ) from e
-    if image in first:
-      raise UserError(
-        f"{path}: {image!r} is in the lines {first[image]} and {number}; give "
-        "each image one line"
-      )
-    first[image] = number
-    pairs = zip(labels, confidences or [1] * len(labels), strict=True)
     for label, confidence in pairs:
-      yield number, image, str(label), confidence
+      yield _make_row(path, line, image, label, confidence)
+
+
+def _make_row(path, line, image, label, confidence):
+  image, label = str(image or "").strip(), str(label or "").strip()
+  if not image or not label:
+    raise UserError(f"{path}, line {line}: a field is empty")
+  try:
+    number = float(confidence)
+  except (ValueError, TypeError):
+    number = math.nan
+  if not math.isfinite(number):
+    raise UserError(
+      f"{path}, line {line}: confidence {confidence!r} is not a number"
+    )
+  return line, _tidy(image), label, number
+
+
+def find_unknown(labels: dict | None, images: list[str]) -> list[str]:
+  """Returns the names in the labels file that no image has; logs how many.
+
+  Raises:
+    UserError: no image has any of them.
+  """
+  unknown = sorted((labels or {}).keys() - {*images})
+  if unknown and len(unknown) == len(labels or ()):
+    raise UserError(
+      f"none of the {len(unknown):,} names in the labels file, such as "
+      f"{unknown[0]!r}, is that of one of the {len(images):,} images, such as "
+      f"{images[0]!r}; names are paths below --images"
+    )
+  if unknown:
+    log.warning(
+      "%d of %d names in the labels file are those of no image, such as %r",
+      *(len(unknown), len(labels or ()), unknown[0]),
+    )
+  return unknown
 
 
 def _tidy(name):
@@ -218,12 +198,14 @@ def parse_pair(text: str, option: str) -> tuple[str, str]:
 
 
 @functools.cache
-def open_set(images: str, data_dir: str | None) -> Source:
+def open_set(images: str, data_dir: str | None) -> "Source":
   """Opens the data set of "tfds:DATASET:SPLIT".
 
   Raises:
     UserError: as `get_source`.
   """
+  from vit_jax.data.catalog import get_source  # seconds, only needed here
+
   pair = parse_pair(images.removeprefix(TFDS), f"--images {TFDS}")
   return get_source(*pair, data_dir)
 
@@ -258,10 +240,8 @@ def list_images(
     elif lower.endswith(".parquet"):
       found += _list_parquet(path)
     elif lower.endswith(_SUFFIXES):
-      name = os.path.basename(path)
-      if path != root:
-        name = path[len(root) :].lstrip(os.sep).replace(os.sep, "/")
-      found.append((name, Place(path)))
+      name = os.path.relpath(path, root if path != root else Path(root).parent)
+      found.append((Path(name).as_posix(), Place(path)))
   if not found:
     raise UserError(
       f"--images {source} has no images; {', '.join(_SUFFIXES)} files, .tar or "
@@ -271,16 +251,10 @@ def list_images(
   for (name, one), (other_name, other) in itertools.pairwise(found):
     if name == other_name:
       raise UserError(
-        f"two images have the name {name!r}, one in {_describe(one)} and one "
-        f"in {_describe(other)}; rename or remove one"
+        f"two images have the name {name!r}, one in {one.path} and one in "
+        f"{other.path}; rename or remove one"
       )
   return found
-
-
-def _describe(place):
-  if place.row >= 0:
-    return f"{place.path} (row {place.row})"
-  return f"{place.path} (byte {place.offset})" if place.offset else place.path
 
 
 def _list_tar(path):
@@ -292,39 +266,26 @@ def _list_tar(path):
         if member.isfile() and member.name.lower().endswith(_SUFFIXES)
       ]
   except (tarfile.TarError, OSError) as e:
-    raise UserError(f"{path}: no readable tar file ({e})") from e
+    raise UserError(f"{path} is not a readable tar file ({e})") from e
 
 
 def _list_parquet(path):
   try:
     table = _open_parquet(path).read(columns=["name"])
-  except OSError as e:
-    raise UserError(f"{path}: a damaged Parquet file ({one_line(e)})") from e
-  names = table.column("name").to_pylist()
-  for row, name in enumerate(names):
-    if not isinstance(name, str) or not name:
-      raise UserError(f"{path}, row {row}: {name!r} is no name of an image")
-  return [(_tidy(name), Place(path, row=i)) for i, name in enumerate(names)]
+    names = [_tidy(name) for name in table.column("name").to_pylist()]
+  except (OSError, ValueError, KeyError, AttributeError) as e:
+    raise UserError(
+      f"{path} is not a readable Parquet file with a name and an image in each "
+      f"row ({one_line(e)})"
+    ) from e
+  return [(name, Place(path, row=i)) for i, name in enumerate(names)]
 
 
 @functools.lru_cache(maxsize=2)
 def _open_parquet(path):
-  try:
-    from pyarrow import parquet
-  except ImportError as e:
-    raise UserError("Parquet files need pyarrow: pip install pyarrow") from e
-  problem = None
-  try:
-    file = parquet.ParquetFile(path)
-    if {"name", "image"} <= set(file.schema_arrow.names):
-      return file
-    problem = f"its columns are {', '.join(file.schema_arrow.names)}"
-  except (OSError, ValueError) as e:
-    problem = one_line(e)
-  raise UserError(
-    f"{path}: no readable Parquet file with the columns name and image "
-    f"({problem})"
-  )
+  from pyarrow import parquet
+
+  return parquet.ParquetFile(path)
 
 
 @functools.lru_cache(maxsize=2)
