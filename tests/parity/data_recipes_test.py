@@ -152,21 +152,11 @@ def test_training_on_vtab(name):
   assert (len(places) > 3) == task.crop
 
 
-def test_training_after_a_resize_of_the_shorter_side():
-  text = "resize_small(28)|random_crop(size)|flip_lr"
-  for i, shape in enumerate(_SHAPES):
-    photo = _photo(shape, i)
-    ours = _train(text, photo, 24, i)
-    candidates = _mirror(_crops(_resize_small(photo, 28), 24))
-    assert min(_distance(ours, c) for c in candidates) <= 0.502
-
-
-@pytest.mark.parametrize("area_min", [5, 80])
-def test_training_on_windows(area_min):
+def test_training_on_windows():
   """The window is found among all of its area and aspect."""
-  text = f"inception_crop(size, {area_min})|flip_lr"
+  text, area_min = "inception_crop(size, 20)|flip_lr", 20
   shape, size = (18, 22), 8
-  for i in range(4):
+  for i in range(3):
     photo = _photo(shape, i)
     ours = _train(text, photo, size, i)
     best = np.inf

@@ -200,10 +200,6 @@ class _Reader:
   ):
     self.sources, self.process, self.seed = sources, process, seed
     self.rows = np.asarray(rows, np.int64)
-    assert self.rows.ndim == 1
-    assert len(self.rows)
-    assert self.rows.min() >= 0
-    assert self.rows.max() < batch_size
     self._order = order
     self._batch_size = batch_size
     self._num_positions = num_positions

@@ -193,10 +193,10 @@ def _parse_op(node, text, image_size):
   try:
     size = max(image_size) if name == "resize_small" else image_size
     args = [_literal(a, size) for a in call.args]
-    kwargs = {_keyword(k): _literal(k.value, size) for k in call.keywords}
+    kwargs = {str(k.arg): _literal(k.value, size) for k in call.keywords}
     arguments = signature.bind(*args, **kwargs).arguments
     _OPS[name](**arguments)
-  except (TypeError, ValueError) as e:
+  except (TypeError, ValueError, ArithmeticError) as e:
     raise UserError(
       f"preprocess {text!r}: {ast.unparse(node)}: {e}; it takes "
       f"{name}{signature}"
@@ -204,46 +204,32 @@ def _parse_op(node, text, image_size):
   return name, arguments
 
 
-def _keyword(keyword) -> str:
-  _require(keyword.arg is not None, "** is not understood here")
-  return keyword.arg
-
-
 def _literal(node, size):
-  if isinstance(node, ast.Name):
-    _require(node.id == "size", f"{node.id!r} is neither a number nor `size`")
-    return size
-  if isinstance(node, ast.BinOp):
-    if isinstance(size, int):
-      return _calculate(node, size)
-    return tuple(_calculate(node, side) for side in size)
-  try:
-    return ast.literal_eval(node)
-  except ValueError as e:
-    raise ValueError(f"{ast.unparse(node)!r} is not a literal") from e
+  """Returns a literal, `size`, or `size` times or by numbers, rounded."""
+  match node:
+    case ast.Name():
+      _require(node.id == "size", f"{node.id!r} is neither a number nor `size`")
+      return size
+    case ast.BinOp() if isinstance(size, tuple):
+      return tuple(_literal(node, side) for side in size)
+    case ast.BinOp():  # halves up
+      return math.floor(_calculate(node, size) + Fraction(1, 2))
+  return ast.literal_eval(node)
 
 
-def _calculate(node, size) -> int:
-  """Returns a product or quotient of `size` and numbers, halves rounded up."""
-
-  def calculate(node):
-    match node:
-      case ast.Name(id="size"):
-        return Fraction(size)
-      case ast.Constant(value=int() | float() as number):
-        return Fraction(number)
-      case ast.BinOp(op=ast.Mult()):
-        return calculate(node.left) * calculate(node.right)
-      case ast.BinOp(op=ast.Div()):
-        return calculate(node.left) / calculate(node.right)
-    raise ValueError(
-      f"{ast.unparse(node)!r} is not a literal, nor `size` times or by a number"
-    )
-
-  try:
-    return math.floor(calculate(node) + Fraction(1, 2))
-  except ArithmeticError as e:
-    raise ValueError(f"{ast.unparse(node)!r}: {e}") from e
+def _calculate(node, size) -> Fraction:
+  match node:
+    case ast.Name(id="size"):
+      return Fraction(size)
+    case ast.Constant(value=int() | float() as number):
+      return Fraction(number)
+    case ast.BinOp(op=ast.Mult()):
+      return _calculate(node.left, size) * _calculate(node.right, size)
+    case ast.BinOp(op=ast.Div()):
+      return _calculate(node.left, size) / _calculate(node.right, size)
+  raise ValueError(
+    f"{ast.unparse(node)!r} is not a literal, nor `size` times or by a number"
+  )
 
 
 def check_crops(text: str, image_size: int | tuple[int, int]) -> None:

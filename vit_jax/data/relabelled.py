@@ -1,5 +1,6 @@
 """Class names: which sets go together, and labels in another's order."""
 
+import copy
 import logging
 from collections.abc import Sequence
 
@@ -12,44 +13,10 @@ from vit_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-class RelabelledSource(Source):
-  """A source with its labels in the order of other class names.
-
-  Classes that only the model has never occur, and giving them is wrong.
-  """
-
-  def __init__(self, source: Source, class_names: list[str]):
-    """Takes a source all of whose classes are among `class_names`."""
-    self._source = source
-    self.dataset, self.split = source.dataset, source.split
-    self.num_examples = source.num_examples
-    self.multilabel, self.max_labels = source.multilabel, source.max_labels
-    self.class_names, self.num_classes = class_names, len(class_names)
-    new = [class_names.index(name) for name in source.class_names]
-    # One place at each end, for labels that the source should not have.
-    self._new = np.array([BAD_LABEL, *new, BAD_LABEL], np.int32)
-
-  def identity(self):
-    return self._source.identity()
-
-  def describe(self, index):
-    return self._source.describe(index)
-
-  def read(self, indices):
-    return self._source.read(indices)
-
-  def parse_image(self, record):
-    return self._source.parse_image(record)
-
-  def parse_labels(self, record):
-    labels = self._source.parse_labels(record)
-    places = tf.clip_by_value(labels + 1, 0, len(self._new) - 1)
-    return tf.gather(self._new, places)
-
-
 def relabel(source: Source, class_names: list[str]) -> Source | None:
   """Returns a source with labels in the order of `class_names`.
 
+  Classes that only `class_names` has never occur, and giving them is wrong.
   None unless these are all different and have all classes of the source.
   """
   names = source.class_names
@@ -57,7 +24,19 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
     return source
   if len({*class_names}) < len(class_names) or not {*names} <= {*class_names}:
     return None
-  return RelabelledSource(source, class_names)
+  new = [class_names.index(name) for name in names]
+  # One place at each end, for labels that the source should not have.
+  table = np.array([BAD_LABEL, *new, BAD_LABEL], np.int32)
+
+  def parse_labels(record):
+    labels = source.parse_labels(record)
+    return tf.gather(table, tf.clip_by_value(labels + 1, 0, len(table) - 1))
+
+  found = copy.copy(source)
+  vars(found).pop("_parse_unchecked", None)  # traced with the old labels
+  found.class_names, found.num_classes = class_names, len(class_names)
+  found.parse_labels = parse_labels
+  return found
 
 
 def check_mixture(sources: Sequence[Source]) -> None:

@@ -6,7 +6,6 @@
 
 import json
 import os
-import re
 import resource
 import shlex
 from pathlib import Path
@@ -35,23 +34,15 @@ class TfdsSource(Source):
     splits = builder.info.splits
     info = splits[resolve_split(splits, dataset, split)[0]]
     self.num_examples = info.num_examples
-    files = info.file_instructions
-    shards = [
-      [Path(f.filename).name, f.skip, f.take, f.examples_in_shard]
-      for f in files
-    ]
-    self._identity = f"{builder.info.full_name} {digest(shards)}"
-    self._locations = [
-      (str(f.filename), f.skip, f.skip + f.take) for f in files
-    ]
-    _check_files(files, dataset)
-    self._files = array_record_data_source.ArrayRecordDataSource(files)
-    image, key, label = _select_features(builder.info.features, dataset)
+    self._shards, self._name = info.file_instructions, builder.info.full_name
+    _check_files(self._shards, dataset)
+    self._files = array_record_data_source.ArrayRecordDataSource(self._shards)
+    image, key, label = _select_features(builder.info.features, dataset, task)
     # Only these two are parsed: others, masks say, would cost decoding time.
     self._image = tfds.features.FeaturesDict({"image": image})
     self._labels = tfds.features.FeaturesDict({key: label})
     self._labels_key = key
-    self.class_names = _name_classes(label, dataset)
+    self.class_names = _name_classes(label, dataset, task)
     self.num_classes = len(self.class_names)
     self.multilabel = hasattr(label, "feature") and not (task and task.derive)
     self.max_labels = 1
@@ -60,10 +51,14 @@ class TfdsSource(Source):
       self.max_labels = declared or self._count_max_labels()
 
   def identity(self):
-    return self._identity
+    shards = [
+      [Path(f.filename).name, f.skip, f.take, f.examples_in_shard]
+      for f in self._shards
+    ]
+    return f"{self._name} {digest(shards)}"
 
   def locate(self):
-    return self._locations
+    return [(str(f.filename), f.skip, f.skip + f.take) for f in self._shards]
 
   def read(self, indices):
     return self._files.__getitems__(np.asarray(indices).tolist())
@@ -195,7 +190,6 @@ def resolve_split(infos, dataset: str, split: str):
   spec = task.resolve_split(split) if task else split
   try:
     found = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
-    _check_percentages(spec, infos)
     parts = []
     for part in found:
       size = infos[part.splitname].num_examples
@@ -213,22 +207,6 @@ def resolve_split(infos, dataset: str, split: str):
       "train[:800]+test[:200]"
     ) from e
   return spec, parts
-
-
-def _check_percentages(split, infos):
-  """Raises a ValueError for a percentage that rounds to none or all."""
-  for part in split.split("+"):
-    name, _, bounds = part.strip().partition("[")
-    if "%" not in bounds:
-      continue
-    count = infos[name].num_examples
-    for text in re.findall(r"[\d.]+", bounds):
-      rounded = round(float(text) * count / 100)
-      if 0 < float(text) < 100 and rounded in (0, count):
-        raise ValueError(
-          f"{text}% of {count:,} examples rounds to {rounded:,}, give a number "
-          f"of examples, as in {name}[:{max(1, count - 1)}]"
-        )
 
 
 def _check_files(instructions, dataset):
@@ -259,9 +237,8 @@ def _check_files(instructions, dataset):
     )
 
 
-def _select_features(features, dataset):
+def _select_features(features, dataset, task):
   """Returns the image's feature, the labels' key and their feature."""
-  task = find_task(dataset)
   keys = [task.feature] if task else ["label", "labels"]
   key = next((k for k in keys if k in features), None)
   label = features[key] if key else None
@@ -278,9 +255,8 @@ def _select_features(features, dataset):
   return image, key, label
 
 
-def _name_classes(label, dataset):
+def _name_classes(label, dataset, task):
   """Returns the class names, as many as the task has."""
-  task = find_task(dataset)
   if task and task.class_names:
     return list(task.class_names)
   names = list(getattr(label, "feature", label).names)

@@ -38,13 +38,6 @@ def _distance(a, b):
   return np.abs(np.asarray(a).astype(int) - np.asarray(b)).max()
 
 
-@functools.cache
-def _make_preprocess(text):
-  return tf.function(ops.make_preprocess(text, (32, 48), evaluation=False))
-
-
-@pytest.mark.parametrize("encode", [_png, _jpeg])
-@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (24, 40), (90, 50)])
 @pytest.mark.parametrize(
   "text",
   [
@@ -54,13 +47,14 @@ def _make_preprocess(text):
     "resize(40)|inception_crop(size, area_min=50)|randaug(1, 10)",
   ],
 )
-def test_training_strings_on_any_size(text, shape, encode):
-  run = _make_preprocess(text)
-  encoded = tf.constant(encode(_image(shape)))
-  a = run(encoded, _seed(1)).numpy()
-  assert a.shape == (32, 48, 3)
-  assert a.dtype == np.uint8
-  np.testing.assert_array_equal(a, run(encoded, _seed(1)).numpy())
+def test_training_strings_on_any_size(text):
+  run = tf.function(ops.make_preprocess(text, (32, 48), evaluation=False))
+  for shape in ((1, 1), (1, 400), (300, 1), (24, 40)):
+    for encode in (_png, _jpeg):
+      encoded = tf.constant(encode(_image(shape)))
+      a = run(encoded, _seed(1)).numpy()
+      assert (a.shape, a.dtype) == ((32, 48, 3), np.uint8)
+      np.testing.assert_array_equal(a, run(encoded, _seed(1)).numpy())
 
 
 def _coordinates(height, width):
@@ -99,16 +93,6 @@ def test_resize_is_the_same_for_small_and_large_images(monkeypatch):
     monkeypatch.setattr(ops, "_CAST_UP_TO", limit)
     results.append(ops.resize(image, (24, 31)).numpy())
   np.testing.assert_array_equal(*results)
-
-
-def test_fused_crop_equals_decoding_first():
-  encoded = tf.constant(_jpeg(_image((120, 200))))
-  for i in range(5):
-    fused = ops.decode_and_inception_crop(encoded, 32, seed=_seed(i))
-    whole = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_FAST")
-    apart = ops.inception_crop(whole, 32, seed=_seed(i))
-    # The decoder interpolates chroma past the edge of a whole image only.
-    assert np.mean(np.abs(fused.numpy().astype(int) - apart.numpy())) < 0.5
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -200,13 +184,6 @@ def test_operation_equals_pillows(name, magnitude):
     tf.constant(image), magnitude / 10, _seed(0)
   )
   assert _distance(ours, PILLOW[name](image, magnitude)) <= LEVELS.get(name, 0)
-
-
-def test_equalize_and_autocontrast_leave_flat_images_alone():
-  flat = np.full((5, 6, 3), 77, np.uint8)
-  for name in ("equalize", "autocontrast"):
-    out = randaug.AUGMENTATIONS[name](tf.constant(flat), 1.0, _seed(0))
-    np.testing.assert_array_equal(out, flat)
 
 
 def test_solarize_add_and_posterize_by_hand():
@@ -319,13 +296,3 @@ def test_randaug_draws_every_operation_and_is_stateless():
   assert len(randaug.AUGMENTATIONS) == 16
   unchanged = randaug.randaug(image, 0, 10, seed=_seed(0))
   np.testing.assert_array_equal(unchanged, image)
-
-
-def test_randaug_at_magnitude_zero_is_not_nothing():
-  image = tf.constant(_image((16, 16)))
-  np.testing.assert_array_equal(
-    randaug.solarize(image, 0.0, _seed(0)), 255 - image.numpy()
-  )
-  np.testing.assert_array_equal(
-    randaug.posterize(image, 0.0, _seed(0)), image.numpy() & 128
-  )

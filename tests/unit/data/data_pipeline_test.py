@@ -144,16 +144,6 @@ def test_mixture_has_exact_proportions_and_passes_through_each_set():
       assert sorted(epoch.tolist()) == list(range(size))
 
 
-def test_order_is_pure():
-  order = pipeline.Order(9, [500, 90], [2, 1])
-  which, examples = order(np.arange(25_000))
-  some = np.random.RandomState(0).permutation(25_000)[:300]
-  for got, all_of_it in zip(order(some), (which, examples), strict=True):
-    np.testing.assert_array_equal(got, all_of_it[some])
-  for p in some[:5]:
-    assert order(np.array([p]))[1][0] == examples[p]
-
-
 def test_largest_remainders_fill_the_pattern():
   for weights in ([1, 1, 1], [1, 2, 4], [0.999, 0.001]):
     _, counts = pipeline._make_pattern(0, weights)
@@ -286,18 +276,6 @@ def test_undecodable_image_names_the_example():
     list(_evaluate(source, 8, range(8)))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 400), (300, 1), (2, 3000)])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_images_of_one_pixel_in_a_dimension(shape, kind):
-  source = Numbers(8)
-  file = io.BytesIO()
-  Image.new("RGB", shape[::-1], "red").save(file, kind)
-  source.images[3] = file.getvalue()
-  for text in (CROPPED, "resize_small(9)|random_crop(size)"):
-    [batch] = _train(source, range(8), preprocess=text, num_steps=1)
-    assert batch["image"].shape == (8, 8, 8, 3)
-
-
 @pytest.mark.parametrize(
   "text", ["resize_small(256)|central_crop(size)", "central_crop(size)"]
 )
@@ -344,20 +322,6 @@ def test_file_that_vanishes_is_named(tmp_path):
     _train(source, range(8), preprocess=CROPPED)
 
 
-def test_wrong_string_is_found_before_the_first_batch():
-  with pytest.raises(UserError, match="did you mean 'inception_crop'"):
-    data.train_batches(
-      [(Numbers(3), 1.0)],
-      seed=0,
-      batch_size=8,
-      rows=np.arange(8),
-      preprocess="inceptioncrop(size)",
-      image_size=8,
-      start_step=0,
-      num_steps=1,
-    )
-
-
 # --- evaluation ---
 
 
@@ -389,14 +353,3 @@ def test_evaluation_has_every_example_once(size, hosts):
       assert batch["labels"][mask, 0].tolist() == [i % 10 for i in found]
       seen += found
   assert sorted(seen) == list(range(size))
-
-
-def test_evaluation_rows_in_any_order():
-  [batch] = _evaluate(Numbers(5), 8, [6, 1, 7, 4])
-  assert batch["mask"].tolist() == [False, True, False, True]
-  assert _colours([batch])[1::2] == [1, 4]
-
-
-def test_evaluation_refuses_random_operations():
-  with pytest.raises(UserError, match="flip_lr is random"):
-    _evaluate(Numbers(3), 8, range(8), preprocess="resize(size)|flip_lr")

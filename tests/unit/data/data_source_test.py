@@ -3,7 +3,6 @@
 import io
 import os
 import resource
-import shutil
 import struct
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
 from vit_jax import data
-from vit_jax.data import builders, ops, relabelled
+from vit_jax.data import builders, relabelled
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
 
@@ -56,33 +55,14 @@ class MaskedTags(tfds.core.GeneratorBasedBuilder):
       yield i, example | {"mask": io.BytesIO(b"no image")}
 
 
-class NoLabels(tfds.core.GeneratorBasedBuilder):
-  name = "no_labels"
-  VERSION = tfds.core.Version("1.0.0")
-
-  def _info(self):
-    features = {"image": tfds.features.Image(), "caption": tfds.features.Text()}
-    return tfds.core.DatasetInfo(
-      builder=self, features=tfds.features.FeaturesDict(features)
-    )
-
-  def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples()}
-
-  def _generate_examples(self):
-    yield 0, {"image": np.zeros((4, 4, 3), np.uint8), "caption": "black"}
-
-
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-  """`digits`, `masked_tags` and `no_labels`; `digits` in TFRecord in old/."""
+  """`digits` and `masked_tags`."""
   root = tmp_path_factory.mktemp("tfds")
   formats = {"file_format": "array_record"}
   digits.Digits(data_dir=root, **formats).download_and_prepare()
   for config in ("plain", "declared"):
     MaskedTags(data_dir=root, config=config, **formats).download_and_prepare()
-  NoLabels(data_dir=root, **formats).download_and_prepare()
-  digits.Digits(data_dir=root / "old").download_and_prepare()
   return str(root)
 
 
@@ -118,6 +98,8 @@ def test_digits_are_those_of_scikit_learn(data_dir):
       pixels = np.asarray(Image.open(io.BytesIO(encoded)))
       assert pixels.shape == (8, 8)
       found.append((pixels.tobytes(), int(labels[0])))
+  first = [label for _, label in found[:300]]
+  assert np.bincount(first).tolist() == [30] * 10
   assert len(found) == 1797
   assert set(found) == expected
 
@@ -131,15 +113,6 @@ def test_digits_test_split_is_stratified_and_never_changes():
   assert np.flatnonzero(in_test)[:12].tolist() == [
     *(3, 5, 7, 9, 13, 14, 16, 18, 19, 20, 22, 23)
   ]
-
-
-def test_the_first_digits_are_as_many_of_each_class(data_dir):
-  source = data.get_source("digits", "train[:300]", data_dir)
-  labels = [
-    int(source.parse_labels(record)[0])
-    for record in source.read(np.arange(source.num_examples))
-  ]
-  assert np.bincount(labels).tolist() == [30] * 10
 
 
 @pytest.mark.parametrize(
@@ -175,12 +148,8 @@ def test_multilabel_is_padded_and_other_features_are_left_alone(data_dir):
     i = Image.open(io.BytesIO(encoded.numpy())).getpixel((0, 0))[0]
     tags = MaskedTags.tags[i % 4]
     assert labels.numpy().tolist() == tags + [-1] * (3 - len(tags))
-
-
-def test_declared_number_of_labels_is_believed(data_dir):
-  source = data.get_source("masked_tags/declared", "train", data_dir)
-  assert source.max_labels == 5
-  assert len(_labels(source, [0])[0]) == 5
+  declared = data.get_source("masked_tags/declared", "train", data_dir)
+  assert declared.max_labels == len(_labels(declared, [0])[0]) == 5
 
 
 @pytest.mark.parametrize(
@@ -201,33 +170,12 @@ def test_declared_number_of_labels_is_believed(data_dir):
     ("mnist:9.9.9", "train", "cannot be loaded at version 9.9.9"),
     ("digits/tiny", "train", "tiny not found"),
     ("a/b/../c", "train", "Parsing builder name"),
-    ("no_labels", "train", "features caption, image; it needs `image` and"),
   ],
 )
 def test_what_cannot_be_opened_is_explained(data_dir, dataset, split, words):
   with pytest.raises(UserError, match=words) as e:
     data.get_source(dataset, split, data_dir)
   assert "\n" not in str(e.value)
-
-
-def test_tfrecord_is_to_be_converted(data_dir):
-  with pytest.raises(UserError, match=r"tfrecord, .*`vit-jax data prepare"):
-    data.get_source("digits", "train", f"{data_dir}/old")
-
-
-@pytest.mark.parametrize(
-  ("split", "words"),
-  [
-    ("test[-0.01%:]", r"0\.01% of 797 examples rounds to 0"),
-    ("train[:50]+test[:99.95%]", r"99\.95% of 797 examples rounds to 797"),
-    ("test[0.05%:50%]", r"0\.05% of 797 examples rounds to 0"),
-  ],
-)
-def test_percentage_that_rounds_to_nothing(data_dir, split, words):
-  with pytest.raises(UserError, match=words):
-    data.get_source("digits", split, data_dir)
-  for sound in ("test[0%:100%]", "test[:99.9%]", "test[-1%:]"):
-    data.get_source("digits", sound, data_dir)
 
 
 def test_examples_that_two_splits_share(data_dir, tmp_path):
@@ -241,23 +189,6 @@ def test_examples_that_two_splits_share(data_dir, tmp_path):
   assert share("digits", "train[:10]+test[:20]", "test[15:]+train[:1]") == 6
   folder = _make_folder(tmp_path, {"a": 50, "b": 50})
   assert share(folder, "train[:60]", "train[50:]+test") == 10
-
-
-def test_data_dir_with_brackets_is_explained(tmp_path):
-  folder = str(tmp_path / "a [1]")
-  for call in (
-    lambda: data.get_source("digits", "train", folder),
-    lambda: data.prepare("digits", folder),
-  ):
-    with pytest.raises(UserError, match=r"a \[1\]': TFDS finds nothing"):
-      call()
-
-
-def test_commands_in_messages_are_quoted(tmp_path):
-  folder = f"{tmp_path}/my data"
-  with pytest.raises(UserError) as e:
-    data.get_source("digits", "train", folder)
-  assert f"prepare digits --data_dir='{folder}'`" in str(e.value)
 
 
 def test_limit_of_open_files_is_raised(data_dir, monkeypatch):
@@ -279,11 +210,6 @@ def test_missing_file_is_named(tmp_path):
   with pytest.raises(UserError, match=r"1 of its files are missing.*digits-tr"):
     data.get_source("digits", "train", str(tmp_path))
   assert data.get_source("digits", "test", str(tmp_path)).num_examples == 797
-
-
-def test_data_dir_may_start_at_home(data_dir, monkeypatch):
-  monkeypatch.setenv("HOME", data_dir)
-  assert data.list_splits("digits", "~/") == {"train": 1000, "test": 797}
 
 
 def test_builders_are_found_by_module_name():
@@ -399,47 +325,17 @@ def test_sub_splits_of_a_folder(tmp_path):
     data.get_source(folder, "val")
 
 
-@pytest.mark.parametrize(
-  ("train", "held_out", "split"),
-  [
-    ("train", "test", "test"),
-    ("train", "val", "val"),
-    ("train", "Validation", "validation"),
-    ("train", "valid", "valid"),
-    ("TRAIN", "eval", "eval"),
-    ("Training", "Testing", "test"),
-  ],
-)
-def test_split_folders(tmp_path, train, held_out, split):
-  _make_folder(tmp_path / train, {"a": 4, "b": 5})
-  _make_folder(tmp_path / held_out, {"a": 2, "b": 1})
-  folder = f"folder:{tmp_path}"
-  assert data.list_splits(folder) == {"train": 9, split: 3}
-  source = data.get_source(folder, split)
-  assert sorted(np.ravel(_labels(source)).tolist()) == [0, 0, 1]
-
-
-def test_all_split_folders_are_read_and_others_named(tmp_path, caplog):
-  for name, count in (("train", 4), ("test", 3), ("valid", 2), ("extra", 1)):
+def test_folders_of_splits(tmp_path, caplog):
+  for name, count in (("TRAIN", 4), ("Testing", 3), ("valid", 2), ("extra", 1)):
     _make_folder(tmp_path / name, {"a": count, "b": count})
   folder = f"folder:{tmp_path}"
   assert data.list_splits(folder) == {"train": 8, "test": 6, "valid": 4}
-  data.get_source(folder, "train")
+  source = data.get_source(folder, "valid")
+  assert sorted(np.ravel(_labels(source)).tolist()) == [0, 0, 1, 1]
   assert f"left out: 1 folder, such as {tmp_path}/extra" in caplog.text
   (tmp_path / "extra").rename(tmp_path / "Training")
-  with pytest.raises(UserError, match=r"Training/ and train/ mean the same"):
+  with pytest.raises(UserError, match=r"TRAIN/ and Training/ mean the same"):
     data.get_source(folder, "train")
-
-
-def test_folders_that_are_no_classes(tmp_path):
-  for fold in ("fold1", "fold2", "fold3"):
-    _make_folder(tmp_path / fold, {"a": 2, "b": 2})
-  with pytest.raises(UserError, match=r"fold1, .* same sub-folders, a, b"):
-    data.get_source(f"folder:{tmp_path}", "train")
-  # As Tiny ImageNet has it: what is called the same has one thing in it.
-  for fold in ("fold1", "fold2", "fold3"):
-    shutil.rmtree(tmp_path / fold / "b")
-  assert data.get_source(f"folder:{tmp_path}", "train").num_classes == 3
 
 
 def test_links_in_a_folder(tmp_path):
@@ -467,9 +363,6 @@ def test_names_that_are_not_utf_8(tmp_path, caplog):
   source = data.get_source(folder, "train+test")
   assert str(odd) in _names(source)
   assert len(source.identity()) == 16
-  (tmp_path / "a").rename(tmp_path / os.fsdecode(b"caf\xe9"))
-  with pytest.raises(UserError, match=r"'caf\\udce9' .* UTF-8; rename"):
-    data.get_source(folder, "train")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])
@@ -482,34 +375,6 @@ def test_files_of_a_folder_come_as_they_are(tmp_path, suffix):
     with open(path, "rb") as f:
       assert encoded.numpy() == f.read()
     assert labels.numpy().tolist() == [0 if "/a/" in path else 1]
-
-
-def test_webp_that_tensorflow_refuses_is_read(tmp_path):
-  folder = _make_folder(tmp_path, {"a": 3, "b": 3}, "webp")
-  rng = np.random.RandomState(0)
-  alpha = rng.randint(0, 256, (9, 12, 4), np.uint8)
-  alpha[..., 3] = 255 * (alpha[..., 3] < 128)
-  kwargs = {"lossless": True, "exact": True}
-  (tmp_path / "a" / "alpha.webp").write_bytes(_encode(alpha, "WEBP", **kwargs))
-  moving = [Image.fromarray(alpha[..., :3]), Image.new("RGB", (12, 9))]
-  (tmp_path / "b" / "moving.webp").touch()
-  moving[0].save(
-    tmp_path / "b" / "moving.webp",
-    save_all=True,
-    append_images=moving[1:],
-    lossless=True,
-  )
-  source = data.get_source(folder, "train+test")
-  for i, name in enumerate(_names(source)):
-    _, _, pixels = source.check_example(i)
-    assert pixels.shape == (9, 12, 3)
-    if "alpha" in name or "moving" in name:
-      encoded, _ = source.parse(source.read([i])[0])
-      hidden = (alpha[..., 3:] == 0) & ("alpha" in name)
-      np.testing.assert_array_equal(
-        ops.decode(encoded, precise=True),
-        np.where(hidden, 255, alpha[..., :3]),
-      )
 
 
 def test_other_files_are_no_images(tmp_path, caplog):
@@ -528,31 +393,21 @@ def test_other_files_are_no_images(tmp_path, caplog):
   assert "left out: 2 .txt, 1 .heic, 1 .png, such as " in caplog.text
 
 
-def _break_text(path):
-  path.write_text("not an image")
-
-
-def _break_half(path):
-  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _break_empty(path):
-  path.write_bytes(b"")
+def _black(path):
+  Image.new("1", (10_000, 10_000)).save(path, "PNG")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-@pytest.mark.parametrize("damage", [_break_text, _break_half, _break_empty])
-def test_unreadable_image_is_named(tmp_path, damage, suffix):
+def test_unreadable_image_is_named(tmp_path, suffix, recwarn):
   folder = _make_folder(tmp_path, {"a": 4, "b": 4}, suffix)
-  damage(tmp_path / "b" / f"002.{suffix}")
-  with pytest.raises(UserError, match=rf"b/002\.{suffix}: not a readable"):
-    data.get_source(folder, "train+test")
-
-
-def test_decompression_bomb_in_a_folder_is_named(tmp_path, recwarn):
-  folder = _make_folder(tmp_path, {"a": 4, "b": 4})
-  Image.new("1", (10_000, 10_000)).save(tmp_path / "a" / "001.png")
-  with pytest.raises(UserError, match=r"a/001\.png: .*too many pixels"):
+  file = tmp_path / "b" / f"002.{suffix}"
+  whole = file.read_bytes()
+  for broken in (b"not an image", whole[: len(whole) // 2], b""):
+    file.write_bytes(broken)
+    with pytest.raises(UserError, match=rf"b/002\.{suffix}: not a readable"):
+      data.get_source(folder, "train+test")
+  _black(file)
+  with pytest.raises(UserError, match=rf"b/002\.{suffix}: .*too many pixels"):
     data.get_source(folder, "train+test")
   assert not recwarn.list
 
