@@ -145,8 +145,8 @@ def _convert(builder):
     for i, length in enumerate(info.shard_lengths):
       shard = {"shard_index": i, "num_shards": info.num_shards}
       source = template.sharded_filepath(**shard)
-      records = read.make_tf_data(source).as_numpy_iterator()
       try:
+        records = read.make_tf_data(source).as_numpy_iterator()
         with atomic_file(Path(new.sharded_filepath(**shard))) as partial:
           write.write_examples(partial, enumerate(records))
           count = write.num_examples(partial)
@@ -155,7 +155,7 @@ def _convert(builder):
               f"{source} has {count} examples, its data set declares {length}; "
               "delete the data set and prepare it again"
             )
-      except tf.errors.OpError as e:
+      except (tf.errors.OpError, ImportError) as e:
         raise UserError(
           f"{source} cannot be read: {one_line(e)}; delete the data set and "
           "prepare it again"

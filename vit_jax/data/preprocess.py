@@ -13,7 +13,6 @@ numbers, so that `predict` needs no TensorFlow.
 """
 
 import ast
-import inspect
 import io
 import math
 import os
@@ -34,86 +33,43 @@ MAX_PIXELS = 89_478_485
 # --- the strings ---
 
 
-def _require(ok, what):
-  if not ok:
-    raise TypeError(what)
-
-
 def _is_count(x, least=1):
   return type(x) is int and x >= least
 
 
-def _is_number(x):
-  return type(x) in (int, float)
+def _is_size(x):
+  pair = isinstance(x, tuple | list) and len(x) == 2
+  return _is_count(x) or (pair and all(map(_is_count, x)))
 
 
-def _check_size(size):
-  pair = isinstance(size, tuple | list) and len(size) == 2
-  _require(
-    _is_count(size) or (pair and all(map(_is_count, size))),
-    f"size must be a positive integer or (height, width), not {size!r}",
-  )
+def _is_number(x, least, most):
+  return type(x) in (int, float) and least <= x <= most
 
 
-def _check_method(method):
-  _require(
-    method in ("bilinear", "area"),
-    f"method must be 'bilinear' or 'area', not {method!r}",
-  )
+# What an argument has to be, and how that is checked.
+_SIZE = ("a positive integer or (height, width)", _is_size)
+_SIDE = ("a positive integer", _is_count)
+_METHOD = ("'bilinear' or 'area'", ("bilinear", "area").__contains__)
+_PERCENT = ("a percentage above 0", lambda x: _is_number(x, 1e-9, 100))
+_COUNT = ("an integer, 0 or more", lambda x: _is_count(x, 0))
+_MAGNITUDE = ("between 0 and 30", lambda x: _is_number(x, 0, 30))
+_CONTRAST = ("'mean' or 'augreg'", ("mean", "augreg").__contains__)
 
-
-# One function an operation: its signature is what the string may pass, its
-# body what the values must be.
-
-
-def _check_resize(size, method="bilinear"):
-  _check_size(size)
-  _check_method(method)
-
-
-def _check_resize_small(smaller_size, method="area"):
-  _require(
-    _is_count(smaller_size),
-    f"the shorter side must be a positive integer, not {smaller_size!r}",
-  )
-  _check_method(method)
-
-
-def _check_inception_crop(size, area_min=5, area_max=100):
-  _check_size(size)
-  numbers = _is_number(area_min) and _is_number(area_max)
-  _require(
-    numbers and 0 < area_min <= area_max <= 100,
-    "areas are percentages, 0 < area_min <= area_max <= 100",
-  )
-
-
-def _check_flip_lr():
-  pass
-
-
-def _check_randaug(num_ops=2, magnitude=10, contrast="mean"):
-  _require(_is_count(num_ops, 0), "num_ops must be an integer, 0 or more")
-  _require(
-    _is_number(magnitude) and 0 <= magnitude <= 30,
-    f"magnitude must be between 0 and 30, not {magnitude!r}",
-  )
-  _require(
-    contrast in ("mean", "augreg"),
-    f"contrast must be 'mean' or 'augreg', not {contrast!r}",
-  )
-
-
+# Operation -> its arguments, in their order; a size comes first, and is needed.
 EVALUATION_OPS = {
-  "resize": _check_resize,
-  "resize_small": _check_resize_small,
-  "central_crop": _check_size,
+  "resize": {"size": _SIZE, "method": _METHOD},
+  "resize_small": {"smaller_size": _SIDE, "method": _METHOD},
+  "central_crop": {"size": _SIZE},
 }
 TRAINING_OPS = {
-  "inception_crop": _check_inception_crop,
-  "random_crop": _check_size,
-  "flip_lr": _check_flip_lr,
-  "randaug": _check_randaug,
+  "inception_crop": {"size": _SIZE, "area_min": _PERCENT, "area_max": _PERCENT},
+  "random_crop": {"size": _SIZE},
+  "flip_lr": {},
+  "randaug": {
+    "num_ops": _COUNT,
+    "magnitude": _MAGNITUDE,
+    "contrast": _CONTRAST,
+  },
 }
 _OPS = EVALUATION_OPS | TRAINING_OPS
 
@@ -189,17 +145,26 @@ def _parse_op(node, text, image_size):
     raise UserError(
       f"preprocess {text!r}: {problem}; there are {', '.join(_OPS)}"
     )
-  signature = inspect.signature(_OPS[name])
+  known = _OPS[name]
   try:
     size = max(image_size) if name == "resize_small" else image_size
-    args = [_literal(a, size) for a in call.args]
-    kwargs = {str(k.arg): _literal(k.value, size) for k in call.keywords}
-    arguments = signature.bind(*args, **kwargs).arguments
-    _OPS[name](**arguments)
+    keywords = {str(k.arg): k.value for k in call.keywords}
+    given = dict(zip(known, call.args, strict=False)) | keywords
+    if len(given) < len(call.args) + len(keywords) or not {*given} <= {*known}:
+      raise ValueError("arguments that it does not have")
+    if {"size", "smaller_size"} & {*known} - {*given}:
+      raise ValueError("a size is missing")
+    arguments = {k: _literal(given[k], size) for k in known if k in given}
+    for key, value in arguments.items():
+      what, fits = known[key]
+      if not fits(value):
+        raise ValueError(f"{key} must be {what}, not {value!r}")
+    if arguments.get("area_min", 5) > arguments.get("area_max", 100):
+      raise ValueError("area_min is more than area_max")
   except (TypeError, ValueError, ArithmeticError) as e:
     raise UserError(
       f"preprocess {text!r}: {ast.unparse(node)}: {e}; it takes "
-      f"{name}{signature}"
+      f"{name}({', '.join(known)})"
     ) from e
   return name, arguments
 
@@ -208,7 +173,8 @@ def _literal(node, size):
   """Returns a literal, `size`, or `size` times or by numbers, rounded."""
   match node:
     case ast.Name():
-      _require(node.id == "size", f"{node.id!r} is neither a number nor `size`")
+      if node.id != "size":
+        raise ValueError(f"{node.id!r} is neither a number nor `size`")
       return size
     case ast.BinOp() if isinstance(size, tuple):
       return tuple(_literal(node, side) for side in size)

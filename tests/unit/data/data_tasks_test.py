@@ -120,7 +120,7 @@ class Mocked:
       tfds_source.array_record_data_source, "ArrayRecordDataSource", Files
     )
 
-  def prepare(self, name, overrides=(), sizes=None):
+  def prepare(self, name, overrides=()):
     """Makes the builder's folder; `overrides` go round the examples."""
     task = benchmarks.find_task(name)
     builder = tfds_source.find_builder(name, self.root, "array_record")
@@ -136,7 +136,7 @@ class Mocked:
     folder = pathlib.Path(builder.data_path)
     folder.mkdir(parents=True, exist_ok=True)
     infos = []
-    for split, size in (sizes or _SIZES[builder.name]).items():
+    for split, size in _SIZES[builder.name].items():
       template = tfds.core.ShardedFileTemplate(
         data_dir=folder,
         dataset_name=builder.name,
@@ -168,22 +168,11 @@ def mocked(tmp_path, monkeypatch):
   return Mocked(tmp_path, monkeypatch)
 
 
-def _objects(depths, key="pixel_coords"):
-  """Objects of CLEVR or KITTI at these depths."""
+def _objects(depths):
+  """Objects of CLEVR at these depths."""
   n = len(depths)
   places = np.zeros((n, 3), np.float32)
   places[:, 2] = depths
-  if key == "location":
-    return {
-      "type": np.zeros(n, np.int64),
-      "truncated": np.zeros(n, np.float32),
-      "occluded": np.zeros(n, np.int64),
-      "alpha": np.zeros(n, np.float32),
-      "bbox": [tfds.features.BBox(0.1, 0.2, 0.3, 0.4)] * n,
-      "dimensions": np.ones((n, 3), np.float32),
-      "location": places,
-      "rotation_y": np.zeros(n, np.float32),
-    }
   classes = {
     k: np.zeros(n, np.int64) for k in ("color", "material", "shape", "size")
   }
@@ -199,9 +188,6 @@ def _overrides(name):
   """What must not be random: the mocked objects may be too many, or none."""
   if name.startswith("vtab:clevr"):
     return [{"objects": _objects([9.2] * n)} for n in (3, 4, 5, 10, 7)]
-  if name.startswith("vtab:kitti"):
-    depths = ([3.0], [9.0, 70.0], [50.0], [], [8.5])
-    return [{"objects": _objects(d, "location")} for d in depths]
   return ()
 
 
@@ -221,14 +207,23 @@ def _parse_part(text):
   return split, int(start), int(stop)
 
 
+def _make_infos(name):
+  """Returns what TFDS knows of the splits of a prepared data set."""
+  return {
+    split: tfds.core.SplitInfo(name=split, shard_lengths=[size], num_bytes=0)
+    for split, size in _SIZES[name].items()
+  }
+
+
 @pytest.mark.parametrize("name", _VTAB)
-def test_splits_of_vtab(mocked, name):
+def test_splits_and_classes_of_vtab(tmp_path, name):
   dataset, num_classes, val, test, done = _VTAB[name]
   train, val, test = map(_parse_part, ("train:0:800", val, test))
   name = f"vtab:{name}"
   task = data.find_task(name)
   assert task.dataset.partition(":")[0] == dataset
-  mocked.prepare(name, _overrides(name))
+  builder = tfds_source.find_builder(name, str(tmp_path))
+  infos = _make_infos(builder.name)
   for split, parts in (
     ("train800", [train]),
     ("val200", [val]),
@@ -236,20 +231,16 @@ def test_splits_of_vtab(mocked, name):
     ("test", [test]),
     ("val200+train[:3]", [val, ("train", 0, 3)]),
   ):
-    found = data.get_source(name, split, mocked.root)
-    assert found.num_examples == sum(stop - start for _, start, stop in parts)
-    classes = found.num_classes, len(found.class_names)
-    assert classes == (int(num_classes),) * 2
-    assert not found.multilabel
-    assert [
-      (pathlib.Path(file).name.split("-")[1].split(".")[0], first, end)
-      for file, first, end in found.locate()
-    ] == parts
+    assert tfds_source.resolve_split(infos, name, split)[1] == parts
   # The 1,000 examples and the test set share none.
   assert not any(
     a[0] == b[0] and a[1] < b[2] and b[1] < a[2]
     for a, b in ((train, val), (train, test), (val, test))
   )
+  features = builder.info.features
+  *_, label = tfds_source._select_features(features, name, task)
+  names = tfds_source._name_classes(label, name, task)
+  assert len(names) == task.num_classes == int(num_classes)
   # Augmentation leaves the label alone.
   crops = "resize(448)|random_crop(size)" if "c" in done else "resize(size)"
   expected = crops + "|flip_lr" * ("f" in done)
@@ -259,20 +250,28 @@ def test_splits_of_vtab(mocked, name):
 
 
 @pytest.mark.parametrize("name", _PLAIN)
-def test_other_test_sets(mocked, name):
+def test_other_test_sets(tmp_path, name):
   num_classes, split, size = _PLAIN[name]
-  mocked.prepare(name, [{"real_label": [3, 999]}, {"real_label": []}])
-  found = data.get_source(name, split, mocked.root)
-  assert (found.num_examples, found.num_classes) == (size, num_classes)
-  assert len(data.list_splits(name, mocked.root)) >= 1
+  builder = tfds_source.find_builder(name, str(tmp_path))
+  _, parts = tfds_source.resolve_split(_make_infos(builder.name), name, split)
+  assert [end - start for _, start, end in parts] == [size]
+  task = data.find_task(name)
+  features = builder.info.features
+  *_, label = tfds_source._select_features(features, name, task)
+  names = tfds_source._name_classes(label, name, task)
+  assert len(names) == num_classes
   if num_classes == 1000:
-    wnids = found.class_names
-    assert (wnids[0], wnids[999]) == ("n01440764", "n15075141")
-    assert wnids == sorted(wnids)
-  if name == "imagenet2012_real":
-    assert (found.multilabel, found.max_labels) == (True, 9)
-    labels = [found.parse(r)[1].numpy().tolist() for r in found.read([0, 1])]
-    assert labels == [[3, 999] + [-1] * 7, [-1] * 9]
+    assert (names[0], names[999]) == ("n01440764", "n15075141")
+    assert names == sorted(names)
+
+
+def test_images_of_real_have_several_labels_or_none(mocked):
+  labels = [{"real_label": [3, 999]}, {"real_label": []}]
+  mocked.prepare("imagenet2012_real", labels)
+  found = data.get_source("imagenet2012_real", "test", mocked.root)
+  assert (found.multilabel, found.max_labels) == (True, 9)
+  labels = [found.parse(r)[1].numpy().tolist() for r in found.read([0, 1])]
+  assert labels == [[3, 999] + [-1] * 7, [-1] * 9]
 
 
 def test_version_and_configuration_may_be_given():
@@ -300,7 +299,7 @@ def test_clevr_counts(mocked):
 
 
 def _derive(name, objects):
-  tensors = {k: tf.constant(v) for k, v in objects.items() if k != "bbox"}
+  tensors = {k: tf.constant(v) for k, v in objects.items()}
   return int(data.find_task(name).derive(tensors))
 
 
@@ -308,8 +307,8 @@ def _derive(name, objects):
   ("depths", "label"),
   [
     *(([0.01], 0), ([8.0], 0), ([8.01], 1), ([8.5], 1), ([8.51], 2)),
-    *(([9.0], 2), ([9.01], 3), ([9.5], 3), ([9.51], 4), ([10.0], 4)),
-    *(([10.01], 5), ([99.0], 5), ([12.0, 9.2, 15.0], 3), ([0.0], -1)),
+    *(([9.01], 3), ([9.51], 4), ([10.0], 4), ([10.01], 5), ([99.0], 5)),
+    *(([12.0, 9.2, 15.0], 3), ([0.0], -1)),
   ],
 )
 def test_distance_of_the_closest_object(depths, label):
@@ -319,21 +318,17 @@ def test_distance_of_the_closest_object(depths, label):
 @pytest.mark.parametrize(
   ("depths", "types", "label"),
   [
-    ([8.0], [0], 0),
-    ([8.01], [0], 1),
-    ([20.0], [1], 1),
-    ([20.01], [2], 2),
-    ([999.0], [0], 2),
-    ([999.5], [0], 3),
-    ([-4.0], [0], 0),
+    *(([8.0], [0], 0), ([8.01], [0], 1), ([20.0], [1], 1), ([20.01], [2], 2)),
+    *(([999.0], [0], 2), ([999.5], [0], 3), ([-4.0], [0], 0)),
     ([], [], 3),  # nothing at all
     ([5.0, 6.0], [3, 4], 3),  # people and the like only
     ([5.0, 30.0, 12.0], [3, 0, 1], 1),  # a nearer pedestrian
   ],
 )
 def test_distance_of_the_closest_vehicle(depths, types, label):
-  objects = _objects(np.array(depths, np.float32), "location")
-  objects["type"] = np.array(types, np.int64)
+  places = np.zeros((len(depths), 3), np.float32)
+  places[:, 2] = depths
+  objects = {"location": places, "type": np.array(types, np.int64)}
   assert _derive("vtab:kitti_distance", objects) == label
 
 
