@@ -194,7 +194,7 @@ def test_hosts_recombine_to_the_same_batches(text, hosts):
 
 
 @pytest.mark.parametrize(
-  ("text", "starts"), [(CROPPED, [1, 3, 5]), (AUGMENTED, [4])]
+  ("text", "starts"), [(CROPPED, [1, 5]), (AUGMENTED, [4])]
 )
 def test_restart_at_any_step_goes_on_the_same(text, starts):
   source = Numbers(21)
@@ -332,9 +332,7 @@ def _evaluate(source, batch_size, rows, **kwargs):
   )
 
 
-@pytest.mark.parametrize(
-  ("size", "hosts"), [(3, 1), (16, 1), (8, 2), (21, 2), (1, 4), (16, 4)]
-)
+@pytest.mark.parametrize(("size", "hosts"), [(16, 1), (21, 2), (1, 4)])
 def test_evaluation_has_every_example_once(size, hosts):
   source = Numbers(size)
   seen = []

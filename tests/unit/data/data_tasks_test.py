@@ -473,15 +473,15 @@ def test_objectnet_maps_its_classes_and_loses_its_frame(tmp_path):
   assert (found.num_examples, found.num_classes) == (226, 1000)
   assert (found.multilabel, found.max_labels) == (True, 3)
   seen = []
-  for record in found.read(np.arange(226)):
-    encoded, labels = found.parse(record)
-    pixels = np.asarray(Image.open(io.BytesIO(encoded.numpy())))
+  records = tf.data.Dataset.from_tensor_slices(found.read(np.arange(226)))
+  for encoded, labels in records.map(found.parse).as_numpy_iterator():
+    pixels = np.asarray(Image.open(io.BytesIO(encoded)))
     assert pixels.shape == (8, 10, 3)
     [colour] = np.unique(pixels.reshape(-1, 3), axis=0)
     folder = list(objectnet.CLASSES)[colour[0]]
     seen.append((folder, int(colour[1])))
     expected = objectnet.CLASSES[folder]
-    assert labels.numpy().tolist() == [*expected, -1, -1][:3]
+    assert labels.tolist() == [*expected, -1, -1][:3]
   assert len(set(seen)) == 226
   [batch, *_] = data.eval_batches(
     found,
