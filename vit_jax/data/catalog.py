@@ -1,7 +1,6 @@
 """Data sets by name: the forms of a name, and how it is opened."""
 
 import math
-from pathlib import Path
 
 from vit_jax.data import folder, tfds
 from vit_jax.data.folder import FOLDER, FolderSource
@@ -63,7 +62,8 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
   if not text:
     raise UserError("the data set's name is empty; see `vit-jax data list`")
   # A folder's path may hold commas and equal signs.
-  if text.startswith((FOLDER, OBJECTNET)) and not _ends_with_weight(text):
+  weighs = _parse_weight(text.rpartition("=")[2])
+  if text.startswith((FOLDER, OBJECTNET)) and not weighs:
     return [(text, 1.0)]
   if "=" not in text and "," not in text:
     return [(text, 1.0)]
@@ -86,8 +86,3 @@ def _parse_weight(text) -> float | None:
   except ValueError:
     return None
   return weight if 0 < weight < math.inf else None
-
-
-def _ends_with_weight(text):
-  path = Path(text.partition(":")[2]).expanduser()
-  return _parse_weight(text.rpartition("=")[2]) and not path.is_dir()

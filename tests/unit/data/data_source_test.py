@@ -236,14 +236,6 @@ def test_parse_mixture(text, expected):
   assert data.parse_mixture(text) == expected
 
 
-@pytest.mark.parametrize("prefix", ["folder:", "objectnet:"])
-def test_path_that_ends_like_a_weight(prefix, tmp_path):
-  (tmp_path / "lr=3").mkdir()
-  text = f"{prefix}{tmp_path}/lr=3"
-  assert data.parse_mixture(text) == [(text, 1.0)]
-  assert data.parse_mixture(text + "=2") == [(text, 2.0)]
-
-
 def test_mixture_needs_the_same_classes_in_order(tmp_path):
   pets = _make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
   others = _make_folder(tmp_path / "others", {"aeroplane": 3, "zebra": 3})
