@@ -70,6 +70,7 @@ setuptools.setup(
     ],
     "figures": ["matplotlib>=3.10"],
     "demo": ["gradio>=6.0"],
+    "sweep": ["submitit>=1.5"],
     # flatbuffers for StableHLO, the others for ONNX.
     "export": ["flatbuffers>=24.3", "jax2onnx>=0.13", "onnxruntime>=1.24"],
     "plan": ["vit_jax[train]", "libtpu>=0.0.50; sys_platform == 'linux'"],
@@ -78,7 +79,7 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     # What `make setup` installs: the quickstart and the default tests run.
     "test": [
-      "vit_jax[figures,train]",
+      "vit_jax[figures,sweep,train]",
       "pytest>=8.0",
       "pytest-xdist>=3.6",
       "pyyaml>=6.0",

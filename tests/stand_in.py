@@ -1,7 +1,8 @@
 """What stands in for `train` where only the order of runs is tested.
 
 A run resumes from its folder, takes its steps, saves on SIGTERM. Its accuracy
-is base_lr + seed / 10 + the length of the task's name / 1000.
+is base_lr + seed / 10 + the length of the task's name / 1000. The files "fail"
+and "stop" in its folder end it with an error, and after one step.
 """
 
 import json
@@ -10,80 +11,45 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-# In place of jobs._CHILD; a step takes 20 ms.
-CHILD = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import stand_in
-stand_in.main(*sys.argv[1:])
-"""
+# In place of sweep.TRAIN; a step takes 20 ms.
+COMMAND = [sys.executable, __file__, "train"]
 
 
-class Ended:
-  """Stands in for the process of a run that has ended."""
+def use(monkeypatch, jobs, sweep) -> list[list[str]]:
+  """Has sweeps run it in this process; returns the commands, as they come."""
+  commands = []
 
-  def __init__(self, code):
-    self.returncode = code
+  def start(_, workdir, command, slot):
+    commands.append(command)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / "log.txt", "a") as log:
+      train(command[len(sweep.TRAIN) :], slot, log)
+    return SimpleNamespace(done=lambda: True)
 
-  def poll(self):
-    return self.returncode
-
-  def terminate(self):
-    pass
-
-  kill = terminate
-
-
-def use(monkeypatch, jobs, sweep) -> None:
-  """Has sweeps run the stand-in, in this process."""
-
-  def start(run, environment, _):
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    with open(run.workdir / "log.txt", "a") as log:
-      code = train(run.arguments(), environment, log)
-    return jobs._Job(run, Ended(code), environment, time.monotonic())
-
-  monkeypatch.setattr(jobs, "_start", start)
-  monkeypatch.setattr(jobs, "_POLL_SECONDS", 0)
+  monkeypatch.setattr(jobs.Executor, "start", start)
+  monkeypatch.setattr(sweep, "_POLL_SECONDS", 0)
   # The stand-in's config.json is not one to compare with.
   monkeypatch.setattr(sweep.run_folder, "check", lambda *_: False)
-
-
-def main(parent, *arguments):
-  """Is a process of a sweep."""
-  if os.getppid() != int(parent):
-    sys.exit("orphan")
-  stopped = []
-  signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-
-  def take_step():
-    time.sleep(0.02)
-    return not stopped and os.getppid() != 1
-
-  sys.exit(train(arguments, os.environ, sys.stdout, take_step))
+  return commands
 
 
 def train(arguments, environment, log, take_step=lambda: True):
   """Does what the command line says; returns the exit code."""
-  keys = dict(a[2:].partition("=")[::2] for a in arguments[1:])
+  keys = dict(a[2:].partition("=")[::2] for a in arguments)
   folder = Path(keys["workdir"])
   total = int(keys.get("config.total_steps", 6))
-  parts = {
-    name: {
-      "dataset": "d",
-      "split": keys.get(f"config.{name}.split", "s"),
-      "preprocess": "p",
-    }
+  splits = {
+    name: {"split": keys.get(f"config.{name}.split", "s")}
     for name in ("train", "eval")
   }
-  config = {**parts, "image_size": 8}
-  run = json.dumps({"config": config, "total_steps": total})
   print("begins", environment.get("CUDA_VISIBLE_DEVICES"), file=log, flush=True)
   if (folder / "fail").exists():
     print("error: it is told to", file=log)
     return 1
-  (folder / "config.json").write_text(run)
+  written = {"config": splits, "total_steps": total}
+  (folder / "config.json").write_text(json.dumps(written))
   (folder / "checkpoints").mkdir(exist_ok=True)
   steps = [int(f.name) for f in (folder / "checkpoints").iterdir()]
   step = max(steps, default=0)
@@ -101,3 +67,14 @@ def train(arguments, environment, log, take_step=lambda: True):
       f.flush()
   (folder / "checkpoints" / str(step)).mkdir(exist_ok=True)
   return 0
+
+
+if __name__ == "__main__":
+  stopped = []
+  signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+
+  def take_slow_step():
+    time.sleep(0.02)
+    return not stopped
+
+  sys.exit(train(sys.argv[2:], os.environ, sys.stdout, take_slow_step))

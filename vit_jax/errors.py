@@ -29,6 +29,7 @@ EXTRAS = {
   ),
   "matplotlib": "figures",
   "gradio": "demo",
+  "submitit": "sweep",
   **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),
   "libtpu": "plan",
   "gcsfs": "train",  # TensorFlow reads buckets as well

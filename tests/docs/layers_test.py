@@ -90,6 +90,7 @@ _CONTAINED = {
   "torch": {"tools.bench"},  # in processes that run nothing else
   "timm": {"tools.bench"},
   "gradio": {"tools.demo"},
+  "submitit": {"tools.jobs"},
 }
 
 # What `pip install vit_jax` installs; and what users install by hand, for one

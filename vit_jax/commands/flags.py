@@ -114,11 +114,27 @@ def add_grid(parser, help):
 
 def add_jobs(parser):
   parser.add_argument(
+    "--executor", default="local", help="this machine, or slurm"
+  )
+  parser.add_argument(
     "--jobs",
     type=int,
-    default=1,
-    help="runs at once; they divide the GPUs or TPU chips (default: 1)",
+    help="runs at once; they divide the GPUs or TPU chips of this machine "
+    "(default: 1; of Slurm: all)",
   )
+  parser.add_argument(
+    "--slurm",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+    help="as submitit names sbatch's options: partition=gpu, time=MINUTES, "
+    "gpus_per_node=1, cpus_per_task=8, mem=64GB",
+  )
+
+
+def read_jobs(args) -> dict:
+  """Returns the flags of `add_jobs` as keyword arguments."""
+  return {name: vars(args)[name] for name in ("executor", "jobs", "slurm")}
 
 
 def add_dataset_name(parser):

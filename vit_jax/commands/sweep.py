@@ -34,24 +34,17 @@ def run(args):
     early.check(config.load(args.config, args.overrides))
   from vit_jax.tools import sweep
 
-  options = {
-    "overrides": args.overrides,
-    "grid": sweep.parse_grids(args.grid),
-    "seeds": args.seeds,
-    "jobs": args.jobs,
-    "select": args.select,
-  }
-  if args.final:
-    result = sweep.select_and_train(
-      args.config, args.final, args.workdir, **options
-    )
-    summaries = [summary for summary in result.values() if summary]
-  else:
-    result = sweep.sweep(args.config, args.workdir, **options)
-    summaries = [result]
+  result = sweep.sweep(
+    args.config,
+    args.workdir,
+    overrides=args.overrides,
+    grid=sweep.parse_grids(args.grid),
+    seeds=args.seeds,
+    final=args.final,
+    select=args.select,
+    **flags.read_jobs(args),
+  )
   if args.json:
-    print(json.dumps(result))
+    print(json.dumps(result if args.final else result["sweep"]))
   else:
-    print("\n\n".join(map(sweep.format_summary, summaries)))
-  for summary in summaries:
-    sweep.raise_if_failed(summary["runs"])
+    print("\n\n".join(map(sweep.format_summary, result.values())))

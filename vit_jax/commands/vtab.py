@@ -48,6 +48,6 @@ def run(args):
     grid=sweep.parse_grids(args.grid),
     per_task=args.per_task,
     seeds=args.seeds,
-    jobs=args.jobs,
+    **flags.read_jobs(args),
   )
   print(json.dumps(result) if args.json else vtab.format_report(result))

@@ -121,10 +121,48 @@ class Run:
         found[name] = points
     return found
 
-  @property
+  @functools.cached_property
   def results(self) -> dict[str, float]:
-    """The evaluation after the last step, {} until then."""
-    return self.evaluations.get(self.total_steps, {})
+    """The evaluations after the last step, {} until then.
+
+    {"accuracy": 0.9, ...}; those of `config.evals` as NAME/METRIC.
+    """
+    return {
+      name.removeprefix("eval/"): x
+      for values in self.lines
+      for name, x in values.items()
+      if values["step"] == self.total_steps
+      and name.partition("/")[0] not in ("step", "train", "speed")
+    }
+
+  @property
+  def is_complete(self) -> bool:
+    """Whether the last step is saved and has all its evaluations.
+
+    A run saves, then evaluates, and may be stopped before or in that.
+    """
+    wanted = {""} if self.config["eval.split"] else set()
+    wanted |= {k.split(".")[1] for k in self.config if k.startswith("evals.")}
+    found = {name.rpartition("/")[0] for name in self.results}
+    saved = self.path / "checkpoints" / str(self.total_steps)
+    return saved.is_dir() and wanted <= found
+
+  def find_result(self, select: str | None = None) -> tuple[str, float]:
+    """Returns the name and value of what a complete run is compared by.
+
+    Args:
+      select: METRIC or NAME/METRIC; unset: `config.best_metric`, or of
+        `MAIN_METRICS`.
+
+    Raises:
+      UserError: it has not been evaluated.
+    """
+    results = self.results
+    name = select or self.config.get("best_metric") or find_main(results) or ""
+    name = name.removeprefix("eval/")
+    choices = [x for x in results if x.rpartition("/")[2] not in COUNTS]
+    check_choice("--select", name, sorted(choices))
+    return name, results[name]
 
   @property
   def notes(self) -> list[str]:
@@ -160,18 +198,6 @@ def _is_number(x) -> bool:
 def find_main(results) -> str | None:
   """Returns the name of what a run with these results is compared by."""
   return next((name for name in MAIN_METRICS if name in results), None)
-
-
-def choose_metric(results, select: str | None) -> str | None:
-  """Returns the name of the result to compare by, None for no results.
-
-  Raises:
-    UserError: the evaluation has no `select`.
-  """
-  if select and results:
-    check_choice("--select", select, sorted(results.keys() - COUNTS))
-    return select
-  return find_main(results)
 
 
 def order(metric: str, value: float) -> float:

@@ -9,32 +9,71 @@ on all of it, with several seeds.
   WORKDIR/{select/SETTING,seed=0 and sweep.json, final/seed=0 and sweep.json}
 """
 
-import ast
-import collections
 import hashlib
 import itertools
 import logging
 import re
 import statistics
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_jax import checkpoint, files, pretrained
 from vit_jax import config as configuration
-from vit_jax.errors import RunStopped, UserError
-from vit_jax.tools.jobs import (
-  Trial,
-  divide_devices,
-  inspect_trial,
-  lock,
-  run_all,
-)
-from vit_jax.tools.runs import choose_metric, order
+from vit_jax.errors import RunStopped, UserError, check_folder
+from vit_jax.tools import jobs, runs
 from vit_jax.tools.text import format_columns
-from vit_jax.training import inputs, run_folder
+from vit_jax.training import inputs, lock, run_folder
+from vit_jax.training.metrics import duration
 
 log = logging.getLogger(__name__)
+
+TRAIN = [sys.executable, "-m", "vit_jax", "train"]
+_POLL_SECONDS = 0.2
+
+
+class Trial(NamedTuple):
+  """One training of a sweep, begun or not.
+
+  Attributes:
+    workdir: its folder.
+    config: "CONFIG[:ARG]".
+    overrides: {key: text}, all of them.
+    setting: {key: text} of the grid alone.
+    select: the result that is compared; None: the usual one.
+  """
+
+  workdir: Path
+  config: str
+  overrides: dict[str, str]
+  setting: dict[str, str]
+  select: str | None
+
+  def command(self) -> list[str]:
+    """Returns the command line that trains."""
+    changes = [f"--config.{key}={x}" for key, x in self.overrides.items()]
+    where = f"--workdir={self.workdir}"
+    return [*TRAIN, f"--config={self.config}", where, *changes]
+
+  def inspect(self) -> dict[str, Any]:
+    """Returns what the folder has: {"workdir", "setting", "seed", "select": the
+    name and "metric": the value of what is compared, "results"}; the metric of
+    a run that is not finished is None.
+    """
+    run = runs.read_run(self.workdir)
+    name = value = None
+    if run and run.is_complete:
+      name, value = run.find_result(self.select)
+    return {
+      "workdir": str(self.workdir),
+      "setting": self.setting,
+      "seed": int(self.overrides["seed"]),
+      "select": name,
+      "metric": value,
+      "results": run.results if run else {},
+    }
 
 
 # --- which runs ---
@@ -50,57 +89,39 @@ def parse_grids(texts: Sequence[str]) -> dict[str, list[str]]:
   """
   grid = {}
   for text in texts:
-    key, _, values = text.partition("=")
-    values = [v.strip() for v in _split(values)]
-    if not key or not all(values):
+    key, _, rest = text.partition("=")
+    inner = r"(?:'[^']*'|\"[^\"]*\"|[^,()])"
+    values = re.findall(rf"(?:\((?:{inner}|,|\({inner}*\))*\)|{inner})+", rest)
+    if not key or ",".join(values) != rest or not rest or key == "seed":
       raise UserError(
         f"--grid={text} needs a key and values, as in "
-        "--grid=schedule.base_lr=0.001,0.003"
+        "--grid=schedule.base_lr=0.001,0.003; for N seeds give --seeds=N"
       )
-    if key == "seed":
-      raise UserError("--grid=seed: give --seeds=N for N seeds")
-    if key in grid or len({_plain(v) for v in values}) < len(values):
+    values = [value.strip() for value in values]
+    if key in grid or len(set(values)) < len(values):
       raise UserError(f"--grid={text}: a key or value is given twice")
     grid[key] = values
   return grid
 
 
-def _split(text):
-  """Splits at the commas that stand in no brackets and no quotes."""
-  pieces = re.findall(r"(?:'[^']*'|\"[^\"]*\"|[\[\](){}]|[^,])|,", text)
-  parts, depth = [""], 0
-  for piece in pieces:
-    depth += (piece in "([{") - (piece in ")]}")
-    if piece == "," and not depth:
-      parts.append("")
-    else:
-      parts[-1] += piece
-  return parts
-
-
-def _plain(text):
-  """A value as Python has it: 1e-3 and 0.001 are the same."""
-  try:
-    return repr(ast.literal_eval(text))
-  except (ValueError, SyntaxError):
-    return text
-
-
 def plan(
   config: str,
-  workdir: Path,
+  folder: Path,
   overrides: dict[str, str],
   grid: dict[str, list[str]],
   seeds: int,
+  select: str | None = None,
 ) -> list[Trial]:
   """Returns the trials of a sweep, checked, and touches nothing.
 
   Args:
     config: "CONFIG[:ARG]".
-    workdir: the folder that gets one folder a run.
+    folder: gets one folder a run.
     overrides: {key: text}, of all runs.
     grid: {key: texts}; every combination is a setting.
     seeds: how many of each setting, from the configuration's seed on.
+    select: the result that is compared; unset: `config.best_metric`, or
+      accuracy, or what is in its place. Of "loss" less is better.
 
   Raises:
     UserError: a configuration that cannot be run, or a folder that holds a run
@@ -108,38 +129,31 @@ def plan(
   """
   if seeds < 1:
     raise UserError(f"--seeds is {seeds}; it must be 1 or more")
-  both = sorted(grid.keys() & overrides.keys())
-  if both:
-    raise UserError(f"{both[0]} is in --grid and in --config.{both[0]}")
+  for key in grid.keys() & overrides.keys():
+    raise UserError(f"{key} is in --grid and in --config.{key}")
   first_seed = configuration.load(config, overrides).seed
   trials = []
   for values in itertools.product(*grid.values()):
     setting = dict(zip(grid, values, strict=True))
     for seed in range(first_seed, first_seed + seeds):
-      name = make_name(setting, seed)
+      workdir = folder / make_name({**setting, "seed": str(seed)})
       changed = {**overrides, **setting, "seed": str(seed)}
-      trial = Trial(name, workdir / name, config, changed, setting, seed)
-      _check(trial)
-      trials.append(trial)
+      trials.append(Trial(workdir, config, changed, setting, select))
+      _check(trials[-1])
   return trials
 
 
-def make_name(setting: dict[str, str], seed: int) -> str:
-  """Returns a folder's name: "base_lr=0.003,seed=1".
-
-  The same for the same setting; a long one is cut, and gets a digest.
-  """
-  lasts = collections.Counter(key.rpartition(".")[2] for key in setting)
-  parts = []
-  for key, value in setting.items():
-    last = key.rpartition(".")[2]
-    parts.append(f"{last if lasts[last] == 1 else key}={value}")
-  whole = ",".join([*parts, f"seed={seed}"])
+def make_name(setting: dict[str, str]) -> str:
+  """Returns a folder's name: "base_lr=0.003,seed=1"; a long one is cut."""
+  lasts = [key.rpartition(".")[2] for key in setting]
+  whole = ",".join(
+    f"{key if lasts.count(last) > 1 else last}={value}"
+    for (key, value), last in zip(setting.items(), lasts, strict=True)
+  )
   name = re.sub(r"[^\w.,=+-]+", "_", whole)
   if name == whole and len(name) <= 100:
     return name
-  digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-  return f"{name[:80]},{digest}"
+  return f"{name[:80]},{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def _check(trial):
@@ -147,31 +161,42 @@ def _check(trial):
   configuration.check_ranges(loaded)
   if not run_folder.check(loaded, checkpoint.absolute(trial.workdir)):
     configuration.check_unused(loaded)
-  if not loaded.eval.split:
+  name, slash, _ = (trial.select or loaded.best_metric or "").partition("/")
+  wanted = name if slash else "eval"
+  if wanted not in [e.name for e in configuration.list_evals(loaded)]:
     raise UserError(
-      "a sweep compares evaluations; set --config.eval.split to a held-out part"
+      f"a sweep compares evaluations, and there is no {wanted!r}; set "
+      "--config.eval.split to a held-out part"
     )
 
 
 def check_sources(trials: Sequence[Trial]) -> None:
-  """Opens the data and the weights of all trials, each once.
-
-  Raises:
-    UserError: what is missing or unsuitable; no run has begun.
-  """
+  """Opens the data and weights of trials before the first one begins."""
   seen = set()
   for trial in trials:
     loaded = configuration.load(trial.config, trial.overrides)
-    parts = (loaded.train.dataset, loaded.train.split, loaded.data_dir)
-    parts += tuple(configuration.list_evals(loaded))
-    if parts not in seen:
+    train = (loaded.train.dataset, loaded.train.split, loaded.data_dir)
+    sources = (*train, *configuration.list_evals(loaded), loaded.init_from)
+    if sources not in seen:
       inputs.open_inputs(loaded)
-    if loaded.init_from and loaded.init_from not in seen:
-      pretrained.read(loaded.init_from)
-    seen |= {parts, loaded.init_from}
+      if loaded.init_from:
+        pretrained.read(loaded.init_from)
+    seen.add(sources)
 
 
-# --- what comes out ---
+def local_folder(workdir: str) -> Path:
+  """Returns an absolute path; raises a UserError for what is no folder."""
+  if "://" in workdir:
+    raise UserError(
+      f"--workdir={workdir}: a sweep needs a local folder; single runs of "
+      "`vit-jax train` can be in a bucket"
+    )
+  folder = Path(workdir).expanduser().absolute()
+  check_folder(folder)
+  return folder
+
+
+# --- running them ---
 
 
 def sweep(
@@ -181,236 +206,205 @@ def sweep(
   overrides: dict[str, str],
   grid: dict[str, list[str]],
   seeds: int = 3,
-  jobs: int = 1,
+  final: str | None = None,
   select: str | None = None,
-) -> dict[str, Any]:
-  """Runs a sweep, or what is left of it, and writes `workdir`/sweep.json.
+  **where,
+) -> dict[str, dict[str, Any]]:
+  """Runs a sweep, or what is left of it.
 
   Args:
-    config, overrides, grid, seeds: see `plan`.
+    config, overrides, grid, select: see `plan`; with a final configuration,
+      `config` holds out a part of the training set.
     workdir: a local folder; it gets a folder a run.
-    jobs: how many runs at once.
-    select: the result that is compared; unset: accuracy, or what is in its
-      place. Of "loss" less is better.
+    seeds: how many of each setting, or of the final one alone.
+    final: "CONFIG[:ARG]" that trains on the whole training set.
+    **where: see `jobs.Executor`.
 
   Returns:
-    See `summarize`.
+    {"sweep": `summarize`}, or both {"select", "final"}.
 
   Raises:
-    UserError: see `plan`, `lock`, `divide_devices`, `check_sources`; no such
-      result.
+    UserError: as `plan`, `jobs.Executor`, `check_sources`; another sweep is at
+      work in the folder.
+    RunStopped: a run has failed.
   """
   folder = local_folder(workdir)
-  trials = plan(config, folder, overrides, grid, seeds)
-  environments = divide_devices(jobs)
-  check_sources(trials)
-  with lock(folder) as lock_fd:
-    results, stopped = run_groups({"": trials}, environments, lock_fd, select)
-  if stopped:
-    log.info("stopped; run it again to go on")
-  return results[""]
+  if final is None:
+    trials = plan(config, folder, overrides, grid, seeds, select)
+    executor = jobs.Executor(**where)
+    check_sources(trials)
+    with lock.hold(checkpoint.absolute(folder)):
+      return {"sweep": run_trials({"": trials}, executor)[""]}
+
+  def plan_final(setting):
+    changed = overrides | setting
+    return plan(final, folder / "final", changed, {}, seeds, select)
+
+  trials = plan(config, folder / "select", overrides, grid, 1, select)
+  selected, finals = select_and_train(
+    folder,
+    {"": (trials, plan_final)},
+    lambda found: {"": found[""]["best"]["setting"]},
+    **where,
+  )
+  return {"select": selected[""], "final": finals[""]}
 
 
 def select_and_train(
-  config: str,
-  final: str,
-  workdir: str,
-  *,
-  overrides: dict[str, str],
-  grid: dict[str, list[str]],
-  seeds: int = 3,
-  jobs: int = 1,
-  select: str | None = None,
-) -> dict[str, Any]:
-  """Tries every setting once, then trains the best with several seeds.
+  folder: Path,
+  plans: dict[str, tuple[list[Trial], Callable]],
+  choose: Callable,
+  **where,
+) -> tuple[dict[str, dict], dict[str, dict]]:
+  """Tries settings on held-out images, then trains with those it chooses.
 
   Args:
-    config: "CONFIG[:ARG]" that holds out a part of the training set.
-    final: "CONFIG[:ARG]" that trains on all of it.
-    workdir, overrides, grid, jobs, select: as `sweep`, of both.
-    seeds: how many of the final run.
+    folder: of the sweep.
+    plans: {name: (trials to select by, setting -> the final trials)}.
+    choose: {name: `summarize` of the selection} -> {name: setting}.
+    **where: see `jobs.Executor`.
 
   Returns:
-    {"select", "final"}, each `summarize`; what was not begun is None.
-
-  Raises:
-    UserError: as `sweep`.
-    RunStopped: a run of the selection failed.
+    {name: `summarize`} of the selection, and of the final runs.
   """
-  folder = local_folder(workdir)
 
-  def plan_final(setting):
-    changed = {**overrides, **setting}
-    trials = plan(final, folder / "final", changed, {}, seeds)
-    return [trial._replace(setting=setting) for trial in trials]
+  def plan_finals(settings):
+    return {
+      name: [t._replace(setting=settings[name]) for t in plan(settings[name])]
+      for name, (_, plan) in plans.items()
+    }
 
-  trials = plan(config, folder / "select", overrides, grid, 1)
-  environments = divide_devices(jobs)
+  trials = {name: first for name, (first, _) in plans.items()}
+  executor = jobs.Executor(**where)
   # A mistake in the final runs shows now.
-  check_sources([*trials, *plan_final(trials[0].setting)])
-  found: dict[str, Any] = {"select": None, "final": None}
-  with lock(folder) as lock_fd:
-
-    def run(name, trials):
-      results, stopped = run_groups(
-        {name: trials}, environments, lock_fd, select
-      )
-      found.update(results)
-      return stopped
-
-    stopped = run("select", trials)
-    if not stopped:
-      raise_if_failed(found["select"]["runs"])
-      setting = found["select"]["best"]["setting"]
-      log.info("selected: %s", setting)
-      stopped = run("final", plan_final(setting))
-  if stopped:
-    log.info("stopped; run it again to go on")
-  return found
+  likely = plan_finals({name: t[0].setting for name, t in trials.items()})
+  check_sources(_join(trials) + _join(likely))
+  with lock.hold(checkpoint.absolute(folder)):
+    selected = run_trials(trials, executor)
+    settings = choose(selected)
+    log.info("selected: %s", settings)
+    return selected, run_trials(plan_finals(settings), executor)
 
 
-def run_groups(
-  groups: dict[str, list[Trial]],
-  environments,
-  lock_fd: int,
-  select: str | None,
-) -> tuple[dict[str, dict[str, Any]], bool]:
+def run_trials(
+  groups: dict[str, list[Trial]], executor: jobs.Executor
+) -> dict[str, dict[str, Any]]:
   """Runs what is not finished; writes a sweep.json for each group.
 
   Args:
     groups: {name: trials of one folder}; all of them share the devices.
-    environments, lock_fd: as `jobs.run_all`.
-    select: as `sweep`.
+    executor: runs them.
 
   Returns:
-    ({name: `summarize`}, whether it was stopped).
+    {name: `summarize`}.
 
   Raises:
-    UserError: no such result.
+    RunStopped: trials that have ended unfinished.
   """
-  every = [trial for trials in groups.values() for trial in trials]
-  failed, stopped = run_all(every, environments, lock_fd)
-  results = {}
-  for name, trials in groups.items():
-    results[name] = summarize(trials, failed, select)
-    files.write_json(trials[0].workdir.parent / "sweep.json", results[name])
-  return results, stopped
-
-
-def local_folder(workdir: str) -> Path:
-  """Returns the absolute path of a folder that can be locked.
-
-  Raises:
-    UserError: it is in a bucket.
-  """
-  if "://" in workdir:
-    raise UserError(
-      f"--workdir={workdir}: a sweep needs a local folder; single runs of "
-      "`vit-jax train` can be in a bucket"
+  every = _join(groups)
+  try:
+    _run_all(every, executor)
+  except KeyboardInterrupt:
+    log.info(
+      "stopped: runs of this machine save, jobs of Slurm go on; the same "
+      "command resumes the sweep"
     )
-  return Path(workdir).expanduser().absolute()
+    raise
+  results = {name: summarize(trials) for name, trials in groups.items()}
+  for name, trials in groups.items():
+    file = trials[0].workdir.parent / "sweep.json"
+    files.write_json(file, results[name])
+  rows = [row for result in results.values() for row in result["runs"]]
+  failed = [row["workdir"] for row in rows if row["metric"] is None]
+  if failed:
+    raise RunStopped(
+      f"{len(failed)} of {len(every)} runs failed, the first is {failed[0]} "
+      f"({_find_error(failed[0])}); the same command tries them again"
+    )
+  return results
 
 
-def summarize(
-  trials: Sequence[Trial], failed: dict[Path, str], select: str | None
-) -> dict[str, Any]:
+def _join(groups):
+  return [trial for trials in groups.values() for trial in trials]
+
+
+def _run_all(trials, executor):
+  """Runs what is not finished, as many at once as the executor has slots."""
+  executor.wait_for_runs([trial.workdir for trial in trials])
+  waiting = [t for t in trials if t.inspect()["metric"] is None]
+  free, active = list(executor.slots or [{}] * len(waiting)), []
+  done = len(trials) - len(waiting)
+  while waiting or active:
+    while waiting and free:
+      trial, slot = waiting.pop(0), free.pop(0)
+      log.info("%s: begins", trial.workdir)
+      job = executor.start(trial.workdir, trial.command(), slot)
+      active.append((trial, slot, job, time.monotonic()))
+    for entry in [entry for entry in active if entry[2].done()]:
+      active.remove(entry)
+      trial, slot, _, begin = entry
+      free.append(slot)
+      row = trial.inspect()
+      words = "FAILED"
+      if row["metric"] is not None:
+        done += 1
+        words = f"{row['select']} {row['metric']:.4f}"
+      took = duration(time.monotonic() - begin)
+      log.info("%s: %s, %s", trial.workdir, words, took)
+      log.info("%d of %d runs finished", done, len(trials))
+    time.sleep(_POLL_SECONDS)
+
+
+def _find_error(workdir):
+  """Returns a line on why a run is not finished."""
+  run = runs.read_run(workdir)
+  where = f"step {run.step} of {run.total_steps}" if run else "the start"
+  lines = ["no output"]
+  # What submitit says counts where there is nothing else.
+  for file in (*Path(workdir).glob("job/*.err"), Path(workdir) / jobs.LOG):
+    if file.exists():
+      lines += file.read_text(errors="replace").strip().splitlines()
+  return f"unfinished: it ended at {where}; its last words: {lines[-1][:300]}"
+
+
+# --- what comes out ---
+
+
+def summarize(trials: Sequence[Trial]) -> dict[str, Any]:
   """Returns what the trials have come to.
 
   Returns:
-    {"config", "select", "best": one of "settings" or None, "settings":
-    [{"setting", "runs": how many are finished, "mean", "spread": the sample
-    standard deviation, None for one run}], "runs": [{"name", "workdir",
-    "setting", "seed", "status", "metric", "results", "recipe", "error"}]}. The
-    best has the best mean of the settings whose runs are all finished.
-
-  Raises:
-    UserError: the evaluations have no `select`.
+    {"config", "select": the name of what is compared, "settings": [{"setting",
+    "mean", "spread": the sample standard deviation, None for one seed}],
+    "best": one of them, "runs": `Trial.inspect` of each}. Unless all runs are
+    finished there are no settings, and the best is None.
   """
-  rows = [_summarize_trial(trial, failed, select) for trial in trials]
-  select = select or next((r["select"] for r in rows if r["select"]), None)
-  settings, best = compare(rows, select)
+  rows = [trial.inspect() for trial in trials]
+  settings = []
+  if all(row["metric"] is not None for row in rows):
+    for setting, group in itertools.groupby(rows, lambda row: row["setting"]):
+      metrics = [row["metric"] for row in group]
+      spread = statistics.stdev(metrics) if len(metrics) > 1 else None
+      mean = statistics.fmean(metrics)
+      settings.append({"setting": setting, "mean": mean, "spread": spread})
+  select = rows[0]["select"]
   return {
     "config": trials[0].config,
     "select": select,
-    "best": best,
     "settings": settings,
+    "best": min(
+      settings, key=lambda e: runs.order(select, e["mean"]), default=None
+    ),
     "runs": rows,
   }
 
 
-def compare(rows, select) -> tuple[list[dict], dict | None]:
-  """Returns `summarize`'s "settings" and "best" of its "runs"."""
-  settings = []
-  for setting, group in itertools.groupby(rows, key=lambda r: r["setting"]):
-    group = list(group)
-    metrics = [row["metric"] for row in group if row["status"] == "finished"]
-    settings.append(
-      {
-        "setting": setting,
-        "runs": len(metrics),
-        "mean": statistics.fmean(metrics) if metrics else None,
-        "spread": statistics.stdev(metrics) if len(metrics) > 1 else None,
-        "complete": len(metrics) == len(group),
-      }
-    )
-  complete = [entry for entry in settings if entry["complete"]]
-  best = min(
-    complete, key=lambda entry: order(select, entry["mean"]), default=None
-  )
-  return settings, best
-
-
-def _summarize_trial(trial, failed, select):
-  found = inspect_trial(trial)
-  status = "failed" if trial.workdir in failed else found["status"]
-  name = None
-  if status == "finished":
-    name = choose_metric(found["results"], select)
-  return {
-    "name": trial.name,
-    "workdir": str(trial.workdir),
-    "setting": trial.setting,
-    "seed": trial.seed,
-    "status": status,
-    "select": name,
-    "metric": found["results"].get(name),
-    "step": found["step"],
-    "results": found["results"],
-    "recipe": found.get("recipe"),
-    "error": failed.get(trial.workdir),
-  }
-
-
 def format_summary(result: dict[str, Any]) -> str:
-  """Returns the result as lines for people."""
-  rows = [("setting", result["select"] or "metric", "spread", "runs")]
+  """Returns the result as a table."""
+  rows = [("setting", result["select"], "spread", "")]
   for entry in result["settings"]:
-    name = make_name(entry["setting"], 0).removesuffix("seed=0").rstrip(",")
-    mean = "-" if entry["mean"] is None else f"{entry['mean']:.4f}"
     spread = "-" if entry["spread"] is None else f"{entry['spread']:.4f}"
-    mark = " *" if entry == result["best"] else ""
-    rows.append(
-      (name or "(as configured)", mean, spread, f"{entry['runs']}{mark}")
-    )
-  lines = format_columns(rows)
-  recipe = next((r["recipe"] for r in result["runs"] if r["recipe"]), None)
-  if recipe:
-    lines.append(
-      f"evaluated on {recipe['eval']} at {recipe['image_size']}: "
-      f"{recipe['eval_preprocess']}"
-    )
-  for row in result["runs"]:
-    if row["error"]:
-      lines.append(f"FAILED {row['workdir']}: {row['error']}")
-  return "\n".join(lines)
-
-
-def raise_if_failed(rows: Sequence[dict[str, Any]]) -> None:
-  """Raises RunStopped if one of `summarize`'s "runs" has an error."""
-  failed = [row for row in rows if row["error"]]
-  if failed:
-    raise RunStopped(
-      f"{len(failed)} of {len(rows)} runs failed, the first is "
-      f"{failed[0]['workdir']} ({failed[0]['error']}); the same command tries "
-      "them again and resumes the others"
-    )
+    name = make_name(entry["setting"]) or "(as configured)"
+    best = "best" if entry == result["best"] else ""
+    rows.append((name, f"{entry['mean']:.4f}", spread, best))
+  return "\n".join(format_columns(rows))

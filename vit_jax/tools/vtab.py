@@ -10,20 +10,14 @@ it on all 1,000 images, and reports the test set, which nothing else looks at.
 """
 
 import contextlib
-import logging
+import statistics
 import sys
-from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
 
 from vit_jax import data, files, pretrained
 from vit_jax.errors import UserError
 from vit_jax.tools import sweep
-from vit_jax.tools.jobs import divide_devices, lock
 from vit_jax.tools.text import format_columns
-
-log = logging.getLogger(__name__)
 
 # Of the paper's two learning rates and two schedules only the winner is
 # printed: 0.01 and 2,500 steps. The others here are ours.
@@ -34,11 +28,8 @@ _FINAL = {"train.split": "train800val200", "eval.split": "test"}
 
 # What of a model its weights decide.
 _OF_THE_WEIGHTS = (
-  "classifier",
-  "pos_embedding",
-  "pos_embedding_at",
-  "activation",
-  "layer_norm_epsilon",
+  *("classifier", "pos_embedding", "pos_embedding_at"),
+  *("activation", "layer_norm_epsilon"),
 )
 
 
@@ -47,11 +38,11 @@ def vtab(
   workdir: str,
   *,
   tasks: str = "all",
-  overrides: dict[str, str] | None = None,
-  grid: dict[str, list[str]] | None = None,
+  overrides: dict[str, str],
+  grid: dict[str, list[str]],
   per_task: bool = False,
   seeds: int = 1,
-  jobs: int = 1,
+  **where,
 ) -> dict[str, Any]:
   """Runs VTAB, or what is left of it, and writes `workdir`/vtab.json.
 
@@ -60,10 +51,10 @@ def vtab(
     workdir: a local folder.
     tasks: "all", "mini" or names: "caltech101,dtd".
     overrides: {key: text} of configs/vtab.py, for all tasks.
-    grid: {key: texts}; unset: `GRID`, or `MINI_GRID` for the mini tasks.
+    grid: {key: texts}; empty: `GRID`, or `MINI_GRID` for the mini tasks.
     per_task: whether each task gets the setting that is best for it.
     seeds: how many final trainings of each task.
-    jobs: how many runs at once.
+    **where: see `jobs.Executor`.
 
   Returns:
     See `summarize`.
@@ -72,78 +63,40 @@ def vtab(
     UserError: no such task, weights or data; see `sweep.plan`.
     RunStopped: a run failed.
   """
-  if seeds < 1:
-    raise UserError(f"--seeds is {seeds}; it must be 1 or more")
   chosen = parse_tasks(tasks)
+  is_mini = chosen[0].name.startswith(data.MINI)
   folder = sweep.local_folder(workdir)
-  overrides = overrides or {}
-  _check_overrides(overrides)
+  for key in overrides.keys() & {*_FINAL, "train.dataset", "init_from"}:
+    raise UserError(f"--config.{key} is for vtab to set; leave it out")
   if not grid:  # what is given is not tried
-    default = MINI_GRID if _is_mini(chosen[0]) else GRID
+    default = MINI_GRID if is_mini else GRID
     grid = {k: v for k, v in default.items() if k not in overrides}
-  plan = _make_plan(source, folder, overrides)
-  trials = {t.name: plan(t, "select", _SELECTION, grid, 1) for t in chosen}
-  environments = divide_devices(jobs)
-  _open_data(chosen, overrides.get("data_dir"))
-  with lock(folder) as lock_fd:
+  model = pretrained.read(source).model
+  common = {f"model.{k}": str(model[k]) for k in _OF_THE_WEIGHTS if k in model}
+  common |= {"init_from": source, **overrides}
 
-    def run(trials):
-      """Returns the results of each task's trials, None if stopped."""
-      results, stopped = sweep.run_groups(trials, environments, lock_fd, None)
-      sweep.raise_if_failed([r for s in results.values() for r in s["runs"]])
-      return None if stopped else results
-
-    log.info("selecting: %d images of each task, %s", 800, grid)
-    selected = run(trials)
-    settings = selected and choose(selected, per_task)
-    finals = None
-    if settings:
-      log.info("final: 1,000 images of each task, %s", settings)
-      finals = run(
-        {
-          t.name: plan(t, "final", _FINAL | settings[t.name], {}, seeds)
-          for t in chosen
-        }
-      )
-    if not finals:
-      log.info("stopped; run it again to go on")
-    result = summarize(source, chosen, grid, selected, settings, finals)
-    files.write_json(folder / "vtab.json", result)
-  return result
-
-
-def _check_overrides(overrides):
-  given = sorted(overrides.keys() & {*_FINAL, "train.dataset", "init_from"})
-  if given:
-    raise UserError(f"--config.{given[0]} is for vtab to set; leave it out")
-
-
-def _is_mini(task):
-  return task.name.startswith(data.MINI)
-
-
-def _make_plan(source, folder, overrides):
-  """Returns (task, "select" or "final", changes, grid, seeds) -> trials."""
-  weights = pretrained.read(source)
-  model = {
-    f"model.{name}": str(weights.model[name])
-    for name in _OF_THE_WEIGHTS
-    if name in weights.model
-  }
-  common = {**model, "init_from": source, **overrides}
-  variant = weights.model["variant"]
-
-  def plan(task, kind, changes, grid, seeds):
-    name = "vtab_mini" if _is_mini(task) else "vtab"
-    return sweep.plan(
-      f"configs/{name}.py:{variant},{task.name}",
-      folder / task.name.partition(":")[2] / kind,
-      {**common, **changes},
-      grid,
-      seeds,
+  def plan(task):
+    file = "vtab_mini" if is_mini else "vtab"
+    config = f"configs/{file}.py:{model['variant']},{task.name}"
+    where = folder / task.name.partition(":")[2]
+    trials = sweep.plan(config, where / "select", common | _SELECTION, grid, 1)
+    return trials, lambda setting: sweep.plan(
+      config, where / "final", common | _FINAL | setting, {}, seeds
     )
 
-  return plan
+  plans = {task.name: plan(task) for task in chosen}
+  if is_mini:  # made in seconds, without a download
+    for task in chosen:
+      # TFDS prints its progress; stdout is for the result.
+      with contextlib.redirect_stdout(sys.stderr):
+        data.prepare(task.name, overrides.get("data_dir"))
+  selected, finals = sweep.select_and_train(
+    folder, plans, lambda found: choose(found, per_task), **where
+  )
+  result = summarize(chosen, selected, finals)
+  result |= {"checkpoint": source, "grid": grid}
+  files.write_json(folder / "vtab.json", result)
+  return result
 
 
 def parse_tasks(text: str) -> list[data.Task]:
@@ -157,32 +110,12 @@ def parse_tasks(text: str) -> list[data.Task]:
       return data.list_tasks(prefix)
   names = [name.strip() for name in text.split(",")]
   names = [name if ":" in name else data.VTAB + name for name in names]
-  if len(set(names)) < len(names):
-    raise UserError(f"--tasks={text}: a task is given twice")
-  found = []
-  for name in names:
-    task = data.find_task(name)
-    if task is None or not name.startswith((data.VTAB, data.MINI)):
-      raise UserError(f"--tasks={text}: {name} is no task of VTAB")
-    found.append(task)
-  if len({name.partition(":")[0] for name in names}) > 1:
-    raise UserError(f"--tasks={text}: take tasks of vtab or of mini, not both")
-  return found
-
-
-def _open_data(tasks, data_dir):
-  """Sees that all splits are there, before the first run starts.
-
-  Raises:
-    UserError: one is not.
-  """
-  for task in tasks:
-    if _is_mini(task):  # made in seconds, without a download
-      # TFDS prints its progress; stdout is for the result.
-      with contextlib.redirect_stdout(sys.stderr):
-        data.prepare(task.name, data_dir)
-    for split in ("train800", "val200", "test"):
-      data.get_source(task.name, split, data_dir)
+  kinds = {name.partition(":")[0] + ":" for name in names}
+  if len({*names}) < len(names) or kinds not in ({data.VTAB}, {data.MINI}):
+    raise UserError(
+      f"--tasks={text} needs different tasks, all of vtab or all of mini"
+    )
+  return [data.find_task(name) for name in names]
 
 
 def choose(
@@ -197,70 +130,56 @@ def choose(
   if per_task:
     return {name: found["best"]["setting"] for name, found in selected.items()}
   columns = zip(*(f["settings"] for f in selected.values()), strict=True)
-  best = max(columns, key=lambda column: np.mean([e["mean"] for e in column]))
-  setting: dict[str, str] = dict(best[0]["setting"])
-  return dict.fromkeys(selected, setting)
+  best = max(columns, key=lambda c: statistics.fmean(e["mean"] for e in c))
+  return dict.fromkeys(selected, best[0]["setting"])
 
 
-def summarize(
-  source, tasks, grid, selected, settings, finals
-) -> dict[str, Any]:
+def summarize(tasks, selected, finals) -> dict[str, Any]:
   """Returns the results of the tasks, their groups and all.
 
   Returns:
-    {"checkpoint", "grid", "tasks": [{"task", "title", "group", "setting",
-    "validation": accuracy on 200 images with it, "accuracy": the mean on the
-    test set, "spread": the sample standard deviation, None for one seed,
-    "accuracies": of each seed, "recipe"}], "groups": {group: the mean of its
-    tasks}, "mean": of all tasks}. What is not known yet is None.
+    {"tasks": [{"task", "title", "group", "setting", "validation": accuracy on
+    200 images with it, "accuracy": the mean on the test set, "spread": the
+    sample standard deviation, None for one seed, "accuracies": of each seed,
+    "examples"}], "groups": {group: the mean of its tasks}, "mean": of all}.
   """
   rows = []
   for task in tasks:
-    row = {"task": task.name, "title": task.title, "group": task.group}
-    row |= dict.fromkeys(("setting", "validation", "accuracy", "spread"))
-    if settings:
-      row["setting"] = settings[task.name]
-      entries = selected[task.name]["settings"]
-      row["validation"] = next(
-        entry["mean"] for entry in entries if entry["setting"] == row["setting"]
-      )
-    if finals:
-      (entry,) = finals[task.name]["settings"]
-      runs = finals[task.name]["runs"]
-      row |= {
-        "accuracy": entry["mean"],
-        "spread": entry["spread"],
+    (final,), runs = finals[task.name]["settings"], finals[task.name]["runs"]
+    entries = selected[task.name]["settings"]
+    rows.append(
+      {
+        "task": task.name,
+        "title": task.title,
+        "group": task.group,
+        "setting": final["setting"],
+        "validation": next(
+          e["mean"] for e in entries if e["setting"] == final["setting"]
+        ),
+        "accuracy": final["mean"],
+        "spread": final["spread"],
         "accuracies": [run["metric"] for run in runs],
         "examples": runs[0]["results"]["examples"],
-        "recipe": runs[0]["recipe"],
       }
-    rows.append(row)
-
-  def mean(some: Sequence[dict]) -> float | None:
-    return float(np.mean([r["accuracy"] for r in some])) if finals else None
-
-  groups = dict.fromkeys(task.group for task in tasks)
+    )
+  groups: dict[str, list[float]] = {}
+  for row in rows:
+    groups.setdefault(row["group"], []).append(row["accuracy"])
   return {
-    "checkpoint": source,
-    "grid": grid,
     "tasks": rows,
-    "groups": {g: mean([r for r in rows if r["group"] == g]) for g in groups},
-    "mean": mean(rows),
+    "groups": {name: statistics.fmean(some) for name, some in groups.items()},
+    "mean": statistics.fmean(row["accuracy"] for row in rows),
   }
 
 
 def format_report(result: dict[str, Any]) -> str:
-  """Returns the result as lines for people."""
-
-  def show(value):
-    return "-" if value is None else f"{value:.2%}"
-
-  rows: list[tuple[str, ...]]
+  """Returns the result as a table."""
   rows = [("task", "val200", "test", "spread", "setting")]
   for row in result["tasks"]:
-    numbers = (row["validation"], row["accuracy"], row["spread"])
-    setting = ",".join(f"{k}={v}" for k, v in (row["setting"] or {}).items())
-    rows.append((row["title"], *map(show, numbers), setting))
+    spread = "-" if row["spread"] is None else f"{row['spread']:.2%}"
+    setting = sweep.make_name(row["setting"])
+    accuracies = f"{row['validation']:.2%}", f"{row['accuracy']:.2%}"
+    rows.append((row["title"], *accuracies, spread, setting))
   for name, value in {**result["groups"], "mean": result["mean"]}.items():
-    rows.append((name, "", show(value), "", ""))
+    rows.append((name, "", f"{value:.2%}", "", ""))
   return "\n".join(format_columns(rows, "<>>><"))

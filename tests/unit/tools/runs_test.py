@@ -11,8 +11,8 @@ from vit_jax.errors import UserError
 from vit_jax.tools import runs
 
 
-def _write(path, lines=(), **others):
-  config = fake_runs.load("quickstart_finetune.py")
+def _write(path, lines=(), config=None, **others):
+  config = fake_runs.load("quickstart_finetune.py") | (config or {})
   return fake_runs.write(path, config, lines, total_steps=40, **others)
 
 
@@ -53,11 +53,27 @@ def test_a_run_in_progress_is_read_as_far_as_it_is(tmp_path):
   assert runs.read_run(tmp_path) is None
 
 
-def test_what_runs_are_compared_by():
-  assert runs.find_main({"loss": 1.0, "prec@1": 0.5}) == "prec@1"
-  assert runs.choose_metric({"loss": 1.0, "accuracy": 0.5}, "loss") == "loss"
-  assert runs.choose_metric({}, "loss") is None
-  with pytest.raises(UserError, match=r"is 'f1'; choose from accuracy, loss$"):
-    runs.choose_metric({"loss": 1.0, "accuracy": 0.5, "examples": 9}, "f1")
+def test_a_run_is_complete_once_all_is_evaluated(tmp_path):
+  """One may be told to stop between its last checkpoint and its evaluation."""
+  lines = [
+    {"step": 40, "train/loss": 1.0},
+    {"step": 40, "eval/accuracy": 0.5, "eval/loss": 1.5, "eval/examples": 9},
+    {"step": 40, "small/5shot": 0.25},
+  ]
+  config = {
+    "evals": {"small": {"type": "fewshot"}},
+    "best_metric": "small/5shot",
+  }
+  found = {}
+  for count in range(4):
+    path = _write(tmp_path / str(count), lines[:count], config)
+    (path / "checkpoints" / "40").mkdir(parents=True)
+    found[count] = runs.read_run(path)
+  assert [run.is_complete for run in found.values()] == [False] * 3 + [True]
+  run = found[3]
+  assert run.find_result() == ("small/5shot", 0.25)
+  assert run.find_result("loss") == ("loss", 1.5)
+  with pytest.raises(UserError, match=r"from accuracy, loss, small/5shot$"):
+    run.find_result("f1")
   assert runs.order("loss", 0.1) < runs.order("loss", 0.2)
   assert runs.order("accuracy", 0.2) < runs.order("accuracy", 0.1)

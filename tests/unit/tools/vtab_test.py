@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import stand_in
 from random_models import random_params
-from tiny_runs import snapshot
 
 from vit_jax import data, models, pretrained
 from vit_jax.__main__ import main
@@ -42,11 +41,11 @@ def args(weights, tmp_path):
 
 
 @pytest.fixture
-def no_training(monkeypatch):
-  stand_in.use(monkeypatch, jobs, sweep)
-  monkeypatch.setattr(vtab, "divide_devices", lambda _: [{}] * 5)
+def commands(monkeypatch):
   # Data sets have tests of their own.
-  monkeypatch.setattr(vtab, "_open_data", lambda *_: None)
+  monkeypatch.setattr(vtab.data, "prepare", lambda *_: None)
+  monkeypatch.setattr(sweep, "check_sources", lambda *_: None)
+  return stand_in.use(monkeypatch, jobs, sweep)
 
 
 def test_tasks():
@@ -58,9 +57,9 @@ def test_tasks():
   for text, words in (
     ("dtt", "unknown task 'vtab:dtt'; did you mean 'vtab:dtd'"),
     ("", "unknown task"),
-    ("dtd,vtab:dtd", "given twice"),
-    ("dtd,mini:count", "not both"),
-    ("folder:x", "no task of VTAB"),
+    ("dtd,vtab:dtd", "different tasks"),
+    ("dtd,mini:count", "all of vtab or all of mini"),
+    ("folder:x", "all of vtab or all of mini"),
   ):
     with pytest.raises(UserError, match=words):
       vtab.parse_tasks(text)
@@ -81,15 +80,14 @@ def test_one_setting_for_all_or_each_its_own():
   assert apart == {"a": {"lr": "0"}, "b": {"lr": "2"}}
 
 
-def test_the_mini_tasks(args, no_training, tmp_path, capsys):
+def test_the_mini_tasks(args, commands, tmp_path, capsys):
   """All of it but the training, which a stand-in does."""
-  grid = "--grid=schedule.base_lr=0.01,0.5,0.2"
-  folder = tmp_path / "vtab"
-  code = main([*args, "--tasks=mini", grid, "--seeds=2", "--json"])
+  args += ["--tasks=mini", "--grid=schedule.base_lr=0.01,0.5,0.2", "--seeds=2"]
+  code = main([*args, "--json"])
   out, err = capsys.readouterr()
   assert code == 0, err
   result = json.loads(out)
-  assert result == json.loads((folder / "vtab.json").read_text())
+  assert result == json.loads((tmp_path / "vtab" / "vtab.json").read_text())
   expected = {}
   for row in result["tasks"]:
     base = 0.5 + len(row["task"]) / 1000
@@ -98,8 +96,6 @@ def test_the_mini_tasks(args, no_training, tmp_path, capsys):
     assert row["accuracies"] == pytest.approx([base, base + 0.1])
     assert row["accuracy"] == pytest.approx(base + 0.05)
     assert row["spread"] == pytest.approx(0.1 / 2**0.5)
-    assert row["recipe"]["train"] == "d train800val200"
-    assert row["recipe"]["eval"] == "d test"
     expected.setdefault(row["group"], []).append(base + 0.05)
   assert result["groups"] == pytest.approx(
     {name: np.mean(some) for name, some in expected.items()}
@@ -108,17 +104,21 @@ def test_the_mini_tasks(args, no_training, tmp_path, capsys):
   every = [x for some in expected.values() for x in some]
   assert result["mean"] == pytest.approx(np.mean(every))
 
-  trial = json.loads((folder / "count/select/sweep.json").read_text())
-  recipe = trial["runs"][0]["recipe"]
-  assert (recipe["train"], recipe["eval"]) == ("d train800", "d val200")
-  runs = {p: snapshot(p.parent) for p in folder.rglob("metrics.jsonl")}
-  assert len(runs) == 4 * (3 + 2)
-  assert main([*args, "--tasks=mini", grid, "--seeds=2"]) == 0
-  assert all(snapshot(p.parent) == before for p, before in runs.items())
+  splits = [
+    {word.partition("split=")[2] for word in command if ".split=" in word}
+    for command in commands
+  ]
+  assert splits[: 4 * 3] == [{"train800", "val200"}] * 12
+  assert splits[4 * 3 :] == [{"train800val200", "test"}] * 8
+  for command in commands:  # the model is that of the weights
+    assert "--config.model.activation=gelu_erf" in command
+    assert any(f"vtab_mini.py:{_VARIANT},mini:" in word for word in command)
+  assert main(args) == 0
+  assert len(commands) == 4 * (3 + 2)
   assert "structured" in capsys.readouterr().out
 
 
-def test_an_unfinished_trial_is_named(args, no_training, tmp_path, capsys):
+def test_an_unfinished_trial_is_named(args, commands, tmp_path, capsys):
   run = tmp_path / "vtab/count/select/base_lr=0.02,seed=0"
   run.mkdir(parents=True)
   (run / "stop").touch()
@@ -126,22 +126,6 @@ def test_an_unfinished_trial_is_named(args, no_training, tmp_path, capsys):
   line = capsys.readouterr().err.splitlines()[-1]
   assert f"1 of 2 runs failed, the first is {run} (unfinished" in line
   assert not (tmp_path / "vtab/count/final").exists()
-
-
-def test_the_model_is_that_of_the_weights(args, no_training, monkeypatch):
-  commands = []
-  plan = sweep.plan
-
-  def remember(*args):
-    runs = plan(*args)
-    commands.extend(run.arguments() for run in runs)
-    return runs
-
-  monkeypatch.setattr(sweep, "plan", remember)
-  assert main([*args, "--tasks=mini:count"]) == 0
-  for command in commands:
-    assert f"--config=configs/vtab_mini.py:{_VARIANT},mini:count" in command
-    assert "--config.model.activation=gelu_erf" in command
 
 
 @pytest.mark.parametrize(
@@ -153,7 +137,7 @@ def test_the_model_is_that_of_the_weights(args, no_training, monkeypatch):
     ("--config.image_siz=32", "did you mean 'image_size'?"),
     ("--init_from=/no/such", "/no/such"),
     ("--jobs=0", "--jobs is 0"),
-    ("--seeds=0", "--seeds is 0"),
+    ("--executor=slurm", "--slurm=time=MINUTES"),
     ("--workdir=gs://bucket/vtab", "a local folder"),
   ],
 )
@@ -185,4 +169,3 @@ def test_two_tasks_with_the_real_train(args, tmp_path, capsys, monkeypatch):
     test = data.get_source(task, "test", f"{tmp_path}/data")
     assert row["examples"] == test.num_examples
     assert 0 <= row["accuracy"] <= 1
-    assert row["recipe"]["eval"] == f"{task} test"
