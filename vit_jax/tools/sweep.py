@@ -224,8 +224,8 @@ def sweep(
     {"sweep": `summarize`}, or both {"select", "final"}.
 
   Raises:
-    UserError: as `plan`, `jobs.Executor`, `check_sources`; another sweep is at
-      work in the folder.
+    UserError: as `plan`; an executor, data or weights that cannot be used;
+      another sweep is at work in the folder.
     RunStopped: a run has failed.
   """
   folder = local_folder(workdir)
@@ -278,7 +278,7 @@ def select_and_train(
   executor = jobs.Executor(**where)
   # A mistake in the final runs shows now.
   likely = plan_finals({name: t[0].setting for name, t in trials.items()})
-  check_sources(_join(trials) + _join(likely))
+  check_sources([*itertools.chain(*trials.values(), *likely.values())])
   with lock.hold(checkpoint.absolute(folder)):
     selected = run_trials(trials, executor)
     settings = choose(selected)
@@ -291,17 +291,10 @@ def run_trials(
 ) -> dict[str, dict[str, Any]]:
   """Runs what is not finished; writes a sweep.json for each group.
 
-  Args:
-    groups: {name: trials of one folder}; all of them share the devices.
-    executor: runs them.
-
-  Returns:
-    {name: `summarize`}.
-
-  Raises:
-    RunStopped: trials that have ended unfinished.
+  Returns {name: `summarize`} for {name: trials of one folder}, or raises a
+  RunStopped for trials that have ended unfinished.
   """
-  every = _join(groups)
+  every = [*itertools.chain(*groups.values())]
   try:
     _run_all(every, executor)
   except KeyboardInterrupt:
@@ -312,8 +305,7 @@ def run_trials(
     raise
   results = {name: summarize(trials) for name, trials in groups.items()}
   for name, trials in groups.items():
-    file = trials[0].workdir.parent / "sweep.json"
-    files.write_json(file, results[name])
+    files.write_json(trials[0].workdir.parent / "sweep.json", results[name])
   rows = [row for result in results.values() for row in result["runs"]]
   failed = [row["workdir"] for row in rows if row["metric"] is None]
   if failed:
@@ -322,10 +314,6 @@ def run_trials(
       f"({_find_error(failed[0])}); the same command tries them again"
     )
   return results
-
-
-def _join(groups):
-  return [trial for trials in groups.values() for trial in trials]
 
 
 def _run_all(trials, executor):
