@@ -114,7 +114,7 @@ def add_grid(parser, help):
 
 def add_jobs(parser):
   parser.add_argument(
-    "--executor", default="local", help="this machine, or slurm"
+    "--executor", default="local", help="local: this machine; or slurm"
   )
   parser.add_argument(
     "--jobs",

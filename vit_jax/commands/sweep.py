@@ -4,6 +4,8 @@ import json
 
 from vit_jax.commands import flags, process
 
+EXTRA = "sweep,train"
+
 
 def add_flags(parser):
   flags.add_config(parser, "as for train; --config.key=value as well")
@@ -19,7 +21,9 @@ def add_flags(parser):
   )
   flags.add_jobs(parser)
   parser.add_argument(
-    "--select", metavar="METRIC", help="what to compare (default: accuracy)"
+    "--select",
+    metavar="[NAME/]METRIC",
+    help="what to compare (default: config.best_metric, or accuracy)",
   )
   flags.add_json(parser)
 

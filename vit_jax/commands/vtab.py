@@ -4,6 +4,8 @@ import json
 
 from vit_jax.commands import flags, process
 
+EXTRA = "sweep,train"
+
 
 def add_flags(parser):
   parser.add_argument(
