@@ -73,9 +73,11 @@ class TrainJob(submitit.helpers.Checkpointable):
         env={name: x for name, x in variables.items() if x is not None},
         start_new_session=True,  # the terminal's Ctrl-C is for the sweep
       )
+      is_stopped = False
       while child.poll() is None:
-        if stops or (owner and not is_alive(owner)):
+        if not is_stopped and (stops or (owner and not is_alive(owner))):
           child.terminate()
+          is_stopped = True
         time.sleep(0.1)
       if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
