@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 
 from vit_jax.errors import UserError, check_choice, one_line
 from vit_jax.training.lock import is_alive
@@ -81,7 +82,7 @@ class TrainJob(submitit.helpers.Checkpointable):
         time.sleep(0.1)
       if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
-        print(f"the run was ended by {name}", file=file)
+        file.write(f"the run was ended by {name}\n")
     if signal.SIGUSR2 in stops and callable(requeue):
       requeue(signal.SIGUSR2, None)
     return child.returncode
@@ -148,7 +149,7 @@ class Executor:
       return self._connect(folder).submit(
         TrainJob(), command, workdir, slot, owner
       )
-    except (submitit.core.utils.FailedJobError, OSError) as e:
+    except (FailedJobError, OSError) as e:
       raise UserError(f"cannot submit {workdir}: {one_line(e)}") from e
     finally:
       for number, handler in zip(ignored, handlers, strict=True):
@@ -205,7 +206,9 @@ def divide_devices(jobs: int) -> list[dict[str, str | None]]:
   return make_environments(platform, int(count), jobs, known)
 
 
-def make_environments(platform, count, jobs, known):
+def make_environments(
+  platform: str, count: int, jobs: int, known: str | None
+) -> list[dict[str, str | None]]:
   """Returns `divide_devices` for `count` devices; `known` are CUDA's."""
   if platform == "cpu":
     return [{"CUDA_VISIBLE_DEVICES": known}] * jobs

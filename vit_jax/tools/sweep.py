@@ -245,7 +245,7 @@ def sweep(
     folder,
     {"": (trials, plan_final)},
     lambda found: {"": found[""]["best"]["setting"]},
-    **where,
+    jobs.Executor(**where),
   )
   return {"select": selected[""], "final": finals[""]}
 
@@ -254,7 +254,7 @@ def select_and_train(
   folder: Path,
   plans: dict[str, tuple[list[Trial], Callable]],
   choose: Callable,
-  **where,
+  executor: jobs.Executor,
 ) -> tuple[dict[str, dict], dict[str, dict]]:
   """Tries settings on held-out images, then trains with those it chooses.
 
@@ -262,7 +262,7 @@ def select_and_train(
     folder: of the sweep.
     plans: {name: (trials to select by, setting -> the final trials)}.
     choose: {name: `summarize` of the selection} -> {name: setting}.
-    **where: see `jobs.Executor`.
+    executor: runs them.
 
   Returns:
     {name: `summarize`} of the selection, and of the final runs.
@@ -275,7 +275,6 @@ def select_and_train(
     }
 
   trials = {name: first for name, (first, _) in plans.items()}
-  executor = jobs.Executor(**where)
   # A mistake in the final runs shows now.
   likely = plan_finals({name: t[0].setting for name, t in trials.items()})
   check_sources([*itertools.chain(*trials.values(), *likely.values())])

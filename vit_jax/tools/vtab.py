@@ -16,7 +16,7 @@ from typing import Any
 
 from vit_jax import data, files, pretrained
 from vit_jax.errors import UserError
-from vit_jax.tools import sweep
+from vit_jax.tools import jobs, sweep
 from vit_jax.tools.text import format_columns
 
 # Of the paper's two learning rates and two schedules only the winner is
@@ -78,20 +78,21 @@ def vtab(
   def plan(task):
     file = "vtab_mini" if is_mini else "vtab"
     config = f"configs/{file}.py:{model['variant']},{task.name}"
-    where = folder / task.name.partition(":")[2]
-    trials = sweep.plan(config, where / "select", common | _SELECTION, grid, 1)
+    path = folder / task.name.partition(":")[2]
+    trials = sweep.plan(config, path / "select", common | _SELECTION, grid, 1)
     return trials, lambda setting: sweep.plan(
-      config, where / "final", common | _FINAL | setting, {}, seeds
+      config, path / "final", common | _FINAL | setting, {}, seeds
     )
 
   plans = {task.name: plan(task) for task in chosen}
+  executor = jobs.Executor(**where)
   if is_mini:  # made in seconds, without a download
     for task in chosen:
       # TFDS prints its progress; stdout is for the result.
       with contextlib.redirect_stdout(sys.stderr):
         data.prepare(task.name, overrides.get("data_dir"))
   selected, finals = sweep.select_and_train(
-    folder, plans, lambda found: choose(found, per_task), **where
+    folder, plans, lambda found: choose(found, per_task), executor
   )
   result = summarize(chosen, selected, finals)
   result |= {"checkpoint": source, "grid": grid}
@@ -115,7 +116,7 @@ def parse_tasks(text: str) -> list[data.Task]:
     raise UserError(
       f"--tasks={text} needs different tasks, all of vtab or all of mini"
     )
-  return [data.find_task(name) for name in names]
+  return [task for name in names if (task := data.find_task(name))]
 
 
 def choose(
@@ -131,7 +132,8 @@ def choose(
     return {name: found["best"]["setting"] for name, found in selected.items()}
   columns = zip(*(f["settings"] for f in selected.values()), strict=True)
   best = max(columns, key=lambda c: statistics.fmean(e["mean"] for e in c))
-  return dict.fromkeys(selected, best[0]["setting"])
+  setting: dict[str, str] = best[0]["setting"]
+  return dict.fromkeys(selected, setting)
 
 
 def summarize(tasks, selected, finals) -> dict[str, Any]:
