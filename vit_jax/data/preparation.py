@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -146,7 +147,7 @@ def _convert(builder):
       shard = {"shard_index": i, "num_shards": info.num_shards}
       source = template.sharded_filepath(**shard)
       try:
-        records = read.make_tf_data(source).as_numpy_iterator()
+        records: Any = read.make_tf_data(source).as_numpy_iterator()
         with atomic_file(Path(new.sharded_filepath(**shard))) as partial:
           write.write_examples(partial, enumerate(records))
           count = write.num_examples(partial)

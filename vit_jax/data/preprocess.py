@@ -154,7 +154,9 @@ def _parse_op(node, text, image_size):
       raise ValueError("arguments that it does not have")
     if {"size", "smaller_size"} & {*known} - {*given}:
       raise ValueError("a size is missing")
-    arguments = {k: _literal(given[k], size) for k in known if k in given}
+    arguments: dict[str, Any] = {
+      key: _literal(given[key], size) for key in known if key in given
+    }
     for key, value in arguments.items():
       what, fits = known[key]
       if not fits(value):
