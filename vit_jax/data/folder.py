@@ -198,12 +198,37 @@ def _find_files(root, known=None):
       f"{root}: found {found}; it needs a sub-folder of images for each of at "
       "least 2 classes"
     )
+  _check_classes(root, classes, files)
   left_out += [
     path for path in root.iterdir() if path.is_file() and path.name[0] != "."
   ]
   labels = [(known or classes).index(name) for name in classes]
   files = [(path, labels[label]) for path, label in files]
   return classes, sorted(files, key=lambda f: _hash(f[0], root)), left_out
+
+
+def _check_classes(root, classes, files):
+  """Raises a UserError for class folders that are something else."""
+  for name in classes:
+    try:
+      name.encode()
+    except UnicodeEncodeError as e:
+      raise UserError(
+        f"{root}: the folder {name!r} names a class, not in UTF-8; rename it"
+      ) from e
+  inner: dict[int, set[str]] = {}
+  for path, label in files:
+    parts = path.relative_to(root).parts
+    if len(parts) == 2:  # an image of its own
+      return
+    inner.setdefault(label, set()).add(parts[1])
+  first = inner[0]
+  if len(first) > 1 and all(names == first for names in inner.values()):
+    raise UserError(
+      f"{root}: {', '.join(classes[:5])} would be the classes, but all have "
+      f"the same sub-folders, {', '.join(sorted(first)[:5])}; name splits "
+      "train/ and test/, or give a folder whose sub-folders are the classes"
+    )
 
 
 def find_images(

@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import resource
 import shlex
 from pathlib import Path
@@ -190,6 +191,7 @@ def resolve_split(infos, dataset: str, split: str):
   spec = task.resolve_split(split) if task else split
   try:
     found = tfds.core.ReadInstruction.from_spec(spec).to_absolute(infos)
+    _check_percentages(spec, infos)
     parts = []
     for part in found:
       size = infos[part.splitname].num_examples
@@ -207,6 +209,22 @@ def resolve_split(infos, dataset: str, split: str):
       "train[:800]+test[:200]"
     ) from e
   return spec, parts
+
+
+def _check_percentages(split, infos):
+  """Raises a ValueError for a percentage that rounds to none or all."""
+  for part in split.split("+"):
+    name, _, bounds = part.strip().partition("[")
+    if "%" not in bounds:
+      continue
+    count = infos[name].num_examples
+    for text in re.findall(r"[\d.]+", bounds):
+      rounded = round(float(text) * count / 100)
+      if 0 < float(text) < 100 and rounded in (0, count):
+        raise ValueError(
+          f"{text}% of {count:,} examples rounds to {rounded:,}, give a number "
+          f"of examples, as in {name}[:{max(1, count - 1)}]"
+        )
 
 
 def _check_files(instructions, dataset):

@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import shutil
 import struct
 
 import numpy as np
@@ -445,3 +446,29 @@ def test_labels_in_another_order_of_names(tmp_path):
   old = [int(source.parse_labels(record)[0]) for record in records]
   new = [int(found.parse_labels(record)[0]) for record in records]
   assert [{0: 2, 1: 0}[label] for label in old] == new
+
+
+@pytest.mark.parametrize(
+  ("split", "words"),
+  [
+    ("test[-0.01%:]", r"0\.01% of 797 examples rounds to 0"),
+    ("train[:50]+test[:99.95%]", r"99\.95% of 797 examples rounds to 797"),
+    ("test[0.05%:50%]", r"0\.05% of 797 examples rounds to 0"),
+  ],
+)
+def test_percentage_that_rounds_to_nothing(data_dir, split, words):
+  with pytest.raises(UserError, match=words):
+    data.get_source("digits", split, data_dir)
+  for sound in ("test[0%:100%]", "test[:99.9%]", "test[-1%:]"):
+    data.get_source("digits", sound, data_dir)
+
+
+def test_folders_that_are_no_classes(tmp_path):
+  for fold in ("fold1", "fold2", "fold3"):
+    _make_folder(tmp_path / fold, {"a": 2, "b": 2})
+  with pytest.raises(UserError, match=r"fold1, .* same sub-folders, a, b"):
+    data.get_source(f"folder:{tmp_path}", "train")
+  # As Tiny ImageNet has it: what is called the same has one thing in it.
+  for fold in ("fold1", "fold2", "fold3"):
+    shutil.rmtree(tmp_path / fold / "b")
+  assert data.get_source(f"folder:{tmp_path}", "train").num_classes == 3
