@@ -68,7 +68,9 @@ setuptools.setup(
       f"tensorflow>=2.20; {_ELSEWHERE}",
       "tensorflow-datasets>=4.9.9",
     ],
+    "hub": ["huggingface-hub>=1.0", "pooch>=1.8", "requests>=2.32"],
     "figures": ["matplotlib>=3.10"],
+    "wandb": ["wandb>=0.20"],
     "demo": ["gradio>=6.0"],
     "sweep": ["submitit>=1.5"],
     # flatbuffers for StableHLO, the others for ONNX.
@@ -79,7 +81,7 @@ setuptools.setup(
     "cuda13": ["jax[cuda13]"],
     # What `make setup` installs: the quickstart and the default tests run.
     "test": [
-      "vit_jax[figures,sweep,train]",
+      "vit_jax[figures,hub,sweep,train]",
       "pytest>=8.0",
       "pytest-xdist>=3.6",
       "pyyaml>=6.0",
@@ -97,7 +99,6 @@ setuptools.setup(
     "dev": [
       "vit_jax[demo,export,lint,plan,test]",
       "furo>=2025.9.25",
-      "huggingface-hub>=1.0",
       "ipykernel>=6.29",
       "kubernetes-validate>=1.32",
       "myst-parser>=5.0",

@@ -143,4 +143,6 @@ def get_config() -> Any:
   config.keep_checkpoints = 2  # the newest that are kept, beside the best
   config.profile_step = 0  # first step of a profiler window; 0: none
   config.profile_steps = 5  # its length
+  # A project of Weights & Biases that gets the metrics as well; "": none.
+  config.wandb = ""
   return config.lock()

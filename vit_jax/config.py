@@ -38,6 +38,7 @@ RESUMABLE = (
   "keep_checkpoints",
   "profile_step",
   "profile_steps",
+  "wandb",
 )
 
 # Keys that were added to configs/common.py since the first release: {key: the
@@ -45,6 +46,7 @@ RESUMABLE = (
 # renamed since: {old: new}. Without an entry no run from before is resumed.
 ADDED: dict[str, Any] = {
   "best_metric": None,
+  "wandb": "",
 }
 RENAMED: dict[str, str] = {}
 

@@ -27,11 +27,13 @@ EXTRAS = {
     ("array_record", "clu", "sklearn", "tensorflow", "tensorflow_datasets"),
     "train",
   ),
+  **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "hub"),
   "matplotlib": "figures",
   "gradio": "demo",
   "submitit": "sweep",
   **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),
   "libtpu": "plan",
+  "wandb": "wandb",
   "gcsfs": "train",  # TensorFlow reads buckets as well
 }
 

@@ -30,7 +30,12 @@ from vit_jax.training import (
   run_folder,
   steps,
 )
-from vit_jax.training.metrics import MetricLog, NotFinite
+from vit_jax.training.metrics import (
+  MetricLog,
+  NotFinite,
+  check_wandb,
+  start_wandb,
+)
 from vit_jax.training.profiler import Profiler, check_profile
 from vit_jax.training.stop import Stopping, StopSignal
 
@@ -111,6 +116,7 @@ def check_configuration(config, workdir) -> dict | None:
     }
   )
   configuration.check_ranges(config)
+  check_wandb(config)
   check_types(config)
   run = run_folder.check(config, workdir)
   if not run:  # what older versions took is resumed
@@ -274,6 +280,7 @@ class Loop:
       total_steps=self.total_steps,
       log_every=config.log_every,
       batch_size=config.batch_size,
+      wandb=start_wandb(config, workdir),
     )
     profiler = Profiler(config, workdir)
     try:

@@ -34,7 +34,9 @@ _NEEDED = {
   *("image_size", "batch_size", "optimizer.name", "schedule.decay"),
 }
 # Folders inside a run's; they have many files and no runs.
-_OF_A_RUN = ("checkpoints", "best", "damaged", "tensorboard", "profile")
+_OF_A_RUN = (
+  *("checkpoints", "best", "damaged", "tensorboard", "profile", "wandb"),
+)
 # Keys in which runs of the same setting may differ.
 _OF_ONE_RUN = {"seed", "init_from", *configuration.RESUMABLE}
 _ADVICE = "move its folder away"

@@ -1,17 +1,20 @@
-"""What a run writes down: JSON lines, TensorBoard, a line for people."""
+"""What a run writes down: JSON lines, TensorBoard, W&B, a line for people."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
+import secrets
 import time
+from typing import Any
 
 import jax
 import tensorflow as tf
 from clu import metric_writers
 
 from vit_jax import files
-from vit_jax.errors import RunStopped
+from vit_jax.errors import RunStopped, needs_extra, one_line
 from vit_jax.sharding import RUN_AHEAD
 
 log = logging.getLogger(__name__)
@@ -30,9 +33,21 @@ class MetricLog:
   """
 
   def __init__(
-    self, workdir, *, start_step, total_steps, log_every, batch_size
+    self,
+    workdir,
+    *,
+    start_step,
+    total_steps,
+    log_every,
+    batch_size,
+    wandb: Any = None,
   ):
-    """Opens the files; lines after `start_step` are dropped, to come again."""
+    """Opens the files; lines after `start_step` are dropped, to come again.
+
+    `wandb` is a run of Weights & Biases that gets the same values, see
+    `start_wandb`.
+    """
+    self._wandb = wandb
     self._total = total_steps
     self._every = log_every
     self._batch_size = batch_size
@@ -101,6 +116,8 @@ class MetricLog:
         with self._file.open("a") as f:
           f.write(line)
       self._tensorboard.write_scalars(step, values)
+    if self._wandb:
+      self._wandb.log(values, step=step)
 
   def restart_clock(self, step: int) -> None:
     """Leaves out of the speed what was not training, such as an evaluation."""
@@ -109,6 +126,8 @@ class MetricLog:
   def close(self) -> None:
     if self._writes:
       self._tensorboard.close()
+    if self._wandb:
+      self._wandb.finish()
 
   def _report(self, step, values, now):
     steps, seconds = step - self._clock[0], now - self._clock[1]
@@ -129,6 +148,44 @@ class MetricLog:
       speed / jax.device_count(),
       duration(left),
     )
+
+
+def check_wandb(config) -> None:
+  """Raises a UserError if `config.wandb` asks for what is not installed."""
+  if config.wandb and not importlib.util.find_spec("wandb"):
+    raise needs_extra(f"config.wandb={config.wandb}", "wandb")
+
+
+def start_wandb(config, workdir) -> Any:
+  """Returns a run in the project `config.wandb`; None for none.
+
+  Process 0 alone has one. A resumed run goes on in the same one, which ignores
+  the steps that it has.
+
+  Raises:
+    RunStopped: no login, no network.
+  """
+  if not config.wandb or jax.process_index():
+    return None
+  import wandb
+
+  file = workdir / "wandb_id"
+  if not file.exists():
+    files.write_atomically(file, secrets.token_hex(8))
+  try:
+    return wandb.init(
+      project=config.wandb,
+      id=file.read_text(),
+      resume="allow",
+      name=workdir.name,
+      dir=None if "://" in str(workdir) else str(workdir),
+      config=config.to_dict(),
+    )
+  except Exception as e:
+    raise RunStopped(
+      f"Weights & Biases cannot be reached: {one_line(e)}; `wandb login`, or "
+      "WANDB_MODE=offline, and run the same command again"
+    ) from e
 
 
 @contextlib.contextmanager

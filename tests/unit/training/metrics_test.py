@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,25 @@ import tensorflow as tf
 from etils import epath
 from tensorboard.backend.event_processing import event_accumulator
 
-from vit_jax.errors import RunStopped
-from vit_jax.training.metrics import MetricLog, NotFinite, duration
+from vit_jax import config as configuration
+from vit_jax.errors import RunStopped, UserError
+from vit_jax.training.metrics import (
+  MetricLog,
+  NotFinite,
+  check_wandb,
+  duration,
+  start_wandb,
+)
 
 
-def _open(workdir, start_step=0, total_steps=10, log_every=2):
+def _open(workdir, start_step=0, total_steps=10, log_every=2, wandb=None):
   return MetricLog(
     epath.Path(workdir),
     start_step=start_step,
     total_steps=total_steps,
     log_every=log_every,
     batch_size=8,
+    wandb=wandb,
   )
 
 
@@ -240,3 +249,46 @@ def test_progress_is_a_line_for_people(tmp_path, caplog):
 )
 def test_durations(seconds, text):
   assert duration(seconds) == text
+
+
+# Stands for the library: writes down what it is asked.
+_FAKE_WANDB = """
+import json, pathlib
+def init(**options):
+  options["dir"] = pathlib.Path(options["dir"])
+  class Run:
+    def write(self, *what):
+      with (options["dir"] / "calls.jsonl").open("a") as f:
+        f.write(json.dumps(what) + "\\n")
+    def log(self, values, step):
+      self.write("log", step, values)
+    def finish(self):
+      self.write("finish")
+  run = Run()
+  run.write("init", *(options[k] for k in ("project", "id", "resume", "name")))
+  return run
+"""
+
+
+def test_wandb_gets_the_same_numbers_in_one_run(tmp_path, monkeypatch):
+  config = configuration.load("configs/common.py", {"wandb": "vits"})
+  with pytest.raises(UserError, match=r"pip install 'vit_jax\[wandb\]'"):
+    check_wandb(config)
+  (tmp_path / "wandb.py").write_text(_FAKE_WANDB)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "wandb", raising=False)
+  check_wandb(config)
+  workdir = tmp_path / "a run"
+  workdir.mkdir()
+  for start in (0, 4):  # resumed
+    log = _open(workdir, start, wandb=start_wandb(config, workdir))
+    _run(log, range(start + 1, start + 3))
+    log.close()
+  calls = [json.loads(line) for line in (workdir / "calls.jsonl").open()]
+  assert [call[0] for call in calls] == ["init", "log", "finish"] * 2
+  assert calls[0] == calls[3]  # the same id
+  assert calls[0][1::2] == ["vits", "allow"]
+  logged = [{"step": call[1], **call[2]} for call in calls if call[0] == "log"]
+  assert logged == _read(workdir)[:1] + _read(workdir)[-1:]
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  assert start_wandb(config, workdir) is None
