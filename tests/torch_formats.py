@@ -7,12 +7,15 @@ is compared with this. Parameters are {path: array} in our names, unrolled.
 import json
 
 import numpy as np
+import pytest
+import random_models
 import safetensors.numpy
-from random_models import random_params
+from random_models import jit, random_params
 
-from vit_jax import models
-from vit_jax.pretrained import archives
-from vit_jax.state import flatten
+from vit_jax import models, pretrained
+from vit_jax.errors import UserError
+from vit_jax.pretrained import Weights, archives
+from vit_jax.state import flatten, unflatten
 
 # Width, depth, MLP and heads; the head dimension differs from the heads.
 VARIANT = "ViT-w24d2m40h3_8"
@@ -24,6 +27,27 @@ def random_weights(num_classes=5, seed=0, **options):
   options = {"variant": VARIANT, "image_size": (16, 24), **options}
   model = models.create(num_classes=num_classes, dtype="float32", **options)
   return flatten(random_params(model, seed))
+
+
+def make_weights(num_classes=5, size=(16, 24), variant=VARIANT, **options):
+  """Returns random weights as a run has them, with any fields of `Weights`."""
+  fields = {x: options.pop(x) for x in Weights._fields if x in options}
+  return random_models.random_weights(
+    variant, size, num_classes, **options
+  )._replace(**fields)
+
+
+def run(weights, images):
+  """Returns (the logits, everything on the way to them), in float32."""
+  params = {path: x.read() for path, x in weights.params.items()}
+  model = weights.create_model(dtype="float32")
+  return jit(model)(unflatten(params), images, intermediates=True)
+
+
+def make_images(size=(16, 24)):
+  """Returns f32[3 h w 3] in [-1, 1]."""
+  shape = (3, *size, 3)
+  return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
 
 
 def huggingface(params, *, prefix="vit.", modern=False):
@@ -166,6 +190,13 @@ def save(folder, arrays, config=None, preprocessor=None):
     if document is not None:
       (folder / name).write_text(json.dumps(document))
   return folder
+
+
+def assert_refused(folder, message):
+  """A folder is not read, for a reason that is one line."""
+  with pytest.raises(UserError) as error:
+    pretrained.read(str(folder))
+  assert_one_line(error, message)
 
 
 def assert_identical(a, b):

@@ -51,7 +51,8 @@ _DOCUMENTS = [
   *sorted((REPO / "notebooks").glob("*.ipynb")),
 ]
 _NEEDS = re.compile(
-  r"# needs a (Google Cloud account|download|GPU|TPU compiler|second machine)"
+  r"# needs a ((Google Cloud|Hugging Face) account|download|GPU|TPU compiler|"
+  r"second machine)"
 )
 # In a command that is not to be typed as it is.
 _PLACEHOLDER = re.compile(r"\.\.\.|\{|(?<![\w-])[A-Z]+(?![\w-])")

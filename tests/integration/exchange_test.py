@@ -285,16 +285,6 @@ def test_inspect(run, tmp_path):
     assert words in out
 
 
-def test_inspect_says_a_head_of_zeros_loudly(run, tmp_path):
-  source = tmp_path / "weights.npz"
-  params = _write(source, f"ViT-{SMALL}_8")
-  params["head/kernel"] = np.zeros_like(params["head/kernel"])
-  np.savez(source, **params)
-  _, out, _ = run("inspect", source)
-  assert "ZEROS" in out
-  assert "NOTE: the head is all zeros" in out
-
-
 def test_inspect_alone_lists_the_published_names(run):
   code, out, _ = run("inspect")
   assert code == 0

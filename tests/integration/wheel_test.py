@@ -68,7 +68,7 @@ def test_without_extras(wheel, tmp_path, empty):
     return _call(vit_jax, *args, cwd=empty, code=code)
 
   find = "import importlib.util as u; print([u.find_spec(x) for x in %r])"
-  heavy = ["tensorflow", "clu", "matplotlib", "gradio"]
+  heavy = ["tensorflow", "clu", "matplotlib", "gradio", "huggingface_hub"]
   found = _call(python, "-c", find % heavy, cwd=empty)
   assert found == f"{[None] * len(heavy)}\n"
   model = "ViT-N_8-digits"
@@ -94,6 +94,8 @@ def test_without_extras(wheel, tmp_path, empty):
   assert "pip install 'vit_jax[figures]'" in run(
     "figures", f"--checkpoint={model}", "--out=figures", code=2
   )
+  for name in ("ViT-B_16-augreg", "hf:google/vit-base-patch16-224"):
+    assert "pip install 'vit_jax[hub]'" in run("inspect", name, code=2)
   (found,) = importlib.metadata.distributions(
     name="vit_jax", path=[str(p) for p in tmp_path.glob("small/lib/*/site-*")]
   )

@@ -355,15 +355,6 @@ def test_scanned_files_come_out_looped(tmp_path):
     np.testing.assert_array_equal(found[name], x, err_msg=name)
 
 
-@pytest.mark.parametrize("to", ["npz", "big_vision", "orbax"])
-def test_formats_give_the_same_logits(tmp_path, to):
-  params = _random(VIT)
-  out = tmp_path / "out"
-  pretrained.write(_as_weights(params), str(out), to)
-  images = _images()
-  _assert_logits(vit_jax.load(str(out))(images), _vit_logits(params, images))
-
-
 def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
   options = {
     "pos_embedding": "2d",
@@ -394,9 +385,8 @@ def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
   [
     (
       *("npz", VIT, {"classifier": "map"}),
-      "classifier 'map'; convert nowhere to big_vision or timm or orbax",
+      "classifier 'map'; --to=orbax keeps everything",
     ),
-    ("hf", VIT, {"classifier": "gap"}, "to npz or big_vision or timm or"),
     ("npz", VIT, {"pos_embedding": "sincos2d"}, "pos_embedding 'sincos2d'"),
     ("npz", VIT, {"activation": "gelu_erf"}, "activation 'gelu_erf'"),
     ("big_vision", VIT, {"layer_norm_epsilon": 1e-12}, "layer_norm_epsilon"),
@@ -520,16 +510,6 @@ def test_pytorch_archives_are_not_unpickled(tmp_path):
   _assert_refused(file, "archive/data.pkl", "not read")
 
 
-@pytest.mark.parametrize(
-  "name", ["../evil.npy", "/etc/evil.npy", "a\\..\\b.npy"]
-)
-def test_names_that_leave_the_archive(tmp_path, name):
-  source = _save(tmp_path, _random(VIT))
-  with zipfile.ZipFile(source, "a") as archive:
-    archive.writestr(name, b"")
-  _assert_refused(source, "points outside the archive")
-
-
 def test_wrong_shapes(tmp_path):
   arrays = file_formats.published_npz(_random(VIT))
   name = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
@@ -545,19 +525,10 @@ def test_missing_and_extra_names(tmp_path):
   arrays["extra/kernel"] = np.zeros(3)
   _assert_refused(
     _save(tmp_path, arrays),
-    "Transformer/encoder_norm/scale is missing (closest: "
-    "Transformer/encoder_norm/scal)",
+    "encoder_norm/scale is missing; did you mean "
+    "'Transformer/encoder_norm/scal'?",
     "extra/kernel is not known",
   )
-
-
-def test_missing_block(tmp_path):
-  arrays = {
-    name: x
-    for name, x in file_formats.published_npz(_random(VIT)).items()
-    if "encoderblock_0/Mlp" not in name
-  }
-  _assert_refused(_save(tmp_path, arrays), "encoderblock_0/MlpBlock_3")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -582,26 +553,12 @@ def test_another_kind_of_file(tmp_path):
   )
 
 
-def test_an_empty_folder(tmp_path):
-  _assert_refused(tmp_path, "is no run folder and holds no safetensors files")
-
-
-@pytest.mark.parametrize(
-  ("names", "given"),
-  [
-    (["checkpoint-500", "checkpoint-1500"], "checkpoint-1500"),
-    (["snapshots/0123", "snapshots/abcd"], "snapshots/0123"),  # of refs/main
-    (["models--a--b/snapshots/0123"], "models--a--b/snapshots/0123"),
-  ],
-)
-def test_a_folder_above_the_checkpoint(tmp_path, names, given):
-  for name in names:
+def test_a_folder_above_the_checkpoint(tmp_path):
+  _assert_refused(tmp_path, "holds no safetensors files; give a run, a folder")
+  for name in ("checkpoint-500", "checkpoint-1500"):
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name / "model.safetensors").write_bytes(b"")
-  (tmp_path / "refs").mkdir()
-  (tmp_path / "refs" / "main").write_text("0123\n")
-  others = f", or another of {len(names)}" if names[1:] else ""
-  _assert_refused(tmp_path, f"give {tmp_path / given}{others}")
+  _assert_refused(tmp_path, f"give {tmp_path / 'checkpoint-1500'}")
 
 
 def test_unknown_hybrid(tmp_path):

@@ -5,8 +5,8 @@ names, unread; `load` makes a model of them that can be called.
 """
 
 import pathlib
-import re
 import shutil
+import tempfile
 
 from vit_jax import files
 from vit_jax.data.preprocess import rescale
@@ -18,6 +18,7 @@ from vit_jax.pretrained import (
   bit,
   embedded,
   fetch,
+  hub,
   huggingface,
   runs,
   timm,
@@ -53,7 +54,9 @@ def load(
 
   Args:
     source: a file (npz, safetensors), a folder (Hugging Face, timm, a run or
-      checkpoint of ours), a gs:// or https:// address, or a published name.
+      checkpoint of ours), a gs:// or https:// address, a published name, or a
+      model of the Hugging Face hub: "google/vit-base-patch16-224",
+      "hf:OWNER/NAME@REVISION", "timm:vit_base_patch16_224.augreg_in21k".
     image_size: pixels, an integer or (h, w); unset: the file's own. Position
       embeddings are resized.
     num_classes: unset: the file's own; another number gets a new head of
@@ -110,45 +113,15 @@ def _find_safetensors(folder):
   found = sorted(folder.glob("*.safetensors"))
   if len(found) == 1:
     return found[0]
-  if inner := _find_checkpoints(folder):
-    raise UserError(
-      f"no checkpoint at {folder}, but in folders below it: give {inner[0]}"
-      f"{f', or another of {len(inner)}' if inner[1:] else ''}"
-    )
+  inner = {file.parent for file in folder.glob("*/*.safetensors")}
+  inner |= set(filter(runs.matches, folder.iterdir()))
+  # checkpoint-1000 is behind checkpoint-500.
+  below = sorted(inner, key=lambda path: (len(path.name), path.name))
+  advice = below[-1] if below else "a run, a folder of these two, or a file"
   raise UserError(
-    f"no checkpoint at {folder}: it is no run folder and holds "
-    f"{len(found) or 'no'} safetensors files; give a run, a Hugging Face or "
-    "timm folder with config.json and model.safetensors, or a file"
+    f"{folder} is not a run, nor a folder of Hugging Face or timm: it holds "
+    f"{len(found) or 'no'} safetensors files; give {advice}"
   )
-
-
-# Below the folder of Hugging Face's Trainer, of its cache, of one model in that
-# cache, and of runs; what is the latest comes last.
-_BELOW = ("*", "snapshots/*", "models--*/snapshots/*", "*/*")
-
-
-def _find_checkpoints(folder) -> list[str]:
-  """Returns the folders below one that have weights, the latest first."""
-  found = {}
-  for pattern in _BELOW:
-    for path in sorted(folder.glob(pattern), key=_by_number, reverse=True):
-      if list(path.glob("*.safetensors*")) or runs.matches(path):
-        found.setdefault(str(path))
-  main = folder / "refs" / "main"  # of a model in the cache: the snapshot
-  latest = (
-    str(folder / "snapshots" / main.read_text().strip())
-    if main.exists()
-    else ""
-  )
-  return sorted(found, key=lambda path: path != latest)
-
-
-def _by_number(path):
-  """Sorts checkpoint-1000 behind checkpoint-500."""
-  return [
-    int(part) if part.isdigit() else -1
-    for part in re.split(r"(\d+)", path.name)
-  ]
 
 
 def write(weights: Weights, out: str, to: str) -> list[str]:
@@ -171,13 +144,11 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
   check_choice("--to", to, FORMATS)
   if "://" not in out:
     check_free(out)
-  try:
-    _check(weights, to)
-  except UserError as e:
-    able = [name for name in FORMATS if _is_able(weights, name)]
-    raise UserError(
-      f"{e}; convert {weights.source} to {' or '.join(able)} instead"
-    ) from e
+  if to != "orbax":
+    try:
+      _check(weights, to)
+    except UserError as e:
+      raise UserError(f"{e}; --to=orbax keeps everything") from e
   try:
     if to == "orbax":
       runs.write(weights, out)
@@ -189,10 +160,32 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
     ) from e
 
 
+def push(weights: Weights, out: str, to: str) -> tuple[str, list[str]]:
+  """Uploads weights to the Hugging Face hub, as `write` writes them.
+
+  Args:
+    weights: from `read`.
+    out: "hf:OWNER/NAME"; a new repository is private.
+    to: "hf" or "timm".
+
+  Returns:
+    The repository's address, and what `write` returns.
+
+  Raises:
+    UserError: see `write`; no such name, no right to write there, no network.
+  """
+  check_choice("--to", to, hub.FORMATS)
+  repo = hub.parse(out)
+  if not repo:
+    raise UserError(f"{out} is not a model of the hub; give hf:OWNER/NAME")
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "model"
+    notes = write(weights, str(path), to)
+    return hub.upload(path, repo, to, weights), notes
+
+
 def _check(weights, to):
   """Raises a UserError that names what a format cannot represent."""
-  if to == "orbax":
-    return
   if "mpp_head/kernel" in weights.params:
     raise UserError(
       f"{weights.source} was trained on masked patches: {to} has no place for "
@@ -202,14 +195,6 @@ def _check(weights, to):
     _MODULES[to].check(weights)
   elif to != "npz":
     raise UserError(f"{to} has no ResNets such as {weights.model['variant']}")
-
-
-def _is_able(weights, to) -> bool:
-  try:
-    _check(weights, to)
-  except UserError:
-    return False
-  return True
 
 
 def _is_resnet(weights):
@@ -319,11 +304,7 @@ def _read_safetensors(path):
     return huggingface.read(str(path), arrays, config, preprocessor)
   if timm.matches(arrays, config):
     return timm.read(str(path), arrays, config)
-  raise UserError(
-    f"{path} is of no known format: its arrays are "
-    f"{', '.join(sorted(arrays)[:3]) or 'none'}, ...; known are the ViTs of "
-    "Hugging Face and timm"
-  )
+  raise _unknown(path, arrays, "the ViTs of Hugging Face and timm")
 
 
 def _read_npz(path, part):
@@ -351,8 +332,12 @@ def _read_npz(path, part):
       f"{path} holds the models {', '.join(parts)}; say which: "
       f"{path}:{parts[0]}"
     )
-  raise UserError(
-    f"{path} is of no known format: its arrays are "
-    f"{', '.join(sorted(arrays)[:3]) or 'none'}, ...; known are ViT, "
-    "big_vision and BiT"
+  raise _unknown(path, arrays, "ViT, big_vision and BiT")
+
+
+def _unknown(path, arrays, known) -> UserError:
+  names = ", ".join(sorted(arrays)[:3]) or "none"
+  return UserError(
+    f"{path} is of no known format: its arrays are {names}, ...; known are "
+    f"{known}"
   )

@@ -31,13 +31,10 @@ def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
   try:
     archive = zipfile.ZipFile(path)
   except (zipfile.BadZipFile, OSError) as e:
-    raise UserError(
-      f"{path}: no npz file, or a truncated one ({e}); fetch it again"
-    ) from e
+    raise _damaged(path, "the archive", e) from e
   arrays = {}
   for info in archive.infolist():
     name = info.filename.removesuffix(".npy")
-    _check_name(path, info.filename)
     if name == info.filename:
       raise UserError(
         f"{path}: its member {info.filename} is no NumPy array; PyTorch's "
@@ -52,12 +49,8 @@ def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
   return arrays
 
 
-def _check_name(path, name):
-  if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
-    raise UserError(
-      f"{path}: its member {name!r} points outside the archive; do not trust "
-      "this file"
-    )
+def _damaged(path, what, error) -> UserError:
+  return UserError(f"{path}: {what} is damaged ({error}); fetch it again")
 
 
 def _read_header(path, archive, info):
@@ -70,9 +63,7 @@ def _read_header(path, archive, info):
       }[version]
       shape, _, dtype = read(member)
   except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as e:
-    raise UserError(
-      f"{path}: {info.filename} is damaged ({e}); fetch it again"
-    ) from e
+    raise _damaged(path, info.filename, e) from e
   except (ValueError, KeyError) as e:
     raise UserError(f"{path}: {info.filename} is no NumPy array") from e
   if dtype.hasobject:
@@ -88,9 +79,7 @@ def _read_member(path, archive, info):
     with archive.open(info) as member:
       x = np.lib.format.read_array(member, allow_pickle=False)
   except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as e:
-    raise UserError(
-      f"{path}: {info.filename} is damaged ({e}); fetch it again"
-    ) from e
+    raise _damaged(path, info.filename, e) from e
   return x.view(_BFLOAT16) if x.dtype == np.dtype("V2") else x
 
 
@@ -128,7 +117,8 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
   index = files.read_json(path, "fetch it again")
   names = set((index.get("weight_map") or {}).values())
   for name in sorted(names):
-    _check_name(path, name)
+    if pathlib.Path(name).name != name:
+      raise UserError(f"{path}: its part {name!r} is not a file beside it")
     arrays |= _open_safetensors(path.parent / name)
   return arrays
 
@@ -152,9 +142,7 @@ def _open_safetensors(path):
         lambda name=name: file.get_tensor(name),
       )
   except (OSError, safetensors.SafetensorError) as e:
-    raise UserError(
-      f"{path}: no safetensors file, or a truncated one ({e}); fetch it again"
-    ) from e
+    raise _damaged(path, "the file", e) from e
   return arrays
 
 

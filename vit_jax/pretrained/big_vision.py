@@ -9,12 +9,13 @@ from collections.abc import Mapping
 
 from vit_jax.models import variants
 from vit_jax.pretrained import archives
-from vit_jax.pretrained.vision_transformer import check_representable
 from vit_jax.pretrained.weights import (
   NO_TOKEN,
+  PAPER,
   POS_EMBEDDING,
   Rule,
   Weights,
+  check_options,
   count_numbers,
   describe_encoder,
   shape_of,
@@ -89,12 +90,10 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     model,
     image_size=(grid[0] * patch, grid[1] * patch),
     num_classes=width_of(arrays, "head/bias"),
-    params={},
     preprocess="resize_small(size * 8 / 7)|central_crop(size)",
   )
   rules = TOKEN_RULES if token else RULES
-  params = translate(rules, weights.shapes(), arrays, source)
-  return weights._replace(params=params)
+  return translate(rules, weights, arrays)
 
 
 def _modern_name(name, arrays):
@@ -108,9 +107,7 @@ def _modern_name(name, arrays):
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  check_representable(
-    weights, ("learned", "sincos2d"), ("token", "gap", "map"), ORIGIN
-  )
+  check_options(weights, ORIGIN, **PAPER, pos_embedding=("learned", "sincos2d"))
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:

@@ -81,10 +81,8 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     {"variant": variant},
     image_size=(224, 224),
     num_classes=width_of(arrays, "resnet/head/conv2d/bias"),
-    params={},
   )
-  params = translate(RULES, weights.shapes(), arrays, source)
-  return weights._replace(params=params)
+  return translate(RULES, weights, arrays)
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:

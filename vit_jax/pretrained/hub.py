@@ -1,204 +1,165 @@
-"""What the folders of Hugging Face and timm have in common.
+"""Models of the Hugging Face hub: downloaded into its own cache, and uploaded.
 
-PyTorch's layouts, fields of a JSON file, the size of the images, and a folder
-that is complete or not there.
+huggingface_hub does both: it has the cache ($HF_HOME), the token (`hf auth
+login`, $HF_TOKEN) and the address ($HF_ENDPOINT).
 """
 
-import json
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+import re
+import sys
+from typing import NamedTuple
 
-import numpy as np
+from vit_jax.errors import UserError, needs_extra, one_line
+from vit_jax.pretrained.weights import Weights
 
-from vit_jax import files
-from vit_jax.data import preprocess
-from vit_jax.errors import UserError, check_free
-from vit_jax.pretrained import archives
-from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule
-
-WEIGHTS_FILE = "model.safetensors"
-_Value = TypeVar("_Value")
-
-
-# --- tables ---
-
-
-def norm_rules(path: str, name: str) -> list[Rule]:
-  """A LayerNorm's two lines."""
-  return [
-    Rule(f"{path}/scale", f"{name}.weight"),
-    Rule(f"{path}/bias", f"{name}.bias"),
-  ]
+PREFIXES = ("hf:", "timm:")
+FORMATS = ("hf", "timm")  # that are uploaded
+_REVISION = r"(?:@(?P<revision>[\w./-]+))?"
+_NAME = r"[A-Za-z0-9][\w.-]*"
+# JSON files first: the presence of weights says that all is there.
+_PATTERNS = (
+  ["config.json", "preprocessor_config.json", "model.safetensors.index.json"],
+  ["model.safetensors", "model-*.safetensors"],
+)
 
 
-def dense_rules(path: str, name: str, kind=LINEAR, part=None) -> list[Rule]:
-  """A dense layer's two lines; `part` as in `Rule`."""
-  return [
-    Rule(f"{path}/kernel", f"{name}.weight", kind, part),
-    Rule(f"{path}/bias", f"{name}.bias", FLAT, part),
-  ]
+class Repo(NamedTuple):
+  """A repository of models, and one of its branches, tags or commits."""
+
+  name: str
+  revision: str | None = None
 
 
-def out_rules(path: str, name: str) -> list[Rule]:
-  """The two lines of attention's output projection."""
-  return dense_rules(path, name, LINEAR_OUT)
+def parse(text: str) -> Repo | None:
+  """Returns the repository of [hf:]OWNER/NAME[@REVISION] or timm:NAME[...]."""
+  match = re.fullmatch(rf"(?:hf:)?({_NAME}/{_NAME}){_REVISION}", text)
+  if match and not match[1].endswith((".npz", ".safetensors")):
+    return Repo(match[1], match["revision"])
+  match = re.fullmatch(rf"timm:({_NAME}){_REVISION}", text)
+  return Repo(f"timm/{match[1]}", match["revision"]) if match else None
 
 
-# --- fields of JSON files ---
-
-
-def get_field(
-  source: str, config: Mapping[str, Any], name: str, default: _Value
-) -> _Value:
-  """Returns a field of the default's type, the default if absent or null.
+def download(repo: Repo) -> str:
+  """Returns the folder of the cache that has the repository's weights.
 
   Raises:
-    UserError: it has another type, or is a number below zero.
+    UserError: no such repository or revision, no right to read it, no network,
+      a full disk, or huggingface_hub is not installed.
   """
-  value = config.get(name)
-  if value is None:
-    return default
-  if type(default) is float and type(value) is int:
-    value = float(value)
-  if type(value) is not type(default) or (
-    isinstance(value, (int, float)) and not value >= 0  # NaN is not, either
-  ):
-    raise UserError(
-      f"{source}: {name} is {value!r} in its configuration; a value such as "
-      f"{default!r} is needed"
+  hf = _import()
+  revision, folder = repo.revision, ""
+  try:
+    for patterns in _PATTERNS:
+      folder = hf.snapshot_download(
+        repo.name, revision=revision, allow_patterns=patterns
+      )
+      revision = pathlib.Path(folder).name  # the commit, if it moves meanwhile
+  except Exception as e:
+    raise _explain("download", repo.name, e) from e
+  return folder
+
+
+def upload(folder: pathlib.Path, repo: Repo, to: str, weights: Weights) -> str:
+  """Uploads a folder's files as one commit; returns the repository's address.
+
+  A repository that is not there is made, private. A README.md that is there is
+  kept, else it gets a model card without a licence.
+
+  Raises:
+    UserError: no token, no right to write, or no network.
+  """
+  hf = _import()
+  try:
+    api = hf.HfApi()
+    url = api.create_repo(repo.name, private=True, exist_ok=True)
+    if not api.file_exists(repo.name, "README.md"):
+      card = _make_card(repo.name, to, weights)
+      (folder / "README.md").write_text(card, encoding="utf-8")
+    api.upload_folder(
+      repo_id=repo.name,
+      folder_path=folder,
+      revision=repo.revision,
+      commit_message=f"vit-jax convert --to={to} --push",
     )
-  return value
+  except Exception as e:
+    raise _explain("upload to", repo.name, e) from e
+  return str(url)
 
 
-def get_pair(source: str, config: Mapping[str, Any], name: str, default: int):
-  """Returns an integer field as (h, w); it may be a pair.
+def _make_card(name, to, weights) -> str:
+  """Returns a README.md without a licence, which is the author's to choose."""
+  kind = "ForImageClassification" if weights.num_classes else ""
+  library, code = {
+    "hf": (
+      "transformers",
+      f"from transformers import AutoModel{kind}\n"
+      f'model = AutoModel{kind}.from_pretrained("{name}")',
+    ),
+    "timm": (
+      "timm",
+      "import timm\n"
+      f'model = timm.create_model("hf-hub:{name}", pretrained=True)',
+    ),
+  }[to]
+  height, width = weights.image_size
+  return f"""---
+library_name: {library}
+tags:
+- image-classification
+- vision-transformer
+- vit_jax
+# license: add one here
+---
 
-  Raises:
-    UserError: neither.
-  """
-  value = config.get(name)
-  value = default if value is None else value
-  pair = [value, value] if type(value) is int else value
-  if (
-    not isinstance(pair, (list, tuple))
-    or len(pair) != 2
-    or not all(type(side) is int and side > 0 for side in pair)
-  ):
-    raise UserError(
-      f"{source}: {name} is {value!r} in its configuration; an integer or "
-      "[height, width] is needed"
-    )
-  return pair[0], pair[1]
+# {name.partition("/")[2]}
 
+{weights.model["variant"]} for images of {height}x{width} pixels and
+{weights.num_classes} classes, trained or converted with vit_jax.
 
-def get_colour(
-  source: str,
-  config: Mapping[str, Any],
-  name: str,
-  default: tuple[float, ...],
-) -> tuple[float, ...]:
-  """Returns three numbers, such as the mean of the pixels.
+```python
+import vit_jax
+model = vit_jax.load("{name}")  # takes f32[b h w 3] in [-1, 1]
+```
 
-  Raises:
-    UserError: something else, or a deviation of zero.
-  """
-  value = config.get(name)
-  value = default if value is None else value
-  if (
-    not isinstance(value, (list, tuple))
-    or len(value) != 3
-    or not all(type(x) in (int, float) and x >= 0 for x in value)
-    or (name.endswith("std") and not all(value))
-  ):
-    raise UserError(
-      f"{source}: {name} is {value!r} in its configuration; three numbers are "
-      "needed"
-    )
-  return tuple(map(float, value))
+```python
+{code}
+```
+"""
 
 
-def get_names(names, num_classes: int) -> tuple[Any, tuple[str, ...]]:
-  """Returns the class names or None, and notes if they do not fit the head."""
-  if not isinstance(names, list) or not num_classes:
-    return None, ()
-  if len(names) != num_classes or not all(isinstance(n, str) for n in names):
-    note = (
-      f"there are {len(names)} class names for {num_classes} classes; they are "
-      "left out"
-    )
-    return None, (note,)
-  return list(names), ()
+def _import():
+  try:
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+  except ImportError as e:
+    raise needs_extra("the Hugging Face hub", "huggingface_hub") from e
+  if not sys.stderr.isatty():
+    disable_progress_bars()
+  return huggingface_hub
 
 
-# --- images ---
+def _explain(what: str, name: str, error: Exception) -> UserError:
+  """Returns the line for an error of huggingface_hub, httpx or the disk."""
+  from huggingface_hub import constants, errors
 
-
-class Preparation(NamedTuple):
-  """How an image gets its size.
-
-  Attributes:
-    squash: whether both sides are resized, whatever the image's proportions;
-      else the shorter one is and the other follows.
-    resized: (h, w) in pixels that are aimed at, before the middle is cropped
-      out; None for the model's.
-  """
-
-  squash: bool = True
-  resized: tuple[int, int] | None = None
-
-  def to_text(self, image_size: tuple[int, int]) -> str:
-    """Returns it as a preprocessing string."""
-    resized = self.resized or image_size
-    if not self.squash:
-      return f"resize_small({min(resized)})|central_crop(size)"
-    if resized == image_size:
-      return "resize(size)"
-    height, width = resized
-    size = height if height == width else resized
-    return f"resize({size})|central_crop(size)"
-
-
-def parse_preparation(
-  text: str, image_size: tuple[int, int], format_name: str
-) -> Preparation:
-  """Returns what a preprocessing string does.
-
-  Raises:
-    UserError: something that a `Preparation` is not.
-  """
-  ops = preprocess.parse(text, image_size, evaluation=True)
-  (name, arguments), *others = ops
-  if [other for other, _ in others] in ([], ["central_crop"]):
-    if name == "resize":
-      resized = preprocess.as_pair(arguments["size"])
-      return Preparation(True, None if resized == image_size else resized)
-    if name == "resize_small":
-      return Preparation(False, (arguments["smaller_size"],) * 2)
-  raise UserError(
-    f"{format_name} cannot represent the preprocessing {text!r}, but "
-    "'resize(size)', 'resize(256)|central_crop(size)' and "
-    "'resize_small(256)|central_crop(size)'"
-  )
-
-
-# --- folders ---
-
-
-def write_folder(
-  out: pathlib.Path,
-  documents: Mapping[str, Any],
-  arrays: Iterable[tuple[str, np.ndarray]],
-) -> None:
-  """Writes JSON files and weights; the folder appears when it is complete.
-
-  Raises:
-    UserError: there is something at `out` already.
-  """
-  if not out.is_dir() or any(out.iterdir()):
-    check_free(out)
-  with files.atomic_folder(out) as partial:
-    archives.write_safetensors(partial / WEIGHTS_FILE, arrays)
-    for name, document in documents.items():
-      text = json.dumps(document, indent=2, ensure_ascii=False)
-      (partial / name).write_text(text + "\n", encoding="utf-8")
+  address = f"{constants.ENDPOINT}/{name}"
+  log_in = "log in with `hf auth login`, or set HF_TOKEN"
+  response = getattr(error, "response", None)
+  code = getattr(response, "status_code", None)
+  if isinstance(error, errors.GatedRepoError):
+    reason = f"it is gated; accept its terms at {address}, then {log_in}"
+  elif isinstance(error, errors.RevisionNotFoundError):
+    reason = "it has no such revision; check what follows the @"
+  elif what == "download" and code in (401, 403, 404):
+    reason = f"it is not there, or private; check the name, or {log_in}"
+  elif code in (401, 403, 404):
+    reason = f"HTTP {code}; {log_in}, with a token that may write there"
+  elif code is not None:
+    reason = f"HTTP {code}; run again later"
+  elif isinstance(error, errors.LocalEntryNotFoundError):
+    reason = "no answer, and it is not in the cache; check the network"
+  elif isinstance(error, OSError) and error.errno and error.filename:
+    reason = f"{error.filename}: {error.strerror}; make room, or set HF_HOME"
+  else:
+    reason = f"{one_line(error)}; check the network and run again"
+  return UserError(f"cannot {what} {address}: {reason}")

@@ -7,7 +7,6 @@ ones; both are read, the old ones are written. Activation, epsilon and number
 of heads stand in config.json only.
 """
 
-import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -15,15 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import check_choice
 from vit_jax.models import variants
-from vit_jax.pretrained import hub
-from vit_jax.pretrained.hub import dense_rules, norm_rules, out_rules
+from vit_jax.pretrained import torch_folders as folders
+from vit_jax.pretrained.torch_folders import (
+  ATTENTION,
+  block_rules,
+  dense_rules,
+  norm_rules,
+)
 from vit_jax.pretrained.weights import (
   CONV,
   POS_EMBEDDING,
   Rule,
   Weights,
+  check_options,
   count_numbers,
   translate,
   translate_back,
@@ -32,6 +37,7 @@ from vit_jax.pretrained.weights import (
 from vit_jax.state import LazyArray
 
 ORIGIN = "huggingface"
+_NAME = "Hugging Face's ViT"
 _PATCHES = "embeddings.patch_embeddings.projection"
 _ACTIVATIONS = {
   "gelu": "gelu_erf",
@@ -39,57 +45,50 @@ _ACTIVATIONS = {
   "gelu_pytorch_tanh": "gelu_tanh",
   "gelu_new": "gelu_tanh",
 }
-# Pillow's filters by their numbers.
-_FILTERS = {0: "nearest", 1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
-_NEAREST = 0
+# Pillow's filters by their numbers, all that average.
+_FILTERS = {1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
 _HALF = (0.5, 0.5, 0.5)
 # Fields of preprocessor_config.json that are read below, and those that change
 # no pixels. Others are refused, unless they are off.
 _READ = {
   *("size", "do_resize", "resample", "do_center_crop", "crop_size"),
-  *("crop_pct", "do_rescale", "rescale_factor", "do_normalize"),
-  *("image_mean", "image_std"),
+  *("do_rescale", "rescale_factor", "do_normalize"),
+  *("image_mean", "image_std", "image_processor_type"),
 }
 _HARMLESS = {
-  *("image_processor_type", "feature_extractor_type", "processor_class"),
+  *("feature_extractor_type", "processor_class"),
   *("auto_map", "data_format", "input_data_format", "return_tensors"),
   *("default_to_square", "device", "disable_grouping", "do_convert_rgb"),
 }
-# Processors that crop, and take one number for the shorter side, unless told
-# otherwise; the first of them do the latter.
-_SHORTER = ("CLIP", "ConvNext")
-_CROPPING = ("CLIP", "DeiT")
-_WHOLE_FROM = 384  # pixels, where ConvNext crops no more
 _SINGLE_LABEL = "single_label_classification"
 _MULTI_LABEL = "multi_label_classification"
 
 
+# Of a block: query, key and value, and what `block_rules` takes.
+_OLD_NAMES = (
+  *(f"attention.attention.{name}" for name in ("query", "key", "value")),
+  *("layernorm_before", "attention.output.dense", "layernorm_after"),
+  *("intermediate.dense", "output.dense"),
+)
+_NEW_NAMES = (
+  *(f"attention.{name}_proj" for name in "qkv"),
+  *("layernorm_before", "attention.o_proj", "layernorm_after"),
+  *("mlp.fc1", "mlp.fc2"),
+)
+
+
 def _make_rules(prefix: str, modern: bool) -> tuple[Rule, ...]:
   embeddings = f"{prefix}embeddings"
-  ours = r"Transformer/encoderblock_(\d+)"
-  attention = f"{ours}/MultiHeadDotProductAttention_0"
-  if modern:
-    block = rf"{prefix}layers.\1"
-    names = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-    out, dense_0, dense_1 = "attention.o_proj", "mlp.fc1", "mlp.fc2"
-  else:
-    block = rf"{prefix}encoder.layer.\1"
-    names = tuple(f"attention.attention.{n}" for n in ("query", "key", "value"))
-    out, dense_0 = "attention.output.dense", "intermediate.dense"
-    dense_1 = "output.dense"
-  query, key, value = names
+  block = rf"{prefix}{'layers' if modern else 'encoder.layer'}.\1"
+  query, key, value, *others = _NEW_NAMES if modern else _OLD_NAMES
   return (
     Rule("cls", f"{embeddings}.cls_token"),
     Rule(POS_EMBEDDING, f"{embeddings}.position_embeddings"),
     *dense_rules("embedding", f"{prefix}{_PATCHES}", CONV),
-    *norm_rules(f"{ours}/LayerNorm_0", f"{block}.layernorm_before"),
-    *dense_rules(f"{attention}/query", f"{block}.{query}"),
-    *dense_rules(f"{attention}/key", f"{block}.{key}"),
-    *dense_rules(f"{attention}/value", f"{block}.{value}"),
-    *out_rules(f"{attention}/out", f"{block}.{out}"),
-    *norm_rules(f"{ours}/LayerNorm_1", f"{block}.layernorm_after"),
-    *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.{dense_0}"),
-    *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.{dense_1}"),
+    *dense_rules(f"{ATTENTION}/query", f"{block}.{query}"),
+    *dense_rules(f"{ATTENTION}/key", f"{block}.{key}"),
+    *dense_rules(f"{ATTENTION}/value", f"{block}.{value}"),
+    *block_rules(block, others),
     *norm_rules("Transformer/encoder_norm", f"{prefix}layernorm"),
     *dense_rules("pre_logits", f"{prefix}pooler.dense"),
     *dense_rules("head", "classifier"),
@@ -125,275 +124,192 @@ def read(
     UserError: no config.json, another architecture, or missing, extra or
       misshapen arrays.
   """
+  fields = folders.Fields(source, config or {})
   if config is None:
-    raise UserError(
-      f"{source}: the config.json that belongs to it is missing; activation, "
-      "epsilon and number of heads stand nowhere else"
+    raise fields.error(
+      "the config.json that belongs to it is missing; activation, epsilon and "
+      "number of heads stand nowhere else"
     )
-  if config.get("model_type") != "vit":
-    raise UserError(
-      f"{source}: its config.json is of the architecture "
-      f"{config.get('model_type')!r}; of Hugging Face's, 'vit' is read here"
+  if fields.get("model_type", "") != "vit":
+    raise fields.error(
+      f"its config.json is of the architecture {config.get('model_type')!r}; "
+      "of Hugging Face's, 'vit' is read here"
     )
   arrays, notes = _drop_unused(arrays)
   prefix = "vit." if any(n.startswith("vit.") for n in arrays) else ""
   modern = any(name.startswith(f"{prefix}layers.") for name in arrays)
   blocks = rf"{re.escape(prefix)}(?:encoder\.layer|layers)\.(\d+)\."
   num_layers = count_numbers(arrays, blocks)
-  image_size = hub.get_pair(source, config, "image_size", 224)
-  num_classes = width_of(arrays, "classifier.bias")
-  representation_size = width_of(arrays, f"{prefix}pooler.dense.bias")
-  model = _read_model(source, config, representation_size)
-  num_layers_said = hub.get_field(source, config, "num_hidden_layers", 12)
-  if num_layers_said != num_layers:
-    raise UserError(
-      f"{source}: its config.json has {num_layers_said} layers, the file "
-      f"{num_layers}"
+  said = fields.get("num_hidden_layers", 12)
+  if said != num_layers:
+    raise fields.error(
+      f"its config.json has {said} layers, the file {num_layers}"
     )
-  class_names, name_notes = _read_names(source, config, num_classes)
-  multi_label = _check_problem(source, config, num_classes)
+  num_classes = width_of(arrays, "classifier.bias")
+  class_names, name_notes = _read_names(fields, num_classes)
   weights = Weights(
     ORIGIN,
     source,
-    model,
-    image_size,
+    _read_model(fields, width_of(arrays, f"{prefix}pooler.dense.bias")),
+    fields.pair("image_size", 224),
     num_classes,
-    params={},
     class_names=class_names,
-    loss="sigmoid" if multi_label else "softmax",
+    loss=_read_loss(fields, num_classes),
     resize="huggingface",
     notes=(*notes, *name_notes),
   )
   weights = _read_preprocessor(weights, preprocessor)
-  rules = _make_rules(prefix, modern)
-  params = translate(rules, weights.shapes(), arrays, source)
-  return weights._replace(params=params)
+  return translate(_make_rules(prefix, modern), weights, arrays)
 
 
-def _check_problem(source, config, num_classes) -> bool:
-  """Returns whether the classes are independent of each other.
-
-  Raises:
-    UserError: the head's outputs are not classes.
-  """
-  problem = config.get("problem_type")
+def _read_loss(fields, num_classes) -> str:
+  """Returns the loss; numbers that are not classes are an error."""
+  problem = fields.values.get("problem_type")
   if problem == _MULTI_LABEL:
-    return True
+    return "sigmoid"
   # Of one output and no problem_type, transformers makes a regression.
   if problem not in (None, _SINGLE_LABEL) or num_classes == 1:
-    raise UserError(
-      f"{source}: problem_type is {problem!r} in its config.json and the head "
-      f"has {num_classes} outputs: numbers rather than classes; classification "
-      f"is {_SINGLE_LABEL!r} with 2 or more, or {_MULTI_LABEL!r}"
+    raise fields.error(
+      f"problem_type is {problem!r} in its config.json and the head has "
+      f"{num_classes} outputs: numbers rather than classes; classification is "
+      f"{_SINGLE_LABEL!r} with 2 or more, or {_MULTI_LABEL!r}"
     )
-  return False
+  return "softmax"
 
 
 def _drop_unused(arrays):
-  """Leaves out what no classification reads; returns the rest and notes."""
-  classifies = "classifier.weight" in arrays
-  unused = {
-    "the mask token and decoder of masked image modelling": lambda name: (
-      name.endswith("embeddings.mask_token") or name.startswith("decoder.")
-    ),
-    # ViTForImageClassification makes no pooler and ignores a file's.
-    "the pooler, which is not before the classifier": lambda name: (
-      classifies and name.removeprefix("vit.").startswith("pooler.")
-    ),
-  }
-  notes = [
-    f"left out: {what}"
-    for what, is_unused in unused.items()
-    if any(map(is_unused, arrays))
-  ]
+  """Leaves out what no classification reads; returns the rest and notes.
+
+  That is the mask token and decoder of masked image modelling, and a pooler
+  beside a classifier, which ViTForImageClassification ignores.
+  """
+  unused = ("embeddings.mask_token", "decoder.")
+  if "classifier.weight" in arrays:
+    unused += ("pooler.",)
   rest = {
     name: x
     for name, x in arrays.items()
-    if not any(is_unused(name) for is_unused in unused.values())
+    if not name.removeprefix("vit.").startswith(unused)
   }
-  return rest, notes
+  out = ", ".join(sorted(arrays.keys() - rest.keys()))
+  return rest, (f"left out, as no classification reads it: {out}",) * bool(out)
 
 
-def _read_model(source, config, representation_size):
+def _read_model(fields, representation_size):
   """Returns the arguments of `models.create` that config.json says."""
   encoder = variants.Encoder(
-    hub.get_field(source, config, "hidden_size", 768),
-    hub.get_field(source, config, "num_hidden_layers", 12),
-    hub.get_field(source, config, "intermediate_size", 3072),
-    hub.get_field(source, config, "num_attention_heads", 12),
+    fields.get("hidden_size", 768),
+    fields.get("num_hidden_layers", 12),
+    fields.get("intermediate_size", 3072),
+    fields.get("num_attention_heads", 12),
   )
   if min(encoder) < 1 or encoder.hidden_size % encoder.num_heads:
-    raise UserError(
-      f"{source}: its config.json has the sizes {tuple(encoder)}; they must be "
-      "positive and the heads must divide the hidden size"
+    raise fields.error(
+      f"its config.json has the sizes {tuple(encoder)}; they must be positive "
+      "and the heads must divide the hidden size"
     )
-  patch = hub.get_pair(source, config, "patch_size", 16)
+  patch = fields.pair("patch_size", 16)
   if patch[0] != patch[1]:
-    raise UserError(f"{source}: its patches are {patch}; ours are square")
-  activation = hub.get_field(source, config, "hidden_act", "gelu")
-  if activation not in _ACTIVATIONS:
-    raise UserError(
-      f"{source}: hidden_act is {activation!r}; there are "
-      f"{', '.join(_ACTIVATIONS)}"
-    )
-  if not hub.get_field(source, config, "qkv_bias", True):
-    raise UserError(f"{source}: qkv_bias is false; our attention has biases")
-  pooler = hub.get_field(source, config, "pooler_act", "tanh")
-  if representation_size and pooler != "tanh":
-    raise UserError(f"{source}: pooler_act is {pooler!r}; ours is 'tanh'")
+    raise fields.error(f"its patches are {patch}; ours are square")
+  needed = {"qkv_bias": True, "pooler_act": "tanh"}
+  for name, value in needed.items():
+    is_used = name != "pooler_act" or representation_size
+    if is_used and fields.get(name, value) != value:
+      raise fields.error(f"{name} is not {value!r}, which ours is")
+  activation = fields.get("hidden_act", "gelu")
+  check_choice(f"{fields.source}: hidden_act", activation, _ACTIVATIONS)
   return {
     "variant": variants.name_of(encoder, patch[0], None),
     "classifier": "token",
     "representation_size": representation_size,
     "activation": _ACTIVATIONS[activation],
-    "layer_norm_epsilon": hub.get_field(
-      source, config, "layer_norm_eps", 1e-12
-    ),
+    "layer_norm_epsilon": fields.get("layer_norm_eps", 1e-12),
   }
 
 
-def _read_names(source, config, num_classes):
+def _read_names(fields, num_classes):
   """Returns the class names, None for placeholders; and notes."""
-  labels = hub.get_field(source, config, "id2label", {})
+  labels = fields.get("id2label", {})
   try:
     names = [labels[i] for i in sorted(labels, key=int)]
   except ValueError as e:
-    raise UserError(
-      f"{source}: id2label has keys that are no numbers in its configuration"
-    ) from e
+    raise fields.error("id2label has keys that are no numbers") from e
   if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
     return None, ()
-  return hub.get_names(names, num_classes)
+  return folders.get_names(names, num_classes)
 
 
 def _read_preprocessor(weights, preprocessor):
   """Adds what preprocessor_config.json says to the weights."""
-  source = weights.source
   if preprocessor is None:
-    note = (
-      "there is no preprocessor_config.json; pixels are taken to be in "
-      "[-1, 1], of images that were resized whole"
-    )
-    return weights._replace(notes=(*weights.notes, note))
+    return folders.assume_pixels(weights, "preprocessor_config.json")
+  source = f"{weights.source}: its preprocessor_config.json"
+  fields = folders.Fields(source, preprocessor)
   for name, value in preprocessor.items():
     if name not in _READ | _HARMLESS and value and not name.startswith("_"):
-      raise UserError(
-        f"{source}: its preprocessor_config.json has {name}={value!r}, which "
-        "is not known here"
-      )
-  number = hub.get_field(source, preprocessor, "resample", 2)
-  if number == _NEAREST or number not in _FILTERS:
-    raise UserError(
-      f"{source}: resample is {number} in its preprocessor_config.json; of "
-      "Pillow's filters there are 1 to 4 here, nearest that is bilinear"
+      raise fields.error(f"{name}={value!r} is not known here")
+  number = fields.get("resample", 2)
+  if number not in _FILTERS:
+    raise fields.error(
+      f"resample is {number}; of Pillow's filters there are 1 to 4 here"
     )
-  note = (
-    f"its authors resize with Pillow's {_FILTERS[number]} filter, "
-    "which averages when it makes images smaller; ours is bilinear and does "
-    "not, so that pixels differ a little"
-  )
-  mean, std = _read_normalization(source, preprocessor)
+  scale = 255 * fields.get("rescale_factor", 1 / 255)
+  if not fields.get("do_rescale", True) or not 0.999999 < scale < 1.000001:
+    raise fields.error("pixels must be rescaled, and rescale_factor be 1/255")
+  mean, std = (0.0,) * 3, (1.0,) * 3
+  if fields.get("do_normalize", True):
+    mean = fields.colour("image_mean", _HALF)
+    std = fields.colour("image_std", _HALF)
   return weights._replace(
-    preprocess=_read_preparation(weights, preprocessor),
+    preprocess=_read_preparation(fields, weights.image_size),
     mean=mean,
     std=std,
-    notes=(*weights.notes, note),
+    notes=(*weights.notes, folders.note_filter(_FILTERS[number])),
   )
 
 
-def _read_normalization(source, preprocessor):
-  """Returns mean and standard deviation of pixels in [0, 1].
-
-  From 0 to 255 they are multiplied by a factor before they are normalised.
-  """
-  mean, std = (0.0,) * 3, (1.0,) * 3
-  if hub.get_field(source, preprocessor, "do_normalize", True):
-    mean = hub.get_colour(source, preprocessor, "image_mean", _HALF)
-    std = hub.get_colour(source, preprocessor, "image_std", _HALF)
-  factor = 1.0
-  if hub.get_field(source, preprocessor, "do_rescale", True):
-    factor = hub.get_field(source, preprocessor, "rescale_factor", 1 / 255)
-  if not factor:
-    raise UserError(f"{source}: rescale_factor is 0; all images would be black")
-  scale = 255 * factor
-  if math.isclose(scale, 1, rel_tol=1e-6):
-    return mean, std
-  return tuple(x / scale for x in mean), tuple(x / scale for x in std)
-
-
-def _read_preparation(weights, preprocessor):
+def _read_preparation(fields, image_size) -> str:
   """Returns the preprocessing string.
 
   Raises:
     UserError: images that are not resized, or do not get the model's size.
   """
-  source, image_size = weights.source, weights.image_size
-  if not hub.get_field(source, preprocessor, "do_resize", True):
-    raise UserError(
-      f"{source}: do_resize is false in its preprocessor_config.json; images "
-      "of all sizes have to get the model's"
-    )
-  kind = str(
-    preprocessor.get("image_processor_type")
-    or preprocessor.get("feature_extractor_type")
-  )
-  size, shorter = preprocessor.get("size"), False
+  kind = fields.get("image_processor_type", "")
+  kind = kind or fields.get("feature_extractor_type", "")
+  if kind.startswith("ConvNext"):  # which crops or not by a rule of its own
+    raise fields.error(f"{kind} is not read, but those of ViT, DeiT and CLIP")
+  if not fields.get("do_resize", True):
+    raise fields.error("do_resize is false; images must get the model's size")
+  size, shorter = fields.values.get("size"), False
   if isinstance(size, dict) and "shortest_edge" in size:
     size, shorter = size["shortest_edge"], True
-  elif isinstance(size, int):
-    shorter = kind.startswith(_SHORTER)
-  resized = _get_size(source, "size", size, image_size)
-  crops = hub.get_field(
-    source, preprocessor, "do_center_crop", kind.startswith(_CROPPING)
-  )
-  name, found = "size", resized
-  if crops:
-    crop_size = preprocessor.get("crop_size")
-    name, found = "crop_size", _get_size(source, name, crop_size, image_size)
-  if preprocessor.get("crop_pct") is not None:
-    resized, shorter, crops = _apply_crop_pct(
-      source, preprocessor, resized, shorter
+  elif isinstance(size, int):  # CLIP's takes one number for the shorter side
+    shorter = kind.startswith("CLIP")
+  name, found = "size", _get_size(fields, "size", size, image_size)
+  resized = found
+  if fields.get("do_center_crop", kind.startswith(("CLIP", "DeiT"))):
+    size, name = fields.values.get("crop_size"), "crop_size"
+    found = _get_size(fields, name, size, image_size)
+  elif shorter:
+    raise fields.error(
+      f"size is {fields.values['size']} and do_center_crop false; images would "
+      "get different sizes"
     )
   if found != image_size:
-    raise UserError(
-      f"{source}: {name} is {found} in its preprocessor_config.json, and "
-      f"image_size {image_size} in its config.json; they must agree"
+    raise fields.error(
+      f"{name} is {found}, and image_size {image_size} in its config.json; "
+      "they must agree"
     )
-  if shorter and not crops:
-    raise UserError(
-      f"{source}: size is {preprocessor['size']} and do_center_crop false in "
-      "its preprocessor_config.json; images would get different sizes"
-    )
-  if not crops:
-    return hub.Preparation().to_text(image_size)
-  return hub.Preparation(not shorter, resized).to_text(image_size)
+  return folders.Preparation(not shorter, resized).to_text(image_size)
 
 
-def _apply_crop_pct(source, preprocessor, size, shorter):
-  """Returns (resized, shorter, crops) by the rule of ConvNext's processor.
-
-  The shorter side gets size / crop_pct, then the middle is cropped; from 384 on
-  images are resized whole.
-  """
-  crop = hub.get_field(source, preprocessor, "crop_pct", 1.0)
-  if not 0 < crop <= 1 or not shorter:
-    raise UserError(
-      f"{source}: crop_pct is {crop} in its preprocessor_config.json; it must "
-      "be in (0, 1], and size have a shortest_edge"
-    )
-  if size[0] >= _WHOLE_FROM:
-    return size, False, False
-  side = int(size[0] / crop)
-  return (side, side), True, True
-
-
-def _get_size(source, name, value, default):
+def _get_size(fields, name, value, default):
   """Returns a field as (h, w): a number, a pair, or height and width."""
   if isinstance(value, dict):
     value = [value.get("height"), value.get("width")]
   if value is None:
     return default
-  return hub.get_pair(source, {name: value}, name, 0)
+  return folders.Fields(fields.source, {name: value}).pair(name, 0)
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
@@ -410,28 +326,19 @@ def write(weights: Weights, out: pathlib.Path) -> None:
     "preprocessor_config.json": _make_preprocessor(weights),
   }
   rules = _make_rules("vit." if weights.num_classes else "", modern=False)
-  hub.write_folder(out, documents, translate_back(rules, weights))
+  folders.write_folder(out, documents, translate_back(rules, weights))
 
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  weights.create_model()  # checks the configuration
-  options = {"classifier": "token", "pos_embedding": "learned"}
-  options["pos_embedding_at"] = "input"
-  problems = [
-    f"{name} {weights.model[name]!r}"
-    for name, value in options.items()
-    if weights.model.get(name, value) != value
-  ]
-  sizes = variants.parse(weights.model["variant"])
-  if sizes.encoder is None or sizes.units is not None:
-    problems.append(f"the ResNet of {weights.model['variant']}")
-  if "pre_logits/kernel" in weights.params and weights.num_classes:
-    problems.append("a pre_logits layer together with a head")
-  if problems:
-    raise UserError(
-      f"Hugging Face's ViT cannot represent {', '.join(problems)}"
-    )
+  check_options(
+    weights,
+    _NAME,
+    *folders.find_problems(weights, with_head=weights.num_classes > 0),
+    classifier=("token",),
+    pos_embedding=("learned",),
+    pos_embedding_at=("input",),
+  )
   _make_preprocessor(weights)
 
 
@@ -477,8 +384,8 @@ def _make_config(weights):
 
 def _make_preprocessor(weights):
   """The nearest that there is: bilinear, though Pillow's averages."""
-  preparation = hub.parse_preparation(
-    weights.preprocess, weights.image_size, "Hugging Face's ViT"
+  preparation = folders.parse_preparation(
+    weights.preprocess, weights.image_size, _NAME
   )
   height, width = weights.image_size
   resized = preparation.resized or weights.image_size
@@ -492,7 +399,7 @@ def _make_preprocessor(weights):
     "image_std": list(weights.std),
   }
   whole = {"height": resized[0], "width": resized[1]}
-  if preparation == hub.Preparation():
+  if preparation == folders.Preparation():
     return {
       "image_processor_type": "ViTImageProcessor",
       "size": whole,

@@ -13,16 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
-from vit_jax.pretrained import hub
-from vit_jax.pretrained.hub import dense_rules, norm_rules, out_rules
+from vit_jax.pretrained import torch_folders as folders
+from vit_jax.pretrained.torch_folders import (
+  ATTENTION,
+  block_rules,
+  dense_rules,
+  norm_rules,
+  out_rules,
+)
 from vit_jax.pretrained.weights import (
   CONV,
   NO_TOKEN,
   POS_EMBEDDING,
   Rule,
   Weights,
+  check_options,
   count_numbers,
   shape_of,
   square_grid,
@@ -33,6 +40,7 @@ from vit_jax.pretrained.weights import (
 from vit_jax.state import LazyArray
 
 ORIGIN = "timm"
+_NAME = "timm's ViT"
 _PATCHES = "patch_embed.proj.weight"
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
 _POOLING = {"token": "token", "avg": "gap", "map": "map"}
@@ -67,25 +75,10 @@ _FOREIGN = (
 
 # Arguments that change no forward pass, or that the arrays show.
 _HARMLESS = {
-  "img_size",
-  "patch_size",
-  "in_chans",
-  "num_classes",
-  "embed_dim",
-  "depth",
-  "num_heads",
-  "mlp_ratio",
-  "class_token",
-  "no_embed_class",
-  "global_pool",
-  "fc_norm",
-  "final_norm",
-  "act_layer",
-  "pos_embed",
-  "weight_init",
-  "fix_init",
-  "dynamic_img_size",
-  "strict_img_size",
+  *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth"),
+  *("num_heads", "mlp_ratio", "class_token", "no_embed_class", "global_pool"),
+  *("fc_norm", "final_norm", "act_layer", "pos_embed", "weight_init"),
+  *("fix_init", "dynamic_img_size", "strict_img_size"),
 }
 
 
@@ -94,18 +87,13 @@ _WITHOUT_TOKEN = Rule(POS_EMBEDDING, "pos_embed", NO_TOKEN)
 
 
 def _make_rules() -> tuple[Rule, ...]:
-  ours, block = r"Transformer/encoderblock_(\d+)", r"blocks.\1"
-  attention = f"{ours}/MultiHeadDotProductAttention_0"
+  block = r"blocks.\1"
   pool = "MAPHead_0/MultiHeadDotProductAttention_0"
   rules = [
     Rule("cls", "cls_token"),
     _WITH_TOKEN,
     *dense_rules("embedding", "patch_embed.proj", CONV),
-    *norm_rules(f"{ours}/LayerNorm_0", f"{block}.norm1"),
-    *out_rules(f"{attention}/out", f"{block}.attn.proj"),
-    *norm_rules(f"{ours}/LayerNorm_1", f"{block}.norm2"),
-    *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.mlp.fc1"),
-    *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.mlp.fc2"),
+    *block_rules(block, ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")),
     *norm_rules("Transformer/encoder_norm", "norm"),
     Rule("MAPHead_0/probe", "attn_pool.latent"),
     *dense_rules(f"{pool}/query", "attn_pool.q"),
@@ -117,7 +105,7 @@ def _make_rules() -> tuple[Rule, ...]:
   ]
   for i, name in enumerate(("query", "key", "value")):
     fused = f"{block}.attn.qkv"
-    rules += dense_rules(f"{attention}/{name}", fused, part=(i, 3))
+    rules += dense_rules(f"{ATTENTION}/{name}", fused, part=(i, 3))
   for i, name in enumerate(("key", "value")):
     rules += dense_rules(f"{pool}/{name}", "attn_pool.kv", part=(i, 2))
   return tuple(rules)
@@ -148,20 +136,22 @@ def read(
   Raises:
     UserError: another architecture, or missing, extra or misshapen arrays.
   """
-  config = config or {}
-  architecture = hub.get_field(source, config, "architecture", "")
-  arguments = hub.get_field(source, config, "model_args", {})
-  _check_architecture(source, architecture, arguments, arrays)
-  encoder, patch, notes = _describe(source, arrays, architecture, arguments)
-  classifier = _describe_pooling(source, config, arguments, arrays)
+  fields = folders.Fields(source, config or {})
+  architecture = fields.get("architecture", "")
+  arguments = folders.Fields(source, fields.get("model_args", {}))
+  _check_architecture(architecture, arguments, arrays)
+  encoder, patch, notes = _describe(arrays, architecture, arguments)
+  classifier = _describe_pooling(fields, arguments, arrays)
   # Old config.json files have everything at the top.
-  pretrained = hub.get_field(source, config, "pretrained_cfg", config)
+  pretrained = fields.get("pretrained_cfg", fields.values)
+  pretrained = folders.Fields(source, pretrained)
   image_size, rule = _describe_grid(
-    source, arrays, arguments, pretrained, patch, classifier
+    arrays, arguments, pretrained, patch, classifier
   )
   num_classes = width_of(arrays, "head.bias")
-  names = config.get("label_names") or pretrained.get("label_names")
-  class_names, name_notes = hub.get_names(names, num_classes)
+  names = fields.values.get("label_names")
+  names = names or pretrained.values.get("label_names")
+  class_names, name_notes = folders.get_names(names, num_classes)
   weights = Weights(
     ORIGIN,
     source,
@@ -169,125 +159,113 @@ def read(
       "variant": variants.name_of(encoder, patch, None),
       "classifier": classifier,
       "pos_embedding": "learned" if "pos_embed" in arrays else "none",
-      "activation": _find_activation(source, architecture, arguments),
+      "activation": _find_activation(architecture, arguments),
       "layer_norm_epsilon": 1e-6,
     },
     image_size,
     num_classes,
-    params={},
     class_names=class_names,
     resize="timm",
     notes=(*notes, *name_notes),
   )
-  weights = _read_preparation(weights, pretrained if config else None)
-  params = translate((rule, *RULES), weights.shapes(), arrays, source)
-  return weights._replace(params=params)
+  if not config:
+    weights = folders.assume_pixels(weights, "config.json")
+  else:
+    weights = _read_preparation(weights, pretrained)
+  return translate((rule, *RULES), weights, arrays)
 
 
-def _check_architecture(source, architecture, arguments, arrays):
+def _check_architecture(architecture, arguments, arrays):
   for pattern, meaning in _FOREIGN:
     found = [name for name in arrays if re.match(pattern, name)]
     if found:
-      raise UserError(
-        f"{source}: {found[0]} is {meaning}; there is no place for it here"
+      raise arguments.error(
+        f"{found[0]} is {meaning}; there is no place for it here"
       )
   if architecture and (
     not re.fullmatch(_ARCHITECTURE, architecture)
     or re.fullmatch(_OTHER_ARCHITECTURE, architecture)
   ):
-    raise UserError(
-      f"{source}: its config.json is of the architecture {architecture!r}; of "
-      "timm's, the plain ViTs such as 'vit_base_patch16_224' are read here"
+    raise arguments.error(
+      f"its config.json is of the architecture {architecture!r}; of timm's, "
+      "the plain ViTs such as 'vit_base_patch16_224' are read here"
     )
-  for name, value in arguments.items():
+  for name, value in arguments.values.items():
     # Rates of dropout are for training.
-    if name in _HARMLESS or name.endswith("_rate") or value in (None, False):
-      continue
-    raise UserError(
-      f"{source}: its config.json has the model argument {name}={value!r}, "
-      "which is not known here"
-    )
+    known = name in _HARMLESS or name.endswith("_rate")
+    if not known and value not in (None, False):
+      raise arguments.error(
+        f"its model argument {name}={value!r} is not known here"
+      )
 
 
-def _describe(source, arrays, architecture, arguments):
+def _describe(arrays, architecture, arguments):
   """Returns the encoder's sizes, the patch's, and notes."""
-  first = "blocks.0.mlp.fc1.weight"
+  source, first = arguments.source, "blocks.0.mlp.fc1.weight"
   width, _, patch, patch_width = shape_of(source, arrays, _PATCHES, 4)
   if patch != patch_width:
-    raise UserError(
-      f"{source}: its patches are {patch}x{patch_width}; ours are square"
+    raise arguments.error(
+      f"its patches are {patch}x{patch_width}; ours are square"
     )
   depth = count_numbers(arrays, r"blocks\.(\d+)\.")
-  mlp = shape_of(source, arrays, first, 2)[0]
-  sizes = (width, depth, mlp)
+  sizes = (width, depth, shape_of(source, arrays, first, 2)[0])
   known = [e.num_heads for e in variants.ENCODERS.values() if e[:3] == sizes]
   notes = ()
-  if "num_heads" in arguments:
-    heads = hub.get_field(source, arguments, "num_heads", 12)
+  if "num_heads" in arguments.values:
+    heads = arguments.get("num_heads", 12)
   elif re.fullmatch(_SIXTEEN_HEADS, architecture):
     heads = 16
   elif known:
     heads = known[0]
   elif width % 64:
-    raise UserError(
-      f"{source}: nothing says the number of attention heads, and the hidden "
-      f"size {width} is no multiple of 64; put its config.json beside it"
+    raise arguments.error(
+      "nothing says the number of attention heads, and the hidden size "
+      f"{width} is no multiple of 64; put its config.json beside it"
     )
   else:
     heads = width // 64
-    notes = (
-      f"nothing says the number of attention heads; {heads} of width 64 are "
-      "taken",
-    )
+    notes = (f"nothing says the number of heads; {heads} are taken, 64 wide",)
   if heads < 1 or width % heads:
-    raise UserError(
-      f"{source}: {heads} attention heads do not divide the hidden size {width}"
+    raise arguments.error(
+      f"{heads} attention heads do not divide the hidden size {width}"
     )
   return variants.Encoder(*sizes, heads), patch, notes
 
 
-def _find_activation(source, architecture, arguments):
+def _find_activation(architecture, arguments):
   default = "gelu_tanh" if re.fullmatch(_TANH, architecture) else "gelu"
-  name = hub.get_field(source, arguments, "act_layer", default)
-  if name not in _ACTIVATIONS:
-    raise UserError(
-      f"{source}: act_layer is {name!r}; there are {', '.join(_ACTIVATIONS)}"
-    )
+  name = arguments.get("act_layer", default)
+  check_choice(f"{arguments.source}: act_layer", name, _ACTIVATIONS)
   return _ACTIVATIONS[name]
 
 
-def _describe_pooling(source, config, arguments, arrays):
+def _describe_pooling(fields, arguments, arrays):
   """Returns our `classifier`."""
-  pooled = "map" if "attn_pool.latent" in arrays else None
-  if not pooled:
-    pooled = "token" if "cls_token" in arrays else "avg"
-  said = arguments.get("global_pool", config.get("global_pool", pooled))
-  if said != pooled:
-    raise UserError(
-      f"{source}: global_pool is {said!r}, its arrays are for {pooled!r}; a "
-      "class token that is not read has no place here"
-    )
-  if pooled == "map" and "cls_token" in arrays:
-    raise UserError(
-      f"{source}: it has a class token that its attention pooling does not "
-      "read, which has no place here"
+  pooled = "token" if "cls_token" in arrays else "avg"
+  if "attn_pool.latent" in arrays:
+    pooled = "map"
+  said = fields.values.get("global_pool", pooled)
+  said = arguments.values.get("global_pool", said)
+  if said != pooled or (pooled == "map" and "cls_token" in arrays):
+    raise arguments.error(
+      f"global_pool is {said!r}, its arrays are for {pooled!r}; a class token "
+      "that is not read has no place here"
     )
   return _POOLING[pooled]
 
 
-def _describe_grid(source, arrays, arguments, pretrained, patch, classifier):
+def _describe_grid(arrays, arguments, pretrained, patch, classifier):
   """Returns (h, w) in pixels, and the rule for the position embedding."""
-  size = pretrained.get("input_size")
+  source, size = arguments.source, pretrained.values.get("input_size")
   size = list(size)[1:] if isinstance(size, (list, tuple)) else size
-  size = arguments.get("img_size") or size
+  size = arguments.values.get("img_size") or size
   given = size is not None
-  image_size = hub.get_pair(source, {"img_size": size}, "img_size", 224)
+  image_size = folders.Fields(source, {"img_size": size}).pair("img_size", 224)
   token = classifier == "token"
   if "pos_embed" not in arrays:
-    if arguments.get("pos_embed") not in ("", "none"):
-      raise UserError(
-        f"{source}: pos_embed is missing, and its config.json does not say "
-        "pos_embed='none'"
+    if arguments.values.get("pos_embed") not in ("", "none"):
+      raise arguments.error(
+        "pos_embed is missing, and its config.json does not say 'none'"
       )
     return image_size, _WITH_TOKEN
   count = shape_of(source, arrays, "pos_embed", 3)[1]
@@ -302,36 +280,25 @@ def _describe_grid(source, arrays, arguments, pretrained, patch, classifier):
   return image_size, rule
 
 
-def _read_preparation(weights, pretrained):
+def _read_preparation(weights, fields):
   """Adds what the configuration says of pixels to the weights."""
-  source = weights.source
-  if pretrained is None:
-    note = (
-      "there is no config.json; pixels are taken to be in [-1, 1], of images "
-      "that were resized whole"
-    )
-    return weights._replace(notes=(*weights.notes, note))
   notes = list(weights.notes)
-  crop = hub.get_field(source, pretrained, "crop_pct", 0.875)
+  crop = fields.get("crop_pct", 0.875)
   if not 0 < crop <= 1:
-    raise UserError(f"{source}: crop_pct is {crop}; it must be in (0, 1]")
-  mode = hub.get_field(source, pretrained, "crop_mode", "center")
+    raise fields.error(f"crop_pct is {crop}; it must be in (0, 1]")
+  mode = fields.get("crop_mode", "center")
   if mode not in ("center", "squash"):
     notes.append(
       f"its authors prepare images with crop_mode={mode!r}; here their middle "
       "is cropped"
     )
-  name = hub.get_field(source, pretrained, "interpolation", "bicubic")
-  notes.append(
-    f"its authors resize with Pillow's {name} filter, which averages when it "
-    "makes images smaller; ours differs, and so do pixels, a little"
-  )
+  notes.append(folders.note_filter(fields.get("interpolation", "bicubic")))
   resized = tuple(math.floor(side / crop) for side in weights.image_size)
-  preparation = hub.Preparation(mode == "squash", resized)
+  preparation = folders.Preparation(mode == "squash", resized)
   return weights._replace(
     preprocess=preparation.to_text(weights.image_size),
-    mean=hub.get_colour(source, pretrained, "mean", _MEAN),
-    std=hub.get_colour(source, pretrained, "std", _STD),
+    mean=fields.colour("mean", _MEAN),
+    std=fields.colour("std", _STD),
     notes=tuple(notes),
   )
 
@@ -348,7 +315,9 @@ def write(weights: Weights, out: pathlib.Path) -> None:
     rule, with_token = _choose_rule(weights)
     rules = (rule, *RULES)
   config = _make_config(weights, with_token)
-  hub.write_folder(out, {"config.json": config}, translate_back(rules, weights))
+  folders.write_folder(
+    out, {"config.json": config}, translate_back(rules, weights)
+  )
 
 
 def _choose_rule(weights):
@@ -365,24 +334,14 @@ def _choose_rule(weights):
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  weights.create_model()  # checks the configuration
-  options = {
-    "pos_embedding": ("learned", "none"),
-    "pos_embedding_at": ("input",),
-    "layer_norm_epsilon": (1e-6,),
-  }
-  problems = [
-    f"{name} {weights.model[name]!r}"
-    for name, values in options.items()
-    if weights.model.get(name, values[0]) not in values
-  ]
-  sizes = variants.parse(weights.model["variant"])
-  if sizes.encoder is None or sizes.units is not None:
-    problems.append(f"the ResNet of {weights.model['variant']}")
-  if "pre_logits/kernel" in weights.params:
-    problems.append("a pre_logits layer")
-  if problems:
-    raise UserError(f"timm's ViT cannot represent {', '.join(problems)}")
+  check_options(
+    weights,
+    _NAME,
+    *folders.find_problems(weights),
+    pos_embedding=("learned", "none"),
+    pos_embedding_at=("input",),
+    layer_norm_epsilon=(1e-6,),
+  )
   _make_pretrained(weights)
 
 
@@ -431,8 +390,8 @@ def _find_ratio(mlp_dim, hidden_size):
 
 
 def _make_pretrained(weights):
-  preparation = hub.parse_preparation(
-    weights.preprocess, weights.image_size, "timm's ViT"
+  preparation = folders.parse_preparation(
+    weights.preprocess, weights.image_size, _NAME
   )
   resized = preparation.resized or weights.image_size
   side = min(weights.image_size)

@@ -14,9 +14,11 @@ from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import (
+  PAPER,
   POS_EMBEDDING,
   Rule,
   Weights,
+  check_options,
   count_numbers,
   describe_encoder,
   shape_of,
@@ -79,15 +81,19 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     model,
     image_size=(grid[0] * stride, grid[1] * stride),
     num_classes=width_of(arrays, "head/bias"),
-    params={},
   )
-  params = translate(rules, weights.shapes(), arrays, source)
-  return weights._replace(params=params)
+  return translate(rules, weights, arrays)
 
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  check_representable(weights, ("learned",), ("token", "gap"), "npz")
+  check_options(
+    weights,
+    "npz",
+    **PAPER,
+    pos_embedding=("learned",),
+    classifier=("token", "gap"),
+  )
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
@@ -128,33 +134,3 @@ def describe_units(arrays) -> tuple[int, ...] | None:
       stage, unit = int(match[1]), int(match[2])
       stages[stage] = max(unit, stages.get(stage, 0))
   return tuple(stages[stage] for stage in sorted(stages))
-
-
-def check_representable(weights, pos_embeddings, classifiers, format_name):
-  """Raises a UserError that names what a file format cannot represent.
-
-  The formats without a configuration of their own are read with the paper's
-  activation and epsilon, on square images.
-  """
-  model = weights.create_model  # checks the configuration
-  model()
-  defaults = {
-    "pos_embedding_at": "input",
-    "activation": "gelu_tanh",
-    "layer_norm_epsilon": 1e-6,
-  }
-  problems = [
-    f"{name} {weights.model[name]!r}"
-    for name, default in defaults.items()
-    if weights.model.get(name, default) != default
-  ]
-  for name, choices, default in (
-    ("pos_embedding", pos_embeddings, "learned"),
-    ("classifier", classifiers, "token"),
-  ):
-    if weights.model.get(name, default) not in choices:
-      problems.append(f"{name} {weights.model[name]!r}")
-  if weights.image_size[0] != weights.image_size[1]:
-    problems.append("images {}x{}".format(*weights.image_size))
-  if problems:
-    raise UserError(f"{format_name} cannot represent {', '.join(problems)}")

@@ -6,9 +6,9 @@ table reads and writes. Arrays are lazy: nothing is in memory until it is asked
 for, so that reading needs little more than the model itself.
 """
 
-import difflib
 import math
 import re
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from vit_jax import models
 from vit_jax.data.preprocess import as_pair
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
 from vit_jax.pretrained.warmstart import POS_EMBEDDING as POS_EMBEDDING
 from vit_jax.state import LazyArray, flatten
@@ -49,7 +49,7 @@ class Weights(NamedTuple):
   model: dict[str, Any]
   image_size: tuple[int, int]
   num_classes: int
-  params: Mapping[str, LazyArray]
+  params: Mapping[str, LazyArray] = types.MappingProxyType({})
   class_names: list[str] | None = None
   preprocess: str = "resize(size)"
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -182,20 +182,19 @@ def find_entries(rules: Sequence[Rule], shapes) -> list[_Entry]:
 
 
 def translate(
-  rules: Sequence[Rule], shapes, arrays: Mapping[str, LazyArray], source: str
-) -> dict[str, LazyArray]:
-  """Returns the file's arrays under our paths, lazily.
+  rules: Sequence[Rule], weights: Weights, arrays: Mapping[str, LazyArray]
+) -> Weights:
+  """Returns weights with the file's arrays under our paths, lazily.
 
   Args:
     rules: the format's table.
-    shapes: {path: shape} of the model that the file holds.
+    weights: what the file holds, but for the arrays.
     arrays: {name: LazyArray} of the file.
-    source: the file's name, for messages.
 
   Raises:
     UserError: missing, extra or misshapen arrays, by name.
   """
-  entries = find_entries(rules, shapes)
+  source, entries = weights.source, find_entries(rules, weights.shapes())
   _check_names(source, {e.name for e in entries}, arrays)
   for entry in entries:
     found = arrays[entry.name].shape
@@ -205,7 +204,7 @@ def translate(
         f"{source}: {entry.name} is {_by(found)}, "
         f"{_by(entry.file_shape)} is needed for this model"
       )
-  return {
+  params = {
     entry.path: LazyArray(
       entry.shape,
       arrays[entry.name].dtype,
@@ -213,6 +212,7 @@ def translate(
     )
     for entry in entries
   }
+  return weights._replace(params=params)
 
 
 def translate_back(
@@ -256,15 +256,14 @@ def _check_names(source, expected, found):
     return
   problems = []
   for what, names, others in (
-    ("is missing", missing, extra),
-    ("is not known", extra, missing),
+    ("missing", missing, extra),
+    ("not known", extra, missing),
   ):
-    for name in names[:3]:
-      close = difflib.get_close_matches(name, others, 1)
-      hint = f" (closest: {close[0]})" if close else ""
-      problems.append(f"{name} {what}{hint}")
-    if len(names) > 3:
-      problems.append(f"{len(names) - 3} more {what.replace('is', 'are')}")
+    problems += [
+      f"{name} is {what}{suggest(name, others)}" for name in names[:3]
+    ]
+    if names[3:]:
+      problems.append(f"{len(names) - 3} more are {what}")
   raise UserError(f"{source}: {'; '.join(problems)}")
 
 
@@ -274,6 +273,39 @@ def _squeeze(shape):
 
 def _by(shape):
   return "x".join(map(str, shape)) or "a scalar"
+
+
+# What files without a configuration of their own are read with.
+PAPER = {
+  "pos_embedding_at": ("input",),
+  "activation": ("gelu_tanh",),
+  "layer_norm_epsilon": (1e-6,),
+}
+
+
+def check_options(
+  weights: Weights, format_name: str, *problems: str, **options: tuple
+) -> None:
+  """Raises a UserError that names what a format cannot represent.
+
+  Args:
+    weights: what is to be written.
+    format_name: for the message.
+    *problems: what is known of already.
+    **options: what a format has of an argument of `models.create`.
+  """
+  weights.create_model()  # checks the configuration
+  found = models.DEFAULTS | weights.model
+  problems += tuple(
+    f"{name} {found[name]!r}"
+    for name, choices in options.items()
+    if found[name] not in choices
+  )
+  if options.keys() >= PAPER.keys():
+    height, width = weights.image_size
+    problems += (f"images {height}x{width}",) * (height != width)
+  if problems:
+    raise UserError(f"{format_name} cannot represent {', '.join(problems)}")
 
 
 def square_grid(source: str, num_tokens: int) -> tuple[int, int]:

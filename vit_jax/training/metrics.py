@@ -167,7 +167,7 @@ def start_wandb(config, workdir) -> Any:
   """
   if not config.wandb or jax.process_index():
     return None
-  import wandb
+  import wandb  # pyright: ignore[reportMissingImports]
 
   file = workdir / "wandb_id"
   if not file.exists():

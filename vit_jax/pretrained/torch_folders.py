@@ -1,0 +1,242 @@
+"""What the folders of Hugging Face and timm have in common.
+
+PyTorch's layouts, fields of a JSON file, how an image gets its size, and a
+folder that is complete or not there.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from vit_jax import files
+from vit_jax.data import preprocess
+from vit_jax.errors import UserError, check_free
+from vit_jax.models import variants
+from vit_jax.pretrained import archives
+from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule, Weights
+
+BLOCK = r"Transformer/encoderblock_(\d+)"
+ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_0"
+WEIGHTS_FILE = "model.safetensors"
+_Value = TypeVar("_Value")
+
+
+# --- tables ---
+
+
+def norm_rules(path: str, name: str) -> list[Rule]:
+  """A LayerNorm's two lines."""
+  return [
+    Rule(f"{path}/scale", f"{name}.weight"),
+    Rule(f"{path}/bias", f"{name}.bias"),
+  ]
+
+
+def dense_rules(path: str, name: str, kind=LINEAR, part=None) -> list[Rule]:
+  """A dense layer's two lines; `part` as in `Rule`."""
+  return [
+    Rule(f"{path}/kernel", f"{name}.weight", kind, part),
+    Rule(f"{path}/bias", f"{name}.bias", FLAT, part),
+  ]
+
+
+def out_rules(path: str, name: str) -> list[Rule]:
+  """The two lines of attention's output projection."""
+  return dense_rules(path, name, LINEAR_OUT)
+
+
+def block_rules(block: str, names: Iterable[str]) -> list[Rule]:
+  """The lines of an encoder's blocks, but for query, key and value.
+
+  Args:
+    block: the file's name of a block; may use its number, "\\1".
+    names: in it, of the first LayerNorm, attention's output, the second
+      LayerNorm and the MLP's two layers.
+  """
+  ours, (norm, out, norm_1, dense, dense_1) = BLOCK, names
+  return [
+    *norm_rules(f"{ours}/LayerNorm_0", f"{block}.{norm}"),
+    *out_rules(f"{ATTENTION}/out", f"{block}.{out}"),
+    *norm_rules(f"{ours}/LayerNorm_1", f"{block}.{norm_1}"),
+    *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.{dense}"),
+    *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.{dense_1}"),
+  ]
+
+
+# --- fields of JSON files ---
+
+
+class Fields(NamedTuple):
+  """A user's JSON file, whose fields are checked where they are read.
+
+  Attributes:
+    source: the file, for messages.
+    values: what is in it.
+  """
+
+  source: str
+  values: Mapping[str, Any]
+
+  def get(self, name: str, default: _Value) -> _Value:
+    """Returns a field of the default's type, the default if absent or null.
+
+    Raises:
+      UserError: it has another type, or is a number below zero.
+    """
+    value = self.values.get(name)
+    if value is None:
+      return default
+    if type(default) is float and type(value) is int:
+      value = float(value)
+    is_number = isinstance(value, (int, float))
+    # NaN is not at least 0, either.
+    if type(value) is not type(default) or (is_number and not value >= 0):
+      raise self.error(f"{name} is {value!r}; give one such as {default!r}")
+    return value
+
+  def pair(self, name: str, default: int) -> tuple[int, int]:
+    """Returns an integer field as (h, w); it may be a pair."""
+    value = self.values.get(name)
+    value = default if value is None else value
+    pair: Any = (value, value) if type(value) is int else value
+    if not _is_numbers(pair, 2, (int,)) or not all(pair):
+      raise self.error(f"{name} is {value!r}; give an integer or two")
+    return pair[0], pair[1]
+
+  def colour(self, name: str, default: tuple) -> tuple[float, ...]:
+    """Returns three numbers, such as the mean of the pixels."""
+    value = self.values.get(name)
+    value = default if value is None else value
+    if not _is_numbers(value, 3) or (name.endswith("std") and not all(value)):
+      raise self.error(f"{name} is {value!r}; give three numbers")
+    return tuple(map(float, value))
+
+  def error(self, words: str) -> UserError:
+    """Returns the error of a file that has what is not read here."""
+    return UserError(f"{self.source}: {words}")
+
+
+def _is_numbers(value, count, types=(int, float)) -> bool:
+  return (
+    isinstance(value, (list, tuple))
+    and len(value) == count
+    and all(type(x) in types and x >= 0 for x in value)
+  )
+
+
+def get_names(names, num_classes: int) -> tuple[Any, tuple[str, ...]]:
+  """Returns the class names or None, and notes if they do not fit the head."""
+  if not isinstance(names, list) or not num_classes:
+    return None, ()
+  if len(names) != num_classes or not all(isinstance(n, str) for n in names):
+    note = (
+      f"there are {len(names)} class names for {num_classes} classes; they are "
+      "left out"
+    )
+    return None, (note,)
+  return list(names), ()
+
+
+# --- images ---
+
+
+class Preparation(NamedTuple):
+  """How an image gets its size.
+
+  Attributes:
+    squash: whether both sides are resized, whatever the image's proportions;
+      else the shorter one is and the other follows.
+    resized: (h, w) in pixels that are aimed at, before the middle is cropped
+      out; None for the model's.
+  """
+
+  squash: bool = True
+  resized: tuple[int, int] | None = None
+
+  def to_text(self, image_size: tuple[int, int]) -> str:
+    """Returns it as a preprocessing string."""
+    resized = self.resized or image_size
+    if not self.squash:
+      return f"resize_small({min(resized)})|central_crop(size)"
+    if resized == image_size:
+      return "resize(size)"
+    height, width = resized
+    size = height if height == width else resized
+    return f"resize({size})|central_crop(size)"
+
+
+def parse_preparation(
+  text: str, image_size: tuple[int, int], format_name: str
+) -> Preparation:
+  """Returns what a preprocessing string does.
+
+  Raises:
+    UserError: something that a `Preparation` is not.
+  """
+  ops = preprocess.parse(text, image_size, evaluation=True)
+  (name, arguments), *others = ops
+  if [other for other, _ in others] in ([], ["central_crop"]):
+    if name == "resize":
+      resized = preprocess.as_pair(arguments["size"])
+      return Preparation(True, None if resized == image_size else resized)
+    if name == "resize_small":
+      return Preparation(False, (arguments["smaller_size"],) * 2)
+  raise UserError(
+    f"{format_name} cannot represent the preprocessing {text!r}, but "
+    "'resize(size)', 'resize(256)|central_crop(size)' and "
+    "'resize_small(256)|central_crop(size)'"
+  )
+
+
+def note_filter(name: str) -> str:
+  """Returns a note on how the authors resize images."""
+  return (
+    f"its authors resize with Pillow's {name} filter, which averages when it "
+    "makes images smaller; ours is bilinear and does not, so that pixels "
+    "differ a little"
+  )
+
+
+def assume_pixels(weights: Weights, file: str) -> Weights:
+  """Returns weights whose configuration says nothing of pixels."""
+  note = (
+    f"there is no {file}; pixels are taken to be in [-1, 1], of images that "
+    "were resized whole"
+  )
+  return weights._replace(notes=(*weights.notes, note))
+
+
+# --- folders ---
+
+
+def find_problems(weights: Weights, with_head: bool = True) -> list[str]:
+  """Returns what is in the weights and in neither library's ViT."""
+  problems = []
+  sizes = variants.parse(weights.model["variant"])
+  if sizes.encoder is None or sizes.units is not None:
+    problems.append(f"the ResNet of {weights.model['variant']}")
+  if with_head and "pre_logits/kernel" in weights.params:
+    problems.append("a pre_logits layer before a head")
+  return problems
+
+
+def write_folder(
+  out: pathlib.Path,
+  documents: Mapping[str, Any],
+  arrays: Iterable[tuple[str, np.ndarray]],
+) -> None:
+  """Writes JSON files and weights; the folder appears when it is complete.
+
+  Raises:
+    UserError: there is something at `out` already.
+  """
+  if not out.is_dir() or any(out.iterdir()):
+    check_free(out)
+  with files.atomic_folder(out) as partial:
+    archives.write_safetensors(partial / WEIGHTS_FILE, arrays)
+    for name, document in documents.items():
+      text = json.dumps(document, indent=2, ensure_ascii=False)
+      (partial / name).write_text(text + "\n", encoding="utf-8")
