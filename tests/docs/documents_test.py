@@ -51,8 +51,8 @@ _DOCUMENTS = [
   *sorted((REPO / "notebooks").glob("*.ipynb")),
 ]
 _NEEDS = re.compile(
-  r"# needs a ((Google Cloud|Hugging Face) account|download|GPU|TPU compiler|"
-  r"second machine)"
+  r"# needs an? ((Google Cloud|Hugging Face) account|download|export|GPU|"
+  r"TPU compiler|second machine)"
 )
 # In a command that is not to be typed as it is.
 _PLACEHOLDER = re.compile(r"\.\.\.|\{|(?<![\w-])[A-Z]+(?![\w-])")
@@ -177,11 +177,7 @@ _TESTED = {
     "tests/unit/tools/demo_test.py::test_uploads_are_judged_as_by_predict"
   ),
   "vit-jax export runs/quickstart/finetune digits --to=onnx": (
-    "tests/unit/tools/export_test.py::test_the_documents_commands"
-  ),
-  "vit-jax export runs/quickstart/finetune digits_96 --to=onnx --preprocess "
-  "--image_size=96": (
-    "tests/unit/tools/export_test.py::test_the_documents_commands"
+    "tests/unit/tools/export_test.py::test_the_documents_command"
   ),
   "make quickstart": "tests/docs/documents_test.py::test_the_quickstart",
 }

@@ -12,23 +12,12 @@ def add_flags(parser):
   flags.add_image_size(
     parser, help="default: the checkpoint's; position embeddings are resized"
   )
-  parser.add_argument(
-    "--preprocess",
-    action="store_true",
-    help="take uint8 pictures of any size; default: floats in [-1, 1]",
-  )
 
 
 def run(args):
   from vit_jax.tools.export import export
 
-  about = export(
-    args.source,
-    args.out,
-    args.to,
-    image_size=args.image_size,
-    preprocess=args.preprocess,
-  )
+  about = export(args.source, args.out, args.to, image_size=args.image_size)
   shape = ", ".join(map(str, about["input"]["shape"]))
   print(
     f"{args.out}: {about['variant']} as {args.to}, "

@@ -167,7 +167,7 @@ def hybrid_stem(config: ViTConfig, images):
   dtype = config.dtype
   x = StdConv(64, 7, 2, dtype=dtype, name="conv_root")(images)
   x = nn.relu(nn.GroupNorm(32, epsilon=1e-6, dtype=dtype, name="gn_root")(x))
-  x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+  x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
   out = {"root": x}
   for i, num_units in enumerate(config.units or ()):
     x = out[f"stage{i + 1}"] = Stage(
@@ -202,7 +202,7 @@ class BiTRoot(nn.Module):
     )(images)
     # Zeros, not minus infinity, are what the authors' code pads with here.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+    return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
 
 
 class BiT(nn.Module):
