@@ -18,19 +18,15 @@ def add_flags(parser):
   )
   flags.add_overrides(parser)
   parser.add_argument(
-    "--topology", default="v5e:4x4", help="CHIP:SIZE (default: v5e:4x4)"
+    "--topology",
+    default="v5e:4x4",
+    metavar="CHIP:SIZE",
+    help="default: v5e:4x4; several: v5e:4x4,v5e:8x8",
   )
   parser.add_argument("--num_classes", type=int, help="of unknown data")
   parser.add_argument("--num_examples", type=int, help="of unknown data")
   parser.add_argument("--price", type=float, help="dollars of a chip-hour")
   parser.add_argument("--dump-hlo", metavar="FILE", help="the compiled step")
-  what = parser.add_mutually_exclusive_group()
-  what.add_argument(
-    "--scale", action="store_true", help="on larger slices as well"
-  )
-  what.add_argument(
-    "--table2", action="store_true", help="the paper's core-days, estimated"
-  )
   flags.add_json(parser)
 
 
@@ -39,30 +35,26 @@ def run(args):
   from vit_jax.tools import plan
   from vit_jax.tools.plan import report
 
-  if args.table2:
-    rows = plan.plan_table2()
-    print(json.dumps(rows) if args.json else report.format_table2(rows))
-    return
   if not args.config:
-    raise UserError("plan needs --config=CONFIG[:ARG], or --table2")
-  if args.dump_hlo and (len(args.config) > 1 or args.scale):
-    raise UserError("--dump-hlo takes the program of one plan; give one config")
-  options = {
-    "overrides": args.overrides,
-    "num_classes": args.num_classes,
-    "num_examples": args.num_examples,
-    "price": args.price,
-  }
-  found = []
-  for spec in args.config:
-    if args.scale:
-      found += plan.plan_scale(spec, args.topology, **options)
-    else:
-      options["dump_hlo"] = args.dump_hlo
-      found.append(plan.plan(spec, args.topology, **options))
+    raise UserError("plan needs --config=CONFIG[:ARG]")
+  pairs = [(c, t) for c in args.config for t in args.topology.split(",")]
+  if args.dump_hlo and len(pairs) > 1:
+    raise UserError(
+      "--dump-hlo takes the program of one plan; give one --config and one "
+      "--topology"
+    )
+  found = [
+    plan.plan(
+      *pair,
+      overrides=args.overrides,
+      num_classes=args.num_classes,
+      num_examples=args.num_examples,
+      price=args.price,
+      dump_hlo=args.dump_hlo,
+    )
+    for pair in pairs
+  ]
   if args.json:
     print(json.dumps(found if len(found) > 1 else found[0]))
-  elif args.scale:
-    print(report.format_table(found), report.LEFT_OUT, sep="\n\n")
   else:
     print(report.format_plans(found))

@@ -1,7 +1,7 @@
-"""The `plan` command: what a run would take, from the TPU compiler's figures.
+"""The `plan` command: memory, speed and cost of a run on TPUs, estimated.
 
-The real steps are compiled for a TPU topology from shapes alone, on a machine
-that has no TPU. What comes out is an estimate: see `report.LEFT_OUT`.
+The run's own steps are compiled ahead of time for a TPU topology, from shapes
+alone; no TPU is needed. `report.LEFT_OUT` says what the estimate leaves out.
 """
 
 import logging
@@ -37,8 +37,6 @@ GIB = 2**30
 _USUALLY = "2 minutes for ViT-B_16 on two cores"
 # Of the memory, what the compiler leaves to the system: 0.25 GiB of 16.
 _RESERVED = 1 / 64
-# The table of the paper whose core-days are estimated, on these machines.
-TABLE2_SLICE = "v3:8x8"
 
 
 def plan(
@@ -198,10 +196,9 @@ def _compile_evaluation(config, objective, mesh, state):
 
 
 def count_products(objective: Objective) -> float:
-  """Returns the operations of training on one image that cannot be saved.
+  """Returns the FLOPs of training on one image, without rematerialisation.
 
-  Those of the forward pass, and twice as many of the backward pass; what is
-  computed again for want of memory is no part of it.
+  Those of the forward pass, and twice as many of the backward pass.
   """
   size = objective.model.image_size
   batch = {
@@ -218,57 +215,58 @@ def count_products(objective: Objective) -> float:
 def estimate(
   program: Program, machines: Slice, batch_size: int, products: float
 ) -> dict[str, Any]:
-  """Returns what a train step takes, each figure of one chip.
+  """Returns the figures of a train step, per chip.
 
   Args:
     program: the compiled step.
     machines: that it is compiled for.
     batch_size: of the global batch.
-    products: operations of the model for an image, from `count_products`.
+    products: FLOPs of the model's matmuls for an image, from `count_products`.
 
   Returns:
-    "flops" and "bytes" of the program; "estimated_cycles" and what follows
-    from them: "step_seconds", "images_per_second_per_chip", "mfu". Beside it
-    the "roofline_seconds" of flops and bytes, and the "collectives" with their
-    "collective_seconds" if nothing hides them. "hottest" has where the cycles
-    go.
+    "estimated_cycles", and what follows from them: "step_seconds",
+    "images_per_second_per_chip", "mfu"; "flops", "bytes" and the
+    "roofline_seconds" of both, None for a program with loops, whose bodies XLA
+    counts once; "collectives" and their "collective_seconds" if nothing hides
+    them; "hottest", the instructions with the most cycles.
   """
   chip, devices = machines.chip, machines.per_chip()
   parsed = hlo.parse(program.text)
-  rows = hlo.list_cycles(parsed, lambda cost: chip.cost_kernel(cost, devices))
+  rows = hlo.list_cycles(parsed)
   cycles = sum(row[0] for row in rows)
   seconds = cycles / chip.clock()
   images = batch_size / machines.chips
-  flops = devices * hlo.count_flops(parsed)
-  accessed = devices * (program.bytes + hlo.count_loop_bytes(parsed))
-  collectives = [
-    {"kind": x.kind, "count": x.count, "bytes": devices * x.bytes}
-    for x in hlo.list_collectives(parsed)
-  ]
   peak = chip.teraflops * 1e12
+  flops = accessed = roofline = None
+  if not any(x.opcode == "while" for _, x in hlo.walk(parsed)):
+    flops, accessed = devices * program.flops, devices * program.bytes
+    roofline = max(flops / peak, accessed / (chip.gigabytes * 1e9))
+  collectives = [
+    row | {"bytes": devices * row["bytes"]}
+    for row in hlo.list_collectives(parsed)
+  ]
   return {
     "flops": flops,
     "bytes": accessed,
     "estimated_cycles": cycles,
     "step_seconds": seconds,
-    "roofline_seconds": max(flops / peak, accessed / (chip.gigabytes * 1e9)),
+    "roofline_seconds": roofline,
     "collectives": collectives,
-    "collective_seconds": _exchange(collectives, machines),
+    "collective_seconds": _estimate_links(collectives, machines),
     "images_per_second_per_chip": images / seconds,
     "mfu": images * products / seconds / peak,
     "hottest": hlo.summarize(rows)[:10],
   }
 
 
-def _exchange(collectives, machines):
+def _estimate_links(collectives, machines):
   """Returns the seconds that the links between chips are busy, at the least.
 
-  A ring takes a result's bytes past each chip once; for a sum, twice.
+  A ring moves a result's bytes past each chip once; for a sum, twice.
   """
-  if machines.chips == 1:
-    return 0.0
-  passes = {"all-reduce": 2}
-  moved = sum(passes.get(x["kind"], 1) * x["bytes"] for x in collectives)
+  moved = sum(
+    (2 if x["kind"] == "all-reduce" else 1) * x["bytes"] for x in collectives
+  )
   share = (machines.chips - 1) / machines.chips
   return moved * share / (machines.chip.gigabits * 1e9 / 8)
 
@@ -276,18 +274,15 @@ def _exchange(collectives, machines):
 def add_up_memory(train, evaluation, state, batch, machines) -> dict[str, Any]:
   """Returns the peak "hbm_gib" of a chip, its parts and its limit.
 
-  The batches that wait for the step count; the optimizer's state stays where
-  it is during an evaluation.
+  The batches that wait for their step count, and during an evaluation the
+  optimizer's state.
   """
-  waiting = sharding.RUN_AHEAD * _bytes(batch)
+  params, whole, one = map(
+    sharding.bytes_per_device, (state.params, state, batch)
+  )
+  waiting = sharding.RUN_AHEAD * one
   peak = sum(train.memory.values()) + waiting
-  params, whole = _bytes(state.params), _bytes(state)
   during = sum(evaluation.memory.values()) + whole - params + waiting
-  devices = machines.per_chip()
-
-  def gib(size):
-    return devices * size / GIB
-
   parts = {
     "parameters": params,
     "optimizer": whole - params,
@@ -296,16 +291,12 @@ def add_up_memory(train, evaluation, state, batch, machines) -> dict[str, Any]:
     "batches": waiting,
     "evaluation": during,
   }
+  gib = machines.per_chip() / GIB
   return {
-    "hbm_gib": gib(max(peak, during)),
+    "hbm_gib": gib * max(peak, during),
     "hbm_limit_gib": _limit(machines),
-    "hbm": {name: gib(size) for name, size in parts.items()},
+    "hbm": {name: gib * size for name, size in parts.items()},
   }
-
-
-def _bytes(tree):
-  """Returns the bytes that a device holds of shapes with layouts."""
-  return sharding.bytes_per_device(tree)
 
 
 def _limit(machines):
@@ -323,74 +314,3 @@ def estimate_run(found, total_steps, chips: int, price) -> dict[str, Any]:
     "chip_hours": hours * chips,
   }
   return run | ({"dollars": run["chip_hours"] * price} if price else {})
-
-
-def plan_table2() -> list[dict[str, Any]]:
-  """Returns the core-days of the paper's Table 2, estimated and printed.
-
-  Raises:
-    UserError: no TPU compiler, or not in the project's folder.
-  """
-  rows = []
-  for row in paper.load()["table2"]["rows"]:
-    if row.get("reference"):
-      continue
-    dataset = paper.load()["pretraining"][row["pretraining"]]["dataset"]
-    variant = paper.variant_of(row["name"])
-    spec = f"configs/pretrain.py:{variant},{dataset},{row['epochs']}"
-    found = plan(spec, TABLE2_SLICE)
-    best = found.get("then") or found
-    days = 2 * best["chip_hours"] / 24 if best["fits"] else None
-    rows.append(
-      found
-      | {
-        "name": f"{row['name']} {row['pretraining']}",
-        "core_days": days,
-        "paper_core_days": row["tpuv3_core_days"],
-      }
-    )
-  return rows
-
-
-def plan_scale(spec: str, topology: str, **kwargs) -> list[dict[str, Any]]:
-  """Returns plans of a configuration from `topology` up to 16 times its chips.
-
-  The first is the "base"; the others are of "scaling" strong (the same global
-  batch) and weak (the same batch of a chip). Arguments as of `plan`.
-  """
-  overrides = kwargs.pop("overrides", None) or {}
-  base = find_slice(topology)
-  batch_size = configuration.load(spec, overrides).batch_size
-  rows = []
-  for name in list_larger(topology):
-    factor = find_slice(name).chips // base.chips
-    sizes = {"strong": batch_size, "weak": batch_size * factor}
-    if factor == 1:
-      sizes = {"base": batch_size}
-    for scaling, size in sizes.items():
-      given = overrides | {"batch_size": str(size)}
-      try:
-        found = plan(spec, name, overrides=given, **kwargs)
-      except UserError as e:
-        if "not divisible" not in str(e):
-          raise
-        found = {"topology": name, "fits": False, "why": str(e)}
-      rows.append({"scaling": scaling, "batch_size": size, **found})
-  return rows
-
-
-def list_larger(topology: str, count: int = 3) -> list[str]:
-  """Returns a topology and those with its shortest sides doubled in turn."""
-  name, _, size = topology.partition(":")
-  sides = [int(side) for side in size.split("x")]
-  names = [topology]
-  for _ in range(count - 1):
-    sides = [2 * side for side in sides] if len(sides) == 2 else _grow(sides)
-    names.append(f"{name}:{'x'.join(map(str, sides))}")
-  return names
-
-
-def _grow(sides):
-  """Doubles the two shortest of three sides."""
-  longest = sides.index(max(reversed(sides)))
-  return [s if i == longest else 2 * s for i, s in enumerate(sides)]

@@ -1,4 +1,4 @@
-"""The steps of a configuration, compiled for TPUs that are not there."""
+"""The steps of a configuration, compiled ahead of time for a TPU topology."""
 
 import importlib.util
 import math
@@ -14,8 +14,8 @@ from vit_jax.errors import UserError, needs_extra
 from vit_jax.tools.plan.chips import Chip, find_chip
 from vit_jax.train import make_step
 
-# Nothing that libtpu would ask the machine for is there, and a second process
-# may compile at the same time: no device is opened.
+# libtpu neither asks for the machine's metadata nor opens a device, so that a
+# second process may compile at the same time.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "none",
@@ -25,14 +25,7 @@ _ENVIRONMENT = {
 
 
 class Slice(NamedTuple):
-  """The machines to plan for.
-
-  Attributes:
-    name: such as "v5e:4x4".
-    chip: of each.
-    chips: how many there are.
-    devices: to compile for, one or two a chip.
-  """
+  """The machines to plan for: chips of one kind, each one or two devices."""
 
   name: str
   chip: Chip
@@ -49,12 +42,14 @@ class Program(NamedTuple):
 
   Attributes:
     text: its HLO.
-    bytes: accessed by a step, the bodies of loops counted once.
-    memory: bytes of "arguments", "outputs" (that are no argument's memory),
-      "temporaries" and "program".
+    flops: of a step; the body of a loop counts once.
+    bytes: accessed by a step, likewise.
+    memory: bytes of "arguments", "outputs" (without those that reuse the
+      arguments' memory), "temporaries" and "program".
   """
 
   text: str
+  flops: float
   bytes: float
   memory: dict[str, int]
 
@@ -79,7 +74,7 @@ def find_slice(topology: str) -> Slice:
   for name, value in _ENVIRONMENT.items():
     os.environ.setdefault(name, value)
   if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
-    # Else libtpu, now that it is there, is asked for devices first.
+    # Else JAX would ask libtpu for devices first.
     jax.config.update("jax_platforms", "cpu")
   from jax.experimental import topologies
 
@@ -98,7 +93,7 @@ def find_slice(topology: str) -> Slice:
 
 
 def make_shapes(config, objective, mesh, total_steps: int):
-  """Returns (train_step, its state, its batch) of shapes and layouts alone.
+  """Returns (train_step, its state, its batch) as shapes with shardings.
 
   Raises:
     UserError: a batch or a layout that does not fit these machines.
@@ -115,7 +110,7 @@ def make_shapes(config, objective, mesh, total_steps: int):
 
 
 def make_batch(mesh, batch_size: int, image_size) -> dict[str, Any]:
-  """Returns the shapes of what `data` hands to a step, with one label each."""
+  """Returns the shapes of a batch of `data`, with one label an image."""
   layout = sharding.batch_sharding(mesh)
   shapes = {
     "image": jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.uint8),
@@ -134,7 +129,7 @@ def compile_step(step, *shapes) -> Program:
   """Compiles a jitted function for the devices that its arguments lie on.
 
   Raises:
-    OutOfMemory: the compiler found no way to make it fit.
+    OutOfMemory: it does not fit.
     UserError: the compiled program cannot be read.
   """
   try:
@@ -143,18 +138,19 @@ def compile_step(step, *shapes) -> Program:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
     raise OutOfMemory(_read_need(str(e))) from None
-  memory = compiled.memory_analysis()
   try:
     text = compiled.as_text()
   except jax.errors.JaxRuntimeError as e:
-    # So it is with jaxlib 0.10.2 and what libtpu 0.0.52 makes for tpu7x.
+    # With jaxlib 0.10.2 and libtpu 0.0.52, for tpu7x.
     raise UserError(
       f"jaxlib cannot read what libtpu compiled ({str(e)[:100]}); try other "
       "versions of the two, or another chip"
     ) from None
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   return Program(
     text=text,
-    bytes=compiled.cost_analysis()["bytes accessed"],
+    flops=cost["flops"],
+    bytes=cost["bytes accessed"],
     memory={
       "arguments": memory.argument_size_in_bytes,
       "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -165,8 +161,6 @@ def compile_step(step, *shapes) -> Program:
 
 
 def _read_need(message):
-  """Returns the GiB that the compiler says a device would need, if it does."""
+  """Returns the GiB that the compiler's error says a device would need."""
   found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", message)
-  if not found:
-    return None
-  return float(found[1]) / {"G": 1, "M": 1024}[found[2]]
+  return found and float(found[1]) / {"G": 1, "M": 1024}[found[2]]

@@ -5,22 +5,22 @@ from typing import Any
 from vit_jax.tools.text import format_columns
 
 LEFT_OUT = (
-  "Estimated by the compiler, not measured: left out are waits for input, for "
-  "other chips (see exchange), copies that the compute does not hide, "
+  "Estimated by the compiler, not measured. Not included: collectives (see "
+  "there), waits for input, copies that the compute does not hide, "
   "evaluations, checkpoints and restarts."
 )
 
 
 def format_plans(plans: list[dict[str, Any]]) -> str:
   """Returns a block for each plan; a table before them if there are several."""
-  blocks = [format_plan(found) for found in plans]
+  blocks = [_format_plan(found) for found in plans]
   if len(plans) > 1:
-    blocks.insert(0, format_table(plans))
+    head = ("", "fits", "GiB", "ms", "images/s/chip", "MFU", "chip-hours")
+    blocks.insert(0, "\n".join(format_columns([head, *map(_row, plans)])))
   return "\n\n".join([*blocks, LEFT_OUT])
 
 
-def format_plan(found: dict[str, Any]) -> str:
-  """Returns what `plan` found of one configuration."""
+def _format_plan(found):
   lines = [f"{found['config']} on {found['topology']}, {found['chips']} chips"]
   if found["fits"]:
     return "\n".join(lines + _list_figures(found))
@@ -42,19 +42,23 @@ def _flags(overrides):
 
 def _list_figures(found):
   parts = ", ".join(f"{name} {x:.2f}" for name, x in found["hbm"].items())
-  exchanged = ", ".join(
+  moved = ", ".join(
     f"{x['count']} {x['kind']} {x['bytes'] / 1e6:.0f} MB"
     for x in found["collectives"]
   )
+  roofline = "not known of a program with loops"
+  if found["roofline_seconds"]:
+    roofline = (
+      f"{1e3 * found['roofline_seconds']:.1f} ms "
+      f"({found['flops'] / 1e12:.2f} TFLOP, {found['bytes'] / 1e9:.1f} GB)"
+    )
   lines = [
     f"fits           {found['hbm_gib']:.2f} of {found['hbm_limit_gib']:.2f} "
     f"GiB a chip ({parts})",
     f"a step         {1e3 * found['step_seconds']:.1f} ms, "
-    f"{found['estimated_cycles'] / 1e6:.1f} M cycles; "
-    f"roofline {1e3 * found['roofline_seconds']:.1f} ms "
-    f"({found['flops'] / 1e12:.2f} TFLOP, {found['bytes'] / 1e9:.1f} GB)",
-    f"exchange       {exchanged or 'none'}; "
-    f"{1e3 * found['collective_seconds']:.1f} ms if nothing hides it",
+    f"{found['estimated_cycles'] / 1e6:.1f} M cycles; roofline {roofline}",
+    f"collectives    {moved or 'none'}; "
+    f"{1e3 * found['collective_seconds']:.1f} ms if nothing hides them",
     f"speed          {found['images_per_second_per_chip']:.0f} images/s a "
     f"chip, MFU {found['mfu']:.1%}",
   ]
@@ -67,20 +71,11 @@ def _list_figures(found):
   return lines
 
 
-def format_table(plans: list[dict[str, Any]]) -> str:
-  """Returns a line for each plan."""
-  head = ("", "fits", "GiB", "ms", "images/s/chip", "MFU", "chip-hours")
-  rows = [head] + [_row(found) for found in plans]
-  return "\n".join(format_columns(rows))
-
-
 def _row(found):
   best = found.get("then") or found
-  name = f"{found.get('scaling', '')} {found.get('config', '')} "
-  name = f"{name}{found['topology']}".strip()
+  name = f"{found['config']} {found['topology']}"
   if not best["fits"]:
     return (name, "no", *[""] * 5)
-  hours = best.get("chip_hours")
   return (
     name,
     "yes" if found["fits"] else _flags(found["fallback"]),
@@ -88,22 +83,5 @@ def _row(found):
     f"{1e3 * best['step_seconds']:.1f}",
     f"{best['images_per_second_per_chip']:.0f}",
     f"{best['mfu']:.1%}",
-    f"{hours:,.0f}" if hours else "?",
+    f"{best['chip_hours']:,.0f}" if "chip_hours" in best else "?",
   )
-
-
-def format_table2(rows: list[dict[str, Any]]) -> str:
-  """Returns the core-days of Table 2, estimated and as printed."""
-  lines = [("", "TPUv3-core-days", "paper", "ratio", "changed to fit")]
-  for row in rows:
-    days = row["core_days"]
-    lines.append(
-      (
-        row["name"],
-        f"{days:.0f}" if days else "does not fit",
-        str(row["paper_core_days"]),
-        f"{days / row['paper_core_days']:.2f}" if days else "",
-        _flags(row.get("fallback") or {}),
-      )
-    )
-  return "\n".join([*format_columns(lines), "", LEFT_OUT])
