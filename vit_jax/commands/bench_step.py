@@ -12,7 +12,7 @@ def add_flags(parser):
   )
   flags.add_image_size(parser, default=224)
   parser.add_argument(
-    "--batch_size", type=int, default=0, help="0 (default): the largest"
+    "--batch_size", type=int, default=64, help="over all devices"
   )
   parser.add_argument("--num_classes", type=int, default=18291)
   parser.add_argument("--steps", type=int, default=20)

@@ -28,13 +28,12 @@ FOUND = {
   "images_per_second": 16.0,
   "tflops": 2.0,
   "ceiling_tflops": 4.0,
-  "ceilings": [4.0, 3.0],
   "mfu": 0.5,
   "memory_gib": 1.0,
-  "memory_from": "device",
   "compile_seconds": 3.0,
   "devices": 1,
   "device": "card",
+  "how": "compiled",
   "versions": {"jax": "1"},
 }
 
@@ -53,42 +52,21 @@ def test_figures_follow_from_the_time_of_a_step(monkeypatch):
   products += tokens * 2 * width * mlp + width * 5  # the MLP and the head
   flops = 3 * 2 * products * 8
   seconds = found["step_seconds"]
-  assert found["fastest_seconds"] <= seconds
   assert found["tflops"] == pytest.approx(flops / seconds / 1e12)
   assert found["images_per_second"] == pytest.approx(8 / seconds)
-  ceiling = max(found["ceilings"]) * found["devices"]
+  ceiling = found["ceiling_tflops"]
   assert found["mfu"] == pytest.approx(found["tflops"] / ceiling)
   assert found["memory_gib"] > 0
   # Before anything is learnt all of 5 classes are alike, but for the noise.
   assert 0 < found["loss"] < 10
 
 
-def test_the_largest_batch_is_looked_for(monkeypatch):
-  calls = []
-
-  def call(module, spec):
-    calls.append((spec["batch_size"], spec["steps"]))
-    if spec["batch_size"] > 20:
-      return {"error": "out of memory", "out_of_memory": True}
-    return FOUND | {"batch_size": 4 * spec["batch_size"]}
-
-  monkeypatch.setattr(step, "call", call)
-  [row] = step.bench([TINY], **OPTIONS | {"batch_size": 0})
-  assert calls == [(8, 2), (16, 2), (32, 2), (16, 2)]
-  assert row["batch_size"] == 64
-  monkeypatch.setattr(step, "call", lambda *_: {"error": "no such thing"})
-  [row] = step.bench([TINY], **OPTIONS | {"batch_size": 0})
-  assert row["error"] == "no such thing"
-  assert "no such thing" in step.format_report([row])
-
-
 def test_beside_timm(monkeypatch):
   def call(module, spec):
     if module.endswith("torch_step"):
-      assert spec["hidden_size"] == 16
-      figures = {"step_seconds": 1.0, "memory_gib": 2.0, "compile_seconds": 9.0}
-      figures |= {"how": "compiled", "devices": 1, "device": "card"}
-      return figures | {"versions": {"torch": "2"}}
+      assert spec["model"]["embed_dim"] == 16
+      assert spec["model"]["mlp_ratio"] == 2
+      return FOUND | {"step_seconds": 1.0, "versions": {"torch": "2"}}
     return FOUND
 
   monkeypatch.setattr(step, "call", call)
@@ -96,6 +74,8 @@ def test_beside_timm(monkeypatch):
   assert theirs["times_ours"] == 2
   assert theirs["images_per_second"] == 8
   assert "vit_jax is 2.00 x as fast" in step.format_report([ours, theirs])
+  monkeypatch.setattr(step, "call", lambda *_: {"error": "no such thing"})
+  assert "no such thing" in step.format_report(step.bench([TINY], **OPTIONS))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +83,7 @@ def test_beside_timm(monkeypatch):
   [
     (["step", "--variant=ViT-Q_16"], "ViT-Q_16"),
     (["step", "--variant=ViT-B_16", "--image_size=225"], "nearest valid: 224"),
-    (["step", "--variant=ViT-B_16", "--batch_size=-1"], "at least one image"),
+    (["step", "--variant=ViT-B_16", "--batch_size=0"], "must be at least 1"),
     (["step", "--variant=ViT-B_16", "--beside=other"], "only timm is known"),
     (["step", "--variant=ViT-B_16", "--dtype=int8"], "int8"),
     (["input", "--needs=0"], "--needs=0.0; it must be more than 0"),
@@ -124,13 +104,7 @@ def test_processes_end_to_end(capsys):
   assert main(command) == 0
   table = capsys.readouterr().out
   assert table.count(f"{TINY} vit_jax") == 1
-  assert "matrix products" in table
-
-
-@pytest.mark.ci
-def test_a_batch_for_each_device():
-  found = step.measure(variant=TINY, **OPTIONS | {"per_device": True})
-  assert found["batch_size"] == 8 * found["devices"]
+  assert "matmuls reach" in table
 
 
 @pytest.mark.ci
@@ -140,16 +114,20 @@ def test_a_process_that_dies_is_an_error():
 
 
 @pytest.mark.ci
-def test_timms_model_is_ours():
+def test_a_step_of_timm():
   import torch_libraries  # noqa: F401, torchvision is not there
 
   from vit_jax.tools.bench import torch_step
 
-  options = {k: v for k, v in OPTIONS.items() if k != "remat"}
-  shape = {"patch_size": 8, "hidden_size": 16, "num_layers": 1}
-  shape |= {"mlp_dim": 32, "num_heads": 2}
+  model = {"img_size": (16, 16), "num_classes": 5, "patch_size": 8}
+  model |= {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2}
   found = torch_step.measure(
-    variant=TINY, device="cpu", compiled=False, **options, **shape
+    model=model,
+    batch_size=8,
+    steps=2,
+    dtype="float32",
+    device="cpu",
+    compiled=False,
   )
   assert found["step_seconds"] > 0
   assert 0 < found["loss"] < 10

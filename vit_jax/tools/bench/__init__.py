@@ -1,5 +1,5 @@
-"""How fast a step is on this machine; it needs no TensorFlow.
+"""Speed of this machine: `step` and `torch_step` (timm's), and the `input`.
 
-`step` measures ours, `torch_step` timm's. Each is a process of its own: with
-all of the memory, whose peak is its own, and no other's failure.
+Each measurement of a step is a process of its own, so that its memory, its peak
+and its failure are its own.
 """

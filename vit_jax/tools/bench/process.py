@@ -19,8 +19,7 @@ def call(module: str, spec: dict[str, Any]) -> dict[str, Any]:
   """Runs `python -m module`; returns the JSON object that it prints last.
 
   Returns:
-    What its `report` printed. If there is nothing, or something went wrong,
-    {"error": one line}, and "out_of_memory": True where that was it.
+    What its `report` printed; {"error": one line} if something went wrong.
   """
   root = str(Path(vit_jax.__file__).parents[1])
   path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -45,9 +44,7 @@ def report(run: Callable[..., dict[str, Any]]) -> None:
     result = {"error": str(e)}
   except Exception as e:  # of any library; the other process has no traceback
     lines = str(e).strip().splitlines() or [type(e).__name__]
-    words = "out of memory", "RESOURCE_EXHAUSTED"
-    if any(word in str(e) for word in words):
-      result = {"error": "out of memory", "out_of_memory": True}
-    else:
-      result = {"error": f"{type(e).__name__}: {lines[0][:300]}"}
+    result = {"error": f"{type(e).__name__}: {lines[0][:300]}"}
+    if any(x in str(e) for x in ("out of memory", "RESOURCE_EXHAUSTED")):
+      result = {"error": "out of memory"}
   print(json.dumps(result))

@@ -7,33 +7,32 @@ already. Only jax, flax, optax and numpy are needed.
 import functools
 import importlib.metadata
 import logging
-import os
 import statistics
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vit_jax import models, sharding
+from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.tools.bench.process import call, report
 from vit_jax.tools.paper.flops import OPERATIONS, count_multiply_adds
 from vit_jax.tools.text import format_columns
-from vit_jax.training import losses, optim, steps
+from vit_jax.training import losses, steps
 from vit_jax.training.objectives import Classification
 
 log = logging.getLogger(__name__)
 
+_LR = 1e-4
 _WARM_UP = 3  # steps
-_FIRST_BATCH = 8  # images a device, where the largest batch is looked for
-_TRIAL_STEPS = 2  # there
-# Sides of the matrix products: large ones are faster, up to where power ends
-# that. A CPU would take minutes.
+# Sides of the matmuls that MFU is against; a CPU would take minutes.
 _SIDES = (4096, 8192, 16384)
 _CPU_SIDES = (256, 512)
-_PRODUCTS = 8  # in one program, so that starting it costs nothing
+_MATMULS = 8  # in one program, so that starting it costs nothing
 
 
 def bench(
@@ -44,8 +43,7 @@ def bench(
   Args:
     names: variants, such as "ViT-L_16".
     beside: "timm" for the same models there as well.
-    **options: as `measure`; a `batch_size` of 0 looks for the largest power of
-      two that fits, times the number of devices.
+    **options: as `measure`.
 
   Returns:
     What `measure` returned, of each; "error", one line, in place of figures
@@ -56,64 +54,46 @@ def bench(
   """
   if beside not in (None, "timm"):
     raise UserError(f"--beside={beside}: only timm is known")
-  check(names, **options)
+  for key in ("batch_size", "steps"):
+    if options[key] < 1:
+      raise UserError(f"--{key}={options[key]}; it must be at least 1")
+  for name in names:  # before anything runs
+    given = ("image_size", "num_classes", "dtype", "remat")
+    models.create(variant=name, **{key: options[key] for key in given})
   found = []
   for name in names:
-    ours = _run_largest if options["batch_size"] == 0 else _run
+    what = "%s, %d images: compiling, then %d steps"
+    log.info(what, name, options["batch_size"], options["steps"])
     spec = {"variant": name, **options}
-    found.append({"code": "vit_jax", **spec, **ours(spec)})
+    result = call("vit_jax.tools.bench.step", spec)
+    found.append({"code": "vit_jax", **spec, **result})
     if beside:
       found.append(_run_timm(found[-1]))
   return found
 
 
-def check(names: list[str], *, batch_size, steps, **options) -> None:
-  """Raises a UserError for what `measure` cannot take, before anything runs."""
-  if batch_size < 0 or steps < 1:
-    raise UserError(
-      f"--batch_size={batch_size} --steps={steps}: a batch has at least one "
-      "image (0 looks for the largest that fits), and there is a step to take"
-    )
-  for name in names:
-    models.create(variant=name, **options)
-
-
-# --- processes ---
-
-
-def _run(spec):
-  """Returns what `measure` says of a spec, in another process."""
-  what = "%s, %d images: compiling, then %d steps"
-  log.info(what, spec["variant"], spec["batch_size"], spec["steps"])
-  return call("vit_jax.tools.bench.step", spec)
-
-
-def _run_largest(spec):
-  """Doubles the batch until it does not fit; measures the last that did."""
-  spec = spec | {"per_device": True}
-  fits, trial = 0, _FIRST_BATCH
-  while True:
-    found = _run(spec | {"batch_size": trial, "steps": _TRIAL_STEPS})
-    if "error" in found:
-      break
-    fits, trial = trial, trial * 2
-  if not fits or not found.get("out_of_memory"):
-    return found  # it is not the size that is wrong
-  return _run(spec | {"batch_size": fits})
-
-
 def _run_timm(ours):
   """Returns the figures of the model in timm that `ours` are of."""
-  spec = {key: ours[key] for key in ("variant", "image_size", "num_classes")}
-  spec |= {key: ours[key] for key in ("batch_size", "steps", "dtype")}
-  result = {"code": "timm", **spec}
+  result = {"code": "timm"}
+  result |= {key: ours[key] for key in ("variant", "batch_size", "dtype")}
   sizes = variants.parse(ours["variant"])
   if sizes.encoder is None or sizes.units is not None:
     return result | {"error": f"timm has no {ours['variant']} as ours is"}
-  if ours["remat"] != "none" or not ours["batch_size"]:
-    return result | {"error": "measured without --remat, and where ours ran"}
-  shape = {"patch_size": sizes.patch_size, **sizes.encoder._asdict()}
-  result |= call("vit_jax.tools.bench.torch_step", spec | shape)
+  if ours["remat"] != "none":
+    return result | {"error": "measured without --remat"}
+  size = sizes.encoder
+  model = {
+    "img_size": as_pair(ours["image_size"]),
+    "num_classes": ours["num_classes"],
+    "patch_size": sizes.patch_size,
+    "embed_dim": size.hidden_size,
+    "depth": size.num_layers,
+    "num_heads": size.num_heads,
+    "mlp_ratio": size.mlp_dim / size.hidden_size,
+    "act_layer": "gelu_tanh",  # ours
+  }
+  given = {key: ours[key] for key in ("batch_size", "steps", "dtype")}
+  result |= call("vit_jax.tools.bench.torch_step", {"model": model, **given})
   if "step_seconds" in result:
     result |= _rates(ours, result["step_seconds"], ours.get("ceiling_tflops"))
     if "step_seconds" in ours:
@@ -127,63 +107,32 @@ def _run_timm(ours):
 def measure(
   *,
   variant: str,
-  image_size: int,
   batch_size: int,
   num_classes: int,
   steps: int,
   dtype: str,
-  remat: str,
-  per_device: bool = False,
+  **options: Any,
 ) -> dict[str, Any]:
   """Measures the train step on all local devices, data parallel.
 
   Args:
-    variant, image_size, num_classes, dtype, remat: as `models.create`.
+    variant, num_classes, dtype, **options: as `models.create`.
     batch_size: images, over all devices.
-    per_device: the batch is of each device instead.
     steps: that are timed; the median counts.
 
   Returns:
-    "batch_size" over all devices, "step_seconds", "fastest_seconds",
-    "images_per_second", "tflops" (of all devices; products of the forward pass
-    times `OPERATIONS`), "ceiling_tflops": of all devices, the best matrix
-    product before or after, "ceilings": both, of one device, "mfu",
-    "memory_gib" of a device and "memory_from", "compile_seconds", "loss",
-    "devices", "device", "platform", "versions", "xla_flags".
+    "step_seconds", "images_per_second",
+    "tflops" (of all devices; FLOPs of the forward pass times three),
+    "ceiling_tflops" (likewise, of the best matmul), "mfu", "memory_gib" of a
+    device, "compile_seconds", "loss", "devices", "device", "how", "versions".
   """
   mesh = sharding.make_mesh(devices=jax.local_devices())
-  batch_size *= mesh.size if per_device else 1
   sharding.check_batch_size(batch_size, mesh)
   model = models.create(
-    variant=variant,
-    num_classes=num_classes,
-    image_size=image_size,
-    dtype=dtype,
-    remat=remat,
+    variant=variant, num_classes=num_classes, dtype=dtype, **options
   )
-  before = measure_ceiling(dtype)
-  timed = _time_steps(*make_step(mesh, model, num_classes, batch_size), steps)
-  after = measure_ceiling(dtype)
-  spec = {"variant": variant, "image_size": image_size}
-  spec |= {"num_classes": num_classes, "batch_size": batch_size}
-  device = jax.local_devices()[0]
-  ceiling = max(before, after) * mesh.size
-  return {
-    "batch_size": batch_size,
-    **timed,
-    **_rates(spec, timed["step_seconds"], ceiling),
-    "ceiling_tflops": ceiling,
-    "ceilings": [before, after],
-    "devices": mesh.size,
-    "device": device.device_kind,
-    "platform": device.platform,
-    "versions": {x: importlib.metadata.version(x) for x in ("jax", "flax")},
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
-  }
-
-
-def _time_steps(train_step, state, batch, steps):
-  """Returns the figures of a step that is compiled here."""
+  ceiling = measure_ceiling(dtype) * mesh.size
+  train_step, state, batch = make_step(mesh, model, num_classes, batch_size)
   start = time.perf_counter()
   compiled = train_step.lower(state, batch).compile()
   compile_seconds = time.perf_counter() - start
@@ -192,14 +141,20 @@ def _time_steps(train_step, state, batch, steps):
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(compiled(state, batch))
     seconds.append(time.perf_counter() - start)
-  memory, memory_from = _find_memory(compiled)
+  step_seconds = statistics.median(seconds[_WARM_UP:])
+  spec = {"variant": variant, "image_size": options["image_size"]}
+  spec |= {"num_classes": num_classes, "batch_size": batch_size}
   return {
-    "step_seconds": statistics.median(seconds[_WARM_UP:]),
-    "fastest_seconds": min(seconds[_WARM_UP:]),
-    "memory_gib": memory / 2**30,
-    "memory_from": memory_from,
+    "step_seconds": step_seconds,
+    "memory_gib": _find_memory(compiled) / 2**30,
     "compile_seconds": compile_seconds,
     "loss": float(metrics["loss"]),
+    **_rates(spec, step_seconds, ceiling),
+    "ceiling_tflops": ceiling,
+    "devices": mesh.size,
+    "device": jax.local_devices()[0].device_kind,
+    "how": f"{dtype} matmuls reach {ceiling / mesh.size:.3g} TFLOP/s a device",
+    "versions": {x: importlib.metadata.version(x) for x in ("jax", "flax")},
   }
 
 
@@ -209,31 +164,8 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
   Adam with decoupled weight decay and a constant rate; softmax cross-entropy,
   one label an image; no clipping, dropout or averaging.
   """
-  schedule = optim.make_schedule(
-    base_lr=1e-4,
-    decay="constant",
-    warmup_steps=0,
-    linear_end=0.0,
-    rsqrt_timescale=1.0,
-    cooldown_steps=0,
-    total_steps=10**6,
-  )
-  optimizer = optim.make_optimizer(
-    name="adam",
-    b1=0.9,
-    b2=0.999,
-    eps=1e-8,
-    momentum=0.0,
-    accumulator_dtype="float32",
-    weight_decay=0.1,
-    weight_decay_scaling="lr",
-    weight_decay_params=".*",
-    clip_norm=0.0,
-    lr_multipliers=(),
-    schedule=schedule,
-    base_lr=1e-4,
-    params=jax.eval_shape(model.init, jax.random.key(0)),
-  )
+  # Of the same transformations as `optim.make_optimizer` makes for this.
+  optimizer = optax.adamw(_LR, weight_decay=0.1)
   train_step = functools.partial(
     steps.train_step,
     objective=Classification(
@@ -242,9 +174,8 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
       loss_fn=losses.get_loss("softmax"),
     ),
     optimizer=optimizer,
-    schedule=schedule,
+    schedule=optax.constant_schedule(_LR),
   )
-
   init_state = functools.partial(
     steps.init_state, model=model, optimizer=optimizer
   )
@@ -265,10 +196,7 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
 
 
 def measure_ceiling(dtype: str) -> float:
-  """Returns the TFLOP/s of the best of some matrix products, on one device.
-
-  No step of a model that is products for the most part can be above it.
-  """
+  """Returns the TFLOP/s of the best of some matmuls, on one device."""
   platform = jax.local_devices()[0].platform
   best = 0.0
   for side in _CPU_SIDES if platform == "cpu" else _SIDES:
@@ -277,7 +205,7 @@ def measure_ceiling(dtype: str) -> float:
 
     @jax.jit
     def multiply(x, factor):
-      return jax.lax.fori_loop(0, _PRODUCTS, lambda _, x: x @ factor, x)
+      return jax.lax.fori_loop(0, _MATMULS, lambda _, x: x @ factor, x)
 
     factor = factor / side**0.5
     jax.block_until_ready(multiply(x, factor))
@@ -285,7 +213,7 @@ def measure_ceiling(dtype: str) -> float:
       start = time.perf_counter()
       jax.block_until_ready(multiply(x, factor))
       seconds = time.perf_counter() - start
-      best = max(best, 2 * side**3 * _PRODUCTS / seconds / 1e12)
+      best = max(best, 2 * side**3 * _MATMULS / seconds / 1e12)
   return best
 
 
@@ -301,16 +229,13 @@ def _rates(spec, step_seconds, ceiling):
 
 
 def _find_memory(compiled):
-  """Returns the bytes that a device needed at most, and who says so."""
+  """Returns a device's peak memory in bytes, if unknown the compiler's plan."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
-    return stats["peak_bytes_in_use"], "device"
+    return stats["peak_bytes_in_use"]
   plan = compiled.memory_analysis()
-  if plan is None:
-    return 0, "nobody"
   used = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-  used += plan.output_size_in_bytes - plan.alias_size_in_bytes
-  return used, "compiler"
+  return used + plan.output_size_in_bytes - plan.alias_size_in_bytes
 
 
 # --- the table ---
@@ -320,7 +245,13 @@ def format_report(rows: list[dict[str, Any]]) -> str:
   """Returns the table of what `bench` found, and what it was measured on."""
   head = ("", "batch", "images/s", "TFLOP/s", "MFU", "GiB", "ms", "compile s")
   lines = format_columns([(*head, ""), *map(_list_figures, rows)], "<>>>>>>><")
-  notes = dict.fromkeys(map(_describe, (r for r in rows if "error" not in r)))
+  notes = dict.fromkeys(
+    f"{row['code']}: {row['devices']} x {row['device']}, "
+    + " ".join(f"{x} {y}" for x, y in row["versions"].items())
+    + f"; {row['how']}"
+    for row in rows
+    if "error" not in row
+  )
   return "\n".join([*lines, *notes])
 
 
@@ -342,19 +273,6 @@ def _list_figures(row):
     f"{row['step_seconds'] * 1e3:.2f}",
     f"{row['compile_seconds']:.1f}",
     remark,
-  )
-
-
-def _describe(row):
-  versions = " ".join(f"{x} {y}" for x, y in row["versions"].items())
-  text = f"{row['code']}: {row['devices']} x {row['device']}, {versions}"
-  if "ceilings" not in row:
-    return f"{text}; {row['how']}"
-  before, after = row["ceilings"]
-  return (
-    f"{text}; {row['dtype']} matrix products {before:.3g} and {after:.3g} "
-    f"TFLOP/s a device, before and after {row['variant']}; memory by the "
-    f"{row['memory_from']}"
   )
 
 

@@ -6,10 +6,8 @@ from timm and PyTorch is what they do; nothing of the JAX code runs here.
 
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
-from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
 from vit_jax.tools.bench.process import report
 
@@ -18,72 +16,50 @@ _WARM_UP = 5  # steps, after the one that compiles
 
 def measure(
   *,
-  variant: str,
-  image_size: int | Sequence[int],
+  model: dict[str, Any],
   batch_size: int,
-  num_classes: int,
   steps: int,
   dtype: str,
-  patch_size: int,
-  hidden_size: int,
-  num_layers: int,
-  mlp_dim: int,
-  num_heads: int,
   device: str = "cuda",
   compiled: bool = True,
 ) -> dict[str, Any]:
-  """Measures the train step on one GPU.
+  """Measures the train step on one GPU, with images in channels-last order.
 
   Args:
-    variant: for nothing but to be told.
-    image_size, num_classes: of the model.
+    model: arguments of timm's VisionTransformer.
     batch_size: images.
     steps: that are timed; the median counts.
-    dtype: of the matrix products, "bfloat16" or "float32".
-    patch_size, hidden_size, num_layers, mlp_dim, num_heads: of the model.
+    dtype: of the matmuls, "bfloat16" or "float32".
     device: "cuda"; tests have "cpu".
     compiled: whether torch.compile is used; tests do without.
 
   Returns:
-    "step_seconds", "fastest_seconds", "memory_gib", "compile_seconds", "loss",
-    "how", "devices", "device", "versions"; the better of both memory formats.
+    "step_seconds", "memory_gib", "compile_seconds", "loss", "how", "devices",
+    "device", "versions".
 
   Raises:
     UserError: PyTorch, timm or the GPU is not there.
   """
-  del variant
   torch, timm = _import_libraries(device)
   torch.set_float32_matmul_precision("high")
+  where = {"device": device, "memory_format": torch.channels_last}
+  step = _make_step(
+    torch,
+    timm.models.VisionTransformer(**model).to(**where),
+    device,
+    getattr(torch, dtype),
+    compiled,
+  )
+  shape, classes = (batch_size, 3, *model["img_size"]), model["num_classes"]
+  images = torch.randint(0, 256, shape, dtype=torch.uint8).to(**where)
+  labels = torch.randint(0, classes, (batch_size,), device=device)
   how = "torch.compile" if compiled else "eager"
-  how += f", {dtype} autocast, fused AdamW"
-  size = as_pair(image_size)
-  found = []
-  for memory_format in ("contiguous_format", "channels_last"):
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    model = timm.models.VisionTransformer(
-      img_size=size,
-      patch_size=patch_size,
-      num_classes=num_classes,
-      embed_dim=hidden_size,
-      depth=num_layers,
-      num_heads=num_heads,
-      mlp_ratio=mlp_dim / hidden_size,
-      act_layer="gelu_tanh",  # ours
-    )
-    where = {"device": device, "memory_format": getattr(torch, memory_format)}
-    step = _make_step(
-      torch, model.to(**where), device, getattr(torch, dtype), compiled
-    )
-    images = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8)
-    labels = torch.randint(0, num_classes, (batch_size,), device=device)
-    batch = (images.to(**where), labels)
-    found.append({"how": f"{how}, {memory_format}"})
-    found[-1] |= _time(torch, step, batch, steps, device)
-  name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-  return min(found, key=lambda x: x["step_seconds"]) | {
+  on_gpu = device == "cuda"
+  return {
+    **_time(torch, step, (images, labels), steps, on_gpu),
+    "how": f"{how}, {dtype} autocast, fused AdamW, channels last",
     "devices": 1,
-    "device": name,
+    "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     "versions": {"torch": torch.__version__, "timm": timm.__version__},
   }
 
@@ -129,12 +105,8 @@ def _make_step(torch, model, device, dtype, compiled):
   return step
 
 
-def _time(torch, step, batch, steps, device):
-  """Returns the figures of a step; the GPU forgets its peak memory before."""
-  on_gpu = device == "cuda"
-  if on_gpu:
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+def _time(torch, step, batch, steps, on_gpu):
+  """Returns the figures of a step."""
   seconds = []
   for _ in range(1 + _WARM_UP + steps):
     start = time.perf_counter()
@@ -142,11 +114,9 @@ def _time(torch, step, batch, steps, device):
     if on_gpu:
       torch.cuda.synchronize()
     seconds.append(time.perf_counter() - start)
-  timed = seconds[1 + _WARM_UP :]
   peak = torch.cuda.max_memory_allocated() if on_gpu else 0
   return {
-    "step_seconds": statistics.median(timed),
-    "fastest_seconds": min(timed),
+    "step_seconds": statistics.median(seconds[1 + _WARM_UP :]),
     "compile_seconds": seconds[0],
     "memory_gib": peak / 2**30,
     "loss": float(loss.detach()),
