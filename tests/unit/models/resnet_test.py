@@ -200,86 +200,28 @@ _PUBLISHED = {
   "R101x1": 44_541_480,
   "R152x4": 936_533_224,
 }
-_OTHERS = ["R200x3", "R50+ViT-B_32", "R50+ViT-L_16"]
-_OTHERS += ["R50x2", "R152x1", "R152x2"]
-_USUAL = ["R+ViT-Ti_16", "R26+ViT-S_32", "R50x1"]
-
-# Of the architectures as the papers have them: units of each stage, then the
-# encoder's width, depth and MLP, and the cells along a side of its patches.
-_HYBRID_SIZES = {
-  "R+ViT-Ti_16": ((), (192, 12, 768), 8),
-  "R26+ViT-S_32": ((2, 2, 2, 2), (384, 12, 1536), 1),
-  "R26+ViT-B_32": ((2, 2, 2, 2), (768, 12, 3072), 1),
-  "R50+ViT-B_16": ((3, 4, 9), (768, 12, 3072), 1),
-  "R50+ViT-B_32": ((3, 4, 6, 3), (768, 12, 3072), 1),
-  "R50+ViT-L_16": ((3, 4, 9), (1024, 24, 4096), 1),
-  "R50+ViT-L_32": ((3, 4, 6, 3), (1024, 24, 4096), 1),
-}
-_BIT_UNITS = {
-  "R50": (3, 4, 6, 3),
-  "R101": (3, 4, 23, 3),
-  "R152": (3, 8, 36, 3),
-  "R200": (3, 24, 36, 3),
-}
-
-
-def _mark(variant):
-  """Tracing a deep model takes seconds."""
-  if variant in _USUAL:
-    return ()
-  return pytest.mark.ci if variant in _PUBLISHED else pytest.mark.nightly
 
 
 @pytest.mark.parametrize(
   "variant",
-  [pytest.param(name, marks=_mark(name)) for name in (*_PUBLISHED, *_OTHERS)],
+  [
+    pytest.param(
+      name,
+      # Tracing a deep model takes seconds.
+      marks=()
+      if name in ("R+ViT-Ti_16", "R26+ViT-S_32", "R50x1")
+      else pytest.mark.ci,
+    )
+    for name in _PUBLISHED
+  ],
 )
-def test_parameter_counts(variant):
+def test_parameter_counts_of_the_published_models(variant):
   model = models.create(variant=variant, num_classes=1000, image_size=224)
   shapes = jax.eval_shape(model.init, jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(shapes))
-  if variant in _HYBRID_SIZES:
-    expected = _count_hybrid(*_HYBRID_SIZES[variant])
-  else:
-    depth, _, width = variant.partition("x")
-    expected = _count_bit(_BIT_UNITS[depth], int(width))
-  assert count == expected == _PUBLISHED.get(variant, expected)
-
-
-def _count_units(units, width, is_bit):
-  """Returns the parameters of all stages and their last width."""
-  count = 0
-  before = width
-  for b, number in enumerate(units):
-    inner = width * 2**b
-    outer = 4 * inner
-    for u in range(number):
-      count += before * inner + 9 * inner * inner + inner * outer
-      norms = [before, inner, inner] if is_bit else [inner, inner, outer]
-      if u == 0:
-        count += before * outer
-        norms += [] if is_bit else [outer]
-      count += 2 * sum(norms)
-      before = outer
-  return count, before
-
-
-def _count_hybrid(units, encoder, patch):
-  width, depth, mlp = encoder
-  count, channels = _count_units(units, 64, is_bit=False)
-  count += 7 * 7 * 3 * 64 + 2 * 64
-  count += patch * patch * channels * width + width
-  stride = 4 * 2 ** max(len(units) - 1, 0) * patch
-  count += width + ((224 // stride) ** 2 + 1) * width
-  attention = 4 * (width * width + width)
-  dense = width * mlp + mlp + mlp * width + width
-  count += depth * (attention + dense + 2 * 2 * width) + 2 * width
-  return count + width * 1000 + 1000
-
-
-def _count_bit(units, factor):
-  count, channels = _count_units(units, 64 * factor, is_bit=True)
-  return count + 7 * 7 * 3 * 64 * factor + 2 * channels + channels * 1000 + 1000
+  assert count == _PUBLISHED[variant]
+  if variant == "R26+ViT-S_32":
+    assert model.grid == (7, 7)
 
 
 def test_parameter_names_of_a_hybrid_are_the_published_ones():
@@ -405,7 +347,6 @@ def test_initial_zeros_and_ones(variant):
     "ViT-B_16",
     "ViT-w24d3m40h2_7",
     *_PUBLISHED,
-    *_OTHERS,
     "RNx1",
     "RN+ViT-N_8",
     "R50+ViT-w24d3m40h2_16",
@@ -434,13 +375,6 @@ def test_what_no_name_stands_for():
   assert variants.name_of(None, 0, (1, 2, 3)) is None
 
 
-def test_tokens_of_a_hybrid():
-  grids = {"R50+ViT-B_16": 14, "R50+ViT-L_32": 7, "R+ViT-Ti_16": 7}
-  for variant, side in grids.items():
-    model = models.create(variant=variant, num_classes=2, image_size=224)
-    assert model.grid == (side, side)
-
-
 # --- what a user may get wrong ---
 
 
@@ -450,24 +384,14 @@ def test_tokens_of_a_hybrid():
     (_BIT, {"classifier": "gap"}, ["model.classifier is 'gap'", "ResNet R2x1"]),
     (_BIT, {"remat": "dots"}, ["model.remat 'dots'", "'full' or 'none'"]),
     (_BIT, {"scan": True}, ["model.scan is True", "leave it at False"]),
-    (_BIT, {"dropout_rate": 0.1}, ["model.dropout_rate is 0.1", "0.0"]),
     (_BIT, {"pos_embedding": "2d"}, ["model.pos_embedding is '2d'"]),
-    (_BIT, {"activation": "gelu_erf"}, ["model.activation is 'gelu_erf'"]),
-    (_BIT, {"layer_norm_epsilon": 1e-3}, ["model.layer_norm_epsilon"]),
-    (_BIT, {"representation_size": -1}, ["model.representation_size is -1"]),
     (_BIT, {"image_size": (7, 40)}, ["(7, 40) is too small; at least 8"]),
-    (_BIT, {"image_size": "large"}, ["'large'", "(height, width)"]),
     (_HYBRID, {"image_size": (24, 36)}, ["(24, 36)", "valid: (24, 32)"]),
     (_ROOT_ONLY, {"image_size": 48}, ["48 is not divisible", "size 32"]),
     ("R51x1", {}, ["'R51x1'", "R50, R101, R152, R200"]),
-    ("R50x0", {}, ["'R50x0'", "as in R50x1"]),
-    ("R50", {}, ["'R50'", "as in R50x1"]),
-    ("R50+ViT-B_8", {}, ["'R50+ViT-B_8'", "R50+ViT-SIZE_16"]),
     ("R50-ViT-B_16", {}, ["'R50-ViT-B_16'", "mean 'R50+ViT-B_16'?"]),
     ("R50x1+ViT-B_16", {}, ["'R50x1+ViT-B_16'", "R50+ViT-SIZE_16"]),
     ("ViT-w16d2m24h3_8", {}, ["'ViT-w16d2m24h3_8'"]),
-    ("ViT-w0d2m24h2_8", {}, ["'ViT-w0d2m24h2_8'"]),
-    ("ViT-w16d2m24_8", {}, ["'ViT-w16d2m24_8'"]),
   ],
   ids=str,
 )

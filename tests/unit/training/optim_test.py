@@ -93,18 +93,14 @@ def test_schedule_equals_formula_at_every_step(decay, warmup, cooldown):
     # The first update has rate 0, half-way up is half the rate.
     ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 0, 0.0),
     ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 5, 0.5),
-    # Half-way down, and the absolute end.
-    ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 60, 0.6),
+    # The absolute end.
     ({"decay": "linear", "warmup_steps": 10, "total_steps": 110}, 110, 0.2),
     ({"decay": "cosine", "warmup_steps": 10, "total_steps": 110}, 60, 0.5),
-    ({"decay": "cosine", "warmup_steps": 10, "total_steps": 110}, 110, 0.0),
     # 1 / sqrt(1 + 21 / 7) = 1/2, whether there was a warm-up or not.
     ({"decay": "rsqrt", "warmup_steps": 0, "total_steps": 99}, 21, 0.5),
-    ({"decay": "rsqrt", "warmup_steps": 10, "total_steps": 99}, 10, 1.0),
     ({"decay": "rsqrt", "warmup_steps": 10, "total_steps": 99}, 31, 0.5),
     # Three steps before the end of a cooldown of twelve.
     ({"decay": "constant", "cooldown_steps": 12, "total_steps": 99}, 96, 0.25),
-    ({"decay": "constant", "cooldown_steps": 12, "total_steps": 99}, 99, 0.0),
   ],
 )
 def test_schedule_by_hand(changes, step, lr):
@@ -117,7 +113,6 @@ def test_schedule_by_hand(changes, step, lr):
   [
     ({"decay": "cosin"}, "decay is 'cosin'.*did you mean 'cosine'"),
     ({"base_lr": -1e-3}, "base_lr -0.001"),
-    ({"base_lr": float("nan")}, "base_lr nan"),
     ({"warmup_steps": 26}, "warmup_steps 26 .*25 steps"),
     ({"cooldown_steps": 21}, "warmup_steps 5 and cooldown_steps 21"),
     ({"decay": "linear", "linear_end": 0.1}, "linear_end 0.1 is above base_lr"),
@@ -286,30 +281,6 @@ def test_bfloat16_accumulators(name):
   assert len(f32) == (len(_SHAPES) if name == "adam" else 0)
 
 
-def test_first_update_by_hand():
-  # Without warm-up, the first Adam step is lr * sign(g), whatever g is.
-  constant = {"decay": "constant", "warmup_steps": 0, "base_lr": 0.5}
-  params = {"w": {"kernel": jnp.array([1.0, 2.0])}}
-  grads = {"w": {"kernel": jnp.array([30.0, -0.04])}}
-
-  def first_update(**changes):
-    optimizer = _make(params, constant, **changes)
-    state = _init(optimizer, params)
-    updates, _ = jax.jit(optimizer.update)(grads, state, params)
-    return updates["w"]["kernel"]
-
-  np.testing.assert_allclose(first_update(), [-0.5, 0.5], rtol=2e-5)
-  np.testing.assert_allclose(first_update(name="sgd"), [-15.0, 0.02], rtol=2e-5)
-  # Decay 0.1 of (1, 2): times the rate 0.5, or times lr(t) / base_lr = 1.
-  np.testing.assert_allclose(
-    first_update(weight_decay=0.1), [-0.55, 0.4], rtol=2e-5
-  )
-  by_schedule = {"weight_decay": 0.1, "weight_decay_scaling": "schedule"}
-  np.testing.assert_allclose(
-    first_update(**by_schedule), [-0.6, 0.3], rtol=2e-5
-  )
-
-
 def test_first_update_of_a_warmup_changes_nothing():
   trajectory, _ = _run(_make(_to_tree(_params()), weight_decay=0.3), steps=2)
   for p, start in _params().items():
@@ -440,13 +411,6 @@ def test_scan_form_gets_the_same_updates():
   ("changes", "message"),
   [
     ({"name": "adm"}, "optimizer.name is 'adm'.*did you mean 'adam'"),
-    ({"accumulator_dtype": "bf16"}, "choose from float32, bfloat16"),
-    (
-      {"weight_decay_scaling": "learning"},
-      "weight_decay_scaling is 'learning'",
-    ),
-    ({"weight_decay": -0.1}, "weight_decay -0.1"),
-    ({"clip_norm": -1}, "clip_norm -1"),
     ({"b2": 1.0}, r"b2 1.0 is not in \[0, 1\)"),
     (
       {"weight_decay": 0.1, "weight_decay_params": "kernel"},
@@ -458,8 +422,6 @@ def test_scan_form_gets_the_same_updates():
     ),
     ({"lr_multipliers": ("head=0.1",)}, "lr_multipliers 'head' matches no"),
     ({"lr_multipliers": ("hed/kernel=1",)}, "did you mean 'head/kernel'"),
-    ({"lr_multipliers": ("head/.*",)}, "is not 'regex=factor'"),
-    ({"lr_multipliers": ("head/.*=-1",)}, "is not 'regex=factor'"),
     ({"lr_multipliers": ("head/.*=nan",)}, "is not 'regex=factor'"),
     ({"lr_multipliers": (".*=0",)}, "freeze every parameter"),
   ],
@@ -468,12 +430,6 @@ def test_optimizer_errors(changes, message):
   with pytest.raises(UserError, match=message) as e:
     _make(_to_tree(_params()), **changes)
   assert "\n" not in str(e.value)
-
-
-def test_schedule_decay_needs_a_base_lr():
-  changes = {"weight_decay": 0.1, "weight_decay_scaling": "schedule"}
-  with pytest.raises(UserError, match="divides by base_lr"):
-    _make(_to_tree(_params()), {"base_lr": 0.0}, **changes)
 
 
 # --- Polyak averaging ---

@@ -323,18 +323,6 @@ def test_top_5_accuracy_equals_sklearn():
   assert "correct@5" not in _eval_sums(five)
 
 
-def test_what_padding_holds_changes_nothing():
-  batch = _make_batch(labels=3)
-  mask = np.arange(24) < 10
-  expected = _eval_sums(batch | {"mask": mask})
-  other = _make_batch(labels=3, seed=9)
-  for name, x in batch.items():
-    other[name][:10] = x[:10]
-  found = _eval_sums(other | {"mask": mask})
-  for name, x in expected.items():
-    np.testing.assert_array_equal(found[name], x, err_msg=name)
-
-
 _ranking_precision = jax.jit(objectives.ranking_precision)
 
 
