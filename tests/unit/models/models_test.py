@@ -219,8 +219,6 @@ def plain():
     (False, "full"),
     (True, "none"),
     pytest.param(True, "dots", marks=pytest.mark.nightly),
-    pytest.param(True, "full", marks=pytest.mark.nightly),
-    pytest.param(False, "dots", marks=pytest.mark.nightly),
   ],
 )
 def test_scan_and_remat_change_no_value_and_no_gradient(scan, remat, plain):
