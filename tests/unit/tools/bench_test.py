@@ -119,7 +119,7 @@ def test_a_step_of_timm():
 
   from vit_jax.tools.bench import torch_step
 
-  model = {"img_size": (16, 16), "num_classes": 5, "patch_size": 8}
+  model = {"img_size": 16, "num_classes": 5, "patch_size": 8}
   model |= {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2}
   found = torch_step.measure(
     model=model,

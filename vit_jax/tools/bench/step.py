@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax import models, sharding
-from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.tools.bench.process import call, report
@@ -83,7 +82,7 @@ def _run_timm(ours):
     return result | {"error": "measured without --remat"}
   size = sizes.encoder
   model = {
-    "img_size": as_pair(ours["image_size"]),
+    "img_size": ours["image_size"],
     "num_classes": ours["num_classes"],
     "patch_size": sizes.patch_size,
     "embed_dim": size.hidden_size,

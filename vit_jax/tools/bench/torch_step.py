@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Any
 
+from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
 from vit_jax.tools.bench.process import report
 
@@ -41,16 +42,17 @@ def measure(
     UserError: PyTorch, timm or the GPU is not there.
   """
   torch, timm = _import_libraries(device)
+  size = as_pair(model["img_size"])
   torch.set_float32_matmul_precision("high")
   where = {"device": device, "memory_format": torch.channels_last}
   step = _make_step(
     torch,
-    timm.models.VisionTransformer(**model).to(**where),
+    timm.models.VisionTransformer(**model | {"img_size": size}).to(**where),
     device,
     getattr(torch, dtype),
     compiled,
   )
-  shape, classes = (batch_size, 3, *model["img_size"]), model["num_classes"]
+  shape, classes = (batch_size, 3, *size), model["num_classes"]
   images = torch.randint(0, 256, shape, dtype=torch.uint8).to(**where)
   labels = torch.randint(0, classes, (batch_size,), device=device)
   how = "torch.compile" if compiled else "eager"
