@@ -219,7 +219,7 @@ class Format(NamedTuple):
   libraries: tuple[str, ...]
   limit: int
   write: Callable[..., None]
-  read: Callable[[pathlib.Path], Callable[[np.ndarray], dict[str, Any]]]
+  read: Callable[[pathlib.Path], Callable[..., Any]]
 
 
 def _join(shape):
@@ -255,7 +255,7 @@ def _write_saved_model(apply, params, about, folder):
   module: Any = tf.Module()
   # Variables, because a TensorFlow graph with constants ends at 2 GB.
   module.params = tf.nest.map_structure(
-    lambda x: tf.Variable(np.asarray(x), trainable=False), params
+    lambda x: tf.Variable(tf.constant(np.asarray(x)), trainable=False), params
   )
   converted = jax2tf.convert(
     apply,

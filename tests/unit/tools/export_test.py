@@ -227,8 +227,8 @@ def test_the_documents_command(tmp_path, sources, monkeypatch):
   monkeypatch.chdir(tmp_path)
   Path("runs/quickstart").mkdir(parents=True)
   Path("runs/quickstart/finetune").symlink_to(sources[_VIT])
-  command = "export runs/quickstart/finetune digits --to=onnx --image_size=56"
-  assert main(command.split()) == 0
+  command = ["export", "runs/quickstart/finetune", "digits", "--to=onnx"]
+  assert main([*command, "--image_size=56"]) == 0
   about = json.loads(Path("digits/export.json").read_text())
   assert about["input"]["shape"] == ["batch", 56, 56, 3]
   # As much of the picture as at 32x40 pixels: 48 are 1.5 times the height.

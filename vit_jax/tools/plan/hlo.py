@@ -105,7 +105,8 @@ def _count_trips(program, loop, around):
   carried = around[loop.operands[0]].operands
   # The limit is a constant in the condition, or carried by the loop.
   limit, index = None, None
-  for name in _follow(condition, _find_root(condition).name).operands:
+  comparison = _follow(condition, _find_root(condition).name)
+  for name in comparison.operands if comparison else ():
     source = condition[name]
     at = source.attribute("index")
     if source.opcode == "constant":
