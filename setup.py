@@ -41,7 +41,7 @@ setuptools.setup(
     "vit_jax.data.builders": ["imagenet21k.txt"],
     "vit_jax.tools.paper": ["tables.json"],
     "vit_jax.pretrained.embedded": ["*/*"],
-    "vit_jax.tools.report": ["style.css"],
+    "vit_jax.tools.report": ["page.html"],
   },
   python_requires=">=3.11",
   # Enough to load, predict, inspect, convert and tabulate.
@@ -69,7 +69,7 @@ setuptools.setup(
       "tensorflow-datasets>=4.9.9",
     ],
     "hub": ["huggingface-hub>=1.0", "pooch>=1.8", "requests>=2.32"],
-    "figures": ["matplotlib>=3.10"],
+    "figures": ["jinja2>=3.1", "matplotlib>=3.10"],
     "wandb": ["wandb>=0.20"],
     "demo": ["gradio>=6.0"],
     "sweep": ["submitit>=1.5"],

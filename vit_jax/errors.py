@@ -28,7 +28,7 @@ EXTRAS = {
     "train",
   ),
   **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "hub"),
-  "matplotlib": "figures",
+  **dict.fromkeys(("jinja2", "matplotlib"), "figures"),
   "gradio": "demo",
   "submitit": "sweep",
   **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),

@@ -44,7 +44,7 @@ _LAYERS = (
   ("train", "evaluation.evaluate"),
   # The tools: what the core never imports.
   ("tools.runs", "tools.text", "tools.build_data"),
-  ("tools.paper",),
+  ("tools.paper", "tools.charts"),
   (
     "tools.figures",
     "tools.datasets",
@@ -86,7 +86,8 @@ _CONTAINED = {
   "clu": {"training.metrics", "training.run_folder"},
   "tensorboard": {"training.metrics"},
   "orbax": {"checkpoint"},
-  "matplotlib": {"tools.figures"},
+  "matplotlib": {"tools.charts", "tools.figures"},
+  "jinja2": {"tools.report"},
   "torch": {"tools.bench"},  # in processes that run nothing else
   "timm": {"tools.bench"},
   "gradio": {"tools.demo"},

@@ -1,4 +1,4 @@
-"""The `report` command: one page of HTML on runs, complete in itself."""
+"""The `report` command: one self-contained HTML page about runs."""
 
 import logging
 import os
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vit_jax import files
 from vit_jax.errors import RunStopped, UserError, check_free
-from vit_jax.tools.report import charts
-from vit_jax.tools.report.details import look
+from vit_jax.tools import charts
+from vit_jax.tools.report.details import evaluate
 from vit_jax.tools.report.page import make_page
 from vit_jax.tools.runs import MAIN_METRICS, Run, find_main, find_runs, order
 
@@ -39,17 +39,17 @@ def report(
   file = Path(out).expanduser().absolute()
   _check_out(file, out)
   runs = find_runs(workdirs)
-  if len(runs) > charts.COLOURS:
+  if len(runs) > len(charts.DASHES):
     runs.sort(key=_rank)
-  looked_at = runs[: charts.COLOURS]
-  mistakes = max(1, min(_MISTAKES, _ALL_MISTAKES // len(looked_at)))
-  looks = {}
-  for i, run in enumerate(looked_at, 1):
-    log.info("looking at run %d of %d: %s", i, len(looked_at), run.name)
-    looks[run.name] = look(run, data_dir, mistakes)
-  page = make_page(runs, looks)
-  _check_out(file, out)  # looking takes minutes
-  # A path or a class may have a name that is no Unicode.
+  chosen = runs[: len(charts.DASHES)]
+  mistakes = max(1, min(_MISTAKES, _ALL_MISTAKES // len(chosen)))
+  found = {}
+  for i, run in enumerate(chosen, 1):
+    log.info("test set of run %d of %d: %s", i, len(chosen), run.name)
+    found[run.name] = evaluate(run, data_dir, mistakes)
+  page = make_page(runs, found)
+  _check_out(file, out)  # evaluating takes minutes
+  # A path or a class may have a name that is not Unicode.
   page = page.encode("utf-8", errors="xmlcharrefreplace").decode()
   try:
     files.write_atomically(file, page)
@@ -63,8 +63,8 @@ def _check_out(file, out):
   check_free(file)
   if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
     raise UserError(
-      f"--out={out}: {file.parent} is no folder that can be written to; make "
-      "it, or give another --out"
+      f"--out={out}: {file.parent} is not a writable folder; make it, or give "
+      "another --out"
     )
 
 

@@ -1,37 +1,36 @@
-"""What of a whole test set was taken for what, and the worst mistakes."""
+"""Which classes a whole test set is taken for, and the worst mistakes."""
 
 import collections
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import data, models
 from vit_jax.evaluation.sums import fetch, make_sums
 from vit_jax.training import steps
 from vit_jax.training.losses import multi_hot
 
 
 class Mistake(NamedTuple):
-  """An image whose top class is none of its labels.
+  """An image whose predicted class is none of its labels.
 
   Attributes:
+    probability: of the predicted class.
     index: of the example in the test set.
     labels: its class ids.
-    given: the class id that the model gave.
-    probability: of that.
+    given: the predicted class id.
     label_probability: the highest of its labels.
     pixels: u8[h w 3], as the model got them.
   """
 
+  probability: float
   index: int
   labels: list[int]
   given: int
-  probability: float
   label_probability: float
-  pixels: np.ndarray
+  pixels: Any
 
 
 class Tally(NamedTuple):
@@ -56,50 +55,34 @@ class Tally(NamedTuple):
 
 
 def make_tally(
-  *,
-  model: models.Model,
-  to_probabilities: Callable,
-  source: data.Source,
-  mesh,
-  batch_size: int,
-  preprocess: str,
-  mistakes: int,
+  *, to_probabilities: Callable, mistakes: int, **where: Any
 ) -> Callable:
-  """Returns params -> `Tally` of all of `source`.
+  """Returns params -> `Tally` of a test set.
 
   Memory does not grow with the test set: each batch leaves its counts and its
   most confident mistakes, of which the worst so far are kept.
 
   Args:
-    model: the model.
     to_probabilities: logits f32[b k] -> f32[b k].
-    source: the test set; every example counts once, on any number of devices.
-    mesh: where to compute.
-    batch_size: of the global batch.
-    preprocess: evaluation preprocessing.
     mistakes: how many to keep.
+    **where: the other arguments of `make_sums`.
 
   Raises:
-    UserError: the batch size is not divisible, or the preprocessing is random.
+    UserError: see `make_sums`.
   """
+  model, multilabel = where["model"], where["source"].multilabel
+  count = min(mistakes, where["batch_size"])
 
-  def look(params, batch):
+  def evaluate(params, batch):
     logits = model.apply(params, steps.normalize(batch["image"]))
-    return _look(logits, batch, to_probabilities, min(mistakes, batch_size))
+    return _count(logits, batch, to_probabilities, count)
 
-  batches = make_sums(
-    look,
-    model=model,
-    source=source,
-    mesh=mesh,
-    batch_size=batch_size,
-    preprocess=preprocess,
-  )
-  return lambda params: _add_up(batches(params), source.multilabel, mistakes)
+  batches = make_sums(evaluate, **where)
+  return lambda params: _add_up(batches(params), multilabel, mistakes)
 
 
-def _look(logits, batch, to_probabilities, count):
-  """Returns what is to be known of a batch, a few arrays."""
+def _count(logits, batch, to_probabilities, count):
+  """Returns what is to be known of a batch, and its `count` worst mistakes."""
   labels = batch["labels"]
   targets = multi_hot(labels, logits.shape[-1])
   top = jnp.argmax(logits, -1)
@@ -110,14 +93,7 @@ def _look(logits, batch, to_probabilities, count):
   of_labels = jnp.max(jnp.where(targets > 0, probabilities, 0), -1)
   wrong = jnp.where(labelled & ~correct, confidence, -1)
   _, worst = jax.lax.top_k(wrong, count)
-  each = (
-    wrong,
-    batch["index"],
-    labels,
-    top,
-    of_labels,
-    batch["image"],
-  )
+  each = (wrong, batch["index"], labels, top, of_labels, batch["image"])
   return {
     "mask": batch["mask"],
     "labelled": labelled,
@@ -139,18 +115,8 @@ def _add_up(batches: Iterable[dict], multilabel: bool, count: int) -> Tally:
     top, correct = batch["top"][mine], batch["correct"][mine]
     label = np.where(correct, top, -1) if multilabel else batch["label"][mine]
     pairs.update(zip(label.tolist(), top.tolist(), strict=True))
-    worst = zip(*batch["worst"], strict=True)
-    kept += [_make_mistake(*row) for row in worst if row[0] >= 0]
+    worst = map(Mistake._make, zip(*batch["worst"], strict=True))
+    kept += [mistake for mistake in worst if mistake.probability >= 0]
     kept = sorted(kept, key=lambda m: (-m.probability, m.index))[:count]
-  return Tally(examples, labelled, pairs, kept)
-
-
-def _make_mistake(probability, index, labels, given, of_labels, pixels):
-  return Mistake(
-    index=int(index),
-    labels=[int(label) for label in labels if label >= 0],
-    given=int(given),
-    probability=float(probability),
-    label_probability=float(of_labels),
-    pixels=np.array(pixels),  # a copy: the batch's own array may go
-  )
+  mistakes = [m._replace(labels=[x for x in m.labels if x >= 0]) for m in kept]
+  return Tally(examples, labelled, pairs, mistakes)

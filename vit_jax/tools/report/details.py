@@ -1,5 +1,6 @@
-"""What a run's best weights make of its test set, image by image."""
+"""What a run's best weights predict for its test set, image by image."""
 
+import base64
 import io
 import logging
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from PIL import Image
 from vit_jax import checkpoint, data, pretrained, sharding
 from vit_jax import config as configuration
 from vit_jax.data.relabelled import match_classes
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.evaluation import attention_maps
 from vit_jax.tools.report import by_class
 from vit_jax.tools.runs import Run
@@ -19,40 +20,24 @@ from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
 
-# Pixels along the longer side of a picture in the page. Smaller ones stay as
-# they are, in PNG; JPEG is for those that were made smaller.
+# Pixels along the longer side of a picture in the page.
 _PICTURE = 192
 
 
-class Picture(NamedTuple):
-  """An encoded picture.
+class Shown(NamedTuple):
+  """How the page shows a mistake.
 
   Attributes:
-    kind: "image/png" or "image/jpeg".
-    content: the bytes.
-    size: (h, w) in pixels.
-  """
-
-  kind: str
-  content: bytes
-  size: tuple[int, int]
-
-
-class ShownMistake(NamedTuple):
-  """A mistake with pictures.
-
-  Attributes:
-    found: what it is.
     name: of the image: a file's, or its place in the data set.
-    picture: as the model got it.
-    attention: the same, dark where the model did not look; None for a model
-      without attention.
+    labels: the names of its classes.
+    picture: as the model got it, as a data URI.
+    attention: the same, darkened by attention; None for a ResNet.
   """
 
-  found: by_class.Mistake
   name: str
-  picture: Picture
-  attention: Picture | None
+  labels: str
+  picture: str
+  attention: str | None
 
 
 class Details(NamedTuple):
@@ -60,12 +45,11 @@ class Details(NamedTuple):
 
   Attributes:
     checkpoint: the folder of the weights in the run's, such as "best/240".
-    dataset, split: what was looked at.
+    dataset, split: what was evaluated.
     class_names: a name for each class.
     multilabel: whether an image may have several labels.
     tally: the counts.
-    mistakes: with pictures, the most confident first.
-    attends: whether the model has attention.
+    shown: how `tally.mistakes` look.
   """
 
   checkpoint: str
@@ -74,17 +58,11 @@ class Details(NamedTuple):
   class_names: list[str]
   multilabel: bool
   tally: by_class.Tally
-  mistakes: list[ShownMistake]
-  attends: bool
-
-  @property
-  def step(self) -> int:
-    """Of the weights."""
-    return int(self.checkpoint.split("/")[-1])
+  shown: list[Shown]
 
 
-def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
-  """Returns what the run's best checkpoint makes of its test set, or why not.
+def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
+  """Evaluates a run's best checkpoint on its test set; or says why not.
 
   Args:
     run: the run.
@@ -92,53 +70,41 @@ def look(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
     mistakes: how many to show.
   """
   if run.config["objective"] != "classification":
-    return (
-      "The run learns to predict masked patches and gives no classes: there is "
-      "nothing to count by class."
-    )
+    return "The run predicts masked patches: there are no classes to count."
   if not run.config["eval.split"]:
     return "The run has no test set: its eval.split is empty."
   try:
     checkpoint.locate(run.path)
   except UserError:
-    return (
-      "There is no checkpoint in the run's folder yet: what it takes for what "
-      "cannot be counted. The curves are from metrics.jsonl."
-    )
+    return "There is no checkpoint in the run's folder yet."
   try:
-    return _look(run, data_dir, mistakes)
-  except UserError as e:
-    log.warning("%s: %s", run.name, e)
-    return f"The test set could not be looked at: {e}."
-  except Exception as e:  # other runs, and the curves, are worth their page
-    log.warning("%s: %s", run.name, e, exc_info=True)
-    return f"The test set could not be looked at: {type(e).__name__}: {e}"
+    return _evaluate(run, data_dir, mistakes)
+  except Exception as e:  # the other runs and the curves are still of use
+    log.warning("%s: %s", run.name, e, exc_info=not isinstance(e, UserError))
+    hint = "" if data_dir else " (--data_dir says where the data are)"
+    return f"The test set could not be evaluated: {one_line(e)}{hint}"
 
 
-def _look(run, data_dir, mistakes):
+def _evaluate(run, data_dir, mistakes):
   config = run.config
   dataset = configuration.find_test_set(config)
   split = config["eval.split"]
-  try:
-    test = data.get_source(dataset, split, data_dir or config["data_dir"])
-  except UserError as e:
-    hint = "" if data_dir else "; or say where it is with --data_dir"
-    raise UserError(f"{e}{hint}") from e
+  test = data.get_source(dataset, split, data_dir or config["data_dir"])
   weights = pretrained.read(str(run.path))
   test = match_classes(weights, test)
   model = pretrained.assemble(weights)
   mesh = sharding.make_mesh()
+  batch_size = config["eval.batch_size"] or config["batch_size"]
   tally = by_class.make_tally(
     model=model.model,
     to_probabilities=model.to_probabilities,
     source=test,
     mesh=mesh,
-    batch_size=sharding.round_up(
-      config["eval.batch_size"] or config["batch_size"], mesh
-    ),
+    batch_size=sharding.round_up(batch_size, mesh),
     preprocess=weights.preprocess,
     mistakes=mistakes,
   )(sharding.replicate(mesh, jax.tree.map(np.asarray, model.params)))
+  look = attention_maps.make_look(model) if model.model.num_layers else None
   return Details(
     checkpoint="/".join(weights.source.split("/")[-2:]),
     dataset=dataset,
@@ -146,39 +112,30 @@ def _look(run, data_dir, mistakes):
     class_names=test.class_names,
     multilabel=test.multilabel,
     tally=tally,
-    mistakes=_show(model, test, tally.mistakes),
-    attends=bool(model.model.num_layers),
+    shown=[_show(look, test, mistake) for mistake in tally.mistakes],
   )
 
 
-def _show(model, test, mistakes):
-  """Returns the mistakes with pictures, and attention if there is some."""
-  make_map = None
-  if model.model.num_layers:
-    make_map = attention_maps.make_look(model)
-  shown = []
-  for mistake in mistakes:
-    attention = None
-    if make_map:
-      # One by one: the weights of a large model's layers are gigabytes.
-      seen = make_map(normalize(mistake.pixels[None])).maps
-      overlaid = attention_maps.overlay(mistake.pixels, np.asarray(seen[0]))
-      attention = encode(overlaid)
-    name = test.describe(mistake.index)
-    picture = encode(mistake.pixels)
-    shown.append(ShownMistake(mistake, name, picture, attention))
-  return shown
+def _show(look, test, mistake):
+  """Returns a mistake's pictures, with attention if the model has any."""
+  attention = None
+  if look:  # one by one: the attention of a large model is gigabytes
+    (seen,) = np.asarray(look(normalize(mistake.pixels[None])).maps)
+    attention = encode(attention_maps.overlay(mistake.pixels, seen))
+  labels = [test.class_names[label] for label in mistake.labels]
+  more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
+  name = test.describe(int(mistake.index))
+  text = ", ".join(labels[:3]) + more
+  return Shown(name, text, encode(mistake.pixels), attention)
 
 
-def encode(pixels: np.ndarray) -> Picture:
-  """Returns u8[h w 3] as a picture for the page, a large one smaller."""
+def encode(pixels: np.ndarray) -> str:
+  """Returns u8[h w 3] as a data URI: a small image as PNG, others as JPEG."""
   image = Image.fromarray(pixels)
-  small = max(image.size) <= _PICTURE // 2
+  kind = "png" if max(image.size) <= _PICTURE // 2 else "jpeg"
   image.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
   file = io.BytesIO()
-  if small:
-    image.save(file, "png", optimize=True)
-  else:
-    image.save(file, "jpeg", quality=85)
-  kind = "image/png" if small else "image/jpeg"
-  return Picture(kind, file.getvalue(), (image.height, image.width))
+  image.save(file, kind, quality=85)
+  return (
+    f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+  )
