@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from vit_jax import pretrained
@@ -26,6 +24,7 @@ from vit_jax.evaluation import attention_maps
 from vit_jax.files import atomic_file
 from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
+from vit_jax.tools import charts
 from vit_jax.tools.paper import data, flops
 from vit_jax.tools.paper.pretraining import plain_name
 from vit_jax.tools.runs import Run, find_origin, find_runs
@@ -36,54 +35,40 @@ log = logging.getLogger(__name__)
 BATCH_SIZE = 8
 NUM_FILTERS = 28  # that the paper shows
 _MOST_PICTURES = 16  # of a rollout; its CSV has all
-_MOST_NAMES = 10  # of runs; with more, colours are no help
 _DPI = 150
+_LOOKING = "images, and a model with attention; a ResNet has none"
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s"}
 
 
 class Drawing(NamedTuple):
-  """A figure: how it looks, and its numbers.
-
-  Attributes:
-    figure: matplotlib's.
-    columns: names of the numbers.
-    rows: the numbers.
-  """
+  """A figure of matplotlib's, and the columns and rows of its numbers."""
 
   figure: Figure
   columns: tuple[str, ...]
   rows: Iterable[tuple]
 
 
-class Nothing(Exception):
-  """There is nothing to draw; says why."""
-
-
 class Checkpoint(NamedTuple):
-  """What the figures need of a checkpoint; the weights themselves are gone.
+  """What the figures show of a checkpoint.
 
   Attributes:
     label: short name.
     variant: of the model.
-    patch: pixels along a side of a token.
     filters: f32[p p 3 d], the patch embedding's kernel; None where patches are
       not of pixels.
     positions: f32[h w d], None where there are none.
     pictures: u8[n h w 3], the images as the model gets them.
-    looks: of the images; None without images or for a ResNet.
-    titles: the class of each image and its probability.
-    files: the name of each image.
+    looks: attention and probabilities; None without images or for a ResNet.
+    titles: the name of each image, its class and the probability of that.
   """
 
   label: str
   variant: str
-  patch: int
   filters: Any
   positions: Any
   pictures: np.ndarray
   looks: attention_maps.Looks | None
   titles: list[str]
-  files: list[str]
 
 
 def make_figures(
@@ -119,73 +104,48 @@ def make_figures(
   if not checkpoints and not runs:
     raise UserError("nothing to draw from; give --checkpoint=SOURCE or --runs=")
   possible = [*(OF_WEIGHTS if checkpoints else ()), *(OF_RUNS if runs else ())]
+  check_folder(Path(out), "--out")
   files = {
     name: [Path(out) / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
     for name in only or possible
   }
-  _check_free(out, itertools.chain(*files.values()))
+  for file in itertools.chain(*files.values()):
+    check_free(file)
   labels = _name_checkpoints(checkpoints)
   seen = [
     _read(source, label, images, image_size)
     for source, label in zip(checkpoints, labels, strict=True)
   ]
-  drawings = _draw(files, seen, find_runs([runs]) if runs else [], bool(only))
+  found = find_runs([runs]) if runs else []
+  drawings, missing = {}, []
+  for name in files:
+    try:
+      draw = OF_WEIGHTS.get(name)
+      drawings[name] = draw(seen) if draw else OF_RUNS[name](found)
+    except UserError as e:
+      missing.append(f"{name}: {e}")
+  if missing and (only or not drawings):
+    raise UserError(f"cannot be drawn: {'; '.join(missing)}")
+  for reason in missing:
+    log.info("left out: %s", reason)
   try:
-    _write([(drawings[name], files[name]) for name in drawings])
+    with contextlib.ExitStack() as stack:  # renames when all are written
+      for name, drawing in drawings.items():
+        paths = [stack.enter_context(atomic_file(file)) for file in files[name]]
+        _write(drawing, name, *paths)
   except OSError as e:
     raise UserError(f"--out={out}: cannot be written: {e.strerror}") from e
   return [str(path) for name in drawings for path in files[name]]
 
 
-def _check_free(out, files):
-  check_folder(Path(out), "--out")
-  for file in files:
-    check_free(file)
-
-
-def _draw(names, seen, runs, all_wanted) -> dict[str, Drawing]:
-  """Returns the figures that can be drawn.
-
-  Raises:
-    UserError: there is none, or one is missing of which all are wanted.
-  """
-  drawings, missing = {}, []
-  for name in names:
-    try:
-      if name in OF_RUNS:
-        drawings[name] = OF_RUNS[name](runs)
-      else:
-        drawings[name] = OF_WEIGHTS[name](seen)
-    except Nothing as e:
-      missing.append(f"{name}: {e}")
-  if missing and (all_wanted or not drawings):
-    raise UserError(f"cannot be drawn: {'; '.join(missing)}")
-  for reason in missing:
-    log.info("left out: %s", reason)
-  return drawings
-
-
-def _write(drawings):
-  """Writes [(drawing, its PNG, SVG and CSV)], all of it or nothing."""
-  with contextlib.ExitStack() as stack:  # renames when all are written
-    for drawing, paths in drawings:
-      paths[0].parent.mkdir(parents=True, exist_ok=True)
-      png, svg, table = (stack.enter_context(atomic_file(p)) for p in paths)
-      # The same numbers give the same file: no date, no random names in it.
-      style: dict[Any, Any] = {
-        "svg.hashsalt": paths[1].name,
-        "svg.fonttype": "none",
-      }
-      with matplotlib.rc_context(style):
-        drawing.figure.savefig(png, format="png", dpi=_DPI)
-        drawing.figure.savefig(
-          svg, format="svg", dpi=_DPI, metadata={"Date": None}
-        )
-      _write_csv(drawing, table)
-
-
-def _write_csv(drawing, file):
-  with open(file, "w", newline="", encoding="utf-8") as f:
+def _write(drawing, name, png, svg, table):
+  # The same numbers give the same file: no date, no random names in it.
+  style: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
+  Path(png).parent.mkdir(parents=True, exist_ok=True)
+  with matplotlib.rc_context(style):
+    drawing.figure.savefig(png, format="png", dpi=_DPI)
+    drawing.figure.savefig(svg, format="svg", dpi=_DPI, metadata={"Date": None})
+  with open(table, "w", newline="", encoding="utf-8") as f:
     writer = csv.writer(f)
     writer.writerow(drawing.columns)
     writer.writerows(drawing.rows)
@@ -195,18 +155,20 @@ def _write_csv(drawing, file):
 
 
 def _read(source, label, images, image_size) -> Checkpoint:
-  """Loads a checkpoint, runs it, and forgets it but for what is drawn."""
+  """Loads a checkpoint, runs it, and keeps only what is drawn."""
   model = pretrained.load(source, image_size=image_size)
   about = model.config
   pixels = [
     preprocess.preprocess_image(image, about.preprocess, about.image_size)
     for image in images
   ]
-  looks, titles = None, ["" for _ in images]
+  looks, titles = None, [Path(image).name[-28:] for image in images]
   if pixels and model.model.num_layers:
     looks = _look(model, np.stack(pixels))
-    if about.num_classes:
-      titles = [_title(about, row) for row in looks.probabilities]
+    for i, row in enumerate(looks.probabilities if about.num_classes else ()):
+      best = int(np.argmax(row))
+      name = about.class_names[best] if about.class_names else f"class {best}"
+      titles[i] += f"\n{name} {row[best]:.0%}"
   params = flatten(model.params)
   sizes = variants.parse(about.variant)
   filters = None
@@ -215,51 +177,33 @@ def _read(source, label, images, image_size) -> Checkpoint:
   return Checkpoint(
     label=label,
     variant=about.variant,
-    patch=about.patch,
     filters=filters,
     positions=read_positions(params, about),
     pictures=np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8),
     looks=looks,
     titles=titles,
-    files=[_cut(image.rsplit("/", 1)[-1]) for image in images],
   )
-
-
-def _cut(name, most=28):
-  """Returns a name that fits above a picture."""
-  return name if len(name) <= most else f"{name[: most // 2]}...{name[-9:]}"
 
 
 def _name_checkpoints(sources):
   """Returns as much of the end of each source as tells them apart."""
   parts = [source.rstrip("/").split("/") for source in sources]
-  # The folder of a step says nothing without the run's.
-  steps = any(len(p) > 2 and p[-1].isdigit() for p in parts)
-  deepest = max(map(len, parts), default=1)
-  for depth in range(3 if steps else 1, deepest + 1):
+  for depth in range(1, max(map(len, parts), default=0)):
     names = ["/".join(p[-depth:]) for p in parts]
-    if len({*names}) == len(names):
+    # The folder of a step says nothing without the run's.
+    if len({*names}) == len(names) and not any(map(str.isdigit, names)):
       return names
   return list(sources)
 
 
 def _look(model, pixels):
-  """Runs `attention_maps.make_look` in batches of one size."""
+  """Runs `attention_maps.make_look` on a few images at a time."""
   look = attention_maps.make_look(model)
-  size = min(BATCH_SIZE, len(pixels))
-  batches = []
-  for start in range(0, len(pixels), size):
-    batch = pixels[start : start + size]
-    padding = [(0, size - len(batch)), (0, 0), (0, 0), (0, 0)]
-    looks = look(normalize(jnp.pad(batch, padding)))
-    batches.append([np.asarray(x)[: len(batch)] for x in looks])
+  batches = [
+    map(np.asarray, look(normalize(pixels[start : start + BATCH_SIZE])))
+    for start in range(0, len(pixels), BATCH_SIZE)
+  ]
   return attention_maps.Looks(*map(np.concatenate, zip(*batches, strict=True)))
-
-
-def _title(about, probabilities):
-  best = int(np.argmax(probabilities))
-  name = about.class_names[best] if about.class_names else f"class {best}"
-  return f"{name} {probabilities[best]:.0%}"
 
 
 def read_positions(params, about: pretrained.Config) -> np.ndarray | None:
@@ -322,94 +266,82 @@ def find_components(filters: np.ndarray, count: int):
 
 def _draw_rollout(seen: list[Checkpoint]) -> Drawing:
   """Figures 6 and 14: attention from the output to the input."""
-  seen = _choose_looking(seen)
+  seen = _choose(seen, "looks", _LOOKING)
   shown = seen[0].pictures[:_MOST_PICTURES]
   figure, axes = _make_grid(len(shown), 1 + 2 * len(seen), 2.2)
   for i, (first, *others) in enumerate(axes):
     first.imshow(shown[i])
-    _set_title(first, f"image {i}\n{seen[0].files[i]}")
+    _set_title(first, f"image {i}")
     for c, lit, plain in zip(seen, others[::2], others[1::2], strict=True):
       assert c.looks
       lit.imshow(attention_maps.overlay(c.pictures[i], c.looks.maps[i]))
       plain.imshow(c.looks.maps[i], vmin=0)
       _set_title(lit, f"{c.label}\n{c.titles[i]}")
       _set_title(plain, "attention of each patch")
-  rows = (
-    (c.label, *place, float(value))
-    for c in seen
-    if c.looks
-    for place, value in np.ndenumerate(c.looks.maps)
-  )
+  rows = _list_numbers(seen, [c.looks and c.looks.maps for c in seen])
   columns = ("checkpoint", "image", "row", "column", "attention")
   return Drawing(figure, columns, rows)
 
 
+def _list_numbers(seen, arrays):
+  """Yields (label, *place, value) of an array of each checkpoint."""
+  for c, array in zip(seen, arrays, strict=True):
+    for place, value in np.ndenumerate(array):
+      yield (c.label, *place, float(value))
+
+
 def _draw_filters(seen: list[Checkpoint]) -> Drawing:
   """Figure 7, left: principal components of the patch embedding's filters."""
-  why = "it takes a plain ViT, whose patches are of pixels"
-  seen = _choose(seen, lambda c: c.filters is not None, why)
+  seen = _choose(seen, "filters", "a plain ViT, whose patches are of pixels")
   across = 7
   figure, axes = _make_grid(1, len(seen), 3.6, 2.4)
   rows = []
   for c, axis in zip(seen, axes[0], strict=True):
     parts, variance = find_components(c.filters, NUM_FILTERS)
-    axis.imshow(_tile([_stretch(x) for x in parts], across))
+    scale = np.abs(parts).max(axis=(1, 2, 3), keepdims=True)
+    axis.imshow(_tile(0.5 + parts / (2 * np.maximum(scale, 1e-12)), across))
     share = f"{variance.sum():.0%} of the variance"
     _set_title(axis, f"{c.label}: {len(parts)} components, {share}")
-    for i, part in enumerate(parts):
-      for (y, x, channel), value in np.ndenumerate(part):
-        row = (c.label, i, variance[i], y, x, "rgb"[channel], value)
-        rows.append(row)
+    for (i, y, x, channel), value in np.ndenumerate(parts):
+      rows.append((c.label, i, variance[i], y, x, "rgb"[channel], value))
   columns = ("checkpoint", "component", "variance", "row", "column", "channel")
   return Drawing(figure, (*columns, "value"), rows)
 
 
-def _stretch(x):
-  """Scales a component to [0, 1], zero to the middle."""
-  return 0.5 + x / (2 * max(np.abs(x).max(), 1e-12))
-
-
 def _tile(pictures, across):
-  """Lays pictures [h w ...] out with white between them."""
-  height, width = pictures[0].shape[:2]
-  down = -(-len(pictures) // across)
-  gap = max(1, round(height / 12))
-  shape = (down * (height + gap) - gap, across * (width + gap) - gap)
-  canvas = np.full((*shape, *pictures[0].shape[2:]), np.nan)
-  for i, picture in enumerate(pictures):
-    top, left = (
-      at * (side + gap)
-      for at, side in zip(divmod(i, across), (height, width), strict=True)
-    )
-    canvas[top : top + height, left : left + width] = picture
-  return np.nan_to_num(canvas, nan=1.0) if canvas.ndim == 3 else canvas
+  """Lays pictures [n h w ...] out with a margin between them."""
+  count, height, width = pictures.shape[:3]
+  down, gap = -(-count // across), max(1, round(height / 12))
+  margins = [(0, down * across - count), (0, gap), (0, gap)]
+  margins += [(0, 0)] * (pictures.ndim - 3)
+  x = np.pad(
+    pictures, margins, constant_values=1 if pictures.ndim == 4 else np.nan
+  )
+  x = x.reshape(down, across, *x.shape[1:]).swapaxes(1, 2)
+  x = x.reshape(down * (height + gap), across * (width + gap), *x.shape[4:])
+  return x[:-gap, :-gap]
 
 
 def _draw_positions(seen: list[Checkpoint]) -> Drawing:
   """Figures 7, middle, and 10: how alike the position embeddings are."""
-  why = "it takes a model that adds position embeddings"
-  seen = _choose(seen, lambda c: c.positions is not None, why)
+  seen = _choose(seen, "positions", "a model that adds position embeddings")
   figure, axes = _make_grid(1, len(seen), 4)
   similarities = [compare_positions(c.positions) for c in seen]
   drawn = None
   for c, axis, alike in zip(seen, axes[0], similarities, strict=True):
-    tiles = alike.reshape(-1, *alike.shape[2:])
-    drawn = axis.imshow(_tile(list(tiles), alike.shape[1]), vmin=-1, vmax=1)
+    tiles = _tile(alike.reshape(-1, *alike.shape[2:]), alike.shape[1])
+    drawn = axis.imshow(tiles, vmin=-1, vmax=1)
     _set_title(axis, c.label)
   assert drawn
   figure.colorbar(drawn, ax=axes, label="cosine similarity", shrink=0.8)
-  rows = (
-    (c.label, *place, value)
-    for c, alike in zip(seen, similarities, strict=True)
-    for place, value in np.ndenumerate(alike)
-  )
+  rows = _list_numbers(seen, similarities)
   columns = ("checkpoint", "row", "column", "other_row", "other_column")
   return Drawing(figure, (*columns, "similarity"), rows)
 
 
 def _draw_distances(seen: list[Checkpoint]) -> Drawing:
   """Figures 7, right, and 11: how far heads look, by depth."""
-  seen = _choose_looking(seen)
+  seen = _choose(seen, "looks", _LOOKING)
   figure, axes = _make_grid(1, len(seen), 3.6, 3, pictures=False)
   rows = []
   for c, axis in zip(seen, axes[0], strict=True):
@@ -427,19 +359,16 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
   return Drawing(figure, columns, rows)
 
 
-def _choose_looking(seen):
-  """Returns the checkpoints that have looked at images."""
-  if not any(len(c.pictures) for c in seen):
-    raise Nothing("it takes images; name some")
-  return _choose(seen, lambda c: c.looks, "a ResNet has no attention")
+def _choose(seen, attribute, needed):
+  """Returns the checkpoints that have what a figure draws.
 
-
-def _choose(seen, is_drawn, why):
-  """Returns the checkpoints that a figure is about; Nothing if none is."""
-  seen = [c for c in seen if is_drawn(c)]
-  if not seen:
-    raise Nothing(why)
-  return seen
+  Raises:
+    UserError: none has.
+  """
+  chosen = [c for c in seen if getattr(c, attribute) is not None]
+  if not chosen:
+    raise UserError(f"it takes {needed}")
+  return chosen
 
 
 def _make_grid(down, across, width, height=None, pictures=True):
@@ -461,82 +390,39 @@ def _set_title(axis, text):
 # --- runs ---
 
 
-_CURVES = ("train/loss", "train/learning_rate", "eval/loss", "eval/accuracy")
-_CURVES += ("eval/prec@1", "eval/lrap")
-
-
 def _draw_curves(runs: list[Run]) -> Drawing:
   """What runs have measured at each step."""
-  curves = _read_curves(runs)
-  if not curves:
-    raise Nothing("it takes runs that have measured something; give --runs=")
-  # One point is no curve, but if there is nothing else.
-  lengths = dict.fromkeys(_CURVES, 0)
-  for (metric, _), points in curves.items():
-    lengths[metric] = max(lengths.get(metric, 0), len(points))
-  least = min(2, max(lengths.values()))
-  metrics = [metric for metric in lengths if lengths[metric] >= least]
+  metrics = charts.list_metrics(runs)
+  if not metrics:
+    raise UserError("it takes runs that have measured something; give --runs=")
   down = -(-len(metrics) // 3)
   figure, axes = _make_grid(down, min(3, len(metrics)), 3.6, 3, pictures=False)
-  by_metric = dict(zip(metrics, axes.flat, strict=False))
   for axis in axes.flat[len(metrics) :]:
     axis.set_axis_off()
-  for metric, axis in by_metric.items():
-    axis.set_xlabel("step")
-    axis.set_title(metric, fontsize=9)
-  labels = list(dict.fromkeys(label for _, label in curves))
-  few = len(labels) <= _MOST_NAMES
-  colours = colormaps["tab10" if few else "viridis"]
   lines = {}
-  for (metric, label), points in curves.items():
-    if metric not in metrics:
-      continue
-    i = labels.index(label)
-    (lines[label],) = by_metric[metric].plot(
-      *zip(*points, strict=True),
-      ".-",
-      color=colours(i if few else i / len(labels)),
-    )
-  for metric, axis in by_metric.items():
-    axis.set_xlim(left=0)
-    if metric.endswith("loss"):
-      axis.set_yscale("log")
-  _add_names(figure, lines)
-  rows = (
-    (label, step, metric, value)
-    for (metric, label), points in curves.items()
-    for step, value in points
-  )
-  return Drawing(figure, ("run", "step", "name", "value"), rows)
-
-
-def _read_curves(runs):
-  """Returns {(metric, name of the run): [(step, value)]}."""
-  curves = {}
-  for run in runs:
-    known = {name: run.series[name] for name in run.series if name in _CURVES}
-    for metric, points in {**known, **run.other_series}.items():
-      curves[metric, run.name] = points
-  return curves
-
-
-def _add_names(figure, lines):
-  """Puts the names of {name: line} below a figure, unless they are many."""
-  if len(lines) > _MOST_NAMES:
-    figure.supxlabel(f"{len(lines)} runs, the later ones lighter", fontsize=8)
-    return
-  legend = figure.legend(
-    lines.values(), lines.keys(), loc="outside lower center", ncols=2
-  )
+  for name, axis in zip(metrics, axes.flat, strict=False):
+    charts.plot(axis, name, list(enumerate(runs)))
+    _set_title(axis, name)
+    lines |= {line.get_label(): line for line in axis.get_lines()}
+  names = [run.name for run in runs[: len(charts.DASHES)] if run.name in lines]
+  handles = [lines[name] for name in names]
+  legend = figure.legend(handles, names, loc="outside lower center", ncols=2)
   for text in legend.get_texts():
     text.set(parse_math=False, fontsize=7)
+  rows = (
+    (run.name, step, name, value)
+    for run in runs
+    for name in metrics
+    for step, value in run.series.get(name, ())
+  )
+  return Drawing(figure, ("run", "step", "name", "value"), rows)
 
 
 def _draw_compute(runs: list[Run]) -> Drawing:
   """Figure 5: accuracy after fine-tuning against what pre-training took."""
   points = [p for run in runs if (p := _place_run(run, runs))]
   if not points:
-    raise Nothing(
+    raise UserError(
       "it takes finished fine-tunings, and the finished runs that they started "
       "from, below one --runs folder"
     )
@@ -547,7 +433,14 @@ def _draw_compute(runs: list[Run]) -> Drawing:
     for group in dict.fromkeys(point[1:3] for point in points):
       chosen = [p[4:] for p in points if p[0] == dataset and p[1:3] == group]
       if chosen:
-        _scatter(axis, group, chosen)
+        is_ours = group[0] == "ours"
+        axis.scatter(
+          *zip(*chosen, strict=True),
+          marker=_MARKERS[group[1]],
+          facecolors="C0" if is_ours else "none",
+          edgecolors="C0" if is_ours else "gray",
+          label=", ".join(group[::-1]),
+        )
     axis.set_xscale("log")
     axis.set_xlabel("exaFLOPs of pre-training, counted")
     axis.set_ylabel("accuracy, %")
@@ -555,18 +448,6 @@ def _draw_compute(runs: list[Run]) -> Drawing:
     axis.legend(fontsize=7)
   columns = ("dataset", "whose", "kind", "model", "exaflops", "accuracy")
   return Drawing(figure, columns, points)
-
-
-def _scatter(axis, group, points):
-  whose, kind = group
-  style = {"facecolors": "none", "edgecolors": "gray"}
-  style = style if whose == "the paper" else {}
-  axis.scatter(
-    *zip(*points, strict=True),
-    marker=_MARKERS[kind],
-    label=f"{kind}, {whose}",
-    **style,
-  )
 
 
 def _place_run(run, runs):
