@@ -207,8 +207,8 @@ def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   assert expected.min() > 1e-3  # both classes are in it
 
   found = {}
-  viewed = demo.Viewer(source).view(file.read_bytes(), "", (size, size))
-  found["demo"] = {c["name"]: c["probability"] for c in viewed.classes}
+  viewed, _ = demo.Viewer(source).view(str(file), "", (size, size))
+  found["demo"] = {c["name"]: c["probability"] for c in viewed}
   loaded = export._load(source, size)
   graph = export._make_graph(loaded, preprocess=True)
   exported = graph.apply(graph.params, pixels[None])["probabilities"][0]
