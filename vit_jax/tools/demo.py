@@ -159,7 +159,8 @@ def launch(
     socket.create_server((host, port or 0)).close()
   except (OSError, OverflowError) as e:
     raise UserError(
-      f"nothing can listen at {host}, port {port or 'any'}: {e}; give another --host or --port"
+      f"nothing can listen at {host}, port {port or 'any'}: {e}; give another "
+      "--host or --port"
     ) from e
   page = _make_page(gradio, Viewer(source, class_names))
   page.launch(

@@ -313,13 +313,10 @@ def test_classes_of_a_real_run_add_up_to_its_accuracy(
   assert text.count(" of digits test[:40]<") == min(12, images - right)
 
   # Its data are gone.
-  moved = tmp_path / "elsewhere"
-  monkeypatch.setenv("TFDS_DATA_DIR", str(moved))
+  monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   gone = tmp_path / "gone.html"
-  report([str(reference.workdir)], str(gone), data_dir=str(moved))
-  text = gone.read_text()
-  assert "The test set could not be evaluated: data set" in text
-  assert "stroke: var(--c0)" in text
+  report([str(reference.workdir)], str(gone), data_dir=str(tmp_path))
+  assert "The test set could not be evaluated: data set" in gone.read_text()
 
 
 # --- in a browser ---
