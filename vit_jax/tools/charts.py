@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -44,7 +45,7 @@ _ON_PAGE = {f"#c0000{i}": f"var(--c{i})" for i in range(len(DASHES))} | {
   "#c1000a": "var(--soft)",
   "#c1000b": "var(--edge)",
 }
-_PAGE_STYLE = {
+_PAGE_STYLE: dict[Any, Any] = {
   "svg.fonttype": "none",  # text stays text
   **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
   **dict.fromkeys(("text.color", "axes.labelcolor"), "#c1000a"),

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import pretrained
@@ -87,7 +88,7 @@ class Viewer:
       (classes,) = predict.classify(model, pixels[None], self._names, TOP)
       if look is None:
         return classes, None
-      (seen,) = np.asarray(look(normalize(pixels[None])).maps)
+      (seen,) = np.asarray(look(jnp.asarray(normalize(pixels[None]))).maps)
     factor = -(-_SHOWN_SIDE // max(size))
     large = pixels.repeat(factor, 0).repeat(factor, 1)
     return classes, attention_maps.overlay(large, seen)
@@ -163,6 +164,7 @@ def launch(
       "--host or --port"
     ) from e
   page = _make_page(gradio, Viewer(source, class_names))
+  themes = gradio.themes  # pyright: ignore[reportPrivateImportUsage]
   page.launch(
     server_name=host,
     server_port=port or None,
@@ -175,7 +177,7 @@ def launch(
     max_file_size="64mb",
     height=900,  # in a notebook
     # Fonts of the reader's machine, where the default ones are Google's.
-    theme=gradio.themes.Default(font="system-ui", font_mono="monospace"),
+    theme=themes.Default(font="system-ui", font_mono="monospace"),
   )
   return page
 

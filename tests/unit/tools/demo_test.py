@@ -69,6 +69,7 @@ def test_classes_are_those_of_predict(checkpoint, tmp_path):
   viewer = demo.Viewer(checkpoint)
   classes, seen = viewer.view(file, "bird.jpg", (32, 32))
   assert classes == predict(checkpoint, [file])[0]["classes"]
+  assert seen is not None
   assert seen.shape == (480, 480, 3)
   assert viewer.sizes == [(16, 16), (24, 24), (32, 32), (48, 48), (64, 64)]
   model = vit_jax.load(checkpoint, image_size=64)
