@@ -80,8 +80,9 @@ def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
   try:
     return _evaluate(run, data_dir, mistakes)
   except Exception as e:  # the other runs and the curves are still of use
-    log.warning("%s: %s", run.name, e, exc_info=not isinstance(e, UserError))
-    hint = "" if data_dir else " (--data_dir says where the data are)"
+    ours = isinstance(e, UserError)
+    log.warning("%s: %s", run.name, e, exc_info=not ours)
+    hint = "; --data_dir says where data are" if ours and not data_dir else ""
     return f"The test set could not be evaluated: {one_line(e)}{hint}"
 
 
