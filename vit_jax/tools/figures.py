@@ -343,20 +343,17 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
   """Figures 7, right, and 11: how far heads look, by depth."""
   seen = _choose(seen, "looks", _LOOKING)
   figure, axes = _make_grid(1, len(seen), 3.6, 3, pictures=False)
-  rows = []
-  for c, axis in zip(seen, axes[0], strict=True):
-    assert c.looks
-    by_layer = np.asarray(c.looks.distances, np.float64).mean(axis=0)
-    for layer, heads in enumerate(by_layer):
-      axis.scatter([layer] * len(heads), heads, s=10)
-      rows += [(c.label, layer, h, x) for h, x in enumerate(heads)]
+  distances = [c.looks.distances for c in seen if c.looks]
+  means = [np.asarray(x, np.float64).mean(axis=0) for x in distances]
+  for c, axis, by_layer in zip(seen, axes[0], means, strict=True):
+    axis.plot(by_layer, ".")
     _set_title(axis, f"{c.label} ({c.variant})")
     axis.set_xlabel("layer")
     axis.set_ylabel("mean attention distance, pixels")
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
-  columns = ("checkpoint", "layer", "head", "pixels")
-  return Drawing(figure, columns, rows)
+  rows = _list_numbers(seen, means)
+  return Drawing(figure, ("checkpoint", "layer", "head", "pixels"), rows)
 
 
 def _choose(seen, attribute, needed):
@@ -376,9 +373,8 @@ def _make_grid(down, across, width, height=None, pictures=True):
   size = (width * across, (height or width) * down)
   figure = Figure(size, layout="constrained")
   axes = figure.subplots(down, across, squeeze=False)
-  for axis in axes.flat:
-    if pictures:
-      axis.set_axis_off()
+  for axis in axes.flat if pictures else ():
+    axis.set_axis_off()
   return figure, axes
 
 
