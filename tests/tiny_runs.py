@@ -249,16 +249,21 @@ def read_losses(workdir) -> dict[int, float]:
   }
 
 
-def saved_steps(workdir, kind="checkpoints") -> list[int]:
+def saved_steps(workdir) -> list[int]:
   """Returns the steps of the complete checkpoints, oldest first."""
-  folders = (Path(workdir) / kind).glob("*")
+  folders = (Path(workdir) / "checkpoints").glob("*")
   return sorted(int(f.name) for f in folders if f.name.isdigit())
 
 
-def read_state(workdir, kind="checkpoints") -> tuple[int, dict]:
-  """Returns (step, {path: array}) of the newest checkpoint, as stored."""
-  step = saved_steps(workdir, kind)[-1]
-  folder = Path(workdir) / kind / str(step) / "state"
+def best_step(workdir) -> int:
+  """Returns the step of the best checkpoint."""
+  return json.loads((Path(workdir) / "best.json").read_text())["step"]
+
+
+def read_state(workdir, step=None) -> tuple[int, dict]:
+  """Returns (step, {path: array}) of a checkpoint, by default the newest."""
+  step = saved_steps(workdir)[-1] if step is None else step
+  folder = Path(workdir) / "checkpoints" / str(step) / "state"
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     tree = reader.metadata(folder).item_metadata.tree
     as_numpy = jax.tree.map(
@@ -289,9 +294,9 @@ def snapshot(folder) -> dict[str, tuple[int, int]]:
 def assert_same_run(workdir, reference) -> None:
   """Checks that two runs ended the same, to the bit."""
   assert read_metrics(workdir) == read_metrics(reference)
-  for kind in ("checkpoints", "best"):
-    step, arrays = read_state(workdir, kind)
-    expected_step, expected = read_state(reference, kind)
+  for find in (best_step, lambda run: saved_steps(run)[-1]):
+    step, arrays = read_state(workdir, find(workdir))
+    expected_step, expected = read_state(reference, find(reference))
     assert step == expected_step
     assert arrays.keys() == expected.keys()
     for path, array in arrays.items():

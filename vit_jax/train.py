@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from vit_jax import checkpoint, distributed, pretrained, sharding
 from vit_jax import config as configuration
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.evaluation.evaluators import (
   Evaluator,
   check_types,
@@ -89,7 +89,6 @@ def train(config, workdir) -> dict[str, float] | None:
       return flatten_results({e.name: done[e.name] for e in evaluators})
     batches = inputs.read_batches(config, mesh, opened, step, total_steps)
     if run:
-      checkpoints.clear_unfinished()
       log.info("resuming from step %d of %d", step, total_steps)
     else:
       run_folder.write(config, workdir, total_steps, objective, opened, state)
@@ -357,7 +356,9 @@ class Loop:
         report(self.metrics, evaluator.name, self.step, results)
       if self.best and self.best[0] == evaluator.name:
         metric = results[self.best[1]]
-        self.checkpoints.save_if_best(self.step, self.state, metric)
+        if self.checkpoints.is_best(metric):
+          self.save_unless_saved()
+          self.checkpoints.keep_best(self.step, metric)
       self.metrics.restart_clock(self.step)
       self.results[evaluator.name] = results
 
@@ -375,7 +376,7 @@ def run_evaluation(evaluator: Evaluator, params, step) -> dict[str, float]:
   except Exception as e:
     what = "" if evaluator.name == "eval" else f" {evaluator.name}"
     raise EvaluationFailed(
-      f"the evaluation{what} at step {step} failed: {checkpoint.first_line(e)}"
+      f"the evaluation{what} at step {step} failed: {one_line(e)}"
     ) from e
 
 

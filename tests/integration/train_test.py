@@ -29,6 +29,7 @@ from PIL import Image
 from record_batches import digests
 from tiny_runs import (
   assert_same_run,
+  best_step,
   read_batches,
   read_losses,
   read_metrics,
@@ -79,7 +80,7 @@ def test_a_run_says_what_matters_and_nothing_else(reference):
 def test_a_run_leaves_what_the_readme_says(reference):
   files = {f.name for f in reference.workdir.iterdir()}
   assert files == {
-    "best",
+    "best.json",
     "checkpoints",
     "config.json",
     "lock",
@@ -87,7 +88,6 @@ def test_a_run_leaves_what_the_readme_says(reference):
     "parameters.txt",
     "tensorboard",
   }
-  assert saved_steps(reference.workdir) == [8, 10, 12, 14]
   metrics = read_metrics(reference.workdir)
   assert [m["step"] for m in metrics if "train/loss" in m] == [
     *range(1, TOTAL + 1)
@@ -96,7 +96,9 @@ def test_a_run_leaves_what_the_readme_says(reference):
   best = max(
     (m for m in metrics if "eval/loss" in m), key=lambda m: m["eval/accuracy"]
   )
-  assert saved_steps(reference.workdir, "best") == [best["step"]]
+  assert best_step(reference.workdir) == best["step"]
+  newest = [8, 10, 12, 14]
+  assert saved_steps(reference.workdir) == sorted({best["step"], *newest})
 
 
 def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
@@ -139,10 +141,8 @@ def mark_ci(*cases):
     *mark_ci(
       "write config.json.tmp",
       "write metrics.jsonl",
-      "os.rename best/4.orbax-checkpoint-tmp best/4",
-      "os.rename best/4/files.json.tmp",
+      "os.rename best.json.tmp best.json",
       "os.rename checkpoints/4.orbax-checkpoint-tmp checkpoints/4",
-      "write checkpoints/4/files.json.tmp",
       "os.remove checkpoints/2/",
     ),
   ],
@@ -406,7 +406,7 @@ def test_evaluations_of_three_kinds_at_their_own_intervals(
   assert found["photos/accuracy"] == [2, 4, 6]
   few = {x["step"]: x for x in read_metrics(whole) if "few/3shot" in x}
   best = max(few, key=lambda step: few[step]["few/3shot"])  # the first
-  assert saved_steps(whole, "best") == [best]
+  assert best_step(whole) == best
   line = few[6]
   args = [f"--checkpoint={whole}/checkpoints/6", "--dataset=digits", "--json"]
   shots = ["--shots=1,3", "--seeds=1", "--train_split=train[:200]"]
@@ -897,7 +897,8 @@ def tuned(runs, whole, photos, tmp_path_factory):
 @pytest.mark.ci
 def test_fine_tuning_reports_what_it_took(whole, tuned):
   workdir, lines = tuned
-  assert any(x.startswith(f"weights from {whole[0]}/best") for x in lines)
+  best = whole[0] / "checkpoints" / str(best_step(whole[0]))
+  assert f"weights from {best}" in lines
   for line in (
     "resized: Transformer/posembed_input/pos_embedding 2x2 -> 3x3",
     "new: head/bias 3",
@@ -922,7 +923,8 @@ def test_evaluate_repeats_the_runs_own_numbers(tuned, capsys):
   workdir, _ = tuned
   assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
   results = json.loads(capsys.readouterr().out)
-  assert results["checkpoint"].startswith(f"{workdir}/best/")
+  best = workdir / "checkpoints" / str(best_step(workdir))
+  assert results["checkpoint"] == str(best)
   assert results["examples"] == 20
   assert_same_evaluation(results, workdir)
   last = f"{workdir}/checkpoints/6"

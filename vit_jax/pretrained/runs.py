@@ -1,11 +1,16 @@
 """Run folders and Orbax checkpoints of this project, as `Weights`."""
 
+import logging
 import time
 
+from etils import epath
+
 from vit_jax import checkpoint, files
-from vit_jax.errors import RunStopped, UserError, check_free
+from vit_jax.errors import RunStopped, UserError, check_free, one_line
 from vit_jax.pretrained.weights import Weights, width_of
 from vit_jax.state import as_lazy, unflatten
+
+log = logging.getLogger(__name__)
 
 ORIGIN = "vit_jax"
 
@@ -19,19 +24,67 @@ def matches(path) -> bool:
   )
 
 
+def locate(path) -> tuple[epath.Path, list[epath.Path]]:
+  """Returns the run folder and its checkpoints, the preferred one first.
+
+  Args:
+    path: a run folder (its best checkpoint, then its newest) or one
+      checkpoint's folder, such as RUN/checkpoints/1000.
+
+  Raises:
+    UserError: there is no checkpoint at `path`.
+  """
+  path = checkpoint.absolute(path)
+  if not path.exists():
+    raise UserError(
+      f"no checkpoint at {path}: it does not exist; give a run folder or one "
+      "of its checkpoints/STEP"
+    )
+  if path.name.isdigit() and (path.parent.parent / "config.json").exists():
+    return path.parent.parent, [path]
+  best = checkpoint.read_best(path)
+  found = [best[0]] if best else []
+  for step in reversed(checkpoint.list_steps(path)):
+    folder = path / "checkpoints" / str(step)
+    found += [folder] * (folder not in found)
+  if not (path / "config.json").exists() or not found:
+    raise UserError(
+      f"no checkpoint at {path}: a run folder has config.json and checkpoints; "
+      "train one with `vit-jax train`"
+    )
+  return path, found
+
+
 def read(source: str) -> Weights:
   """Returns the weights of a run: its best checkpoint, else its newest.
 
+  Corrupt checkpoints are skipped.
+
   Raises:
-    UserError: nothing that can be read.
+    UserError: no checkpoint there, or all of them are corrupt.
+    RunStopped: a checkpoint could not be read.
   """
-  found = checkpoint.load_weights(source)
-  run, config = found.run, found.run["config"]
-  params = {path: as_lazy(x) for path, x in found.params.items()}
-  size = config["image_size"]
+  workdir, candidates = locate(source)
+  for folder in candidates:
+    try:
+      params = checkpoint.read_params(folder)
+    except checkpoint.Corrupt as e:
+      log.warning("%s is corrupt (%s)", folder, e)
+    else:
+      run = files.read_json(workdir / "config.json")
+      return _as_weights(params, run, folder)
+  raise UserError(
+    f"no readable checkpoint at {source}: {len(candidates)} tried; "
+    "run the training command again to make a new one"
+  )
+
+
+def _as_weights(params, run, folder) -> Weights:
+  config, size = run["config"], run["config"]["image_size"]
+  params = {path: as_lazy(x) for path, x in params.items()}
   return Weights(
     ORIGIN,
-    str(found.source),
+    str(folder),
     dict(config["model"]),
     image_size=(size, size) if isinstance(size, int) else tuple(size),
     num_classes=width_of(params, "head/bias"),
@@ -75,5 +128,5 @@ def write(weights: Weights, out) -> None:
     except RunStopped as e:
       time.sleep(1)  # TensorStore may still write into the folder
       # Of a run it says that the same command resumes.
-      raise OSError(checkpoint.first_line(e.__cause__ or e)) from e
+      raise OSError(one_line(e.__cause__ or e)) from e
     files.write_json(partial / "config.json", run)  # what makes it complete

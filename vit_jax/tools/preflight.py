@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from vit_jax import checkpoint, distributed
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.tools.bench.input import time_batches
 from vit_jax.training import run_folder
 from vit_jax.training.inputs import open_inputs, read_rows
@@ -79,7 +79,7 @@ def _try(look) -> Found:
   try:
     return look()
   except Exception as e:  # whatever a storage layer or a driver raises
-    text = str(e) if isinstance(e, UserError) else checkpoint.first_line(e)
+    text = str(e) if isinstance(e, UserError) else one_line(e)
     return Found(FAILED, text)
 
 
@@ -129,7 +129,7 @@ def check_folder(config, workdir: str) -> Found:
     probe.write_text("may be deleted")
     probe.unlink()
   except Exception as e:
-    why = checkpoint.first_line(e)
+    why = one_line(e)
     advice = "choose another --workdir, or mend the rights there"
     return Found(FAILED, f"{here} cannot be written: {why}; {advice}")
   text = f"{folder}, {'goes on with its run' if resuming else 'a new run'}"

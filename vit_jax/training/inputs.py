@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from vit_jax import checkpoint, data, sharding
+from vit_jax import data, sharding
 from vit_jax.config import Eval, find_test_set, list_evals
 from vit_jax.data.relabelled import class_error, relabel
-from vit_jax.errors import RunStopped
+from vit_jax.errors import RunStopped, one_line
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +133,7 @@ def name_failures(batches: Iterable) -> Iterator:
   try:
     yield from batches
   except Exception as e:
-    raise DataFailed(
-      f"could not read the training data: {checkpoint.first_line(e)}"
-    ) from e
+    raise DataFailed(f"could not read the training data: {one_line(e)}") from e
 
 
 def read_rows(config, inputs, rows, start_step, num_steps) -> Iterator:

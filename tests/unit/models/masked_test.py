@@ -14,6 +14,7 @@ from PIL import Image
 from tiny_runs import (
   REPO,
   assert_same_run,
+  best_step,
   read_metrics,
   saved_steps,
   shared_programs,
@@ -538,7 +539,7 @@ def test_a_run_writes_what_it_measures(pretrained):
     trivial = ("eval/trivial_loss", "eval/trivial_accuracy")
     assert [line[n] for n in trivial] == [evaluations[0][n] for n in trivial]
   best = max(evaluations, key=lambda m: m["eval/accuracy"])
-  assert saved_steps(pretrained, "best") == [best["step"]]
+  assert best_step(pretrained) == best["step"]
 
 
 def test_evaluate_repeats_the_runs_own_numbers(pretrained, capsys, monkeypatch):

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from vit_jax import checkpoint, data, pretrained, sharding
 from vit_jax import config as configuration
+from vit_jax import data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError, one_line
 from vit_jax.evaluation import attention_maps
+from vit_jax.pretrained.runs import locate
 from vit_jax.tools.report import by_class
 from vit_jax.tools.runs import Run
 from vit_jax.training.steps import normalize
@@ -74,7 +75,7 @@ def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
   if not run.config["eval.split"]:
     return "The run has no test set: its eval.split is empty."
   try:
-    checkpoint.locate(run.path)
+    locate(run.path)
   except UserError:
     return "There is no checkpoint in the run's folder yet."
   try:
