@@ -14,7 +14,6 @@ limits and signals, and no JAX backend exists before the fork.
 import contextlib
 import json
 import os
-import resource
 import runpy
 import select
 import selectors
@@ -32,7 +31,7 @@ _ENVIRONMENT = "VIT_JAX_TESTS_FORKS"  # the address
 class Fork:
   """A program that runs; the interface is that of subprocess.Popen."""
 
-  def __init__(self, args, *, env, cwd, stdout, stderr, file_limit=None):
+  def __init__(self, args, *, env, cwd, stdout, stderr):
     """Starts `python *args`.
 
     Args:
@@ -40,7 +39,6 @@ class Fork:
       env: all variables of the program.
       cwd: where it starts.
       stdout, stderr: files or descriptors.
-      file_limit: the most bytes that a file of it may have.
     """
     self._socket = socket.socket(socket.AF_UNIX)
     self._socket.connect(os.environ[_ENVIRONMENT])
@@ -48,7 +46,6 @@ class Fork:
       "args": [str(word) for word in args],
       "env": dict(env),
       "cwd": str(cwd),
-      "file_limit": file_limit,
     }
     message = json.dumps(request).encode()
     files = [
@@ -235,8 +232,6 @@ def _become(request, files):
     if name.startswith("JAX_") and before.get(name) != text:
       value = json.loads(text) if text[:1].isdigit() else text
       jax.config.update(name.lower(), value)
-  if limit := request["file_limit"]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
   kind, *words = request["args"]
   if kind == "-c":
     code, *words = words

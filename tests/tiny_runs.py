@@ -47,16 +47,13 @@ class Runs:
       *(f"--config.{text}" for text in overrides),
     ]
 
-  def start(
-    self, args, *, devices=4, record=None, file_limit=None, anew=False
-  ) -> "Process":
+  def start(self, args, *, devices=4, record=None, anew=False) -> "Process":
     """Starts a command.
 
     Args:
       args: of the command line.
       devices: how many fake ones.
       record: a file for the digests of its batches, see record_batches.py.
-      file_limit: the most bytes that it may write to a file.
       anew: with a new interpreter, as a user does; else as a fork.
     """
     entry = ["-m", "vit_jax"]
@@ -77,7 +74,7 @@ class Runs:
     command = [*entry, *map(str, args)]
     if anew:
       return Process([sys.executable, *command], environment)
-    return Process(command, environment, forks.Fork, file_limit=file_limit)
+    return Process(command, environment, forks.Fork)
 
   def train(self, workdir, *overrides, **kwargs) -> "Process":
     """Starts `train`."""

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +35,7 @@ from vit_jax.training.metrics import (
   check_wandb,
   start_wandb,
 )
-from vit_jax.training.profiler import Profiler, check_profile
+from vit_jax.training.profiler import Profiler
 from vit_jax.training.stop import Stopping, StopSignal
 
 log = logging.getLogger(__name__)
@@ -127,11 +126,8 @@ def count_steps(config, run, opened: inputs.Inputs, workdir) -> int:
   """Returns the steps of the whole run, whose data are those it began with."""
   if run:
     run_folder.check_data(config, run, opened, workdir)
-    total_steps = run["total_steps"]
-  else:
-    total_steps = configuration.count_steps(config, opened.num_examples)
-  check_profile(config, total_steps)
-  return total_steps
+    return run["total_steps"]
+  return configuration.count_steps(config, opened.num_examples)
 
 
 def make_step(config, objective: objectives.Objective, total_steps: int):
@@ -309,12 +305,19 @@ class Loop:
       log.info("stopping: %s; run again to resume", where)
       return None
     except NotFinite as e:
-      raise RunStopped(f"{e}; {advise(self.checkpoints)}") from e
+      raise RunStopped(
+        f"{e}; {say_saved(self.checkpoints)}; try in a new workdir: a lower "
+        "schedule.base_lr, more schedule.warmup_steps, optimizer.clip_norm=1, "
+        "or model.dtype=float32"
+      ) from e
     except (inputs.DataFailed, EvaluationFailed) as e:
       # Another process may not have failed, and would not save with this one.
       if jax.process_count() == 1:
         self.save_unless_saved()
-      raise RunStopped(f"{e}; {say_saved(self.checkpoints)}") from e
+      raise RunStopped(
+        f"{e}; {say_saved(self.checkpoints)}; mend that and run the same "
+        "command again, or evaluate what is saved with vit-jax evaluate"
+      ) from e
     except BaseException:
       with contextlib.suppress(RunStopped):  # another error is on its way
         self.checkpoints.wait()
@@ -400,29 +403,10 @@ def flatten_results(results: dict[str, dict[str, float]]) -> dict[str, float]:
   }
 
 
-def advise(checkpoints) -> str:
-  """Says what is safe after a non-finite loss, and what to try."""
-  checkpoints.wait()
-  saved = checkpoints.steps()
-  good = (
-    f"the last good checkpoint is {checkpoints.workdir}/checkpoints/{saved[-1]}"
-    if saved
-    else "no checkpoint had been saved yet"
-  )
-  return (
-    f"{good}; try in a new workdir: a lower schedule.base_lr, more "
-    "schedule.warmup_steps, optimizer.clip_norm=1, or model.dtype=float32"
-  )
-
-
 def say_saved(checkpoints) -> str:
-  """Says which checkpoint is safe, and how to evaluate it and to resume."""
+  """Says which checkpoint is safe."""
   checkpoints.wait()
   saved = checkpoints.steps()
   if not saved:
-    return "nothing was saved; mend that and run the same command again"
-  folder = checkpoints.workdir / "checkpoints" / str(saved[-1])
-  return (
-    f"step {saved[-1]} is saved; mend that and run the same command again, or "
-    f"evaluate it: vit-jax evaluate --checkpoint={shlex.quote(str(folder))}"
-  )
+    return "no checkpoint had been saved yet"
+  return f"the last checkpoint is {checkpoints.workdir}/checkpoints/{saved[-1]}"

@@ -1,7 +1,6 @@
 """A run folder: whose it is, what run it holds, what a run writes first."""
 
 import logging
-import shlex
 
 import jax
 from clu import parameter_overview
@@ -53,36 +52,21 @@ def check(config, workdir) -> dict | None:
     for text in (config.train.preprocess, *sorted(texts)):
       preprocess.check_crops(text, config.image_size)
     return None
-  run = read_run(workdir)
+  run = files.read_json(
+    workdir / "config.json",
+    "restore it from a copy, or choose another --workdir",
+  )
   differences = configuration.differences(
     run["config"], configuration.to_dict(config)
   )
   if differences:
-    longer = (
-      "; to train for longer, start another --workdir with "
-      f"--config.init_from={shlex.quote(str(workdir))}: it takes the weights, "
-      "and neither the optimizer's state nor the step"
-      if any(text.startswith("total_") for text in differences)
-      else ""
-    )
     raise UserError(
       f"{workdir} holds a run of another configuration "
-      f"({'; '.join(differences)}); choose another --workdir, or resume with "
-      f"the configuration that it was started with{longer}"
+      f"({'; '.join(differences)}); resume with the configuration that it was "
+      "started with, or choose another --workdir, which can start from its "
+      "weights with config.init_from"
     )
   return run
-
-
-def read_run(workdir) -> dict:
-  """Returns the contents of a run's config.json.
-
-  Raises:
-    UserError: it is cut off or empty.
-  """
-  return files.read_json(
-    workdir / "config.json",
-    "restore it from a copy, or choose another --workdir",
-  )
 
 
 def check_data(config, run, inputs: Inputs, workdir) -> None:

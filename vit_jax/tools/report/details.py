@@ -45,7 +45,7 @@ class Details(NamedTuple):
   """One pass over a test set.
 
   Attributes:
-    checkpoint: the folder of the weights in the run's, such as "best/240".
+    checkpoint: the folder of the weights, such as "checkpoints/240".
     dataset, split: what was evaluated.
     class_names: a name for each class.
     multilabel: whether an image may have several labels.
