@@ -52,7 +52,7 @@ setuptools.setup(
     "ml-collections>=1.0",
     "numpy>=2.0",
     "optax>=0.2.5",
-    "orbax-checkpoint>=0.11",
+    "orbax-checkpoint>=0.11.40",
     "pillow>=11.0",
     "safetensors>=0.5",
   ],

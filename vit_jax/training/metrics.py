@@ -57,7 +57,12 @@ class MetricLog:
     self._writes = jax.process_index() == 0
     if self._writes:
       self._file = workdir / "metrics.jsonl"
-      self._lines = _read_lines(self._file, start_step)
+      lines, _ = files.read_json_lines(self._file)
+      self._lines = [
+        json.dumps(values) + "\n"
+        for values in lines
+        if values["step"] <= start_step
+      ]
       with _writing(workdir):
         self._start(workdir / "tensorboard")
 
@@ -216,16 +221,3 @@ def _check_finite(step, values):
       raise NotFinite(
         f"{name.removeprefix('train/')} is {values[name]} at step {step}"
       )
-
-
-def _read_lines(file, last_step):
-  """Returns the whole lines up to `last_step`; a kill may leave half a line."""
-  lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-  kept = []
-  for line in lines:
-    try:
-      if json.loads(line)["step"] <= last_step and line.endswith("\n"):
-        kept.append(line)
-    except json.JSONDecodeError:
-      log.info("dropped an unfinished line of %s", file.name)
-  return kept
