@@ -88,10 +88,11 @@ class Checkpoints:
       keep: how many of the newest to keep; the best is kept beside them.
     """
     self.workdir = absolute(workdir)
-    best = _policies.CustomSteps([])  # see `keep_best`
-    self._policy = _policies.AnyPreservationPolicy(
-      [_policies.LatestN(keep), best]
-    )
+    # The steps of the second are set by `keep_best`.
+    self._preserved: list[Any] = [
+      _policies.LatestN(keep),
+      _policies.CustomSteps([]),
+    ]
     self._manager = None  # made at the first save, by all processes together
     self._saving = self._best = None
 
@@ -130,7 +131,7 @@ class Checkpoints:
     """Has a step that was saved kept as the best one."""
     # Named on the disk once it is there, see `wait`.
     self._best = {"step": step, "metric": metric}
-    self._policy.policies[1] = _policies.CustomSteps([step])
+    self._preserved[1] = _policies.CustomSteps([step])
 
   def restore(self, abstract_state):
     """Returns the newest state that can be read, or None if there is none.
@@ -197,11 +198,11 @@ class Checkpoints:
   def _open(self):
     best = read_best(self.workdir)
     if best:
-      self._policy.policies[1] = _policies.CustomSteps([int(best[0].name)])
+      self._preserved[1] = _policies.CustomSteps([int(best[0].name)])
     return ocp.CheckpointManager(
       self.workdir / "checkpoints",
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=self._policy,
+        preservation_policy=_policies.AnyPreservationPolicy(self._preserved),
         cleanup_tmp_directories=True,  # of a killed process
       ),
       item_names=("state", "meta"),

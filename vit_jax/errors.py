@@ -95,7 +95,7 @@ def suggest(name: str, choices: Iterable[str]) -> str:
   return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def one_line(error: Exception, limit: int = 200) -> str:
+def one_line(error: BaseException, limit: int = 200) -> str:
   """Returns an exception's words in one line of at most `limit` characters.
 
   A long one loses its middle: what went wrong is at its ends, and long paths
