@@ -48,10 +48,12 @@ test-newest: $(INSTALLED_NEWEST)  ## the core, with the newest Python and JAX
 	  integration/train parity/pretrained,tests/$(name)_test.py)
 
 notebooks: $(INSTALLED_DEV)  ## run them, and keep their outputs in them
-	@JAX_PLATFORMS=cpu $(BIN)/python notebooks/execute.py
+	@rm -rf notebooks/runs
+	@JAX_PLATFORMS=cpu PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 docs: $(INSTALLED_DEV)  ## build the documents' site: docs/_build/index.html
-	@$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+	@$(BIN)/python -m sphinx -E -q -W --keep-going docs docs/_build
 
 lint: $(INSTALLED_LINT)  ## ruff and pyright, changing nothing
 	@$(BIN)/ruff check

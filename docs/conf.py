@@ -1,8 +1,7 @@
 """The documents' site: `make docs` builds it into docs/_build.
 
-Pages are Markdown in this folder. What the code knows by itself (commands,
-configuration keys, configuration files, published names) is written into them
-by reference.py while the site is built.
+Pages are Markdown in this folder. sphinx-argparse-cli writes the options of the
+commands, autodoc the functions; configuration files are included as they are.
 """
 
 import os
@@ -12,10 +11,10 @@ from pathlib import Path
 # As the command line does it, so that a build says nothing but warnings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import vit_jax
+from vit_jax.pretrained.names import PUBLISHED
 
 project = "vit_jax"
 version = release = vit_jax.__version__
@@ -25,7 +24,7 @@ extensions = [
   "myst_parser",
   "sphinx.ext.autodoc",
   "sphinx.ext.napoleon",
-  "reference",
+  "sphinx_argparse_cli",
 ]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist"]
@@ -43,3 +42,17 @@ html_title = "vit_jax"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+
+_GITHUB = "https://github.com/vit-jax/vit_jax/blob/main"
+
+
+def setup(app):
+  app.connect("source-read", _complete)
+
+
+def _complete(app, name, source):
+  """Lists the published weights; links files that are not pages to GitHub."""
+  rows = (f"| `{n}` | `{found.address}` |" for n, found in PUBLISHED.items())
+  table = "\n".join(["| name | file |", "|---|---|", *rows])
+  text = source[0].replace("<!-- published names -->", table)
+  source[0] = text.replace("](../", f"]({_GITHUB}/")

@@ -18,8 +18,9 @@ class Model(NamedTuple):
   Attributes:
     init: key -> params, a nested dictionary of float32 arrays. The same key
       gives the same values, scanned or not.
-    apply: (params, images f32[b h w 3] in [-1, 1], *, train=False, key=None,
-      intermediates=False) -> logits f32[b k], or (logits, {name: array}).
+    apply: `(params, images, *, train=False, key=None, intermediates=False)` ->
+      logits f32[b k], or (logits, {name: array}). Images are f32[b h w 3] in
+      [-1, 1].
       `key` feeds dropout and stochastic depth; it is needed when training.
       With 0 classes the representation f32[b d] takes the logits' place.
     image_size: (h, w) in pixels.

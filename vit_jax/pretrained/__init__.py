@@ -49,6 +49,8 @@ def load(
 ) -> Pretrained:
   """Returns a model with published, converted or one's own weights.
 
+  Example::
+
     model = vit_jax.load("ViT-B_16.npz", image_size=384)
     logits = model(images)  # f32[b 384 384 3] in [-1, 1] -> f32[b k]
 
