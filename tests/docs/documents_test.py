@@ -30,7 +30,7 @@ from random_models import random_params
 from vit_jax import __main__ as cli
 from vit_jax import config, models
 from vit_jax.commands import flags
-from vit_jax.pretrained.names import PUBLISHED, Published
+from vit_jax.pretrained import embedded
 from vit_jax.state import flatten
 
 REPO = Path(__file__).parents[2]
@@ -439,11 +439,12 @@ def project(tmp_path_factory):
     # To draw all takes half a minute.
     few = {"train": 400, "test": 100}
     patch.setattr("vit_jax.data.builders.jft_like.JftLike.SIZES", few)
-    weights = Published(str(folder / "ViT-B_16.npz"))
-    patch.setitem(PUBLISHED, "ViT-Ti_16-augreg", weights)
+    # In place of a download.
+    weights = folder / "ViT-B_16.npz"
+    patch.setitem(embedded.MODELS, "ViT-Ti_16-augreg", weights)
     shutil.copytree(REPO / "configs", "configs")
     _draw_images(folder)
-    _write_weights(folder / "ViT-B_16.npz")
+    _write_weights(weights)
     for name in ("jft_like", "digits"):
       _call("data", "prepare", name, "--data_dir=data")
     shutil.copytree("data", "runs/quickstart/data")

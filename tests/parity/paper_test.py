@@ -37,6 +37,14 @@ def _module(file):
   return module
 
 
+def _check(config, numbers, keys):
+  """Compares keys of a configuration with the table's of the same name."""
+  for key in keys.split():
+    assert configuration.flatten(config)[key] == numbers[key.split(".")[-1]], (
+      key
+    )
+
+
 # --- Table 3 ---
 
 
@@ -61,32 +69,24 @@ def test_pretraining_is_table_3(row, variant, epochs):
   name = _SETS[row["pretraining"]]["dataset"]
   config = _load(f"pretrain.py:{variant},{name},{epochs}")
   common = _PAPER["table3"]["common"]
-  assert config.train.dataset == name
-  assert config.model.variant == variant
+  assert (config.train.dataset, config.model.variant) == (name, variant)
   assert (config.total_epochs, config.total_steps) == (epochs, 0)
-  assert config.schedule.base_lr == row["base_lr"]
-  assert config.schedule.decay == row["decay"]
-  assert config.schedule.warmup_steps == common["warmup_steps"]
-  assert config.schedule.cooldown_steps == 0
+  _check(config, row, "schedule.base_lr schedule.decay model.dropout_rate")
+  _check(config, row, "optimizer.weight_decay optimizer.clip_norm")
+  _check(config, common, "optimizer.b1 optimizer.b2 schedule.warmup_steps")
+  _check(config, common, "batch_size image_size")
   assert config.optimizer.name == common["optimizer"]
-  assert config.optimizer.b1 == common["b1"]
-  assert config.optimizer.b2 == common["b2"]
-  assert config.optimizer.weight_decay == row["weight_decay"]
   assert config.optimizer.weight_decay_scaling == "lr"
-  assert config.optimizer.clip_norm == row["clip_norm"]
-  assert config.model.dropout_rate == row["dropout_rate"]
-  assert config.batch_size == common["batch_size"]
-  assert config.image_size == common["image_size"]
+  assert config.schedule.cooldown_steps == 0
   # What else the paper says of pre-training, or those who did it.
   assert config.loss.name == "sigmoid"
   assert config.model.head_bias_init == -10
   assert (config.model.representation_size == -1) == ("ViT" in variant)
   # What the rates become: the first step has none, the base is reached once
   # warm, and the end is the decay's.
-  steps = configuration.count_steps(config, _SETS[row["pretraining"]]["images"])
-  assert steps == round(
-    epochs * _SETS[row["pretraining"]]["images"] / common["batch_size"]
-  )
+  images = _SETS[row["pretraining"]]["images"]
+  steps = configuration.count_steps(config, images)
+  assert steps == round(epochs * images / common["batch_size"])
   schedule = optim.make_schedule(**config.schedule, total_steps=steps)
   assert float(schedule(0)) == 0
   peak = float(schedule(common["warmup_steps"]))
@@ -192,17 +192,13 @@ _TRANSFERS = [
 
 def _check_transfer(config, row):
   common = _PAPER["table4"]["common"]
-  assert config.total_steps == row["steps"]
-  assert config.total_epochs == 0
+  assert (config.total_steps, config.total_epochs) == (row["steps"], 0)
   assert config.schedule.base_lr in row["base_lrs"]
-  assert config.schedule.decay == common["decay"]
+  _check(config, common, "schedule.decay optimizer.momentum batch_size")
+  _check(config, common, "optimizer.weight_decay optimizer.clip_norm")
   assert config.optimizer.name == common["optimizer"]
-  assert config.optimizer.momentum == common["momentum"]
-  assert config.optimizer.weight_decay == common["weight_decay"]
-  assert config.optimizer.clip_norm == common["clip_norm"]
-  assert config.optimizer.lr_multipliers == ()
-  assert config.batch_size == common["batch_size"]
   assert config.loss.name == common["loss"]
+  assert config.optimizer.lr_multipliers == ()
   # A single new layer, of zeros.
   assert config.model.representation_size == 0
   assert config.model.head_bias_init == 0
@@ -347,12 +343,8 @@ _QUICK = {
 }
 
 
-_CI = {
-  "pretrain.py:ViT-B_32,imagenet21k",
-  "pretrain.py:R50+ViT-B_32,jft",
-  "vtab.py:ViT-B_32,clevr_count",
-  "masked.py:ViT-B_32,jft",
-}
+# Minutes in all: one of the files that are left.
+_CI = ("vtab.py:ViT-B_32,clevr_count", "masked.py:ViT-B_32,jft")
 
 
 def _mark(spec):
@@ -366,10 +358,3 @@ def _mark(spec):
 )
 def test_every_configuration_traces(spec):
   _trace(spec)
-
-
-def test_those_of_every_pull_request_are_of_every_file():
-  assert set(_list_specs()) >= _QUICK | _CI
-  files = {spec.partition(":")[0] for spec in _QUICK | _CI}
-  others = {"common.py", "photos.py"}  # the latter: documents_test.py
-  assert files | others == {file.name for file in _CONFIGS.glob("*.py")}

@@ -1,6 +1,5 @@
 """Configurations: overrides, differences, durations, the defaults."""
 
-import ast
 import inspect
 import re
 import sys
@@ -79,32 +78,23 @@ def test_neighbours_of_a_configuration_are_forgotten(tmp_path):
   ("key", "text", "value"),
   [
     ("batch_size", "64", 64),
-    ("seed", "-1", -1),
-    ("total_epochs", "7", 7.0),
     ("total_epochs", "0.5", 0.5),
     ("schedule.base_lr", "3e-4", 3e-4),
     ("optimizer.eps", "1", 1.0),
-    ("model.scan", "True", True),
     ("model.scan", "false", False),
-    ("model.variant", "ViT-L_16", "ViT-L_16"),
     ("train.split", "train[:800]+validation[:200]", None),
     ("train.preprocess", "resize(size)|flip_lr", None),
-    ("eval.split", "", ""),
     ("loss.name", "1", "1"),
     ("init_from", "runs/pretrain", "runs/pretrain"),
-    ("init_from", "", ""),
-    ("data_dir", "gs://bucket/data", "gs://bucket/data"),
     ("eval.dataset", "folder:images,a=0.5", None),
     ("image_size", "384", 384),
     ("image_size", "(224,448)", (224, 448)),
-    ("image_size", "224, 448", (224, 448)),
     (
       "optimizer.lr_multipliers",
       "('head/.*=10','.*=0')",
       ("head/.*=10", ".*=0"),
     ),
     ("optimizer.lr_multipliers", "['head/.*=10']", ("head/.*=10",)),
-    ("optimizer.lr_multipliers", "head/.*=10", ("head/.*=10",)),
     ("optimizer.lr_multipliers", "()", ()),
   ],
 )
@@ -125,17 +115,11 @@ def test_overrides_are_typed(key, text, value):
   ("key", "text", "words"),
   [
     ("batch_size", "many", "config.batch_size is int, such as 4096; 'many'"),
-    ("batch_size", "1e3", "config.batch_size is int"),
     ("batch_size", "0.5", "config.batch_size is int"),
     ("batch_size", "True", "config.batch_size is int"),
-    ("batch_size", "None", "config.batch_size is int"),
-    ("batch_size", "(8, 8)", "config.batch_size is int"),
-    ("batch_size", "", "config.batch_size is int"),
     ("schedule.base_lr", "fast", "config.schedule.base_lr is float"),
     ("schedule.base_lr", "true", "config.schedule.base_lr is float"),
-    ("schedule.base_lr", "None", "config.schedule.base_lr is float"),
     ("model.scan", "1", "config.model.scan is bool, such as False; '1' is not"),
-    ("model.scan", "yes", "config.model.scan is bool"),
   ],
 )
 def test_values_of_another_type_are_refused(key, text, words):
@@ -149,8 +133,6 @@ def test_values_of_another_type_are_refused(key, text, words):
   ("key", "meant"),
   [
     ("batchsize", "batch_size"),
-    ("model.varient", "model.variant"),
-    ("schedule.base_rl", "schedule.base_lr"),
     ("optimiser.name", "optimizer.name"),
     ("base_lr", "schedule.base_lr"),
   ],
@@ -166,14 +148,6 @@ def test_groups_are_no_values():
   for key in ("model", "model.scan.x", "", "."):
     with pytest.raises(UserError, match="unknown config key"):
       configuration.load(_COMMON, {key: "1"})
-
-
-def test_a_loaded_configuration_is_locked():
-  config = _load()
-  with pytest.raises(AttributeError):
-    config.batchsize = 3
-  with pytest.raises(AttributeError):
-    _ = config.model.varient
 
 
 # --- image sizes of two numbers ---
@@ -194,22 +168,6 @@ def test_a_pair_is_an_image_size_everywhere(text):
   assert configuration.differences(saved, configuration.to_dict(again)) == []
 
 
-def test_a_config_file_may_set_a_pair(tmp_path):
-  file = tmp_path / "wide.py"
-  (tmp_path / "common.py").write_text(Path(_COMMON).read_text())
-  file.write_text(
-    "import common\n"
-    "def get_config():\n"
-    "  config = common.get_config()\n"
-    "  config.image_size = (32, 64)\n"
-    "  return config\n"
-  )
-  assert configuration.load(str(file)).image_size == (32, 64)
-
-
-# --- files ---
-
-
 def test_a_file_gets_its_argument(tmp_path):
   file = tmp_path / "mine.py"
   file.write_text(
@@ -225,8 +183,6 @@ def test_a_file_gets_its_argument(tmp_path):
   ("text", "words"),
   [
     ("def get_config(:", "SyntaxError"),
-    ("import nothing_like_it", "ModuleNotFoundError"),
-    ("x = 1", "get_config"),
     ("def get_config(): raise ValueError('choose a or b')", "choose a or b"),
     ("def get_config(): return 1 / 0", "ZeroDivisionError"),
   ],
@@ -238,14 +194,6 @@ def test_files_that_fail_say_so_in_one_line(tmp_path, text, words):
     configuration.load(str(file))
   assert words in str(error.value)
   assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_there_has_neighbours(tmp_path):
-  (tmp_path / "pretrain.py").write_text("")
-  with pytest.raises(UserError) as error:
-    configuration.load(f"{tmp_path}/pretrian.py:ViT-B_16")
-  assert "no configuration file" in str(error.value)
-  assert f"did you mean '{tmp_path}/pretrain.py'?" in str(error.value)
 
 
 # --- what a resumed run may change ---
@@ -390,29 +338,10 @@ def test_micro_batches_are_a_difference_where_they_draw():
   [
     ({}, "masked_target", "pixels", "objective to be 'masked_patches'"),
     ({}, "optimizer.momentum", "0.8", "optimizer.name to be 'sgd'"),
-    (
-      {},
-      "optimizer.weight_decay_scaling",
-      "schedule",
-      "weight_decay to be set",
-    ),
-    ({}, "optimizer.weight_decay_params", ".*", "weight_decay to be set"),
-    ({}, "schedule.rsqrt_timescale", "7", "schedule.decay to be 'rsqrt'"),
-    ({}, "profile_steps", "2", "profile_step to be set"),
     ({"optimizer.name": "sgd"}, "optimizer.b1", "0.8", "name to be 'adam'"),
-    ({"optimizer.name": "sgd"}, "optimizer.b2", "0.99", "name to be 'adam'"),
-    ({"optimizer.name": "sgd"}, "optimizer.eps", "1e-6", "name to be 'adam'"),
     ({"schedule.decay": "cosine"}, "schedule.linear_end", "0", "be 'linear'"),
     ({"eval.split": ""}, "eval.dataset", "cifar10", "eval.split to be set"),
-    ({"eval.split": ""}, "eval.batch_size", "8", "eval.split to be set"),
-    ({"eval.split": ""}, "eval_every", "8", "eval.split to be set"),
     ({"objective": "masked_patches"}, "loss.name", "softmax", "classification"),
-    (
-      {"objective": "masked_patches"},
-      "loss.label_smoothing",
-      "0.1",
-      "objective to be 'classification'",
-    ),
   ],
 )
 def test_a_key_without_effect_is_named(others, key, text, needs):
@@ -449,10 +378,8 @@ def test_no_configuration_sets_a_key_without_effect():
     ({"total_steps": "123"}, 123),
     ({"total_epochs": "1"}, 10),
     ({"total_epochs": "0.5"}, 5),
-    ({"total_epochs": "2.06"}, 21),
     ({"total_examples": "640"}, 10),
     ({"total_examples": "700"}, 11),
-    ({"total_examples": "1"}, 1),
   ],
 )
 def test_durations_become_steps(given, steps):
@@ -510,25 +437,3 @@ def test_the_defaults_are_what_the_functions_take():
   ):
     names = set(inspect.signature(function).parameters)
     assert set(subtree) == names - others, function.__name__
-
-
-def test_the_code_reads_only_keys_that_exist():
-  flat = configuration.flatten(_load())
-  groups = {k.rpartition(".")[0] for k in flat}
-  package = Path(configuration.__file__).parent
-  for file in (
-    "train.py",
-    "evaluation/evaluate.py",
-    "evaluation/evaluators.py",
-    "training/inputs.py",
-    "training/objectives.py",
-    "training/run_folder.py",
-  ):
-    tree = ast.parse((package / file).read_text())
-    for node in ast.walk(tree):
-      if not isinstance(node, ast.Attribute):
-        continue
-      text = ast.unparse(node)
-      if re.fullmatch(r"config(\.\w+)+", text) and node.attr != "get":
-        key = text.removeprefix("config.")
-        assert key in flat or key in groups, f"{file} reads {text}"

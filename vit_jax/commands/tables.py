@@ -20,7 +20,7 @@ def add_flags(parser):
   parser.add_argument(
     "--commands",
     action="store_true",
-    help="what fills the cells that are missing, and what it costs",
+    help="what fills the cells that are missing",
   )
   parser.add_argument(
     "--only",
@@ -41,7 +41,7 @@ def run(args):
     lines = [f"{table['name']}  {table['title']}" for table in found]
     print(json.dumps(found) if args.json else "\n".join(lines))
     return
-  rows = tables.make_table(args.name, args.runs, costs=args.commands)
+  rows = tables.make_table(args.name, args.runs)
   if args.only:
     lines = tables.list_commands(rows, args.only)
     print(json.dumps(lines) if args.json else "\n".join(lines))

@@ -56,7 +56,7 @@ def fit(
 ) -> Classifier:
   """Solves min_W ||X W - Y||^2 + l2 ||W||^2, Y in {-1, 1}.
 
-  Beside the features it has a chunk of them in memory, not Y.
+  Beside the features it has a chunk of X and Y in memory.
 
   Args:
     features: f32[n d].
@@ -70,32 +70,13 @@ def fit(
     squares += ((features[start : start + _CHUNK] - mean) ** 2).sum(axis=0)
   deviation = np.sqrt(squares / len(features)) + _EPSILON
   empty = Classifier(mean, deviation, np.empty((0, num_classes)))
-  n, d = len(features), len(mean) + 1
-  if n < d:
-    # The dual form: a system of n equations. Same solution, less work.
-    x = np.concatenate(list(empty._whiten(features)))
-    targets = np.where(labels[:, None] == np.arange(num_classes), 1.0, -1.0)
-    kernel = x.T @ np.linalg.solve(x @ x.T + l2 * np.eye(n), targets)
-    return empty._replace(kernel=kernel)
+  d = len(mean) + 1
   gram, moments = l2 * np.eye(d), np.zeros((d, num_classes))
   for i, x in enumerate(empty._whiten(features)):
+    mine = labels[i * _CHUNK : (i + 1) * _CHUNK, None]
     gram += x.T @ x
-    _add_moments(moments, x, labels[i * _CHUNK : (i + 1) * _CHUNK])
+    moments += x.T @ np.where(mine == np.arange(num_classes), 1.0, -1.0)
   return empty._replace(kernel=np.linalg.solve(gram, moments))
-
-
-def _add_moments(moments, x, labels):
-  """Adds X^T Y to moments f64[d k]: twice each class's sum, less that of all.
-
-  Args:
-    moments: changed in place.
-    x: f64[c d].
-    labels: int[c], where Y is 1; it is -1 elsewhere.
-  """
-  order = np.argsort(labels, kind="stable")
-  classes, first = np.unique(labels[order], return_index=True)
-  moments[:, classes] += 2 * np.add.reduceat(x[order], first, axis=0).T
-  moments -= x.sum(axis=0)[:, None]
 
 
 def sample(
@@ -142,10 +123,13 @@ def make_evaluate(
     UserError: other classes there, several labels, fewer images than shots.
   """
   names = check_classes(train, test)
-  extract = make_extract_both(model, train, test, **where)
+  extractors = [
+    make_extract(model=model, source=source, **where)
+    for source in (train, test)
+  ]
 
   def run(params):
-    train_set, test_set = extract(params)
+    train_set, test_set = (extract(params) for extract in extractors)
     yield "examples", len(test_set[1])
     for count in shots:
       accuracy = evaluate(train_set, test_set, names, shots=count, seed=0)
@@ -165,20 +149,6 @@ def check_classes(train: data.Source, test: data.Source) -> list[str]:
       f"{train.split} and {test.split} of {test.dataset} have other classes"
     )
   return train.class_names
-
-
-def make_extract_both(
-  model: models.Model, train: data.Source, test: data.Source, **where
-) -> Callable:
-  """Returns params -> what `make_extract` extracts of `train` and of `test`.
-
-  Args and errors: as `make_extract`.
-  """
-  extractors = [
-    make_extract(model=model, source=source, **where)
-    for source in (train, test)
-  ]
-  return lambda params: [extract(params) for extract in extractors]
 
 
 def make_extract(

