@@ -106,7 +106,7 @@ setuptools.setup(
       "nbmake>=1.5.5",
       "playwright>=1.50",
       "sphinx>=9.0",
-      "sphinx-argparse-cli>=1.20",
+      "sphinx-argparse-cli>=1.24",
       "torch>=2.8",
       "transformers>=5.0",
     ],

@@ -1,23 +1,8 @@
 """Top-1 and top-5 on a whole test set, single- or multi-label."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from vit_jax.evaluation.sums import add_up, make_sums
-from vit_jax.training.objectives import Classification
-
-
-def make_evaluate(objective: Classification, source, **where) -> Callable:
-  """Returns params -> iterator of (name, value), see `summarize`.
-
-  Args:
-    objective: what the model was trained for.
-    source: the test set; every example counts once, on any number of devices.
-    **where: the other arguments of `make_sums`.
-  """
-  sums = make_sums(
-    objective.eval_step, model=objective.model, source=source, **where
-  )
-  return lambda params: summarize(sums(params), source.multilabel)
+from vit_jax.evaluation.sums import add_up
 
 
 def summarize(

@@ -7,6 +7,7 @@ from vit_jax import data, models
 from vit_jax.config import list_evals
 from vit_jax.errors import check_choice
 from vit_jax.evaluation import classification, fewshot, masked
+from vit_jax.evaluation.sums import make_sums
 from vit_jax.training.objectives import (
   Classification,
   MaskedPatches,
@@ -92,12 +93,23 @@ def make_evaluate(
 ) -> Callable:
   """Returns params -> iterator of (name, value): how well it is reached.
 
-  Args: as `classification.make_evaluate`.
+  Which patches of an image are corrupted, and how, depends on its place in the
+  data set alone: the same on any number of devices, in every evaluation.
+
+  Args:
+    objective: what the model was trained for.
+    source: the test set; every example counts once, on any number of devices.
+    **where: the other arguments of `make_sums`.
   """
+  sums = make_sums(
+    objective.eval_step, model=objective.model, source=source, **where
+  )
   if isinstance(objective, Classification):
-    return classification.make_evaluate(objective, source, **where)
+    multilabel = source.multilabel
+    return lambda params: classification.summarize(sums(params), multilabel)
   assert isinstance(objective, MaskedPatches)
-  return masked.make_evaluate(objective, source, **where)
+  target = objective.target
+  return lambda params: masked.summarize(sums(params), target)
 
 
 def _list_metrics(objective, source):

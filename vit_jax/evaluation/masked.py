@@ -5,29 +5,11 @@ The trivial predictor says the same of every patch: the most frequent colour
 those of the very patches that are evaluated: no constant does better on them.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from vit_jax.evaluation.sums import add_up, make_sums
-from vit_jax.training.objectives import MaskedPatches
-
-
-def make_evaluate(objective: MaskedPatches, source, **where) -> Callable:
-  """Returns params -> iterator of (name, value), see `summarize`.
-
-  Which patches of an image are corrupted, and how, depends on its place in the
-  data set alone: the same on any number of devices, in every evaluation.
-
-  Args:
-    objective: what the model was trained for.
-    source: the test set; its labels do not matter.
-    **where: the other arguments of `make_sums`.
-  """
-  sums = make_sums(
-    objective.eval_step, model=objective.model, source=source, **where
-  )
-  return lambda params: summarize(sums(params), objective.target)
+from vit_jax.evaluation.sums import add_up
 
 
 def summarize(sums: Iterable[dict], target: str) -> Iterator[tuple[str, float]]:

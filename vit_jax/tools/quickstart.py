@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import config, data, files, models, sharding
-from vit_jax.evaluation import classification
+from vit_jax.evaluation.evaluators import make_evaluate
 from vit_jax.evaluation.predict import predict
 from vit_jax.tools.figures import make_figures
 from vit_jax.tools.text import format_columns
@@ -157,7 +157,7 @@ def evaluate_constant(c) -> dict[str, float]:
     class_names=test.class_names,
     loss_fn=losses.get_loss(**c.loss),
   )
-  evaluate = classification.make_evaluate(
+  evaluate = make_evaluate(
     objective,
     test,
     mesh=mesh,

@@ -332,14 +332,6 @@ def test_the_average_of_table_7(tmp_path):
   assert sgd["ours"] is None
 
 
-def test_runs_of_no_cell_are_said(runs, caplog):
-  caplog.set_level("INFO")
-  tables.make_table("table5", str(runs))
-  assert "none of a cell" not in caplog.text
-  tables.make_table("table2", str(runs))
-  assert "none of a cell of this table" in caplog.text
-
-
 # --- what would fill the cells ---
 
 
