@@ -63,6 +63,7 @@ def _count_model(image_size, options):
   return count_in_jaxpr(jax.make_jaxpr(model.apply)(params, image).jaxpr)
 
 
+@functools.cache
 def count_parameters(
   variant: str, image_size: int = 224, num_classes: int = 0
 ) -> int:
