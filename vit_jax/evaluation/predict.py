@@ -52,7 +52,7 @@ def predict(
   size = min(len(files), BATCH_SIZE)
   # Always of one shape, for which the model is compiled once.
   batch = np.zeros((size, *about.image_size, 3), np.uint8)
-  results = [{"image": file} for file in files]
+  results: list[dict[str, Any]] = [{"image": file} for file in files]
   for start in range(0, len(files), size):
     rows = results[start : start + size]
     for row, pixels in zip(rows, batch, strict=False):

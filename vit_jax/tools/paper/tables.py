@@ -237,13 +237,16 @@ def _summarize(values, paper):
   """Returns ours, beside the paper's mean or [mean, spread]."""
   ours = statistics.fmean(values) if values else None
   shown = _show_paper(paper)
-  missing = ours is None or shown["paper"] is None
+  known = shown["paper"]
+  difference = None
+  if ours is not None and known is not None:
+    difference = ours - known
   return {
     **shown,
     "ours": ours,
     "values": values,
     "spread": statistics.stdev(values) if len(values) > 1 else None,
-    "difference": None if missing else ours - shown["paper"],
+    "difference": difference,
   }
 
 
