@@ -13,7 +13,7 @@ from vit_jax import pretrained
 from vit_jax.__main__ import main
 from vit_jax.data import preprocess
 from vit_jax.state import as_lazy, flatten
-from vit_jax.tools import demo, export, figures
+from vit_jax.tools import demo, figures
 from vit_jax.training.steps import normalize
 
 SMALL = "w32d2m64h2"
@@ -209,10 +209,6 @@ def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   found = {}
   viewed, _ = demo.Viewer(source).view(str(file), "", (size, size))
   found["demo"] = {c["name"]: c["probability"] for c in viewed}
-  loaded = export._load(source, size)
-  graph = export._make_graph(loaded, preprocess=True)
-  exported = graph.apply(graph.params, pixels[None])["probabilities"][0]
-  found["export"] = dict(zip("ab", exported, strict=True))
   drawn = figures._read(source, "", [str(file)], size)
   np.testing.assert_array_equal(drawn.pictures[0], prepared)
   data = [f"--dataset=folder:{tmp_path}/photos", "--json"]
