@@ -100,7 +100,7 @@ def test_a_wrong_value(override, runs, fails, tmp_path):
 )
 def test_mistakes_that_need_no_data(override, fails, monkeypatch, tmp_path):
   """Nothing that imports TensorFlow is imported."""
-  for name in ("train", "tools.sweep", "data"):
+  for name in ("train", "tools.sweep", "data.catalog"):
     monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
   (tmp_path / "configs").mkdir()
   for file in ("configs/common.py", "tests/tiny_config.py"):
@@ -117,7 +117,7 @@ def test_mistakes_that_need_no_data(override, fails, monkeypatch, tmp_path):
 def test_weights_of_another_architecture_need_no_data(
   fails, monkeypatch, tmp_path
 ):
-  for name in ("train", "data"):
+  for name in ("train", "data.catalog"):
     monkeypatch.setitem(sys.modules, f"vit_jax.{name}", None)
   run = tmp_path / "run" / "config.json"
   run.parent.mkdir()
