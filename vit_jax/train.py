@@ -35,7 +35,7 @@ from vit_jax.training.metrics import (
   check_wandb,
   start_wandb,
 )
-from vit_jax.training.profiler import Profiler
+from vit_jax.training.profiler import Profiler, check_profile
 from vit_jax.training.stop import Stopping, StopSignal
 
 log = logging.getLogger(__name__)
@@ -126,8 +126,11 @@ def count_steps(config, run, opened: inputs.Inputs, workdir) -> int:
   """Returns the steps of the whole run, whose data are those it began with."""
   if run:
     run_folder.check_data(config, run, opened, workdir)
-    return run["total_steps"]
-  return configuration.count_steps(config, opened.num_examples)
+    total_steps = run["total_steps"]
+  else:
+    total_steps = configuration.count_steps(config, opened.num_examples)
+  check_profile(config, total_steps)
+  return total_steps
 
 
 def make_step(config, objective: objectives.Objective, total_steps: int):

@@ -184,14 +184,28 @@ def resume(runs, moment, workdir, whole):
 @pytest.mark.ci
 def test_three_real_kills_leave_no_trace(runs, sharing, tmp_path):
   longer = (*SHORT, "total_steps=40", "eval_every=16", "checkpoint_every=4")
-  kill_and_resume(runs, tmp_path / "run", *longer, devices=DEVICES)
+  hits = kill_and_resume(
+    runs, tmp_path / "run", *longer, kills=3, devices=DEVICES
+  )
+  assert hits == {"before the first save": 1, "training": 1, "saving": 1}
   assert main(runs.train_args(tmp_path / "whole", *longer)) == 0
   assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def kill_and_resume(runs, workdir, *overrides, **kwargs):
-  """Kills a run at three kinds of moments, then lets it end."""
-  random_ = random.Random(0)
+@pytest.mark.nightly
+def test_twenty_kills_leave_no_trace(runs, tmp_path):
+  longer = ("total_steps=90", "eval_every=10")
+  runs.train_to_end(tmp_path / "whole", *longer)
+  hits = kill_and_resume(runs, tmp_path / "run", *longer, kills=20)
+  assert sum(hits.values()) == 20
+  assert hits["before the first save"] == 1
+  assert min(hits[m] for m in ("training", "saving", "starting")) >= 4
+  assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def kill_and_resume(runs, workdir, *overrides, kills, seed=0, **kwargs):
+  """Kills a run again and again, then lets it end; returns {moment: kills}."""
+  random_ = random.Random(seed)
   moments = {
     "before the first save": lambda process: process.wait_until(
       (workdir / "config.json").exists
@@ -200,22 +214,34 @@ def kill_and_resume(runs, workdir, *overrides, **kwargs):
     "saving": lambda process: process.wait_until(
       make_is_saving(workdir, time.time_ns())
     ),
+    "starting": lambda process: process.wait_until(
+      make_is_over(random_.uniform(0.1, 3))
+    ),
   }
-  for name, wait in moments.items():
+  hits = collections.Counter()
+  for i in range(kills):
+    # The first is before anything was saved; then each in turn.
+    name = list(moments)[i if i < 4 else 1 + i % 3]
     process = runs.train(workdir, *overrides, **kwargs)
-    assert wait(process), f"ended before {name}:\n{process.stderr()}"
+    assert moments[name](process), f"ended before {name}:\n{process.stderr()}"
     if name == "before the first save":
       assert not saved_steps(workdir)
-    else:
-      time.sleep(random_.uniform(0, 0.05))
+    time.sleep(random_.uniform(0, 0.05) if i else 0)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr()
+    hits[name] += 1
   runs.train_to_end(workdir, *overrides, **kwargs)
+  return hits
 
 
 def wait_for_steps(process, random_):
   count = random_.randint(1, 4)
   return process.wait_until(lambda: len(process.steps()) >= count)
+
+
+def make_is_over(seconds):
+  end = time.monotonic() + seconds
+  return lambda: time.monotonic() > end
 
 
 def make_is_saving(workdir, since):
@@ -482,6 +508,15 @@ def test_the_profiler_traces_what_is_left_of_its_window(
   assert found == traced
 
 
+def test_a_profiler_window_past_the_end_is_refused():
+  config = configuration.load(
+    str(CONFIGS / "common.py"), {"profile_step": "11"}
+  )
+  profiler.check_profile(config, 11)
+  with pytest.raises(UserError, match=r"profile_step 11 .* last step, 10"):
+    profiler.check_profile(config, 10)
+
+
 def test_a_longer_run_is_told_how_to_begin(tmp_path):
   workdir = epath.Path(tmp_path / "a run")
   workdir.mkdir()
@@ -648,16 +683,37 @@ def assert_close_run(workdir, reference):
 @pytest.mark.ci
 def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
   """The state is split across both, which one process then takes over."""
-  workdir = tmp_path / "run"
+  chain = [(["fsdp=2"], 1)]
+  train_as_two(runs, reference, batches, tmp_path, devices=1, chain=chain)
+
+
+@pytest.mark.nightly
+def test_two_processes_go_on_where_two_stopped(
+  runs, reference, batches, tmp_path
+):
+  chain = [([], 1), (["fsdp=8"], 0)]
+  train_as_two(runs, reference, batches, tmp_path, devices=4, chain=chain)
+
+
+def train_as_two(runs, reference, batches, tmp_path, *, devices, chain):
+  """Runs pairs, each stopped after a while, then one process to the end.
+
+  Args:
+    runs, reference, batches, tmp_path: the fixtures.
+    devices: of each process of a pair.
+    chain: for each pair, its overrides and which of the two gets SIGTERM.
+  """
+  workdir, last = tmp_path / "run", 0
   records = [tmp_path / "batches0", tmp_path / "batches1"]
-  args = runs.train_args(workdir, "fsdp=2")
-  pair = runs.pair(args, devices=1, record=records)
-  last = stop_pair(pair, 3, told=1)
-  assert 0 < last < TOTAL
-  assert saved_steps(workdir)[-1] == last
-  # Only one of them writes; an evaluation at the last step was dropped.
-  evaluations = len(read_metrics(workdir)) - last
-  assert (last - 1) // 6 <= evaluations <= last // 6
+  for overrides, told in chain:
+    args = runs.train_args(workdir, *overrides)
+    pair = runs.pair(args, devices=devices, record=records)
+    before, last = last, stop_pair(pair, last + 3, told)
+    assert before < last < TOTAL
+    assert saved_steps(workdir)[-1] == last
+    # Only one of them writes; an evaluation at the last step was dropped.
+    evaluations = len(read_metrics(workdir)) - last
+    assert (last - 1) // 6 <= evaluations <= last // 6
   runs.train_to_end(workdir, record=records[0])
   both = tmp_path / "both"
   both.write_text("".join(r.read_text() for r in records))

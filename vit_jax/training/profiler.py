@@ -4,7 +4,18 @@ import logging
 
 import jax
 
+from vit_jax.errors import UserError
+
 log = logging.getLogger(__name__)
+
+
+def check_profile(config, total_steps):
+  """Raises a UserError for a profiler window that the run never comes to."""
+  if config.profile_step > total_steps:
+    raise UserError(
+      f"profile_step {config.profile_step} is past the last step, "
+      f"{total_steps}; choose one up to that, or 0 for no profile"
+    )
 
 
 class Profiler:
