@@ -98,11 +98,11 @@ $(INSTALLED_DEV): setup.py constraints.txt | .venv/bin/python
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
 	@touch $@ $(INSTALLED) $(INSTALLED_LINT)
 
-# The newest versions that there are for that Python: constraints.txt has those
-# of the oldest.
-$(INSTALLED_NEWEST): setup.py
+# constraints.txt has the versions of the oldest Python.
+$(INSTALLED_NEWEST): setup.py constraints-newest.txt
 	@test -n "$(NEWEST)" || { echo "make test-newest needs Python 3.12 or" \
 	  "newer; name one: make test-newest NEWEST=PATH" >&2; exit 1; }
 	@PYENV_VERSION=$(NEWEST:python%=%) $(NEWEST) -m venv --clear .venv-newest
-	@.venv-newest/bin/python -m pip install --quiet --editable '.[test]'
+	@.venv-newest/bin/python -m pip install --quiet \
+	  --constraint constraints-newest.txt --editable '.[test]'
 	@touch $@
