@@ -7,8 +7,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 from vit_jax import __main__
 from vit_jax.errors import EXTRAS
 
@@ -134,18 +132,28 @@ def _list_sources():
   """Returns [(unit, path)] of the package, without vit_jax/__init__.py."""
   sources = []
   for path in sorted(_PACKAGE.rglob("*.py")):
-    parts = path.relative_to(_PACKAGE).with_suffix("").parts
-    unit = _find_unit(".".join(part for part in parts if part != "__init__"))
-    if unit and unit not in _BY_MODULE:
+    unit = _find_unit(_name_module(path).removeprefix("vit_jax."))
+    if unit != "vit_jax" and unit not in _BY_MODULE:
       sources.append((unit, path))
   return sources
+
+
+def _name_module(path):
+  parts = path.relative_to(_PACKAGE.parent).with_suffix("").parts
+  return ".".join(part for part in parts if part != "__init__")
+
+
+@functools.cache
+def _parse(path):
+  """Returns all nodes of a file."""
+  return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 @functools.cache
 def _read_imports(path):
   """Returns the dotted names that a file imports anywhere in it."""
   names = set()
-  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+  for node in _parse(path):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
@@ -156,21 +164,16 @@ def _read_imports(path):
 
 
 _SOURCES = _list_sources()
-_UNITS = {unit for unit, _ in _SOURCES}
-_each_source = pytest.mark.parametrize(
-  ("unit", "path"),
-  _SOURCES,
-  ids=[str(path.relative_to(_PACKAGE)) for _, path in _SOURCES],
-)
+_IMPORTS = [(unit, n) for unit, path in _SOURCES for n in _read_imports(path)]
 
 
 def test_every_unit_has_a_layer():
-  assert _LAYER_OF.keys() >= _UNITS, "give the new unit a line in _LAYERS"
+  units = {unit for unit, _ in _SOURCES}
+  assert _LAYER_OF.keys() >= units, "give the new unit a line in _LAYERS"
 
 
-@_each_source
-def test_imports_go_down_the_layers(unit, path):
-  for name in _read_imports(path):
+def test_imports_go_down_the_layers():
+  for unit, name in _IMPORTS:
     package, _, rest = name.partition(".")
     imported = _find_unit(rest)
     if package != "vit_jax" or imported in ("", unit, "__version__"):
@@ -182,10 +185,7 @@ def test_imports_go_down_the_layers(unit, path):
 
 def test_modules_do_not_import_in_a_circle():
   """Not inside functions either."""
-  modules = {}
-  for path in _PACKAGE.rglob("*.py"):
-    parts = path.relative_to(_PACKAGE.parent).with_suffix("").parts
-    modules[".".join(part for part in parts if part != "__init__")] = path
+  modules = {_name_module(path): path for path in _PACKAGE.rglob("*.py")}
   graph = {
     module: {
       name if name in modules else name.rpartition(".")[0]
@@ -196,40 +196,39 @@ def test_modules_do_not_import_in_a_circle():
   graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
-@pytest.mark.parametrize(
-  ("room", "importers"),
-  [("tools", {"tools", "commands"}), ("commands", {"commands", "__main__"})],
-)
-def test_what_the_core_never_imports(room, importers):
-  found = {
-    unit.partition(".")[0]
-    for unit, path in _SOURCES
-    for name in _read_imports(path)
-    if f"{name}.".startswith(f"vit_jax.{room}.")
-  }
-  assert found == importers
+def test_what_the_core_never_imports():
+  for room, importers in (
+    ("tools", {"tools", "commands"}),
+    ("commands", {"commands", "__main__"}),
+  ):
+    found = {
+      unit.partition(".")[0]
+      for unit, name in _IMPORTS
+      if f"{name}.".startswith(f"vit_jax.{room}.")
+    }
+    assert found == importers
 
 
 # What is run as a process of its own, and reports to the one that started it.
 _REPORTS = {"tools.bench"}
 
 
-@_each_source
-def test_only_commands_read_flags_and_print(unit, path):
-  if unit.startswith("commands.") or unit in _REPORTS:
-    return
-  assert "argparse" not in _read_imports(path)
-  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-    if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
-      to = {word.arg: ast.unparse(word.value) for word in node.keywords}
-      assert to.get("file") == "sys.stderr", f"{path}:{node.lineno}"
+def test_only_commands_read_flags_and_print():
+  for unit, path in _SOURCES:
+    if unit.startswith("commands.") or unit in _REPORTS:
+      continue
+    assert "argparse" not in _read_imports(path), path
+    for node in _parse(path):
+      if isinstance(node, ast.Call) and ast.unparse(node.func) == "print":
+        to = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        assert to.get("file") == "sys.stderr", f"{path}:{node.lineno}"
 
 
-@_each_source
-def test_functions_fit_on_a_screen(unit, path):
-  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-      assert node.end_lineno - node.lineno < 70, node.name
+def test_functions_fit_on_a_screen():
+  for _, path in _SOURCES:
+    for node in _parse(path):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
 
 
 def test_the_top_level_is_small():
@@ -237,29 +236,26 @@ def test_the_top_level_is_small():
   assert len({name for name in entries if not name.startswith("__")}) <= 16
 
 
-@_each_source
-def test_libraries_stay_where_they_belong(unit, path):
-  libraries = {name.split(".")[0] for name in _read_imports(path)}
-  # Configs are read as files, whichever directory they are in.
-  assert "configs" not in libraries
-  for library in libraries & _CONTAINED.keys():
-    assert unit in _CONTAINED[library], f"{unit} imports {library}"
-  if unit in _BARE:
-    known = _BARE_LIBRARIES | sys.stdlib_module_names | {"vit_jax"}
-    assert libraries <= known
+def test_libraries_stay_where_they_belong():
+  known = _BARE_LIBRARIES | sys.stdlib_module_names | {"vit_jax"}
+  for unit, name in _IMPORTS:
+    library = name.split(".")[0]
+    # Configs are read as files, whichever directory they are in.
+    assert library != "configs", unit
+    assert unit in _CONTAINED.get(library, {unit}), f"{unit} imports {library}"
+    assert unit not in _BARE or library in known, f"{unit} imports {library}"
 
 
 def test_every_library_is_of_the_package_or_of_an_extra():
-  names = {n for _, path in _SOURCES for n in _read_imports(path)}
-  libraries = {n.split(".")[0] for n in names} - {"vit_jax"}
+  libraries = {name.split(".")[0] for _, name in _IMPORTS} - {"vit_jax"}
   found = libraries - sys.stdlib_module_names - _BY_HAND - _INSTALLED
   assert found <= EXTRAS.keys()
 
 
-@_each_source
-def test_packages_have_an_init(unit, path):
+def test_packages_have_an_init():
   # Without one, setup.py does not find the package and does not install it.
-  assert (path.parent / "__init__.py").exists()
+  for _, path in _SOURCES:
+    assert (path.parent / "__init__.py").exists(), path
 
 
 def _list_loaded(*statements):
