@@ -16,7 +16,6 @@ import json
 import os
 import runpy
 import select
-import selectors
 import signal
 import socket
 import subprocess
@@ -38,20 +37,13 @@ class Fork:
       args: as for the interpreter: -c CODE, -m MODULE or a file, then sys.argv.
       env: all variables of the program.
       cwd: where it starts.
-      stdout, stderr: files or descriptors.
+      stdout, stderr: open files.
     """
     self._socket = socket.socket(socket.AF_UNIX)
     self._socket.connect(os.environ[_ENVIRONMENT])
-    request = {
-      "args": [str(word) for word in args],
-      "env": dict(env),
-      "cwd": str(cwd),
-    }
+    request = {"args": [*map(str, args)], "env": {**env}, "cwd": str(cwd)}
     message = json.dumps(request).encode()
-    files = [
-      file if isinstance(file, int) else file.fileno()
-      for file in (stdout, stderr)
-    ]
+    files = [file.fileno() for file in (stdout, stderr)]
     length = len(message).to_bytes(8, "big")
     socket.send_fds(self._socket, [length], files)
     self._socket.sendall(message)
@@ -81,18 +73,20 @@ class Fork:
     self.send_signal(signal.SIGKILL)
 
 
-def run(args, *, env=None, cwd=None, timeout=300, **kwargs):
+def run(args, *, env=None, cwd):
   """Runs `python *args` as a fork; returns a subprocess.CompletedProcess."""
   with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-    env = os.environ if env is None else env
-    cwd = os.getcwd() if cwd is None else cwd
-    fork = Fork(args, env=env, cwd=cwd, stdout=out, stderr=err, **kwargs)
+    fork = Fork(args, env=env or os.environ, cwd=cwd, stdout=out, stderr=err)
     try:
-      code = fork.wait(timeout)
+      code = fork.wait(300)
     finally:
       fork.kill()
-    texts = (os.pread(f.fileno(), 2**24, 0).decode() for f in (out, err))
-    return subprocess.CompletedProcess(args, code, *texts)
+    return subprocess.CompletedProcess(args, code, read_log(out), read_log(err))
+
+
+def read_log(file) -> str:
+  """Returns all that a program has written to a file so far."""
+  return os.pread(file.fileno(), 2**24, 0).decode(errors="replace")
 
 
 def start_server(folder: Path) -> None:
@@ -142,6 +136,7 @@ def locked(path):
 
 
 def _serve(address, run):
+  """Forks for each program; returns in the fork that becomes it."""
   import compiled
 
   compiled.write_whole()
@@ -153,63 +148,40 @@ def _serve(address, run):
 
   assert orbax.checkpoint, tensorflow_datasets
   assert vit_jax.train
-  wake, woken = os.pipe()
-  os.set_blocking(wake, False)
-  os.set_blocking(woken, False)
-  signal.set_wakeup_fd(woken)
-  signal.signal(signal.SIGCHLD, lambda *_: None)
+  signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers leave no zombies
   listener = socket.socket(socket.AF_UNIX)
   listener.bind(address + ".new")
   listener.listen(64)
   os.rename(address + ".new", address)
-  programs = {}
-  with selectors.DefaultSelector() as selector:
-    for file in (listener, wake):
-      selector.register(file, selectors.EVENT_READ)
-    while os.path.exists(f"/proc/{run}"):
-      for key, _ in selector.select(1):
-        if key.fileobj is listener:
-          connection, _ = listener.accept()
-          request, files = _receive(connection)
-          pid = os.fork()
-          if not pid:
-            signal.set_wakeup_fd(-1)
-            return request, files
-          for file in files:
-            os.close(file)
-          connection.sendall(b"%d\n" % pid)
-          programs[pid] = connection
-          selector.register(connection, selectors.EVENT_READ, pid)
-        elif key.fileobj is wake:
-          with contextlib.suppress(BlockingIOError):
-            os.read(wake, 4096)
-        else:  # its test is gone
-          selector.unregister(key.fileobj)
-          os.kill(key.data, signal.SIGKILL)
-      _reap(programs, selector)
-  for pid in programs:
-    os.kill(pid, signal.SIGKILL)
+  while os.path.exists(f"/proc/{run}"):
+    if select.select([listener], [], [], 1)[0]:
+      connection, _ = listener.accept()
+      if not os.fork():
+        listener.close()
+        return _keep(connection)
+      connection.close()
   os._exit(0)
 
 
-def _receive(connection):
+def _keep(connection):
+  """Forks again, for the program itself; its test learns how it ends."""
   length, files, _, _ = socket.recv_fds(connection, 8, 2)
-  message = b""
-  while len(message) < int.from_bytes(length, "big"):
-    message += connection.recv(2**16)
-  return json.loads(message), files
-
-
-def _reap(programs, selector):
-  """Tells the exit codes of the programs that have ended."""
-  with contextlib.suppress(ChildProcessError):
-    while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-      connection = programs.pop(ended[0])
-      with contextlib.suppress(KeyError):
-        selector.unregister(connection)
-      with contextlib.suppress(OSError):
-        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(ended[1]))
-      connection.close()
+  message = connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL)
+  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+  pid = os.fork()
+  if not pid:
+    connection.close()
+    return json.loads(message), files
+  for file in files:
+    os.close(file)
+  connection.sendall(b"%d\n" % pid)
+  ended = os.pidfd_open(pid)
+  if ended not in select.select([connection, ended], [], [])[0]:
+    os.kill(pid, signal.SIGKILL)  # its test is gone
+  code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+  with contextlib.suppress(OSError):
+    connection.sendall(b"%d\n" % code)
+  os._exit(0)
 
 
 def _become(request, files):
@@ -218,7 +190,6 @@ def _become(request, files):
 
   import jax
 
-  signal.signal(signal.SIGCHLD, signal.SIG_DFL)
   for i, file in enumerate(files, 1):
     os.dup2(file, i)
     os.close(file)
@@ -250,7 +221,8 @@ def _become(request, files):
 
 def _stand_in(args):
   """Stands in for a fork where a process has to be started by a shell."""
-  fork = Fork(args, env=os.environ, cwd=os.getcwd(), stdout=1, stderr=2)
+  out, err = sys.stdout, sys.stderr
+  fork = Fork(args, env=os.environ, cwd=os.getcwd(), stdout=out, stderr=err)
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: fork.send_signal(number))
   code = fork.wait()

@@ -88,31 +88,28 @@ class Runs:
 
   def pair(self, args, **kwargs) -> list["Process"]:
     """Starts two processes that work as one."""
-    port = find_port()
+    return self.start_together([args] * 2, **kwargs)
+
+  def start_together(self, commands, **kwargs) -> list["Process"]:
+    """Starts processes that work as one.
+
+    Args:
+      commands: the arguments of each.
+      **kwargs: of `start`; a list has a value for each.
+    """
+    flags = [f"--coordinator=localhost:{find_port()}"]
+    flags.append(f"--num_processes={len(commands)}")
     return [
       self.start(
-        [
-          *args,
-          f"--coordinator=localhost:{port}",
-          "--num_processes=2",
-          f"--process_id={i}",
-        ],
-        **{
-          key: value[i] if isinstance(value, list) else value
-          for key, value in kwargs.items()
-        },
+        [*args, *flags, f"--process_id={i}"],
+        **{k: v[i] if isinstance(v, list) else v for k, v in kwargs.items()},
       )
-      for i in range(2)
+      for i, args in enumerate(commands)
     ]
 
 
 class Reference(NamedTuple):
-  """A run that was never interrupted.
-
-  Attributes:
-    workdir: its folder.
-    stderr: what it said.
-  """
+  """The folder of a run that was never interrupted, and what it said."""
 
   workdir: Path
   stderr: str
@@ -121,23 +118,22 @@ class Reference(NamedTuple):
 class Process:
   """A command that runs, and what it has said so far."""
 
-  def __init__(self, command, environment, start=subprocess.Popen, **kwargs):
+  def __init__(self, command, environment, start=subprocess.Popen):
     """Starts it.
 
     Args:
       command: its words; of a fork those after "python".
       environment: all its variables.
-      start: subprocess.Popen or forks.Fork, and
-      **kwargs: what else that takes.
+      start: subprocess.Popen or forks.Fork.
     """
-    self._files = [open_log(), open_log()]
+    # A pipe would block when nobody reads it.
+    self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
     self._process = start(
       command,
       cwd=REPO,
       env=environment,
       stdout=self._files[0],
       stderr=self._files[1],
-      **kwargs,
     )
 
   def wait(self) -> int:
@@ -156,10 +152,10 @@ class Process:
     self._process.send_signal(number)
 
   def stdout(self) -> str:
-    return read_log(self._files[0])
+    return forks.read_log(self._files[0])
 
   def stderr(self) -> str:
-    return read_log(self._files[1])
+    return forks.read_log(self._files[1])
 
   def steps(self) -> list[int]:
     """Returns the steps that it has reported."""
@@ -210,15 +206,6 @@ def _share(make, key):
     return made[name]
 
   return make_once
-
-
-def open_log():
-  """Opens a nameless file; a pipe would block when nobody reads it."""
-  return tempfile.TemporaryFile("w+")
-
-
-def read_log(file) -> str:
-  return os.pread(file.fileno(), 2**24, 0).decode(errors="replace")
 
 
 def find_port() -> int:
@@ -288,14 +275,20 @@ def snapshot(folder) -> dict[str, tuple[int, int]]:
   }
 
 
-def assert_same_run(workdir, reference) -> None:
-  """Checks that two runs ended the same, to the bit."""
-  assert read_metrics(workdir) == read_metrics(reference)
+def read_both_states(workdir, reference):
+  """Yields (path, array, expected) of the best and of the newest states."""
   for find in (best_step, lambda run: saved_steps(run)[-1]):
     step, arrays = read_state(workdir, find(workdir))
     expected_step, expected = read_state(reference, find(reference))
     assert step == expected_step
     assert arrays.keys() == expected.keys()
     for path, array in arrays.items():
-      assert array.dtype == expected[path].dtype, path
-      assert array.tobytes() == expected[path].tobytes(), path
+      yield path, array, expected[path]
+
+
+def assert_same_run(workdir, reference) -> None:
+  """Checks that two runs ended the same, to the bit."""
+  assert read_metrics(workdir) == read_metrics(reference)
+  for path, array, expected in read_both_states(workdir, reference):
+    assert array.dtype == expected.dtype, path
+    assert array.tobytes() == expected.tobytes(), path
