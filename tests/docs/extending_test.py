@@ -15,11 +15,13 @@ _TEXT = (_REPO / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 def _add(root):
-  """Makes the changes of the document.
+  """Copies the project, and makes the changes of the document.
 
   Returns:
     {heading: {changed file: whether it is new}}
   """
+  for name in ("vit_jax", "configs"):
+    shutil.copytree(_REPO / name, root / name)
   touched = {}
   for section in re.split(r"^## ", _TEXT, flags=re.M)[1:]:
     heading, _, blocks = section.partition("\n")
@@ -54,8 +56,6 @@ def _add_section(root, blocks):
 
 
 def test_the_table_says_what_is_touched(tmp_path):
-  for name in ("vit_jax", "configs"):
-    shutil.copytree(_REPO / name, tmp_path / name)
   touched = _add(tmp_path)
   rows = re.findall(r"^\| (an? .*?) \| .* \| (\d of \d) \|$", _TEXT, re.M)
   assert dict(rows) == {
@@ -66,8 +66,6 @@ def test_the_table_says_what_is_touched(tmp_path):
 
 @pytest.mark.ci
 def test_the_additions_run(tmp_path):
-  for name in ("vit_jax", "configs"):
-    shutil.copytree(_REPO / name, tmp_path / name)
   _add(tmp_path)
   commands = re.findall(r"^vit-jax (.+)$", _TEXT, re.M)
   environment = {

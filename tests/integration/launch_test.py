@@ -23,12 +23,9 @@ def test_shell_scripts_are_sound():
   shellcheck = shutil.which("shellcheck", path=Path(sys.executable).parent)
   if not shellcheck:
     pytest.skip("shellcheck is not installed: pip install -e '.[dev]'")
-  files = [LAUNCH / "tpu.sh", LAUNCH / "slurm.sbatch"]
-  done = subprocess.run(
-    [shellcheck, *files], capture_output=True, text=True, check=False
+  subprocess.run(
+    [shellcheck, LAUNCH / "tpu.sh", LAUNCH / "slurm.sbatch"], check=True
   )
-  assert not done.stdout
-  assert len(files[0].read_text().splitlines()) <= 80
 
 
 # --- SkyPilot, Kubernetes ---
@@ -40,27 +37,10 @@ def read(name):
 
 def test_skypilot_restarts_what_may_go_on():
   task = read("sky.yaml")
+  assert task["resources"]["use_spot"]
   recovery = task["resources"]["job_recovery"]
   assert recovery["recover_on_exit_codes"] == [75, 134]
   assert "train --distributed --stopped_exit_code=75" in task["run"]
-
-
-@pytest.mark.ci
-def test_skypilot_loads_the_task():
-  python = os.environ.get("SKYPILOT_PYTHON")
-  if not python:
-    pytest.skip(
-      "SKYPILOT_PYTHON names no Python with skypilot, whose newest version "
-      "does not install beside constraints.txt"
-    )
-  code = """
-import sky
-resources, = sky.Task.from_yaml("launch/sky.yaml").resources
-assert resources.accelerators == {"tpu-v6e-16": 1}
-assert resources.use_spot
-assert resources.job_recovery["recover_on_exit_codes"] == [75, 134]
-"""
-  subprocess.run([python, "-c", code], cwd=REPO, check=True)
 
 
 def test_the_jobset_restarts_all_but_mistakes():
