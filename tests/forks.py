@@ -15,13 +15,13 @@ import contextlib
 import json
 import os
 import runpy
-import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import connection, reduction
 from pathlib import Path
 
 _ENVIRONMENT = "VIT_JAX_TESTS_FORKS"  # the address
@@ -39,16 +39,11 @@ class Fork:
       cwd: where it starts.
       stdout, stderr: open files.
     """
-    self._socket = socket.socket(socket.AF_UNIX)
-    self._socket.connect(os.environ[_ENVIRONMENT])
-    request = {"args": [*map(str, args)], "env": {**env}, "cwd": str(cwd)}
-    message = json.dumps(request).encode()
-    files = [file.fileno() for file in (stdout, stderr)]
-    length = len(message).to_bytes(8, "big")
-    socket.send_fds(self._socket, [length], files)
-    self._socket.sendall(message)
-    self._replies = self._socket.makefile("r")
-    self.pid = int(self._replies.readline())
+    self._connection = connection.Client(os.environ[_ENVIRONMENT])
+    self._connection.send(([*map(str, args)], {**env}, str(cwd)))
+    for file in (stdout, stderr):
+      reduction.send_handle(self._connection, file.fileno(), None)
+    self.pid = self._connection.recv()
     self.returncode = None
 
   def poll(self):
@@ -58,11 +53,10 @@ class Fork:
 
   def wait(self, timeout=None):
     if self.returncode is None:
-      if not select.select([self._socket], [], [], timeout)[0]:
+      if not self._connection.poll(timeout):
         raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout)
-      self.returncode = int(self._replies.readline())
-      self._replies.close()
-      self._socket.close()
+      self.returncode = self._connection.recv()
+      self._connection.close()
     return self.returncode
 
   def send_signal(self, number):
@@ -153,38 +147,38 @@ def _serve(address, run):
   listener.bind(address + ".new")
   listener.listen(64)
   os.rename(address + ".new", address)
-  while os.path.exists(f"/proc/{run}"):
-    if select.select([listener], [], [], 1)[0]:
-      connection, _ = listener.accept()
-      if not os.fork():
-        listener.close()
-        return _keep(connection)
-      connection.close()
+  over = os.pidfd_open(int(run))
+  while over not in connection.wait([listener, over]):
+    asked, _ = listener.accept()
+    if not os.fork():
+      listener.close()
+      return _keep(connection.Connection(asked.detach()))
+    asked.close()
   os._exit(0)
 
 
-def _keep(connection):
-  """Forks again, for the program itself; its test learns how it ends."""
-  length, files, _, _ = socket.recv_fds(connection, 8, 2)
-  message = connection.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL)
+def _keep(test):
+  """Forks again, for the program itself; the test learns how it ends."""
+  request = test.recv()
+  files = [reduction.recv_handle(test) for _ in range(2)]
   signal.signal(signal.SIGCHLD, signal.SIG_DFL)
   pid = os.fork()
   if not pid:
-    connection.close()
-    return json.loads(message), files
+    test.close()
+    return *request, files
   for file in files:
     os.close(file)
-  connection.sendall(b"%d\n" % pid)
+  test.send(pid)
   ended = os.pidfd_open(pid)
-  if ended not in select.select([connection, ended], [], [])[0]:
-    os.kill(pid, signal.SIGKILL)  # its test is gone
+  if ended not in connection.wait([test, ended]):
+    os.kill(pid, signal.SIGKILL)  # the test is gone
   code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
   with contextlib.suppress(OSError):
-    connection.sendall(b"%d\n" % code)
+    test.send(code)
   os._exit(0)
 
 
-def _become(request, files):
+def _become(args, environment, folder, files):
   """Makes a fork what was asked for, and runs it."""
   import logging
 
@@ -196,21 +190,21 @@ def _become(request, files):
   logging.getLogger().handlers.clear()  # a command sets up its own
   before = dict(os.environ)
   os.environ.clear()
-  os.environ.update(request["env"])
-  os.chdir(request["cwd"])
-  for name, text in request["env"].items():
+  os.environ.update(environment)
+  os.chdir(folder)
+  for name, text in environment.items():
     # JAX has read its variables already.
     if name.startswith("JAX_") and before.get(name) != text:
       value = json.loads(text) if text[:1].isdigit() else text
       jax.config.update(name.lower(), value)
-  kind, *words = request["args"]
+  kind, *words = args
   if kind == "-c":
     code, *words = words
     sys.argv = ["-c", *words]
     sys.path.insert(0, "")
     exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
   elif kind == "-m":
-    sys.path.insert(0, request["cwd"])
+    sys.path.insert(0, folder)
     sys.argv = words
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
   else:
