@@ -86,12 +86,20 @@ def test_a_missing_process_is_waited_for_until_the_time_out(runs, tmp_path):
   [
     ("--coordinator=here --num_processes=2 --process_id=0", "HOST:PORT"),
     ("--coordinator=here:1 --num_processes=2 --process_id=2", "from 0 to 1"),
-    ("--distributed", "no TPU pod and no Slurm step"),
   ],
 )
 def test_flags_that_make_no_sense(flags, message, capsys):
   assert main(["evaluate", "--workdir=/none", *flags.split()]) == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fork_server")
+def test_there_has_to_be_a_cluster_to_ask():
+  # In another process: JAX may have begun to compute in this one.
+  words = ["-m", "vit_jax", "evaluate", "--workdir=/none", "--distributed"]
+  done = forks.run(words, cwd=REPO)
+  assert done.returncode == 2
+  assert "no TPU pod and no Slurm step" in done.stderr
 
 
 # --- runs that train: 2 or 4 processes with a device each ---
