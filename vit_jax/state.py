@@ -55,13 +55,7 @@ def as_lazy(x: np.ndarray) -> LazyArray:
 
 def path_str(key_path) -> str:
   """Returns a JAX key path as "Transformer/encoder_norm/scale"."""
-  names = []
-  for key in key_path:
-    for attribute in ("key", "name", "idx"):
-      if hasattr(key, attribute):
-        names.append(str(getattr(key, attribute)))
-        break
-  return "/".join(names)
+  return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
 def flatten(tree) -> dict[str, Any]:

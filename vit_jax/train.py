@@ -186,11 +186,7 @@ def make_state(config, mesh, objective, init_state, checkpoints):
   shapes = jax.eval_shape(init_state, key)
   layout = sharding.tree_shardings(mesh, shapes)
   if checkpoints:
-    placed = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes,
-      layout,
-    )
+    placed = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, layout)
     state = checkpoints.restore(placed)
     if state is not None:
       return state, layout

@@ -44,10 +44,10 @@ _FAULTS = {
     "unit/models/models_test.py::test_logits_and_intermediates_equal_numpy",
   ),
   "positions resized from pixel centres": Fault(
-    "models/posemb.py",
-    "np.arange(length_out) * ((length_in - 1) / (length_out - 1))",
+    "pretrained/positions.py",
+    "np.linspace(0, length_in - 1, length_out)",
     "(np.arange(length_out) + 0.5) * (length_in / length_out) - 0.5",
-    "unit/models/posemb_test.py::test_resized_grid_equals_scipy",
+    "unit/pretrained/positions_test.py::test_resized_grid_equals_scipy",
   ),
   # The step.
   "pixels that do not reach 1": Fault(
@@ -64,7 +64,7 @@ _FAULTS = {
   ),
   "a dropped EMA": Fault(
     "training/steps.py",
-    "ema = polyak(state.ema, params, ema_decay) if ema_decay else None",
+    "ema = optax.incremental_update(params, state.ema, 1 - ema_decay)",
     "ema = state.ema",
     "unit/training/steps_test.py::test_polyak_average_equals_its_formula",
   ),

@@ -14,8 +14,13 @@ from torch_formats import make_images, make_weights
 
 from vit_jax import pretrained
 from vit_jax.data.preprocess import preprocess_image
-from vit_jax.models import posemb
-from vit_jax.pretrained import bit, huggingface, timm, vision_transformer
+from vit_jax.pretrained import (
+  bit,
+  huggingface,
+  positions,
+  timm,
+  vision_transformer,
+)
 from vit_jax.state import as_lazy, unflatten
 
 # Relative to the logits' standard deviation, in float32.
@@ -43,7 +48,7 @@ def _run_ours(weights, images, method=None):
   params = {path: x.read() for path, x in weights.params.items()}
   if method:
     old_grid = weights.create_model().grid
-    params[POS_EMBEDDING] = posemb.resize_tokens(
+    params[POS_EMBEDDING] = positions.resize_tokens(
       params[POS_EMBEDDING], old_grid, model.grid, method
     )
   return np.asarray(jit(model)(unflatten(params), images))
@@ -99,7 +104,7 @@ def test_resized_grids_equal_torch(libraries, method, antialias):
         align_corners=False,
         antialias=antialias,
       )[0].permute(1, 2, 0)
-      resized = posemb.resize_grid(grid, new, method)
+      resized = positions.resize_grid(grid, new, method)
       np.testing.assert_allclose(resized, expected.numpy(), rtol=0, atol=1e-6)
 
 

@@ -21,7 +21,7 @@ import vit_jax
 from vit_jax import models, pretrained
 from vit_jax.data.preprocess import parse
 from vit_jax.errors import UserError
-from vit_jax.pretrained import archives
+from vit_jax.pretrained import archives, positions
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, flatten
 
@@ -208,7 +208,7 @@ def test_another_image_size(tmp_path, size):
   model = vit_jax.load(source, image_size=size)
   new_grid = model.grid if hasattr(model, "grid") else model.config.grid
   path = "Transformer/posembed_input/pos_embedding"
-  resized = models.posemb.resize_tokens(params[path], (4, 4), new_grid)
+  resized = positions.resize_tokens(params[path], (4, 4), new_grid)
   images = _images(size)
   expected = _vit_logits(params | {path: resized}, images)
   _assert_logits(model(images), expected)

@@ -7,7 +7,6 @@
 from typing import Any
 
 from vit_jax.models import layers as layers
-from vit_jax.models import posemb as posemb
 from vit_jax.models import resnet, variants, vit
 from vit_jax.models.config import DEFAULTS as DEFAULTS
 from vit_jax.models.config import make as make_config
@@ -15,7 +14,6 @@ from vit_jax.models.model import Model as Model
 from vit_jax.models.model import as_model, check_image_size
 from vit_jax.models.model import representation as representation
 from vit_jax.models.model import stack_blocks as stack_blocks
-from vit_jax.models.model import unstack_blocks as unstack_blocks
 from vit_jax.models.mpp import create_masked as create_masked
 from vit_jax.models.variants import ENCODERS as ENCODERS
 

@@ -124,13 +124,3 @@ def stack_blocks(params):
   blocks = [encoder.pop(f"encoderblock_{i}") for i in range(count)]
   encoder["encoderblock"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
   return {**params, "Transformer": encoder}
-
-
-def unstack_blocks(params):
-  """Scan form -> unrolled parameters; the inverse of `stack_blocks`."""
-  encoder = dict(params["Transformer"])
-  stacked = encoder.pop("encoderblock")
-  count = jax.tree.leaves(stacked)[0].shape[0]
-  for i in range(count):
-    encoder[f"encoderblock_{i}"] = jax.tree.map(lambda x, i=i: x[i], stacked)
-  return {**params, "Transformer": encoder}

@@ -13,6 +13,7 @@ from vit_jax import models
 from vit_jax.data.preprocess import rescale
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
+from vit_jax.pretrained import positions
 from vit_jax.pretrained.warmstart import Report, warm_start
 from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray, flatten, unflatten
@@ -181,7 +182,7 @@ def assemble(
       "fine-tune it: vit-jax train --config.init_from="
     )
   resize = resize or weights.resize
-  check_choice("resize", resize, models.posemb.METHODS)
+  check_choice("resize", resize, positions.METHODS)
   model = weights.create_model(
     num_classes=num_classes,
     image_size=weights.image_size if image_size is None else image_size,

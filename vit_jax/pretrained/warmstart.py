@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax import models
 from vit_jax.errors import UserError
+from vit_jax.pretrained import positions
 from vit_jax.state import LazyArray
 
 POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
@@ -66,7 +66,7 @@ def warm_start(
     new_grid: (h, w) in patches of the new images.
     same_classes: whether both heads speak of the same classes.
     source: where `weights` are from, for messages.
-    resize: how position embeddings are resized, see `models.posemb`.
+    resize: how position embeddings are resized, see `positions`.
 
   Raises:
     UserError: another architecture; the message names parameters.
@@ -192,7 +192,7 @@ def _fit_positions(path, x, shape, old_grid, new_grid, resize):
     return LazyArray(
       (*x.shape[:-2], length, x.shape[-1]),
       x.dtype,
-      lambda: models.posemb.resize_axis(x.read(), length, resize),
+      lambda: positions.resize_axis(x.read(), length, resize),
     )
   had_token = x.shape[-2] - old_grid[0] * old_grid[1]
   wants_token = shape[-2] - new_grid[0] * new_grid[1]
@@ -207,7 +207,7 @@ def _fit_positions(path, x, shape, old_grid, new_grid, resize):
       tokens = np.pad(tokens, ((0, 0), (1, 0), (0, 0)))
     # One at a time: scanned blocks have one each, stacked.
     resized = [
-      models.posemb.resize_tokens(one[None], old_grid, new_grid, resize)
+      positions.resize_tokens(one[None], old_grid, new_grid, resize)
       for one in tokens
     ]
     return np.stack(resized).reshape(*x.shape[:-2], -1, x.shape[-1])

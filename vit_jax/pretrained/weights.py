@@ -38,7 +38,7 @@ class Weights(NamedTuple):
     mean, std: of pixels in [0, 1], a triple each. Our models take [-1, 1],
       which is 0.5 and 0.5.
     loss: "softmax" or "sigmoid": what turns logits into probabilities.
-    resize: how its authors resize position embeddings, see `models.posemb`.
+    resize: how its authors resize position embeddings, see `positions`.
     params: {path: LazyArray}, blocks stacked if `model` says `scan`.
     notes: what a user should know, one line each.
     run: the contents of config.json, for a run of ours; else None.

@@ -113,14 +113,3 @@ def _describe(owner) -> str:
   if owner is None:
     return "another process"
   return f"process {owner['process']} on {owner['host']}"
-
-
-def is_alive(process: int) -> bool:
-  """Returns whether a process of this machine runs."""
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:  # another user's
-    pass
-  return True

@@ -40,7 +40,8 @@ def sigmoid_cross_entropy(
   Returns:
     f32[b], in nats.
   """
-  logits, targets = _to_float32(logits, targets)
+  # bfloat16 loses the tail of a sum over thousands of classes.
+  logits, targets = (jnp.asarray(x, jnp.float32) for x in (logits, targets))
   targets = label_smoothing + (1 - 2 * label_smoothing) * targets
   # Two log-sigmoids, as log_sigmoid(-x) = log_sigmoid(x) - x cancels where
   # thousands of logits sit near the head bias of -10.
@@ -63,7 +64,7 @@ def softmax_cross_entropy(
   Returns:
     f32[b], in nats; 0 for an image without any label, which says nothing.
   """
-  logits, targets = _to_float32(logits, targets)
+  logits, targets = (jnp.asarray(x, jnp.float32) for x in (logits, targets))
   total = targets.sum(axis=-1, keepdims=True)
   labelled = total > 0
   targets = targets / jnp.where(labelled, total, 1)
@@ -99,8 +100,3 @@ _LOSSES = {
   "sigmoid": (sigmoid_cross_entropy, 0.5),
   "softmax": (softmax_cross_entropy, 1.0),
 }
-
-
-def _to_float32(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-  """bf16 logits lose the tail of a sum over thousands of classes."""
-  return tuple(jnp.asarray(x, jnp.float32) for x in arrays)

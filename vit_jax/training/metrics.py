@@ -104,7 +104,9 @@ class MetricLog:
       fetched.append((step, metrics, time.monotonic()))
     for step, metrics, now in fetched:
       values = {f"train/{name}": float(x) for name, x in metrics.items()}
-      _check_finite(step, values)
+      for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[f"train/{name}"]):
+          raise NotFinite(f"{name} is {values[f'train/{name}']} at step {step}")
       if step % self._every == 0 or step == self._total:
         self._report(step, values, now)
 
@@ -213,11 +215,3 @@ def duration(seconds: float) -> str:
   return (
     f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
   )
-
-
-def _check_finite(step, values):
-  for name in ("train/loss", "train/gradient_norm"):
-    if not math.isfinite(values[name]):
-      raise NotFinite(
-        f"{name.removeprefix('train/')} is {values[name]} at step {step}"
-      )

@@ -159,27 +159,18 @@ def make_optimizer(
     parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
   if weight_decay:
     if weight_decay_scaling == "schedule":
-      weight_decay = _divide_decay(weight_decay, base_lr)
+      if not base_lr:
+        raise UserError(
+          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
+          "a positive base_lr, or weight_decay 0"
+        )
+      weight_decay /= base_lr
     decayed = _match("weight_decay_params", weight_decay_params, paths)
     parts.append(optax.add_decayed_weights(weight_decay, _mask_by(decayed)))
   if any(factor != 1 for factor in factors.values()):
     parts.append(_scale_by_path(factors))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _freeze(optax.chain(*parts), factors)
-
-
-def _divide_decay(weight_decay, base_lr):
-  if not base_lr:
-    raise UserError(
-      "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use a "
-      "positive base_lr, or weight_decay 0"
-    )
-  return weight_decay / base_lr
-
-
-def polyak(ema: Any, params: Any, decay: float) -> Any:
-  """Returns `decay * ema + (1 - decay) * params`, leaf by leaf."""
-  return optax.incremental_update(params, ema, 1 - decay)
 
 
 def _freeze(optimizer, factors: dict[str, float]):
@@ -205,13 +196,11 @@ def _freeze(optimizer, factors: dict[str, float]):
 def _scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
   """Multiplies each update by its parameter's factor."""
 
-  def scale(updates, params):
-    del params
-    return jax.tree_util.tree_map_with_path(
+  return optax.stateless(
+    lambda updates, _: jax.tree_util.tree_map_with_path(
       lambda path, update: factors[path_str(path)] * update, updates
     )
-
-  return optax.stateless(scale)
+  )
 
 
 def _mask_by(paths: Collection[str]) -> Callable[[Any], Any]:

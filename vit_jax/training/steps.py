@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.state import KEY_IMPL, TrainState
-from vit_jax.training.optim import polyak
 
 
 def train_step(
@@ -40,7 +39,9 @@ def train_step(
   )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema = polyak(state.ema, params, ema_decay) if ema_decay else None
+  ema = None
+  if ema_decay:
+    ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
   metrics = {
     "loss": loss,
     "gradient_norm": optax.tree.norm(gradient),

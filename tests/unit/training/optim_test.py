@@ -430,22 +430,3 @@ def test_optimizer_errors(changes, message):
   with pytest.raises(UserError, match=message) as e:
     _make(_to_tree(_params()), **changes)
   assert "\n" not in str(e.value)
-
-
-# --- Polyak averaging ---
-
-
-def test_polyak_equals_formula():
-  rng = np.random.default_rng(0)
-  values = rng.normal(size=(30, 5))
-  expected = values[0].copy()
-  ema = {"a": {"kernel": jnp.asarray(values[0], jnp.float32)}}
-  average = jax.jit(optim.polyak)
-  for value in values[1:]:
-    params = {"a": {"kernel": value.astype(np.float32)}}
-    ema = average(ema, params, 0.9)
-    expected = 0.9 * expected + 0.1 * value
-  np.testing.assert_allclose(ema["a"]["kernel"], expected, rtol=1e-5)
-  assert ema["a"]["kernel"].dtype == jnp.float32
-  # By hand: a quarter of the way from 4 to 8.
-  assert float(optim.polyak(jnp.array(4.0), jnp.array(8.0), 0.75)) == 5.0
