@@ -29,8 +29,13 @@ _LAYERS = (
   ),
   ("models", "data", "sharding", "training.optim"),
   ("training.steps", "checkpoint", "config", "training.metrics"),
-  ("pretrained", "training.objectives", "training.inputs"),
-  ("training.early", "training.run_folder", "evaluation.sums"),
+  ("pretrained", "training.masked", "training.inputs"),
+  (
+    "training.early",
+    "training.objectives",
+    "training.run_folder",
+    "evaluation.sums",
+  ),
   (
     "evaluation.attention_maps",
     "evaluation.classification",
@@ -107,6 +112,7 @@ _BARE = (
   "models",
   "sharding",
   "training.losses",
+  "training.masked",
   "training.objectives",
   "training.optim",
   "training.steps",

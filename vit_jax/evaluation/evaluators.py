@@ -8,11 +8,7 @@ from vit_jax.config import list_evals
 from vit_jax.errors import check_choice
 from vit_jax.evaluation import classification, fewshot, masked
 from vit_jax.evaluation.sums import make_sums
-from vit_jax.training.objectives import (
-  Classification,
-  MaskedPatches,
-  Objective,
-)
+from vit_jax.training.objectives import Classification, Objective
 
 
 class Evaluator(NamedTuple):
@@ -107,7 +103,6 @@ def make_evaluate(
   if isinstance(objective, Classification):
     multilabel = source.multilabel
     return lambda params: classification.summarize(sums(params), multilabel)
-  assert isinstance(objective, MaskedPatches)
   target = objective.target
   return lambda params: masked.summarize(sums(params), target)
 

@@ -1,67 +1,42 @@
 """What a run trains for: a model, its loss, and what an evaluation adds up.
 
-Everything here is a pure function of values, with no input or output.
+An objective is a frozen dataclass of pure functions, with no input or output:
+
+  prepare(batch, key): the examples of a batch, a pytree of arrays [b ...]. What
+    it draws is drawn for the whole batch, before that is split.
+  loss(params, examples, key): f32[], a mean over the examples. The key feeds
+    dropout and stochastic depth.
+  eval_step(params, batch): sums over the examples whose mask is set.
 """
 
-import abc
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vit_jax import models
 from vit_jax.errors import UserError, check_choice
-from vit_jax.models import masking
-from vit_jax.state import make_key
 from vit_jax.training.losses import get_loss, multi_hot
+from vit_jax.training.masked import MaskedPatches
 from vit_jax.training.steps import mixup, normalize
 
 _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective(abc.ABC):
-  """One of the things that a model can learn.
-
-  Attributes:
-    model: the model.
-    class_names: what it tells apart; none for a model without labels.
-  """
-
-  model: models.Model
-  class_names: list[str]
-
-  @abc.abstractmethod
-  def prepare(self, batch, key) -> Any:
-    """Returns the examples of a batch, a pytree of arrays [b ...].
-
-    What it draws is drawn for the whole batch, before that is split.
-    """
-
-  @abc.abstractmethod
-  def loss(self, params, examples, key) -> jax.Array:
-    """Returns f32[], a mean over the examples.
-
-    The key feeds dropout and stochastic depth.
-    """
-
-  @abc.abstractmethod
-  def eval_step(self, params, batch) -> dict[str, jax.Array]:
-    """Returns sums over the examples whose mask is set."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification(Objective):
+class Classification:
   """Naming the classes of an image.
 
   Attributes:
+    model: the model.
+    class_names: what it tells apart.
     loss_fn: (logits f32[b k], targets f32[b k]) -> f32[b].
     mixup_alpha: of `mixup`; 0 for none.
   """
 
+  model: models.Model
+  class_names: list[str]
   loss_fn: Callable
   mixup_alpha: float = 0.0
 
@@ -127,78 +102,7 @@ def ranking_precision(logits, labels):
   return precision.sum(-1) / jnp.maximum(present.sum(-1), 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskedPatches(Objective):
-  """Predicting corrupted patches, which takes no labels, see `masking`.
-
-  Its model is that of `models.create_masked`.
-
-  Attributes:
-    target: what of a patch is predicted, one of `masking.TARGETS`.
-  """
-
-  target: str
-
-  def prepare(self, batch, key):
-    return self._corrupt(
-      batch["image"], jax.random.split(key, len(batch["image"]))
-    )
-
-  def loss(self, params, examples, key):
-    images, corruption, targets = examples
-    predictions = self.model.apply(
-      params, images, corruption, train=True, key=key
-    )
-    return jnp.mean(masking.prediction_loss(predictions, targets, self.target))
-
-  def eval_step(self, params, batch):
-    """Returns sums over the unmasked examples.
-
-    The index of an image in its data set decides what of it is corrupted.
-
-    They are "examples" and "loss". Of the m corrupted patches of each, for
-    colours: "correct" (predictions, one a cell) and "colours" f32[cells 512],
-    how often each was the target; for pixels: their number "patches", and "sum"
-    and "squares" of what was to predict, f32[3pp] each.
-    """
-    fold_in = functools.partial(jax.random.fold_in, make_key(0))
-    images, corruption, targets = self._corrupt(
-      batch["image"], jax.vmap(fold_in)(batch["index"])
-    )
-    predictions = self.model.apply(params, images, corruption)
-    loss = masking.prediction_loss(predictions, targets, self.target)
-    sums = {
-      "examples": jnp.sum(batch["mask"]),
-      "loss": jnp.sum(jnp.where(batch["mask"], loss, 0)),
-    }
-    mask = batch["mask"][:, None, None]
-    if self.target == "pixels":
-      patches = jnp.sum(mask) * targets.shape[1]
-      targets = jnp.where(mask, targets, 0)
-      return sums | {
-        "patches": patches,
-        "sum": targets.sum((0, 1)),
-        "squares": (targets**2).sum((0, 1)),
-      }
-    found = jnp.argmax(masking.split_cells(predictions), -1)
-    is_colour = targets[..., None] == jnp.arange(masking.COLOURS)
-    return sums | {
-      "correct": jnp.sum(mask & (found == targets)),
-      "colours": jnp.sum(mask[..., None] & is_colour, (0, 1)),
-    }
-
-  def _corrupt(self, images, keys):
-    """Returns (images f32[b h w 3], their corruption, the targets [b m ...]).
-
-    Args:
-      images: u8[b h w 3].
-      keys: PRNG keys [b], one for each image.
-    """
-    patch_size = self.model.image_size[0] // self.model.grid[0]
-    targets = masking.make_targets(images, patch_size, self.target)
-    corruption = masking.draw_corruption(keys, targets.shape[1])
-    targets = masking.take_patches(targets, corruption.corrupted)
-    return normalize(images), corruption, targets
+Objective = Classification | MaskedPatches
 
 
 def create(config, class_names: list[str]) -> Objective:
@@ -227,7 +131,7 @@ def create(config, class_names: list[str]) -> Objective:
     )
   target = config.masked_target
   model = models.create_masked(target=target, **options)
-  return MaskedPatches(model=model, class_names=[], target=target)
+  return MaskedPatches(model=model, target=target)
 
 
 OBJECTIVES = ("classification", "masked_patches")

@@ -24,7 +24,7 @@ def train_step(
   Args:
     state: the step begins with it.
     batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label.
-    objective: what to minimise, an `objectives.Objective`.
+    objective: what to minimise, see `objectives`.
     optimizer: an optax gradient transformation.
     schedule: step -> learning rate, for the metrics only.
     micro_batches: the gradient is the mean over that many pieces.

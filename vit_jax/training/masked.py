@@ -1,0 +1,88 @@
+"""The objective of masked patch prediction; see `objectives` for its parts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax import models
+from vit_jax.models import masking
+from vit_jax.state import make_key
+from vit_jax.training.steps import normalize
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedPatches:
+  """Predicting corrupted patches, which takes no labels, see `masking`.
+
+  Attributes:
+    model: that of `models.create_masked`.
+    target: what of a patch is predicted, one of `masking.TARGETS`.
+    class_names: none.
+  """
+
+  model: models.Model
+  target: str
+  class_names: list[str] = dataclasses.field(default_factory=list)
+
+  def prepare(self, batch, key):
+    return self._corrupt(
+      batch["image"], jax.random.split(key, len(batch["image"]))
+    )
+
+  def loss(self, params, examples, key):
+    images, corruption, targets = examples
+    predictions = self.model.apply(
+      params, images, corruption, train=True, key=key
+    )
+    return jnp.mean(masking.prediction_loss(predictions, targets, self.target))
+
+  def eval_step(self, params, batch):
+    """Returns sums over the unmasked examples.
+
+    The index of an image in its data set decides what of it is corrupted.
+
+    They are "examples" and "loss". Of the m corrupted patches of each, for
+    colours: "correct" (predictions, one a cell) and "colours" f32[cells 512],
+    how often each was the target; for pixels: their number "patches", and "sum"
+    and "squares" of what was to predict, f32[3pp] each.
+    """
+    fold_in = functools.partial(jax.random.fold_in, make_key(0))
+    images, corruption, targets = self._corrupt(
+      batch["image"], jax.vmap(fold_in)(batch["index"])
+    )
+    predictions = self.model.apply(params, images, corruption)
+    loss = masking.prediction_loss(predictions, targets, self.target)
+    sums = {
+      "examples": jnp.sum(batch["mask"]),
+      "loss": jnp.sum(jnp.where(batch["mask"], loss, 0)),
+    }
+    mask = batch["mask"][:, None, None]
+    if self.target == "pixels":
+      patches = jnp.sum(mask) * targets.shape[1]
+      targets = jnp.where(mask, targets, 0)
+      return sums | {
+        "patches": patches,
+        "sum": targets.sum((0, 1)),
+        "squares": (targets**2).sum((0, 1)),
+      }
+    found = jnp.argmax(masking.split_cells(predictions), -1)
+    is_colour = targets[..., None] == jnp.arange(masking.COLOURS)
+    return sums | {
+      "correct": jnp.sum(mask & (found == targets)),
+      "colours": jnp.sum(mask[..., None] & is_colour, (0, 1)),
+    }
+
+  def _corrupt(self, images, keys):
+    """Returns (images f32[b h w 3], their corruption, the targets [b m ...]).
+
+    Args:
+      images: u8[b h w 3].
+      keys: PRNG keys [b], one for each image.
+    """
+    patch_size = self.model.image_size[0] // self.model.grid[0]
+    targets = masking.make_targets(images, patch_size, self.target)
+    corruption = masking.draw_corruption(keys, targets.shape[1])
+    targets = masking.take_patches(targets, corruption.corrupted)
+    return normalize(images), corruption, targets
