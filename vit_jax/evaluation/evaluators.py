@@ -58,7 +58,10 @@ def make_evaluators(
 
 def _make_own(config, e, sources, objective, **where):
   (test,) = sources
-  return _list_metrics(objective, test), make_evaluate(objective, test, **where)
+  run = make_evaluate(objective, test, **where)
+  if isinstance(objective, Classification):
+    return ("prec@1", "lrap") if test.multilabel else ("accuracy",), run
+  return ("r2" if objective.target == "pixels" else "accuracy",), run
 
 
 def _make_fewshot(config, e, sources, objective, **where):
@@ -105,13 +108,6 @@ def make_evaluate(
     return lambda params: classification.summarize(sums(params), multilabel)
   target = objective.target
   return lambda params: masked.summarize(sums(params), target)
-
-
-def _list_metrics(objective, source):
-  """Returns the results by which checkpoints are compared; more is better."""
-  if not isinstance(objective, Classification):
-    return ("r2" if objective.target == "pixels" else "accuracy",)
-  return ("prec@1", "lrap") if source.multilabel else ("accuracy",)
 
 
 def find_best(

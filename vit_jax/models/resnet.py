@@ -153,6 +153,22 @@ class Stage(nn.Module):
     return x
 
 
+def _run_stages(config, unit, x, width, digits):
+  """Returns the last stage's result, and those of the root and each stage."""
+  out = {"root": x}
+  for i, num_units in enumerate(config.units or ()):
+    x = out[f"stage{i + 1}"] = Stage(
+      unit,
+      num_units,
+      width * 2**i,
+      strides=1 if i == 0 else 2,
+      digits=digits,
+      dtype=config.dtype,
+      name=f"block{i + 1}",
+    )(x)
+  return x, out
+
+
 def hybrid_stem(config: ViTConfig, images):
   """[b h w 3] -> [b h/s w/s c], and {name: array} of what is on the way.
 
@@ -168,18 +184,7 @@ def hybrid_stem(config: ViTConfig, images):
   x = StdConv(64, 7, 2, dtype=dtype, name="conv_root")(images)
   x = nn.relu(nn.GroupNorm(32, epsilon=1e-6, dtype=dtype, name="gn_root")(x))
   x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="SAME")
-  out = {"root": x}
-  for i, num_units in enumerate(config.units or ()):
-    x = out[f"stage{i + 1}"] = Stage(
-      HybridUnit,
-      num_units,
-      64 * 2**i,
-      strides=1 if i == 0 else 2,
-      digits=1,
-      dtype=dtype,
-      name=f"block{i + 1}",
-    )(x)
-  return x, out
+  return _run_stages(config, HybridUnit, x, 64, digits=1)
 
 
 class BiTRoot(nn.Module):
@@ -217,17 +222,7 @@ class BiT(nn.Module):
     unit = nn.remat(BiTUnit) if config.remat == "full" else BiTUnit
     width = 64 * config.width
     x = BiTRoot(width, dtype=dtype, name="root_block")(images)
-    out = {"root": x}
-    for i, num_units in enumerate(config.units or ()):
-      x = out[f"stage{i + 1}"] = Stage(
-        unit,
-        num_units,
-        width * 2**i,
-        strides=1 if i == 0 else 2,
-        digits=2,
-        dtype=dtype,
-        name=f"block{i + 1}",
-      )(x)
+    x, out = _run_stages(config, unit, x, width, digits=2)
     x = nn.relu(_bit_norm(dtype, "norm-pre-head")(x))
     x = out["pooled"] = x.mean((1, 2), dtype=jnp.float32)
     if config.num_classes:
