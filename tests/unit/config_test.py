@@ -1,6 +1,5 @@
 """Configurations: overrides, differences, durations, the defaults."""
 
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from vit_jax import config as configuration
 from vit_jax import data, models
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError
-from vit_jax.training import inputs, losses, optim, run_folder
+from vit_jax.training import inputs, run_folder
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _COMMON = str(_CONFIGS / "common.py")
@@ -419,21 +418,3 @@ def test_every_default_has_a_comment():
     if "  # " not in line and not lines[above].strip().startswith("#"):
       missing.append(name)
   assert not missing
-
-
-def test_the_defaults_are_what_the_functions_take():
-  # A subtree is the keyword arguments of one function; it has no more and no
-  # less than that function asks for.
-  config = _load()
-  assert set(config.model) == {"variant", *models.DEFAULTS}
-  for function, subtree, others in (
-    (losses.get_loss, config.loss, set()),
-    (optim.make_schedule, config.schedule, {"total_steps"}),
-    (
-      optim.make_optimizer,
-      config.optimizer,
-      {"schedule", "base_lr", "params"},
-    ),
-  ):
-    names = set(inspect.signature(function).parameters)
-    assert set(subtree) == names - others, function.__name__

@@ -242,9 +242,3 @@ def test_replicate_puts_the_whole_array_everywhere():
 def test_batch_sizes_that_do_not_split(batch_size, micro_batches, message):
   with pytest.raises(UserError, match=message):
     sharding.check_batch_size(batch_size, sharding.make_mesh(), micro_batches)
-
-
-def test_batch_sizes_that_split():
-  mesh = sharding.make_mesh(4)
-  sharding.check_batch_size(8, mesh)
-  sharding.check_batch_size(96, mesh, 3)

@@ -120,17 +120,6 @@ def test_identity_rolls_out_to_the_identity(layers):
   np.testing.assert_array_equal(distances, 0)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 5])
-def test_uniform_attention_in_closed_form(layers):
-  """(I + J/n) / 2 to the power L is I / 2^L + (1 - 1 / 2^L) J/n."""
-  n = 7
-  uniform = jnp.full((1, 2, n, n), 1 / n)
-  rolled = attention_maps.roll_out([uniform] * layers)
-  kept = 0.5**layers
-  expected = kept * np.eye(n) + (1 - kept) / n
-  np.testing.assert_allclose(rolled[0], expected, rtol=1e-6)
-
-
 @pytest.mark.parametrize("length", [2, 5, 14])
 @pytest.mark.parametrize("extra", [0, 1])
 def test_distance_of_uniform_attention_in_closed_form(length, extra):

@@ -152,25 +152,6 @@ def _sums(**kwargs):
   return {name: np.float32(kwargs.get(name, 0)) for name in names}
 
 
-def test_summarize_divides_by_what_counts():
-  sums = [
-    _sums(examples=8, loss=4, labelled=6, correct=3, ranking_precision=4.5),
-    _sums(examples=2, loss=6, labelled=2, correct=1, ranking_precision=1.5),
-  ]
-  assert dict(classification.summarize(sums, multilabel=True)) == {
-    "examples": 10,
-    "loss": 1.25,
-    "labelled": 8,
-    "prec@1": 0.5,
-    "lrap": 0.75,
-  }
-  assert dict(classification.summarize(sums, multilabel=False)) == {
-    "examples": 10,
-    "loss": 1.25,
-    "accuracy": 0.5,
-  }
-
-
 def test_summarize_counts_beyond_what_float32_can():
   # 2**24 + 1 is no float32: adding up on the device would lose images.
   sums = (_sums(examples=2**20, labelled=2**20, correct=1) for _ in range(17))

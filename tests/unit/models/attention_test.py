@@ -21,9 +21,6 @@ _each_head = pytest.mark.parametrize(
     (128, 2, 64, 24),
     (128, 1, 128, 8),
     (640, 8, 80, 24),
-    pytest.param(128, 2, 64, 8, marks=pytest.mark.nightly),
-    pytest.param(128, 1, 128, 24, marks=pytest.mark.nightly),
-    pytest.param(640, 8, 80, 8, marks=pytest.mark.nightly),
   ],
 )
 
@@ -228,12 +225,7 @@ def test_padding_is_not_seen():
 
 
 @pytest.mark.parametrize(
-  ("pos_embedding", "fast"),
-  [
-    ("learned", True),
-    ("relative", False),
-    pytest.param("learned", False, marks=pytest.mark.nightly),
-  ],
+  ("pos_embedding", "fast"), [("learned", True), ("relative", False)]
 )
 def test_tokens_that_nobody_reads_change_nothing(
   monkeypatch, pos_embedding, fast

@@ -37,10 +37,6 @@ def _assert_identical(a, b):
 # --- sizes ---
 
 
-def test_parameter_count_of_the_scanned_form():
-  assert _count_whole(variant="ViT-B_16", scan=True) == 86_567_656
-
-
 @pytest.mark.parametrize(
   ("variant", "count"),
   [
@@ -182,15 +178,6 @@ def test_bfloat16_is_close_and_the_logits_are_float32():
   assert dtypes["block01/out"] == jnp.bfloat16
 
 
-def test_parameters_and_gradients_are_float32():
-  model = _create(dtype="bfloat16", scan=True)
-  params = jax.eval_shape(model.init, jax.random.key(0))
-  differentiate = jax.grad(lambda p: model.apply(p, _images(model)).sum())
-  gradient = jax.eval_shape(differentiate, params)
-  for tree in (params, gradient):
-    assert {x.dtype for x in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
-
-
 # --- two forms of one function ---
 
 
@@ -270,16 +257,6 @@ def test_remat_recomputes_the_same_dropout():
   np.testing.assert_allclose(loss2, loss, rtol=1e-5)
   for x, y in zip(*map(jax.tree.leaves, (gradient, gradient2)), strict=True):
     np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-3)
-
-
-def test_stacking_and_unstacking_return_the_same_bits():
-  unrolled, scanned = _create(), _create(scan=True)
-  params = _random_params(unrolled)
-  stacked = models.stack_blocks(params)
-  shapes = jax.eval_shape(scanned.init, jax.random.key(0))
-  assert jax.tree.structure(stacked) == jax.tree.structure(shapes)
-  _assert_identical(_unstack_blocks(stacked), params)
-  _assert_identical(models.stack_blocks(_unstack_blocks(stacked)), stacked)
 
 
 def test_stacking_keeps_the_order_of_more_than_ten_blocks():

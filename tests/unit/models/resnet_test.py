@@ -141,15 +141,6 @@ def test_bfloat16_is_close_and_the_logits_are_float32(variant):
     assert 1e-4 * x.std() < difference.std() < limit * x.std(), name
 
 
-def test_intermediates_are_the_stages():
-  _, found = _run_once(_HYBRID, (24, 40))
-  # A quarter of the image after the root, an eighth after the second stage.
-  assert found["root"].shape == (3, 6, 10, 64)
-  assert found["stage1"].shape == (3, 6, 10, 256)
-  assert found["stage2"].shape == (3, 3, 5, 512)
-  assert found["stem"].shape == (3, 3, 5, 16)
-
-
 @pytest.mark.parametrize("image_size", [(33, 47), (8, 9)], ids=str)
 def test_the_grid_of_an_odd_image_is_rounded_up(image_size):
   model, found = _run_once(_BIT, image_size)
@@ -224,33 +215,43 @@ def test_parameter_counts_of_the_published_models(variant):
     assert model.grid == (7, 7)
 
 
+# [(unit, channels in, width, whether it projects its input)] of `_UNITS`.
+_IN_STAGES = [
+  ("block1/unit{:0{}d}", 1, 64, 64, True),
+  ("block1/unit{:0{}d}", 2, 256, 64, False),
+  ("block2/unit{:0{}d}", 1, 256, 128, True),
+]
+
+
+def _stages(digits, list_norms):
+  """Returns the shapes in all units; the norms' widths are given."""
+  shapes = {}
+  for name, number, inside, width, projects in _IN_STAGES:
+    out = 4 * width
+    unit = {
+      "conv1/kernel": (1, 1, inside, width),
+      "conv2/kernel": (3, 3, width, width),
+      "conv3/kernel": (1, 1, width, out),
+      **_norms(list_norms(inside, width, out, projects)),
+    }
+    if projects:
+      unit["conv_proj/kernel"] = (1, 1, inside, out)
+    prefix = name.format(number, digits)
+    shapes |= {f"{prefix}/{path}": shape for path, shape in unit.items()}
+  return shapes
+
+
 def test_parameter_names_of_a_hybrid_are_the_published_ones():
   found = _shapes(_HYBRID)
-  unit = {
-    "conv1/kernel": (1, 1, 256, 64),
-    "conv2/kernel": (3, 3, 64, 64),
-    "conv3/kernel": (1, 1, 64, 256),
-    **_norms({"gn1": 64, "gn2": 64, "gn3": 256}),
-  }
-  first = {
-    **unit,
-    "conv1/kernel": (1, 1, 64, 64),
-    "conv_proj/kernel": (1, 1, 64, 256),
-    **_norms({"gn_proj": 256}),
-  }
-  second_stage = {
-    "conv1/kernel": (1, 1, 256, 128),
-    "conv2/kernel": (3, 3, 128, 128),
-    "conv3/kernel": (1, 1, 128, 512),
-    "conv_proj/kernel": (1, 1, 256, 512),
-    **_norms({"gn1": 128, "gn2": 128, "gn3": 512, "gn_proj": 512}),
-  }
+
+  def list_norms(inside, width, out, projects):
+    norms = {"gn1": width, "gn2": width, "gn3": out}
+    return norms | {"gn_proj": out} if projects else norms
+
   expected = {
     "conv_root/kernel": (7, 7, 3, 64),
     **_norms({"gn_root": 64}),
-    **_under("block1/unit1", first),
-    **_under("block1/unit2", unit),
-    **_under("block2/unit1", second_stage),
+    **_stages(1, list_norms),
     "embedding/kernel": (1, 1, 512, 16),
     "embedding/bias": (16,),
     "cls": (1, 1, 16),
@@ -265,30 +266,12 @@ def test_parameter_names_of_a_hybrid_are_the_published_ones():
 
 
 def test_parameter_names_of_a_resnet_are_the_published_ones():
-  unit = {
-    "conv1/kernel": (1, 1, 256, 64),
-    "conv2/kernel": (3, 3, 64, 64),
-    "conv3/kernel": (1, 1, 64, 256),
-    **_norms({"gn1": 256, "gn2": 64, "gn3": 64}),
-  }
-  first = {
-    **unit,
-    "conv1/kernel": (1, 1, 64, 64),
-    "conv_proj/kernel": (1, 1, 64, 256),
-    **_norms({"gn1": 64}),
-  }
-  second_stage = {
-    "conv1/kernel": (1, 1, 256, 128),
-    "conv2/kernel": (3, 3, 128, 128),
-    "conv3/kernel": (1, 1, 128, 512),
-    "conv_proj/kernel": (1, 1, 256, 512),
-    **_norms({"gn1": 256, "gn2": 128, "gn3": 128}),
-  }
+  def list_norms(inside, width, out, projects):
+    return {"gn1": inside, "gn2": width, "gn3": width}
+
   assert _shapes(_BIT) == {
     "root_block/conv_root/kernel": (7, 7, 3, 64),
-    **_under("block1/unit01", first),
-    **_under("block1/unit02", unit),
-    **_under("block2/unit01", second_stage),
+    **_stages(2, list_norms),
     **_norms({"norm-pre-head": 512}),
     "head/kernel": (512, 5),
     "head/bias": (5,),
@@ -308,10 +291,6 @@ def _norms(widths):
     for name, width in widths.items()
     for kind in ("scale", "bias")
   }
-
-
-def _under(prefix, shapes):
-  return {f"{prefix}/{path}": shape for path, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("variant", [_HYBRID, _BIT])
