@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_collections
 import pytest
+from mistakes import named
 
 from vit_jax import config as configuration
 from vit_jax import data, models
@@ -34,9 +35,8 @@ def test_names_of_the_configurations(tmp_path, monkeypatch):
     assert configuration.load(f"{name}:{arg}") == wanted
 
   def check_mistake(name, meant):
-    with pytest.raises(UserError, match=f"; did you mean '{meant}'") as e:
+    with named(f"; did you mean '{meant}'"):
       configuration.load(name)
-    assert "\n" not in str(e.value)
 
   check_mistake("finetun", "finetune")
   check_mistake("configs/finetun.py", "finetune")
@@ -122,10 +122,8 @@ def test_overrides_are_typed(key, text, value):
   ],
 )
 def test_values_of_another_type_are_refused(key, text, words):
-  with pytest.raises(UserError) as error:
+  with named(words):
     configuration.load(_COMMON, {key: text})
-  assert words in str(error.value)
-  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +135,8 @@ def test_values_of_another_type_are_refused(key, text, words):
   ],
 )
 def test_unknown_keys_are_refused(key, meant):
-  with pytest.raises(UserError) as error:
+  with named(f"unknown config key {key!r}; did you mean {meant!r}?"):
     configuration.load(_COMMON, {key: "1"})
-  assert str(error.value).startswith(f"unknown config key {key!r}")
-  assert str(error.value).endswith(f"did you mean {meant!r}?")
 
 
 def test_groups_are_no_values():
@@ -189,10 +185,8 @@ def test_a_file_gets_its_argument(tmp_path):
 def test_files_that_fail_say_so_in_one_line(tmp_path, text, words):
   file = tmp_path / "mine.py"
   file.write_text(text)
-  with pytest.raises(UserError) as error:
+  with named(words):
     configuration.load(str(file))
-  assert words in str(error.value)
-  assert "\n" not in str(error.value)
 
 
 # --- what a resumed run may change ---
@@ -345,14 +339,9 @@ def test_micro_batches_are_a_difference_where_they_draw():
 )
 def test_a_key_without_effect_is_named(others, key, text, needs):
   configuration.check_unused(configuration.load(_COMMON, others))
-  with pytest.raises(UserError) as error:
-    configuration.check_unused(
-      configuration.load(_COMMON, {**others, key: text})
-    )
-  line = str(error.value)
-  assert line.startswith(f"config.{key} is ")
-  assert needs in line
-  assert "\n" not in line
+  config = configuration.load(_COMMON, {**others, key: text})
+  with named(f"config.{key} is ", needs):
+    configuration.check_unused(config)
 
 
 def test_what_keys_need_exists_and_defaults_are_those_of_common():
@@ -395,10 +384,8 @@ def test_durations_become_steps(given, steps):
   ],
 )
 def test_exactly_one_duration_is_set(given, words):
-  with pytest.raises(UserError) as error:
+  with named(words, "exactly one of"):
     configuration.count_steps(_load(**given), 640)
-  assert words in str(error.value)
-  assert "exactly one of" in str(error.value)
 
 
 # --- the defaults ---
