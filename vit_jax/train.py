@@ -298,9 +298,8 @@ class Loop:
       profiler.close(self.state, self.step + 1)
       self.save_unless_saved()
       self.checkpoints.close()
-      where = (
-        f"saved step {self.step}" if self.step else "before the first step"
-      )
+      saved = f"saved step {self.step}" if self.step else ""
+      where = saved or "before the first step"
       log.info("stopping: %s; run again to resume", where)
       return None
     except NotFinite as e:

@@ -159,18 +159,22 @@ def make_optimizer(
     parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
   if weight_decay:
     if weight_decay_scaling == "schedule":
-      if not base_lr:
-        raise UserError(
-          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
-          "a positive base_lr, or weight_decay 0"
-        )
-      weight_decay /= base_lr
+      weight_decay = _divide_decay(weight_decay, base_lr)
     decayed = _match("weight_decay_params", weight_decay_params, paths)
     parts.append(optax.add_decayed_weights(weight_decay, _mask_by(decayed)))
   if any(factor != 1 for factor in factors.values()):
     parts.append(_scale_by_path(factors))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _freeze(optax.chain(*parts), factors)
+
+
+def _divide_decay(weight_decay, base_lr):
+  if not base_lr:
+    raise UserError(
+      "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use a "
+      "positive base_lr, or weight_decay 0"
+    )
+  return weight_decay / base_lr
 
 
 def _freeze(optimizer, factors: dict[str, float]):
