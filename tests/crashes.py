@@ -16,6 +16,7 @@ the copies of later moments.
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import sys
@@ -89,13 +90,9 @@ def watch(folder, copies):
 _watches = []
 
 
+@functools.cache
 def _install():
-  if not _installed.is_set():
-    _installed.set()
-    sys.addaudithook(_notify)  # there is no way to remove one
-
-
-_installed = threading.Event()
+  sys.addaudithook(_notify)  # there is no way to remove one
 
 
 def _notify(event, args):

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import jax
@@ -243,20 +242,26 @@ def _content(folder):
   return {name: (folder / name).read_bytes() for name in _files_of(folder)}
 
 
-@pytest.mark.parametrize("change", ["half", "missing"])
+@pytest.mark.parametrize("change", ["half", "missing", "flipped"])
 def test_a_damaged_file_is_noticed_or_means_nothing(
   change, saved_run, tmp_path, caplog
 ):
   """Whatever happens to a file, never is another state taken for this one."""
   names = _files_of(saved_run / "checkpoints" / "20")
+  if change == "flipped":
+    names = [name for name in names if "/d/" in name]  # the arrays
   noticed = set()
   for i, name in enumerate(names):
     copy = shutil.copytree(saved_run, tmp_path / str(i))
     newest = copy / "checkpoints" / "20"
-    whole = (newest / name).read_bytes()
+    content = bytearray((newest / name).read_bytes())
+    middle = len(content) // 2
     (newest / name).unlink()
     if change == "half":
-      (newest / name).write_bytes(whole[: len(whole) // 2])
+      (newest / name).write_bytes(content[:middle])
+    elif change == "flipped":
+      content[middle] ^= 0x10
+      (newest / name).write_bytes(content)
     damaged = _content(newest)
     caplog.clear()
     state = _restore(copy)
@@ -268,7 +273,9 @@ def test_a_damaged_file_is_noticed_or_means_nothing(
     # Moved, not deleted.
     assert _names(copy / "checkpoints") == ["10"], name
     assert _content(copy / "damaged" / "checkpoints-20") == damaged, name
-  assert noticed >= {"meta/metadata", "state/_METADATA", "state/manifest.ocdbt"}
+  if change != "flipped":
+    files = {"meta/metadata", "state/_METADATA", "state/manifest.ocdbt"}
+    assert noticed >= files
   assert any(name.startswith("state/d/") for name in noticed)
 
 
@@ -310,25 +317,6 @@ def test_a_flipped_bit_is_noticed(run, tmp_path, caplog):
   shutil.copytree(tmp_path / "other/checkpoints/20/state", newest / "state")
   _assert_identical(_restore(run), _make_arrays(10))
   assert "params/head/kernel" in caplog.text
-
-
-def test_flipped_bytes_of_the_array_files_are_noticed(
-  saved_run, tmp_path, caplog
-):
-  names = _files_of(saved_run / "checkpoints" / "20")
-  noticed = []
-  for i, name in enumerate(n for n in names if "/d/" in n):
-    copy = shutil.copytree(saved_run, tmp_path / str(i))
-    file = copy / "checkpoints" / "20" / name
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    file.write_bytes(content)
-    caplog.clear()
-    state = _restore(copy)
-    # Either the fingerprint or the reader noticed, or the byte means nothing.
-    noticed.append("is corrupt" in caplog.text)
-    _assert_identical(state, _make_arrays(10 if noticed[-1] else 20))
-  assert any(noticed)
 
 
 def test_a_half_written_checkpoint_is_ignored_and_replaced(run):
@@ -475,32 +463,6 @@ def test_a_checkpoint_that_cannot_be_deleted_costs_only_room(tmp_path, caplog):
   _save_run(tmp_path / "run", [3, 4, 5])
   assert {"1", "4", "5"} <= {*_names(folder)}
   assert "could not delete an old checkpoint" in caplog.text
-
-
-# --- no room ---
-
-
-def test_a_full_disk_stops_the_run_and_spares_the_rest(saved_run, tmp_path):
-  disk = tmp_path / "disk"
-  disk.mkdir()
-  options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-  mounted = subprocess.run(["mount", *options], capture_output=True)
-  if mounted.returncode:
-    pytest.skip("may not mount a small disk")
-  try:
-    run = shutil.copytree(saved_run, disk / "run")
-    room = shutil.disk_usage(disk).free
-    (disk / "full").write_bytes(bytes(room - 8192))
-    with pytest.raises(RunStopped) as error:
-      _save_run(run, [30])
-    assert "could not write a checkpoint" in str(error.value)
-    assert "intact checkpoints: 10, 20" in str(error.value)
-    (disk / "full").unlink()
-    _assert_identical(_restore(run), _make_arrays(20))
-    _save_run(run, [30])
-    _assert_identical(_restore(run), _make_arrays(30))
-  finally:
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 # --- the fingerprint ---
