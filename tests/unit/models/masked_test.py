@@ -235,77 +235,32 @@ def test_the_encoder_sees_the_corrupted_embeddings(classifier, scan):
 # --- learning ---
 
 
-def _make_state(params, optimizer, step=0, key=42):
-  return TrainState(
-    step=jnp.int32(step),
-    params=params,
-    opt_state=jax.jit(optimizer.init)(params),
-    ema=None,
-    rng=jax.random.key_data(jax.random.key(key)),
-  )
-
-
-def _train(
-  target="colour_grid",
-  params=None,
-  *,
-  num_steps=3,
-  devices=1,
-  fsdp=1,
-  micro_batches=1,
-  **options,
-):
-  """Returns the losses of steps on one batch, and the parameters after each."""
-  model = _create(target, **options)
-  # A large epsilon: a bias of the keys has no gradient but rounding errors.
+def test_the_loss_falls():
+  """Of steps on one batch; the embedding of masked patches learns, too."""
+  model = _create("colour_grid", scan=True)
   optimizer = optax.adam(0.03, eps=1e-2)
   step = functools.partial(
     steps.train_step,
-    objective=_make_objective(model, target),
+    objective=_make_objective(model, "colour_grid"),
     optimizer=optimizer,
     schedule=lambda step: 0.03,
-    micro_batches=micro_batches,
+    micro_batches=2,
   )
-  params = _random_params(model) if params is None else params
-  mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
-  state = _make_state(params, optimizer)
-  layout = sharding.tree_shardings(mesh, state)
-  state = jax.device_put(state, layout)
-  step = jax.jit(step, out_shardings=(layout, None))
-  batch = {"image": _random_images(8)}
-  batch = sharding.put_batch(mesh, batch, 8)
-  losses, trajectory = [], []
-  for _ in range(num_steps):
-    state, values = step(state, batch)
+  step = jax.jit(step)
+  params = _random_params(model)
+  state = TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=jax.jit(optimizer.init)(params),
+    ema=None,
+    rng=jax.random.key_data(jax.random.key(42)),
+  )
+  losses = []
+  for _ in range(20):
+    state, values = step(state, {"image": _random_images(8)})
     losses.append(float(values["loss"]))
-    trajectory.append(jax.device_get(state.params))
-  return losses, trajectory
-
-
-@pytest.fixture(scope="module")
-def scanned():
-  """A scanned model on one device."""
-  return _train(num_steps=20, scan=True)
-
-
-def test_the_loss_falls(scanned):
-  losses, trajectory = scanned
   assert losses[-1] < 0.97 * losses[0]
-  before = _random_params(_create("colour_grid", scan=True))["mask_token"]
-  moved = np.abs(trajectory[-1]["mask_token"] - before).max()
-  assert moved > 0.05, "it learns, too"
-
-
-def test_layouts_and_micro_batches_agree(scanned):
-  """The latter, too: what is corrupted is drawn before the batch is split."""
-  options = {"devices": 4, "fsdp": 2, "micro_batches": 2, "remat": "full"}
-  losses, trajectory = _train(scan=True, **options)
-  np.testing.assert_allclose(losses, scanned[0][: len(losses)], rtol=1e-5)
-  found = flatten(trajectory[-1])
-  for path, x in flatten(scanned[1][len(losses) - 1]).items():
-    np.testing.assert_allclose(
-      found[path], x, rtol=1e-4, atol=1e-5, err_msg=path
-    )
+  assert np.abs(state.params["mask_token"] - params["mask_token"]).max() > 0.05
 
 
 def test_a_new_head_finds_every_colour_as_likely():
