@@ -38,9 +38,7 @@ _LAYERS = (
   ),
   (
     "evaluation.attention_maps",
-    "evaluation.classification",
     "evaluation.fewshot",
-    "evaluation.masked",
     "evaluation.predict",
   ),
   ("evaluation.evaluators", "evaluation.linear"),

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from vit_jax import data, models
 from vit_jax.config import list_evals
 from vit_jax.errors import check_choice
-from vit_jax.evaluation import classification, fewshot, masked
-from vit_jax.evaluation.sums import make_sums
+from vit_jax.evaluation import fewshot
+from vit_jax.evaluation.sums import add_up, make_sums
 from vit_jax.training.objectives import Classification, Objective
 
 
@@ -103,11 +103,9 @@ def make_evaluate(
   sums = make_sums(
     objective.eval_step, model=objective.model, source=source, **where
   )
-  if isinstance(objective, Classification):
-    multilabel = source.multilabel
-    return lambda params: classification.summarize(sums(params), multilabel)
-  target = objective.target
-  return lambda params: masked.summarize(sums(params), target)
+  return lambda params: objective.summarize(
+    add_up(sums(params)), source.multilabel
+  )
 
 
 def find_best(

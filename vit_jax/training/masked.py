@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax import models
 from vit_jax.models import masking
@@ -73,6 +75,37 @@ class MaskedPatches:
       "correct": jnp.sum(mask & (found == targets)),
       "colours": jnp.sum(mask[..., None] & is_colour, (0, 1)),
     }
+
+  def summarize(self, totals, multilabel) -> Iterator[tuple[str, float]]:
+    """Turns the sums of `eval_step` over a test set into metrics.
+
+    The trivial predictor says the same of every patch: the most frequent colour
+    (its loss is that of the colours' frequencies), or the mean pixels. They are
+    those of the very patches that are evaluated: no constant does better.
+
+    Yields:
+      "examples" and "loss", the mean over the corrupted patches. Colours:
+      "accuracy", the share of the predictions (one a cell) that name the right
+      one of 512; pixels: "r2", the share of their variance that is explained.
+      Then "trivial_loss" and, for colours, "trivial_accuracy".
+    """
+    loss = totals["loss"] / max(totals["examples"], 1)
+    yield "examples", int(totals["examples"])
+    yield "loss", float(loss)
+    if self.target == "pixels":
+      patches = totals["patches"]
+      mean = totals["sum"] / patches
+      trivial_loss = np.mean(totals["squares"] / patches - mean**2)
+      yield "r2", float(1 - loss / trivial_loss)
+      yield "trivial_loss", float(trivial_loss)
+      return
+    # f64[cells 512]: each cell has a constant of its own.
+    counts = totals["colours"]
+    frequency = counts / counts.sum(-1, keepdims=True)
+    nats = -np.log(np.maximum(frequency, 1e-300))
+    yield "accuracy", float(totals["correct"] / counts.sum())
+    yield "trivial_loss", float((counts * nats).sum() / counts.sum())
+    yield "trivial_accuracy", float(counts.max(-1).sum() / counts.sum())
 
   def _corrupt(self, images, keys):
     """Returns (images f32[b h w 3], their corruption, the targets [b m ...]).

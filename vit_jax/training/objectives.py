@@ -7,10 +7,12 @@ An objective is a frozen dataclass of pure functions, with no input or output:
   loss(params, examples, key): f32[], a mean over the examples. The key feeds
     dropout and stochastic depth.
   eval_step(params, batch): sums over the examples whose mask is set.
+  summarize(totals, multilabel): yields (metric, value) from the sums of a whole
+    test set, which has one label an image or several; what is not in them is 0.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +81,29 @@ class Classification:
       "correct": jnp.sum(labelled & correct),
       "ranking_precision": jnp.sum(jnp.where(labelled, ranking, 0)),
     }
+
+  def summarize(self, totals, multilabel) -> Iterator[tuple[str, float]]:
+    """Turns the sums of `eval_step` over a test set into metrics.
+
+    Yields:
+      "examples", all that were seen; then, over those with a label, "loss", the
+      mean, and for single-label sets "accuracy" and, of ten classes or more,
+      "accuracy@5" (the label is among the five top classes); for multi-label
+      ones "labelled", their number, "prec@1" (the top class is one of the
+      labels) and "lrap" (label ranking average precision). ImageNet-ReaL has
+      images without.
+    """
+    labelled = max(totals["labelled"], 1)
+    yield "examples", int(totals["examples"])
+    yield "loss", float(totals["loss"] / labelled)
+    if multilabel:
+      yield "labelled", int(totals["labelled"])
+      yield "prec@1", float(totals["correct"] / labelled)
+      yield "lrap", float(totals["ranking_precision"] / labelled)
+    else:
+      yield "accuracy", float(totals["correct"] / labelled)
+      if "correct@5" in totals:
+        yield "accuracy@5", float(totals["correct@5"] / labelled)
 
 
 def ranking_precision(logits, labels):

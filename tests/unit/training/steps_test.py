@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics
 
 from vit_jax import models, sharding
-from vit_jax.evaluation import classification
+from vit_jax.evaluation.sums import add_up
 from vit_jax.state import TrainState, flatten
 from vit_jax.training import losses, objectives, steps
 
@@ -301,13 +301,13 @@ def test_top_5_accuracy_equals_sklearn():
   batch["labels"] = rng.integers(0, 12, (100, 1), np.int32)
   batch["labels"][3] = -1  # no label
   batch["mask"] = np.arange(100) < 90
-  step = objectives.Classification(
+  objective = objectives.Classification(
     model=_as_model(_apply_linear),
     class_names=[str(k) for k in range(12)],
     loss_fn=losses.get_loss("softmax"),
-  ).eval_step
-  found = jax.jit(step)(params, batch)
-  results = dict(classification.summarize([found], multilabel=False))
+  )
+  found = jax.jit(objective.eval_step)(params, batch)
+  results = dict(objective.summarize(add_up([found]), multilabel=False))
   counts = batch["mask"] & (batch["labels"][:, 0] >= 0)
   x = (batch["image"].astype(float) / 127.5 - 1).mean((1, 2))[counts]
   expected = metrics.top_k_accuracy_score(
@@ -318,7 +318,7 @@ def test_top_5_accuracy_equals_sklearn():
   assert results["accuracy"] < expected < 1
   # Images with several labels have none, nor have five classes.
   several = {**batch, "labels": np.repeat(batch["labels"], 2, 1)}
-  assert "correct@5" not in jax.eval_shape(step, params, several)
+  assert "correct@5" not in jax.eval_shape(objective.eval_step, params, several)
   five = _make_batch() | {"mask": np.ones(24, bool)}
   assert "correct@5" not in _eval_sums(five)
 
