@@ -122,9 +122,7 @@ def parse(
 
 def as_pair(size) -> tuple[int, int]:
   """Returns (height, width) of an integer or a pair."""
-  if not hasattr(size, "__len__"):
-    return int(size), int(size)
-  height, width = size
+  height, width = size if hasattr(size, "__len__") else (size, size)
   return int(height), int(width)
 
 

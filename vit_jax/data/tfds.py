@@ -4,7 +4,6 @@
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false
 
-import json
 import os
 import re
 import resource
@@ -48,8 +47,11 @@ class TfdsSource(Source):
     self.multilabel = hasattr(label, "feature") and not (task and task.derive)
     self.max_labels = 1
     if self.multilabel:
-      declared = (task and task.max_labels) or _read_max_labels(builder)
-      self.max_labels = declared or self._count_max_labels()
+      # A builder may declare it in its `tfds.core.MetadataDict`.
+      declared = (builder.info.metadata or {}).get("max_labels")
+      self.max_labels = (
+        (task and task.max_labels) or declared or self._count_max_labels()
+      )
 
   def identity(self):
     shards = [
@@ -165,15 +167,6 @@ def _open_prepared(dataset, data_dir):
     "array_record", override=True, override_if_initialized=True
   )
   return builder
-
-
-def _read_max_labels(builder):
-  """Returns what the builder declared in `tfds.core.MetadataDict`, or None."""
-  file = os.path.join(builder.data_path, "metadata.json")
-  if not tf.io.gfile.exists(file):
-    return None
-  with tf.io.gfile.GFile(file) as f:
-    return json.load(f).get("max_labels")
 
 
 def resolve_split(infos, dataset: str, split: str):
