@@ -19,9 +19,8 @@ def run(args):
   from vit_jax.tools import datasets
 
   name = args.name
-  task = data.find_task(name)
   if not name.startswith((data.FOLDER, data.OBJECTNET)):
-    _print_needs(name, task, data.find_needs(name, args.data_dir))
+    _print_needs(data.find_needs(name, args.data_dir))
   faults = []
   checked = datasets.check(name, args.split, args.data_dir, args.examples)
   for i, (source, summary) in enumerate(checked):
@@ -40,11 +39,7 @@ def _print(text):
   print(text.encode(errors="backslashreplace").decode())
 
 
-def _print_needs(name, task, needs):
-  if task:
-    print(f"{name} is {task.title}{task.group and ', ' + task.group}")
-    for split, text in task.splits.items():
-      print(f"  {split}: {text}")
+def _print_needs(needs):
   if needs.state == "ready":
     print(f"prepared in {needs.folder}")
     return

@@ -9,11 +9,11 @@ def add_flags(parser):
 
 def run(args):
   process.use_cpu()
+  from vit_jax.data import builders
   from vit_jax.data.preparation import find_data_dir
   from vit_jax.tools import datasets
 
-  found = datasets.list_datasets(args.data_dir)
-  prepared = [row for row in found if row["splits"] is not None]
+  prepared = datasets.list_datasets(args.data_dir)
   print(f"prepared in {find_data_dir(args.data_dir)}:")
   for row in prepared:
     splits = ", ".join(f"{k} {n:,}" for k, n in row["splits"].items())
@@ -21,9 +21,10 @@ def run(args):
     print(f"  {row['name']}:{row['version']}  {splits}{note}")
   if not prepared:
     print("  nothing yet")
-  for row in found[len(prepared) :]:
-    how = _describe_state(row["name"], row["name"], set())
-    print(f"built in: {row['name']}  ({how})")
+  there = {row["name"].partition("/")[0] for row in prepared}
+  for name in builders.names():
+    if name not in there:
+      print(f"built in: {name}  ({_describe_state(name, name, set())})")
   _print_tasks({r["name"] for r in prepared if r["format"] == "array_record"})
   print("folders of images by class: folder:PATH")
   print("ObjectNet, as it was unpacked: objectnet:PATH/images")
@@ -38,7 +39,10 @@ def _print_tasks(ready):
   for title, tasks in (
     ("VTAB-1k", data.list_tasks(data.VTAB)),
     ("mini-VTAB, without a download", data.list_tasks(data.MINI)),
-    ("other test sets of the paper", benchmarks.list_plain()),
+    (
+      "other test sets of the paper",
+      [task for task in benchmarks.TASKS.values() if not task.group],
+    ),
   ):
     splits = ", ".join(tasks[0].splits)
     print(f"{title}{f' (splits {splits})' if splits else ''}:")

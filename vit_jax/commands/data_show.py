@@ -19,7 +19,7 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools import datasets
 
-  file, count = datasets.show(
+  file = datasets.show(
     args.name,
     args.split,
     preprocess=args.preprocess,
@@ -28,4 +28,6 @@ def run(args):
     seed=args.seed,
     data_dir=args.data_dir,
   )
-  print(f"{count} images of {args.name} {args.split} are in {file}")
+  print(
+    f"{datasets.NUM_SHOWN} images of {args.name} {args.split} are in {file}"
+  )

@@ -4,10 +4,9 @@ The names are imported on first use, so that `vit_jax.data.preprocess` and what
 else needs no TensorFlow does not load it.
 """
 
-import importlib
-from typing import TYPE_CHECKING
+from etils import epy as _epy
 
-if TYPE_CHECKING:
+with _epy.lazy_api_imports(globals()):
   from vit_jax.data.benchmarks import MINI as MINI
   from vit_jax.data.benchmarks import VTAB as VTAB
   from vit_jax.data.benchmarks import Task as Task
@@ -20,25 +19,8 @@ if TYPE_CHECKING:
   from vit_jax.data.catalog import parse_mixture as parse_mixture
   from vit_jax.data.pipeline import eval_batches as eval_batches
   from vit_jax.data.pipeline import train_batches as train_batches
-  from vit_jax.data.preparation import Needs as Needs
   from vit_jax.data.preparation import find_needs as find_needs
   from vit_jax.data.preparation import prepare as prepare
   from vit_jax.data.relabelled import check_mixture as check_mixture
   from vit_jax.data.source import Source as Source
   from vit_jax.data.source import count_shared as count_shared
-
-_NAMES = {
-  "benchmarks": "MINI VTAB Task find_task list_tasks",
-  "catalog": "FOLDER OBJECTNET get_source list_splits parse_mixture",
-  "pipeline": "eval_batches train_batches",
-  "preparation": "Needs find_needs prepare",
-  "relabelled": "check_mixture",
-  "source": "Source count_shared",
-}
-
-
-def __getattr__(name):
-  for module, names in _NAMES.items():
-    if name in names.split():
-      return getattr(importlib.import_module(f"{__name__}.{module}"), name)
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

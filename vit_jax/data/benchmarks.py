@@ -278,11 +278,6 @@ def list_tasks(prefix: str) -> list[Task]:
   return [task for name, task in TASKS.items() if name.startswith(prefix)]
 
 
-def list_plain() -> list[Task]:
-  """Returns the tasks outside VTAB: the paper's other test sets."""
-  return list(_PLAIN_TASKS)
-
-
 def find_task(dataset: str) -> Task | None:
   """Returns the task that a data set's name stands for, None for none.
 

@@ -7,35 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vit_jax import data
-from vit_jax.data import builders, preprocess
+from vit_jax.data import preprocess
 from vit_jax.data.preparation import find_data_dir
 from vit_jax.errors import UserError
 
+_COLUMNS, NUM_SHOWN = 6, 24  # of the grid that `show` draws
 _MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
+_MARGIN, _LINE = 4, 14  # pixels, around images and for the words below
 
 
 # --- list ---
 
 
 def list_datasets(data_dir: str | None = None) -> list[dict]:
-  """Returns the prepared data sets, then the other built-in ones.
+  """Returns the prepared data sets.
 
   Returns:
-    [{"name", "version", "format", "splits": {split: examples}}]; built-in ones
-    that are not prepared have None for all but the name.
+    [{"name", "version", "format", "splits": {split: examples}}].
   """
-  prepared = _find_prepared(find_data_dir(data_dir))
-  names = {p["name"].partition("/")[0] for p in prepared}
-  missing = [n for n in builders.names() if n not in names]
-  unprepared = {"version": None, "format": None, "splits": None}
-  return prepared + [{"name": name, **unprepared} for name in missing]
-
-
-def _find_prepared(root):
-  """Reads the summaries that TFDS leaves in name/[config/]version/."""
+  root = find_data_dir(data_dir)
+  # The summaries that TFDS leaves in name/[config/]version/.
   files = {*root.glob("*/*/dataset_info.json")}
   files |= {*root.glob("*/*/*/dataset_info.json")}
   found = []
@@ -144,38 +138,34 @@ def _find_traits(encoded, pixels):
 
 def show(
   name: str,
-  split: str = "train",
+  split: str,
   *,
-  preprocess: str = "inception_crop(size)|flip_lr",
-  image_size: int | tuple[int, int] = 224,
-  output: str = "show.png",
-  columns: int = 6,
-  rows: int = 4,
+  preprocess: str,
+  image_size: int | tuple[int, int],
+  output: str,
   seed: int = 0,
   data_dir: str | None = None,
-) -> tuple[Path, int]:
+) -> Path:
   """Writes a PNG grid of images as the model sees them while training.
 
   Args:
     name, split, data_dir: what to show.
     preprocess, image_size: what is done to it.
     output: the file to write.
-    columns, rows: of the grid.
     seed: decides the choice and the augmentation, as `config.seed` does.
 
   Returns:
-    The file, and the number of images.
+    The file.
 
   Raises:
     UserError: as for training; the file cannot be written.
   """
   source = data.get_source(name, split, data_dir)
-  count = columns * rows
   batches = data.train_batches(
     [(source, 1.0)],
     seed=seed,
-    batch_size=count,
-    rows=np.arange(count),
+    batch_size=NUM_SHOWN,
+    rows=np.arange(NUM_SHOWN),
     preprocess=preprocess,
     image_size=image_size,
     start_step=0,
@@ -186,36 +176,28 @@ def show(
     ", ".join(source.class_names[k] for k in labels if k >= 0)
     for labels in batch["labels"]
   ]
-  grid = _draw_grid(batch["image"], captions, columns)
+  grid = _draw_grid(batch["image"], captions)
   file = Path(output).expanduser()
   try:
     grid.save(file, "PNG")
   except OSError as e:
     raise UserError(f"{file} cannot be written: {e.strerror}") from e
-  return file, count
+  return file
 
 
-def _draw_grid(images, captions, columns):
+def _draw_grid(images, captions):
   """Returns a PIL image; captions that are too long lose their end."""
   scale = max(1, -(-_MIN_CELL // min(images.shape[1:3])))
   height, width = (side * scale for side in images.shape[1:3])
-  margin, line = 4, 14
-  cell = width + margin, height + line + margin
-  rows = -(-len(images) // columns)
-  size = columns * cell[0] + margin, rows * cell[1] + margin
+  cell = width + _MARGIN, height + _LINE + _MARGIN
+  rows = NUM_SHOWN // _COLUMNS
+  size = _COLUMNS * cell[0] + _MARGIN, rows * cell[1] + _MARGIN
   grid = Image.new("RGB", size, "white")
-  draw, font = ImageDraw.Draw(grid), ImageFont.load_default()
   for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-    x, y = i % columns * cell[0] + margin, i // columns * cell[1] + margin
+    shown = Image.new("RGB", (width, height + _LINE), "white")
     pixels = Image.fromarray(image)
-    grid.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
-    draw.text((x, y + height), _fit(caption, width, font), "black", font)
+    shown.paste(pixels.resize((width, height), Image.Resampling.NEAREST))
+    ImageDraw.Draw(shown).text((0, height), caption, "black")
+    row, column = divmod(i, _COLUMNS)
+    grid.paste(shown, (column * cell[0] + _MARGIN, row * cell[1] + _MARGIN))
   return grid
-
-
-def _fit(caption, width, font):
-  if font.getlength(caption) <= width:
-    return caption
-  while caption and font.getlength(caption + "...") > width:
-    caption = caption[:-1]
-  return caption + "..."

@@ -5,7 +5,7 @@ colours. An image shows one or two glyphs, often over a shape, on a coloured
 and textured ground, and has a label for everything that it shows: it is
 multi-label, and long-tailed, since glyphs, shapes, textures and colours are
 drawn by Zipf-like laws. There are no digits and no fonts in it.
-The images of a seed never change; see `vit_jax.data.drawn`.
+The images never change; see `vit_jax.data.drawn`.
 """
 
 import functools
@@ -83,7 +83,7 @@ _POINTS = 24  # that trace a stroke
 
 
 @functools.cache
-def glyph_prototypes(seed: int) -> dict[str, Any]:
+def glyph_prototypes() -> dict[str, Any]:
   """Returns what each glyph is, before anybody writes it.
 
   A stroke is a curve given by its heading, `heading + turn * t + bend * 4t(1-t)
@@ -91,7 +91,7 @@ def glyph_prototypes(seed: int) -> dict[str, Any]:
   loops and zigzags. Its point at fraction `own` lies on the stroke before it,
   at fraction `joint`, moved by `gap`. All arrays are [glyph, stroke(, 2)].
   """
-  draws = Draws(seed * 4 + 1, np.arange(NUM_GLYPHS))
+  draws = Draws(SEED * 4 + 1, np.arange(NUM_GLYPHS))
   shape = (_STROKES,)
   sign = np.where(draws.uniform(-1, 1, shape) < 0, -1.0, 1.0)
   kind = draws.uniform(0, 1, shape)
@@ -273,13 +273,9 @@ def _bilinear_matrix(grid: int) -> np.ndarray:
 def draw_textures(texture: np.ndarray, draws: Draws) -> np.ndarray:
   """Returns int32[n SIZE SIZE], 0..255, for texture[n] of TEXTURES."""
   x, y = np.arange(SIZE), np.arange(SIZE)[:, None]
-
-  def column(low, high):
-    return draws.integer(low, high, (1, 1))
-
-  fx, fy = column(-42, 43), column(-42, 43)
+  fx, fy = (draws.integer(-42, 43, (1, 1)) for _ in range(2))
   fx = fx + np.where(np.abs(fx) + np.abs(fy) < 16, 20, 0)
-  px, py = column(0, 256), column(0, 256)
+  px, py = (draws.integer(0, 256, (1, 1)) for _ in range(2))
   u = (x * fx + y * fy + px) & 255
   v = (y * fx - x * fy + py) & 255
   coarse = draws.bits((8, 8)).astype(np.int64) & 255
@@ -306,15 +302,12 @@ def draw_textures(texture: np.ndarray, draws: Draws) -> np.ndarray:
 
 def draw_shapes(shape: np.ndarray, draws: Draws) -> np.ndarray:
   """Returns bool[n SIZE SIZE] for shape[n] of SHAPES, somewhere, some size."""
-
-  def column(low, high):
-    return draws.integer(low, high, (1, 1))
-
   # In eighths of a pixel.
-  r = column(6 * 8, 15 * 8)
-  x = (np.arange(SIZE) * 8 + 4) - column(8 * 8, 24 * 8)
-  y = (np.arange(SIZE) * 8 + 4)[:, None] - column(8 * 8, 24 * 8)
-  thin = (r * column(30, 50)) // 100
+  r = draws.integer(6 * 8, 15 * 8, (1, 1))
+  x, y = np.arange(SIZE) * 8 + 4, (np.arange(SIZE) * 8 + 4)[:, None]
+  x = x - draws.integer(8 * 8, 24 * 8, (1, 1))
+  y = y - draws.integer(8 * 8, 24 * 8, (1, 1))
+  thin = (r * draws.integer(30, 50, (1, 1))) // 100
   distance, side = x * x + y * y, np.maximum(np.abs(x), np.abs(y))
   near_axis = np.minimum(np.abs(x), np.abs(y))
   values = {
@@ -331,18 +324,16 @@ def draw_shapes(shape: np.ndarray, draws: Draws) -> np.ndarray:
   return np.choose(shape[:, None, None], [values[name] for name in SHAPES])
 
 
-def draw_images(
-  index: np.ndarray, seed: int = SEED
-) -> tuple[np.ndarray, np.ndarray]:
-  """Draws images `index`[n] of the world `seed`.
+def draw_images(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Draws images `index`[n].
 
   Returns:
     uint8[n SIZE SIZE 3], and bool[n class]: what is on each image.
   """
-  draws = Draws(seed * 4 + 2, index)
+  draws = Draws(SEED * 4 + 2, index)
   labels = np.zeros((len(index), len(CLASS_NAMES)), bool)
   image = draw_grounds(draws, labels)
-  return draw_glyphs(image, draws, labels, seed), labels
+  return draw_glyphs(image, draws, labels), labels
 
 
 def draw_grounds(draws: Draws, labels: np.ndarray) -> np.ndarray:
@@ -350,7 +341,6 @@ def draw_grounds(draws: Draws, labels: np.ndarray) -> np.ndarray:
 
   Returns int32[n SIZE SIZE 3].
   """
-  n = len(labels)
   texture = draws.zipf(len(TEXTURES), 0.5)
   ground = draws.zipf(len(GROUNDS), 0.5)
   image = _tint(GROUNDS, ground, draws)
@@ -368,12 +358,11 @@ def draw_grounds(draws: Draws, labels: np.ndarray) -> np.ndarray:
   _label(labels, [f"{color}_ground" for color in GROUNDS], ground)
   _label(labels, TEXTURES, texture)
   _label(labels, SHAPES, np.where(has_shape, shape, -1))
-  assert image.shape == (n, SIZE, SIZE, 3)
   return image
 
 
 def draw_glyphs(
-  image: np.ndarray, draws: Draws, labels: np.ndarray, seed: int
+  image: np.ndarray, draws: Draws, labels: np.ndarray
 ) -> np.ndarray:
   """Draws one glyph or two on int32[n SIZE SIZE 3] and sets their labels.
 
@@ -390,7 +379,7 @@ def draw_glyphs(
   glyphs = [draws.zipf(NUM_GLYPHS, 8.0) for _ in range(2)]
   for which, glyph in enumerate(glyphs):
     shown = (layout >= 0) | (which == 0)
-    proto = {k: v[glyph] for k, v in glyph_prototypes(seed).items()}
+    proto = {k: v[glyph] for k, v in glyph_prototypes().items()}
     path = trace_glyphs(proto, draws)
     parts = find_parts(path, proto["exists"])
     path = _place(path, layout, which, draws)
