@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,23 +37,28 @@ class Outcome(NamedTuple):
   found: Any
 
 
-def examine(
+_worker: dict[str, Any] = {}  # what each process is given once
+
+
+def load(index: Path, data_dir: str) -> None:
+  """Takes the folder of the saved index of test images, and that of TFDS."""
+  loaded = near_duplicates.Index.load(index)
+  _worker.update(index=loaded, data_dir=data_dir)
+
+
+def run(
   images: list[tuple[str, own_files.Place, list[int] | None]],
-  index: near_duplicates.Index,
-  data_dir: str | None,
 ) -> list[Outcome]:
-  """Reads images, and looks for them among the test images.
+  """Reads images, and looks for them among the test images, see `load`.
 
   Args:
     images: (name, place, labels); None: the labels are a data set's own.
-    index: the test images.
-    data_dir: where that data set is.
   """
   outcomes, read = [], []
   for name, place, labels in images:
     try:
       if labels is None:
-        source = own_files.open_set(place.path, data_dir)
+        source = own_files.open_set(place.path, _worker["data_dir"])
         encoded, labels = source.read_example(place.row)
       else:
         encoded = labels and own_files.read_image(place)
@@ -65,7 +71,8 @@ def examine(
       outcomes.append(Outcome(name, UNREADABLE, [name, why]))
   if not read:
     return outcomes
-  twins = index.find(np.stack([thumbnail for *_, thumbnail in read]))
+  thumbnails = np.stack([thumbnail for *_, thumbnail in read])
+  twins = _worker["index"].find(thumbnails)
   for (name, labels, encoded, _), twin in zip(read, twins, strict=True):
     if twin:
       found = [name, twin.name, round(twin.similarity, 4)]
@@ -95,20 +102,12 @@ def _decode(encoded):
 
 # --- in a process of its own ---
 
-_worker: dict[str, Any] = {}  # what each process is given once
 
-
-def load(given: dict[str, Any]) -> None:
-  """Takes {"index": where the index is saved, "data_dir": as `examine`}."""
-  index = near_duplicates.Index.load(given["index"])
-  _worker.update(given, index=index)
-
-
-def start_worker(given: dict[str, Any]) -> None:
-  """Prepares a process that is nothing but a worker."""
+def start_worker(*given) -> None:
+  """Prepares a process that is nothing but a worker; takes what `load` does."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  load(given)
+  load(*given)
 
 
 def _end_with_parent():
@@ -117,8 +116,3 @@ def _end_with_parent():
   assert parent
   parent.join()
   os._exit(1)
-
-
-def run(images) -> list[Outcome]:
-  """Returns `examine` of images, with what this process was given."""
-  return examine(images, **_worker)

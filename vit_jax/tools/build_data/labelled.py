@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """The TFDS builder of a data set of one's own images.
 
   Attributes:
-    pool: the executor that runs `examine`.
+    pool: the executor that runs `examining.run`.
     report: counts and what was left out, as far as the build has come.
   """
 
@@ -224,41 +224,30 @@ def make_index(
     UserError: a data set that is not there, or an image that is none.
   """
   sources = [get_source(*pair, data_dir) for pair in against]
-  names = [
-    f"{source.dataset}:{source.split}:{i}"
-    for source in sources
-    for i in range(source.num_examples)
-  ]
+  examples = [(x, i) for x in sources for i in range(x.num_examples)]
   side = near_duplicates.THUMBNAIL
-  thumbnails = np.empty((len(names), side, side, 3), np.uint8)
-  found = itertools.chain.from_iterable(map(_make_thumbnails, sources))
-  for i, thumbnail in enumerate(found):
-    thumbnails[i] = thumbnail
-  return near_duplicates.Index(names, thumbnails)
+  thumbnails = np.empty((len(examples), side, side, 3), np.uint8)
 
-
-def _make_thumbnails(source) -> Iterator[np.ndarray]:
-  """Yields those of all images of a source, in its order."""
-
-  def make(index):
-    encoded, _ = source.read_example(index)
-    pixels = preprocess.decode_image(encoded, source.describe(index))
-    return near_duplicates.make_thumbnail(Image.fromarray(pixels))
+  def fill(row):
+    source, i = examples[row]
+    encoded, _ = source.read_example(i)
+    pixels = preprocess.decode_image(encoded, source.describe(i))
+    thumbnails[row] = near_duplicates.make_thumbnail(Image.fromarray(pixels))
 
   # Threads: Pillow lets others run while it decodes.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    yield from map_ahead(pool, make, range(source.num_examples))
+    list(pool.map(fill, range(len(examples))))
+  names = [f"{x.dataset}:{x.split}:{i}" for x, i in examples]
+  return near_duplicates.Index(names, thumbnails)
 
 
 # --- the workers ---
 
 
 def _open_pool(workers, index, data_dir):
-  given = {"index": Path(index), "data_dir": data_dir}
+  given = Path(index), data_dir
   if workers == 1:
-    return concurrent.futures.ThreadPoolExecutor(
-      1, "", examining.load, (given,)
-    )
+    return concurrent.futures.ThreadPoolExecutor(1, "", examining.load, given)
   # As many workers as cores need no more threads for matrix products.
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   return concurrent.futures.ProcessPoolExecutor(
@@ -266,5 +255,5 @@ def _open_pool(workers, index, data_dir):
     # Not forked: TensorFlow's threads do not survive that.
     mp_context=multiprocessing.get_context("spawn"),
     initializer=examining.start_worker,
-    initargs=(given,),
+    initargs=given,
   )

@@ -11,14 +11,11 @@ and contrast hardly matter to either step.
 
 import functools
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 from PIL import Image
-
-from vit_jax.files import write_atomically
 
 SIDE = 16  # pixels of a signature's side
 HALF = SIDE * SIDE // 2  # numbers in its even part, and in its odd one
@@ -28,6 +25,7 @@ CANDIDATE = 0.75  # similarity of signatures that is worth a second look
 THRESHOLD = 0.98  # of the colour images; README has what it finds and claims
 _MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
 _CHUNK = 1024  # thumbnails whose signatures are made together
+_SAVED = ("names", "thumbnails", "signatures")  # what an index consists of
 
 
 class Twin(NamedTuple):
@@ -75,34 +73,32 @@ def _unit(x):
 class Index:
   """The test images, to be asked for twins."""
 
-  def __init__(self, names: list[str], thumbnails: np.ndarray):
-    """Takes a name and a thumbnail of each; keeps 8 kB of each."""
-    self._names = names
-    self._thumbnails = thumbnails
-    self._signatures = np.empty((2, len(names), HALF), np.float32)
-    for start in range(0, len(names), _CHUNK):
-      chunk = slice(start, start + _CHUNK)
-      self._signatures[:, chunk] = make_signatures(thumbnails[chunk])
+  def __init__(self, names, thumbnails: np.ndarray, signatures=None):
+    """Takes a name and a thumbnail of each; keeps 8 kB of each.
+
+    Args:
+      names: of the images.
+      thumbnails: u8[n THUMBNAIL THUMBNAIL 3].
+      signatures: f32[2 n HALF]; None: they are made.
+    """
+    self.names, self.thumbnails = np.asarray(names, str), thumbnails
+    if signatures is None:
+      signatures = np.empty((2, len(names), HALF), np.float32)
+      for start in range(0, len(names), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        signatures[:, chunk] = make_signatures(thumbnails[chunk])
+    self.signatures = signatures
 
   def save(self, folder: Path) -> None:
-    """Writes files that `load` knows; names.json is the last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "thumbnails.npy", self._thumbnails)
-    np.save(folder / "signatures.npy", self._signatures)
-    write_atomically(folder / "names.json", json.dumps(self._names))
+    """Writes the files that `load` reads."""
+    for name in _SAVED:
+      np.save(folder / f"{name}.npy", getattr(self, name))
 
   @classmethod
   def load(cls, folder: Path) -> Self:
-    """Opens saved files: mapped, so that all processes share one copy.
-
-    Raises:
-      FileNotFoundError: `save` was not finished.
-    """
-    index = cls.__new__(cls)
-    index._names = json.loads((folder / "names.json").read_text())
-    index._thumbnails = np.load(folder / "thumbnails.npy", mmap_mode="r")
-    index._signatures = np.load(folder / "signatures.npy", mmap_mode="r")
-    return index
+    """Opens saved files: mapped, so that all processes share one copy."""
+    files = (folder / f"{name}.npy" for name in _SAVED)
+    return cls(*(np.load(file, mmap_mode="r") for file in files))
 
   def find(self, thumbnails: np.ndarray) -> list[Twin | None]:
     """Returns the twin of each image, None if it has none.
@@ -111,26 +107,26 @@ class Index:
       thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. Several at once are faster by an
         order: the signatures are then read from memory once for all of them.
     """
-    if not self._names:
+    if not len(self.names):
       return [None] * len(thumbnails)
     even, odd = make_signatures(thumbnails)
-    similarity = odd @ self._signatures[1].T
+    similarity = odd @ self.signatures[1].T
     np.abs(similarity, out=similarity)  # the better one of the two
-    similarity += even @ self._signatures[0].T
+    similarity += even @ self.signatures[0].T
     best = similarity.argmax(1)
     return [
-      self._compare(thumbnail, i, odd[k] @ self._signatures[1, i] < 0)
+      self._compare(thumbnail, i, odd[k] @ self.signatures[1, i] < 0)
       if similarity[k, i] >= CANDIDATE
       else None
       for k, (thumbnail, i) in enumerate(zip(thumbnails, best, strict=True))
     ]
 
   def _compare(self, thumbnail, i, mirrored):
-    other = self._thumbnails[i]
+    other = self.thumbnails[i]
     if mirrored:
       other = other[:, ::-1]
     fit = max(_fit(thumbnail, other), _fit(other, thumbnail))
-    return Twin(self._names[i], fit) if fit >= THRESHOLD else None
+    return Twin(str(self.names[i]), fit) if fit >= THRESHOLD else None
 
 
 def _fit(whole, part) -> float:
