@@ -6,9 +6,11 @@ draws at random (a window, a mirror image) is found again, not taken from it.
 Within half a level of 255, which is what rounding costs.
 """
 
+import functools
 import io
 
 import numpy as np
+import pictures
 import pytest
 import tensorflow as tf
 from PIL import Image
@@ -17,20 +19,7 @@ from vit_jax import data
 from vit_jax.data import ops, preprocess
 
 _SHAPES = ((40, 60), (90, 50), (33, 33))
-
-
-def _photo(shape, seed=0):
-  rng = np.random.RandomState(seed)
-  coarse = rng.randint(0, 256, (5, 6, 3)).astype(np.uint8)
-  smooth = np.asarray(Image.fromarray(coarse).resize(shape[::-1]))
-  noisy = smooth + rng.randint(-20, 21, (*shape, 3))
-  return noisy.clip(0, 255).astype(np.uint8)
-
-
-def _png(pixels):
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, "PNG")
-  return file.getvalue()
+_photo = functools.partial(pictures.photo, noise=20)
 
 
 # --- the reference ---
@@ -113,7 +102,7 @@ def test_evaluation(text, shape):
   photo, size = _photo(shape), 32
   expected = EVALUATION[text](photo, size)
   run = ops.make_preprocess(text, size, evaluation=True)
-  ours = run(tf.constant(_png(photo)), None).numpy()
+  ours = run(tf.constant(pictures.encode(photo, "PNG")), None).numpy()
   assert _distance(ours, expected) <= 0.502
   in_numpy = preprocess.preprocess_image(photo, text, size)
   np.testing.assert_array_equal(in_numpy, ours)
@@ -125,7 +114,7 @@ def test_evaluation(text, shape):
 def _train(text, photo, size, i):
   run = ops.make_preprocess(text, size, evaluation=False)
   seed = tf.constant([3, i], tf.int64)
-  return run(tf.constant(_png(photo)), seed).numpy()
+  return run(tf.constant(pictures.encode(photo, "PNG")), seed).numpy()
 
 
 @pytest.mark.parametrize(
@@ -188,10 +177,9 @@ def test_training_on_windows():
 def test_jpegs():
   """Evaluation decodes as Pillow does, training as TensorFlow, fast, does."""
   photo = _photo((64, 64))
-  file = io.BytesIO()
-  Image.fromarray(photo).save(file, "JPEG", quality=90)
-  encoded = tf.constant(file.getvalue())
-  pillows = np.asarray(Image.open(file).convert("RGB"))
+  file = pictures.encode(photo, "JPEG", quality=90)
+  encoded = tf.constant(file)
+  pillows = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
   evaluated = ops.make_preprocess("resize(size)", 48, evaluation=True)
   expected = _resize(pillows, (48, 48))
   assert _distance(evaluated(encoded, None), expected) <= 0.502

@@ -1,11 +1,11 @@
 """Batch k is a function of (seed, k): on any hosts, after any restart."""
 
 import gc
-import io
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from pictures import encode
 from PIL import Image
 from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
@@ -37,12 +37,10 @@ class Numbers(data.Source):
     self.images = [self._encode(i) for i in range(size)]
 
   def _encode(self, i):
-    file = io.BytesIO()
     colour = (i % 256, i // 256, 77)
     pixels = np.full((6, 8, 3), colour, np.uint8)
     pixels[:, :2] = 255 - pixels[:, :2]  # something to flip and to crop
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encode(pixels, "PNG")
 
   def read(self, indices):
     return [
@@ -144,14 +142,6 @@ def test_mixture_has_exact_proportions_and_passes_through_each_set():
       assert sorted(epoch.tolist()) == list(range(size))
 
 
-def test_largest_remainders_fill_the_pattern():
-  for weights in ([1, 1, 1], [1, 2, 4], [0.999, 0.001]):
-    _, counts = pipeline._make_pattern(0, weights)
-    exact = np.array(weights) / sum(weights) * pipeline.PATTERN_SLOTS
-    assert counts.sum() == pipeline.PATTERN_SLOTS
-    assert np.abs(counts - exact).max() < 1
-
-
 def test_weight_too_small():
   with pytest.raises(UserError, match="1e-05 is too small"):
     pipeline.Order(0, [5, 5], [1, 1e-5])
@@ -209,7 +199,7 @@ def test_restart_at_any_step_goes_on_the_same(text, starts):
 def test_augmentation_differs_by_row_step_and_seed():
   source = Numbers(1)
   noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)
-  source.images = [tf.io.encode_png(noise).numpy()]
+  source.images = [encode(noise, "PNG")]
   crop = "inception_crop(size)"
   batches = _train(source, range(8), preprocess=crop, num_steps=3)
   images = np.concatenate([b["image"] for b in batches])
@@ -282,9 +272,7 @@ def test_undecodable_image_names_the_example():
 def test_image_that_grows_too_large_is_named(text):
   # To 256 x 230,400,000 pixels, or 224 x 201,600,000: it would fill the memory.
   source = Numbers(8)
-  file = io.BytesIO()
-  Image.new("L", (900_000, 1)).save(file, "PNG")
-  source.images[5] = file.getvalue()
+  source.images[5] = encode(Image.new("L", (900_000, 1)), "PNG")
   words = r"example 5 of numbers all: 900000x1 pixels .* too many pixels"
   with pytest.raises(UserError, match=words) as e:
     list(_evaluate(source, 8, range(8), preprocess=text, image_size=224))

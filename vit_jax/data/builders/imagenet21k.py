@@ -41,7 +41,6 @@ _NOT_IN_FALL_2011 = ("n03931044", "n09859684")
 _KEPT = ("JPEG", "MPO", "PNG")  # MPO: JPEG with a second picture
 NUM_THREADS = os.cpu_count() or 1
 _BUFFER = 1 << 20  # bytes that are read at once
-_SHOWN = 20  # names in a line of the log
 _LOG_EVERY = 100_000  # images
 
 
@@ -103,9 +102,8 @@ class Imagenet21k(tfds.core.GeneratorBasedBuilder):
     assert metadata is not None
     empty = dict.fromkeys(read_ids(config.name))
     report = {"encoded_anew": [], "unreadable": []}
-    images = read_images(archive, set(empty))
     count = 0
-    for synset, name, encoded, made in _decode_ahead(images):
+    for synset, name, encoded, made in _read_decoded(archive, set(empty)):
       file_name = f"{synset}/{name}"
       if made is None:
         report["unreadable"].append(file_name)
@@ -122,9 +120,6 @@ class Imagenet21k(tfds.core.GeneratorBasedBuilder):
     report["classes_without_images"] = list(empty)
     metadata.update(report, archive=archive.name)
     log.info("%s: %s images", archive.name, f"{count:,}")
-    for what, names in report.items():
-      some = ", ".join([*names[:_SHOWN], *["..."] * (len(names) > _SHOWN)])
-      log.info("  %s: %s  %s", what, f"{len(names):,}", some)
 
 
 @functools.cache
@@ -227,14 +222,14 @@ def _read_folder(folder) -> Iterator[tuple[str, bytes]]:
 # --- images ---
 
 
-def _decode_ahead(images):
+def _read_decoded(archive, known):
   """Yields (synset, file name, bytes, readable bytes or None), by threads."""
 
   def run(image):
     return *image, make_readable(image[-1])
 
   with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-    yield from map_ahead(pool, run, images)
+    yield from map_ahead(pool, run, read_images(archive, known))
 
 
 def map_ahead(

@@ -83,10 +83,9 @@ def bench(
     UserError: no such data set, images that are no JPEGs, a size or a number
       that is not positive.
   """
-  numbers = {"image_size": min(as_pair(image_size)), "batch_size": batch_size}
-  numbers |= {} if needs is None else {"needs": needs}
-  for name, value in numbers.items():
-    if not value > 0:
+  sizes = {"image_size": min(as_pair(image_size)), "batch_size": batch_size}
+  for name, value in {**sizes, "needs": needs}.items():
+    if value is not None and not value > 0:
       raise UserError(f"--{name}={value}; it must be more than 0")
   with tempfile.TemporaryDirectory() as folder:
     if dataset is None:
@@ -259,23 +258,8 @@ def _make_turns(
   source, file, image_size, batch_size
 ) -> dict[str, Callable[[], Iterator]]:
   """Returns {name: function that starts it}."""
-  others = {
-    "plain": _plain(source, file, image_size),
-    "resizing": _part(source, file, image_size),
-    "decoding": _part(source, file, None),
-  }
-  pipeline = functools.partial(_pipeline, source, image_size, batch_size)
-  return {
-    "pipeline": pipeline,
-    **{
-      name: images.batch(batch_size).prefetch(2).as_numpy_iterator
-      for name, images in others.items()
-    },
-  }
-
-
-def _pipeline(source, image_size, batch_size) -> Iterator:
-  return train_batches(
+  pipeline = functools.partial(
+    train_batches,
     [(source, 1.0)],
     seed=0,
     batch_size=batch_size,
@@ -285,21 +269,23 @@ def _pipeline(source, image_size, batch_size) -> Iterator:
     start_step=0,
     num_steps=2**40,
   )
+  others = {
+    "plain": _plain(source, file, image_size),
+    "resizing": _part(source, file, image_size),
+    "decoding": _part(source, file, None),
+  }
+  return {"pipeline": pipeline} | {
+    name: images.batch(batch_size).prefetch(2).as_numpy_iterator
+    for name, images in others.items()
+  }
 
 
 def _plain(source, file, image_size):
   def process(record):
     encoded, labels = source.parse(record)
-    begin, extent, _ = tf.image.sample_distorted_bounding_box(
-      tf.io.extract_jpeg_shape(encoded),
-      tf.zeros([0, 0, 4]),
-      min_object_covered=0.0,
-      aspect_ratio_range=(0.75, 1.33),
-      area_range=(_AREA[0] / 100, _AREA[1] / 100),
-      max_attempts=100,
-      use_image_if_no_bounding_boxes=True,
-    )
-    window = tf.concat([begin[:2], extent[:2]], axis=0)
+    shape = tf.io.extract_jpeg_shape(encoded)
+    seed = tf.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32)
+    window = ops.sample_window(shape, *_AREA, seed)
     image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
     image = tf.image.resize(image, as_pair(image_size))
     image = tf.image.random_flip_left_right(image)
