@@ -26,7 +26,6 @@ from vit_jax.errors import RunStopped, UserError, check_folder
 from vit_jax.tools import jobs, runs
 from vit_jax.tools.text import format_columns
 from vit_jax.training import inputs, lock, run_folder
-from vit_jax.training.metrics import duration
 
 log = logging.getLogger(__name__)
 
@@ -326,18 +325,17 @@ def _run_all(trials, executor):
       trial, slot = waiting.pop(0), free.pop(0)
       log.info("%s: begins", trial.workdir)
       job = executor.start(trial.workdir, trial.command(), slot)
-      active.append((trial, slot, job, time.monotonic()))
+      active.append((trial, slot, job))
     for entry in [entry for entry in active if entry[2].done()]:
       active.remove(entry)
-      trial, slot, _, begin = entry
+      trial, slot, _ = entry
       free.append(slot)
       row = trial.inspect()
       words = "FAILED"
       if row["metric"] is not None:
         done += 1
         words = f"{row['select']} {row['metric']:.4f}"
-      took = duration(time.monotonic() - begin)
-      log.info("%s: %s, %s", trial.workdir, words, took)
+      log.info("%s: %s", trial.workdir, words)
       log.info("%d of %d runs finished", done, len(trials))
     time.sleep(_POLL_SECONDS)
 

@@ -322,26 +322,3 @@ def test_stopped_it_goes_on_without_repeating_a_run(
     assert begun[1] == [0]
   else:  # it has noticed the sweep's end, and has saved
     assert all(0 < step < 50 for step in begun[1][1:])
-
-
-@pytest.mark.ci
-def test_the_real_train_goes_on_too(args, runs, tmp_path):
-  """As above with the real entry point: SIGKILL in the second run."""
-  folder = tmp_path / "sweep"
-  args = [*args, "--seeds=1"]
-  names = _NAMES[::2]
-  first = runs.start(args, devices=1)
-  begun = folder / names[1] / "metrics.jsonl"
-  assert first.wait_until(lambda: begun.exists() and begun.read_text())
-  first.send(signal.SIGKILL)
-  first.wait()
-  finished = snapshot(folder / names[0])
-
-  second = runs.start([*args, "--jobs=2", "--json"], devices=1)
-  assert second.wait() == 0, second.stderr()
-  assert snapshot(folder / names[0]) == finished
-  logs = [(folder / name / "log.txt").read_text() for name in names]
-  assert "".join(logs).count("the run is complete") == 2
-  result = json.loads(second.stdout())
-  assert len(result["settings"]) == 2
-  assert result["runs"][0]["results"]["examples"] == 40
