@@ -27,7 +27,7 @@ from vit_jax.state import flatten
 from vit_jax.tools import charts
 from vit_jax.tools.paper import data, flops
 from vit_jax.tools.paper.pretraining import plain_name
-from vit_jax.tools.runs import Run, find_origin, find_runs
+from vit_jax.tools.runs import Run, find_origin, find_runs, name_paths
 from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def make_figures(
   }
   for file in itertools.chain(*files.values()):
     check_free(file)
-  labels = _name_checkpoints(checkpoints)
+  labels = name_paths(checkpoints)
   seen = [
     _read(source, label, images, image_size)
     for source, label in zip(checkpoints, labels, strict=True)
@@ -170,9 +170,8 @@ def _read(source, label, images, image_size) -> Checkpoint:
       name = about.class_names[best] if about.class_names else f"class {best}"
       titles[i] += f"\n{name} {row[best]:.0%}"
   params = flatten(model.params)
-  sizes = variants.parse(about.variant)
   filters = None
-  if sizes.encoder and sizes.units is None:
+  if _kind(about.variant) == "ViT":
     filters = np.asarray(params["embedding/kernel"])
   return Checkpoint(
     label=label,
@@ -183,17 +182,6 @@ def _read(source, label, images, image_size) -> Checkpoint:
     looks=looks,
     titles=titles,
   )
-
-
-def _name_checkpoints(sources):
-  """Returns as much of the end of each source as tells them apart."""
-  parts = [source.rstrip("/").split("/") for source in sources]
-  for depth in range(1, max(map(len, parts), default=0)):
-    names = ["/".join(p[-depth:]) for p in parts]
-    # The folder of a step says nothing without the run's.
-    if len({*names}) == len(names) and not any(map(str.isdigit, names)):
-      return names
-  return list(sources)
 
 
 def _look(model, pixels):

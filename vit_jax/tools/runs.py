@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -20,19 +21,6 @@ MAIN_METRICS = ("accuracy", "prec@1", "r2", "loss")
 # Results that are counts of images.
 COUNTS = {"examples", "labelled"}
 
-# Values of keys that the first runs do not have.
-_OLD_DEFAULTS = {
-  "objective": "classification",
-  "init_from": None,
-  "ema_decay": 0.0,
-  "total_epochs": 0.0,
-  "optimizer.clip_norm": 0.0,
-}
-# A config.json without these is not a run's: a converted checkpoint has one.
-_NEEDED = {
-  *("model.variant", "train.dataset", "train.split", "eval.split"),
-  *("image_size", "batch_size", "optimizer.name", "schedule.decay"),
-}
 # Folders inside a run's; they have many files and no runs.
 _OF_A_RUN = (
   *("checkpoints", "best", "damaged", "tensorboard", "profile", "wandb"),
@@ -64,7 +52,7 @@ class Run:
   def config(self) -> dict[str, Any]:
     """Flat, with today's keys: {"schedule.base_lr": 0.03}."""
     flat = configuration.flatten(self.written["config"])
-    return _OLD_DEFAULTS | configuration.modernize(flat)
+    return configuration.modernize(flat)
 
   @property
   def total_steps(self) -> int:
@@ -98,30 +86,9 @@ class Run:
     series = {}
     for values in self.lines:
       for name, x in values.items():
-        if name != "step" and _is_number(x) and math.isfinite(x):
+        if name != "step" and math.isfinite(x):
           series.setdefault(name, []).append((values["step"], x))
     return series
-
-  @functools.cached_property
-  def evaluations(self) -> dict[int, dict[str, float]]:
-    """{step: {"accuracy": 0.9, ...}}, the last one last."""
-    found = {}
-    for values in self.lines:
-      for name, x in values.items():
-        if name.startswith("eval/"):
-          results = found.setdefault(values["step"], {})
-          results[name.removeprefix("eval/")] = x
-    return found
-
-  @property
-  def other_series(self) -> dict[str, list[tuple[int, float]]]:
-    """Those of `series` that `config.evals` has measured, without counts."""
-    found = {}
-    for name, points in self.series.items():
-      evaluation, _, metric = name.partition("/")
-      if evaluation not in configuration.LOGGED and metric not in COUNTS:
-        found[name] = points
-    return found
 
   @functools.cached_property
   def results(self) -> dict[str, float]:
@@ -169,17 +136,13 @@ class Run:
   @property
   def notes(self) -> list[str]:
     """What is wrong with metrics.jsonl, a sentence each."""
-    infinite = {
-      name
-      for values in self.lines
-      for name, x in values.items()
-      if _is_number(x) and not math.isfinite(x)
-    }
+    pairs = [pair for values in self.lines for pair in values.items()]
+    infinite = sorted({name for name, x in pairs if not math.isfinite(x)})
     notes = []
     if self.num_corrupt:
       notes.append(f"{self.num_corrupt} lines of metrics.jsonl are corrupt.")
     if infinite:
-      names = ", ".join(sorted(infinite))
+      names = ", ".join(infinite)
       notes.append(f"Values that are not finite are left out: {names}.")
     return notes
 
@@ -193,10 +156,6 @@ class Run:
     return files.read_json(file, _ADVICE) if file.exists() else {}
 
 
-def _is_number(x) -> bool:
-  return isinstance(x, (int, float))
-
-
 def find_main(results) -> str | None:
   """Returns the name of what a run with these results is compared by."""
   return next((name for name in MAIN_METRICS if name in results), None)
@@ -204,7 +163,7 @@ def find_main(results) -> str | None:
 
 def order(metric: str, value: float) -> float:
   """Returns a key by which results sort, the best first."""
-  return value if metric == "loss" else -value
+  return value if metric.rpartition("/")[2] == "loss" else -value
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -219,22 +178,16 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     root = checkpoint.absolute(folder)
     if not root.is_dir():
       raise UserError(f"{folder}: there is no such folder")
-    inside = {
-      os.path.realpath(path): (path, written)
-      for path in _walk(root, set())
-      if _is_of_a_run(written := _read_config(path))
-    }
+    inside = [path for path in _walk(root, set()) if _has_run(path)]
     if not inside:
       raise UserError(
         f"{folder} has no run in it or below it; a run is a folder with "
         "config.json and metrics.jsonl, which `vit-jax train` writes"
       )
-    found |= {key: run for key, run in inside.items() if key not in found}
-  names = _name_runs([str(path) for path, _ in found.values()])
-  runs = [
-    _read(path, name, written)
-    for (path, written), name in zip(found.values(), names, strict=True)
-  ]
+    for path in inside:
+      found.setdefault(os.path.realpath(path), path)
+  names = name_paths([str(path) for path in found.values()])
+  runs = [*map(_read, found.values(), names)]
   for run in runs:
     if run.num_corrupt:
       file = run.path / "metrics.jsonl"
@@ -249,30 +202,29 @@ def read_run(folder) -> Run | None:
     UserError: a config.json that cannot be read.
   """
   path = checkpoint.absolute(folder)
-  if not (path / "config.json").exists():
-    return None
-  return _read(path, path.name, _read_config(path))
+  return _read(path, path.name) if (path / "config.json").exists() else None
 
 
 def _read_config(path):
   return files.read_json(path / "config.json", _ADVICE)
 
 
-def _is_of_a_run(written) -> bool:
-  config = written.get("config")
-  return (
-    "total_steps" in written
-    and isinstance(config, dict)
-    and configuration.flatten(config).keys() >= _NEEDED
-  )
+def _has_run(path) -> bool:
+  written = _read_config(path)  # a converted checkpoint has one as well
+  return "total_steps" in written and "train" in written.get("config", ())
 
 
-def _read(path, name, written) -> Run:
+def _read(path, name) -> Run:
   lines, corrupt = files.read_json_lines(path / "metrics.jsonl")
-  good = [values for values in lines if isinstance(values.get("step"), int)]
+  good = [
+    values
+    for values in lines
+    if isinstance(values.get("step"), int)
+    and all(isinstance(x, int | float) for x in values.values())
+  ]
   good.sort(key=lambda values: values["step"])
   num_corrupt = len(corrupt) + len(lines) - len(good)
-  return Run(path, name, written, good, num_corrupt)
+  return Run(path, name, _read_config(path), good, num_corrupt)
 
 
 def _walk(folder, seen) -> Iterator:
@@ -285,23 +237,21 @@ def _walk(folder, seen) -> Iterator:
   if real in seen:
     return
   seen.add(real)
-  names = {path.name: path for path in folder.iterdir()}
-  is_run = "config.json" in names
+  is_run = (folder / "config.json").exists()
   if is_run:
     yield folder
-  for name in sorted(names, key=lambda n: (os.path.islink(names[n]), n)):
-    if names[name].is_dir() and not (is_run and name in _OF_A_RUN):
-      yield from _walk(names[name], seen)
+  for path in sorted(folder.iterdir(), key=lambda p: (os.path.islink(p), p)):
+    if path.is_dir() and not (is_run and path.name in _OF_A_RUN):
+      yield from _walk(path, seen)
 
 
-def _name_runs(paths: Sequence[str]) -> list[str]:
-  """Returns a name for each path: what follows the folders of all."""
-  if len(paths) < 2:
-    return [path.rstrip("/").split("/")[-1] for path in paths]
-  common = os.path.commonpath(paths) if "://" not in "".join(paths) else ""
-  names = [os.path.relpath(p, common) if common else p for p in paths]
-  names = [common.split("/")[-1] if n == "." else n for n in names]
-  return names if len({*names}) == len(names) else [*paths]
+def name_paths(paths: Sequence[str]) -> list[str]:
+  """Returns a short name for each path: its end, from where they differ."""
+  parts = [path.rstrip("/").split("/") for path in paths]
+  folders = zip(*(words[:-1] for words in parts), strict=False)
+  shared = itertools.takewhile(lambda names: len({*names}) == 1, folders)
+  start = len(list(shared))
+  return ["/".join(words[start:]) for words in parts]
 
 
 def find_origin(run: Run, runs: list[Run]) -> Run | None:

@@ -36,15 +36,16 @@ def test_a_run_in_progress_is_read_as_far_as_it_is(tmp_path):
     {"step": 10, "eval/accuracy": 0.5, "eval/examples": 5},
     {"step": 20, "train/loss": 0.4},
     {"train/loss": 0.3},
+    {"step": 20, "train/loss": "0.3"},
   ]
   path = _write(tmp_path / "run", lines, unfinished='{"step": 40, "train/l')
   (run,) = runs.find_runs([str(path)])
   assert (run.step, run.total_steps, run.finished) == (20, 40, False)
   assert run.series["train/loss"] == [(20, 0.4)]
-  assert run.evaluations == {10: {"accuracy": 0.5, "examples": 5}}
+  assert run.series["eval/accuracy"] == [(10, 0.5)]
   assert run.results == {}
   assert run.notes == [
-    "1 lines of metrics.jsonl are corrupt.",
+    "2 lines of metrics.jsonl are corrupt.",
     "Values that are not finite are left out: train/loss.",
   ]
   (path / "metrics.jsonl").unlink()
@@ -75,5 +76,5 @@ def test_a_run_is_complete_once_all_is_evaluated(tmp_path):
   assert run.find_result("loss") == ("loss", 1.5)
   with pytest.raises(UserError, match=r"from accuracy, loss, small/5shot$"):
     run.find_result("f1")
-  assert runs.order("loss", 0.1) < runs.order("loss", 0.2)
+  assert runs.order("small/loss", 0.1) < runs.order("small/loss", 0.2)
   assert runs.order("accuracy", 0.2) < runs.order("accuracy", 0.1)

@@ -4,13 +4,10 @@ import collections
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.evaluation.sums import fetch, make_sums
 from vit_jax.training import steps
-from vit_jax.training.losses import multi_hot
 
 
 class Mistake(NamedTuple):
@@ -37,17 +34,18 @@ class Tally(NamedTuple):
   """Counts over a test set.
 
   Attributes:
-    examples: all there are.
-    labelled: those with a label; only they count below.
-    pairs: {(label, given): images}; of a multi-label set the label is the given
-      class itself where that is among the labels, -1 where it is not.
+    pairs: {(label, given): images} of those with a label; of a multi-label set
+      the label is the given class itself where that is among the labels, -1
+      where it is not.
     mistakes: the most confident ones, the worst first.
   """
 
-  examples: int
-  labelled: int
   pairs: collections.Counter[tuple[int, int]]
   mistakes: list[Mistake]
+
+  @property
+  def labelled(self) -> int:
+    return self.pairs.total()
 
   @property
   def correct(self) -> int:
@@ -71,52 +69,32 @@ def make_tally(
     UserError: see `make_sums`.
   """
   model, multilabel = where["model"], where["source"].multilabel
-  count = min(mistakes, where["batch_size"])
 
   def evaluate(params, batch):
     logits = model.apply(params, steps.normalize(batch["image"]))
-    return _count(logits, batch, to_probabilities, count)
+    return {**batch, "probabilities": to_probabilities(logits)}
 
   batches = make_sums(evaluate, **where)
   return lambda params: _add_up(batches(params), multilabel, mistakes)
 
 
-def _count(logits, batch, to_probabilities, count):
-  """Returns what is to be known of a batch, and its `count` worst mistakes."""
-  labels = batch["labels"]
-  targets = multi_hot(labels, logits.shape[-1])
-  top = jnp.argmax(logits, -1)
-  labelled = batch["mask"] & (targets.sum(-1) > 0)
-  correct = jnp.take_along_axis(targets, top[:, None], 1)[:, 0] > 0
-  probabilities = to_probabilities(logits)
-  confidence = jnp.take_along_axis(probabilities, top[:, None], 1)[:, 0]
-  of_labels = jnp.max(jnp.where(targets > 0, probabilities, 0), -1)
-  wrong = jnp.where(labelled & ~correct, confidence, -1)
-  _, worst = jax.lax.top_k(wrong, count)
-  each = (wrong, batch["index"], labels, top, of_labels, batch["image"])
-  return {
-    "mask": batch["mask"],
-    "labelled": labelled,
-    "label": labels[:, 0],
-    "top": top,
-    "correct": correct,
-    "worst": [x[worst] for x in each],
-  }
-
-
 def _add_up(batches: Iterable[dict], multilabel: bool, count: int) -> Tally:
-  examples = labelled = 0
   pairs = collections.Counter()
   kept: list[Mistake] = []
   for batch in fetch(batches):
-    examples += int(batch["mask"].sum())
-    mine = batch["labelled"]
-    labelled += int(mine.sum())
-    top, correct = batch["top"][mine], batch["correct"][mine]
-    label = np.where(correct, top, -1) if multilabel else batch["label"][mine]
-    pairs.update(zip(label.tolist(), top.tolist(), strict=True))
-    worst = map(Mistake._make, zip(*batch["worst"], strict=True))
-    kept += [mistake for mistake in worst if mistake.probability >= 0]
+    labelled = batch["mask"] & (batch["labels"] >= 0).any(-1)
+    tops = batch["probabilities"].argmax(-1)
+    for i in np.flatnonzero(labelled):
+      labels = [x for x in batch["labels"][i].tolist() if x >= 0]
+      row, top = batch["probabilities"][i], int(tops[i])
+      is_right = top in labels
+      label = (top if is_right else -1) if multilabel else labels[0]
+      pairs[label, top] += 1
+      if not is_right:
+        place = int(batch["index"][i])
+        others = top, float(row[labels].max()), batch["image"][i]
+        kept.append(Mistake(float(row[top]), place, labels, *others))
     kept = sorted(kept, key=lambda m: (-m.probability, m.index))[:count]
-  mistakes = [m._replace(labels=[x for x in m.labels if x >= 0]) for m in kept]
-  return Tally(examples, labelled, pairs, mistakes)
+    # A row of a batch would keep all of it.
+    kept = [m._replace(pixels=m.pixels.copy()) for m in kept]
+  return Tally(pairs, kept)

@@ -3,7 +3,7 @@
 import base64
 import io
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,41 +25,20 @@ log = logging.getLogger(__name__)
 _PICTURE = 192
 
 
-class Shown(NamedTuple):
-  """How the page shows a mistake.
-
-  Attributes:
-    name: of the image: a file's, or its place in the data set.
-    labels: the names of its classes.
-    picture: as the model got it, as a data URI.
-    attention: the same, darkened by attention; None for a ResNet.
-  """
-
-  name: str
-  labels: str
-  picture: str
-  attention: str | None
-
-
 class Details(NamedTuple):
   """One pass over a test set.
 
   Attributes:
     checkpoint: the folder of the weights, such as "checkpoints/240".
-    dataset, split: what was evaluated.
-    class_names: a name for each class.
-    multilabel: whether an image may have several labels.
+    source: the test set, a `data.Source`.
     tally: the counts.
-    shown: how `tally.mistakes` look.
+    shown: how the page shows each of `tally.mistakes`, see `_show`.
   """
 
   checkpoint: str
-  dataset: str
-  split: str
-  class_names: list[str]
-  multilabel: bool
+  source: Any
   tally: by_class.Tally
-  shown: list[Shown]
+  shown: list[dict[str, str | None]]
 
 
 def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
@@ -81,18 +60,18 @@ def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
   try:
     return _evaluate(run, data_dir, mistakes)
   except Exception as e:  # the other runs and the curves are still of use
-    ours = isinstance(e, UserError)
-    log.warning("%s: %s", run.name, e, exc_info=not ours)
-    hint = "; --data_dir says where data are" if ours and not data_dir else ""
-    return f"The test set could not be evaluated: {one_line(e)}{hint}"
+    log.warning("%s: %s", run.name, e, exc_info=not isinstance(e, UserError))
+    return f"The test set could not be evaluated: {one_line(e)}"
 
 
 def _evaluate(run, data_dir, mistakes):
   config = run.config
-  dataset = configuration.find_test_set(config)
-  split = config["eval.split"]
-  test = data.get_source(dataset, split, data_dir or config["data_dir"])
   weights = pretrained.read(str(run.path))
+  test = data.get_source(
+    configuration.find_test_set(config),
+    config["eval.split"],
+    data_dir or config["data_dir"],
+  )
   test = match_classes(weights, test)
   model = pretrained.assemble(weights)
   mesh = sharding.make_mesh()
@@ -108,27 +87,33 @@ def _evaluate(run, data_dir, mistakes):
   )(sharding.replicate(mesh, jax.tree.map(np.asarray, model.params)))
   look = attention_maps.make_look(model) if model.model.num_layers else None
   return Details(
-    checkpoint="/".join(weights.source.split("/")[-2:]),
-    dataset=dataset,
-    split=split,
-    class_names=test.class_names,
-    multilabel=test.multilabel,
-    tally=tally,
-    shown=[_show(look, test, mistake) for mistake in tally.mistakes],
+    "/".join(weights.source.split("/")[-2:]),
+    test,
+    tally,
+    [_show(look, test, mistake) for mistake in tally.mistakes],
   )
 
 
 def _show(look, test, mistake):
-  """Returns a mistake's pictures, with attention if the model has any."""
+  """Returns how the page shows a mistake.
+
+  Returns:
+    {"name": of the file, or its place in the data set, "labels": names,
+    "picture": as the model got it, a data URI, "attention": the same, darkened;
+    None for a ResNet}.
+  """
   attention = None
   if look:  # one by one: the attention of a large model is gigabytes
     (seen,) = np.asarray(look(normalize(mistake.pixels[None])).maps)
     attention = encode(attention_maps.overlay(mistake.pixels, seen))
   labels = [test.class_names[label] for label in mistake.labels]
   more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
-  name = test.describe(int(mistake.index))
-  text = ", ".join(labels[:3]) + more
-  return Shown(name, text, encode(mistake.pixels), attention)
+  return {
+    "name": test.describe(mistake.index),
+    "labels": ", ".join(labels[:3]) + more,
+    "picture": encode(mistake.pixels),
+    "attention": attention,
+  }
 
 
 def encode(pixels: np.ndarray) -> str:

@@ -3,7 +3,6 @@
 import collections
 import datetime
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,20 +118,18 @@ def _find_task(run):
 
 def _describe_result(run):
   """Returns the last evaluations as text."""
-  told = []
-  if run.evaluations:
-    step, results = list(run.evaluations.items())[-1]
-    told = [
-      f"{name} {_show_metric(name, x)}"
-      for name, x in results.items()
-      if math.isfinite(x) and name not in COUNTS
-    ]
-    # What runs are compared by stands first.
-    told.sort(key=lambda text: text.startswith(("loss", "trivial")))
-    told.append(f"at step {step:,}")
-  for name, [*_, (step, x)] in run.other_series.items():
-    told.append(f"{name} {_show_metric(name, x)} at step {step:,}")
-  return ", ".join(told) or "not evaluated yet"
+  told = collections.defaultdict(list)
+  for name, [*_, (step, x)] in run.series.items():
+    evaluation, _, metric = name.partition("/")
+    if evaluation not in ("train", "speed") and metric not in COUNTS:
+      text = f"{name.removeprefix('eval/')} {_show_metric(name, x)}"
+      told[f"at step {step:,}"].append(text)
+  for texts in told.values():  # what runs are compared by stands first
+    texts.sort(key=lambda text: text.startswith(("loss", "trivial")))
+  return (
+    "; ".join(f"{', '.join(texts)} {step}" for step, texts in told.items())
+    or "not evaluated yet"
+  )
 
 
 def _describe_cost(run):
@@ -144,7 +141,8 @@ def _describe_cost(run):
   if not seconds:
     return f"{images:,}", "unknown", "unknown", cost
   speed = _show_metric(_SPEED, images / seconds)
-  return f"{images:,}", speed, show_time(seconds), cost
+  time = str(datetime.timedelta(seconds=round(seconds)))
+  return f"{images:,}", speed, time, cost
 
 
 def measure_time(run: Run) -> float:
@@ -158,14 +156,6 @@ def measure_time(run: Run) -> float:
     seconds += (step - before) * run.config["batch_size"] / max(speed, 1e-9)
     before = step
   return seconds
-
-
-def show_time(seconds: float) -> str:
-  """Returns a time, two or three digits of it."""
-  for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-    if seconds >= 2 * length:
-      return f"{seconds / length:,.1f} {unit}"
-  return f"{seconds:.0f} seconds"
 
 
 # --- curves and configurations ---
@@ -233,24 +223,24 @@ def _make_test(run, found):
   if len(rows) > _FEW_CLASSES:
     # Of equally bad classes those with more images say more.
     rows.sort(key=lambda row: (row[1] / row[2], -row[2]))
-  names, tally = found.class_names, found.tally
+  names, tally = found.source.class_names, found.tally
   mixed = [
     (names[label], names[given], n)
     for (label, given), n in tally.pairs.most_common()
-    if label != given and not found.multilabel
+    if label != given and not found.source.multilabel
   ]
-  metric = "prec@1" if found.multilabel else "accuracy"
+  metric = "prec@1" if found.source.multilabel else "accuracy"
   step = int(found.checkpoint.split("/")[-1])
   return {
     "run": run,
     "why_not": None,
     "details": found,
     "rows": rows,
-    "matrix": len(names) <= _FEW_CLASSES and not found.multilabel,
+    "matrix": len(names) <= _FEW_CLASSES and not found.source.multilabel,
     "mixed": mixed[:_FEW_CLASSES],
     "metric": metric,
     "share": tally.correct / max(tally.labelled, 1),
-    "measured": run.evaluations.get(step, {}).get(metric),
+    "measured": dict(run.series.get(f"eval/{metric}", ())).get(step),
   }
 
 
@@ -259,14 +249,14 @@ def _count_classes(found):
 
   Of a multi-label test set: of each predicted class, without the last.
   """
-  side = 1 if found.multilabel else 0
+  side = 1 if found.source.multilabel else 0
   pairs, images, worst = found.tally.pairs, collections.Counter(), {}
   for (label, given), n in sorted(pairs.items(), key=lambda item: item[1]):
     images[(label, given)[side]] += n
     if label != given:
-      worst[label] = f"{found.class_names[given]} ({n:,})"
+      worst[label] = f"{found.source.class_names[given]} ({n:,})"
   return [
     (name, pairs[label, label], images[label], worst.get(label, "\u2013"))
-    for label, name in enumerate(found.class_names)
+    for label, name in enumerate(found.source.class_names)
     if images[label]
   ]
