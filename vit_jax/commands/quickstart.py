@@ -16,20 +16,15 @@ def run(args):
   from vit_jax.tools import quickstart
 
   folder = Path(args.workdir)
-  report = quickstart.read_report(folder)
-  if report:
-    print(quickstart.make_table(report))
-    print(
-      f"This is from an earlier run: {folder} is done. "
-      f"To run it again: rm -r {folder}, then the same command"
-    )
-    return
+  is_old = (folder / quickstart.REPORT).exists()
   report = quickstart.quickstart(folder)
   if report is None:
     print("Interrupted; run it again to resume.")
     return
   print(quickstart.make_table(report))
+  quoted = shlex.quote(str(folder))
+  if is_old:
+    print(f"This is from an earlier run; to run it again: rm -r {quoted}")
   print(f"Written to {folder / quickstart.REPORT}.")
   print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
-  quoted = shlex.quote(str(folder))
   print(f"A page on the runs: vit-jax report {quoted} --out=report.html")

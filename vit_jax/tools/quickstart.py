@@ -8,17 +8,14 @@ import logging
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from vit_jax import config, data, files, models, sharding
-from vit_jax.evaluation.evaluators import make_evaluate
+from vit_jax import config, data, files
 from vit_jax.evaluation.predict import predict
 from vit_jax.tools.figures import make_figures
 from vit_jax.tools.text import format_columns
 from vit_jax.train import train
 from vit_jax.training import losses
-from vit_jax.training.objectives import Classification
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +25,17 @@ NUM_PREDICTIONS = 8  # held-out images that are classified at the end
 PRIOR_EXAMPLES = 4000
 
 
-def read_report(folder: Path) -> dict | None:
-  """Returns the report of a quickstart that has finished."""
-  report = folder / REPORT
-  return files.read_json(report) if report.exists() else None
-
-
 def quickstart(folder: Path) -> dict | None:
   """Runs all of it in `folder`; writes its report and pictures there.
 
-  Interrupted, it continues where it stopped.
+  Interrupted, it continues where it stopped; done, it reads its report.
 
   Returns:
     The report, None if it was interrupted.
   """
+  report = folder / REPORT
+  if report.exists():
+    return files.read_json(report)
   begin = time.monotonic()
   data_dir = str(folder / "data")
   for name in ("jft_like", "digits"):
@@ -53,8 +47,7 @@ def quickstart(folder: Path) -> dict | None:
   pretrained = train(pretrain, folder / "pretrain")
 
   say("Fine-tuning on digits, at twice the resolution")
-  warm = {"init_from": str(folder / "pretrain")}
-  finetune = load("finetune", data_dir, warm)
+  finetune = load("finetune", data_dir, init_from=str(folder / "pretrain"))
   finetuned = train(finetune, folder / "finetune")
 
   say("The same from scratch")
@@ -74,9 +67,12 @@ def quickstart(folder: Path) -> dict | None:
     ],
   }
   say("Where the model looks")
-  draw_figures(folder / "figures", str(folder / "finetune"), images)
+  figures, source = folder / "figures", str(folder / "finetune")
+  if not figures.exists():  # as after an interruption
+    with files.atomic_folder(figures) as partial:
+      make_figures(str(partial), checkpoints=[source], images=images)
   result["seconds"] = round(time.monotonic() - begin, 1)
-  files.write_json(folder / REPORT, result)
+  files.write_json(report, result)
   return result
 
 
@@ -84,21 +80,21 @@ def say(text: str) -> None:
   log.info("\n== %s", text)
 
 
-def load(name, data_dir, overrides=None):
+def load(name, data_dir, **overrides):
   """Loads one of the two configurations."""
-  overrides = {"data_dir": data_dir, **(overrides or {})}
-  return config.load(f"configs/quickstart_{name}.py", overrides)
+  given = {"data_dir": data_dir, **overrides}
+  return config.load(f"configs/quickstart_{name}.py", given)
 
 
 def summarize_pretraining(c, results):
   """Returns the report's numbers, beside those of a constant guess."""
-  run_steps = config.count_steps(c, open_train(c).num_examples)
+  steps = count_steps(c)
   baseline = evaluate_constant(c)
   return {
     "dataset": c.train.dataset,
     "resolution": c.image_size,
-    "images": run_steps * c.batch_size,
-    "steps": run_steps,
+    "images": steps * c.batch_size,
+    "steps": steps,
     "metric_name": "prec@1",
     "metric": results["prec@1"],
     "baseline": baseline["prec@1"],
@@ -111,65 +107,59 @@ def summarize_pretraining(c, results):
 
 def summarize_finetuning(c, finetuned, scratch):
   """Returns the report's numbers of both fine-tunings."""
-  train_examples = open_train(c).num_examples
   return {
     "dataset": c.train.dataset,
     "resolution": c.image_size,
-    "steps": config.count_steps(c, train_examples),
+    "steps": count_steps(c),
     "accuracy": finetuned["accuracy"],
     "from_scratch_accuracy": scratch["accuracy"],
-    "train_examples": train_examples,
+    "train_examples": open_set(c, c.train.split).num_examples,
     "test_examples": finetuned["examples"],
   }
 
 
-def open_train(c):
-  """Opens the configuration's training set."""
-  return data.get_source(c.train.dataset, c.train.split, c.data_dir)
+def open_set(c, split):
+  """Opens a part of the configuration's data set."""
+  return data.get_source(c.train.dataset, split, c.data_dir)
+
+
+def count_steps(c):
+  """Returns the steps of a run."""
+  return config.count_steps(c, open_set(c, c.train.split).num_examples)
 
 
 def evaluate_constant(c) -> dict[str, float]:
   """Evaluates the trivial model that gives every image the class frequencies.
 
-  It goes through the same evaluator as the real one.
+  The metrics are those of `evaluation.classification`.
   """
-  source = data.get_source(
-    c.train.dataset, f"train[:{PRIOR_EXAMPLES}]", c.data_dir
-  )
-  counts = np.zeros(source.num_classes)
-  for record in source.read(np.arange(source.num_examples)):
-    np.add.at(counts, source.parse_labels(record).numpy(), 1)
-  frequency = (counts + 0.5) / (source.num_examples + 1)
-  logits = np.log(frequency / (1 - frequency)).astype(np.float32)
+  some = read_targets(open_set(c, f"train[:{PRIOR_EXAMPLES}]"))
+  targets = read_targets(open_set(c, c.eval.split))
+  frequency = (some.sum(0) + 0.5) / (len(some) + 1)
+  logits = np.log(frequency / (1 - frequency))
+  loss = losses.get_loss(**c.loss)(np.tile(logits, (len(targets), 1)), targets)
+  above = frequency >= frequency[:, None]
+  precision = targets @ above.T / above.sum(1)
+  lrap = (precision * targets).sum(1) / targets.sum(1)
+  return {
+    "prec@1": float(targets[:, frequency.argmax()].mean()),
+    "lrap": float(lrap.mean()),
+    "loss": float(loss.mean()),
+  }
 
-  size = (c.image_size, c.image_size)
-  constant = models.Model(
-    init=lambda key: jnp.asarray(logits),
-    apply=lambda params, x, **_: jnp.tile(params, (x.shape[0], 1)),
-    image_size=size,
-    grid=(1, 1),
-    num_layers=0,
-  )
-  mesh = sharding.make_mesh()
-  test = data.get_source(c.train.dataset, c.eval.split, c.data_dir)
-  objective = Classification(
-    model=constant,
-    class_names=test.class_names,
-    loss_fn=losses.get_loss(**c.loss),
-  )
-  evaluate = make_evaluate(
-    objective,
-    test,
-    mesh=mesh,
-    batch_size=c.batch_size,
-    preprocess=c.eval.preprocess,
-  )
-  return dict(evaluate(sharding.replicate(mesh, logits)))
+
+def read_targets(source) -> np.ndarray:
+  """Returns the labels of all examples as 0 and 1, f64[n k]."""
+  targets = np.zeros((source.num_examples, source.num_classes))
+  records = source.read(np.arange(source.num_examples))
+  for row, record in zip(targets, records, strict=True):
+    row[source.parse_labels(record).numpy()] = 1
+  return targets
 
 
 def write_test_images(folder, c):
   """Writes some of the test images as files; returns paths and class names."""
-  source = data.get_source(c.train.dataset, c.eval.split, c.data_dir)
+  source = open_set(c, c.eval.split)
   folder.mkdir(parents=True, exist_ok=True)
   paths, names = [], []
   for i, record in enumerate(source.read(np.arange(NUM_PREDICTIONS))):
@@ -181,25 +171,13 @@ def write_test_images(folder, c):
   return paths, names
 
 
-def draw_figures(folder, source, images):
-  """Draws the figures of a checkpoint; `folder` has all of them or none."""
-  if folder.exists():
-    return  # from a run that was interrupted after it
-  with files.atomic_folder(folder) as partial:
-    make_figures(str(partial), checkpoints=[source], images=images)
-
-
 def make_table(result: dict) -> str:
   """Returns the result as lines for people."""
   pre, fine = result["pretrain"], result["finetune"]
   rows = [
     ("", "model", "trivial guess"),
     ("precision@1", f"{pre['metric']:.3f}", f"{pre['baseline']:.3f}"),
-    (
-      "ranking precision",
-      f"{pre['lrap']:.3f}",
-      f"{pre['baseline_lrap']:.3f}",
-    ),
+    ("ranking precision", f"{pre['lrap']:.3f}", f"{pre['baseline_lrap']:.3f}"),
     ("loss", f"{pre['loss']:.2f}", f"{pre['baseline_loss']:.2f}"),
   ]
   lines = [
