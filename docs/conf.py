@@ -52,7 +52,7 @@ def setup(app):
 
 def _complete(app, name, source):
   """Lists the published weights; links files that are not pages to GitHub."""
-  rows = (f"| `{n}` | `{found.address}` |" for n, found in PUBLISHED.items())
+  rows = (f"| `{n}` | `{address}` |" for n, address in PUBLISHED.items())
   table = "\n".join(["| name | file |", "|---|---|", *rows])
   text = source[0].replace("<!-- published names -->", table)
   source[0] = text.replace("](../", f"]({_GITHUB}/")

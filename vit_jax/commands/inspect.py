@@ -30,8 +30,9 @@ def _list_published():
   from vit_jax.pretrained import embedded
   from vit_jax.pretrained.names import PUBLISHED
 
-  places = {name: found.address for name, found in PUBLISHED.items()}
-  places |= dict.fromkeys(embedded.MODELS, "in the package: no download")
+  places = PUBLISHED | dict.fromkeys(
+    embedded.MODELS, "in the package: no download"
+  )
   width = max(map(len, places))
   return "\n".join(
     f"{name:{width}}  {place}" for name, place in sorted(places.items())

@@ -63,13 +63,11 @@ def locate(source: str | os.PathLike[str]) -> Source:
   if os.path.exists(source):
     return Source(source)
   address, part, digest = _split(source)
-  address = os.fspath(embedded.MODELS.get(address, address))
+  known = PUBLISHED | embedded.MODELS
+  address = os.fspath(known.get(address, address))
   if os.path.exists(address):
     _check_digest(address, digest)
     return Source(address, part)
-  if address in PUBLISHED:
-    address, known = PUBLISHED[address]
-    digest = digest or known
   if address.startswith(("https://", "http://", "gs://")):
     if address.partition("?")[0].endswith(_SUFFIXES):
       return Source(str(_fetch(address, digest)), part)
@@ -80,7 +78,6 @@ def locate(source: str | os.PathLike[str]) -> Source:
       " of the file itself"
     )
   missing = f"no checkpoint at {_shown(address)}: it is not here, and not a "
-  known = [*PUBLISHED, *embedded.MODELS]
   missing += f"published name or web address{suggest(address, known)}"
   repo = hub.parse(address)
   if not repo:
@@ -186,9 +183,9 @@ def _shown(url: str) -> str:
   return url.partition("?")[0]
 
 
-def _cached_path(url: str, root=None) -> pathlib.Path:
+def _cached_path(url: str) -> pathlib.Path:
   """Returns where `url` is kept: files of one folder stay together."""
-  root = root or os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax"
+  root = os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax"
   split = urllib.parse.urlsplit(url)
   folder, _, name = split.path.rpartition("/")
   # The hash keeps apart what differs; the words are for who looks inside.

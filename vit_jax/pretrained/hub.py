@@ -87,23 +87,13 @@ def upload(folder: pathlib.Path, repo: Repo, to: str, weights: Weights) -> str:
 
 
 def _make_card(name, to, weights) -> str:
-  """Returns a README.md without a licence, which is the author's to choose."""
-  kind = "ForImageClassification" if weights.num_classes else ""
-  library, code = {
-    "hf": (
-      "transformers",
-      f"from transformers import AutoModel{kind}\n"
-      f'model = AutoModel{kind}.from_pretrained("{name}")',
-    ),
-    "timm": (
-      "timm",
-      "import timm\n"
-      f'model = timm.create_model("hf-hub:{name}", pretrained=True)',
-    ),
-  }[to]
+  """Returns a README.md without a licence, which is the author's to choose.
+
+  The hub shows the code of the library beside it.
+  """
   height, width = weights.image_size
   return f"""---
-library_name: {library}
+library_name: {"transformers" if to == "hf" else "timm"}
 tags:
 - image-classification
 - vision-transformer
@@ -119,10 +109,6 @@ tags:
 ```python
 import vit_jax
 model = vit_jax.load("{name}")  # takes f32[b h w 3] in [-1, 1]
-```
-
-```python
-{code}
 ```
 """
 

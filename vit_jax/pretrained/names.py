@@ -12,16 +12,7 @@ The addresses come from, and have only been copied from:
 None of these publishes digests.
 """
 
-from typing import NamedTuple
-
 _VIT = "gs://vit_models"
-
-
-class Published(NamedTuple):
-  """A checkpoint's address, and the SHA-256 of its bytes where it is known."""
-
-  address: str
-  sha256: str | None = None
 
 
 def _list_plain() -> dict[str, str]:
@@ -45,16 +36,21 @@ def _list_plain() -> dict[str, str]:
   }
 
 
-def _augreg(model, augmentation, decay, drop="0.0", lr=None, size=None) -> str:
-  """Returns an AugReg address; with `lr` and `size`, the fine-tuned one."""
-  # Dropout and stochastic depth were only ever used together.
-  address = (
-    f"{_VIT}/augreg/{model}-i21k-300ep-lr_0.001-aug_{augmentation}"
-    f"-wd_{decay}-do_{drop}-sd_{drop}"
-  )
-  if size:
-    address += f"--imagenet2012-steps_20k-lr_{lr}-res_{size}"
-  return f"{address}.npz"
+# The variant; its recommended recipe and, where there is one, the learning rate
+# at 384; the recipe and the learning rate at 224. A recipe is augmentation,
+# weight decay, dropout.
+_AUGREG = """
+R+ViT-Ti_16   none    0.03 0.0 0.03  none    0.03 0.0 0.03
+R26+ViT-S_32  light1  0.1  0.0 0.01  light0  0.03 0.1 0.03
+R50+ViT-L_32  medium1 0.1  0.1 0.01  medium1 0.1  0.1 0.01
+ViT-Ti_16     none    0.03 0.0 0.03  none    0.03 0.0 0.03
+ViT-S_32      none    0.1  0.0 0.01  light1  0.03 0.0 0.03
+ViT-S_16      light1  0.03 0.0 0.03  light1  0.03 0.0 0.03
+ViT-B_32      light1  0.1  0.0 0.01  medium1 0.03 0.0 0.03
+ViT-B_16      medium1 0.1  0.0 0.03  medium1 0.1  0.0 0.01
+ViT-B_8       medium2 0.1  0.0 -     medium1 0.1  0.0 0.01
+ViT-L_16      strong1 0.1  0.0 0.01  medium1 0.1  0.1 0.01
+"""
 
 
 def _list_augreg() -> dict[str, str]:
@@ -64,51 +60,30 @@ def _list_augreg() -> dict[str, str]:
   VARIANT-augreg-imagenet2012-SIZE a fine-tuned one. At 224 the fine-tuned ones
   do not always start from the recommended recipe: they are those that timm has.
   """
-  pretrained = {
-    "R+ViT-Ti_16": ("R_Ti_16", "none", "0.03"),
-    "R26+ViT-S_32": ("R26_S_32", "light1", "0.1"),
-    "R50+ViT-L_32": ("R50_L_32", "medium1", "0.1", "0.1"),
-    "ViT-Ti_16": ("Ti_16", "none", "0.03"),
-    "ViT-S_32": ("S_32", "none", "0.1"),
-    "ViT-S_16": ("S_16", "light1", "0.03"),
-    "ViT-B_32": ("B_32", "light1", "0.1"),
-    "ViT-B_16": ("B_16", "medium1", "0.1"),
-    "ViT-B_8": ("B_8", "medium2", "0.1"),
-    "ViT-L_16": ("L_16", "strong1", "0.1"),
-  }
-  lr_at_384 = {
-    "R+ViT-Ti_16": "0.03",
-    "R26+ViT-S_32": "0.01",
-    "R50+ViT-L_32": "0.01",
-    "ViT-Ti_16": "0.03",
-    "ViT-S_32": "0.01",
-    "ViT-S_16": "0.03",
-    "ViT-B_32": "0.01",
-    "ViT-B_16": "0.03",
-    "ViT-L_16": "0.01",
-  }
-  at_224 = {
-    "R+ViT-Ti_16": ("R_Ti_16", "none", "0.03", "0.0", "0.03"),
-    "R26+ViT-S_32": ("R26_S_32", "light0", "0.03", "0.1", "0.03"),
-    "R50+ViT-L_32": ("R50_L_32", "medium1", "0.1", "0.1", "0.01"),
-    "ViT-Ti_16": ("Ti_16", "none", "0.03", "0.0", "0.03"),
-    "ViT-S_32": ("S_32", "light1", "0.03", "0.0", "0.03"),
-    "ViT-S_16": ("S_16", "light1", "0.03", "0.0", "0.03"),
-    "ViT-B_32": ("B_32", "medium1", "0.03", "0.0", "0.03"),
-    "ViT-B_16": ("B_16", "medium1", "0.1", "0.0", "0.01"),
-    "ViT-B_8": ("B_8", "medium1", "0.1", "0.0", "0.01"),
-    "ViT-L_16": ("L_16", "medium1", "0.1", "0.1", "0.01"),
-  }
   found = {}
-  for variant, recipe in pretrained.items():
+  for line in _AUGREG.split("\n")[1:-1]:
+    variant, *recipe, lr_384, augmentation, decay, drop, lr_224 = line.split()
+    file = variant.removeprefix("ViT-").replace("+ViT-", "_")
     name = f"{variant}-augreg"
-    found[name] = _augreg(*recipe)
-    tuned = _augreg(*at_224[variant], size=224)
-    found[f"{name}-imagenet2012-224"] = tuned
-    if variant in lr_at_384:
-      tuned = _augreg(*recipe, lr=lr_at_384[variant], size=384)
-      found[f"{name}-imagenet2012-384"] = tuned
+    found[name] = _augreg(file, *recipe)
+    tuned = {
+      224: (augmentation, decay, drop, lr_224),
+      384: (*recipe, lr_384),
+    }
+    for size, (*settings, lr) in tuned.items():
+      if lr != "-":
+        found[f"{name}-imagenet2012-{size}"] = _augreg(
+          file, *settings, f"--imagenet2012-steps_20k-lr_{lr}-res_{size}"
+        )
   return found
+
+
+def _augreg(file, augmentation, decay, drop, tuned="") -> str:
+  # Dropout and stochastic depth were only ever used together.
+  return (
+    f"{_VIT}/augreg/{file}-i21k-300ep-lr_0.001-aug_{augmentation}-wd_{decay}"
+    f"-do_{drop}-sd_{drop}{tuned}.npz"
+  )
 
 
 def _list_bit() -> dict[str, str]:
@@ -133,13 +108,6 @@ def _list_big_vision() -> dict[str, str]:
   return found
 
 
-PUBLISHED: dict[str, Published] = {
-  name: Published(address)
-  for names in (
-    _list_plain(),
-    _list_augreg(),
-    _list_bit(),
-    _list_big_vision(),
-  )
-  for name, address in names.items()
-}
+PUBLISHED: dict[str, str] = (
+  _list_plain() | _list_augreg() | _list_bit() | _list_big_vision()
+)

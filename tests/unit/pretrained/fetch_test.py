@@ -207,12 +207,11 @@ def test_config_comes_with_safetensors(server):
   ],
 )
 def test_published_addresses(name, address):
-  assert PUBLISHED[name].address == address
+  assert PUBLISHED[name] == address
 
 
 def test_published_names_cannot_be_mistaken():
-  for name, published in PUBLISHED.items():
-    assert "://" not in name
+  for name, address in PUBLISHED.items():
     assert ":" not in name
-    assert published.address.startswith("gs://")
-    assert published.address.endswith(".npz")
+    assert address.startswith("gs://")
+    assert address.endswith(".npz")
