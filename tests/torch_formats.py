@@ -50,11 +50,8 @@ def make_images(size=(16, 24)):
   return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
 
 
-def huggingface(params, *, prefix="vit.", modern=False):
-  """ViTForImageClassification, or with no prefix ViTModel.
-
-  `modern` has the names of transformers 5, which the files do not have yet.
-  """
+def huggingface(params, *, prefix="vit."):
+  """ViTForImageClassification, or with no prefix ViTModel."""
   out = {
     "embeddings.cls_token": params["cls"],
     "embeddings.position_embeddings": params[
@@ -65,22 +62,19 @@ def huggingface(params, *, prefix="vit.", modern=False):
   for i in range(_depth(params)):
     ours = f"Transformer/encoderblock_{i}"
     attention = f"{ours}/MultiHeadDotProductAttention_0"
-    theirs = f"layers.{i}" if modern else f"encoder.layer.{i}"
+    theirs = f"encoder.layer.{i}"
     out |= _norm(params, f"{ours}/LayerNorm_0", f"{theirs}.layernorm_before")
     out |= _norm(params, f"{ours}/LayerNorm_1", f"{theirs}.layernorm_after")
     for name in ("query", "key", "value"):
-      new = f"attention.{name[0]}_proj"
-      old = f"attention.attention.{name}"
       weight, bias = _heads(params, f"{attention}/{name}")
-      name = f"{theirs}.{new if modern else old}"
+      name = f"{theirs}.attention.attention.{name}"
       out |= {f"{name}.weight": weight, f"{name}.bias": bias}
-    for name, new, old in (
-      (f"{attention}/out", "attention.o_proj", "attention.output.dense"),
-      (f"{ours}/MlpBlock_0/Dense_0", "mlp.fc1", "intermediate.dense"),
-      (f"{ours}/MlpBlock_0/Dense_1", "mlp.fc2", "output.dense"),
-    ):
-      write = _merge if name.endswith("out") else _dense
-      out |= write(params, name, f"{theirs}.{new if modern else old}")
+    mlp = f"{ours}/MlpBlock_0"
+    out |= _merge(
+      params, f"{attention}/out", f"{theirs}.attention.output.dense"
+    )
+    out |= _dense(params, f"{mlp}/Dense_0", f"{theirs}.intermediate.dense")
+    out |= _dense(params, f"{mlp}/Dense_1", f"{theirs}.output.dense")
   out |= _norm(params, "Transformer/encoder_norm", "layernorm")
   if "pre_logits/kernel" in params:
     out |= _dense(params, "pre_logits", "pooler.dense")

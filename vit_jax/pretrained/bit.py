@@ -64,11 +64,9 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     for name, x in arrays.items()
   }
   root = f"resnet/root_block/{_CONV}"
-  root_shape = shape_of(source, arrays, root, 4)
-  bare = {"conv_root/": None}
-  bare |= {name.removeprefix("resnet/"): None for name in arrays}
-  units = describe_units(bare)
-  width = root_shape[-1] // 64
+  width = shape_of(source, arrays, root, 4)[-1] // 64
+  bare = [name.removeprefix("resnet/") for name in arrays]
+  units = describe_units(["conv_root/", *bare])
   variant = variants.name_of(None, 0, units, width)
   if variant is None:
     raise UserError(

@@ -2,13 +2,11 @@
 
 ViTForImageClassification has its encoder under "vit." and a classifier beside
 it; ViTModel is the encoder alone, with or without a "pooler", which is our
-`pre_logits`. Transformers 5 has new names in memory and still writes the old
-ones; both are read, the old ones are written. Activation, epsilon and number
-of heads stand in config.json only.
+`pre_logits`. Transformers 5 has new names in memory, and the old ones in files.
+Activation, epsilon and number of heads stand in config.json only.
 """
 
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,35 +62,26 @@ _SINGLE_LABEL = "single_label_classification"
 _MULTI_LABEL = "multi_label_classification"
 
 
-# Of a block: query, key and value, and what `block_rules` takes.
-_OLD_NAMES = (
-  *(f"attention.attention.{name}" for name in ("query", "key", "value")),
-  *("layernorm_before", "attention.output.dense", "layernorm_after"),
-  *("intermediate.dense", "output.dense"),
-)
-_NEW_NAMES = (
-  *(f"attention.{name}_proj" for name in "qkv"),
-  *("layernorm_before", "attention.o_proj", "layernorm_after"),
-  *("mlp.fc1", "mlp.fc2"),
-)
-
-
-def _make_rules(prefix: str, modern: bool) -> tuple[Rule, ...]:
+def _make_rules(prefix: str) -> tuple[Rule, ...]:
   embeddings = f"{prefix}embeddings"
-  block = rf"{prefix}{'layers' if modern else 'encoder.layer'}.\1"
-  query, key, value, *others = _NEW_NAMES if modern else _OLD_NAMES
-  return (
+  block = rf"{prefix}encoder.layer.\1"
+  names = (
+    *("layernorm_before", "attention.output.dense", "layernorm_after"),
+    *("intermediate.dense", "output.dense"),
+  )
+  rules = [
     Rule("cls", f"{embeddings}.cls_token"),
     Rule(POS_EMBEDDING, f"{embeddings}.position_embeddings"),
     *dense_rules("embedding", f"{prefix}{_PATCHES}", CONV),
-    *dense_rules(f"{ATTENTION}/query", f"{block}.{query}"),
-    *dense_rules(f"{ATTENTION}/key", f"{block}.{key}"),
-    *dense_rules(f"{ATTENTION}/value", f"{block}.{value}"),
-    *block_rules(block, others),
+    *block_rules(block, names),
     *norm_rules("Transformer/encoder_norm", f"{prefix}layernorm"),
     *dense_rules("pre_logits", f"{prefix}pooler.dense"),
     *dense_rules("head", "classifier"),
-  )
+  ]
+  for name in ("query", "key", "value"):
+    theirs = f"{block}.attention.attention.{name}"
+    rules += dense_rules(f"{ATTENTION}/{name}", theirs)
+  return tuple(rules)
 
 
 def matches(
@@ -137,9 +126,7 @@ def read(
     )
   arrays, notes = _drop_unused(arrays)
   prefix = "vit." if any(n.startswith("vit.") for n in arrays) else ""
-  modern = any(name.startswith(f"{prefix}layers.") for name in arrays)
-  blocks = rf"{re.escape(prefix)}(?:encoder\.layer|layers)\.(\d+)\."
-  num_layers = count_numbers(arrays, blocks)
+  num_layers = count_numbers(arrays, rf"{prefix}encoder\.layer\.(\d+)\.")
   said = fields.get("num_hidden_layers", 12)
   if said != num_layers:
     raise fields.error(
@@ -159,7 +146,7 @@ def read(
     notes=(*notes, *name_notes),
   )
   weights = _read_preprocessor(weights, preprocessor)
-  return translate(_make_rules(prefix, modern), weights, arrays)
+  return translate(_make_rules(prefix), weights, arrays)
 
 
 def _read_loss(fields, num_classes) -> str:
@@ -313,19 +300,15 @@ def _get_size(fields, name, value, default):
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
-  """Writes a folder that `from_pretrained` reads.
+  """Writes a folder that `from_pretrained` reads, of what passes `check`.
 
   It is a ViTForImageClassification, or without classes a ViTModel.
-
-  Raises:
-    UserError: see `check`; or there is something at `out`.
   """
-  check(weights)
   documents = {
     "config.json": _make_config(weights),
     "preprocessor_config.json": _make_preprocessor(weights),
   }
-  rules = _make_rules("vit." if weights.num_classes else "", modern=False)
+  rules = _make_rules("vit." if weights.num_classes else "")
   folders.write_folder(out, documents, translate_back(rules, weights))
 
 
@@ -384,12 +367,20 @@ def _make_config(weights):
 
 def _make_preprocessor(weights):
   """The nearest that there is: bilinear, though Pillow's averages."""
-  preparation = folders.parse_preparation(
-    weights.preprocess, weights.image_size, _NAME
-  )
-  height, width = weights.image_size
-  resized = preparation.resized or weights.image_size
-  processor = {
+  size = weights.image_size
+  preparation = folders.parse_preparation(weights.preprocess, size, _NAME)
+  height, width = preparation.resized or size
+  # The processor of ViT does not crop.
+  kind = "ViT" if preparation == folders.Preparation() else "DeiT"
+  processor: dict[str, Any] = {"size": {"height": height, "width": width}}
+  if not preparation.squash:
+    kind, processor = "CLIP", {"size": {"shortest_edge": min(height, width)}}
+  if kind != "ViT":
+    processor["do_center_crop"] = True
+    processor["crop_size"] = {"height": size[0], "width": size[1]}
+  return {
+    "image_processor_type": f"{kind}ImageProcessor",
+    **processor,
     "do_resize": True,
     "resample": 2,
     "do_rescale": True,
@@ -397,22 +388,4 @@ def _make_preprocessor(weights):
     "do_normalize": True,
     "image_mean": list(weights.mean),
     "image_std": list(weights.std),
-  }
-  whole = {"height": resized[0], "width": resized[1]}
-  if preparation == folders.Preparation():
-    return {
-      "image_processor_type": "ViTImageProcessor",
-      "size": whole,
-      **processor,
-    }
-  # The processor of ViT does not crop.
-  squash = preparation.squash
-  return {
-    "image_processor_type": (
-      "DeiTImageProcessor" if squash else "CLIPImageProcessor"
-    ),
-    "size": whole if squash else {"shortest_edge": min(resized)},
-    "do_center_crop": True,
-    "crop_size": {"height": height, "width": width},
-    **processor,
   }

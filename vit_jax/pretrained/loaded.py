@@ -214,30 +214,28 @@ def assemble(
     flat[path] = jnp.zeros(shapes[path].shape, jnp.float32)
   for note in notes:
     log.warning("%s: %s", weights.source, note)
+  preprocess = weights.preprocess
+  if model.image_size != weights.image_size:  # as much of an image
+    preprocess = rescale(preprocess, weights.image_size, model.image_size)
   config = describe(weights)._replace(
     grid=model.grid,
     image_size=model.image_size,
     num_classes=num_classes,
     class_names=weights.class_names if same_classes else None,
     resize=resize,
-    preprocess=_adapt_preprocess(weights, model.image_size),
+    preprocess=preprocess,
   )
   return Pretrained(config, unflatten(flat), model, report, tuple(notes))
-
-
-def _adapt_preprocess(weights, size):
-  """Returns the preprocessing that shows as much of an image in a size."""
-  if size == weights.image_size:
-    return weights.preprocess
-  return rescale(weights.preprocess, weights.image_size, size)
 
 
 def describe(weights: Weights) -> Config:
   """Returns what the weights are, before anything is resized or replaced."""
   sizes = variants.parse(weights.model["variant"])
-  model = weights.create_model()
-  is_resnet = sizes.encoder is None
-  options = models.DEFAULTS | weights.model
+  model, options = weights.create_model(), models.DEFAULTS | weights.model
+  if sizes.encoder is None:
+    options |= {"classifier": "gap", "pos_embedding": "none"}
+    options |= {"activation": "relu", "layer_norm_epsilon": 0.0}
+  names = ("classifier", "pos_embedding", "activation", "layer_norm_epsilon")
   pre_logits = weights.params.get("pre_logits/bias")
   return Config(
     origin=weights.origin,
@@ -246,11 +244,8 @@ def describe(weights: Weights) -> Config:
     grid=model.grid,
     image_size=model.image_size,
     num_classes=weights.num_classes,
-    classifier="gap" if is_resnet else options["classifier"],
+    **{name: options[name] for name in names},
     representation_size=pre_logits.shape[-1] if pre_logits else 0,
-    pos_embedding="none" if is_resnet else options["pos_embedding"],
-    activation="relu" if is_resnet else options["activation"],
-    layer_norm_epsilon=0.0 if is_resnet else options["layer_norm_epsilon"],
     preprocess=weights.preprocess,
     resize=weights.resize,
     loss=weights.loss,

@@ -6,7 +6,8 @@ import time
 from etils import epath
 
 from vit_jax import checkpoint, files
-from vit_jax.errors import RunStopped, UserError, check_free, one_line
+from vit_jax.data.preprocess import as_pair
+from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.pretrained.weights import Weights, width_of
 from vit_jax.state import as_lazy, unflatten
 
@@ -80,13 +81,13 @@ def read(source: str) -> Weights:
 
 
 def _as_weights(params, run, folder) -> Weights:
-  config, size = run["config"], run["config"]["image_size"]
+  config = run["config"]
   params = {path: as_lazy(x) for path, x in params.items()}
   return Weights(
     ORIGIN,
     str(folder),
     dict(config["model"]),
-    image_size=(size, size) if isinstance(size, int) else tuple(size),
+    image_size=as_pair(config["image_size"]),
     num_classes=width_of(params, "head/bias"),
     params=params,
     class_names=run["class_names"] or None,
@@ -104,9 +105,7 @@ def write(weights: Weights, out) -> None:
     UserError: there is something at `out` already.
   """
   folder = checkpoint.absolute(out)
-  if "://" not in str(folder):
-    check_free(folder)
-  elif folder.exists():
+  if folder.exists():
     raise UserError(f"{folder} exists; nothing is overwritten, choose another")
   run = {
     "config": {

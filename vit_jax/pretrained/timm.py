@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import models
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained import torch_folders as folders
@@ -21,10 +22,10 @@ from vit_jax.pretrained.torch_folders import (
   block_rules,
   dense_rules,
   norm_rules,
-  out_rules,
 )
 from vit_jax.pretrained.weights import (
   CONV,
+  LINEAR_OUT,
   NO_TOKEN,
   POS_EMBEDDING,
   Rule,
@@ -97,7 +98,7 @@ def _make_rules() -> tuple[Rule, ...]:
     *norm_rules("Transformer/encoder_norm", "norm"),
     Rule("MAPHead_0/probe", "attn_pool.latent"),
     *dense_rules(f"{pool}/query", "attn_pool.q"),
-    *out_rules(f"{pool}/out", "attn_pool.proj"),
+    *dense_rules(f"{pool}/out", "attn_pool.proj", LINEAR_OUT),
     *norm_rules("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
     *dense_rules("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
     *dense_rules("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
@@ -306,30 +307,18 @@ def _read_preparation(weights, fields):
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
 
-  Raises:
-    UserError: see `check`; or there is something at `out`.
+  Of weights that pass `check`.
   """
-  check(weights)
   rules, with_token = RULES, True
-  if weights.model.get("classifier", "token") == "token":
-    rule, with_token = _choose_rule(weights)
-    rules = (rule, *RULES)
+  if "cls" in weights.params and POS_EMBEDDING in weights.params:
+    # A first entry of zeros is left out: that is how it was read.
+    first = weights.params[POS_EMBEDDING].read()[:, :1]
+    if not first.any() and not np.signbit(first).any():
+      rules, with_token = (_WITHOUT_TOKEN, *RULES), False
   config = _make_config(weights, with_token)
   folders.write_folder(
     out, {"config.json": config}, translate_back(rules, weights)
   )
-
-
-def _choose_rule(weights):
-  """Returns the position embedding's rule, and whether the token has a place.
-
-  A first entry of zeros is left out: that is how it was read.
-  """
-  if POS_EMBEDDING in weights.params:
-    first = weights.params[POS_EMBEDDING].read()[:, :1]
-    if not first.any() and not np.signbit(first).any():
-      return _WITHOUT_TOKEN, False
-  return _WITH_TOKEN, True
 
 
 def check(weights: Weights) -> None:
@@ -348,12 +337,9 @@ def check(weights: Weights) -> None:
 def _make_config(weights, with_token):
   sizes = variants.parse(weights.model["variant"])
   assert sizes.encoder is not None
-  encoder = sizes.encoder
-  classifier = weights.model.get("classifier", "token")
-  pool = {ours: theirs for theirs, ours in _POOLING.items()}[classifier]
-  activation = weights.model.get("activation", "gelu_tanh")
-  acts = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
-  learned = weights.model.get("pos_embedding", "learned") == "learned"
+  encoder, options = sizes.encoder, models.DEFAULTS | weights.model
+  names = {ours: theirs for theirs, ours in (_POOLING | _ACTIVATIONS).items()}
+  pool = names[options["classifier"]]
   config = {
     # The arguments say everything; the name has to be one that timm knows.
     "architecture": "vit_base_patch16_224",
@@ -367,12 +353,12 @@ def _make_config(weights, with_token):
       "depth": encoder.num_layers,
       "num_heads": encoder.num_heads,
       "mlp_ratio": _find_ratio(encoder.mlp_dim, encoder.hidden_size),
-      "class_token": classifier == "token",
+      "class_token": pool == "token",
       "no_embed_class": not with_token,
       "global_pool": pool,
       "fc_norm": False,
-      "act_layer": acts[activation],
-      "pos_embed": "learn" if learned else "none",
+      "act_layer": names[options["activation"]],
+      "pos_embed": {"learned": "learn"}.get(options["pos_embedding"], "none"),
     },
     "pretrained_cfg": _make_pretrained(weights),
   }

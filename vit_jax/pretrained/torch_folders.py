@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax import files
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError, check_free
+from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.pretrained import archives
 from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule, Weights
@@ -43,11 +43,6 @@ def dense_rules(path: str, name: str, kind=LINEAR, part=None) -> list[Rule]:
   ]
 
 
-def out_rules(path: str, name: str) -> list[Rule]:
-  """The two lines of attention's output projection."""
-  return dense_rules(path, name, LINEAR_OUT)
-
-
 def block_rules(block: str, names: Iterable[str]) -> list[Rule]:
   """The lines of an encoder's blocks, but for query, key and value.
 
@@ -59,7 +54,7 @@ def block_rules(block: str, names: Iterable[str]) -> list[Rule]:
   ours, (norm, out, norm_1, dense, dense_1) = BLOCK, names
   return [
     *norm_rules(f"{ours}/LayerNorm_0", f"{block}.{norm}"),
-    *out_rules(f"{ATTENTION}/out", f"{block}.{out}"),
+    *dense_rules(f"{ATTENTION}/out", f"{block}.{out}", LINEAR_OUT),
     *norm_rules(f"{ours}/LayerNorm_1", f"{block}.{norm_1}"),
     *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.{dense}"),
     *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.{dense_1}"),
@@ -228,13 +223,7 @@ def write_folder(
   documents: Mapping[str, Any],
   arrays: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-  """Writes JSON files and weights; the folder appears when it is complete.
-
-  Raises:
-    UserError: there is something at `out` already.
-  """
-  if not out.is_dir() or any(out.iterdir()):
-    check_free(out)
+  """Writes JSON files and weights; the folder appears when it is complete."""
   with files.atomic_folder(out) as partial:
     archives.write_safetensors(partial / WEIGHTS_FILE, arrays)
     for name, document in documents.items():

@@ -52,7 +52,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   """Returns the weights of a file that `matches`.
 
   Raises:
-    UserError: missing, extra or misshapen arrays.
+    UserError: missing, extra or misshapen arrays, or an unknown hybrid.
   """
   published = any("MultiHeadDotProductAttention_1/" in name for name in arrays)
   rules = PUBLISHED_RULES if published else LINEN_RULES
@@ -69,7 +69,16 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   grid = square_grid(
     source, shape_of(source, arrays, POS_EMBEDDING, 3)[1] - token
   )
-  variant, stride = describe_variant(source, arrays, encoder)
+  patch = shape_of(source, arrays, "embedding/kernel", 4)[0]
+  units = describe_units(arrays)
+  variant = variants.name_of(encoder, patch, units)
+  if variant is None:
+    known = [f"{u}, {p}x{p}" for u, p in variants.HYBRIDS.values()]
+    raise UserError(
+      f"{source}: a hybrid with {units} units and {patch}x{patch} patches; "
+      f"known are {'; '.join(known)}"
+    )
+  stride = variants.parse(variant).stride
   model = {
     "variant": variant,
     "classifier": "token" if token else "gap",
@@ -97,40 +106,14 @@ def check(weights: Weights) -> None:
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
-  """Writes an npz file.
-
-  Raises:
-    UserError: see `check`.
-  """
-  check(weights)
+  """Writes an npz file of weights that pass `check`."""
   archives.write_npz(out, translate_back(PUBLISHED_RULES, weights))
 
 
-def describe_variant(source, arrays, encoder) -> tuple[str, int]:
-  """Returns the variant's name and the pixels along a token's side.
-
-  Raises:
-    UserError: a hybrid that is in no table.
-  """
-  patch = shape_of(source, arrays, "embedding/kernel", 4)[0]
-  units = describe_units(arrays)
-  name = variants.name_of(encoder, patch, units)
-  if name is None:
-    known = [f"{u}, {p}x{p}" for u, p in variants.HYBRIDS.values()]
-    raise UserError(
-      f"{source}: a hybrid with {units} units and {patch}x{patch} patches; "
-      f"known are {'; '.join(known)}"
-    )
-  return name, variants.parse(name).stride
-
-
-def describe_units(arrays) -> tuple[int, ...] | None:
+def describe_units(names) -> tuple[int, ...] | None:
   """Returns the units of each of a ResNet's stages, None without a ResNet."""
-  if not any("conv_root/" in name for name in arrays):
+  if not any("conv_root/" in name for name in names):
     return None
-  stages: dict[int, int] = {}
-  for name in arrays:
-    if match := re.match(r"block(\d+)/unit(\d+)/", name):
-      stage, unit = int(match[1]), int(match[2])
-      stages[stage] = max(unit, stages.get(stage, 0))
-  return tuple(stages[stage] for stage in sorted(stages))
+  matches = (re.match(r"block(\d+)/unit(\d+)/", name) for name in names)
+  units = {(int(match[1]), int(match[2])) for match in matches if match}
+  return tuple(dict(sorted(units)).values())  # the last one of each stage

@@ -88,20 +88,21 @@ def warm_start(
       resized = old_grid != new_grid
     is_new_head = path.startswith("head/") and not keep_head
     if there is None or there.shape != x.shape or is_new_head:
-      report.new.append(f"{path} {_by(x.shape)}")
+      report.new.append(f"{path} {by(x.shape)}")
       continue
     given[path] = there
     if resized:
-      report.resized.append(f"{path} {_by(old_grid)} -> {_by(new_grid)}")
+      report.resized.append(f"{path} {by(old_grid)} -> {by(new_grid)}")
     else:
       report.taken.append(path)
   for path in sorted(weights.keys() - given.keys()):
-    report.dropped.append(f"{path} {_by(weights[path].shape)}")
+    report.dropped.append(f"{path} {by(weights[path].shape)}")
   return given, report
 
 
-def _by(shape):
-  return "x".join(map(str, shape))
+def by(shape) -> str:
+  """Returns a shape as in "4x4x3x8"."""
+  return "x".join(map(str, shape)) or "a scalar"
 
 
 def is_scanned(paths) -> bool:
@@ -115,9 +116,7 @@ def match_layout(
   """Stacks or unstacks the blocks, when they are read, if that is needed."""
   if is_scanned(weights) == scan:
     return weights
-  if scan:
-    return _stack(weights)
-  return _unstack(weights)
+  return _stack(weights) if scan else _unstack(weights)
 
 
 def _stack(weights):
@@ -157,31 +156,29 @@ def _unstack(weights):
 
 def _check_architecture(target, weights, source):
   problems = []
-  for path in target.keys() | weights.keys():
+  for path in sorted(target.keys() | weights.keys()):
     if path.startswith(REPLACEABLE):
       continue
     there, here = (
-      _by(tree[path].shape) if path in tree else "absent"
+      by(tree[path].shape) if path in tree else "absent"
       for tree in (weights, target)
     )
     may_resize = _POSITIONS.fullmatch(path) and "absent" not in (there, here)
     if there != here and not may_resize:
       problems.append(f"{path} is {there} there and {here} here")
   if problems:
-    problems.sort()
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    advice = "set config.model as in that run"
+    # One vector for each distance in the sequence of tokens: at another width
+    # of the grid the same distance is another direction.
+    if any("relative_embedding" in problem for problem in problems):
+      advice = (
+        "relative position embeddings cannot be resized; keep the image size"
+      )
     raise UserError(
       f"{source} holds another architecture: {'; '.join(problems[:3])}{more}; "
-      f"{_ADVICE[any('relative_embedding' in p for p in problems)]}"
+      f"{advice}"
     )
-
-
-_ADVICE = {
-  False: "set config.model as in that run",
-  # One vector for each distance in the sequence of tokens: at another width of
-  # the grid the same distance is another direction.
-  True: "relative position embeddings cannot be resized; keep the image size",
-}
 
 
 def _fit_positions(path, x, shape, old_grid, new_grid, resize):

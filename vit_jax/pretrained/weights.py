@@ -20,6 +20,7 @@ from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
 from vit_jax.pretrained.warmstart import POS_EMBEDDING as POS_EMBEDDING
+from vit_jax.pretrained.warmstart import by
 from vit_jax.state import LazyArray, flatten
 
 
@@ -100,38 +101,35 @@ class Weights(NamedTuple):
 
 
 class Kind(NamedTuple):
-  """A rearrangement: of theirs to our shape, and of ours to theirs."""
+  """A rearrangement: of ours to their shape, and of theirs to ours."""
 
-  read: Callable[[Any, tuple[int, ...]], Any]
   write: Callable[[Any], Any]
+  read: Callable[[Any, tuple[int, ...]], Any] = lambda x, shape: x.reshape(
+    shape
+  )
 
 
 # Ours is f32[in ...out] where PyTorch has [out in], and HWIO where it has OIHW.
-SAME = Kind(lambda x, shape: x.reshape(shape), lambda x: x)
+SAME = Kind(lambda x: x)
+FLAT = Kind(lambda x: x.reshape(-1))
 LINEAR = Kind(
-  lambda x, shape: x.T.reshape(shape),
-  lambda x: x.reshape(x.shape[0], -1).T,
+  lambda x: x.reshape(x.shape[0], -1).T, lambda x, shape: x.T.reshape(shape)
 )
 # The output projection of attention: its inputs are the ones in heads.
 LINEAR_OUT = Kind(
-  lambda x, shape: x.T.reshape(shape),
-  lambda x: x.reshape(-1, x.shape[-1]).T,
+  lambda x: x.reshape(-1, x.shape[-1]).T, lambda x, shape: x.T.reshape(shape)
 )
-FLAT = Kind(lambda x, shape: x.reshape(shape), lambda x: x.reshape(-1))
 CONV = Kind(
-  lambda x, shape: x.transpose(2, 3, 1, 0),
-  lambda x: x.transpose(3, 2, 0, 1),
+  lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0)
 )
 # A position embedding whose first entry, the class token's, is zero and not in
 # the file.
 NO_TOKEN = Kind(
-  lambda x, shape: np.pad(x, ((0, 0), (shape[1] - x.shape[1], 0), (0, 0))),
   lambda x: x[:, 1:],
+  lambda x, shape: np.pad(x, ((0, 0), (shape[1] - x.shape[1], 0), (0, 0))),
 )
 # A dense layer that the file has as a 1x1 convolution.
-CONV_1X1 = Kind(
-  lambda x, shape: x.reshape(shape), lambda x: x.reshape(1, 1, *x.shape)
-)
+CONV_1X1 = Kind(lambda x: x.reshape(1, 1, *x.shape))
 
 
 class Rule(NamedTuple):
@@ -158,12 +156,8 @@ class _Entry(NamedTuple):
   file_shape: tuple[int, ...]  # of the file's array, all parts of it
 
 
-def find_entries(rules: Sequence[Rule], shapes) -> list[_Entry]:
-  """Returns what each of our arrays is called in the file.
-
-  Raises:
-    UserError: the format has no name for one of them.
-  """
+def _find_entries(rules, shapes) -> list[_Entry]:
+  """Returns what each of our arrays is called in the file."""
   entries = []
   for path, x in shapes.items():
     for rule in rules:
@@ -194,15 +188,15 @@ def translate(
   Raises:
     UserError: missing, extra or misshapen arrays, by name.
   """
-  source, entries = weights.source, find_entries(rules, weights.shapes())
+  source, entries = weights.source, _find_entries(rules, weights.shapes())
   _check_names(source, {e.name for e in entries}, arrays)
   for entry in entries:
     found = arrays[entry.name].shape
     # Old files keep (1, 1, 1, c) for (c,).
     if _squeeze(found) != _squeeze(entry.file_shape):
       raise UserError(
-        f"{source}: {entry.name} is {_by(found)}, "
-        f"{_by(entry.file_shape)} is needed for this model"
+        f"{source}: {entry.name} is {by(found)}, "
+        f"{by(entry.file_shape)} is needed for this model"
       )
   params = {
     entry.path: LazyArray(
@@ -224,7 +218,7 @@ def translate_back(
     UserError: the format has no name for one of them.
   """
   groups: dict[str, list[_Entry]] = {}
-  for entry in find_entries(rules, weights.params):
+  for entry in _find_entries(rules, weights.params):
     groups.setdefault(entry.name, []).append(entry)
   for name, entries in groups.items():
     entries.sort(key=lambda e: e.rule.part or (0, 1))
@@ -252,27 +246,17 @@ def _read_entry(entry, array, source):
 def _check_names(source, expected, found):
   missing = sorted(expected - found.keys())
   extra = sorted(found.keys() - expected)
-  if not missing and not extra:
-    return
-  problems = []
-  for what, names, others in (
-    ("missing", missing, extra),
-    ("not known", extra, missing),
-  ):
-    problems += [
-      f"{name} is {what}{suggest(name, others)}" for name in names[:3]
-    ]
-    if names[3:]:
-      problems.append(f"{len(names) - 3} more are {what}")
-  raise UserError(f"{source}: {'; '.join(problems)}")
+  problems = [f"{x} is missing{suggest(x, extra)}" for x in missing[:3]]
+  problems += [f"{x} is not known{suggest(x, missing)}" for x in extra[:3]]
+  more = len(missing) + len(extra) - len(problems)
+  if more:
+    problems.append(f"{more} more are missing or not known")
+  if problems:
+    raise UserError(f"{source}: {'; '.join(problems)}")
 
 
 def _squeeze(shape):
   return tuple(side for side in shape if side != 1)
-
-
-def _by(shape):
-  return "x".join(map(str, shape)) or "a scalar"
 
 
 # What files without a configuration of their own are read with.
@@ -328,25 +312,24 @@ def describe_encoder(
   arrays: Mapping[str, LazyArray],
   query: str,
   mlp: str,
-  num_layers: int,
+  num_layers: int | None = None,
 ) -> variants.Encoder:
   """Returns an encoder's sizes from the shapes of one of its blocks.
 
   Args:
     source: the file's name, for messages.
-    arrays: the file's, or ours.
-    query: name of the kernel [... d a d/a] of a block's query projection.
-    mlp: name of the kernel [... d m] of its first dense layer.
-    num_layers: of the encoder.
+    arrays: the file's.
+    query: name of the kernel [d a d/a] of a block's query projection.
+    mlp: name of the kernel [d m] of its first dense layer.
+    num_layers: of the encoder; None where both have a leading axis for it.
 
   Raises:
     UserError: one of the names is not there, or has another rank.
   """
-  for name, rank in ((query, 3), (mlp, 2)):
-    if name not in arrays or len(arrays[name].shape) < rank:
-      raise UserError(f"{source}: {name} is missing, or has another rank")
-  width, heads, _ = arrays[query].shape[-3:]
-  return variants.Encoder(width, num_layers, arrays[mlp].shape[-1], heads)
+  stacked = num_layers is None
+  *layers, width, heads, _ = shape_of(source, arrays, query, 3 + stacked)
+  mlp_dim = shape_of(source, arrays, mlp, 2 + stacked)[-1]
+  return variants.Encoder(width, num_layers or layers[0], mlp_dim, heads)
 
 
 def count_numbers(names: Iterable[str], pattern: str) -> int:
