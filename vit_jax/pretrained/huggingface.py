@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import models
 from vit_jax.errors import check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained import torch_folders as folders
@@ -27,7 +28,6 @@ from vit_jax.pretrained.weights import (
   Rule,
   Weights,
   check_options,
-  count_numbers,
   translate,
   translate_back,
   width_of,
@@ -126,12 +126,6 @@ def read(
     )
   arrays, notes = _drop_unused(arrays)
   prefix = "vit." if any(n.startswith("vit.") for n in arrays) else ""
-  num_layers = count_numbers(arrays, rf"{prefix}encoder\.layer\.(\d+)\.")
-  said = fields.get("num_hidden_layers", 12)
-  if said != num_layers:
-    raise fields.error(
-      f"its config.json has {said} layers, the file {num_layers}"
-    )
   num_classes = width_of(arrays, "classifier.bias")
   class_names, name_notes = _read_names(fields, num_classes)
   weights = Weights(
@@ -287,7 +281,7 @@ def _read_preparation(fields, image_size) -> str:
       f"{name} is {found}, and image_size {image_size} in its config.json; "
       "they must agree"
     )
-  return folders.Preparation(not shorter, resized).to_text(image_size)
+  return folders.preparation_text(not shorter, resized, image_size)
 
 
 def _get_size(fields, name, value, default):
@@ -328,7 +322,8 @@ def check(weights: Weights) -> None:
 def _make_config(weights):
   sizes = variants.parse(weights.model["variant"])
   assert sizes.encoder is not None
-  activation = weights.model.get("activation", "gelu_tanh")
+  options = models.DEFAULTS | weights.model
+  activations = {"gelu_erf": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
   height, width = weights.image_size
   config = {
     "model_type": "vit",
@@ -339,10 +334,8 @@ def _make_config(weights):
     "num_hidden_layers": sizes.encoder.num_layers,
     "intermediate_size": sizes.encoder.mlp_dim,
     "num_attention_heads": sizes.encoder.num_heads,
-    "hidden_act": {"gelu_erf": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[
-      activation
-    ],
-    "layer_norm_eps": weights.model.get("layer_norm_epsilon", 1e-6),
+    "hidden_act": activations[options["activation"]],
+    "layer_norm_eps": options["layer_norm_epsilon"],
     "image_size": height if height == width else [height, width],
     "patch_size": sizes.patch_size,
     "encoder_stride": sizes.patch_size,
@@ -368,12 +361,12 @@ def _make_config(weights):
 def _make_preprocessor(weights):
   """The nearest that there is: bilinear, though Pillow's averages."""
   size = weights.image_size
-  preparation = folders.parse_preparation(weights.preprocess, size, _NAME)
-  height, width = preparation.resized or size
+  squash, resized = folders.parse_preparation(weights.preprocess, size, _NAME)
+  height, width = resized
   # The processor of ViT does not crop.
-  kind = "ViT" if preparation == folders.Preparation() else "DeiT"
+  kind = "ViT" if resized == size else "DeiT"
   processor: dict[str, Any] = {"size": {"height": height, "width": width}}
-  if not preparation.squash:
+  if not squash:
     kind, processor = "CLIP", {"size": {"shortest_edge": min(height, width)}}
   if kind != "ViT":
     processor["do_center_crop"] = True

@@ -294,10 +294,12 @@ def _read_preparation(weights, fields):
       "is cropped"
     )
   notes.append(folders.note_filter(fields.get("interpolation", "bicubic")))
-  resized = tuple(math.floor(side / crop) for side in weights.image_size)
-  preparation = folders.Preparation(mode == "squash", resized)
+  height, width = weights.image_size
+  resized = math.floor(height / crop), math.floor(width / crop)
   return weights._replace(
-    preprocess=preparation.to_text(weights.image_size),
+    preprocess=folders.preparation_text(
+      mode == "squash", resized, weights.image_size
+    ),
     mean=fields.colour("mean", _MEAN),
     std=fields.colour("std", _STD),
     notes=tuple(notes),
@@ -376,14 +378,13 @@ def _find_ratio(mlp_dim, hidden_size):
 
 
 def _make_pretrained(weights):
-  preparation = folders.parse_preparation(
+  squash, resized = folders.parse_preparation(
     weights.preprocess, weights.image_size, _NAME
   )
-  resized = preparation.resized or weights.image_size
   side = min(weights.image_size)
   crop = _find_crop(side, resized[weights.image_size.index(side)])
   aimed = tuple(math.floor(s / crop) for s in weights.image_size)
-  if crop > 1 or (preparation.squash and aimed != resized):
+  if crop > 1 or (squash and aimed != resized):
     raise UserError(
       f"timm's ViT cannot represent the preprocessing {weights.preprocess!r}: "
       "there height and width are enlarged by one factor, then cropped"
@@ -394,7 +395,7 @@ def _make_pretrained(weights):
     "fixed_input_size": True,
     "interpolation": "bilinear",
     "crop_pct": crop,
-    "crop_mode": "squash" if preparation.squash else "center",
+    "crop_mode": "squash" if squash else "center",
     "mean": list(weights.mean),
     "std": list(weights.std),
     "first_conv": "patch_embed.proj",

@@ -138,47 +138,39 @@ def get_names(names, num_classes: int) -> tuple[Any, tuple[str, ...]]:
 # --- images ---
 
 
-class Preparation(NamedTuple):
-  """How an image gets its size.
+# How an image gets its size is (squash, resized). All of it is resized to these
+# (h, w) pixels if `squash`, else its shorter side to the lesser of them; then
+# the middle is cropped out.
 
-  Attributes:
-    squash: whether both sides are resized, whatever the image's proportions;
-      else the shorter one is and the other follows.
-    resized: (h, w) in pixels that are aimed at, before the middle is cropped
-      out; None for the model's.
-  """
 
-  squash: bool = True
-  resized: tuple[int, int] | None = None
-
-  def to_text(self, image_size: tuple[int, int]) -> str:
-    """Returns it as a preprocessing string."""
-    resized = self.resized or image_size
-    if not self.squash:
-      return f"resize_small({min(resized)})|central_crop(size)"
-    if resized == image_size:
-      return "resize(size)"
-    height, width = resized
-    size = height if height == width else resized
-    return f"resize({size})|central_crop(size)"
+def preparation_text(
+  squash: bool, resized: tuple[int, int], image_size: tuple[int, int]
+) -> str:
+  """Returns (squash, resized) as a preprocessing string."""
+  if not squash:
+    return f"resize_small({min(resized)})|central_crop(size)"
+  if resized == image_size:
+    return "resize(size)"
+  height, width = resized
+  size = height if height == width else resized
+  return f"resize({size})|central_crop(size)"
 
 
 def parse_preparation(
   text: str, image_size: tuple[int, int], format_name: str
-) -> Preparation:
-  """Returns what a preprocessing string does.
+) -> tuple[bool, tuple[int, int]]:
+  """Returns the (squash, resized) that a preprocessing string does.
 
   Raises:
-    UserError: something that a `Preparation` is not.
+    UserError: it does something else.
   """
   ops = preprocess.parse(text, image_size, evaluation=True)
   (name, arguments), *others = ops
   if [other for other, _ in others] in ([], ["central_crop"]):
     if name == "resize":
-      resized = preprocess.as_pair(arguments["size"])
-      return Preparation(True, None if resized == image_size else resized)
+      return True, preprocess.as_pair(arguments["size"])
     if name == "resize_small":
-      return Preparation(False, (arguments["smaller_size"],) * 2)
+      return False, (arguments["smaller_size"],) * 2
   raise UserError(
     f"{format_name} cannot represent the preprocessing {text!r}, but "
     "'resize(size)', 'resize(256)|central_crop(size)' and "
