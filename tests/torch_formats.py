@@ -186,11 +186,24 @@ def save(folder, arrays, config=None, preprocessor=None):
   return folder
 
 
+def read_saved(*saved):
+  """Returns what is read of what `save` writes."""
+  return pretrained.read(str(save(*saved)))
+
+
 def assert_refused(folder, message):
   """A folder is not read, for a reason that is one line."""
   with pytest.raises(UserError) as error:
     pretrained.read(str(folder))
-  assert_one_line(error, message)
+  _assert_one_line(error, message)
+
+
+def assert_not_written(out, to, message, **options):
+  """Weights are not written, for a reason that is one line."""
+  with pytest.raises(UserError) as error:
+    pretrained.write(make_weights(**options), str(out), to)
+  _assert_one_line(error, message)
+  assert not list(out.parent.iterdir())
 
 
 def assert_identical(a, b):
@@ -216,8 +229,7 @@ def assert_same_arrays(file, arrays):
     assert x.read().tobytes() == arrays[name].tobytes(), name
 
 
-def assert_one_line(error, message):
-  """`error` is what pytest.raises gives."""
+def _assert_one_line(error, message):
   assert message in str(error.value)
   assert "\n" not in str(error.value)
 
