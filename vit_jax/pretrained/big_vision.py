@@ -8,22 +8,10 @@ import pathlib
 from collections.abc import Mapping
 
 from vit_jax.models import variants
-from vit_jax.pretrained import archives
-from vit_jax.pretrained.weights import (
-  NO_TOKEN,
-  PAPER,
-  POS_EMBEDDING,
-  Rule,
-  Weights,
-  check_options,
-  count_numbers,
-  describe_encoder,
-  shape_of,
-  square_grid,
-  translate,
-  translate_back,
-  width_of,
-)
+from vit_jax.pretrained import archives, tables
+from vit_jax.pretrained.tables import Rule
+from vit_jax.pretrained.warmstart import POS_EMBEDDING
+from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray, as_lazy
 
 ORIGIN = "big_vision"
@@ -36,7 +24,10 @@ RULES = (
   Rule(r"(.*)", r"\1"),
 )
 # The token has got the first entry by the time it is dropped, see `write`.
-TOKEN_RULES = (Rule(POS_EMBEDDING, "pos_embedding", NO_TOKEN), *RULES[1:])
+TOKEN_RULES = (
+  Rule(POS_EMBEDDING, "pos_embedding", tables.NO_TOKEN),
+  *RULES[1:],
+)
 
 
 def matches(arrays: Mapping[str, LazyArray]) -> bool:
@@ -56,22 +47,24 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   arrays = {_modern_name(name, arrays): x for name, x in arrays.items()}
   scan = "Transformer/encoderblock/LayerNorm_0/scale" in arrays
   block = "Transformer/encoderblock" if scan else "Transformer/encoderblock_0"
-  encoder = describe_encoder(
+  encoder = tables.describe_encoder(
     source,
     arrays,
     query=f"{block}/MultiHeadDotProductAttention_0/query/kernel",
     mlp=f"{block}/MlpBlock_0/Dense_0/kernel",
     num_layers=None
     if scan
-    else count_numbers(arrays, r"Transformer/encoderblock_(\d+)/"),
+    else tables.count_numbers(arrays, r"Transformer/encoderblock_(\d+)/"),
   )
-  patch = shape_of(source, arrays, "embedding/kernel", 4)[0]
+  patch = tables.shape_of(source, arrays, "embedding/kernel", 4)[0]
   learned = "pos_embedding" in arrays
   token = "cls" in arrays
   # Fixed waves say nothing of the resolution; theirs is 224.
   grid = (round(224 / patch),) * 2
   if learned:
-    grid = square_grid(source, shape_of(source, arrays, "pos_embedding", 3)[1])
+    grid = tables.square_grid(
+      source, tables.shape_of(source, arrays, "pos_embedding", 3)[1]
+    )
   model = {
     "variant": variants.name_of(encoder, patch, None),
     "classifier": "token"
@@ -79,7 +72,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     else "map"
     if "MAPHead_0/probe" in arrays
     else "gap",
-    "representation_size": width_of(arrays, "pre_logits/bias"),
+    "representation_size": tables.width_of(arrays, "pre_logits/bias"),
     "pos_embedding": "learned" if learned else "sincos2d",
     "scan": scan,
   }
@@ -88,11 +81,11 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     source,
     model,
     image_size=(grid[0] * patch, grid[1] * patch),
-    num_classes=width_of(arrays, "head/bias"),
+    num_classes=tables.width_of(arrays, "head/bias"),
     preprocess="resize_small(size * 8 / 7)|central_crop(size)",
   )
   rules = TOKEN_RULES if token else RULES
-  return translate(rules, weights, arrays)
+  return tables.translate(rules, weights, arrays)
 
 
 def _modern_name(name, arrays):
@@ -106,7 +99,9 @@ def _modern_name(name, arrays):
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  check_options(weights, ORIGIN, **PAPER, pos_embedding=("learned", "sincos2d"))
+  tables.check_options(
+    weights, ORIGIN, **tables.PAPER, pos_embedding=("learned", "sincos2d")
+  )
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
@@ -120,5 +115,5 @@ def write(weights: Weights, out: pathlib.Path) -> None:
       params["cls"] = as_lazy(params["cls"].read() + first)
   rules = TOKEN_RULES if has_token else RULES
   archives.write_npz(
-    out, translate_back(rules, weights._replace(params=params))
+    out, tables.translate_back(rules, weights._replace(params=params))
   )

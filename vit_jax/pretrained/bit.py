@@ -6,17 +6,10 @@ from collections.abc import Mapping
 
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.pretrained import archives
+from vit_jax.pretrained import archives, tables
+from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.vision_transformer import describe_units
-from vit_jax.pretrained.weights import (
-  CONV_1X1,
-  Rule,
-  Weights,
-  shape_of,
-  translate,
-  translate_back,
-  width_of,
-)
+from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray
 
 ORIGIN = "big_transfer"
@@ -30,7 +23,7 @@ def _make_rules():
     Rule(rf"{_UNIT}/conv_proj/kernel", rf"resnet/\1/a/proj/{_CONV}"),
     Rule(r"norm-pre-head/scale", "resnet/group_norm/gamma"),
     Rule(r"norm-pre-head/bias", "resnet/group_norm/beta"),
-    Rule(r"head/kernel", "resnet/head/conv2d/kernel", CONV_1X1),
+    Rule(r"head/kernel", "resnet/head/conv2d/kernel", tables.CONV_1X1),
     Rule(r"head/bias", "resnet/head/conv2d/bias"),
   ]
   for number, letter in enumerate("abc", 1):
@@ -64,7 +57,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     for name, x in arrays.items()
   }
   root = f"resnet/root_block/{_CONV}"
-  width = shape_of(source, arrays, root, 4)[-1] // 64
+  width = tables.shape_of(source, arrays, root, 4)[-1] // 64
   bare = [name.removeprefix("resnet/") for name in arrays]
   units = describe_units(["conv_root/", *bare])
   variant = variants.name_of(None, 0, units, width)
@@ -78,11 +71,11 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
     source,
     {"variant": variant},
     image_size=(224, 224),
-    num_classes=width_of(arrays, "resnet/head/conv2d/bias"),
+    num_classes=tables.width_of(arrays, "resnet/head/conv2d/bias"),
   )
-  return translate(RULES, weights, arrays)
+  return tables.translate(RULES, weights, arrays)
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes an npz file."""
-  archives.write_npz(out, translate_back(RULES, weights))
+  archives.write_npz(out, tables.translate_back(RULES, weights))

@@ -15,23 +15,17 @@ import numpy as np
 from vit_jax import models
 from vit_jax.errors import check_choice
 from vit_jax.models import variants
+from vit_jax.pretrained import tables
 from vit_jax.pretrained import torch_folders as folders
+from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.torch_folders import (
   ATTENTION,
   block_rules,
   dense_rules,
   norm_rules,
 )
-from vit_jax.pretrained.weights import (
-  CONV,
-  POS_EMBEDDING,
-  Rule,
-  Weights,
-  check_options,
-  translate,
-  translate_back,
-  width_of,
-)
+from vit_jax.pretrained.warmstart import POS_EMBEDDING
+from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray
 
 ORIGIN = "huggingface"
@@ -72,7 +66,7 @@ def _make_rules(prefix: str) -> tuple[Rule, ...]:
   rules = [
     Rule("cls", f"{embeddings}.cls_token"),
     Rule(POS_EMBEDDING, f"{embeddings}.position_embeddings"),
-    *dense_rules("embedding", f"{prefix}{_PATCHES}", CONV),
+    *dense_rules("embedding", f"{prefix}{_PATCHES}", tables.CONV),
     *block_rules(block, names),
     *norm_rules("Transformer/encoder_norm", f"{prefix}layernorm"),
     *dense_rules("pre_logits", f"{prefix}pooler.dense"),
@@ -126,12 +120,12 @@ def read(
     )
   arrays, notes = _drop_unused(arrays)
   prefix = "vit." if any(n.startswith("vit.") for n in arrays) else ""
-  num_classes = width_of(arrays, "classifier.bias")
+  num_classes = tables.width_of(arrays, "classifier.bias")
   class_names, name_notes = _read_names(fields, num_classes)
   weights = Weights(
     ORIGIN,
     source,
-    _read_model(fields, width_of(arrays, f"{prefix}pooler.dense.bias")),
+    _read_model(fields, tables.width_of(arrays, f"{prefix}pooler.dense.bias")),
     fields.pair("image_size", 224),
     num_classes,
     class_names=class_names,
@@ -140,7 +134,7 @@ def read(
     notes=(*notes, *name_notes),
   )
   weights = _read_preprocessor(weights, preprocessor)
-  return translate(_make_rules(prefix), weights, arrays)
+  return tables.translate(_make_rules(prefix), weights, arrays)
 
 
 def _read_loss(fields, num_classes) -> str:
@@ -303,12 +297,12 @@ def write(weights: Weights, out: pathlib.Path) -> None:
     "preprocessor_config.json": _make_preprocessor(weights),
   }
   rules = _make_rules("vit." if weights.num_classes else "")
-  folders.write_folder(out, documents, translate_back(rules, weights))
+  folders.write_folder(out, documents, tables.translate_back(rules, weights))
 
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  check_options(
+  tables.check_options(
     weights,
     _NAME,
     *folders.find_problems(weights, with_head=weights.num_classes > 0),

@@ -8,7 +8,8 @@ from etils import epath
 from vit_jax import checkpoint, files
 from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import RunStopped, UserError, one_line
-from vit_jax.pretrained.weights import Weights, width_of
+from vit_jax.pretrained import tables
+from vit_jax.pretrained.weights import Weights
 from vit_jax.state import as_lazy, unflatten
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ def _as_weights(params, run, folder) -> Weights:
     str(folder),
     dict(config["model"]),
     image_size=as_pair(config["image_size"]),
-    num_classes=width_of(params, "head/bias"),
+    num_classes=tables.width_of(params, "head/bias"),
     params=params,
     class_names=run["class_names"] or None,
     preprocess=config["eval"]["preprocess"],

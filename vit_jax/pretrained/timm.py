@@ -16,28 +16,17 @@ import numpy as np
 from vit_jax import models
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
+from vit_jax.pretrained import tables
 from vit_jax.pretrained import torch_folders as folders
+from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.torch_folders import (
   ATTENTION,
   block_rules,
   dense_rules,
   norm_rules,
 )
-from vit_jax.pretrained.weights import (
-  CONV,
-  LINEAR_OUT,
-  NO_TOKEN,
-  POS_EMBEDDING,
-  Rule,
-  Weights,
-  check_options,
-  count_numbers,
-  shape_of,
-  square_grid,
-  translate,
-  translate_back,
-  width_of,
-)
+from vit_jax.pretrained.warmstart import POS_EMBEDDING
+from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray
 
 ORIGIN = "timm"
@@ -84,7 +73,7 @@ _HARMLESS = {
 
 
 _WITH_TOKEN = Rule(POS_EMBEDDING, "pos_embed")
-_WITHOUT_TOKEN = Rule(POS_EMBEDDING, "pos_embed", NO_TOKEN)
+_WITHOUT_TOKEN = Rule(POS_EMBEDDING, "pos_embed", tables.NO_TOKEN)
 
 
 def _make_rules() -> tuple[Rule, ...]:
@@ -93,12 +82,12 @@ def _make_rules() -> tuple[Rule, ...]:
   rules = [
     Rule("cls", "cls_token"),
     _WITH_TOKEN,
-    *dense_rules("embedding", "patch_embed.proj", CONV),
+    *dense_rules("embedding", "patch_embed.proj", tables.CONV),
     *block_rules(block, ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")),
     *norm_rules("Transformer/encoder_norm", "norm"),
     Rule("MAPHead_0/probe", "attn_pool.latent"),
     *dense_rules(f"{pool}/query", "attn_pool.q"),
-    *dense_rules(f"{pool}/out", "attn_pool.proj", LINEAR_OUT),
+    *dense_rules(f"{pool}/out", "attn_pool.proj", tables.LINEAR_OUT),
     *norm_rules("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
     *dense_rules("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
     *dense_rules("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
@@ -149,7 +138,7 @@ def read(
   image_size, rule = _describe_grid(
     arrays, arguments, pretrained, patch, classifier
   )
-  num_classes = width_of(arrays, "head.bias")
+  num_classes = tables.width_of(arrays, "head.bias")
   names = fields.values.get("label_names")
   names = names or pretrained.values.get("label_names")
   class_names, name_notes = folders.get_names(names, num_classes)
@@ -173,7 +162,7 @@ def read(
     weights = folders.assume_pixels(weights, "config.json")
   else:
     weights = _read_preparation(weights, pretrained)
-  return translate((rule, *RULES), weights, arrays)
+  return tables.translate((rule, *RULES), weights, arrays)
 
 
 def _check_architecture(architecture, arguments, arrays):
@@ -203,13 +192,13 @@ def _check_architecture(architecture, arguments, arrays):
 def _describe(arrays, architecture, arguments):
   """Returns the encoder's sizes, the patch's, and notes."""
   source, first = arguments.source, "blocks.0.mlp.fc1.weight"
-  width, _, patch, patch_width = shape_of(source, arrays, _PATCHES, 4)
+  width, _, patch, patch_width = tables.shape_of(source, arrays, _PATCHES, 4)
   if patch != patch_width:
     raise arguments.error(
       f"its patches are {patch}x{patch_width}; ours are square"
     )
-  depth = count_numbers(arrays, r"blocks\.(\d+)\.")
-  sizes = (width, depth, shape_of(source, arrays, first, 2)[0])
+  depth = tables.count_numbers(arrays, r"blocks\.(\d+)\.")
+  sizes = (width, depth, tables.shape_of(source, arrays, first, 2)[0])
   known = [e.num_heads for e in variants.ENCODERS.values() if e[:3] == sizes]
   notes = ()
   if "num_heads" in arguments.values:
@@ -269,13 +258,13 @@ def _describe_grid(arrays, arguments, pretrained, patch, classifier):
         "pos_embed is missing, and its config.json does not say 'none'"
       )
     return image_size, _WITH_TOKEN
-  count = shape_of(source, arrays, "pos_embed", 3)[1]
+  count = tables.shape_of(source, arrays, "pos_embed", 3)[1]
   num_patches = (image_size[0] // patch) * (image_size[1] // patch)
   if not given or count not in (num_patches, num_patches + token):
     # Nobody says the size, or not this embedding's.
     without_token = token and math.isqrt(count) ** 2 == count
     num_patches = count - (token and not without_token)
-    grid = square_grid(source, num_patches)
+    grid = tables.square_grid(source, num_patches)
     image_size = (grid[0] * patch, grid[1] * patch)
   rule = _WITHOUT_TOKEN if token and count == num_patches else _WITH_TOKEN
   return image_size, rule
@@ -319,13 +308,13 @@ def write(weights: Weights, out: pathlib.Path) -> None:
       rules, with_token = (_WITHOUT_TOKEN, *RULES), False
   config = _make_config(weights, with_token)
   folders.write_folder(
-    out, {"config.json": config}, translate_back(rules, weights)
+    out, {"config.json": config}, tables.translate_back(rules, weights)
   )
 
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  check_options(
+  tables.check_options(
     weights,
     _NAME,
     *folders.find_problems(weights),

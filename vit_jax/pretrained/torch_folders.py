@@ -15,8 +15,9 @@ from vit_jax import files
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.pretrained import archives
-from vit_jax.pretrained.weights import FLAT, LINEAR, LINEAR_OUT, Rule, Weights
+from vit_jax.pretrained import archives, tables
+from vit_jax.pretrained.tables import Rule
+from vit_jax.pretrained.weights import Weights
 
 BLOCK = r"Transformer/encoderblock_(\d+)"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_0"
@@ -35,11 +36,13 @@ def norm_rules(path: str, name: str) -> list[Rule]:
   ]
 
 
-def dense_rules(path: str, name: str, kind=LINEAR, part=None) -> list[Rule]:
+def dense_rules(
+  path: str, name: str, kind=tables.LINEAR, part=None
+) -> list[Rule]:
   """A dense layer's two lines; `part` as in `Rule`."""
   return [
     Rule(f"{path}/kernel", f"{name}.weight", kind, part),
-    Rule(f"{path}/bias", f"{name}.bias", FLAT, part),
+    Rule(f"{path}/bias", f"{name}.bias", tables.FLAT, part),
   ]
 
 
@@ -54,7 +57,7 @@ def block_rules(block: str, names: Iterable[str]) -> list[Rule]:
   ours, (norm, out, norm_1, dense, dense_1) = BLOCK, names
   return [
     *norm_rules(f"{ours}/LayerNorm_0", f"{block}.{norm}"),
-    *dense_rules(f"{ATTENTION}/out", f"{block}.{out}", LINEAR_OUT),
+    *dense_rules(f"{ATTENTION}/out", f"{block}.{out}", tables.LINEAR_OUT),
     *norm_rules(f"{ours}/LayerNorm_1", f"{block}.{norm_1}"),
     *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.{dense}"),
     *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.{dense_1}"),

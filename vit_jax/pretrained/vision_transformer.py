@@ -12,21 +12,10 @@ from collections.abc import Mapping
 
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.pretrained import archives
-from vit_jax.pretrained.weights import (
-  PAPER,
-  POS_EMBEDDING,
-  Rule,
-  Weights,
-  check_options,
-  count_numbers,
-  describe_encoder,
-  shape_of,
-  square_grid,
-  translate,
-  translate_back,
-  width_of,
-)
+from vit_jax.pretrained import archives, tables
+from vit_jax.pretrained.tables import Rule
+from vit_jax.pretrained.warmstart import POS_EMBEDDING
+from vit_jax.pretrained.weights import Weights
 from vit_jax.state import LazyArray
 
 ORIGIN = "vision_transformer"
@@ -58,18 +47,18 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   rules = PUBLISHED_RULES if published else LINEN_RULES
   attention, mlp = (1, 3) if published else (0, 0)
   block = "Transformer/encoderblock_"
-  encoder = describe_encoder(
+  encoder = tables.describe_encoder(
     source,
     arrays,
     query=f"{block}0/MultiHeadDotProductAttention_{attention}/query/kernel",
     mlp=f"{block}0/MlpBlock_{mlp}/Dense_0/kernel",
-    num_layers=count_numbers(arrays, rf"{block}(\d+)/"),
+    num_layers=tables.count_numbers(arrays, rf"{block}(\d+)/"),
   )
   token = "cls" in arrays
-  grid = square_grid(
-    source, shape_of(source, arrays, POS_EMBEDDING, 3)[1] - token
+  grid = tables.square_grid(
+    source, tables.shape_of(source, arrays, POS_EMBEDDING, 3)[1] - token
   )
-  patch = shape_of(source, arrays, "embedding/kernel", 4)[0]
+  patch = tables.shape_of(source, arrays, "embedding/kernel", 4)[0]
   units = describe_units(arrays)
   variant = variants.name_of(encoder, patch, units)
   if variant is None:
@@ -82,24 +71,24 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   model = {
     "variant": variant,
     "classifier": "token" if token else "gap",
-    "representation_size": width_of(arrays, "pre_logits/bias"),
+    "representation_size": tables.width_of(arrays, "pre_logits/bias"),
   }
   weights = Weights(
     ORIGIN,
     source,
     model,
     image_size=(grid[0] * stride, grid[1] * stride),
-    num_classes=width_of(arrays, "head/bias"),
+    num_classes=tables.width_of(arrays, "head/bias"),
   )
-  return translate(rules, weights, arrays)
+  return tables.translate(rules, weights, arrays)
 
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
-  check_options(
+  tables.check_options(
     weights,
     "npz",
-    **PAPER,
+    **tables.PAPER,
     pos_embedding=("learned",),
     classifier=("token", "gap"),
   )
@@ -107,7 +96,7 @@ def check(weights: Weights) -> None:
 
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes an npz file of weights that pass `check`."""
-  archives.write_npz(out, translate_back(PUBLISHED_RULES, weights))
+  archives.write_npz(out, tables.translate_back(PUBLISHED_RULES, weights))
 
 
 def describe_units(names) -> tuple[int, ...] | None:
