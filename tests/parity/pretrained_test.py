@@ -133,6 +133,7 @@ _BIG_VISION_LAYOUTS = {
   "looped": dict,
   "scanned": file_formats.scanned,
   "params/": lambda a: file_formats.prefixed(a, "params/"),
+  "old MAP head": file_formats.old_map_head,
   "old place": lambda a: {
     name.replace("pos_embedding", "Transformer/pos_embedding"): x
     for name, x in a.items()
@@ -152,15 +153,6 @@ def test_big_vision_files(tmp_path, layout, classifier):
   _assert_logits(model(images), _vit_logits(params, images, classifier))
   assert model.config.origin == "big_vision"
   assert model.config.classifier == classifier
-
-
-def test_an_old_map_head(tmp_path):
-  params = _random(VIT, classifier="map")
-  arrays = file_formats.old_map_head(file_formats.big_vision_npz(params))
-  assert "probe" in arrays
-  images = _images()
-  found = vit_jax.load(_save(tmp_path, arrays))(images)
-  _assert_logits(found, _vit_logits(params, images, "map"))
 
 
 def test_fixed_waves(tmp_path):
@@ -206,7 +198,7 @@ def test_another_image_size(tmp_path, size):
   params = _random(VIT)
   source = _save(tmp_path, file_formats.published_npz(params))
   model = vit_jax.load(source, image_size=size)
-  new_grid = model.grid if hasattr(model, "grid") else model.config.grid
+  new_grid = model.config.grid
   path = "Transformer/posembed_input/pos_embedding"
   resized = positions.resize_tokens(params[path], (4, 4), new_grid)
   images = _images(size)

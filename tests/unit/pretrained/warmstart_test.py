@@ -160,31 +160,24 @@ def test_the_grid_is_resized_as_scipy_does(classifier, old_size, new_size):
 
 
 @pytest.mark.parametrize("new_size", [16, 32])
-def test_from_a_class_token_to_the_mean(new_size):
-  old = _create(classifier="token")
-  new = _create(classifier="gap", image_size=new_size)
-  _, weights, after, report = _start(new, old)
-  expected = _zoom(weights[POS_EMBEDDING][:, 1:], (4, 4), new.grid)
-  np.testing.assert_allclose(after[POS_EMBEDDING], expected, atol=1e-6)
-  assert report.dropped == ["cls 1x1x8"]
-  assert not report.new
-
-
-@pytest.mark.parametrize("new_size", [16, 32])
-def test_from_the_mean_to_a_class_token(new_size):
-  old = _create(classifier="gap")
-  new = _create(classifier="token", image_size=new_size)
+@pytest.mark.parametrize("to", ["gap", "token"])
+def test_from_a_class_token_to_the_mean_and_back(to, new_size):
+  old = _create(classifier="token" if to == "gap" else "gap")
+  new = _create(classifier=to, image_size=new_size)
   before, weights, after, report = _start(new, old)
+  given = weights[POS_EMBEDDING][:, -16:]
+  expected = _zoom(given, (4, 4), new.grid)
+  wants = int(to == "token")
+  found = after[POS_EMBEDDING][:, wants:]
+  np.testing.assert_allclose(found, expected, atol=1e-6)
   # The new token's own position starts at zero.
-  assert not after[POS_EMBEDDING][:, 0].any()
-  expected = _zoom(weights[POS_EMBEDDING], (4, 4), new.grid)
-  np.testing.assert_allclose(after[POS_EMBEDDING][:, 1:], expected, atol=1e-6)
-  _assert_taken(after, before, ["cls"])
-  assert report.new == ["cls 1x1x8"]
-  assert not report.dropped
+  assert not after[POS_EMBEDDING][:, :wants].any()
+  _assert_taken(after, before, ["cls"] * wants)
+  changes = [[], ["cls 1x1x8"]]
+  assert [report.new, report.dropped] == (changes[::-1] if wants else changes)
 
 
-def test_attention_pooling_is_new_or_dropped():
+def test_attention_pooling_and_positions_are_new_or_dropped():
   token, pooled = _create(classifier="token"), _create(classifier="map")
   _, _, after, report = _start(pooled, token)
   pool = sorted(path for path in after if path.startswith("MAPHead_0/"))
@@ -194,14 +187,11 @@ def test_attention_pooling_is_new_or_dropped():
   _, _, _, report = _start(token, pooled)
   assert sorted(line.split()[0] for line in report.dropped) == pool
   assert report.new == ["cls 1x1x8"]
-
-
-def test_positions_are_new_or_dropped():
-  learned, none = _create(), _create(pos_embedding="none")
-  before, _, after, report = _start(learned, none)
+  none = _create(pos_embedding="none")
+  before, _, after, report = _start(token, none)
   _assert_taken(after, before, [POS_EMBEDDING])
   assert report.new == [f"{POS_EMBEDDING} 1x17x8"]
-  _, _, _, report = _start(none, learned)
+  _, _, _, report = _start(none, token)
   assert report.dropped == [f"{POS_EMBEDDING} 1x17x8"]
 
 
