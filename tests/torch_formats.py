@@ -10,23 +10,22 @@ import numpy as np
 import pytest
 import random_models
 import safetensors.numpy
-from random_models import jit, random_params
+from random_models import jit
 
-from vit_jax import models, pretrained
+from vit_jax import pretrained
 from vit_jax.errors import UserError
 from vit_jax.pretrained import Weights, archives
-from vit_jax.state import flatten, unflatten
+from vit_jax.state import unflatten
 
 # Width, depth, MLP and heads; the head dimension differs from the heads.
 VARIANT = "ViT-w24d2m40h3_8"
 SIZES = {"width": 24, "depth": 2, "mlp": 40, "heads": 3, "patch": 8}
 
 
-def random_weights(num_classes=5, seed=0, **options):
+def random_weights(num_classes=5, image_size=(16, 24), **options):
   """Returns random parameters {path: array} of a small ViT."""
-  options = {"variant": VARIANT, "image_size": (16, 24), **options}
-  model = models.create(num_classes=num_classes, dtype="float32", **options)
-  return flatten(random_params(model, seed))
+  arrays = make_weights(num_classes, image_size, **options).params
+  return {path: x.read() for path, x in arrays.items()}
 
 
 def make_weights(num_classes=5, size=(16, 24), variant=VARIANT, **options):

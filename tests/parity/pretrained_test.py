@@ -14,7 +14,7 @@ import reference_vit
 from random_models import (
   models_are_kept,  # noqa: F401 - a fixture
   random_images,
-  random_params,
+  random_weights,
 )
 
 import vit_jax
@@ -22,20 +22,21 @@ from vit_jax import models, pretrained
 from vit_jax.data.preprocess import parse
 from vit_jax.errors import UserError
 from vit_jax.pretrained import archives, positions
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import as_lazy, flatten
+from vit_jax.state import as_lazy
 
 VIT = "ViT-w16d2m24h2_8"
 HYBRID = "RN+ViT-w16d2m24h2_8"
 SIZE = 32
 
 
+def _weights(variant=VIT, **options):
+  return random_weights(variant, SIZE, num_classes=5, **options)
+
+
 def _random(variant, **options):
   """Returns random parameters {path: array} of a small model."""
-  model = models.create(
-    variant=variant, num_classes=5, image_size=SIZE, **options
-  )
-  return flatten(random_params(model))
+  arrays = _weights(variant, **options).params
+  return {path: x.read() for path, x in arrays.items()}
 
 
 def _images(size=(SIZE, SIZE)):
@@ -275,7 +276,7 @@ def test_an_empty_batch_has_empty_logits(variant, tmp_path):
 def test_normalization_is_folded_into_the_embedding():
   params = _random(VIT)
   mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-  weights = _as_weights(params)._replace(mean=mean, std=std)
+  weights = _weights()._replace(mean=mean, std=std)
   images = _images()
   expected = _vit_logits(
     params, ((images + 1) / 2 - np.array(mean)) / np.array(std)
@@ -285,17 +286,6 @@ def test_normalization_is_folded_into_the_embedding():
 
 
 # --- writing ---
-
-
-def _as_weights(params, variant=VIT, **options):
-  return Weights(
-    "test",
-    "nowhere",
-    {"variant": variant, **options},
-    image_size=(SIZE, SIZE),
-    num_classes=5,
-    params={path: as_lazy(x) for path, x in params.items()},
-  )
 
 
 def _read_all(file):
@@ -355,7 +345,7 @@ def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
     "layer_norm_epsilon": 1e-12,
   }
   params = _random(VIT, **options)
-  weights = _as_weights(params, **options)._replace(
+  weights = _weights(**options)._replace(
     class_names=list("abcde"), loss="sigmoid", resize="timm"
   )
   out = tmp_path / "out"
@@ -390,7 +380,7 @@ def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
 def test_what_a_format_cannot_say_is_named(
   tmp_path, to, variant, options, word
 ):
-  weights = _as_weights(_random(variant, **options), variant, **options)
+  weights = _weights(variant, **options)
   out = tmp_path / "out.npz"
   with pytest.raises(UserError, match=word) as error:
     pretrained.write(weights, str(out), to)
@@ -412,7 +402,7 @@ def test_what_a_format_cannot_say_is_named(
   ],
 )
 def test_what_a_format_does_not_keep_is_said(tmp_path, to, changes, lost):
-  weights = _as_weights(_random(VIT))._replace(**changes)
+  weights = _weights()._replace(**changes)
   notes = pretrained.write(weights, str(tmp_path / "out"), to)
   assert [lost for note in notes if lost in note] == [lost] * (lost is not None)
   assert len(notes) == (lost is not None)
@@ -421,21 +411,19 @@ def test_what_a_format_does_not_keep_is_said(tmp_path, to, changes, lost):
 
 
 @pytest.mark.parametrize(
-  ("changes", "word"),
+  ("to", "options", "extra", "word"),
   [
-    ({"params": "Transformer/scale"}, "Transformer/scale is not known"),
+    ("npz", {}, ["Transformer/scale"], "Transformer/scale is not known"),
     # big_vision's files do not say the size that fixed waves are made for.
-    ({"model": {"pos_embedding": "sincos2d"}}, r"grid \(4, 4\) is read"),
+    ("big_vision", {"pos_embedding": "sincos2d"}, [], r"grid \(4, 4\) is read"),
   ],
 )
-def test_what_no_reader_knows_is_not_written(tmp_path, changes, word):
-  weights = _as_weights(_random(VIT, **changes.get("model", {})))
-  if "params" in changes:
-    extra = {changes["params"]: as_lazy(np.ones(3, np.float32))}
-    weights = weights._replace(params={**weights.params, **extra})
-  else:
-    weights = weights._replace(model={**weights.model, **changes["model"]})
-  to = "npz" if "params" in changes else "big_vision"
+def test_what_no_reader_knows_is_not_written(
+  tmp_path, to, options, extra, word
+):
+  weights = _weights(**options)
+  more = dict.fromkeys(extra, as_lazy(np.ones(3, np.float32)))
+  weights = weights._replace(params={**weights.params, **more})
   with pytest.raises(UserError, match=word):
     pretrained.write(weights, str(tmp_path / "out"), to)
   assert not list(tmp_path.iterdir())

@@ -244,12 +244,12 @@ def _compare(weights, found, to) -> list[str]:
   ignored = {"origin"}
   if _is_resnet(weights):  # it has no size of its own
     ignored |= {"grid", "image_size"}
-  if old["pos_embedding"] != "learned":
-    ignored.add("resize")
-  if old["image_size"] == new["image_size"]:
+  elif old["image_size"] == new["image_size"]:
     for about in (old, new):  # with numbers where it says `size`
       size = about["image_size"]
       about["preprocess"] = rescale(about["preprocess"], size, size)
+  if old["pos_embedding"] != "learned":
+    ignored.add("resize")
   notes = []
   for name in old:
     if name in ignored or old[name] == new[name]:
