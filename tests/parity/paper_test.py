@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 from pathlib import Path
 
+import covering
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,7 +166,6 @@ def test_every_model_of_the_tables_has_a_pretraining():
   ("spec", "words"),
   [
     ("pretrain.py:ViT-B_8,jft", "ViT-B_16,jft,7"),
-    ("pretrain.py:ViT-L_16,jft,15", "ViT-L_16,jft,14"),
     ("pretrain.py:ViT-B_16", "ViT-B_16,imagenet21k,90"),
     ("finetune.py:ViT-B_16,mnist", "oxford_flowers102"),
     ("finetune.py:ViT-B_16,cifar10,big", "'big'"),
@@ -273,31 +273,35 @@ def test_vtab_is_the_same_for_every_task():
 # --- every configuration traces ---
 
 _CLASSES = {x["dataset"]: x["classes"] for x in _SETS.values()}
-_CLASSES |= {"cifar10": 10, "cifar100": 100, "oxford_iiit_pet": 37}
-_CLASSES |= {"oxford_flowers102": 102, "digits": 10, "jft_like": 100}
-_MULTILABEL = {"jft", "jft_like"}
-_MINI = data_tasks.list_tasks("mini:")
+_CLASSES |= {"cifar100": 100, "oxford_iiit_pet": 37, "digits": 10}
+_CLASSES |= {"jft_like": 100}
+# One of each file and kind; the others differ in depth, width and classes.
+_QUICK = {
+  "quickstart_pretrain.py",
+  "quickstart_finetune.py",
+  "quickstart_masked.py",
+  "pretrain.py:R50x1,jft",
+  "finetune.py:ViT-B_32,oxford_iiit_pet",
+  "vtab_mini.py:ViT-N_8,mini:count",
+}
+# Minutes in all: one of the files that are left.
+_CI = {"vtab.py:ViT-B_32,clevr_count", "masked.py:ViT-B_32,jft"}
 
 
 def _list_specs():
-  """Returns every configuration that differs in more than numbers."""
-  specs = ["quickstart_pretrain.py", "quickstart_finetune.py"]
-  specs += ["quickstart_masked.py"]
+  """Returns what differs in more than numbers, the slow ones marked."""
   rows = _module("pretrain.py").list_rows().values()
-  specs += sorted({f"pretrain.py:{row[0]},{row[1]}" for row in rows})
-  variants = sorted({row[0] for row in rows})
-  specs += [f"finetune.py:{variant},cifar100" for variant in variants]
-  specs += [
-    f"finetune.py:ViT-B_32,{row}" for row in _module("finetune.py").TABLE_4
+  variants = {row[0] for row in rows}
+  specs = {f"pretrain.py:{row[0]},{row[1]}" for row in rows}
+  specs |= {f"finetune.py:{variant},cifar100" for variant in variants}
+  specs |= {f"masked.py:{x},jft" for x in variants if x.startswith("ViT-")}
+  specs |= {"finetune.py:ViT-L_16,imagenet2012,512"}
+  specs |= {"finetune.py:ViT-H_14,imagenet2012,518"}
+  return [
+    *sorted(_QUICK),
+    *(pytest.param(x, marks=pytest.mark.ci) for x in sorted(_CI)),
+    *covering.nightly(*sorted(specs - _QUICK - _CI)),
   ]
-  specs += ["finetune.py:ViT-L_16,imagenet2012,512"]
-  specs += ["finetune.py:ViT-H_14,imagenet2012,518"]
-  specs += [f"vtab_mini.py:ViT-N_8,{x.name}" for x in _MINI]
-  specs += [f"vtab.py:ViT-B_32,{x}" for x in _PAPER["vtab"]["tasks"].values()]
-  plain = [variant for variant in variants if variant.startswith("ViT-")]
-  specs += [f"vtab.py:{variant},caltech101" for variant in plain]
-  specs += [f"masked.py:{variant},jft" for variant in plain]
-  return specs
 
 
 def _count_classes(dataset):
@@ -305,7 +309,8 @@ def _count_classes(dataset):
   return task.num_classes if task and ":" in dataset else _CLASSES[dataset]
 
 
-def _trace(spec):
+@pytest.mark.parametrize("spec", _list_specs())
+def test_every_configuration_traces(spec):
   """Traces a configuration's whole step and lays its state out."""
   config = _load(spec)
   if "ViT" in config.model.variant:
@@ -330,31 +335,3 @@ def _trace(spec):
   assert values["loss"].shape == ()
   for path, x in flatten(state).items():
     sharding.partition_spec(path, x.shape, fsdp=1)
-
-
-# One of each file and kind; the others differ in depth, width and classes.
-_QUICK = {
-  "quickstart_pretrain.py",
-  "quickstart_finetune.py",
-  "quickstart_masked.py",
-  "pretrain.py:R50x1,jft",
-  "finetune.py:ViT-B_32,oxford_iiit_pet",
-  "vtab_mini.py:ViT-N_8,mini:count",
-}
-
-
-# Minutes in all: one of the files that are left.
-_CI = ("vtab.py:ViT-B_32,clevr_count", "masked.py:ViT-B_32,jft")
-
-
-def _mark(spec):
-  if spec in _QUICK:
-    return ()
-  return pytest.mark.ci if spec in _CI else pytest.mark.nightly
-
-
-@pytest.mark.parametrize(
-  "spec", [pytest.param(spec, marks=_mark(spec)) for spec in _list_specs()]
-)
-def test_every_configuration_traces(spec):
-  _trace(spec)

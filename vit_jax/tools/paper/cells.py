@@ -106,8 +106,10 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
 
 def _find_finetunings(cell, runs):
   """Returns the finished runs that a cell is about."""
-  train, test = _splits(cell)
   dataset = _training_set(cell)
+  train, test = "train", "validation" if dataset == "imagenet2012" else "test"
+  if cell.kind == "vtab":
+    train, test = "train800val200", "test"
   return [
     run
     for run in runs
@@ -125,14 +127,6 @@ def _find_finetunings(cell, runs):
 
 def _training_set(cell):
   return "imagenet2012" if cell.kind == "real" else cell.dataset
-
-
-def _splits(cell):
-  """Returns the split to train on and the one to report."""
-  if cell.kind == "vtab":
-    return "train800val200", "test"
-  imagenet = _training_set(cell) == "imagenet2012"
-  return "train", "validation" if imagenet else "test"
 
 
 def _choose(runs):
@@ -165,15 +159,11 @@ def _differences(run, cell, runs):
 
 
 def _row_of_table_4(cell):
-  """Returns Table 4's row of a cell's fine-tuning."""
-  measures = data.load()["measures"]
-  wanted = "vtab_mean" if cell.kind.startswith("vtab") else "finetune"
-  for row in data.load()["table4"]["rows"]:
-    found = measures[row["name"]]
-    same = found.get("dataset") == _training_set(cell) or wanted == "vtab_mean"
-    if found["kind"] == wanted and same:
-      return row
-  raise AssertionError(f"no row of Table 4 for {cell}")
+  """Returns Table 4's row of a cell's fine-tuning; the last is VTAB's."""
+  *rows, vtab = data.load()["table4"]["rows"]
+  names = {x.get("dataset"): key for key, x in data.load()["measures"].items()}
+  name = names.get(_training_set(cell))
+  return next((row for row in rows if row["name"] == name), vtab)
 
 
 def vtab_cells(cell: Cell) -> list[Cell]:
@@ -350,13 +340,8 @@ def _finetuning_spec(cell):
 
 def _plan_real(cell, path):
   """Returns the evaluation of a fine-tuned run on other labels."""
-  command = _command(
-    "evaluate",
-    f"--workdir={path}",
-    f"--dataset={cell.dataset}",
-    "--split=validation",
-    "--json",
-  )
+  words = [f"--workdir={path}", f"--dataset={cell.dataset}"]
+  command = _command("evaluate", *words, "--split=validation", "--json")
   output = shlex.quote(f"{path}/{cell.dataset}.json")
   return Plan((f"{command} > {output}",), 0, (cell.dataset,))
 

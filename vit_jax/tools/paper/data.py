@@ -14,10 +14,17 @@ def load() -> dict[str, Any]:
   """Returns tables.json: "table1" to "table9", and what they speak of.
 
   "pretraining" has the sets to pre-train on, "measures" what the columns of
-  the tables measure, "vtab" the 19 tasks by the names that Table 9 prints.
+  the tables measure, "vtab" the 19 tasks by the names that Table 9 prints. The
+  "values" of a row are {column: number or [mean, standard deviation]}.
   """
   file = importlib.resources.files("vit_jax.tools.paper") / "tables.json"
-  return json.loads(file.read_text(encoding="utf-8"))
+  found = json.loads(file.read_text(encoding="utf-8"))
+  for name in ("table2", "table5", "table6", "table7", "table8", "table9"):
+    columns = found[name]["columns"]
+    for row in found[name]["rows"]:
+      # A row may end before the last columns.
+      row["values"] = dict(zip(columns, row["values"], strict=False))
+  return found
 
 
 def variant_of(name: str) -> str:

@@ -10,7 +10,6 @@ above what Table 6 prints, without them within 1.4 %.
 """
 
 import functools
-import json
 import math
 
 import jax
@@ -46,18 +45,17 @@ def count_multiply_adds(
   options: dict = {"variant": variant, "num_classes": num_classes}
   if hidden and variants.parse(variant).encoder:
     options["representation_size"] = -1
-  return _count_model(image_size, json.dumps(options))
+  return _count_model(image_size=image_size, **options)
 
 
 @functools.cache
-def _count_model(image_size, options):
-  """Counts a model once; `options` are those of `models.create` as JSON."""
-  options = json.loads(options)
+def _count_model(**options):
+  """Counts a model once; `options` are those of `models.create`."""
   if variants.parse(options["variant"]).encoder:
     options["scan"] = True  # a loop is traced once, however deep the model
   # bfloat16 computes with padding, for the sake of TPUs.
   options["dtype"] = "float32"
-  model = models.create(image_size=image_size, **options)
+  model = models.create(**options)
   params = jax.eval_shape(model.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   return count_in_jaxpr(jax.make_jaxpr(model.apply)(params, image).jaxpr)
@@ -96,8 +94,9 @@ def count_training(written: dict, steps: int) -> float:
   try:
     size = config["image_size"]
     size = tuple(size) if isinstance(size, list) else size
-    options = config["model"] | {"num_classes": len(written["class_names"])}
-    multiply_adds = _count_model(size, json.dumps(options))
+    classes = len(written["class_names"])
+    options = {"image_size": size, "num_classes": classes}
+    multiply_adds = _count_model(**config["model"] | options)
   except (UserError, KeyError, TypeError) as e:
     raise UserError(f"this model cannot be counted: {e}") from e
   return count_exaflops(multiply_adds, steps * config["batch_size"])

@@ -137,11 +137,8 @@ def _make_row(name, row, runs, folder):
   made = _fill_row(name, row, runs, folder)
   if made["private"]:
     # The same model from the public set, beside the paper's values of that.
-    values = dict.fromkeys(row["values"])
-    if name in ("table2", "table5", "table6", "table9"):
-      values |= {
-        k: x for k, x in _find_public(name, row).items() if k in values
-      }
+    known = _find_public(name, row)
+    values = {column: known.get(column) for column in row["values"]}
     public = {"pretraining": _STAND_IN, "epochs": 90, "values": values}
     made["stand_in"] = _fill_row(name, row | public, runs, folder)
     made["stand_in"].pop("note", None)
@@ -195,7 +192,7 @@ def _find_pretraining(row, overrides=None):
 def _find_cell(name, row, column):
   """Returns what a cell of a results table measures."""
   table = data.load()[name]
-  overrides = table.get("columns", {}).get(column)
+  overrides = table.get("column_overrides", {}).get(column)
   pretraining = _find_pretraining(row, overrides)
   seeds = table.get("seeds", 1)
   size = _whole_patches(pretraining.variant)
