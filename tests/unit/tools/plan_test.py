@@ -10,8 +10,8 @@ from vit_jax.errors import UserError
 from vit_jax.tools import plan
 from vit_jax.tools.plan import chips, compiling, hlo, report
 
-# A loop of five iterations with a matmul and a copy; before it an all-reduce, a
-# kernel and a batched matmul, as TPU programs write it.
+# A loop of five iterations with a matmul and a copy, as TPU programs write it;
+# before it an all-reduce and a kernel.
 _TEXT = """HloModule jit_step, is_scheduled=true
 
 %fused (p.0: bf16[64,128], p.1: bf16[128,32]) -> bf16[64,32] {
@@ -53,11 +53,6 @@ custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "cycles":"5000"
 }}, backend_config={"custom_call_config":{"body":"QUJD","cost_estimate":\
 {"flops":"640","transcendentals":"0","bytes_accessed":"32768"}}}
-  %heads = bf16[4,8,16]{2,1,0} parameter(2)
-  %keys = bf16[4,8,16]{2,1,0} parameter(3)
-  %scores = bf16[4,8,8]{2,1,0} convolution(%heads, %keys), \
-window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0oi->0bf, \
-backend_config={"estimated_cycles":"50"}
   %start = (bf16[64,128]{1,0}, bf16[64,128]{1,0}, u32[]) copy-start(%x.0)
   %done = bf16[64,128]{1,0} copy-done(%start)
   %init = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) \
@@ -75,7 +70,6 @@ def test_cycles_count_as_often_as_they_run():
   assert [(row["cycles"], row["count"]) for row in rows] == [
     (5000, 1),
     (500, 5),
-    (50, 1),
     (35, 5),
   ]
   assert rows[1]["what"] == "fusion bf16[64,32] jit(step)/encoderblock/dot"
@@ -98,8 +92,8 @@ def test_figures_follow_from_cycles_and_collectives():
   looped = compiling.Program(_TEXT, 197e6, 1.0, {})
   found = plan.estimate(looped, machines, 64, products=1e6)
   assert found["roofline_seconds"] is None  # of a program with a loop
-  assert found["estimated_cycles"] == 5585
-  assert found["step_seconds"] == pytest.approx(5585 / 1.503e9, rel=1e-3)
+  assert found["estimated_cycles"] == 5535
+  assert found["step_seconds"] == pytest.approx(5535 / 1.503e9, rel=1e-3)
   assert found["collectives"] == [
     {"kind": "all-reduce", "count": 1, "bytes": 64}
   ]
