@@ -213,13 +213,9 @@ def test_what_the_core_never_imports():
     assert found == importers
 
 
-# What is run as a process of its own, and reports to the one that started it.
-_REPORTS = {"tools.bench"}
-
-
 def test_only_commands_read_flags_and_print():
   for unit, path in _SOURCES:
-    if unit.startswith("commands.") or unit in _REPORTS:
+    if unit.startswith("commands."):
       continue
     assert "argparse" not in _read_imports(path), path
     for node in _parse(path):

@@ -18,7 +18,6 @@ it for all of them.
 import functools
 import io
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -75,13 +74,13 @@ def bench(
     "images_per_second": {name: median over the rounds}, "cpu_ms": {name: time
     of all cores for an image, the least}, "per_core": of the pipeline, "ratio":
     {name of another: the pipeline's images a second are so many times its}, the
-    median of a round's, "cpu_ratio": the same of CPU time, "cores", "load": of
-    the machine before, "image_bytes": the mean, "image_size", "batch_size",
-    "needs" and "hosts", which is how many such hosts read that much.
+    median of a round's, "cpu_ratio": the same of CPU time, "cores",
+    "image_bytes": the mean, "image_size", "batch_size", "needs" and "hosts",
+    which is how many such hosts read that much.
 
   Raises:
-    UserError: no such data set, images that are no JPEGs, a size or a number
-      that is not positive.
+    UserError: no such data set, images that are no JPEGs, a number that is not
+      positive.
   """
   sizes = {"image_size": min(as_pair(image_size)), "batch_size": batch_size}
   for name, value in {**sizes, "needs": needs}.items():
@@ -92,7 +91,6 @@ def bench(
       source = make_photos(Path(folder), _PHOTOS)
     else:
       source = get_source(dataset, split, data_dir)
-    load = os.getloadavg()[0]
     file = Path(folder) / "images.tfrecord"
     image_bytes = _write_records(source, file)
     turns = _make_turns(source, file, image_size, batch_size)
@@ -112,7 +110,6 @@ def bench(
     "ratio": _compare(seconds),
     "cpu_ratio": _compare(cpu),
     "cores": count_cpus(),
-    "load": load,
     "image_bytes": image_bytes,
     "image_size": image_size,
     "batch_size": batch_size,
@@ -172,10 +169,8 @@ def format_report(found: dict[str, Any]) -> str:
     *format_columns(rows),
     f"{found['per_core']:,.0f} images/s a core of {found['cores']}; JPEGs of "
     f"{found['image_bytes'] / 1000:.0f} kB to {found['image_size']} pixels, "
-    f"batches of {found['batch_size']}; load before: {found['load']:.1f}",
+    f"batches of {found['batch_size']}",
   ]
-  if found["load"] > 0.2 * found["cores"]:
-    lines.append("the machine has other work: trust the CPU column")
   if "hosts" in found:
     lines.append(
       f"{found['needs']:,.0f} images/s take {found['hosts']} such hosts"

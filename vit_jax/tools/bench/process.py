@@ -1,50 +1,31 @@
-"""A measurement in a process of its own: arguments and result are JSON."""
+"""A measurement in a process of its own."""
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import vit_jax
-from vit_jax.errors import UserError
-
-# JAX takes three quarters of a GPU's memory for itself unless told otherwise.
-_MEMORY = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+from vit_jax.errors import one_line
 
 
-def call(module: str, spec: dict[str, Any]) -> dict[str, Any]:
-  """Runs `python -m module`; returns the JSON object that it prints last.
+def call(run: Callable[..., dict], spec: dict[str, Any]) -> dict[str, Any]:
+  """Returns `run(**spec)`, {"error": one line} if something went wrong."""
+  # JAX takes three quarters of a GPU's memory for itself unless told otherwise.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+  context = multiprocessing.get_context("spawn")
+  with ProcessPoolExecutor(1, mp_context=context) as pool:
+    try:
+      return pool.submit(_try, run, spec).result()
+    except BrokenProcessPool:
+      return {"error": "its process has died"}
 
-  Returns:
-    What its `report` printed; {"error": one line} if something went wrong.
-  """
-  root = str(Path(vit_jax.__file__).parents[1])
-  path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-  done = subprocess.run(
-    [sys.executable, "-m", module, json.dumps(spec)],
-    env={**_MEMORY, **os.environ, "PYTHONPATH": path},
-    capture_output=True,
-    text=True,
-  )
+
+def _try(run, spec):
   try:
-    return json.loads(done.stdout.splitlines()[-1])
-  except (IndexError, json.JSONDecodeError):
-    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return {"error": f"ended with code {done.returncode}: {last[:300]}"}
-
-
-def report(run: Callable[..., dict[str, Any]]) -> None:
-  """Is the main program of a process that `call` starts."""
-  try:
-    result = run(**json.loads(sys.argv[1]))
-  except UserError as e:
-    result = {"error": str(e)}
-  except Exception as e:  # of any library; the other process has no traceback
-    lines = str(e).strip().splitlines() or [type(e).__name__]
-    result = {"error": f"{type(e).__name__}: {lines[0][:300]}"}
+    return run(**spec)
+  except Exception as e:  # of any library; not each of them can be pickled
     if any(x in str(e) for x in ("out of memory", "RESOURCE_EXHAUSTED")):
-      result = {"error": "out of memory"}
-  print(json.dumps(result))
+      return {"error": "out of memory"}
+    return {"error": one_line(e)}

@@ -18,7 +18,7 @@ import optax
 from vit_jax import models, sharding
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.tools.bench.process import call, report
+from vit_jax.tools.bench.process import call
 from vit_jax.tools.paper.flops import OPERATIONS, count_multiply_adds
 from vit_jax.tools.text import format_columns
 from vit_jax.training import losses, steps
@@ -64,7 +64,7 @@ def bench(
     what = "%s, %d images: compiling, then %d steps"
     log.info(what, name, options["batch_size"], options["steps"])
     spec = {"variant": name, **options}
-    result = call("vit_jax.tools.bench.step", spec)
+    result = call(measure, spec)
     found.append({"code": "vit_jax", **spec, **result})
     if beside:
       found.append(_run_timm(found[-1]))
@@ -91,8 +91,10 @@ def _run_timm(ours):
     "mlp_ratio": size.mlp_dim / size.hidden_size,
     "act_layer": "gelu_tanh",  # ours
   }
+  from vit_jax.tools.bench import torch_step  # which needs Pillow
+
   given = {key: ours[key] for key in ("batch_size", "steps", "dtype")}
-  result |= call("vit_jax.tools.bench.torch_step", {"model": model, **given})
+  result |= call(torch_step.measure, {"model": model, **given})
   if "step_seconds" in result:
     result |= _rates(ours, result["step_seconds"], ours.get("ceiling_tflops"))
     if "step_seconds" in ours:
@@ -273,7 +275,3 @@ def _list_figures(row):
     f"{row['compile_seconds']:.1f}",
     remark,
   )
-
-
-if __name__ == "__main__":
-  report(measure)

@@ -10,7 +10,6 @@ from typing import Any
 
 from vit_jax.data.preprocess import as_pair
 from vit_jax.errors import UserError
-from vit_jax.tools.bench.process import report
 
 _WARM_UP = 5  # steps, after the one that compiles
 
@@ -123,7 +122,3 @@ def _time(torch, step, batch, steps, on_gpu):
     "memory_gib": peak / 2**30,
     "loss": float(loss.detach()),
   }
-
-
-if __name__ == "__main__":
-  report(measure)
