@@ -34,7 +34,8 @@ TOLERANCE = 1e-4
 # Devices that a program is compiled for: those of JAX's own wheels.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _OPSET = 21
-# Bytes of weights. Protobuf and flatbuffers have offsets of 31 bits.
+# Bytes of weights: Protobuf and flatbuffers have offsets of 31 bits.
+# A SavedModel has them in files of their own.
 _LIMIT = 2_000_000_000
 
 
@@ -70,7 +71,7 @@ def export(
       raise needs_extra(f"--to={to}", library)
   with _atomic(pathlib.Path(out)) as partial:
     model = _load(source, image_size)
-    _check_size(model, form, to)
+    _check_size(model, to)
     about = {
       "format": to,
       "file": form.file,
@@ -111,12 +112,12 @@ def _load(source, image_size):
   return model
 
 
-def _check_size(model, form, to):
+def _check_size(model, to):
   size = 4 * sum(x.size for x in jax.tree.leaves(model.params))
-  if form.limit and size > form.limit:
+  if to != "saved_model" and size > _LIMIT:
     raise UserError(
       f"{model.config.variant} has {size / 1e9:.1f} GB of weights; a file of "
-      f"{to} holds {form.limit / 1e9:.0f} at most: use --to=saved_model"
+      f"{to} holds {_LIMIT / 1e9:.0f} at most: use --to=saved_model"
     )
 
 
@@ -209,7 +210,6 @@ class Format(NamedTuple):
   Attributes:
     file: to read in the folder; "." for the folder itself.
     libraries: that write and run it, of an extra.
-    limit: bytes of weights that it holds, 0 for any number.
     write: (apply, params, about, folder) -> None, where apply(params, images)
       returns {name: array} and `about` is the content of export.json so far.
     read: folder -> a function of images that returns {name: array}.
@@ -217,7 +217,6 @@ class Format(NamedTuple):
 
   file: str
   libraries: tuple[str, ...]
-  limit: int
   write: Callable[..., None]
   read: Callable[[pathlib.Path], Callable[..., Any]]
 
@@ -338,20 +337,12 @@ def _quiet():
 
 FORMATS = {
   "stablehlo": Format(
-    "model.stablehlo",
-    ("flatbuffers",),
-    _LIMIT,
-    _write_stablehlo,
-    _read_stablehlo,
+    "model.stablehlo", ("flatbuffers",), _write_stablehlo, _read_stablehlo
   ),
   "saved_model": Format(
-    ".", ("tensorflow",), 0, _write_saved_model, _read_saved_model
+    ".", ("tensorflow",), _write_saved_model, _read_saved_model
   ),
   "onnx": Format(
-    "model.onnx",
-    ("jax2onnx", "onnxruntime"),
-    _LIMIT,
-    _write_onnx,
-    _read_onnx,
+    "model.onnx", ("jax2onnx", "onnxruntime"), _write_onnx, _read_onnx
   ),
 }

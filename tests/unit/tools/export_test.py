@@ -51,7 +51,7 @@ def _write_run(folder, variant):
 
 
 def _write(folder, options, size, preprocess, loss, flat):
-  num_classes = len(flat["head/bias"])
+  num_classes = len(flat.get("head/bias", ()))
   weights = Weights(
     runs.ORIGIN,
     "random",
@@ -100,19 +100,12 @@ def test_mistakes_show_before_anything_is_read(tmp_path, monkeypatch):
 @pytest.mark.ci
 def test_models_that_cannot_be_exported(tmp_path, sources, monkeypatch):
   _fails(tmp_path, sources[_VIT], "nearest valid: 32", image_size=33)
-  form = FORMATS["stablehlo"]._replace(limit=1000)
-  monkeypatch.setitem(FORMATS, "stablehlo", form)
+  monkeypatch.setattr("vit_jax.tools.export._LIMIT", 1000)
   _fails(tmp_path, sources[_VIT], "use --to=saved_model")
   model = models.create(variant=_VIT, image_size=16, num_classes=0)
-  params = {
-    path: as_lazy(np.zeros(x.shape, np.float32))
-    for path, x in flatten(
-      jax.eval_shape(model.init, jax.random.key(0))
-    ).items()
-  }
-  weights = Weights(runs.ORIGIN, "none", {"variant": _VIT}, (16, 16), 0, params)
-  runs.write(weights, tmp_path / "run")
-  _fails(tmp_path, tmp_path / "run", "has no head")
+  flat = flatten(random_params(model))
+  about = ({"variant": _VIT}, (16, 16), "resize(size)", "softmax")
+  _fails(tmp_path, _write(tmp_path / "run", *about, flat), "has no head")
 
 
 @pytest.mark.ci
