@@ -235,7 +235,7 @@ def test_wrong_arguments(runs, fails, tmp_path):
 
 def test_evaluate_without_what_it_needs(runs, reference, fails, tmp_path):
   fails(["evaluate", f"--workdir={tmp_path}/no"], "no checkpoint at")
-  fails(["evaluate", f"--checkpoint={tmp_path}"], "config.json")
+  fails(["evaluate", f"--checkpoint={tmp_path}"], "is not a run")
   given = ["evaluate", f"--workdir={reference.workdir}"]
   fails([*given, "--batch_size=0"], "batch_size is 0")
   fails([*given, "--split=tset"], "train (1,000)")
@@ -255,7 +255,7 @@ def test_predict_without_what_it_needs(reference, fails, tmp_path):
   (tmp_path / "empty").mkdir()
   fails([*given, tmp_path / "empty"], f"{tmp_path}/empty is a folder without")
   fails([*given, good, "--top=0"], "--top")
-  fails(["predict", f"--checkpoint={tmp_path}", good], "no checkpoint at")
+  fails(["predict", f"--checkpoint={tmp_path}", good], "is not a run")
 
 
 def test_predict_goes_on_after_a_bad_file(reference, capsys, tmp_path):

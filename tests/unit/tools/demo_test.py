@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys, tmp_path):
   with socket.create_server(("127.0.0.1", 0)) as taken:
     assert "in use" in run(f"--port={taken.getsockname()[1]}")
   assert "give another --host or --port" in run("--host=192.0.2.1")
-  assert "no checkpoint at" in run()
+  assert "is not a run" in run()
 
 
 # --- the page ---
