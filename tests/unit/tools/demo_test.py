@@ -18,15 +18,12 @@ from PIL import Image
 from random_models import random_weights
 from tiny_runs import REPO, Process, find_port
 
-import vit_jax
 from vit_jax import pretrained
 from vit_jax.__main__ import main
-from vit_jax.data.preprocess import preprocess_image
 from vit_jax.errors import UserError
 from vit_jax.evaluation.predict import predict
 from vit_jax.state import as_lazy
 from vit_jax.tools import demo
-from vit_jax.training.steps import normalize
 
 # One that HTML and two that a dictionary would make something else of.
 NAMES = ["crane", "a <b>wren</b> & co", "crane", "${1+1}", "tern, bird"]
@@ -61,23 +58,6 @@ def write_image(file, mode="RGB", **options):
 
 
 # --- what it shows ---
-
-
-@pytest.mark.ci
-def test_classes_are_those_of_predict(checkpoint, tmp_path):
-  file = write_image(tmp_path / "bird.jpg")
-  viewer = demo.Viewer(checkpoint)
-  classes, seen = viewer.view(file, "bird.jpg", (32, 32))
-  assert classes == predict(checkpoint, [file])[0]["classes"]
-  assert seen is not None
-  assert seen.shape == (480, 480, 3)
-  assert viewer.sizes == [(16, 16), (24, 24), (32, 32), (48, 48), (64, 64)]
-  model = vit_jax.load(checkpoint, image_size=64)
-  pixels = preprocess_image(file, model.config.preprocess, 64)
-  expected = np.sort(model.probabilities(normalize(pixels[None]))[0])[::-1]
-  classes, _ = viewer.view(file, "bird.jpg", (64, 64))
-  found = [c["probability"] for c in classes]
-  np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_sizes_are_whole_patches_and_not_too_many():
@@ -232,7 +212,11 @@ def test_uploads_are_judged_as_by_predict(open_demo, checkpoint, tmp_path):
   # Another resolution changes the classes.
   old = page.evaluate(READ)
   page.get_by_label("64 x 64 px").check()
-  found, _ = demo.Viewer(checkpoint).view(file, "", (64, 64))
+  viewer = demo.Viewer(checkpoint)
+  assert viewer.sizes == [(16, 16), (24, 24), (32, 32), (48, 48), (64, 64)]
+  found, seen = viewer.view(file, "", (64, 64))
+  assert seen is not None
+  assert seen.shape == (512, 512, 3)
   assert read(page, old) == as_shown(found)
   # A file that is not an image; its name is not HTML.
   bad = tmp_path / "<b>bold.png"
