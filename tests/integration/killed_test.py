@@ -22,22 +22,34 @@ def _read(path):
   return {f.relative_to(path): f.read_bytes() for f in files if f.is_file()}
 
 
-@pytest.mark.parametrize("to", pretrained.FORMATS)
-def test_weights_are_whole_or_not_there(to, tmp_path, monkeypatch):
-  weights = random_weights(_VARIANT)
+def _kill_everywhere(tmp_path, write):
+  """Returns what `write` makes of a path, and a folder left without it.
+
+  Wherever it is killed, all of it is there or nothing.
+  """
   root = tmp_path / "root"
   root.mkdir()
   with crashes.watch(root, tmp_path / "copies") as moments:
-    pretrained.write(weights, str(root / "out"), to)
+    write(str(root / "out"))
   expected = _read(root / "out")
   absent = [m for m in moments if not (m.folder / "out").exists()]
   assert len(absent) > 1
   for moment in moments:
     if moment not in absent:
       assert _read(moment.folder / "out") == expected, moment.next
+  return expected, absent[-1].folder
+
+
+@pytest.mark.parametrize("to", pretrained.FORMATS)
+def test_weights_are_whole_or_not_there(to, tmp_path, monkeypatch):
+  weights = random_weights(_VARIANT)
+  expected, left = _kill_everywhere(
+    tmp_path, lambda out: pretrained.write(weights, out, to)
+  )
   if to != "orbax":  # there the next one stops at what is left
+    root = tmp_path / "root"
     shutil.rmtree(root)
-    shutil.copytree(absent[-1].folder, root)
+    shutil.copytree(left, root)
     monkeypatch.setattr(os, "getpid", lambda: 1)  # another process
     pretrained.write(weights, str(root / "out"), to)
     assert _read(root / "out") == expected
@@ -45,18 +57,12 @@ def test_weights_are_whole_or_not_there(to, tmp_path, monkeypatch):
 
 @pytest.mark.ci
 def test_an_export_is_whole_or_not_there(tmp_path):
-  source, root = tmp_path / "weights", tmp_path / "root"
+  source = tmp_path / "weights"
   pretrained.write(random_weights(_VARIANT), str(source), "orbax")
-  root.mkdir()
-  with crashes.watch(root, tmp_path / "copies") as moments:
-    export(str(source), str(root / "out"), "stablehlo")
-  expected = _read(root / "out")
-  absent = [m for m in moments if not (m.folder / "out").exists()]
-  assert len(absent) > 1
-  for moment in moments:
-    if moment not in absent:
-      assert _read(moment.folder / "out") == expected, moment.next
+  expected, left = _kill_everywhere(
+    tmp_path, lambda out: export(str(source), out, "stablehlo")
+  )
   # What is left in the way of the next export, of whatever process.
-  out = absent[-1].folder / "out"
+  out = left / "out"
   export(str(source), str(out), "stablehlo")
   assert _read(out).keys() == expected.keys()
