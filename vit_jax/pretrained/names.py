@@ -73,7 +73,7 @@ def _list_augreg() -> dict[str, str]:
     for size, (*settings, lr) in tuned.items():
       if lr != "-":
         found[f"{name}-imagenet2012-{size}"] = _augreg(
-          file, *settings, f"--imagenet2012-steps_20k-lr_{lr}-res_{size}"
+          file, *settings, tuned=f"--imagenet2012-steps_20k-lr_{lr}-res_{size}"
         )
   return found
 
