@@ -137,7 +137,9 @@ def evaluate_constant(c) -> dict[str, float]:
   targets = read_targets(open_set(c, c.eval.split))
   frequency = (some.sum(0) + 0.5) / (len(some) + 1)
   logits = np.log(frequency / (1 - frequency))
-  loss = losses.get_loss(**c.loss)(np.tile(logits, (len(targets), 1)), targets)
+  loss_fn = losses.get_loss(**c.loss)
+  guesses = np.tile(logits, (len(targets), 1))
+  loss = loss_fn(guesses, targets)  # pyright: ignore[reportArgumentType]
   above = frequency >= frequency[:, None]
   precision = targets @ above.T / above.sum(1)
   lrap = (precision * targets).sum(1) / targets.sum(1)
