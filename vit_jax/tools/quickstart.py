@@ -131,7 +131,7 @@ def count_steps(c):
 def evaluate_constant(c) -> dict[str, float]:
   """Evaluates the trivial model that gives every image the class frequencies.
 
-  The metrics are those of `evaluation.classification`.
+  The metrics are those of `objectives.Classification`.
   """
   some = read_targets(open_set(c, f"train[:{PRIOR_EXAMPLES}]"))
   targets = read_targets(open_set(c, c.eval.split))
