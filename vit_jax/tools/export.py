@@ -19,7 +19,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jax import export as jax_export
 
 import vit_jax
@@ -34,6 +36,8 @@ TOLERANCE = 1e-4
 # Devices that a program is compiled for: those of JAX's own wheels.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _OPSET = 21
+# JAX's symbols are at least 1, and a batch may be empty.
+_ANY_BATCH = "batch - 1"
 # Bytes of weights: Protobuf and flatbuffers have offsets of 31 bits.
 # A SavedModel has them in files of their own.
 _LIMIT = 2_000_000_000
@@ -175,14 +179,14 @@ def _describe_op(name, arguments):
 
 
 def _compare(model, run, to):
-  """Runs model and file on one image and on three.
+  """Runs model and file on no image, on one and on three.
 
   Raises:
     UserError: the logits differ.
   """
   rng = np.random.default_rng(0)
   found, expected = [], []
-  for count in (1, 3):
+  for count in (0, 1, 3):
     shape = (count, *model.config.image_size, 3)
     images = rng.uniform(-1, 1, shape).astype(np.float32)
     found.append(run(images)["logits"])
@@ -222,15 +226,28 @@ class Format(NamedTuple):
 
 
 def _join(shape):
-  """Returns a shape as JAX reads it, "batch, 224, 224, 3"."""
-  return ", ".join(map(str, shape))
+  """Returns a shape as JAX reads it, "batch - 1, 224, 224, 3"."""
+  return ", ".join([_ANY_BATCH, *map(str, shape[1:])])
+
+
+def _fill(apply):
+  """Returns `apply` that also takes an empty batch, as which one image runs."""
+
+  def run(params, images):
+    n = images.shape[0]
+    missing = core.max_dim(n, 1) - n
+    padding = jnp.zeros((missing, *images.shape[1:]), images.dtype)
+    found = apply(params, jnp.concatenate([images, padding]))
+    return {name: x[:n] for name, x in found.items()}
+
+  return run
 
 
 # --- StableHLO, by jax.export ---
 
 
 def _write_stablehlo(apply, params, about, folder):
-  run = jax.jit(lambda images: apply(params, images))
+  run = jax.jit(lambda images: _fill(apply)(params, images))
   shape = jax_export.symbolic_shape(_join(about["input"]["shape"]))
   spec = jax.ShapeDtypeStruct(shape, np.float32)
   exported = jax_export.export(run, platforms=PLATFORMS)(spec)
@@ -257,7 +274,7 @@ def _write_saved_model(apply, params, about, folder):
     lambda x: tf.Variable(tf.constant(np.asarray(x)), trainable=False), params
   )
   converted = jax2tf.convert(
-    apply,
+    _fill(apply),
     polymorphic_shapes=[None, f"({_join(shape)})"],
     native_serialization_platforms=PLATFORMS,
     with_gradient=False,
@@ -306,10 +323,49 @@ def _write_onnx(apply, params, about, folder):
         f"are installed ({type(e).__name__}: {reason}); constraints.txt has "
         "those that are tested"
       ) from e
+  _allow_empty(model.graph)
   for key, value in about.items():
     text = value if isinstance(value, str) else json.dumps(value)
     model.metadata_props.add(key=key, value=text)
   (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
+def _allow_empty(graph):
+  """Has an ONNX graph do what `_fill` does.
+
+  ONNX Runtime reshapes an empty batch with a division by zero, which ends the
+  process.
+  """
+  from onnx import TensorProto, helper  # pyright: ignore[reportMissingImports]
+
+  outputs = [output.name for output in graph.output]
+  for node in graph.node:
+    for names in (node.input, node.output):
+      inner = {"images", *outputs}
+      names[:] = [f"any_{name}" if name in inner else name for name in names]
+  for name, values in {"zero": [0], "one": [1], "zeros": [0] * 4}.items():
+    graph.initializer.append(
+      helper.make_tensor(
+        f"any_{name}", TensorProto.INT64, [len(values)], values
+      )
+    )
+  make = helper.make_node
+  # Rows that are added at the beginning of each axis, and at its end.
+  pads = ["any_zeros", "any_missing", *["any_zero"] * 3]
+  before = [
+    make("Shape", ["images"], ["any_count"], start=0, end=1),
+    make("Sub", ["any_one", "any_count"], ["any_difference"]),
+    make("Max", ["any_difference", "any_zero"], ["any_missing"]),
+    make("Concat", pads, ["any_pads"], axis=0),
+    make("Pad", ["images", "any_pads"], ["any_images"]),
+  ]
+  after = [
+    make("Slice", [f"any_{name}", "any_zero", "any_count", "any_zero"], [name])
+    for name in outputs
+  ]
+  nodes = [*before, *graph.node, *after]
+  del graph.node[:]
+  graph.node.extend(nodes)
 
 
 def _read_onnx(folder):
