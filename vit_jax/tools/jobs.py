@@ -20,6 +20,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from vit_jax.errors import UserError, check_choice, one_line
+from vit_jax.training.lock import is_alive
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class TrainJob(submitit.helpers.Checkpointable):
     with open(workdir / LOG, "a") as file:
       with contextlib.suppress(OSError):  # not every file system has locks
         fcntl.flock(file, fcntl.LOCK_EX)  # which the command inherits
-      if owner and not _is_alive(owner):
+      if owner and not is_alive(owner):
         return None
       child = subprocess.Popen(
         command,
@@ -75,7 +76,7 @@ class TrainJob(submitit.helpers.Checkpointable):
       )
       is_stopped = False
       while child.poll() is None:
-        if not is_stopped and (stops or (owner and not _is_alive(owner))):
+        if not is_stopped and (stops or (owner and not is_alive(owner))):
           child.terminate()
           is_stopped = True
         time.sleep(0.1)
@@ -226,14 +227,3 @@ def make_environments(
     {name: ",".join(devices[j * share : (j + 1) * share]), **shape}
     for j in range(jobs)
   ]
-
-
-def _is_alive(process: int) -> bool:
-  """Returns whether a process of this machine runs."""
-  try:
-    os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:  # another user's
-    pass
-  return True

@@ -1,10 +1,10 @@
 """The lock of a run folder: only one training may write to it at a time.
 
-The file `lock` names the owner, and is empty when there is none. The owner also
-holds an flock, which ends with its process: a second run is refused. Where
-there is no flock, in a bucket and on some disks that machines share, nothing
-tells an owner that lives from one that was killed. There the later run takes
-over, and the earlier one stops before it saves again.
+The file `lock` names the owner, and is empty when there is none. On a local
+disk the owner also holds an flock, which ends with its process. Other machines
+may not see that, and buckets have no flock. Therefore the owner also rewrites
+the file every few seconds: this is its heartbeat, and an owner without one has
+died.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from collections.abc import Iterator
 from vit_jax.errors import RunStopped, UserError
 
 log = logging.getLogger(__name__)
+
+_BEAT = 15  # seconds between two heartbeats
+_PATIENCE = 4 * _BEAT
 
 
 @contextlib.contextmanager
@@ -32,60 +36,103 @@ def hold(workdir) -> Iterator["Lock"]:
   """
   is_new = not workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
-  with contextlib.ExitStack() as stack:
-    if "://" not in str(workdir):
-      file = stack.enter_context((workdir / "lock").open("a"))
-      _flock(file.fileno(), workdir)
-    lock = Lock(workdir / "lock")
-    try:
-      yield lock
-    finally:
-      lock.release()
-      if is_new and [f.name for f in workdir.iterdir()] == ["lock"]:
-        workdir.rmtree()
-
-
-def _flock(descriptor, workdir):
+  lock = Lock(workdir / "lock")
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    owner = _describe(read_owner(workdir / "lock"))
-    raise UserError(
-      f"{owner} trains in {workdir}; wait for it, stop it, or choose another "
-      "--workdir"
-    ) from None
-  except OSError as e:
-    log.debug("no flock in %s: %s", workdir, e)
+    yield lock
+  finally:
+    lock.release()
+    if is_new and [f.name for f in workdir.iterdir()] == ["lock"]:
+      workdir.rmtree()
 
 
 class Lock:
-  """A lock that is held.
+  """A lock that is held; its heartbeat runs in a thread.
 
   Attributes:
     token: a text that no other owner of any lock has.
   """
 
   def __init__(self, file):
-    """Writes the owner's name."""
+    """Takes the lock, or raises a UserError that names its owner."""
     self.token = uuid.uuid4().hex
-    self._file = file
-    owner = {"host": socket.gethostname(), "process": os.getpid()}
-    file.write_text(json.dumps(owner | {"token": self.token}))
+    self._file, self._beats = file, 0
+    self._descriptor, self._is_flocked = None, False
+    if "://" not in str(file):
+      self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+      self._is_flocked = self._flock(self._descriptor)
+    owner = read_owner(file)
+    if owner and not self._has_died(owner):
+      _wait_for_heartbeat(file, owner)
+    self._write()
+    self._taken_by = None
+    self._released = threading.Event()
+    self._thread = threading.Thread(target=self._beat, daemon=True)
+    self._thread.start()
 
   def check(self) -> None:
-    """Raises a RunStopped if another process has taken the lock."""
-    owner = read_owner(self._file)
-    if owner and owner["token"] != self.token:
+    """Raises a RunStopped if another process has taken the lock.
+
+    It may if this one could not write a heartbeat for a minute.
+    """
+    if self._taken_by:
       raise RunStopped(
-        f"{_describe(owner)} has taken over {self._file.parent}; this process "
-        "has stopped writing there"
+        f"{_describe(self._taken_by)} has taken over {self._file.parent}; this "
+        "process has stopped writing there"
       )
 
   def release(self) -> None:
-    """Gives the lock back, unless another process has taken it."""
-    with contextlib.suppress(OSError, RunStopped):
-      self.check()
-      self._file.write_text("")
+    """Gives the lock back."""
+    self._released.set()
+    self._thread.join()
+    if not self._taken_by:
+      with contextlib.suppress(OSError):
+        self._file.write_text("")
+    if self._descriptor is not None:
+      os.close(self._descriptor)
+
+  def _flock(self, descriptor) -> bool:
+    """Returns whether it holds the flock; False: this disk has none."""
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      os.close(descriptor)
+      raise _is_in_use(self._file, read_owner(self._file)) from None
+    except OSError as e:
+      log.debug("no flock on %s: %s", self._file, e)
+      return False
+    return True
+
+  def _has_died(self, owner) -> bool:
+    """Returns whether an owner on this machine is known to be dead."""
+    if owner["host"] != socket.gethostname():
+      return False
+    if self._is_flocked:  # the owner would hold it
+      return True
+    return owner["process"] == os.getpid() or not is_alive(owner["process"])
+
+  def _write(self):
+    self._beats += 1
+    owner = {
+      "host": socket.gethostname(),
+      "process": os.getpid(),
+      "token": self.token,
+      "beat": self._beats,
+    }
+    if self._descriptor is None:
+      self._file.write_text(json.dumps(owner))
+    else:  # in place and of one length: nobody reads half of it
+      os.pwrite(self._descriptor, json.dumps(owner).ljust(512).encode(), 0)
+
+  def _beat(self):
+    while not self._released.wait(_BEAT):
+      try:
+        owner = read_owner(self._file)
+        if owner and owner["token"] != self.token:
+          self._taken_by = owner
+          return
+        self._write()
+      except Exception as e:  # storage may fail for a while
+        log.debug("no heartbeat: %s", e)
 
 
 def read_owner(file) -> dict | None:
@@ -109,7 +156,41 @@ def read_token(workdir) -> str | None:
   return None
 
 
+def _wait_for_heartbeat(file, owner):
+  """Returns once an owner has missed its heartbeats; raises if it lives."""
+  log.info(
+    "%s held %s: waiting up to %d s for a heartbeat, in case it still runs",
+    _describe(owner),
+    file.parent,
+    _PATIENCE,
+  )
+  end = time.monotonic() + _PATIENCE
+  while time.monotonic() < end:
+    time.sleep(1)
+    found = read_owner(file)
+    if found and found != owner:
+      raise _is_in_use(file, found)
+
+
+def _is_in_use(file, owner) -> UserError:
+  return UserError(
+    f"{_describe(owner)} trains in {file.parent}; wait for it, stop it, or "
+    "choose another --workdir"
+  )
+
+
 def _describe(owner) -> str:
   if owner is None:
     return "another process"
   return f"process {owner['process']} on {owner['host']}"
+
+
+def is_alive(process: int) -> bool:
+  """Returns whether a process of this machine runs."""
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # another user's
+    pass
+  return True
