@@ -27,6 +27,8 @@ import json
 import logging
 import math
 import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -153,7 +155,7 @@ class Checkpoints:
       folder = self.workdir / "checkpoints" / str(step)
       state = error = None
       try:
-        state = _restore(folder, abstract_state)
+        state = _read(folder, lambda f: _restore(f, abstract_state))
       except (Corrupt, UserError, RunStopped) as e:
         error = e
       error = _agree(folder, error)
@@ -246,20 +248,33 @@ def _agree(folder, error):
   return kinds[worst - 1](f"another process could not read {folder}")
 
 
-@contextlib.contextmanager
-def _reading(folder):
-  """Tells a checkpoint that is corrupt from one that could not be read."""
-  try:
-    yield
-  except (Corrupt, UserError):
-    raise
-  except Exception as e:
-    if _is_decode_error(e):
-      raise Corrupt(one_line(e)) from e
-    raise RunStopped(
-      f"could not read {folder}: {one_line(e)}; nothing was changed; mend "
-      "that, then the same command resumes"
-    ) from e
+# Seconds before a read is tried again that a disk or a network failed.
+_PAUSES = (0.5, 2.0, 8.0)
+
+
+def _read(folder, read: Callable[[Any], Any]) -> Any:
+  """Returns what `read` returns of one checkpoint.
+
+  Raises:
+    Corrupt: its data do not decode, or not to what was saved.
+    RunStopped: it could not be read.
+  """
+  for pause in (*_PAUSES, None):
+    try:
+      return read(folder)
+    except (Corrupt, UserError):
+      raise
+    except Exception as e:
+      if _is_decode_error(e):
+        raise Corrupt(one_line(e)) from e
+      if pause is None or not _is_input_error(e):
+        raise RunStopped(
+          f"could not read {folder}: {one_line(e)}; nothing was changed; mend "
+          "that, then the same command resumes"
+        ) from e
+      log.warning("could not read: %s; trying again", one_line(e))
+      time.sleep(pause)
+  raise AssertionError("the last attempt returns or raises")
 
 
 # What says that bytes were read and are wrong, in the words of TensorStore and
@@ -282,20 +297,21 @@ def _chain(error):
 
 
 def _is_decode_error(error) -> bool:
-  """Returns whether bytes were read, and do not say what they should.
+  """Returns whether bytes were read, and do not say what they should."""
+  return not _is_input_error(error) and any(
+    isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError))
+    or (isinstance(e, ValueError) and _DECODE_ERRORS.search(str(e)))
+    for e in _chain(error)
+  )
 
-  Not so if a disk, a server or a network failed.
-  """
-  chain = [*_chain(error)]
-  return not any(
+
+def _is_input_error(error) -> bool:
+  """Returns whether a disk, a server or a network failed."""
+  return any(
     (isinstance(e, OSError) and e.errno not in (None, errno.ENOENT))
     or isinstance(e, (ConnectionError, TimeoutError))
     or _INPUT_ERRORS.search(str(e))
-    for e in chain
-  ) and any(
-    isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError))
-    or (isinstance(e, ValueError) and _DECODE_ERRORS.search(str(e)))
-    for e in chain
+    for e in _chain(error)
   )
 
 
@@ -330,8 +346,8 @@ def read_best(workdir) -> tuple[epath.Path, float] | None:
   # Runs from before 2026-12 had the best one in a folder of its own.
   for step in reversed(list_steps(workdir, "best")):
     folder = file.parent / "best" / str(step)
-    with contextlib.suppress(Corrupt), _reading(folder):
-      return folder, _read_meta(folder)["metric"]
+    with contextlib.suppress(Corrupt):
+      return folder, _read(folder, _read_meta)["metric"]
   return None
 
 
@@ -341,17 +357,16 @@ def _restore(folder, abstract_state):
   With Orbax's handlers alone: a Checkpointer waits for the other processes,
   one of which may have failed.
   """
-  with _reading(folder):
-    meta = _read_meta(folder)
-    wanted = unflatten(flatten(abstract_state))
-    handler = ocp.PyTreeCheckpointHandler()
-    _check_tree(folder, handler, flatten(abstract_state))
-    args = ocp.args.PyTreeRestore(
-      item=wanted,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-    )
-    flat = flatten(handler.restore(folder / "state", args=args))
-    _verify(flat, meta["fingerprint"])
+  meta = _read_meta(folder)
+  wanted = unflatten(flatten(abstract_state))
+  handler = ocp.PyTreeCheckpointHandler()
+  _check_tree(folder, handler, flatten(abstract_state))
+  args = ocp.args.PyTreeRestore(
+    item=wanted,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+  )
+  flat = flatten(handler.restore(folder / "state", args=args))
+  _verify(flat, meta["fingerprint"])
   structure = jax.tree.structure(abstract_state)
   return structure.unflatten([flat[path] for path in flatten(abstract_state)])
 
@@ -365,18 +380,21 @@ def read_params(folder) -> dict[str, np.ndarray]:
     Corrupt: they do not decode, or not to what was saved.
     RunStopped: they could not be read.
   """
-  with _reading(folder):
-    handler = ocp.PyTreeCheckpointHandler()
-    tree = handler.metadata(folder / "state").tree
-    name = "ema" if "ema" in tree else "params"
-    to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-    args = ocp.args.PyTreeRestore(
-      item={name: tree[name]},
-      restore_args={name: jax.tree.map(lambda _: to_numpy, tree[name])},
-      partial_restore=True,
-    )
-    flat = flatten(handler.restore(folder / "state", args=args))
-    _verify(flat, _read_meta(folder)["fingerprint"])
+  return _read(folder, _restore_params)
+
+
+def _restore_params(folder):
+  handler = ocp.PyTreeCheckpointHandler()
+  tree = handler.metadata(folder / "state").tree
+  name = "ema" if "ema" in tree else "params"
+  to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+  args = ocp.args.PyTreeRestore(
+    item={name: tree[name]},
+    restore_args={name: jax.tree.map(lambda _: to_numpy, tree[name])},
+    partial_restore=True,
+  )
+  flat = flatten(handler.restore(folder / "state", args=args))
+  _verify(flat, _read_meta(folder)["fingerprint"])
   return {path.removeprefix(f"{name}/"): x for path, x in flat.items()}
 
 

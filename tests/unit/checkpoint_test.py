@@ -354,6 +354,12 @@ _FAILURES = {
 }
 
 
+@pytest.fixture
+def quick(monkeypatch):
+  """Tries again at once."""
+  monkeypatch.setattr(checkpoint, "_PAUSES", (0, 0))
+
+
 def _fail(error):
   def fail(*_, **__):
     raise error
@@ -362,7 +368,9 @@ def _fail(error):
 
 
 @pytest.mark.parametrize("name", _FAILURES)
-def test_what_cannot_be_read_is_not_taken_for_corrupt(name, run, monkeypatch):
+def test_what_cannot_be_read_is_not_taken_for_corrupt(
+  name, run, monkeypatch, quick
+):
   before = _content(run)
   for module, place in (
     (checkpoint, "_read_meta"),
@@ -380,11 +388,25 @@ def test_what_cannot_be_read_is_not_taken_for_corrupt(name, run, monkeypatch):
     assert _content(run) == before
 
 
+def test_a_failure_that_passes_is_not_noticed(run, monkeypatch, quick):
+  read, failures = checkpoint._read_meta, [_FAILURES["EIO"]] * 2
+
+  def read_meta(folder):
+    if failures:
+      raise failures.pop()
+    return read(folder)
+
+  monkeypatch.setattr(checkpoint, "_read_meta", read_meta)
+  _assert_identical(_restore(run), _make_arrays(20))
+  assert not failures
+
+
 @pytest.mark.parametrize("step", [500, 503])
 def test_a_step_like_a_servers_answer_is_no_failure_of_one(step, tmp_path):
   """What a file that does not decode is called says nothing about why."""
-  with pytest.raises(checkpoint.Corrupt), checkpoint._reading(tmp_path):
-    raise ValueError(f"DATA_LOSS: {tmp_path}/http/checkpoints/{step}: CRC-32C")
+  error = ValueError(f"DATA_LOSS: {tmp_path}/http/checkpoints/{step}: CRC-32C")
+  with pytest.raises(checkpoint.Corrupt):
+    checkpoint._read(tmp_path, _fail(error))
 
 
 @pytest.mark.parametrize(
