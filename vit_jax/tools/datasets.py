@@ -1,6 +1,7 @@
 """Data sets: listed, checked and shown."""
 
 import concurrent.futures
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def _find_traits(encoded, pixels):
   traits = []
   if (pixels == pixels[0, 0]).all():
     traits.append("of one colour")
-  try:
+  with contextlib.suppress(Exception):  # TensorFlow reads what Pillow may not
     image = preprocess.open_image(encoded, "image")
     if image.has_transparency_data:
       traits.append("with transparency, put on white")
@@ -128,8 +129,6 @@ def _find_traits(encoded, pixels):
       traits.append("turned upright as their EXIF says")
     if image.mode.startswith("I") and np.asarray(image).max() < 4096:
       traits.append("16-bit with values below 4,096, so nearly black")
-  except Exception:  # Pillow may not read what TensorFlow does
-    return traits
   return traits
 
 
