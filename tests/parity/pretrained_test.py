@@ -533,12 +533,22 @@ def test_another_kind_of_file(tmp_path):
   )
 
 
-def test_a_folder_above_the_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+  ("names", "given"),
+  [
+    (["checkpoint-500", "checkpoint-1500"], "checkpoint-1500"),
+    (["snapshots/0123", "snapshots/abcd"], "snapshots/0123"),  # of refs/main
+    (["models--a--b/snapshots/0123"], "models--a--b/snapshots/0123"),
+  ],
+)
+def test_a_folder_above_the_checkpoint(tmp_path, names, given):
   _assert_refused(tmp_path, "holds no safetensors files; give a run, a folder")
-  for name in ("checkpoint-500", "checkpoint-1500"):
+  for name in names:
     (tmp_path / name).mkdir(parents=True)
     (tmp_path / name / "model.safetensors").write_bytes(b"")
-  _assert_refused(tmp_path, f"give {tmp_path / 'checkpoint-1500'}")
+  (tmp_path / "refs").mkdir()
+  (tmp_path / "refs" / "main").write_text("0123\n")
+  _assert_refused(tmp_path, f"give {tmp_path / given}")
 
 
 def test_unknown_hybrid(tmp_path):

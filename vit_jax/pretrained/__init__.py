@@ -107,6 +107,11 @@ def _read(source):
   return embedded.restore(_read_safetensors(path))
 
 
+# Below the folder of Hugging Face's Trainer, of a model in the hub's cache, and
+# of that cache.
+_BELOW = ("*", "snapshots/*", "models--*/snapshots/*")
+
+
 def _find_safetensors(folder):
   """Returns the file of a folder that has the weights, or lists them."""
   for name in ("model.safetensors.index.json", "model.safetensors"):
@@ -115,10 +120,19 @@ def _find_safetensors(folder):
   found = sorted(folder.glob("*.safetensors"))
   if len(found) == 1:
     return found[0]
-  inner = {file.parent for file in folder.glob("*/*.safetensors")}
+  inner = {
+    file.parent
+    for below in _BELOW
+    for file in folder.glob(f"{below}/*.safetensors")
+  }
   inner |= set(filter(runs.matches, folder.iterdir()))
-  # checkpoint-1000 is behind checkpoint-500.
-  below = sorted(inner, key=lambda path: (len(path.name), path.name))
+  main = folder / "refs" / "main"  # of a model in the cache: its snapshot
+  latest = main.read_text().strip() if main.exists() else None
+
+  def order(path):  # checkpoint-1000 is behind checkpoint-500
+    return path.name == latest, len(path.name), path.name
+
+  below = sorted(inner, key=order)
   advice = below[-1] if below else "a run, a folder of these two, or a file"
   raise UserError(
     f"{folder} is not a run, nor a folder of Hugging Face or timm: it holds "
