@@ -450,3 +450,45 @@ def test_folders_that_are_no_classes(tmp_path):
   for fold in ("fold1", "fold2", "fold3"):
     shutil.rmtree(tmp_path / fold / "b")
   assert data.get_source(f"folder:{tmp_path}", "train").num_classes == 3
+
+
+def test_data_dir_with_brackets_is_explained(tmp_path):
+  folder = str(tmp_path / "a [1]")
+  for call in (
+    lambda: data.get_source("digits", "train", folder),
+    lambda: data.prepare("digits", folder),
+  ):
+    with pytest.raises(UserError, match=r"a \[1\]': TFDS finds nothing"):
+      call()
+
+
+def test_commands_in_messages_are_quoted(tmp_path):
+  folder = f"{tmp_path}/my data"
+  with pytest.raises(UserError) as e:
+    data.get_source("digits", "train", folder)
+  assert f"prepare digits --data_dir='{folder}'`" in str(e.value)
+
+
+def test_data_dir_may_start_at_home(data_dir, monkeypatch):
+  monkeypatch.setenv("HOME", data_dir)
+  assert data.list_splits("digits", "~/") == {"train": 1000, "test": 797}
+
+
+@pytest.mark.parametrize(
+  ("train", "held_out", "split"),
+  [
+    ("train", "test", "test"),
+    ("train", "val", "val"),
+    ("train", "Validation", "validation"),
+    ("train", "valid", "valid"),
+    ("TRAIN", "eval", "eval"),
+    ("Training", "Testing", "test"),
+  ],
+)
+def test_split_folders(tmp_path, train, held_out, split):
+  _make_folder(tmp_path / train, {"a": 4, "b": 5})
+  _make_folder(tmp_path / held_out, {"a": 2, "b": 1})
+  folder = f"folder:{tmp_path}"
+  assert data.list_splits(folder) == {"train": 9, split: 3}
+  source = data.get_source(folder, split)
+  assert sorted(np.ravel(_labels(source)).tolist()) == [0, 0, 1]
