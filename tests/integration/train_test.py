@@ -746,30 +746,41 @@ def test_a_damaged_checkpoint_is_passed_over(runs, whole, tmp_path, caplog):
 
 @pytest.mark.ci
 def test_a_full_disk_stops_the_run(runs, whole, tmp_path):
-  size = sum(size for size, _ in snapshot(whole[0]).values())
-  with small_disk(tmp_path / "disk", f"{size * 3 // 4096}k") as disk:
+  workdir, moments = whole
+  saved = next(m for m in moments if saved_steps(m.folder) == [2])
+  with disk_of_its_own(tmp_path / "disk") as (disk, resize):
+    shutil.copytree(saved.folder, disk / "run")
+    # Room for a resume's small files, and not for another checkpoint.
+    resize(shutil.disk_usage(disk).used + 2**17)
     # In a process of its own: what Orbax leaves of a failed save stays in it.
     process = runs.train(disk / "run", *SHORT, devices=DEVICES)
     assert process.wait() == 1, process.stderr()
     line = process.stderr().splitlines()[-1]
-    assert line.startswith("stopped: could not write")
+    assert line.startswith("stopped: could not write a checkpoint")
     assert "No space left on device" in line
-    saved = saved_steps(disk / "run")
-    assert saved
-    assert f"intact checkpoints: {', '.join(map(str, saved))};" in line
-    subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+    assert "intact checkpoints: 2;" in line
+    assert saved_steps(disk / "run") == [2]
+    resize(2**28)
     assert main(runs.train_args(disk / "run", *SHORT)) == 0
-    assert_same_run(disk / "run", whole[0])
+    assert_same_run(disk / "run", workdir)
 
 
 @contextlib.contextmanager
-def small_disk(folder, size):
+def disk_of_its_own(folder):
+  """Yields a file system in memory, and what sets its size in bytes."""
+
+  def mount(options, *args):
+    command = ["mount", "-t", "tmpfs", "-o", options, *args, folder]
+    return subprocess.run(command, capture_output=True, check=False).returncode
+
+  def resize(size):
+    assert mount(f"remount,size={size}") == 0
+
   folder.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-  if subprocess.run(mount, capture_output=True, check=False).returncode:
+  if mount(f"size={2**28}", "tmpfs"):
     pytest.skip("needs the right to mount a tmpfs")
   try:
-    yield folder
+    yield folder, resize
   finally:
     subprocess.run(["umount", folder], check=True)
 
