@@ -165,7 +165,7 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(
       if operation.startswith(("write", "os.rename", "os.remove")):
         top = "/".join(operation.split("/")[:2])
         kinds[re.sub(r"\d+", "#", top)].append(moment)
-  assert len(kinds) > 15
+  assert len(kinds) > 12
   random_ = random.Random(0)
   for i, group in enumerate(kinds.values()):
     resume(runs, random_.choice(group), tmp_path / str(i), workdir)
