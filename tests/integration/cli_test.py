@@ -163,20 +163,17 @@ def test_a_workdir_that_is_a_file(runs, fails, tmp_path):
   assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_an_image_that_cannot_be_decoded(runs, fails, tmp_path):
+def test_an_image_that_cannot_be_decoded(fails, tmp_path):
+  """It is named when it is read, with what names all others."""
   bad = make_folder(tmp_path / "images") / "cat" / "1.png"
   bad.write_bytes(bad.read_bytes()[:60])
-  workdir = tmp_path / "run"
+  folder, output = f"folder:{tmp_path}/images", tmp_path / "show.png"
   fails(
-    runs.train_args(
-      workdir,
-      f"train.dataset=folder:{tmp_path}/images",
-      "train.split=train",
-      "eval.split=test",
-    ),
+    ["data", "show", folder, "--image_size=8", f"--output={output}"],
     f"{bad}: not a readable image",
+    f"; `vit-jax data check {folder}` lists all such files",
   )
-  assert not workdir.exists()
+  assert not output.exists()
 
 
 def make_folder(root):

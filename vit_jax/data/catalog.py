@@ -24,11 +24,11 @@ def get_source(
       of a task also its names: `train800`.
     data_dir: where TFDS data sets are; None for TFDS's own choice.
     faults: of a folder, takes a line for each file that is not a whole image,
-      and the file is left out; None: such files are an error.
+      and the file is left out; None: no file is looked at before it is read.
 
   Raises:
     UserError: unknown or unprepared data set, bad split, no image and label in
-      it, a file that is not an image.
+      it.
   """
   if dataset.startswith(FOLDER):
     return FolderSource(dataset, split, faults)

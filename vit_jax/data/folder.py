@@ -44,7 +44,8 @@ class FolderSource(Source):
   Within a split the order is that of the hashes too, so that `train[:10%]` is a
   random tenth, the same everywhere. Links are followed.
 
-  A record is the label, four bytes little endian, and the file.
+  A record is the label, four bytes little endian, and the file. No file is read
+  before its record is.
 
   Attributes:
     left_out: files that are not read, and folders beside those of splits.
@@ -52,6 +53,7 @@ class FolderSource(Source):
 
   multilabel = False
   max_labels = 1
+  _advice = ""  # at an image that cannot be used
 
   def __init__(self, dataset: str, split: str, faults: list[str] | None = None):
     self.dataset, self.split = dataset, split
@@ -59,26 +61,30 @@ class FolderSource(Source):
     self.class_names, splits, self.left_out = _find_splits(root)
     self.num_classes = len(self.class_names)
     self._files = take_split(splits, dataset, split)
-    self._check_files(faults)
+    if faults is None:
+      command = f"vit-jax data check {shlex.quote(dataset)}"
+      self._advice = f"; `{command}` lists all such files"
+      if self.left_out:
+        log.warning("%s: %s", dataset, self.describe_left_out())
+    else:
+      self._leave_out_broken(faults)
     self.num_examples = len(self._files)
-    if self.left_out and faults is None:
-      log.warning("%s: %s", dataset, self.describe_left_out())
 
-  def _check_files(self, faults):
-    """Leaves out files that are not whole images; raises without `faults`."""
+  def _leave_out_broken(self, faults):
+    """Leaves out files that are not whole images, and says why in `faults`."""
     Image.init()  # Pillow's list of formats; not thread-safe
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       found = list(pool.map(_find_fault, [path for path, _ in self._files]))
     self._files = [
       file for file, fault in zip(self._files, found, strict=True) if not fault
     ]
-    found = [fault for fault in found if fault]
-    if faults is not None:
-      faults += found
-    elif found:
-      command = f"vit-jax data check {shlex.quote(self.dataset)}"
-      more = f"; `{command}` lists {len(found) - 1} more files at fault"
-      raise UserError(found[0] + (more if len(found) > 1 else ""))
+    faults += [fault for fault in found if fault]
+
+  def check_example(self, index):
+    try:
+      return super().check_example(index)
+    except UserError as e:
+      raise type(e)(f"{e}{self._advice}") from e
 
   def describe_left_out(self) -> str:
     """Returns how many files of which kinds are not read."""
@@ -104,16 +110,16 @@ class FolderSource(Source):
 
   @functools.cached_property
   def _identity(self):  # a stat of each file: once a start
-    names = [f"{path.parent.name}/{path.name}" for path, _ in self._files]
-    sizes = [path.stat().st_size for path, _ in self._files]
+    names = ["/".join(path.split("/")[-2:]) for path, _ in self._files]
+    sizes = [os.stat(path).st_size for path, _ in self._files]
     return digest([*zip(names, sizes, strict=True)])
 
   def locate(self):
-    return [(str(path), 0, 1) for path, _ in self._files]
+    return [(path, 0, 1) for path, _ in self._files]
 
   def _read_one(self, index):
     path, label = self._files[index]
-    return struct.pack("<i", label) + path.read_bytes()
+    return struct.pack("<i", label) + Path(path).read_bytes()
 
   def parse_image(self, record):
     return tf.strings.substr(record, 4, -1)
@@ -122,7 +128,7 @@ class FolderSource(Source):
     return tf.io.decode_raw(tf.strings.substr(record, 0, 4), tf.int32)
 
   def describe(self, index):
-    return str(self._files[index][0])
+    return self._files[index][0]
 
 
 def list_splits(dataset: str) -> dict[str, int]:
@@ -204,7 +210,9 @@ def _find_files(root, known=None):
   ]
   labels = [(known or classes).index(name) for name in classes]
   files = [(path, labels[label]) for path, label in files]
-  return classes, sorted(files, key=lambda f: _hash(f[0], root)), left_out
+  start = _find_start(root)
+  files.sort(key=lambda file: _hash(file[0][start:]))
+  return classes, files, left_out
 
 
 def _check_classes(root, classes, files):
@@ -216,9 +224,10 @@ def _check_classes(root, classes, files):
       raise UserError(
         f"{root}: the folder {name!r} names a class, not in UTF-8; rename it"
       ) from e
+  start = _find_start(root)
   inner: dict[int, set[str]] = {}
   for path, label in files:
-    parts = path.relative_to(root).parts
+    parts = path[start:].split("/")
     if len(parts) == 2:  # an image of its own
       return
     inner.setdefault(label, set()).add(parts[1])
@@ -233,7 +242,7 @@ def _check_classes(root, classes, files):
 
 def find_images(
   root: Path, classes: list[str]
-) -> tuple[list[tuple[Path, int]], list[Path]]:
+) -> tuple[list[tuple[str, int]], list[Path]]:
   """Returns [(path, which of the classes)] of a folder of class folders.
 
   Second: the files that are not read. Hidden ones are not counted.
@@ -244,14 +253,15 @@ def find_images(
   files, left_out = [], []
   for label, name in enumerate(classes):
     paths = [
-      Path(path)
+      path
       for path in walk(str(root / name))
       if os.path.basename(path)[0] != "."
       # A link to nothing is found when it is read.
       and (os.path.isfile(path) or os.path.islink(path))
     ]
-    images = [path for path in paths if path.suffix.lower() in _SUFFIXES]
-    left_out += [path for path in paths if path.suffix.lower() not in _SUFFIXES]
+    images = [path for path in paths if path.lower().endswith(_SUFFIXES)]
+    others = {*paths}.difference(images)
+    left_out += sorted(map(Path, others))
     if not images:
       raise UserError(
         f"{root / name}: class {name!r} has no images ({', '.join(_SUFFIXES)});"
@@ -261,8 +271,12 @@ def find_images(
   return files, left_out
 
 
-def _hash(path, root):
-  relative = path.relative_to(root).as_posix()
+def _find_start(root):
+  """Returns where the relative part of a path below `root` starts."""
+  return len(str(root / "x")) - 1  # 0 of ".", whose name is left out
+
+
+def _hash(relative):
   return hashlib.sha256(os.fsencode(relative)).digest()
 
 
@@ -302,12 +316,12 @@ def _find_fault(path) -> str | None:
   looks odd is decoded.
   """
   try:
-    data = path.read_bytes()
-    image = preprocess.open_image(data, str(path), _FORMATS)
+    data = Path(path).read_bytes()
+    image = preprocess.open_image(data, path, _FORMATS)
     kind = image.format
     image.verify()
     if not _has_end(data, kind):
-      ops.decode(data, precise=False)
+      ops.decode(tf.constant(data), precise=False)
   except UserError as e:
     return str(e)
   except Exception as e:  # Pillow's plugins raise what they like.

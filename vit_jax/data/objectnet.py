@@ -8,6 +8,8 @@ Its licence forbids training on it. Its pictures come with a red frame, which is
 cut off.
 """
 
+from pathlib import Path
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -90,7 +92,7 @@ class ObjectNetSource(FolderSource):
     found = list(CLASSES.values())[which]
     classes = np.full(self.max_labels, -1, "<i4")
     classes[: len(found)] = found
-    return classes.tobytes() + path.read_bytes()
+    return classes.tobytes() + Path(path).read_bytes()
 
   def parse_image(self, record):
     encoded = tf.strings.substr(record, 4 * self.max_labels, -1)

@@ -2,9 +2,11 @@
 
 import io
 import os
+import re
 import resource
 import shutil
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -272,7 +274,9 @@ def _names(source):
   return [source.describe(i) for i in range(source.num_examples)]
 
 
-def test_hold_out_is_a_stratified_tenth_the_same_anywhere(tmp_path):
+def test_hold_out_is_a_stratified_tenth_the_same_anywhere(
+  tmp_path, monkeypatch
+):
   counts = {"cat": 40, "ant": 25, "bee": 3, "dog": 1}
   here = _make_folder(tmp_path / "here", counts)
   there = _make_folder(tmp_path / "there", counts, seed=1)
@@ -287,6 +291,10 @@ def test_hold_out_is_a_stratified_tenth_the_same_anywhere(tmp_path):
   for source in (train, test):
     moved = [n.replace("here", "there") for n in _names(source)]
     assert _names(data.get_source(there, source.split)) == moved
+  monkeypatch.chdir(tmp_path / "here")
+  for at in (".", "../here/"):
+    found = _names(data.get_source(f"folder:{at}", "train"))
+    assert [*map(os.path.abspath, found)] == _names(train)
   # The order is no alphabet.
   assert _names(train) != sorted(_names(train))
   assert data.list_splits(here) == {"train": 61, "test": 8}
@@ -319,8 +327,7 @@ def test_links_in_a_folder(tmp_path):
   assert source.class_names == ["a", "b"]
   assert np.bincount(np.ravel(_labels(source))).tolist() == [7, 2]
   (elsewhere / "a" / "gone.png").symlink_to(elsewhere / "nothing.png")
-  with pytest.raises(UserError, match=r"gone\.png: cannot be read: No such"):
-    data.get_source(folder, "train+test")
+  _assert_named(folder, "a/gone.png", "cannot be read: No such")
   (elsewhere / "a" / "gone.png").unlink()
   (elsewhere / "a" / "loop").symlink_to(elsewhere)
   with pytest.raises(UserError, match="loop: a link to a folder around it"):
@@ -364,8 +371,20 @@ def test_other_files_are_no_images(tmp_path, caplog):
   assert "left out: 2 .txt, 1 .heic, 1 .png, such as " in caplog.text
 
 
-def _black(path):
-  Image.new("1", (10_000, 10_000)).save(path, "PNG")
+def _assert_named(folder, file, words):
+  """An image is named when it is read, and left out by `data check`."""
+  source = data.get_source(folder, "train+test")
+  (index,) = [i for i, x in enumerate(_names(source)) if x.endswith(file)]
+  with pytest.raises(UserError, match=rf"{file}: {words}") as e:
+    source.check_example(index)
+  assert str(e.value).endswith(
+    f"`vit-jax data check {folder}` lists all such files"
+  )
+  faults = []
+  rest = data.get_source(folder, "train+test", faults=faults)
+  assert rest.num_examples == source.num_examples - 1
+  assert len(faults) == 1
+  assert re.search(rf"{file}: {words}", faults[0])
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
@@ -375,12 +394,39 @@ def test_unreadable_image_is_named(tmp_path, suffix, recwarn):
   whole = file.read_bytes()
   for broken in (b"not an image", whole[: len(whole) // 2], b""):
     file.write_bytes(broken)
+    _assert_named(folder, f"b/002.{suffix}", "not a readable")
+    source = data.get_source(folder, "train+test")
     with pytest.raises(UserError, match=rf"b/002\.{suffix}: not a readable"):
-      data.get_source(folder, "train+test")
-  _black(file)
-  with pytest.raises(UserError, match=rf"b/002\.{suffix}: .*too many pixels"):
-    data.get_source(folder, "train+test")
+      next(
+        data.train_batches(
+          [(source, 1.0)],
+          seed=0,
+          batch_size=8,
+          rows=np.arange(8),
+          preprocess="resize(size)",
+          image_size=8,
+          start_step=0,
+          num_steps=1,
+        )
+      )
+  Image.new("1", (10_000, 10_000)).save(file, "PNG")
+  faults = []
+  data.get_source(folder, "train+test", faults=faults)
+  assert re.search(rf"b/002\.{suffix}: .*too many pixels", faults[0])
   assert not recwarn.list
+
+
+def test_a_folder_is_opened_without_reading_a_file(tmp_path):
+  """50,000 images, of which none is one."""
+  (tmp_path / "image").write_bytes(b"not an image")
+  for label in range(50):
+    (tmp_path / "images" / f"{label}").mkdir(parents=True)
+    for i in range(1000):
+      os.link(tmp_path / "image", tmp_path / "images" / f"{label}" / f"{i}.jpg")
+  before = time.process_time()
+  source = data.get_source(f"folder:{tmp_path}/images", "train")
+  assert time.process_time() - before < 2
+  assert source.num_examples == 45_000
 
 
 def test_folder_that_is_none_is_explained(tmp_path):
