@@ -59,7 +59,7 @@ setuptools.setup(
   # A library that the code imports is also in `errors.EXTRAS`.
   extras_require={
     "train": [  # and evaluate, and whatever else reads data sets
-      "array-record>=0.8",
+      "array-record>=0.8.3",  # reads gs://
       "clu>=0.0.12",
       "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
       "scikit-learn>=1.5",  # ships the handwritten digits

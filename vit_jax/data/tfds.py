@@ -6,22 +6,18 @@
 
 import os
 import re
-import resource
 import shlex
 from pathlib import Path
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from array_record.python import array_record_data_source
 
 from vit_jax.data import builders
 from vit_jax.data.benchmarks import TASKS, find_task
+from vit_jax.data.max_labels import find_max_labels
+from vit_jax.data.shards import Shards
 from vit_jax.data.source import Source, digest
 from vit_jax.errors import UserError, one_line, suggest
-
-_SPARE_FILES = 128  # open files that a run needs beside those of its data
-_CHUNK = 4096  # records that are parsed at once, to count labels
 
 
 class TfdsSource(Source):
@@ -35,8 +31,7 @@ class TfdsSource(Source):
     info = splits[resolve_split(splits, dataset, split)[0]]
     self.num_examples = info.num_examples
     self._shards, self._name = info.file_instructions, builder.info.full_name
-    _check_files(self._shards, dataset)
-    self._files = array_record_data_source.ArrayRecordDataSource(self._shards)
+    self._files = Shards(dataset, self._shards)
     image, key, label = _select_features(builder.info.features, dataset, task)
     # Only these two are parsed: others, masks say, would cost decoding time.
     self._image = tfds.features.FeaturesDict({"image": image})
@@ -50,7 +45,11 @@ class TfdsSource(Source):
       # A builder may declare it in its `tfds.core.MetadataDict`.
       declared = (builder.info.metadata or {}).get("max_labels")
       self.max_labels = (
-        (task and task.max_labels) or declared or self._count_max_labels()
+        (task and task.max_labels)
+        or declared
+        or find_max_labels(
+          self, builder.data_path, _command("check", dataset, data_dir)
+        )
       )
 
   def identity(self):
@@ -64,7 +63,7 @@ class TfdsSource(Source):
     return [(str(f.filename), f.skip, f.skip + f.take) for f in self._shards]
 
   def read(self, indices):
-    return self._files.__getitems__(np.asarray(indices).tolist())
+    return self._files.read(indices)
 
   def parse_image(self, record):
     skip = {"image": tfds.decode.SkipDecoding()}
@@ -79,19 +78,6 @@ class TfdsSource(Source):
     if self._task and self._task.derive:
       labels = self._task.derive(labels)
     return tf.reshape(tf.cast(labels, tf.int32), [-1])
-
-  def _count_max_labels(self):
-    """Reads the whole split, unless the set declares `max_labels`."""
-    most = 1
-    for start in range(0, self.num_examples, _CHUNK):
-      stop = min(start + _CHUNK, self.num_examples)
-      counts = (
-        tf.data.Dataset.from_tensor_slices(self.read(np.arange(start, stop)))
-        .map(lambda record: tf.size(self.parse_labels(record)))
-        .batch(_CHUNK)
-      )
-      most = max(most, *(int(c.max()) for c in counts.as_numpy_iterator()))
-    return most
 
 
 def list_splits(dataset: str, data_dir: str | None) -> dict[str, int]:
@@ -148,9 +134,7 @@ def open_folder(builder):
 
 def _open_prepared(dataset, data_dir):
   builder = find_builder(dataset, data_dir)
-  command = f"vit-jax data prepare {shlex.quote(dataset)}"
-  if data_dir:
-    command += f" --data_dir={shlex.quote(data_dir)}"
+  command = _command("prepare", dataset, data_dir)
   if not builder.is_prepared():
     raise UserError(
       f"data set {dataset!r} is not in {builder.data_path}; run `{command}`"
@@ -167,6 +151,13 @@ def _open_prepared(dataset, data_dir):
     "array_record", override=True, override_if_initialized=True
   )
   return builder
+
+
+def _command(verb, dataset, data_dir):
+  command = f"vit-jax data {verb} {shlex.quote(dataset)}"
+  return (
+    f"{command} --data_dir={shlex.quote(data_dir)}" if data_dir else command
+  )
 
 
 def resolve_split(infos, dataset: str, split: str):
@@ -218,34 +209,6 @@ def _check_percentages(split, infos):
           f"{text}% of {count:,} examples rounds to {rounded:,}, give a number "
           f"of examples, as in {name}[:{max(1, count - 1)}]"
         )
-
-
-def _check_files(instructions, dataset):
-  """Checks that all files are there, and that they can be open all at once.
-
-  ArrayRecord keeps its files open: the limit of open files is raised.
-
-  Raises:
-    UserError: a file is missing, or the system does not allow as many.
-  """
-  count = len(instructions)
-  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  limit = 2**20 if hard == resource.RLIM_INFINITY else hard
-  if count + _SPARE_FILES > limit:
-    raise UserError(
-      f"data set {dataset!r} has {count:,} files, all of them open at once; "
-      f"this process may open {limit:,}: allow more, `ulimit -n {2 * count}`"
-    )
-  if soft != resource.RLIM_INFINITY:
-    new = max(soft, min(soft + count, limit))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
-  files = [str(i.filename) for i in instructions]
-  missing = [file for file in files if not tf.io.gfile.exists(file)]
-  if missing:
-    raise UserError(
-      f"data set {dataset!r}: {len(missing)} of its files are missing, the "
-      f"first is {missing[0]}; delete the folder and prepare it again"
-    )
 
 
 def _select_features(features, dataset, task):

@@ -1,12 +1,16 @@
 """Sources: TFDS data sets in ArrayRecord and folders of images."""
 
 import io
+import json
 import os
 import re
 import resource
 import shutil
 import struct
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
 from vit_jax import data
-from vit_jax.data import relabelled
+from vit_jax.data import max_labels, relabelled, shards
 from vit_jax.data.builders import digits
 from vit_jax.errors import UserError
 
@@ -190,14 +194,14 @@ def test_examples_that_two_splits_share(data_dir, tmp_path):
 
 
 def test_limit_of_open_files_is_raised(data_dir, monkeypatch):
-  now, asked = [200, 400], []
+  now, asked = [1200, 2400], []
   monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
   monkeypatch.setattr(resource, "setrlimit", lambda _, new: asked.append(new))
   for _ in range(2):
     data.get_source("digits", "train", data_dir)
-  assert asked == [(201, 400)] * 2
+  assert asked == [(1201, 2400)] * 2
   now[1] = 100
-  with pytest.raises(UserError, match=r"'digits' has 1 files.* may open 100"):
+  with pytest.raises(UserError, match=r"'digits' has 1 files.* may open 100,"):
     data.get_source("digits", "train", data_dir)
 
 
@@ -208,6 +212,142 @@ def test_missing_file_is_named(tmp_path):
   with pytest.raises(UserError, match=r"1 of its files are missing.*digits-tr"):
     data.get_source("digits", "train", str(tmp_path))
   assert data.get_source("digits", "test", str(tmp_path)).num_examples == 797
+
+
+# --- the most labels of one image, where it is not declared ---
+
+
+@pytest.fixture
+def tags_dir(data_dir, tmp_path, monkeypatch):
+  """A copy of `masked_tags/plain`, of which nothing has been counted."""
+  monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+  there = tmp_path / "data" / "masked_tags" / "plain" / "1.0.0"
+  here = Path(data_dir, *there.parts[-3:])
+  shutil.copytree(here, there, ignore=shutil.ignore_patterns(max_labels.FILE))
+  return there
+
+
+@pytest.fixture
+def count_reads(tags_dir, monkeypatch):
+  """Returns a function: split -> (max_labels, how many records were read)."""
+  read, count = shards.Shards.read, []
+  monkeypatch.setattr(
+    shards.Shards,
+    "read",
+    lambda self, indices: count.append(len(indices)) or read(self, indices),
+  )
+
+  def open_split(split="train"):
+    count.clear()
+    root = str(tags_dir.parents[2])
+    found = data.get_source("masked_tags/plain", split, root)
+    return found.max_labels, sum(count)
+
+  return open_split
+
+
+def test_labels_are_counted_once(count_reads, tags_dir, caplog, monkeypatch):
+  monkeypatch.setattr(max_labels, "_CHUNK", 5)
+  monkeypatch.setattr(max_labels, "_REPORT_EVERY", 0)
+  assert count_reads() == (3, 12)
+  assert "the labels of all 12 examples are counted, once; a run" in caplog.text
+  assert (
+    f"check masked_tags/plain --data_dir={tags_dir.parents[2]}" in caplog.text
+  )
+  caplog.set_level("INFO")
+  assert count_reads() == (3, 0)
+  root = str(tags_dir.parents[2])
+  for part in ("train[:1]", "train[1:3]"):
+    source = data.get_source("masked_tags/plain", part, root)
+    labels = [source.read_example(i)[1] for i in range(source.num_examples)]
+    assert source.max_labels == max(1, *map(len, labels))
+    assert count_reads(part) == (source.max_labels, 0)
+  assert "counted the labels of 2 of 2 examples, at most" in caplog.text
+  kept = json.loads((tags_dir / max_labels.FILE).read_text())
+  assert len(kept) == 3
+  # Other data, or a file that cannot be read: counted again.
+  info = tags_dir / "dataset_info.json"
+  info.write_text(info.read_text() + "\n")
+  assert count_reads() == (3, 12)
+  (tags_dir / max_labels.FILE).write_text("{")
+  assert count_reads() == (3, 12)
+  assert count_reads() == (3, 0)
+
+
+def test_a_count_is_kept_elsewhere_if_it_has_to(
+  count_reads, tags_dir, tmp_path, caplog
+):
+  (tags_dir / max_labels.FILE).mkdir()  # nothing can be written there
+  assert count_reads() == (3, 12)
+  file = tmp_path / "cache" / max_labels.FILE
+  assert f"the count is in {file}: copy that file to {tags_dir}" in caplog.text
+  assert count_reads() == (3, 0)
+  # As the line says, for a machine with another cache.
+  (tags_dir / max_labels.FILE).rmdir()
+  file.rename(tags_dir / max_labels.FILE)
+  assert count_reads() == (3, 0)
+
+
+class _Tags:
+  """5,000 examples, one of which has seven labels; a process a thread."""
+
+  dataset, split, num_examples = "tags", "train", 5000
+
+  def __init__(self, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset_info.json").write_text("{}")
+    self.folder, self.seen = folder, []
+
+  def identity(self):
+    return "tags"
+
+  def read(self, indices):
+    self.seen += indices.tolist()
+    return [b"x" * (7 if i == 4321 else 1) for i in indices]
+
+  def parse_labels(self, record):
+    return tf.io.decode_raw(record, tf.uint8)
+
+
+def _count_together(monkeypatch, sources):
+  """Returns what each of several processes finds; threads stand in."""
+  place, values = threading.local(), [None] * len(sources)
+  barrier = threading.Barrier(len(sources), timeout=60)
+
+  def gather(value):
+    values[place.index] = value
+    barrier.wait()
+    found = list(values)
+    barrier.wait()
+    return found
+
+  monkeypatch.setattr(max_labels, "_gather", gather)
+  monkeypatch.setattr(
+    max_labels, "_find_process", lambda: (place.index, len(sources))
+  )
+
+  def run(index):
+    place.index = index
+    source = sources[index]
+    return max_labels.find_max_labels(source, source.folder, "a command")
+
+  with ThreadPoolExecutor(len(sources)) as pool:
+    return list(pool.map(run, range(len(sources))))
+
+
+def test_processes_share_the_counting(monkeypatch, tmp_path):
+  monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
+  sources = [_Tags(tmp_path / str(i)) for i in range(3)]
+  assert _count_together(monkeypatch, sources) == [7] * 3
+  assert sorted(i for s in sources for i in s.seen) == [*range(5000)]
+  assert max(len(source.seen) for source in sources) <= 2048
+  # Kept by one of them alone, it is known to all.
+  kept = [source.folder / max_labels.FILE for source in sources]
+  assert [file.exists() for file in kept] == [True, False, False]
+  kept[0].rename(kept[2])
+  again = [_Tags(source.folder) for source in sources]
+  assert _count_together(monkeypatch, again) == [7] * 3
+  assert not any(source.seen for source in again)
 
 
 # --- mixtures ---

@@ -118,15 +118,13 @@ class Mocked:
     self._records = every = {}
 
     class Files:
-      def __init__(self, shards):
+      def __init__(self, dataset, shards):
         self._records = every[str(pathlib.Path(shards[0].filename).parent)]
 
-      def __getitems__(self, indices):
+      def read(self, indices):
         return [self._records[i % len(self._records)] for i in indices]
 
-    monkeypatch.setattr(
-      tfds_source.array_record_data_source, "ArrayRecordDataSource", Files
-    )
+    monkeypatch.setattr(tfds_source, "Shards", Files)
 
   def prepare(self, name, overrides=()):
     """Makes the builder's folder; `overrides` go round the examples."""
