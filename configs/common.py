@@ -72,6 +72,11 @@ def get_config() -> Any:
   config.train.split = "train"  # as TFDS writes it: "train[:98%]"
   # Operations joined by "|", see `vit_jax.data.preprocess`.
   config.train.preprocess = "inception_crop(size)|flip_lr"
+  # "all": an epoch is a permutation of all examples, each read by itself.
+  # "blocks": one of blocks of neighbours, each read at once, see docs/pods.md.
+  # "auto": "blocks" for data in a bucket that do not fit into `buffer_gib`.
+  config.train.shuffle = "auto"
+  config.train.buffer_gib = 4.0  # of a bucket's images, on each host at most
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
   config.eval = ml_collections.ConfigDict()
   config.eval.dataset = placeholder(str)  # unset: the training data set

@@ -21,7 +21,7 @@ from ml_collections.config_dict import placeholder
 
 from vit_jax import data
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError, suggest
+from vit_jax.errors import UserError, check_choice, suggest
 
 # What a run may change when it goes on: where it writes and how often, how the
 # work is spread. None of these changes which parameters come out, other than
@@ -38,6 +38,7 @@ RESUMABLE = (
   "keep_checkpoints",
   "profile_step",
   "profile_steps",
+  "train.buffer_gib",
   "wandb",
 )
 
@@ -46,6 +47,8 @@ RESUMABLE = (
 # renamed since: {old: new}. Without an entry no run from before is resumed.
 ADDED: dict[str, Any] = {
   "best_metric": None,
+  "train.shuffle": "auto",
+  "train.buffer_gib": 4.0,
   "wandb": "",
 }
 RENAMED: dict[str, str] = {}
@@ -371,9 +374,11 @@ def find_test_set(config) -> str:
   return flat["eval.dataset"] or mixture[0][0]
 
 
+SHUFFLES = ("auto", "all", "blocks")
 # Key -> its least value, and the first that is too large.
 RANGES = {
   "seed": (-(2**63), 2**63),  # what JAX's keys take
+  "train.buffer_gib": (0, math.inf),
   "train.mixup_alpha": (0, math.inf),
   "eval.batch_size": (0, math.inf),
   "ema_decay": (0, 1),
@@ -387,8 +392,9 @@ RANGES = {
 
 
 def check_ranges(config) -> None:
-  """Raises a UserError for a number that no other part of a run checks."""
+  """Raises a UserError for a value that no other part of a run checks."""
   values = flatten(config)
+  check_choice("config.train.shuffle", values["train.shuffle"], SHUFFLES)
   for key, (least, limit) in RANGES.items():
     if not least <= values[key] < limit:
       below = f" and below {limit}" if limit < math.inf else ""

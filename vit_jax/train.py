@@ -86,11 +86,15 @@ def train(config, workdir) -> dict[str, float] | None:
     if step == total_steps and all(e.name in done for e in evaluators):
       log.info("the run is complete: %d steps in %s", step, workdir)
       return flatten_results({e.name: done[e.name] for e in evaluators})
-    batches = inputs.read_batches(config, mesh, opened, step, total_steps)
+    shuffle = inputs.choose_shuffle(config, opened, run)
+    batches = inputs.read_batches(
+      config, mesh, opened, shuffle, step, total_steps
+    )
     if run:
       log.info("resuming from step %d of %d", step, total_steps)
     else:
-      run_folder.write(config, workdir, total_steps, objective, opened, state)
+      about = {"total_steps": total_steps, "shuffle": shuffle._asdict()}
+      run_folder.write(config, workdir, about, objective, opened, state)
     step_program = sharding.jit_train_step(mesh, train_step, layout)
     loop = Loop(
       config, total_steps, evaluators, best, checkpoints, own, stop, step, state

@@ -1,9 +1,7 @@
-"""Batches: which example is row r of batch k, and the tf.data that makes it.
+"""Batches: the tf.data that reads, decodes and augments the rows of a step.
 
-The pipeline is stateless given the step number. Position p = k * batch_size + r
-of the infinite stream determines a data set of the mixture and an example of it
-by arithmetic, so batch k is the same on any number of hosts and after any
-restart, and the shuffle is over the whole data set without a buffer.
+The pipeline is stateless given the step number: `order.py` says which example
+row r of batch k is, and the augmentation is keyed by the step and the row.
 """
 
 # TensorFlow's annotations do not know tf.random.experimental.
@@ -21,89 +19,10 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import ops
+from vit_jax.data.order import ALL, Shuffle, make_order
+from vit_jax.data.reading import make_fetcher
 from vit_jax.data.source import BAD_LABEL, Source
 from vit_jax.errors import UserError, one_line
-
-# A mixture repeats a random pattern of this many slots, each of which belongs
-# to one data set; the granularity of weights.
-PATTERN_SLOTS = 10_000
-
-
-class Order:
-  """Position in the infinite stream -> (data set, example).
-
-  Each data set passes through a new permutation of its examples every epoch of
-  its own. Proportions are exact over every PATTERN_SLOTS positions.
-  """
-
-  def __init__(self, seed: int, sizes: Sequence[int], weights: Sequence[float]):
-    """Args: seed; the number of examples and the weight of each data set."""
-    self._seed = seed
-    self._sizes = sizes
-    self._slots, self._counts = _make_pattern(seed, weights)
-    # How many earlier slots of the pattern belong to the same data set.
-    self._ranks = np.zeros(PATTERN_SLOTS, np.int64)
-    for i, count in enumerate(self._counts):
-      self._ranks[self._slots == i] = np.arange(count)
-
-  def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Maps positions int64[b] to (data set int64[b], example int64[b])."""
-    rounds, slot = np.divmod(np.asarray(positions, np.int64), PATTERN_SLOTS)
-    which = self._slots[slot]
-    within = rounds * self._counts[which] + self._ranks[slot]
-    examples = np.empty_like(within)
-    for i in np.unique(which):
-      mine = which == i
-      examples[mine] = self._shuffle(i, within[mine])
-    return which, examples
-
-  def _shuffle(self, i, within):
-    """Positions within data set i -> its examples, shuffled by epoch."""
-    size = self._sizes[i]
-    epochs, offsets = np.divmod(within, size)
-    examples = np.empty_like(offsets)
-    for epoch in np.unique(epochs):  # one or two, unless the set is tiny
-      now = epochs == epoch
-      examples[now] = shuffle_indices(
-        offsets[now], size, (self._seed, int(i), int(epoch))
-      )
-    return examples
-
-
-def shuffle_indices(
-  indices: np.ndarray, size: int, key: tuple[int, ...]
-) -> np.ndarray:
-  """Applies the permutation of range(size) that belongs to `key`.
-
-  Args:
-    indices: int64[b] in [0, size).
-    size: how many there are.
-    key: non-negative integers; each gives another permutation.
-  """
-  seed = np.random.SeedSequence(key).generate_state(2, np.uint32)
-  with tf.device("CPU"):
-    return tf.random.experimental.index_shuffle(
-      tf.constant(indices, tf.int64),
-      tf.constant(seed, tf.uint32),
-      tf.constant(size - 1, tf.int64),
-    ).numpy()
-
-
-def _make_pattern(seed, weights):
-  """Returns (data set of each slot, slots of each data set)."""
-  quotas = np.array(weights, float) / np.sum(weights) * PATTERN_SLOTS
-  counts = np.floor(quotas).astype(np.int64)
-  missing = PATTERN_SLOTS - counts.sum()
-  counts[np.argsort(counts - quotas, kind="stable")[:missing]] += 1
-  if not counts.all():
-    raise UserError(
-      f"weight {weights[int(np.argmin(counts))]} is too small a part of the "
-      f"mixture; the least is 1 in {PATTERN_SLOTS:,}"
-    )
-  slots = np.repeat(np.arange(len(weights)), counts)
-  key = (seed, len(weights), PATTERN_SLOTS, 1)  # no (seed, data set, epoch)
-  order = shuffle_indices(np.arange(PATTERN_SLOTS), PATTERN_SLOTS, key)
-  return slots[order], counts
 
 
 def count_cpus() -> int:
@@ -123,6 +42,8 @@ def train_batches(
   image_size: int | tuple[int, int],
   start_step: int,
   num_steps: int,
+  shuffle: Shuffle = ALL,
+  memory: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of the batches of `num_steps` steps.
 
@@ -148,9 +69,10 @@ def train_batches(
   """
   sources, weights = zip(*sources_and_weights, strict=True)
   seed = int(seed) % 2**63  # SeedSequence and TensorFlow take no others
-  order = Order(seed, [source.num_examples for source in sources], weights)
+  sizes = [source.num_examples for source in sources]
+  order = make_order(shuffle, seed, sizes, weights, batch_size)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
-  reader = _Reader(sources, order, batch_size, rows, process, seed)
+  reader = _Reader(sources, order, batch_size, rows, process, seed, memory)
   steps = range(start_step, start_step + num_steps)
   return _iterate(reader, _make_dataset(reader, steps), steps)
 
@@ -196,10 +118,19 @@ class _Reader:
   """Reads the records of this host's rows of a step."""
 
   def __init__(
-    self, sources, order, batch_size, rows, process, seed=0, num_positions=None
+    self,
+    sources,
+    order,
+    batch_size,
+    rows,
+    process,
+    seed=0,
+    memory=0,
+    num_positions=None,
   ):
     self.sources, self.process, self.seed = sources, process, seed
     self.rows = np.asarray(rows, np.int64)
+    self.fetcher = make_fetcher(sources, order, memory)
     self._order = order
     self._batch_size = batch_size
     self._num_positions = num_positions
@@ -210,26 +141,20 @@ class _Reader:
       return np.ones(len(self.rows), bool)
     return step * self._batch_size + self.rows < self._num_positions
 
-  def locate(self, step):
-    """Returns (data set, example, row), int64[b'] each, of existing rows."""
+  def _locate(self, step):
+    """Returns int64[b'] each: positions in the stream, rows that exist."""
     rows = self.rows[self.mask(step)]
-    return *self._order(step * self._batch_size + rows), rows
+    return step * self._batch_size + rows, rows
 
   def read(self, step):
     """Returns (record object[b'], data set int64[b'], row int64[b'])."""
-    which, examples, rows = self.locate(int(step))
-    # Filled one by one: NumPy would cut trailing zeros off a list of bytes.
-    records = np.empty(len(which), object)
-    for i in np.unique(which):
-      slots = np.flatnonzero(which == i)
-      found = self.sources[i].read(examples[slots])
-      for slot, record in zip(slots, found, strict=True):
-        records[slot] = record
-    return records, which, rows
+    positions, rows = self._locate(int(step))
+    return *self.fetcher.fetch(positions), rows
 
   def explain(self, step) -> None:
     """Raises a UserError for the first example of a step that is at fault."""
-    which, examples, rows = self.locate(step)
+    positions, rows = self._locate(step)
+    which, examples = self._order(positions)
     seeds = _fold(self.seed, tf.constant(step, tf.int64), tf.constant(rows))
     for i, example, seed in zip(which, examples, seeds, strict=True):
       source, example = self.sources[i], int(example)
@@ -294,7 +219,7 @@ def _make_dataset(reader, steps):
   options.threading.max_intra_op_parallelism = 1
   return (
     tf.data.Dataset.range(steps.start, steps.stop)
-    .map(read, num_parallel_calls=2)
+    .map(read, num_parallel_calls=reader.fetcher.parallel)
     .unbatch()
     .map(make_example, num_parallel_calls=cpus)
     .batch(len(reader.rows))
@@ -340,6 +265,7 @@ def _generate(reader, dataset, steps):
       yield batch
   finally:
     del batches
+    reader.fetcher.close()
 
 
 def _pad(batches, reader, spec, steps):

@@ -28,6 +28,8 @@ class Source(abc.ABC):
     class_names: a name for each class.
     multilabel: whether an image may have several labels, or none.
     max_labels: the most labels of one image; 1 for single-label sets.
+    num_bytes: of all records; 0: unknown.
+    remote: whether they are in a bucket: slow to answer, quick to deliver.
   """
 
   dataset: str
@@ -37,10 +39,15 @@ class Source(abc.ABC):
   class_names: list[str]
   multilabel: bool
   max_labels: int
+  num_bytes: int = 0
+  remote: bool = False
 
   @abc.abstractmethod
   def read(self, indices: np.ndarray) -> list[bytes]:
-    """Returns the records of `indices`, int64[b], in one call. Thread-safe."""
+    """Returns the records of `indices`, int64[b], in one call. Thread-safe.
+
+    Neighbours in a bucket, in rising order, cost one request.
+    """
 
   @abc.abstractmethod
   def parse_labels(self, record: tf.Tensor | bytes) -> tf.Tensor:

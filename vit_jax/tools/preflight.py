@@ -19,7 +19,7 @@ from vit_jax import checkpoint, distributed
 from vit_jax.errors import UserError, one_line
 from vit_jax.tools.bench.input import time_batches
 from vit_jax.training import run_folder
-from vit_jax.training.inputs import open_inputs, read_rows
+from vit_jax.training.inputs import choose_shuffle, open_inputs, read_rows
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 _ORDER = (OK, SKIPPED, WARNING, FAILED)
@@ -146,7 +146,8 @@ def check_data(config) -> Found:
   for source in opened:
     source.read(np.array([0, source.num_examples - 1]))
   rows = np.arange(min(_ROWS, config.batch_size))
-  batches = read_rows(config, inputs, rows, 0, 2**40)
+  shuffle = choose_shuffle(config, inputs, None)
+  batches = read_rows(config, inputs, shuffle, rows, 0, 2**40)
   rate = time_batches(batches, len(rows))
   counts = ", ".join(f"{source.num_examples:,}" for source in opened)
   return Found(OK, f"{config.train.dataset}: {counts} examples", rate)

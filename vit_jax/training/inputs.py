@@ -114,10 +114,34 @@ def _open_eval(
   return [relabelled]
 
 
-def read_batches(config, mesh, inputs, step, total_steps) -> Iterator:
+def choose_shuffle(config, inputs: Inputs, run: dict | None) -> data.Shuffle:
+  """Returns how a run shuffles: as it began, if it is resumed.
+
+  Args:
+    config, inputs: of the run.
+    run: its config.json; None for a new one.
+  """
+  if run:
+    # Runs from before the key have permutations of 4 rounds.
+    return data.Shuffle(**{"rounds": 4, **run.get("shuffle", {})})
+  sources = [source for source, _ in inputs.train]
+  memory = count_memory(config)
+  return data.choose_shuffle(
+    config.train.shuffle, sources, config.batch_size, memory
+  )
+
+
+def count_memory(config) -> int:
+  """Returns the bytes that a host may hold of a bucket's training images."""
+  return int(config.train.buffer_gib * 2**30)
+
+
+def read_batches(config, mesh, inputs, shuffle, step, total_steps) -> Iterator:
   """Returns the batches of the steps to come, on their way to the devices."""
   rows = sharding.local_rows(mesh, config.batch_size)
-  host_batches = read_rows(config, inputs, rows, step, total_steps - step)
+  host_batches = read_rows(
+    config, inputs, shuffle, rows, step, total_steps - step
+  )
   return prefetch(
     sharding.put_batch(mesh, batch, config.batch_size)
     for batch in name_failures(host_batches)
@@ -136,7 +160,7 @@ def name_failures(batches: Iterable) -> Iterator:
     raise DataFailed(f"could not read the training data: {one_line(e)}") from e
 
 
-def read_rows(config, inputs, rows, start_step, num_steps) -> Iterator:
+def read_rows(config, inputs, shuffle, rows, start_step, num_steps) -> Iterator:
   """Returns these rows of the run's batches, on the host."""
   return data.train_batches(
     inputs.train,
@@ -147,6 +171,8 @@ def read_rows(config, inputs, rows, start_step, num_steps) -> Iterator:
     image_size=config.image_size,
     start_step=start_step,
     num_steps=num_steps,
+    shuffle=shuffle,
+    memory=count_memory(config),
   )
 
 

@@ -99,14 +99,20 @@ def check_data(config, run, inputs: Inputs, workdir) -> None:
         )
 
 
-def write(config, workdir, total_steps, objective, opened: Inputs, state):
-  """Writes config.json and parameters.txt of a new run."""
+def write(config, workdir, about, objective, opened: Inputs, state):
+  """Writes config.json and parameters.txt of a new run.
+
+  Args:
+    config, workdir, objective, opened, state: the run's.
+    about: {name: value}, what the run has found out: its total_steps, its
+      shuffle.
+  """
   if jax.process_index():
     return
   workdir.mkdir(parents=True, exist_ok=True)
   run = {
     "config": configuration.to_dict(config),
-    "total_steps": total_steps,
+    **about,
     "class_names": objective.class_names,
     "multilabel": opened.first.multilabel,
     "data": opened.describe(),
@@ -124,7 +130,7 @@ def write(config, workdir, total_steps, objective, opened: Inputs, state):
     count / 1e6,
     sharding.bytes_per_device(state) / 2**30,
     jax.device_count(),
-    total_steps,
+    about["total_steps"],
     config.batch_size,
   )
 

@@ -11,6 +11,7 @@ from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
 from vit_jax import data
 from vit_jax.data import pipeline
+from vit_jax.data.order import Order
 from vit_jax.errors import UserError
 
 CROPPED = "inception_crop(size)|flip_lr"
@@ -87,66 +88,6 @@ def _assert_same(batch, other):
     np.testing.assert_array_equal(batch[key], other[key])
 
 
-# --- the order ---
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
-def test_shuffle_is_a_permutation(size):
-  for key in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (2**40, 0, 0)):
-    order = pipeline.shuffle_indices(np.arange(size), size, key)
-    assert sorted(order.tolist()) == list(range(size))
-
-
-def test_shuffles_of_other_epochs_sets_and_seeds_are_unrelated():
-  keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
-  orders = [pipeline.shuffle_indices(np.arange(5000), 5000, k) for k in keys]
-  for i, a in enumerate(orders):
-    assert abs(np.corrcoef(a, np.arange(5000))[0, 1]) < 0.06
-    for b in orders[:i]:
-      assert abs(np.corrcoef(a, b)[0, 1]) < 0.06
-
-
-def test_shuffle_is_pinned():
-  # A run is resumed years later with the order that it began with.
-  order = pipeline.shuffle_indices(np.arange(10), 10, (0, 0, 0))
-  assert order.tolist() == [5, 4, 8, 2, 0, 7, 3, 6, 1, 9]
-  far = pipeline.shuffle_indices(np.array([0, 10**6]), 1_281_167, (42, 0, 299))
-  assert far.tolist() == [228100, 1177317]
-  which, examples = pipeline.Order(3, [100, 50], [0.7, 0.3])(np.arange(8))
-  assert which.tolist() == [0, 0, 0, 0, 1, 0, 1, 1]
-  assert examples.tolist() == [27, 69, 55, 43, 21, 24, 10, 4]
-
-
-def test_each_epoch_has_every_example_once():
-  order = pipeline.Order(1, [37], [1.0])
-  _, examples = order(np.arange(37 * 3))
-  epochs = examples.reshape(3, 37)
-  assert (np.sort(epochs, axis=1) == np.arange(37)).all()
-  assert len({tuple(e) for e in epochs.tolist()}) == 3
-  # Not even the pattern's period, 10,000, shows.
-  _, late = order(np.arange(37 * 1000, 37 * 1001))
-  assert sorted(late.tolist()) == list(range(37))
-
-
-def test_mixture_has_exact_proportions_and_passes_through_each_set():
-  sizes, weights = [500, 90, 70], [0.5, 0.3, 0.2]
-  order = pipeline.Order(9, sizes, weights)
-  which, examples = order(np.arange(30_000))
-  for period in which.reshape(3, 10_000):
-    assert np.bincount(period).tolist() == [5000, 3000, 2000]
-  # In short stretches too they are about that.
-  assert 420 < np.bincount(which[:1000])[0] < 580
-  for i, size in enumerate(sizes):
-    stream = examples[which == i]
-    for epoch in stream[: len(stream) // size * size].reshape(-1, size):
-      assert sorted(epoch.tolist()) == list(range(size))
-
-
-def test_weight_too_small():
-  with pytest.raises(UserError, match="1e-05 is too small"):
-    pipeline.Order(0, [5, 5], [1, 1e-5])
-
-
 # --- batches ---
 
 
@@ -161,7 +102,7 @@ def test_training_batches():
   seen = _colours(batches)
   assert sorted(seen[:50]) == list(range(50))
   assert seen[:50] != list(range(50))
-  _, expected = pipeline.Order(5, [50], [1.0])(np.arange(56))
+  _, expected = Order(5, [50], [1.0])(np.arange(56))
   assert seen == expected.tolist()
   labels = np.concatenate([b["labels"] for b in batches])[:, 0]
   assert labels.tolist() == [i % 10 for i in seen]

@@ -1,0 +1,190 @@
+"""How the records of a step get into memory: one by one, or many at once.
+
+A local disk gives single records as fast as many. A bucket takes up to 100 ms
+to answer a request, whatever its size: there a window of `BlockOrder` is read
+at once and ahead of time, or a whole set if it fits into memory.
+"""
+
+import abc
+import concurrent.futures
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vit_jax.data.order import BlockOrder, Shuffle, Window
+from vit_jax.data.source import Source
+
+BLOCK_BYTES = 2**23  # of a block: then delivering it takes longer than asking
+_LEAST_WINDOW = 4  # blocks; where there is little memory they are shorter
+_STREAMS = 64  # at most: hosts, or a multiple of them
+_THREADS = 32  # requests under way
+_RECORD_BYTES = 100_000  # where a data set does not say
+
+Positions = np.ndarray  # int64[b], of the stream that `order.py` describes
+
+
+class Fetcher(abc.ABC):
+  """Fetches the records of positions.
+
+  Attributes:
+    parallel: steps that may be read at the same time; 1: in order only.
+  """
+
+  parallel: int
+
+  @abc.abstractmethod
+  def fetch(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (records object[b] of bytes, data set int64[b])."""
+
+  @abc.abstractmethod
+  def close(self) -> None:
+    """Ends what is under way."""
+
+
+def make_fetcher(
+  sources: Sequence[Source], order: Callable, memory: int = 0
+) -> Fetcher:
+  """Returns what suits the order and the place of the data.
+
+  Args:
+    sources: of the mixture.
+    order: of `order.py`, or what maps positions likewise.
+    memory: bytes; data sets of a bucket that fit into it are kept there.
+  """
+  if isinstance(order, BlockOrder):
+    return _Windows(sources, order)
+  size = sum(count_bytes(source) for source in sources)
+  remote = any(source.remote for source in sources)
+  if remote and size <= memory:
+    return _Kept(sources, order)
+  return _Singly(sources, order, parallel=_THREADS // 2 if remote else 2)
+
+
+def choose_shuffle(
+  kind: str, sources: Sequence[Source], batch_size: int, memory: int
+) -> Shuffle:
+  """Returns how a new run shuffles; nothing in it depends on the hosts.
+
+  Args:
+    kind: "all", "blocks" or "auto".
+    sources: of the mixture.
+    batch_size: of the global batch.
+    memory: bytes; two windows of all streams fit into it.
+  """
+  fits = sum(count_bytes(source) for source in sources) <= memory
+  remote = any(source.remote for source in sources)
+  if kind == "all" or (kind == "auto" and (fits or not remote)):
+    return Shuffle()
+  streams = math.gcd(batch_size, _STREAMS)
+  window = memory / (2 * streams * len(sources))
+  block = min(BLOCK_BYTES, window / _LEAST_WINDOW)
+  return Shuffle(
+    blocks=tuple(count_block(source, block) for source in sources),
+    window=max(1, int(window / block)),
+    streams=streams,
+  )
+
+
+def count_bytes(source: Source) -> int:
+  """Returns the size of a split's records, estimated if it is not known."""
+  return source.num_bytes or source.num_examples * _RECORD_BYTES
+
+
+def count_block(source: Source, size: float) -> int:
+  """Returns how many examples of a data set have about `size` bytes."""
+  return max(1, round(size * source.num_examples / count_bytes(source)))
+
+
+class _Singly(Fetcher):
+  """Each record by itself."""
+
+  def __init__(self, sources, order, parallel):
+    self._sources, self._order, self.parallel = sources, order, parallel
+
+  def fetch(self, positions):
+    which, examples = self._order(positions)
+    # Filled one by one: NumPy would cut trailing zeros off a list of bytes.
+    records = np.empty(len(which), object)
+    for i in np.unique(which):
+      slots = np.flatnonzero(which == i)
+      found = self._read(i, examples[slots])
+      for slot, record in zip(slots, found, strict=True):
+        records[slot] = record
+    return records, which
+
+  def _read(self, i, examples):
+    return self._sources[i].read(examples)
+
+  def close(self):
+    pass
+
+
+class _Kept(_Singly):
+  """As `_Singly`, in blocks that are kept once they have been read."""
+
+  def __init__(self, sources, order):
+    super().__init__(sources, order, parallel=1)
+    self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    self._blocks = {}
+
+  def _read(self, i, examples):
+    source = self._sources[i]
+    size = count_block(source, BLOCK_BYTES)
+    blocks, offsets = np.divmod(examples, size)
+    for b in np.unique(blocks).tolist():
+      if (i, b) not in self._blocks:
+        end = min((b + 1) * size, source.num_examples)
+        block = np.arange(b * size, end)
+        self._blocks[i, b] = self._pool.submit(source.read, block)
+    return [
+      self._blocks[i, b].result()[offset]
+      for b, offset in zip(blocks.tolist(), offsets.tolist(), strict=True)
+    ]
+
+  def close(self):
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Windows(Fetcher):
+  """The windows of a `BlockOrder` in use, and the next of each stream."""
+
+  parallel = 1
+
+  def __init__(self, sources, order: BlockOrder):
+    self._sources, self._order = sources, order
+    self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    # What each window is read as; {(data set, stream): its window in use}.
+    self._held: dict[Window, list[concurrent.futures.Future]] = {}
+    self._newest: dict[tuple[int, int], Window] = {}
+
+  def fetch(self, positions):
+    found = self._order.find_windows(positions)
+    for window, _, _ in found:
+      self._load(window)
+      self._newest[window.dataset, window.stream] = window
+    ahead = [self._order.next_window(w) for w in self._newest.values()]
+    for window in ahead:
+      self._load(window)
+    records = np.empty(len(positions), object)
+    which = np.empty(len(positions), np.int64)
+    for window, indices, offsets in found:
+      parts = itertools.chain(*(part.result() for part in self._held[window]))
+      records[indices] = np.fromiter(parts, object)[offsets]
+      which[indices] = window.dataset
+    wanted = {*self._newest.values(), *ahead}
+    self._held = {w: parts for w, parts in self._held.items() if w in wanted}
+    return records, which
+
+  def _load(self, window):
+    if window not in self._held:
+      self._held[window] = [
+        self._pool.submit(
+          self._sources[window.dataset].read, np.arange(first, end)
+        )
+        for first, end in self._order.find_ranges(window)
+      ]
+
+  def close(self):
+    self._pool.shutdown(wait=False, cancel_futures=True)
