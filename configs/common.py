@@ -77,6 +77,9 @@ def get_config() -> Any:
   # "auto": "blocks" for data in a bucket that do not fit into `buffer_gib`.
   config.train.shuffle = "auto"
   config.train.buffer_gib = 4.0  # of a bucket's images, on each host at most
+  # What a training image that cannot be used does: "stop" ends the run with its
+  # name; "replace" shows the next one in its place, names it and counts such.
+  config.train.on_bad_example = "stop"
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
   config.eval = ml_collections.ConfigDict()
   config.eval.dataset = placeholder(str)  # unset: the training data set

@@ -39,6 +39,7 @@ RESUMABLE = (
   "profile_step",
   "profile_steps",
   "train.buffer_gib",
+  "train.on_bad_example",
   "wandb",
 )
 
@@ -49,6 +50,7 @@ ADDED: dict[str, Any] = {
   "best_metric": None,
   "train.shuffle": "auto",
   "train.buffer_gib": 4.0,
+  "train.on_bad_example": "stop",
   "wandb": "",
 }
 RENAMED: dict[str, str] = {}
@@ -374,7 +376,11 @@ def find_test_set(config) -> str:
   return flat["eval.dataset"] or mixture[0][0]
 
 
-SHUFFLES = ("auto", "all", "blocks")
+# Key -> its values.
+CHOICES = {
+  "train.shuffle": ("auto", "all", "blocks"),
+  "train.on_bad_example": ("stop", "replace"),
+}
 # Key -> its least value, and the first that is too large.
 RANGES = {
   "seed": (-(2**63), 2**63),  # what JAX's keys take
@@ -394,7 +400,8 @@ RANGES = {
 def check_ranges(config) -> None:
   """Raises a UserError for a value that no other part of a run checks."""
   values = flatten(config)
-  check_choice("config.train.shuffle", values["train.shuffle"], SHUFFLES)
+  for key, choices in CHOICES.items():
+    check_choice(f"config.{key}", values[key], choices)
   for key, (least, limit) in RANGES.items():
     if not least <= values[key] < limit:
       below = f" and below {limit}" if limit < math.inf else ""

@@ -9,7 +9,9 @@ row r of batch k is, and the augmentation is keyed by the step and the row.
 
 import atexit
 import contextlib
+import copy
 import functools
+import logging
 import os
 import traceback
 import weakref
@@ -21,8 +23,10 @@ import tensorflow as tf
 from vit_jax.data import ops
 from vit_jax.data.order import ALL, Shuffle, make_order
 from vit_jax.data.reading import make_fetcher
-from vit_jax.data.source import BAD_LABEL, Source
-from vit_jax.errors import UserError, one_line
+from vit_jax.data.source import BAD_LABEL, BadExample, Source, replace_examples
+from vit_jax.errors import one_line
+
+log = logging.getLogger(__name__)
 
 
 def count_cpus() -> int:
@@ -44,6 +48,7 @@ def train_batches(
   num_steps: int,
   shuffle: Shuffle = ALL,
   memory: int = 0,
+  on_bad_example: str = "stop",
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of the batches of `num_steps` steps.
 
@@ -72,7 +77,10 @@ def train_batches(
   sizes = [source.num_examples for source in sources]
   order = make_order(shuffle, seed, sizes, weights, batch_size)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
-  reader = _Reader(sources, order, batch_size, rows, process, seed, memory)
+  reader = _Reader(
+    *(sources, order, batch_size, rows, process, seed, memory),
+    replaces=on_bad_example == "replace",
+  )
   steps = range(start_step, start_step + num_steps)
   return _iterate(reader, _make_dataset(reader, steps), steps)
 
@@ -126,12 +134,17 @@ class _Reader:
     process,
     seed=0,
     memory=0,
+    replaces=False,
     num_positions=None,
   ):
-    self.sources, self.process, self.seed = sources, process, seed
+    self.process, self.seed, self.replaces = process, seed, replaces
     self.rows = np.asarray(rows, np.int64)
-    self.fetcher = make_fetcher(sources, order, memory)
-    self._order = order
+    self._others: list[dict[int, int]] = [{} for _ in sources]
+    self.sources = sources
+    if replaces:
+      self.sources = [*map(replace_examples, sources, self._others)]
+    self._order, self._memory = order, memory
+    self.fetcher = make_fetcher(self.sources, order, memory)
     self._batch_size = batch_size
     self._num_positions = num_positions
 
@@ -153,20 +166,72 @@ class _Reader:
 
   def explain(self, step) -> None:
     """Raises a UserError for the first example of a step that is at fault."""
+    for i, example, seed in self._list(step):
+      self._check(i, example, seed)
+
+  def replace(self, step) -> bool:
+    """Has others shown where examples of a step are at fault, if any are.
+
+    That is the next one which is not, whenever it is found out.
+
+    Raises:
+      UserError: an example that cannot be read, or all are at fault.
+    """
+    before = sum(map(len, self._others))
+    for i, example, seed in self._list(step) if self.replaces else ():
+      self._replace(i, example, seed)
+    return sum(map(len, self._others)) > before
+
+  def renew(self) -> "_Reader":
+    """Returns the same without what it holds: that may be what is at fault."""
+    renewed = copy.copy(self)
+    renewed.fetcher = make_fetcher(self.sources, self._order, self._memory)
+    return renewed
+
+  def _replace(self, i, example, seed):
+    size, others = self.sources[i].num_examples, self._others[i]
+    for other in range(example, example + size):
+      try:
+        self._check(i, other % size, seed)
+      except BadExample as e:
+        fault = e
+        if other % size not in others:
+          log.warning("%s; shown in its place: the next example", e)
+      else:
+        if other != example:
+          others[example] = other % size
+        return
+    raise fault
+
+  def find_replaced(self, step) -> np.ndarray:
+    """int32[b]: 1 for rows with another example than the order says."""
+    found = np.zeros(len(self.rows), np.int32)
+    if any(self._others):
+      which, examples = self._order(self._locate(step)[0])
+      for row, (i, example) in enumerate(zip(which, examples, strict=True)):
+        found[row] = example in self._others[i]
+    return found
+
+  def _list(self, step):
+    """Yields (data set, example, seed of its augmentation) of a step."""
     positions, rows = self._locate(step)
     which, examples = self._order(positions)
     seeds = _fold(self.seed, tf.constant(step, tf.int64), tf.constant(rows))
     for i, example, seed in zip(which, examples, seeds, strict=True):
-      source, example = self.sources[i], int(example)
-      encoded, _, pixels = source.check_example(example)
-      try:
-        self.process(encoded, seed)
-      except tf.errors.OpError as e:
-        height, width, _ = pixels.shape
-        raise UserError(
-          f"{source.describe(example)}: {width}x{height} pixels cannot be "
-          f"preprocessed: {one_line(e)}; remove it or choose another preprocess"
-        ) from e
+      if example not in self._others[i]:
+        yield int(i), int(example), seed
+
+  def _check(self, i, example, seed):
+    source = self.sources[i]
+    encoded, _, pixels = source.check_example(example)
+    try:
+      self.process(encoded, seed)
+    except tf.errors.OpError as e:
+      height, width, _ = pixels.shape
+      raise BadExample(
+        f"{source.describe(example)}: {width}x{height} pixels cannot be "
+        f"preprocessed: {one_line(e)}; remove it or choose another preprocess"
+      ) from e
 
 
 def _fold(seed, step, rows):
@@ -253,19 +318,37 @@ def _generate(reader, dataset, steps):
     for step in steps:
       if not reader.mask(step).any():
         return  # only the last step of an evaluation can be all padding
-      try:
-        batch = next(batches)
-      except BaseException as e:
-        traceback.clear_frames(e.__traceback__)  # which keep the iterator
-        if isinstance(e, tf.errors.OpError):
-          reader.explain(step)
-        raise
-      if (batch["labels"] == BAD_LABEL).any():
-        reader.explain(step)
+      while (batch := _next(reader, batches, step)) is None:
+        del batches
+        reader.fetcher.close()
+        reader = reader.renew()
+        rest = _make_dataset(reader, range(step, steps.stop))
+        batches = rest.as_numpy_iterator()
+      if reader.replaces:
+        batch["replaced"] = reader.find_replaced(step)
       yield batch
   finally:
     del batches
     reader.fetcher.close()
+
+
+def _next(reader, batches, step):
+  """Returns the next batch; None if others have to be shown in it."""
+  try:
+    batch = next(batches)
+    if not (batch["labels"] == BAD_LABEL).any():
+      return batch
+    if not reader.replace(step):
+      reader.explain(step)
+  except BaseException as e:
+    del batches  # no frame may keep the iterator
+    traceback.clear_frames(e.__traceback__)
+    if not isinstance(e, tf.errors.OpError):
+      raise
+    if not reader.replace(step):
+      reader.explain(step)
+      raise
+  return None
 
 
 def _pad(batches, reader, spec, steps):

@@ -5,6 +5,7 @@ A source is one split of one data set with random access, whatever its format.
 """
 
 import abc
+import copy
 import functools
 import hashlib
 import json
@@ -16,6 +17,12 @@ from vit_jax.data import ops
 from vit_jax.errors import UserError
 
 BAD_LABEL = -2
+
+
+class BadExample(UserError):
+  """An example that no training can use, wherever it is read."""
+
+
 _CHECKED_LABELS = 1000  # before a run starts; the others as they are read
 
 
@@ -127,7 +134,8 @@ class Source(abc.ABC):
     """Returns an example's encoded image, its labels, its pixels uint8[h w 3].
 
     Raises:
-      UserError: it cannot be used; names the example.
+      BadExample: it cannot be used; names the example.
+      UserError: it cannot be read; likewise.
     """
     what = self.describe(index)
     try:
@@ -137,23 +145,43 @@ class Source(abc.ABC):
     for label in labels:
       if not 0 <= label < self.num_classes:
         hint = "; the split has no labels" if label == -1 else ""
-        raise UserError(
+        raise BadExample(
           f"{what}: label {label} is out of range, {self.num_classes} classes "
           f"have labels 0 to {self.num_classes - 1}{hint}; choose another "
           "split or repair the set"
         )
     if len(labels) > self.max_labels:
-      raise UserError(
+      raise BadExample(
         f"{what}: {len(labels)} labels, but the data set declares at most "
         f"{self.max_labels}; prepare it again"
       )
     try:
       pixels = ops.decode(tf.constant(encoded), precise=False).numpy()
     except tf.errors.OpError as e:
-      raise UserError(
+      raise BadExample(
         f"{what}: not a readable image; repair or remove it"
       ) from e
     return encoded, labels, pixels
+
+
+def replace_examples(source: Source, others: dict[int, int]) -> Source:
+  """Returns a source that reads other examples in the place of some.
+
+  Args:
+    source: the data set.
+    others: {example: the one in its place}, which may grow.
+  """
+
+  def read(indices):
+    records = source.read(indices)
+    for i, example in enumerate(np.asarray(indices).tolist()):
+      if example in others:
+        [records[i]] = source.read(np.array([others[example]]))
+    return records
+
+  found = copy.copy(source)
+  found.read = read
+  return found
 
 
 def count_shared(source: Source, other: Source) -> int:

@@ -60,7 +60,7 @@ def open_inputs(config) -> Inputs:
     (data.get_source(name, config.train.split, config.data_dir), weight)
     for name, weight in data.parse_mixture(config.train.dataset)
   ]
-  for source, _ in train:
+  for source, _ in train if config.train.on_bad_example == "stop" else ():
     source.check_labels()
   if config.objective == "classification":
     data.check_mixture([source for source, _ in train])
@@ -173,6 +173,7 @@ def read_rows(config, inputs, shuffle, rows, start_step, num_steps) -> Iterator:
     num_steps=num_steps,
     shuffle=shuffle,
     memory=count_memory(config),
+    on_bad_example=config.train.on_bad_example,
   )
 
 

@@ -47,6 +47,8 @@ def train_step(
     "gradient_norm": optax.tree.norm(gradient),
     "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
   }
+  if "replaced" in batch:
+    metrics["replaced"] = batch["replaced"].sum()
   new = TrainState(state.step + 1, params, opt_state, ema, state.rng)
   return new, metrics
 

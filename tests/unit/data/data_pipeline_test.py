@@ -11,7 +11,7 @@ from tensorflow.python.data.ops.iterator_ops import OwnedIterator
 
 from vit_jax import data
 from vit_jax.data import pipeline
-from vit_jax.data.order import Order
+from vit_jax.data.order import Order, Shuffle, make_order
 from vit_jax.errors import UserError
 
 CROPPED = "inception_crop(size)|flip_lr"
@@ -124,6 +124,19 @@ def test_hosts_recombine_to_the_same_batches(text, hosts):
       _assert_same(ours, {key: v[rows] for key, v in batch.items()})
 
 
+def test_blocks_recombine_and_go_on_the_same():
+  mixture = [(Numbers(40), 0.7), (Numbers(30), 0.3)]
+  shuffle = BLOCKS._replace(blocks=[3, 4])
+  whole = _train(mixture, range(8), shuffle=shuffle)
+  order = make_order(shuffle, 5, [40, 30], [0.7, 0.3], 8)
+  _, expected = order(np.arange(48))
+  assert _colours(whole) == expected.tolist()
+  for rows in ([0, 1, 2], [3, 4, 5, 6, 7]):
+    options = {"start_step": 2, "num_steps": 4, "shuffle": shuffle}
+    for k, batch in enumerate(_train(mixture, rows, **options), 2):
+      _assert_same(batch, {key: v[rows] for key, v in whole[k].items()})
+
+
 @pytest.mark.parametrize(
   ("text", "starts"), [(CROPPED, [1, 5]), (AUGMENTED, [4])]
 )
@@ -205,6 +218,39 @@ def test_undecodable_image_names_the_example():
     _train(source, range(8), preprocess=CROPPED)
   with pytest.raises(UserError, match="example 13 of numbers all: not a read"):
     list(_evaluate(source, 8, range(8)))
+
+
+BLOCKS = Shuffle(blocks=[3], window=2, streams=4)
+
+
+@pytest.mark.parametrize("shuffle", [Shuffle(), BLOCKS])
+def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
+  source, mended = Numbers(20), Numbers(20)
+  for i, other in {13: 15, 14: 15, 19: 0, 5: 6}.items():
+    source.images[i] = b"\xff\xd8\xff nothing more"
+    mended.images[i] = mended.images[other]
+    mended.labels[i] = mended.labels[other]
+  source.images[5], source.labels[5] = mended.images[5], [10]
+  options = {"preprocess": CROPPED, "num_steps": 9, "shuffle": shuffle}
+  expected = _train(mended, range(8), **options)
+  for first, rows in ((0, range(8)), (3, range(8)), (0, range(4, 8))):
+    options |= {"start_step": first, "num_steps": 9 - first}
+    found = _train(source, rows, **options, on_bad_example="replace")
+    order = make_order(shuffle, 5, [20], [1.0], 8)
+    for k, batch in enumerate(found, first):
+      _, examples = order(8 * k + np.array(rows))
+      replaced = batch.pop("replaced").tolist()
+      assert replaced == [int(i in (13, 14, 19, 5)) for i in examples]
+      _assert_same(batch, {n: x[list(rows)] for n, x in expected[k].items()})
+  assert "example 13 of numbers all: not a readable image" in caplog.text
+  assert "example 5 of numbers all: label 10 is out" in caplog.text
+
+
+def test_no_example_is_shown_if_all_are_bad():
+  source = Numbers(3)
+  source.images = [b"nothing"] * 3
+  with pytest.raises(UserError, match="not a readable image"):
+    _train(source, range(8), on_bad_example="replace")
 
 
 @pytest.mark.parametrize(
