@@ -1,0 +1,102 @@
+"""What is read of a bucket: whole blocks, ahead of time, within a budget."""
+
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vit_jax.data.order import BlockOrder, Order, Shuffle
+from vit_jax.data.reading import choose_shuffle, count_bytes, make_fetcher
+
+BATCH, SIZE, BYTES = 16, 6000, 1000
+
+
+class Bucket:
+  """Record i is i in digits; what is asked for is written down."""
+
+  remote, num_examples, num_bytes = True, SIZE, SIZE * BYTES
+
+  def __init__(self):
+    self.requests, self.lock = [], threading.Lock()
+
+  def read(self, indices):
+    with self.lock:
+      self.requests.append(indices)
+    return [b"%d" % i for i in indices]
+
+  def count(self):
+    return sum(map(len, self.requests))
+
+
+def _fetch(fetcher, order, steps, rows=None):
+  rows = np.arange(BATCH) if rows is None else rows
+  for step in steps:
+    records, which = fetcher.fetch(step * BATCH + rows)
+    expected = order(step * BATCH + rows)
+    assert which.tolist() == expected[0].tolist()
+    assert [int(x) for x in records] == expected[1].tolist()
+    yield step
+
+
+def test_windows_are_read_once_in_whole_blocks_and_ahead():
+  source, shuffle = Bucket(), Shuffle(blocks=[50], window=2, streams=4)
+  order = BlockOrder(shuffle, 0, [SIZE], [1.0], BATCH)
+  fetcher = make_fetcher([source], order)
+  held = 2 * 4 * 2 * 50  # this window and the next, of each stream
+  for step in _fetch(fetcher, order, range(2 * SIZE // BATCH)):
+    shown = (step + 1) * BATCH
+    assert shown <= source.count() <= shown + held + BATCH
+  assert np.mean([len(x) for x in source.requests]) > 45
+  assert all((np.diff(x) == 1).all() for x in source.requests)
+  fetcher.close()
+
+
+def test_a_host_reads_no_more_than_its_streams():
+  source, shuffle = Bucket(), Shuffle(blocks=[50], window=2, streams=4)
+  order = BlockOrder(shuffle, 0, [SIZE], [1.0], BATCH)
+  fetcher = make_fetcher([source], order)
+  steps = range(20, SIZE // BATCH)
+  list(_fetch(fetcher, order, steps, np.arange(BATCH // 4)))
+  assert source.count() < SIZE / 4 + 2 * 2 * 50
+  fetcher.close()
+
+
+def test_a_set_that_fits_is_read_once():
+  source, order = Bucket(), Order(0, [SIZE], [1.0])
+  fetcher = make_fetcher([source], order, memory=SIZE * BYTES)
+  list(_fetch(fetcher, order, range(2 * SIZE // BATCH)))
+  assert source.count() == SIZE
+  fetcher.close()
+
+
+@pytest.mark.parametrize("gib", [0.001, 1, 100])
+def test_windows_fit_into_the_budget(gib):
+  big = SimpleNamespace(remote=True, num_examples=10**6, num_bytes=10**11)
+  small = SimpleNamespace(remote=True, num_examples=10**7, num_bytes=0)
+  shuffle = choose_shuffle("auto", [big, small], 4096, gib * 2**30)
+  assert shuffle.streams == 64
+  for source, block in zip((big, small), shuffle.blocks, strict=True):
+    size = block * count_bytes(source) / source.num_examples
+    assert size < 9e6 + 1e5
+    held = 2 * shuffle.streams * shuffle.window * size
+    # A block has one example at least.
+    assert held <= max(gib * 2**29 * 1.05, 2 * 64 * 4 * 1e5 * 1.1)
+
+
+@pytest.mark.parametrize(
+  ("kind", "remote", "gib", "in_blocks"),
+  [
+    ("auto", False, 0, False),
+    ("auto", True, 1, True),
+    ("auto", True, 20, False),
+    ("blocks", False, 20, True),
+    ("all", True, 1, False),
+  ],
+)
+def test_blocks_are_for_buckets_that_do_not_fit(kind, remote, gib, in_blocks):
+  source = SimpleNamespace(remote=remote, num_examples=10**5, num_bytes=10**10)
+  shuffle = choose_shuffle(kind, [source], 96, gib * 2**30)
+  assert bool(shuffle.blocks) == in_blocks
+  if in_blocks:
+    assert shuffle.streams == 32
