@@ -16,10 +16,13 @@ import numpy as np
 from vit_jax.data.order import BlockOrder, Shuffle, Window
 from vit_jax.data.source import Source
 
-BLOCK_BYTES = 2**23  # of a block: then delivering it takes longer than asking
-_LEAST_WINDOW = 4  # blocks; where there is little memory they are shorter
-_STREAMS = 64  # at most: hosts, or a multiple of them
-_THREADS = 32  # requests under way
+# Of a block. Larger ones are no faster with as many requests under way, and mix
+# fewer parts of a set; with less memory they are smaller, down to the second,
+# and then there are fewer streams.
+BLOCK_BYTES, _LEAST_BLOCK = 2**21, 2**18
+_LEAST_WINDOW = 16  # blocks
+_STREAMS = 64  # at most: as many as hosts, or a multiple of them
+_THREADS = 64  # requests under way
 _RECORD_BYTES = 100_000  # where a data set does not say
 
 Positions = np.ndarray  # int64[b], of the stream that `order.py` describes
@@ -59,7 +62,7 @@ def make_fetcher(
   remote = any(source.remote for source in sources)
   if remote and size <= memory:
     return _Kept(sources, order)
-  return _Singly(sources, order, parallel=_THREADS // 2 if remote else 2)
+  return _Singly(sources, order, parallel=_THREADS // 4 if remote else 2)
 
 
 def choose_shuffle(
@@ -78,7 +81,11 @@ def choose_shuffle(
   if kind == "all" or (kind == "auto" and (fits or not remote)):
     return Shuffle()
   streams = math.gcd(batch_size, _STREAMS)
-  window = memory / (2 * streams * len(sources))
+  all_windows = memory / 2 / len(sources)
+  least = _LEAST_WINDOW * _LEAST_BLOCK
+  while streams > 1 and all_windows / streams < least:
+    streams //= 2
+  window = all_windows / streams
   block = min(BLOCK_BYTES, window / _LEAST_WINDOW)
   return Shuffle(
     blocks=tuple(count_block(source, block) for source in sources),
@@ -94,7 +101,7 @@ def count_bytes(source: Source) -> int:
 
 def count_block(source: Source, size: float) -> int:
   """Returns how many examples of a data set have about `size` bytes."""
-  return max(1, round(size * source.num_examples / count_bytes(source)))
+  return max(1, int(size * source.num_examples / count_bytes(source)))
 
 
 class _Singly(Fetcher):
