@@ -29,9 +29,10 @@ class TfdsSource(Source):
     self._task = task = find_task(dataset)
     splits = builder.info.splits
     info = splits[resolve_split(splits, dataset, split)[0]]
-    self.num_examples = info.num_examples
+    self.num_examples, self.num_bytes = info.num_examples, info.num_bytes
     self._shards, self._name = info.file_instructions, builder.info.full_name
     self._files = Shards(dataset, self._shards)
+    self.remote = self._files.remote
     image, key, label = _select_features(builder.info.features, dataset, task)
     # Only these two are parsed: others, masks say, would cost decoding time.
     self._image = tfds.features.FeaturesDict({"image": image})
