@@ -1,7 +1,7 @@
 """A stand-in for Cloud Storage on this machine, with a folder behind it.
 
 gs://BUCKET/NAME is FOLDER/BUCKET/NAME. It answers as much of the JSON and XML
-APIs as ArrayRecord, TensorStore (Orbax), gcsfs and TensorFlow use.
+APIs as ArrayRecord, TensorStore (Orbax) and TensorFlow use.
 
   python tests/fake_gcs.py [--latency=0.1] FOLDER COMMAND...
 
@@ -50,7 +50,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self.setup()
 
   def do_GET(self):
-    body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    body = self._read_body()
     url = urlsplit(self.path)
     self.query, names = dict(parse_qsl(url.query)), []
     with self.server.count(self) as fault:
@@ -72,18 +72,35 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
+  def _read_body(self):
+    if self.headers["Transfer-Encoding"] != "chunked":
+      return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+    parts = []
+    while size := int(self.rfile.readline(), 16):
+      parts.append(self.rfile.read(size))
+      self.rfile.readline()
+    self.rfile.readline()
+    return b"".join(parts)
+
   def bucket(self, _, bucket):
     if not (self.server.folder / bucket).is_dir():
       raise _Refused(404)
-    self._answer_json({"kind": "storage#bucket", "name": bucket})
+    self._answer_json({"name": bucket})
 
   def list(self, _, bucket):
-    prefix, delimiter, after = (
-      self.query.get(key, "") for key in ("prefix", "delimiter", "pageToken")
+    prefix, delimiter, after, first, end = (
+      self.query.get(key, "")
+      for key in (
+        "prefix",
+        "delimiter",
+        "pageToken",
+        "startOffset",
+        "endOffset",
+      )
     )
     found = {}  # {object or prefix: whether it is a prefix}
     for name in self.server.list(bucket):
-      if name.startswith(prefix):
+      if name.startswith(prefix) and first <= name < (end or "\U0010ffff"):
         head, cut, _ = name[len(prefix) :].partition(delimiter or "\0")
         found[prefix + head + cut] = bool(cut)
     names = sorted(name for name in found if name > after)
@@ -136,22 +153,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def upload(self, body, bucket):
     """Takes a whole object, or begins to take one in parts."""
-    name = self.query.get("name")
-    if self.query["uploadType"] == "multipart":
-      mark = self.headers["Content-Type"].partition("boundary=")[2].strip("'\"")
-      _, *parts, _ = re.split(rb"(?:\r?\n)?--" + mark.encode(), body)
-      info, body = (re.split(rb"\r?\n\r?\n", x, maxsplit=1)[1] for x in parts)
-      name = json.loads(info)["name"]
-    if self.query["uploadType"] != "resumable":
+    if "upload_id" in self.query:
+      return self._take_part(body, bucket)
+    name = self.query.get("name") or json.loads(body)["name"]
+    if self.query["uploadType"] == "media":
       return self._answer_json(self._write(bucket, name, body))
     number = len(self.server.uploads)
-    name = name or json.loads(body)["name"]
     self.server.uploads.append((name, bytearray()))
     scheme = "https" if isinstance(self.connection, ssl.SSLSocket) else "http"
     place = f"{scheme}://{self.headers['Host']}{self.path}&upload_id={number}"
     self._answer(200, headers={"Location": place})
 
-  def resume(self, body, bucket):
+  def _take_part(self, body, bucket):
     """Takes a part of an object: all but the last are answered by 308."""
     name, content = self.server.uploads[int(self.query["upload_id"])]
     span, _, total = self.headers.get("Content-Range", "/").partition("/")
@@ -221,14 +234,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 _O = "/b/([^/]+)/o/([^/]+)"
 _ROUTES = {
-  "GET /storage/v1/b/([^/]+)": _Handler.bucket,
+  "GET /storage/v1/b/([^/]+)(?:/storageLayout)?": _Handler.bucket,
   "GET /storage/v1/b/([^/]+)/o/?": _Handler.list,
   f"GET /storage/v1{_O}": _Handler.get,
   f"DELETE /storage/v1{_O}": _Handler.delete,
   f"POST /storage/v1{_O}/rewriteTo{_O}": _Handler.copy,
-  "POST /upload/storage/v1/b/([^/]+)/o": _Handler.upload,
-  "PUT /upload/storage/v1/b/([^/]+)/o": _Handler.resume,
-  f"GET /download/storage/v1{_O}": _Handler.read,
+  "(?:POST|PUT) /upload/storage/v1/b/([^/]+)/o": _Handler.upload,
   "(?:GET|HEAD) /([^/]+)/(.+)": _Handler.read,  # the XML API
 }
 
@@ -303,7 +314,6 @@ class Server(http.server.ThreadingHTTPServer):
     return {
       "CLOUD_STORAGE_EMULATOR_ENDPOINT": base,  # ArrayRecord
       "TENSORSTORE_GCS_HTTP_URL": base,
-      "STORAGE_EMULATOR_HOST": base,  # gcsfs
       "https_proxy": base,  # TensorFlow
       "CURL_CA_BUNDLE": str(self.scratch / "certificate"),
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",

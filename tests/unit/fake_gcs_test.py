@@ -3,7 +3,9 @@
 import fake_gcs
 import numpy as np
 import pytest
+import tensorstore
 from array_record.python import array_record_module
+from etils import epath
 
 NUM_RECORDS, SIZE = 4000, 3000
 ONE_BY_ONE, CONTIGUOUS = (
@@ -68,7 +70,8 @@ def test_a_range_in_the_middle_overshoots_by_what_is_on_its_way(
 ):
   reader = open_reader(server, CONTIGUOUS)
   assert reader.read(1000, 1100) == records[1000:1100]
-  assert len(server.requests) == 1 and server.requests[0].endswith("-")
+  (request,) = server.requests
+  assert request.endswith("-")
 
 
 @pytest.mark.parametrize("fault", [503, "drop"])
@@ -80,3 +83,32 @@ def test_a_fault_is_tried_again(server, records, fault):
   finally:
     server.fault = lambda number, request: None
   assert len(server.requests) > 1
+
+
+def test_tensorflow_and_tensorstore_write_and_read_the_same(server):
+  path = epath.Path("gs://bucket/run/x.txt")
+  store = tensorstore.KvStore.open("gs://bucket/run/").result()
+  path.write_text("from TensorFlow")
+  assert store["x.txt"] == b"from TensorFlow"
+  store["y/z.txt"] = b"from TensorStore"
+  assert (path.parent / "y/z.txt").read_text() == "from TensorStore"
+  path.rename(path.with_name("renamed"))
+  assert {p.name for p in path.parent.iterdir()} == {"renamed", "y"}
+  assert store.list().result() == [b"renamed", b"y/z.txt"]
+  path.parent.rmtree()
+  assert not store.list().result()
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_both_try_again(server, fault):
+  path = epath.Path(f"gs://bucket/{fault}.txt")
+  store = tensorstore.KvStore.open("gs://bucket/").result()
+  faults = iter([fault, None, fault])
+  server.fault = lambda *_: next(faults, None)
+  path.write_text("1")
+  assert path.read_text() == "1"
+  faults = iter([fault, None, fault])
+  store[path.name] = b"2"
+  assert store[path.name] == b"2"
+  server.fault = lambda *_: None
