@@ -25,7 +25,7 @@ SHUFFLES = {
   "all": ["--config.train.shuffle=all"],
   "blocks": [
     "--config.train.shuffle=blocks",
-    "--config.train.buffer_gib=0.004",  # less than the set
+    "--config.train.buffer_gib=0.06",  # less than the set
   ],
 }
 

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import re
+import socket
 import ssl
 import subprocess
 import sys
@@ -261,6 +262,9 @@ class Server(http.server.ThreadingHTTPServer):
 
   def __init__(self, folder, scratch, latency):
     super().__init__(("127.0.0.1", 0), _Handler)
+    # Else 4 MB, which would count as sent, are on their way when a client that
+    # has enough closes its request.
+    self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     self.folder, self.scratch, self.latency = Path(folder), scratch, latency
     self.fault = lambda number, request: None
     self.lock, self.uploads, self._active = threading.RLock(), [], 0

@@ -23,7 +23,8 @@ class BadExample(UserError):
   """An example that no training can use, wherever it is read."""
 
 
-_CHECKED_LABELS = 1000  # before a run starts; the others as they are read
+# Before a run starts; the others as they are read. In a bucket each is a request.
+_CHECKED_LABELS, _CHECKED_IN_BUCKETS = 1000, 64
 
 
 class Source(abc.ABC):
@@ -116,7 +117,8 @@ class Source(abc.ABC):
     Raises:
       UserError: an example's labels cannot be used; names it.
     """
-    count = min(_CHECKED_LABELS, self.num_examples)
+    most = _CHECKED_IN_BUCKETS if self.remote else _CHECKED_LABELS
+    count = min(most, self.num_examples)
     indices = np.arange(count) * self.num_examples // count
     records = tf.data.Dataset.from_tensor_slices(self.read(indices))
     labels = records.map(lambda record: self.parse(record)[1]).batch(count)
