@@ -23,7 +23,7 @@ class BadExample(UserError):
   """An example that no training can use, wherever it is read."""
 
 
-# Before a run starts; the others as they are read. In a bucket each is a request.
+# Before a run starts; others as they are read. In a bucket each is a request.
 _CHECKED_LABELS, _CHECKED_IN_BUCKETS = 1000, 64
 
 
