@@ -267,6 +267,7 @@ def test_image_that_grows_too_large_is_named(text):
 
 
 def _count_iterators():
+  gc.collect()  # those of other tests
   return sum(isinstance(x, OwnedIterator) for x in gc.get_objects())
 
 

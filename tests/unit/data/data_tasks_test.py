@@ -118,6 +118,8 @@ class Mocked:
     self._records = every = {}
 
     class Files:
+      remote = False
+
       def __init__(self, dataset, shards):
         self._records = every[str(pathlib.Path(shards[0].filename).parent)]
 
