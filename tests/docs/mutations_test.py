@@ -125,10 +125,10 @@ _FAULTS = {
     "unit/data/data_pipeline_test.py::test_restart_at_any_step_goes_on_the_same",
   ),
   "the same order in each epoch": Fault(
-    "data/pipeline.py",
+    "data/order.py",
     "(self._seed, int(i), int(epoch))",
     "(self._seed, int(i), 0)",
-    "unit/data/data_pipeline_test.py",
+    "unit/data/order_test.py",
   ),
   "the farthest object's distance": Fault(
     "data/benchmarks.py",
@@ -163,8 +163,8 @@ _FAULTS = {
   ),
   "a resumed run that reads from the beginning": Fault(
     "training/inputs.py",
-    "read_rows(config, inputs, rows, step, total_steps - step)",
-    "read_rows(config, inputs, rows, 0, total_steps - step)",
+    "config, inputs, shuffle, rows, step, total_steps - step",
+    "config, inputs, shuffle, rows, 0, total_steps - step",
     "integration/train_test.py",
   ),
   "queries in the place of keys": Fault(

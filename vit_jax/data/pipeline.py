@@ -190,6 +190,7 @@ class _Reader:
 
   def _replace(self, i, example, seed):
     size, others = self.sources[i].num_examples, self._others[i]
+    fault = None
     for other in range(example, example + size):
       try:
         self._check(i, other % size, seed)
@@ -201,6 +202,7 @@ class _Reader:
         if other != example:
           others[example] = other % size
         return
+    assert fault
     raise fault
 
   def find_replaced(self, step) -> np.ndarray:

@@ -21,7 +21,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,7 @@ def _write_records(source, file):
 
 def _make_turns(
   source, file, image_size, batch_size
-) -> dict[str, Callable[[], Iterator]]:
+) -> Mapping[str, Callable[[], Iterator]]:
   """Returns {name: function that starts it}."""
   pipeline = functools.partial(
     train_batches,
