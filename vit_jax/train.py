@@ -28,13 +28,9 @@ from vit_jax.training import (
   optim,
   run_folder,
   steps,
+  wandb_run,
 )
-from vit_jax.training.metrics import (
-  MetricLog,
-  NotFinite,
-  check_wandb,
-  start_wandb,
-)
+from vit_jax.training.metrics import MetricLog, NotFinite
 from vit_jax.training.profiler import Profiler, check_profile
 from vit_jax.training.stop import Stopping, StopSignal
 
@@ -114,7 +110,7 @@ def check_configuration(config, workdir) -> dict | None:
     }
   )
   configuration.check_ranges(config)
-  check_wandb(config)
+  wandb_run.check(config)
   check_types(config)
   run = run_folder.check(config, workdir)
   if not run:  # what older versions took is resumed
@@ -274,7 +270,7 @@ class Loop:
       total_steps=self.total_steps,
       log_every=config.log_every,
       batch_size=config.batch_size,
-      wandb=start_wandb(config, workdir),
+      wandb=wandb_run.start(config, workdir),
     )
     profiler = Profiler(config, workdir)
     try:

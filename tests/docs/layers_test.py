@@ -28,7 +28,13 @@ _LAYERS = (
     "training.lock",
   ),
   ("models", "data", "sharding", "training.optim"),
-  ("training.steps", "checkpoint", "config", "training.metrics"),
+  (
+    "training.steps",
+    "checkpoint",
+    "config",
+    "training.metrics",
+    "training.wandb_run",
+  ),
   ("pretrained", "training.masked", "training.inputs"),
   (
     "training.early",
