@@ -7,11 +7,12 @@ beside the user's other files as well as it does in this project.
 import ast
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import re
+import runpy
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,13 +69,9 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   """
   file, _, arg = spec.partition(":")
   path = find(file)
-  module_spec = importlib.util.spec_from_file_location("config_file", path)
-  assert module_spec is not None
-  assert module_spec.loader is not None
   try:
     with _importing_from(path.parent.absolute()):
-      module = importlib.util.module_from_spec(module_spec)
-      module_spec.loader.exec_module(module)
+      module = types.SimpleNamespace(**runpy.run_path(str(path)))
       config = module.get_config(arg) if arg else module.get_config()
   except ValueError as e:
     raise UserError(str(e)) from e
@@ -123,8 +120,7 @@ def _find_folder():
 def _importing_from(folder):
   """Lets a configuration import its neighbours: `from common import ...`.
 
-  These modules are forgotten afterwards, because those of another folder may
-  have the same names.
+  Those of another folder may have the same names, so none stays imported.
   """
   names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names
   hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
@@ -172,29 +168,17 @@ def override(config, key: str, text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """One evaluation of a run, all of it said.
+  """One evaluation of a run, with nothing left to a default."""
 
-  Attributes:
-    name: "eval" for `config.eval`, else that of an entry of `config.evals`.
-    type: the run's objective, or one of `evaluators.OTHERS`.
-    dataset: None for the first training data set.
-    split: of the test images.
-    preprocess: of all its images.
-    batch_size: over all hosts and devices.
-    every: steps; 0: at the end only.
-    train_split: of the images that "fewshot" learns from.
-    shots: how many of each class.
-  """
-
-  name: str
-  type: str
-  dataset: str | None
-  split: str
-  preprocess: str
-  batch_size: int
-  every: int
-  train_split: str
-  shots: tuple[int, ...]
+  name: str  # "eval" for `config.eval`, else that of an entry of `config.evals`
+  type: str  # the run's objective, or one of `evaluators.OTHERS`
+  dataset: str | None  # None for the first training data set
+  split: str  # of the test images
+  preprocess: str  # of all its images
+  batch_size: int  # over all hosts and devices
+  every: int  # steps; 0: at the end only
+  train_split: str  # of the images that "fewshot" learns from
+  shots: tuple[int, ...]  # how many of each class
 
   @property
   def key(self) -> str:
@@ -204,11 +188,6 @@ class Eval:
 
 def add_eval(config, name: str, **values: Any) -> None:
   """Adds an entry to `config.evals`; what is not given stays at its default.
-
-  Args:
-    config: with the keys of configs/common.py.
-    name: its results are logged as NAME/METRIC.
-    **values: see configs/common.py.
 
   Raises:
     UserError: a name or key that cannot be.
@@ -225,9 +204,7 @@ def add_eval(config, name: str, **values: Any) -> None:
 # Of an entry of `config.evals`; what they mean unset says `list_evals`.
 _EVAL_KEYS: dict[str, type] = {
   **dict.fromkeys(("type", "dataset", "split", "preprocess"), str),
-  **dict.fromkeys(("batch_size", "every"), int),
-  "train_split": str,
-  "shots": tuple,
+  **{"batch_size": int, "every": int, "train_split": str, "shots": tuple},
 }
 # What else stands before the "/" of a logged name.
 LOGGED = ("eval", "train", "speed")
@@ -306,8 +283,7 @@ def flatten(config) -> dict[str, Any]:
   flat = {}
   for name, value in config.items():
     if isinstance(value, (dict, ml_collections.ConfigDict)):
-      inner = flatten(value)
-      flat.update({f"{name}.{k}": v for k, v in inner.items()})
+      flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
     else:
       flat[name] = value
   return flat
@@ -362,10 +338,7 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
 
 
 def find_test_set(config) -> str:
-  """Returns the data set of a configuration's evaluation; it may be flat.
-
-  That is `eval.dataset`, or the first of the training mixture.
-  """
+  """Returns `eval.dataset` of a configuration, or its first training set."""
   flat = flatten(config)
   mixture = data.parse_mixture(flat["train.dataset"])
   return flat["eval.dataset"] or mixture[0][0]
@@ -451,18 +424,13 @@ def check_unused(config) -> None:
 def count_steps(config, num_examples: int) -> int:
   """Returns the run's steps from whichever duration the config sets.
 
-  Args:
-    config: with total_steps, total_epochs, total_examples and batch_size.
-    num_examples: of the training set, one epoch.
+  `num_examples` are those of an epoch.
 
   Raises:
     UserError: not exactly one duration is set.
   """
-  given = {
-    name: config[name]
-    for name in ("total_steps", "total_epochs", "total_examples")
-    if config[name]
-  }
+  durations = ("total_steps", "total_epochs", "total_examples")
+  given = {name: config[name] for name in durations if config[name]}
   if len(given) != 1 or min(given.values()) < 0:
     raise UserError(
       "set exactly one of total_steps, total_epochs and total_examples to a "

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from vit_jax import checkpoint, distributed, pretrained, sharding
+from vit_jax import checkpoint, distributed, sharding
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.evaluation.evaluators import (
@@ -19,8 +18,8 @@ from vit_jax.evaluation.evaluators import (
   find_best,
   make_evaluators,
 )
-from vit_jax.pretrained.warmstart import warm_start
-from vit_jax.state import flatten, make_key, unflatten
+from vit_jax.pretrained.start import start_from
+from vit_jax.state import make_key
 from vit_jax.training import (
   inputs,
   lock,
@@ -173,10 +172,7 @@ def take_folder(config, workdir, run, opened: inputs.Inputs, stack):
 def make_state(config, mesh, objective, init_state, checkpoints):
   """Returns the state to go on from, and how it lies on the devices.
 
-  Args:
-    config, mesh, objective: of the run.
-    init_state: key -> random state.
-    checkpoints: those of the run; None for a new one.
+  `checkpoints` are those of the run, None for a new one.
   """
   key = make_key(config.seed)
   shapes = jax.eval_shape(init_state, key)
@@ -188,79 +184,31 @@ def make_state(config, mesh, objective, init_state, checkpoints):
       return state, layout
   state = jax.jit(init_state, out_shardings=layout)(key)
   if config.init_from:
-    state = start_from(config.init_from, state, objective, config)
+    state = start_from(config.init_from, state, objective, config.model)
   return state, layout
-
-
-def start_from(source, state, objective, config):
-  """Returns the state with other weights, and reports on them.
-
-  Raises:
-    UserError: nothing to read there, or another architecture.
-  """
-  weights = pretrained.fold_normalization(pretrained.read(source))
-  pretrained.check_numerics(weights, config.model)
-  given, changes = warm_start(
-    flatten(state.params),
-    weights.params,
-    old_grid=weights.create_model().grid,
-    new_grid=objective.model.grid,
-    same_classes=weights.class_names == objective.class_names,
-    source=weights.source,
-    resize=weights.resize,
-  )
-  log.info("weights from %s\n%s", weights.source, changes)
-
-  def place(path, old):
-    if path not in given:
-      return old
-    new = given[path].read().astype(old.dtype)
-    return jax.make_array_from_callback(
-      old.shape, old.sharding, lambda index: new[index]
-    )
-
-  params = unflatten({p: place(p, x) for p, x in flatten(state.params).items()})
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-  return state._replace(params=params, ema=ema)
 
 
 @dataclasses.dataclass
 class Loop:
-  """A run under way: its state, and what happens between the steps.
-
-  Attributes:
-    config: the run's.
-    total_steps: the last step.
-    evaluators: what is evaluated, and when.
-    best: the (evaluation, metric) that decides which state is the best.
-    checkpoints: where the state is saved.
-    own: the lock of the run folder; None on other processes than the first.
-    stop: whether the run was told to stop.
-    step: the last step that was taken.
-    state: the training state after it.
-  """
+  """A run under way: its state, and what happens between the steps."""
 
   config: Any
   total_steps: int
   evaluators: list[Evaluator]
-  best: tuple[str, str] | None
+  best: tuple[str, str] | None  # the (evaluation, metric) that picks the best
   checkpoints: checkpoint.Checkpoints
-  own: lock.Lock | None
+  own: lock.Lock | None  # of the run folder; None but on the first process
   stop: StopSignal
-  step: int
-  state: Any
+  step: int  # the last one that was taken
+  state: Any  # after it
 
   def run(self, train_step, batches: Iterator, done):
     """Takes the steps that are left; returns as `train`.
 
     Nothing in a step waits for the devices: metrics are fetched one log
     interval late, or before something is saved. A state is saved before it is
-    evaluated, so that no evaluation can cost it.
-
-    Args:
-      train_step: the jitted step.
-      batches: of the steps to come, on the devices.
-      done: the results that the run folder has of this step.
+    evaluated, so that no evaluation can cost it. `train_step` is jitted;
+    `done` has the results of this step that are in the run folder.
     """
     config, workdir = self.config, self.checkpoints.workdir
     self.saved, self.results = self.step, {}
@@ -294,8 +242,9 @@ class Loop:
       profiler.close(self.state, self.step + 1)
       self.save_unless_saved()
       self.checkpoints.close()
-      saved = f"saved step {self.step}" if self.step else ""
-      where = saved or "before the first step"
+      where = (
+        f"saved step {self.step}" if self.step else "before the first step"
+      )
       log.info("stopping: %s; run again to resume", where)
       return None
     except NotFinite as e:
@@ -327,7 +276,6 @@ class Loop:
     return self.step > 0 and (due or self.step == self.total_steps)
 
   def save(self):
-    """Saves the state."""
     if self.own:
       self.own.check()
     self.metrics.flush(self.step)
