@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from vit_jax import models
-from vit_jax.data.preprocess import as_pair
+from vit_jax.data.sizes import as_pair
 from vit_jax.models import variants
 from vit_jax.state import LazyArray, flatten
 
