@@ -116,10 +116,7 @@ def on_mesh(mesh, function: Callable) -> Callable:
 def jit_train_step(mesh, train_step: Callable, layout) -> Callable:
   """Returns the jitted step; the new state takes the old one's memory.
 
-  Args:
-    mesh: to compute on.
-    train_step: (state, batch) -> (state, metrics).
-    layout: the shardings of the state, before and after.
+  `layout` has the shardings of the state, before and after.
   """
   train_step = on_mesh(mesh, train_step)
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
@@ -144,8 +141,6 @@ def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
 def round_up(batch_size: int, mesh) -> int:
   """Returns the next batch size that splits evenly over the devices.
 
-  For evaluations, whose results do not depend on it.
-
   Raises:
     UserError: it is less than 1.
   """
@@ -164,10 +159,8 @@ def local_rows(mesh, batch_size: int) -> np.ndarray:
 def put_batch(mesh, batch: dict, batch_size: int) -> dict:
   """Makes global arrays of this process's rows; copies run in the background.
 
-  Args:
-    mesh: from `make_mesh`.
-    batch: {name: array[r ...]}, the rows that `local_rows` names.
-    batch_size: rows of the global batch.
+  `batch` is {name: array[r ...]}, the rows that `local_rows` names of the
+  `batch_size` of all.
   """
   sharding = batch_sharding(mesh)
   return {
@@ -180,13 +173,7 @@ def put_batch(mesh, batch: dict, batch_size: int) -> dict:
 
 def replicate(mesh, tree):
   """Puts arrays of the host on every device of the mesh."""
-  sharding = NamedSharding(mesh, P())
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, sharding, lambda index: x[index]
-    ),
-    tree,
-  )
+  return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 def bytes_per_device(tree) -> int:

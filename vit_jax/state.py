@@ -8,21 +8,13 @@ import numpy as np
 
 
 class TrainState(NamedTuple):
-  """Everything that a run carries from step to step.
+  """Everything that a run carries from step to step."""
 
-  Attributes:
-    step: int32[], the number of updates done.
-    params: nested dictionary of float32 arrays.
-    opt_state: the optimizer's state; its moments mirror `params`.
-    ema: the Polyak average of `params`, or None when averaging is off.
-    rng: the key that every step folds its number into; it never changes.
-  """
-
-  step: jax.Array
-  params: Any
-  opt_state: Any
-  ema: Any
-  rng: jax.Array
+  step: jax.Array  # int32[], the number of updates done
+  params: Any  # nested dictionary of float32 arrays
+  opt_state: Any  # of the optimizer; its moments mirror `params`
+  ema: Any  # the Polyak average of `params`, or None when averaging is off
+  rng: jax.Array  # the key that every step folds its number into
 
 
 # Of every key: a run must not depend on JAX_DEFAULT_PRNG_IMPL.
@@ -35,13 +27,7 @@ def make_key(seed: int) -> jax.Array:
 
 
 class LazyArray(NamedTuple):
-  """An array that is read when it is asked for.
-
-  Attributes:
-    shape: its shape.
-    dtype: its dtype.
-    read: () -> np.ndarray.
-  """
+  """An array that `read` reads when it is asked for."""
 
   shape: tuple[int, ...]
   dtype: np.dtype

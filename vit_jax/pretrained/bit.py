@@ -60,7 +60,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   width = tables.shape_of(source, arrays, root, 4)[-1] // 64
   bare = [name.removeprefix("resnet/") for name in arrays]
   units = describe_units(["conv_root/", *bare])
-  variant = variants.name_of(None, 0, units, width)
+  variant = tables.name_variant(None, 0, units, width)
   if variant is None:
     raise UserError(
       f"{source}: a ResNet with {units} units; known are "

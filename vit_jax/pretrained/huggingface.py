@@ -194,7 +194,7 @@ def _read_model(fields, representation_size):
   activation = fields.get("hidden_act", "gelu")
   check_choice(f"{fields.source}: hidden_act", activation, _ACTIVATIONS)
   return {
-    "variant": variants.name_of(encoder, patch[0], None),
+    "variant": tables.name_variant(encoder, patch[0], None),
     "classifier": "token",
     "representation_size": representation_size,
     "activation": _ACTIVATIONS[activation],

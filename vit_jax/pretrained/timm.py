@@ -146,7 +146,7 @@ def read(
     ORIGIN,
     source,
     {
-      "variant": variants.name_of(encoder, patch, None),
+      "variant": tables.name_variant(encoder, patch, None),
       "classifier": classifier,
       "pos_embedding": "learned" if "pos_embed" in arrays else "none",
       "activation": _find_activation(architecture, arguments),

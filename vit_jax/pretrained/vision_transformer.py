@@ -60,7 +60,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   )
   patch = tables.shape_of(source, arrays, "embedding/kernel", 4)[0]
   units = describe_units(arrays)
-  variant = variants.name_of(encoder, patch, units)
+  variant = tables.name_variant(encoder, patch, units)
   if variant is None:
     known = [f"{u}, {p}x{p}" for u, p in variants.HYBRIDS.values()]
     raise UserError(
