@@ -1,24 +1,15 @@
 """Checkpoints: Orbax saves, restores and deletes; this file says what and when.
 
-A run folder holds
+A checkpoint, checkpoints/STEP/ of a run folder, appears under its name only
+when it is complete: Orbax writes to a temporary name and renames. Damage after
+that is noticed when it is read: beside the state lies a fingerprint, one number
+for each array, computed where the array lives and again from what was read.
 
-  config.json          the resolved configuration and the class names
-  checkpoints/STEP/    the newest checkpoints and the best one, whole states
-  best.json            the step with the best evaluation metric so far
-
-A checkpoint appears under its name only when it is complete: Orbax writes to a
-temporary name and renames. Damage after that is noticed when it is read: beside
-the state lies a fingerprint, one number for each array, computed where the
-array lives and again from what was read.
-
-The order of choices when a run starts:
-  1. the newest checkpoint of its own that is not corrupt;
-  2. where there are none, the weights of `config.init_from`;
-  3. else random weights from `config.seed`.
-
-Corrupt is what does not decode or does not match its fingerprint. It is skipped
-and moved to damaged/, never deleted. Any other failure ends the run and changes
-nothing: a full memory, a server that does not answer, another version.
+A run starts from the newest checkpoint of its own that is not corrupt; where
+there are none, from `config.init_from`; else from random weights. Corrupt is
+what does not decode or does not match its fingerprint. It is skipped and moved
+to damaged/, never deleted. Any other failure ends the run and changes nothing:
+a full memory, a server that does not answer, another version.
 """
 
 import contextlib
@@ -79,16 +70,15 @@ class Corrupt(Exception):
   """The data of a checkpoint do not decode, or not to what was saved."""
 
 
+# What reading one may raise, the worst last.
+_KINDS = (Corrupt, UserError, RunStopped)
+
+
 class Checkpoints:
   """The checkpoints of one run folder."""
 
   def __init__(self, workdir, keep: int):
-    """Remembers the folder; it is made when something is saved.
-
-    Args:
-      workdir: the run folder.
-      keep: how many of the newest to keep; the best is kept beside them.
-    """
+    """Keeps the newest `keep` of a run folder, and the best beside them."""
     self.workdir = absolute(workdir)
     # The steps of the second are set by `keep_best`.
     self._preserved: list[Any] = [
@@ -156,13 +146,12 @@ class Checkpoints:
       state = error = None
       try:
         state = _read(folder, lambda f: _restore(f, abstract_state))
-      except (Corrupt, UserError, RunStopped) as e:
+      except _KINDS as e:
         error = e
       error = _agree(folder, error)
       if error is None:
-        if jax.process_index() == 0:
-          for damaged in corrupt:
-            self._set_aside(damaged)
+        for damaged in corrupt if jax.process_index() == 0 else ():
+          self._set_aside(damaged)
         return state
       if not isinstance(error, Corrupt):
         raise error
@@ -240,12 +229,11 @@ def _agree(folder, error):
   """
   if jax.process_count() == 1:
     return error
-  kinds = (Corrupt, UserError, RunStopped)
-  kind = sum(i for i, k in enumerate(kinds, 1) if isinstance(error, k))
+  kind = sum(i for i, k in enumerate(_KINDS, 1) if isinstance(error, k))
   worst = int(multihost_utils.process_allgather(np.array(kind)).max())
   if worst == kind:
     return error
-  return kinds[worst - 1](f"another process could not read {folder}")
+  return _KINDS[worst - 1](f"another process could not read {folder}")
 
 
 # Seconds before a read is tried again that a disk or a network failed.
@@ -357,24 +345,22 @@ def _restore(folder, abstract_state):
   With Orbax's handlers alone: a Checkpointer waits for the other processes,
   one of which may have failed.
   """
-  meta = _read_meta(folder)
-  wanted = unflatten(flatten(abstract_state))
+  meta, wanted = _read_meta(folder), flatten(abstract_state)
   handler = ocp.PyTreeCheckpointHandler()
-  _check_tree(folder, handler, flatten(abstract_state))
-  args = ocp.args.PyTreeRestore(
-    item=wanted,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-  )
+  _check_tree(folder, handler, wanted)
+  tree = unflatten(wanted)
+  args = ocp.checkpoint_utils.construct_restore_args(tree)
+  args = ocp.args.PyTreeRestore(item=tree, restore_args=args)
   flat = flatten(handler.restore(folder / "state", args=args))
   _verify(flat, meta["fingerprint"])
   structure = jax.tree.structure(abstract_state)
-  return structure.unflatten([flat[path] for path in flatten(abstract_state)])
+  return structure.unflatten([flat[path] for path in wanted])
 
 
 def read_params(folder) -> dict[str, np.ndarray]:
-  """Returns the parameters of one checkpoint, {path: array}, on the host.
+  """Returns the parameters of one checkpoint, or their Polyak average.
 
-  They are the Polyak average where the run kept one.
+  {path: array} on the host.
 
   Raises:
     Corrupt: they do not decode, or not to what was saved.
@@ -399,23 +385,20 @@ def _restore_params(folder):
 
 
 def _read_meta(folder) -> dict[str, Any]:
-  """Returns what stands beside the state: the fingerprint."""
   return json.loads((folder / "meta" / "metadata").read_text())
 
 
 def _check_tree(folder, handler, wanted):
   """Raises a UserError unless a checkpoint has these arrays."""
 
-  def describe(flat):
-    return {
-      path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-      for path, x in flat.items()
-    }
-
-  found = describe(flatten(handler.metadata(folder / "state").tree))
-  wanted = describe(wanted)
+  found = flatten(handler.metadata(folder / "state").tree)
   for path in sorted(found.keys() | wanted.keys()):
-    there, here = found.get(path, "none"), wanted.get(path, "none")
+    there, here = (
+      f"{np.dtype(flat[path].dtype).name}{list(flat[path].shape)}"
+      if path in flat
+      else "none"
+      for flat in (found, wanted)
+    )
     if there != here:
       raise UserError(
         f"{folder} holds another state ({path} {there} there, {here} here); "

@@ -173,7 +173,11 @@ def put_batch(mesh, batch: dict, batch_size: int) -> dict:
 
 def replicate(mesh, tree):
   """Puts arrays of the host on every device of the mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  everywhere = NamedSharding(mesh, P())
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__),
+    tree,
+  )
 
 
 def bytes_per_device(tree) -> int:
