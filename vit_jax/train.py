@@ -45,8 +45,7 @@ def train(config, workdir) -> dict[str, float] | None:
 
   Returns:
     The metrics of the last evaluation, those of `config.evals` as NAME/METRIC;
-    {} for a run that evaluates nothing; None if the run was told to stop, and
-    is to be resumed.
+    {} without one; None if the run was told to stop, and is to be resumed.
 
   Raises:
     UserError: a configuration that cannot be run; nothing has been written.
@@ -155,7 +154,7 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
 
 
 def take_folder(config, workdir, run, opened: inputs.Inputs, stack):
-  """Locks the run folder until `stack` is closed; see `run_folder.take`.
+  """Returns the lock of the run folder, which is held until `stack` is closed.
 
   Raises:
     UserError: another run has it, or other processes see something else.

@@ -20,9 +20,8 @@ class Model(NamedTuple):
       gives the same values, scanned or not.
     apply: `(params, images, *, train=False, key=None, intermediates=False)` ->
       logits f32[b k], or (logits, {name: array}). Images are f32[b h w 3] in
-      [-1, 1].
-      `key` feeds dropout and stochastic depth; it is needed when training.
-      With 0 classes the representation f32[b d] takes the logits' place.
+      [-1, 1]. Training needs the `key`, for dropout and stochastic depth. With
+      0 classes the representation f32[b d] takes the logits' place.
     image_size: (h, w) in pixels.
     grid: (h, w) in tokens, or in cells of a ResNet's output.
     num_layers: the encoder's blocks, 0 for a ResNet.
@@ -69,14 +68,8 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
   ):
     assert key is not None or not train, "training needs a key"
     rngs = {} if key is None else {"dropout": key}
-    logits, out = module.apply(
-      {"params": params},
-      images,
-      *inputs,
-      train=train,
-      intermediates=intermediates,
-      rngs=rngs,
-    )
+    options = {"train": train, "intermediates": intermediates, "rngs": rngs}
+    logits, out = module.apply({"params": params}, images, *inputs, **options)
     return (logits, out) if intermediates else logits
 
   return Model(init, apply, image_size, grid, config.num_layers)
@@ -84,9 +77,7 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
   """Returns what the head gets, f32[b d], of a model's intermediates."""
-  if "pre_logits" in intermediates:
-    return intermediates["pre_logits"]
-  return intermediates["pooled"]
+  return intermediates.get("pre_logits", intermediates["pooled"])
 
 
 def check_image_size(image_size, sizes: Variant) -> tuple[int, int]:
