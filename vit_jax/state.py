@@ -1,10 +1,8 @@
 """The training state, and parameters as a flat {path: array} dictionary."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 
 class TrainState(NamedTuple):
@@ -24,19 +22,6 @@ KEY_IMPL = "threefry2x32"
 def make_key(seed: int) -> jax.Array:
   """Returns the PRNG key of a seed."""
   return jax.random.key(seed, impl=KEY_IMPL)
-
-
-class LazyArray(NamedTuple):
-  """An array that `read` reads when it is asked for."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  read: Callable[[], np.ndarray]
-
-
-def as_lazy(x: np.ndarray) -> LazyArray:
-  """Returns an array that is there already as a `LazyArray`."""
-  return LazyArray(x.shape, x.dtype, lambda: x)
 
 
 def path_str(key_path) -> str:

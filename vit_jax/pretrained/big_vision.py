@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from vit_jax.pretrained import archives, tables
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray, as_lazy
+from vit_jax.pretrained.weights import LazyArray, Weights, as_lazy
 
 ORIGIN = "big_vision"
 _OLD_POS_EMBEDDING = "Transformer/pos_embedding"

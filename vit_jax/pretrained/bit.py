@@ -9,8 +9,7 @@ from vit_jax.models import variants
 from vit_jax.pretrained import archives, tables
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.vision_transformer import describe_units
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "big_transfer"
 _UNIT = r"(block\d+/unit\d+)"

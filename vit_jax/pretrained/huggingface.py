@@ -25,8 +25,7 @@ from vit_jax.pretrained.torch_folders import (
   norm_rules,
 )
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "huggingface"
 _NAME = "Hugging Face's ViT"

@@ -16,8 +16,8 @@ from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained import positions
 from vit_jax.pretrained.warmstart import Report, warm_start
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray, flatten, unflatten
+from vit_jax.pretrained.weights import LazyArray, Weights
+from vit_jax.state import flatten, unflatten
 
 log = logging.getLogger(__name__)
 

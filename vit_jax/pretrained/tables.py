@@ -17,8 +17,7 @@ from vit_jax import models
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
 from vit_jax.pretrained.warmstart import by
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 
 class Kind(NamedTuple):

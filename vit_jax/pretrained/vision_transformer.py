@@ -15,8 +15,7 @@ from vit_jax.models import variants
 from vit_jax.pretrained import archives, tables
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "vision_transformer"
 _BLOCK = r"(Transformer/encoderblock_\d+)"

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
-from vit_jax.data import ops, randaug
+from vit_jax.data import ops, pillow, randaug
 
 
 def _image(shape=(24, 40), seed=0):

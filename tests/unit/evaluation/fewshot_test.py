@@ -87,8 +87,8 @@ def test_draws():
 def weights(tmp_path_factory):
   """Random weights with a tanh layer before the head, in a file."""
   from vit_jax import pretrained
-  from vit_jax.pretrained.weights import Weights
-  from vit_jax.state import as_lazy, flatten
+  from vit_jax.pretrained.weights import Weights, as_lazy
+  from vit_jax.state import flatten
 
   options = {"variant": "ViT-w32d1m64h2_8", "representation_size": 20}
   model = models.create(num_classes=4, image_size=16, **options)
