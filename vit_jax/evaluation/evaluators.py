@@ -15,8 +15,7 @@ class Evaluator(NamedTuple):
   """One evaluation of a run.
 
   Attributes:
-    name: "eval", or that of an entry of config.evals; its results are logged
-      as NAME/METRIC.
+    name: "eval", or that of an entry of config.evals.
     every: so many steps, and at the end; 0: at the end only.
     metrics: those that checkpoints can be compared by, more is better; the
       first is the usual one.
@@ -39,8 +38,7 @@ def make_evaluators(
 
   Args:
     config: with the keys of configs/common.py.
-    sources: the data of each evaluation by name: the test set; the training and
-      the test set of a few-shot evaluation.
+    sources: {evaluation: its data}, as `inputs.Inputs` has them.
     objective: what the run trains for.
     **where: `mesh` and `before_batch` of `make_sums`.
 
@@ -90,15 +88,9 @@ def check_types(config) -> None:
 def make_evaluate(
   objective: Objective, source: data.Source, **where
 ) -> Callable:
-  """Returns params -> iterator of (name, value): how well it is reached.
+  """Returns params -> iterator of (metric, value) of an objective's test set.
 
-  Which patches of an image are corrupted, and how, depends on its place in the
-  data set alone: the same on any number of devices, in every evaluation.
-
-  Args:
-    objective: what the model was trained for.
-    source: the test set; every example counts once, on any number of devices.
-    **where: the other arguments of `make_sums`.
+  `where` has the other arguments of `make_sums`.
   """
   sums = make_sums(
     objective.eval_step, model=objective.model, source=source, **where
