@@ -28,19 +28,12 @@ _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-  """Naming the classes of an image.
-
-  Attributes:
-    model: the model.
-    class_names: what it tells apart.
-    loss_fn: (logits f32[b k], targets f32[b k]) -> f32[b].
-    mixup_alpha: of `mixup`; 0 for none.
-  """
+  """Naming the classes of an image."""
 
   model: models.Model
   class_names: list[str]
-  loss_fn: Callable
-  mixup_alpha: float = 0.0
+  loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
+  mixup_alpha: float = 0.0  # of `mixup`; 0 for none
 
   def prepare(self, batch, key):
     images = normalize(batch["image"])
@@ -86,12 +79,11 @@ class Classification:
     """Turns the sums of `eval_step` over a test set into metrics.
 
     Yields:
-      "examples", all that were seen; then, over those with a label, "loss", the
-      mean, and for single-label sets "accuracy" and, of ten classes or more,
-      "accuracy@5" (the label is among the five top classes); for multi-label
-      ones "labelled", their number, "prec@1" (the top class is one of the
-      labels) and "lrap" (label ranking average precision). ImageNet-ReaL has
-      images without.
+      "examples", all that were seen; then, over those with a label (ImageNet-
+      ReaL has others), the mean "loss" and for single-label sets "accuracy"
+      and, of ten classes or more, "accuracy@5"; for multi-label ones
+      "labelled", their number, "prec@1" (the top class is one of the labels)
+      and "lrap" (label ranking average precision).
     """
     labelled = max(totals["labelled"], 1)
     yield "examples", int(totals["examples"])
@@ -131,11 +123,7 @@ Objective = Classification | MaskedPatches
 
 
 def create(config, class_names: list[str]) -> Objective:
-  """Returns what `config.objective` names.
-
-  Args:
-    config: with the keys of configs/common.py.
-    class_names: of the training set.
+  """Returns what `config.objective` names, for these classes.
 
   Raises:
     UserError: an unknown objective, or a model or loss that cannot be had.

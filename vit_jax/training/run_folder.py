@@ -52,14 +52,10 @@ def check(config, workdir) -> dict | None:
     for text in (config.train.preprocess, *sorted(texts)):
       preprocess.check_crops(text, config.image_size)
     return None
-  run = files.read_json(
-    workdir / "config.json",
-    "restore it from a copy, or choose another --workdir",
-  )
-  differences = configuration.differences(
-    run["config"], configuration.to_dict(config)
-  )
-  if differences:
+  advice = "restore it from a copy, or choose another --workdir"
+  run = files.read_json(workdir / "config.json", advice)
+  new = configuration.to_dict(config)
+  if differences := configuration.differences(run["config"], new):
     raise UserError(
       f"{workdir} holds a run of another configuration "
       f"({'; '.join(differences)}); resume with the configuration that it was "
