@@ -56,8 +56,7 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   """Runs `get_config` of a configuration file and applies overrides.
 
   Args:
-    spec: "CONFIG" or "CONFIG:ARG", see `find`; the argument is handed to
-      get_config.
+    spec: "CONFIG", see `find`, or "CONFIG:ARG", an argument of get_config.
     overrides: {"schedule.base_lr": "3e-4"} as typed by the user.
 
   Returns:
@@ -88,9 +87,7 @@ def load(spec: str, overrides: dict[str, str] | None = None):
 def find(file: str) -> Path:
   """Returns the path of a configuration file.
 
-  Args:
-    file: a path, or the name of one in configs/: "finetune", and anywhere
-      "configs/finetune.py".
+  `file` is a path, or names one of configs/: "finetune", "configs/finetune.py".
 
   Raises:
     UserError: no such file.
@@ -98,7 +95,9 @@ def find(file: str) -> Path:
   path = Path(file)
   if path.suffix == ".py" and path.is_file():
     return path
-  known = {p.stem: p for p in sorted(_find_folder().glob("*.py"))}
+  folder = Path(__file__).parent / "configs"  # where it is installed
+  folder = folder if folder.is_dir() else folder.parents[1] / "configs"
+  known = {p.stem: p for p in sorted(folder.glob("*.py"))}
   if path.stem in known and str(path.parent) in (".", "configs"):
     return known[path.stem]
   siblings = [str(p) for p in path.parent.glob("*.py")]
@@ -107,13 +106,6 @@ def find(file: str) -> Path:
     f"no configuration file {file!r}{meant}; give --config=CONFIG[:ARG], a "
     "file or the name of one in configs/, such as quickstart_pretrain"
   )
-
-
-def _find_folder():
-  """Returns configs/: in the package where it is installed, or beside it."""
-  package = Path(__file__).parent
-  installed = package / "configs"
-  return installed if installed.is_dir() else package.parent / "configs"
 
 
 @contextlib.contextmanager
@@ -411,13 +403,14 @@ def check_unused(config) -> None:
   """Raises a UserError for a key that is set where it has no effect."""
   values = flatten(config)
   for key in find_unused(values):
-    (default, *off), needed, wanted = NEEDS[key]
-    if values[key] not in (default, *off):
+    harmless, needed, wanted = NEEDS[key]
+    if values[key] not in harmless:
       needs = "to be set" if wanted is None else f"to be {wanted!r}"
+      default = "its default" if harmless[0] is None else repr(harmless[0])
       raise UserError(
         f"config.{key} is {values[key]!r} and has no effect: it needs "
         f"config.{needed} {needs}, which is {values[needed]!r}; leave it at "
-        f"{'its default' if default is None else repr(default)}"
+        f"{default}"
       )
 
 

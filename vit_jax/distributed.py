@@ -1,9 +1,8 @@
 """The processes of a run: how they start together, and what they must share.
 
-`jax.distributed` connects them, and ends all others when one is lost. Processes
-that train with different settings, code or data end in a wrong model or in a
-collective that never returns. So they compare what must be equal before the
-first step.
+`jax.distributed` connects them, and ends all others when one is lost. With
+other settings, code or data on one of them they would train a wrong model, or
+wait for ever. So they compare what must be equal before the first step.
 """
 
 import hashlib
@@ -45,9 +44,8 @@ def start(
   before, with one line and exit code 1.
 
   Args:
-    coordinator: "host:port" of process 0. What is None here and below, the TPU
-      pod or Slurm says.
-    num_processes, process_id: how many there are, and which this is, from 0.
+    coordinator: "host:port" of process 0. None: the TPU pod or Slurm says.
+    num_processes, process_id: how many, and which this is, from 0; likewise.
     start_timeout, lost_timeout: seconds.
 
   Raises:
@@ -58,8 +56,7 @@ def start(
     _check_port(coordinator)
   count = num_processes or os.environ.get("SLURM_NTASKS")
   what = f"all {count} processes" if count else "all processes of this cluster"
-  if coordinator:
-    what += f" at {coordinator}"
+  what += f" at {coordinator}" if coordinator else ""
   log.info(
     "waiting up to %g s for %s; start the same command on every host",
     *(start_timeout, what),

@@ -54,20 +54,15 @@ def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
       f"valid: {', '.join(map(str, valid))}"
     )
   # Linen modules are written for Auto axes; Explicit is make_mesh's default.
-  return jax.make_mesh(
-    (len(devices) // fsdp, fsdp),
-    ("data", "fsdp"),
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices,
-  )
+  shape, auto = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * 2
+  return jax.make_mesh(shape, ("data", "fsdp"), auto, devices=devices)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
-  """Returns the layout of the array at `path`.
+  """Returns the layout of the array at `path`, for which there is a rule.
 
   Raises:
     UserError: the table splits an axis that `fsdp` does not divide.
-    AssertionError: no rule covers the path.
   """
   matches = (s for names, s in RULES if re.search(rf"(^|/)({names})$", path))
   spec = next(matches, None)
@@ -84,13 +79,12 @@ def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
 
 def tree_shardings(mesh, tree):
   """Returns a NamedSharding for each array (or shape) of a pytree."""
-  fsdp = mesh.shape["fsdp"]
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(
-      mesh, partition_spec(path_str(path), x.shape, fsdp)
-    ),
-    tree,
-  )
+
+  def place(path, x):
+    spec = partition_spec(path_str(path), x.shape, mesh.shape["fsdp"])
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def batch_sharding(mesh) -> NamedSharding:
@@ -101,8 +95,7 @@ def batch_sharding(mesh) -> NamedSharding:
 def on_mesh(mesh, function: Callable) -> Callable:
   """Returns the function, to be jitted, with the mesh set while it is traced.
 
-  The compiler splits everything over the devices but kernels, which do it
-  themselves (see `models/attention.py`).
+  Kernels split themselves over it, see `models/attention.py`.
   """
 
   @functools.wraps(getattr(function, "func", function))  # of a partial

@@ -63,9 +63,8 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     raise UserError("the data set's name is empty; see `vit-jax data list`")
   # A folder's path may hold commas and equal signs.
   weighs = _parse_weight(text.rpartition("=")[2])
-  if text.startswith((FOLDER, OBJECTNET)) and not weighs:
-    return [(text, 1.0)]
-  if "=" not in text and "," not in text:
+  is_path = text.startswith((FOLDER, OBJECTNET)) and not weighs
+  if is_path or not {"=", ","} & {*text}:
     return [(text, 1.0)]
   mixture = []
   for part in text.split(","):

@@ -73,15 +73,12 @@ _OPS = EVALUATION_OPS | TRAINING_OPS
 def parse(
   text: str, image_size: int | tuple[int, int], *, evaluation: bool = False
 ) -> list[tuple[str, dict[str, Any]]]:
-  """Parses a preprocessing string.
+  """Returns [(name, the arguments that are given, by name)] of a string.
 
   Args:
     text: operations joined by "|", see the module.
     image_size: what `size` stands for: one integer or (height, width), pixels.
     evaluation: whether random operations are an error.
-
-  Returns:
-    [(name, the arguments that are given, by name)], in order.
 
   Raises:
     UserError: syntax, unknown operation, wrong arguments, or images that do
@@ -193,8 +190,6 @@ def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
 
   As resize_small(256)|central_crop(size) does for 384 pixels. A wide crop that
   fits into wide images is not an error.
-
-  Args: as `parse`.
   """
   image_size = as_pair(image_size)
   sides, before = (math.inf, math.inf), ""

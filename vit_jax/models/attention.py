@@ -1,10 +1,9 @@
 """Multi-head attention; in bfloat16 fused, with no [n n] array in memory.
 
 On GPUs cuDNN's kernel is used, on TPUs that of this module. Without it, XLA
-writes every head's [n n] scores to memory and reads them again, several times,
-forward and backward. The kernel keeps them on the chip: it takes some images
-and as many heads as fill the lanes, all their tokens at once, and writes only
-the result. The backward pass computes them again.
+writes every head's [n n] scores to memory and reads them again, several times.
+The kernel keeps them on the chip: it takes some images and as many heads as
+fill the lanes, all their tokens at once. The backward pass computes them again.
 """
 
 import functools
@@ -141,8 +140,7 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   Args:
     which: "forward" of query [b q d], key and value [b n d]; "backward" of
       these and the result's gradient [b q d], whose padding is zero.
-    head_dim: width of a head.
-    valid: how many tokens are not padding.
+    head_dim, valid: width of a head; how many tokens are not padding.
     *arrays: of these.
     interpret: whether to compute it without a TPU, for tests.
 
@@ -214,16 +212,14 @@ def _run(which, head_dim, valid, *arrays):
   if mesh.empty:
     return call(*arrays)
   rows = P(mesh.axis_names)
-  return jax.shard_map(call, in_specs=rows, out_specs=rows, check_vma=False)(
-    *arrays
-  )
+  split = {"in_specs": rows, "out_specs": rows, "check_vma": False}
+  return jax.shard_map(call, **split)(*arrays)
 
 
 def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
   """Returns a function like `attend` for the devices that are traced for.
 
-  None if there is no fused attention for them and for these sizes: `tokens` of
-  an image with padding, `width` d.
+  None if they have none for as many `tokens`, with padding, and this `width` d.
   """
   head_dim = width // num_heads
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -265,9 +261,7 @@ def attend(query, key, value, num_heads: int, valid: int):
   """
   head_dim = query.shape[-1] // num_heads
   return jax.lax.platform_dependent(
-    query,
-    key,
-    value,
+    *(query, key, value),
     tpu=lambda *x: _run("forward", head_dim, valid, *x)[0],
     default=lambda *x: attend_plainly(*x, num_heads, valid)[0],  # pyright: ignore[reportCallIssue]
   )
@@ -278,10 +272,8 @@ def attend_plainly(
 ):
   """Returns what `attend` does, and the weights f32[b a q n].
 
-  Args:
-    query, key, value, num_heads, valid: as in `attend`.
-    offsets: f32[b a q n], added to the scores.
-    drop: function of the weights, applied before the product with the values.
+  `offsets`, f32[b a q n], are added to the scores; `drop` is a function of the
+  weights, applied before the product with the values.
   """
   query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
   query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
@@ -317,8 +309,7 @@ def _attend_backward(num_heads, valid, saved, gradient):
     return tuple(jax.vjp(forward, query, key, value)[1](gradient))
 
   return jax.lax.platform_dependent(
-    *saved,
-    gradient,
+    *(*saved, gradient),
     tpu=lambda *x: tuple(_run("backward", head_dim, valid, *x)),
     default=plain,
   )
@@ -343,11 +334,8 @@ class MultiHeadDotProductAttention(nn.Module):
   def __call__(self, inputs_q, inputs_kv, valid, weights=False, affine=None):
     """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
 
-    Args:
-      inputs_q, inputs_kv: rows of inputs_kv from `valid` on are padding.
-      valid: how many rows are not.
-      weights: whether to return them; else None takes their place.
-      affine: of both inputs, see `LayerNorm`.
+    Rows of `inputs_kv` from `valid` on are padding. None takes the place of
+    `weights` that are not asked for. `affine` of both inputs: see `LayerNorm`.
     """
     width, num_heads = inputs_q.shape[-1], self.config.num_heads
     heads = (num_heads, width // num_heads)
@@ -395,11 +383,9 @@ class MultiHeadDotProductAttention(nn.Module):
       nn.initializers.normal(0.02),
       (2 * n - 1, *query.shape[2:]),
     )
+    embedding = embedding.astype(query.dtype)
     by_offset = jnp.einsum(
-      "bqad,rad->baqr",
-      query,
-      embedding.astype(query.dtype),
-      preferred_element_type=jnp.float32,
+      "bqad,rad->baqr", query, embedding, preferred_element_type=jnp.float32
     )
     # Row q holds the offsets -q .. n-1-q of its keys 0 .. n-1.
     row = jnp.arange(query.shape[1])[:, None]

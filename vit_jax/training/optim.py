@@ -144,9 +144,8 @@ def make_optimizer(
     ("weight_decay_scaling", weight_decay_scaling, ("lr", "schedule")),
   ):
     check_choice(f"config.optimizer.{key}", value, choices)
-  _check_range(
-    math.inf, eps=eps, clip_norm=clip_norm, weight_decay=weight_decay
-  )
+  amounts = {"eps": eps, "clip_norm": clip_norm, "weight_decay": weight_decay}
+  _check_range(math.inf, **amounts)
   _check_range(1, b1=b1, b2=b2, momentum=momentum)
   paths = list(flatten(params))
   factors = _parse_multipliers(lr_multipliers, paths)
@@ -159,22 +158,18 @@ def make_optimizer(
     parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
   if weight_decay:
     if weight_decay_scaling == "schedule":
-      weight_decay = _divide_decay(weight_decay, base_lr)
+      if not base_lr:
+        raise UserError(
+          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
+          "a positive base_lr, or weight_decay 0"
+        )
+      weight_decay /= base_lr
     decayed = _match("weight_decay_params", weight_decay_params, paths)
     parts.append(optax.add_decayed_weights(weight_decay, _mask_by(decayed)))
   if any(factor != 1 for factor in factors.values()):
     parts.append(_scale_by_path(factors))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _freeze(optax.chain(*parts), factors)
-
-
-def _divide_decay(weight_decay, base_lr):
-  if not base_lr:
-    raise UserError(
-      "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use a "
-      "positive base_lr, or weight_decay 0"
-    )
-  return weight_decay / base_lr
 
 
 def _freeze(optimizer, factors: dict[str, float]):
@@ -199,7 +194,6 @@ def _freeze(optimizer, factors: dict[str, float]):
 
 def _scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
   """Multiplies each update by its parameter's factor."""
-
   return optax.stateless(
     lambda updates, _: jax.tree_util.tree_map_with_path(
       lambda path, update: factors[path_str(path)] * update, updates
