@@ -131,17 +131,6 @@ def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
     )
 
 
-def round_up(batch_size: int, mesh) -> int:
-  """Returns the next batch size that splits evenly over the devices.
-
-  Raises:
-    UserError: it is less than 1.
-  """
-  if batch_size < 1:
-    raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
-  return -(-batch_size // mesh.size) * mesh.size
-
-
 def local_rows(mesh, batch_size: int) -> np.ndarray:
   """Returns the rows i64[r] of a global batch that this process feeds."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
@@ -162,15 +151,6 @@ def put_batch(mesh, batch: dict, batch_size: int) -> dict:
     )
     for name, x in batch.items()
   }
-
-
-def replicate(mesh, tree):
-  """Puts arrays of the host on every device of the mesh."""
-  everywhere = NamedSharding(mesh, P())
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__),
-    tree,
-  )
 
 
 def bytes_per_device(tree) -> int:

@@ -40,6 +40,7 @@ _LAYERS = (
     "training.early",
     "training.objectives",
     "training.run_folder",
+    "evaluation.devices",
     "evaluation.sums",
   ),
   (

@@ -2,7 +2,7 @@
 
 import math
 
-from vit_jax.data import folder, tfds
+from vit_jax.data import tfds
 from vit_jax.data.folder import FOLDER, FolderSource
 from vit_jax.data.objectnet import OBJECTNET, ObjectNetSource
 from vit_jax.data.source import Source
@@ -35,19 +35,6 @@ def get_source(
   if dataset.startswith(OBJECTNET):
     return ObjectNetSource(dataset, split)
   return tfds.TfdsSource(dataset, split, data_dir)
-
-
-def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
-  """Returns {split: number of examples} of a prepared data set or a folder.
-
-  Raises:
-    UserError: as `get_source`.
-  """
-  if dataset.startswith(FOLDER):
-    return folder.list_splits(dataset)
-  if dataset.startswith(OBJECTNET):
-    return {"test": get_source(dataset, "test").num_examples}
-  return tfds.list_splits(dataset, data_dir)
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:

@@ -15,6 +15,7 @@ from vit_jax.__main__ import main
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.evaluation import fewshot
+from vit_jax.evaluation.devices import replicate
 from vit_jax.training import steps
 
 _NAMES = list("abc")
@@ -110,7 +111,7 @@ def _extract(loaded, source, devices):
     batch_size=24,
     preprocess="resize(size)",
   )
-  return extract(sharding.replicate(mesh, loaded.params))
+  return extract(replicate(mesh, loaded.params))
 
 
 def test_any_number_of_devices_sees_every_image_once(weights, runs):
