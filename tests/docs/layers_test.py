@@ -67,7 +67,8 @@ _LAYERS = (
   ("tools.vtab",),
   # The command line: what neither the core nor the tools import.
   ("commands.flags",),
-  ("commands.distributed", "commands.process"),
+  ("commands.distributed",),
+  ("commands.process",),
   tuple(
     f"commands.{module.__name__.rpartition('.')[2]}"
     for module, _ in __main__.COMMANDS.values()

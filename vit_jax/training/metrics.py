@@ -38,9 +38,12 @@ class MetricLog:
     total_steps,
     log_every,
     batch_size,
-    wandb: Any = None,  # a run of Weights & Biases, which gets the same
+    wandb: Any = None,
   ):
-    """Opens the files; lines after `start_step` are dropped, to come again."""
+    """Opens the files; lines after `start_step` are dropped, to come again.
+
+    `wandb` is a run of Weights & Biases that gets the same values.
+    """
     self._wandb = wandb
     self._total = total_steps
     self._every = log_every
@@ -52,8 +55,11 @@ class MetricLog:
     if self._writes:
       self._file = workdir / "metrics.jsonl"
       lines, _ = files.read_json_lines(self._file)
-      kept = (values for values in lines if values["step"] <= start_step)
-      self._lines = [json.dumps(values) + "\n" for values in kept]
+      self._lines = [
+        json.dumps(values) + "\n"
+        for values in lines
+        if values["step"] <= start_step
+      ]
       with _writing(workdir):
         self._start(workdir / "tensorboard")
 
