@@ -185,9 +185,8 @@ def add_eval(config, name: str, **values: Any) -> None:
     UserError: a name or key that cannot be.
   """
   _check_entry(name, values)
-  entry = ml_collections.ConfigDict()
-  for key, kind in _EVAL_KEYS.items():
-    entry[key] = placeholder(kind)
+  keys = {key: placeholder(kind) for key, kind in _EVAL_KEYS.items()}
+  entry = ml_collections.ConfigDict(keys)
   entry.update(values)
   with config.unlocked():
     config.evals[name] = entry
@@ -236,21 +235,18 @@ def list_evals(config) -> list[Eval]:
   for name, entry in config.get("evals", {}).items():
     _check_entry(name, entry)
     given = {k: v for k, v in entry.items() if v is not None}
-    found.append(Eval(name, **usual | given))
-    _check_eval(found[-1])
+    e = Eval(name, **usual | given)
+    if not e.split:
+      raise UserError(f"config.{e.key} needs a split to evaluate")
+    numbers = (e.batch_size, e.every + 1, *e.shots)
+    if not e.shots or any(type(n) is not int or n < 1 for n in numbers):
+      raise UserError(
+        f"config.{e.key} has batch_size {e.batch_size}, every {e.every}, shots "
+        f"{e.shots}; it needs integers, batch_size and shots of 1 or more and "
+        "every of 0 or more"
+      )
+    found.append(e)
   return found
-
-
-def _check_eval(e):
-  if not e.split:
-    raise UserError(f"config.evals.{e.name} needs a split to evaluate")
-  numbers = (e.batch_size, e.every + 1, *e.shots)
-  if not e.shots or any(type(n) is not int or n < 1 for n in numbers):
-    raise UserError(
-      f"config.evals.{e.name} has batch_size {e.batch_size}, every {e.every}, "
-      f"shots {e.shots}; it needs integers, batch_size and shots of 1 or more "
-      "and every of 0 or more"
-    )
 
 
 def parse_value(text: str, kind: type):
@@ -364,6 +360,7 @@ def check_ranges(config) -> None:
 
 # Key -> its default (and what else says "off"), and the key that it needs with
 # the value that this has to have; None: any but 0, "" or unset.
+_DECAY = "optimizer.weight_decay"
 NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "masked_target": (("mean_colour",), "objective", "masked_patches"),
   "loss.name": (("sigmoid",), "objective", "classification"),
@@ -372,12 +369,8 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "optimizer.b2": ((0.999,), "optimizer.name", "adam"),
   "optimizer.eps": ((1e-8,), "optimizer.name", "adam"),
   "optimizer.momentum": ((0.9,), "optimizer.name", "sgd"),
-  "optimizer.weight_decay_scaling": (("lr",), "optimizer.weight_decay", None),
-  "optimizer.weight_decay_params": (
-    (".*/kernel",),
-    "optimizer.weight_decay",
-    None,
-  ),
+  "optimizer.weight_decay_scaling": (("lr",), _DECAY, None),
+  "optimizer.weight_decay_params": ((".*/kernel",), _DECAY, None),
   "schedule.linear_end": ((1e-5,), "schedule.decay", "linear"),
   "schedule.rsqrt_timescale": ((10_000,), "schedule.decay", "rsqrt"),
   "eval.dataset": ((None, ""), "eval.split", None),

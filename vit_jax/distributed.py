@@ -16,17 +16,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_jax import __version__
 from vit_jax.errors import UserError
 
-_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_PACKAGES = ("vit_jax", "jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def check_same(facts: dict[str, Any]) -> None:
   """Raises unless all processes give the same facts; all have to call it.
 
-  Args:
-    facts: {name: value}; values are compared by their `repr`.
+  `facts` are {name: value}, compared by their `repr`.
 
   Raises:
     UserError: on every process; names the first host that differs from
@@ -64,7 +62,7 @@ def digest_package() -> str:
 
 def read_versions() -> dict[str, str]:
   """Returns {package: version} of what has to be the same everywhere."""
-  versions = {"python": platform.python_version(), "vit_jax": __version__}
+  versions = {"python": platform.python_version()}
   for name in _PACKAGES:
     try:
       versions[name] = metadata.version(name)

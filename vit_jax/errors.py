@@ -16,8 +16,8 @@ class UserError(ValueError):
 class RunStopped(RuntimeError):
   """A run cannot go on: the loss is not finite, the disk is full, ...
 
-  The message is one line as well: what happened, at which step, what is safe,
-  what to do. The command line prints it and exits with code 1.
+  One line as well: what happened, at which step, what is safe, what to do. The
+  command line prints it and exits with code 1.
   """
 
 

@@ -141,8 +141,7 @@ def local_rows(mesh, batch_size: int) -> np.ndarray:
 def put_batch(mesh, batch: dict, batch_size: int) -> dict:
   """Makes global arrays of this process's rows; copies run in the background.
 
-  `batch` is {name: array[r ...]}, the rows that `local_rows` names of the
-  `batch_size` of all.
+  `batch` is {name: array[r ...]}, the rows of `local_rows`.
   """
   sharding = batch_sharding(mesh)
   return {

@@ -11,13 +11,8 @@ import jax
 
 from vit_jax import checkpoint, distributed, sharding
 from vit_jax import config as configuration
-from vit_jax.errors import RunStopped, UserError, one_line
-from vit_jax.evaluation.evaluators import (
-  Evaluator,
-  check_types,
-  find_best,
-  make_evaluators,
-)
+from vit_jax.errors import RunStopped, one_line
+from vit_jax.evaluation import evaluators as evaluation
 from vit_jax.pretrained.start import start_from
 from vit_jax.state import make_key
 from vit_jax.training import (
@@ -60,16 +55,21 @@ def train(config, workdir) -> dict[str, float] | None:
 
     # Data, and what is learnt from it.
     opened = inputs.open_inputs(config)
-    total_steps = count_steps(config, run, opened, workdir)
+    if run:
+      run_folder.check_data(config, run, opened, workdir)
+      total_steps = run["total_steps"]
+    else:
+      total_steps = configuration.count_steps(config, opened.num_examples)
+    check_profile(config, total_steps)
     objective = objectives.create(config, opened.first.class_names)
     train_step, init_state = make_step(config, objective, total_steps)
-    evaluators = make_evaluators(
+    evaluators = evaluation.make_evaluators(
       config, opened.evals, objective, mesh=mesh, before_batch=stop.check
     )
-    best = find_best(config, evaluators)
+    best = evaluation.find_best(config, evaluators)
 
     # State: resumed, from other weights, or random, in that order.
-    own = take_folder(config, workdir, run, opened, stack)
+    own = run_folder.take(config, workdir, run, opened, stack)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     state, layout = make_state(
       config, mesh, objective, init_state, run and checkpoints
@@ -109,22 +109,11 @@ def check_configuration(config, workdir) -> dict | None:
   )
   configuration.check_ranges(config)
   wandb_run.check(config)
-  check_types(config)
+  evaluation.check_types(config)
   run = run_folder.check(config, workdir)
   if not run:  # what older versions took is resumed
     configuration.check_unused(config)
   return run
-
-
-def count_steps(config, run, opened: inputs.Inputs, workdir) -> int:
-  """Returns the steps of the whole run, whose data are those it began with."""
-  if run:
-    run_folder.check_data(config, run, opened, workdir)
-    total_steps = run["total_steps"]
-  else:
-    total_steps = configuration.count_steps(config, opened.num_examples)
-  check_profile(config, total_steps)
-  return total_steps
 
 
 def make_step(config, objective: objectives.Objective, total_steps: int):
@@ -153,21 +142,6 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
   return train_step, init_state
 
 
-def take_folder(config, workdir, run, opened: inputs.Inputs, stack):
-  """Returns the lock of the run folder, which is held until `stack` is closed.
-
-  Raises:
-    UserError: another run has it, or other processes see something else.
-  """
-  own = run_folder.take(workdir, stack)
-  if run_folder.check(config, workdir) != run:
-    raise UserError(f"another run has just ended in {workdir}; start again")
-  distributed.check_same({"config.json": run, "the data": opened.describe()})
-  token = own.token if own else lock.read_token(workdir)
-  distributed.check_same({"the lock in --workdir": token})
-  return own
-
-
 def make_state(config, mesh, objective, init_state, checkpoints):
   """Returns the state to go on from, and how it lies on the devices.
 
@@ -193,7 +167,7 @@ class Loop:
 
   config: Any
   total_steps: int
-  evaluators: list[Evaluator]
+  evaluators: list[evaluation.Evaluator]
   best: tuple[str, str] | None  # the (evaluation, metric) that picks the best
   checkpoints: checkpoint.Checkpoints
   own: lock.Lock | None  # of the run folder; None but on the first process
@@ -239,12 +213,10 @@ class Loop:
       self.checkpoints.close()
     except Stopping:
       profiler.close(self.state, self.step + 1)
-      self.save_unless_saved()
+      self.save()
       self.checkpoints.close()
-      where = (
-        f"saved step {self.step}" if self.step else "before the first step"
-      )
-      log.info("stopping: %s; run again to resume", where)
+      at = f"saved step {self.step}" if self.step else "before the first step"
+      log.info("stopping: %s; run again to resume", at)
       return None
     except NotFinite as e:
       raise RunStopped(
@@ -255,7 +227,7 @@ class Loop:
     except (inputs.DataFailed, EvaluationFailed) as e:
       # Another process may not have failed, and would not save with this one.
       if jax.process_count() == 1:
-        self.save_unless_saved()
+        self.save()
       raise RunStopped(
         f"{e}; {say_saved(self.checkpoints)}; mend that and run the same "
         "command again, or evaluate what is saved with vit-jax evaluate"
@@ -275,16 +247,15 @@ class Loop:
     return self.step > 0 and (due or self.step == self.total_steps)
 
   def save(self):
+    """Saves the state, unless it has been."""
+    if self.saved == self.step:
+      return
     if self.own:
       self.own.check()
     self.metrics.flush(self.step)
     self.checkpoints.save(self.step, self.state)
     self.metrics.restart_clock(self.step)
     self.saved = self.step
-
-  def save_unless_saved(self):
-    if self.saved != self.step:
-      self.save()
 
   def evaluate(self, done):
     """Runs what is due and not `done`, and keeps the best state."""
@@ -294,14 +265,14 @@ class Loop:
       results = done.get(evaluator.name)
       if not results:
         self.metrics.flush(self.step)
-        state = self.state
-        params = state.params if state.ema is None else state.ema
+        ema, params = self.state.ema, self.state.params
+        params = params if ema is None else ema
         results = run_evaluation(evaluator, params, self.step)
         report(self.metrics, evaluator.name, self.step, results)
       if self.best and self.best[0] == evaluator.name:
         metric = results[self.best[1]]
         if self.checkpoints.is_best(metric):
-          self.save_unless_saved()
+          self.save()
           self.checkpoints.keep_best(self.step, metric)
       self.metrics.restart_clock(self.step)
       self.results[evaluator.name] = results
@@ -311,7 +282,7 @@ class EvaluationFailed(RunStopped):
   """A test set could not be evaluated."""
 
 
-def run_evaluation(evaluator: Evaluator, params, step) -> dict[str, float]:
+def run_evaluation(evaluator, params, step) -> dict[str, float]:
   """Returns the results of an evaluation; what goes wrong names its step."""
   try:
     return dict(evaluator.run(params))

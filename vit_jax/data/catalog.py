@@ -23,8 +23,8 @@ def get_source(
     split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`;
       of a task also its names: `train800`.
     data_dir: where TFDS data sets are; None for TFDS's own choice.
-    faults: of a folder, takes a line for each file that is not a whole image,
-      and the file is left out; None: such files are an error.
+    faults: gets a line for each file of a folder that is no whole image, and is
+      left out; None: such files are an error.
 
   Raises:
     UserError: unknown or unprepared data set, bad split, no image and label in

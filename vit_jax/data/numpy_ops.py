@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from vit_jax.data.sizes import as_pair, check_pixels, scale_side
+from vit_jax.data.pillow import check_pixels
+from vit_jax.data.sizes import as_pair, scale_side
 
 
 def _resize(pixels, size, method="bilinear", *, name):

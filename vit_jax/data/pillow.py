@@ -1,12 +1,13 @@
 """Images decoded by Pillow: where there is no TensorFlow, or it cannot."""
 
 import io
+import os
 import warnings
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from vit_jax.data.sizes import MAX_PIXELS, check_pixels
+from vit_jax.data.sizes import MAX_PIXELS
 from vit_jax.errors import UserError
 
 
@@ -22,6 +23,8 @@ def decode_image(image, name: str = "image") -> np.ndarray:
   """
   if isinstance(image, np.ndarray):
     return _array_to_rgb(image, name)
+  if isinstance(image, str | os.PathLike):
+    image = _read_file(image)
   try:
     if not isinstance(image, Image.Image):
       image = open_image(image, name)
@@ -33,6 +36,14 @@ def decode_image(image, name: str = "image") -> np.ndarray:
       f"{name}: not a readable image ({type(e).__name__}); give a whole JPEG, "
       "PNG or WebP file"
     ) from e
+
+
+def _read_file(path) -> bytes:
+  try:
+    with open(path, "rb") as f:
+      return f.read()
+  except OSError as e:
+    raise UserError(f"{path}: cannot be read: {e.strerror}") from e
 
 
 def open_image(encoded: bytes, name: str, formats=None) -> Image.Image:
@@ -51,6 +62,15 @@ def open_image(encoded: bytes, name: str, formats=None) -> Image.Image:
     raise UserError(f"{name}: too many pixels, over {MAX_PIXELS:,}") from e
   check_pixels(image.height, image.width, name)
   return image
+
+
+def check_pixels(height: int, width: int, name: str) -> None:
+  """Raises a UserError for more than MAX_PIXELS."""
+  if height * width > MAX_PIXELS:
+    raise UserError(
+      f"{name}: {width}x{height} is too many pixels, the limit is "
+      f"{MAX_PIXELS:,}; give a smaller image"
+    )
 
 
 def _array_to_rgb(array, name):

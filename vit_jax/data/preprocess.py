@@ -220,8 +220,7 @@ def preprocess_image(
   Args:
     image: a path, the bytes of an image file, a PIL image, or uint8[h w],
       [h w 1], [h w 3] or [h w 4].
-    text: the preprocessing string.
-    image_size: height and width in pixels, for the word `size`.
+    text, image_size: the string, and height and width for the word `size`.
     name: what errors call an image that is not a path.
 
   Returns:
@@ -231,18 +230,8 @@ def preprocess_image(
     UserError: the string is wrong, or the image cannot be read (which one).
   """
   ops = parse(text, image_size, evaluation=True)
-  if isinstance(image, str | os.PathLike):
-    name = os.fspath(image)
-    image = _read_file(name)
+  name = os.fspath(image) if isinstance(image, str | os.PathLike) else name
   pixels = decode_image(image, name)
   for op, arguments in ops:
     pixels = numpy_ops.OPS[op](pixels, **arguments, name=name)
   return pixels
-
-
-def _read_file(path) -> bytes:
-  try:
-    with open(path, "rb") as f:
-      return f.read()
-  except OSError as e:
-    raise UserError(f"{path}: cannot be read: {e.strerror}") from e

@@ -1,7 +1,5 @@
 """Sizes of images, in pixels."""
 
-from vit_jax.errors import UserError
-
 # More pixels than this, before or after a resize, is a decompression bomb or a
 # mistake. It is Pillow's own threshold: 268 MB of RGB.
 MAX_PIXELS = 89_478_485
@@ -11,15 +9,6 @@ def as_pair(size) -> tuple[int, int]:
   """Returns (height, width) of an integer or a pair."""
   height, width = size if hasattr(size, "__len__") else (size, size)
   return int(height), int(width)
-
-
-def check_pixels(height: int, width: int, name: str) -> None:
-  """Raises a UserError for more than MAX_PIXELS."""
-  if height * width > MAX_PIXELS:
-    raise UserError(
-      f"{name}: {width}x{height} is too many pixels, the limit is "
-      f"{MAX_PIXELS:,}; give a smaller image"
-    )
 
 
 def scale_side(side, short, smaller_size):

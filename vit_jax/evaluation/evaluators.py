@@ -12,20 +12,13 @@ from vit_jax.training.objectives import Classification, Objective
 
 
 class Evaluator(NamedTuple):
-  """One evaluation of a run.
+  """One evaluation of a run."""
 
-  Attributes:
-    name: "eval", or that of an entry of config.evals.
-    every: so many steps, and at the end; 0: at the end only.
-    metrics: those that checkpoints can be compared by, more is better; the
-      first is the usual one.
-    run: params -> iterator of (metric, value).
-  """
-
-  name: str
-  every: int
+  name: str  # "eval", or that of an entry of config.evals
+  every: int  # so many steps, and at the end; 0: at the end only
+  # What checkpoints can be compared by, more is better; the first is usual.
   metrics: tuple[str, ...]
-  run: Callable
+  run: Callable  # params -> iterator of (metric, value)
 
 
 def make_evaluators(
@@ -64,9 +57,8 @@ def _make_own(config, e, sources, objective, **where):
 
 def _make_fewshot(config, e, sources, objective, **where):
   # Without a head, so that any model will do; its parameters may have one.
-  model = models.create(
-    num_classes=0, image_size=config.image_size, **config.model
-  )
+  options = {"image_size": config.image_size, **config.model}
+  model = models.create(num_classes=0, **options)
   train, test = sources
   metrics = tuple(f"{count}shot" for count in e.shots)
   return metrics, fewshot.make_evaluate(model, train, test, e.shots, **where)
@@ -92,12 +84,10 @@ def make_evaluate(
 
   `where` has the other arguments of `make_sums`.
   """
-  sums = make_sums(
-    objective.eval_step, model=objective.model, source=source, **where
-  )
-  return lambda params: objective.summarize(
-    add_up(sums(params)), source.multilabel
-  )
+  where |= {"model": objective.model, "source": source}
+  sums = make_sums(objective.eval_step, **where)
+  several = source.multilabel
+  return lambda params: objective.summarize(add_up(sums(params)), several)
 
 
 def find_best(

@@ -43,10 +43,8 @@ def make_sums(
   sharding.check_batch_size(batch_size, mesh)
   # A mistake shows now, not at the first evaluation.
   preprocessing.parse(preprocess, model.image_size, evaluation=True)
-  everywhere = NamedSharding(mesh, P())
-  eval_step = jax.jit(
-    sharding.on_mesh(mesh, eval_step), out_shardings=everywhere
-  )
+  step = sharding.on_mesh(mesh, eval_step)
+  eval_step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
   def run(params):
     rows = sharding.local_rows(mesh, batch_size)

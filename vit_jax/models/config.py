@@ -80,16 +80,10 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
   Raises:
     UserError: an unknown variant, or a value that an option cannot have.
   """
-  sizes = variants.parse(variant)
-  encoder = sizes.encoder._asdict() if sizes.encoder else {}
-  config = ViTConfig(
-    num_classes=num_classes,
-    patch_size=sizes.patch_size,
-    units=sizes.units,
-    width=sizes.width,
-    **encoder,
-    **options,
-  )
+  sizes = variants.parse(variant)._asdict()
+  encoder, _ = sizes.pop("encoder"), sizes.pop("stride")
+  sizes |= encoder._asdict() if encoder else {}
+  config = ViTConfig(num_classes=num_classes, **sizes, **options)
   for name, option in _OPTIONS.items():
     value = getattr(config, name)
     if option.metadata["choices"]:

@@ -1,7 +1,7 @@
 """A model as two pure functions, whatever module it is made from."""
 
+import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,16 +34,12 @@ class Model(NamedTuple):
   num_layers: int
 
 
-def _promoting(function):
+@contextlib.contextmanager
+def _promoting():
   """Allows the promotions that the user's own code may forbid itself."""
-
-  @functools.wraps(function)
-  def run(*args, **kwargs):
-    rank = jax.numpy_rank_promotion("allow")
-    with rank, jax.numpy_dtype_promotion("standard"):
-      return function(*args, **kwargs)
-
-  return run
+  rank = jax.numpy_rank_promotion("allow")
+  with rank, jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 def as_model(make, config, image_size, grid, *inputs) -> Model:
@@ -56,13 +52,13 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
   # same numbers in both forms.
   initial = make(dataclasses.replace(config, scan=False))
 
-  @_promoting
+  @_promoting()
   def init(key):
     image = jnp.zeros((1, *image_size, 3))
     params = initial.init(key, image, *inputs)["params"]
     return params if module == initial else stack_blocks(params)
 
-  @_promoting
+  @_promoting()
   def apply(
     params, images, *inputs, train=False, key=None, intermediates=False
   ):

@@ -78,7 +78,7 @@ def parse(name: str) -> Variant:
     return Variant(None, 0, units, int(match[2]), 2 ** (len(units) + 1))
   match = re.fullmatch(r"(?:(R\w*)\+)?ViT-(\w+)[_/]([1-9]\d*)", name)
   if match:
-    encoder, patch = parse_encoder(match[2]), int(match[3])
+    encoder, patch = _parse_encoder(match[2]), int(match[3])
     if encoder and not match[1]:
       return Variant(encoder, patch, None, 0, patch)
     if encoder and (match[1], patch) in HYBRIDS:
@@ -96,7 +96,7 @@ def parse(name: str) -> Variant:
   )
 
 
-def parse_encoder(size: str) -> Encoder | None:
+def _parse_encoder(size):
   """Returns the sizes of "B" or of "w768d12m3072h12", None for neither."""
   if size in ENCODERS:
     return ENCODERS[size]

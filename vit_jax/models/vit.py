@@ -236,18 +236,13 @@ class MAPHead(nn.Module):
   @nn.compact
   def __call__(self, x, weights=False):
     """[b n d] -> [b d], and the weights f32[b a n] if they are wanted."""
-    probe = self.param(
-      "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
-    )
+    init = nn.initializers.xavier_uniform()
+    probe = self.param("probe", init, (1, 1, x.shape[-1]))
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
-    x, seen = MultiHeadDotProductAttention(self.config)(
-      probe, x, x.shape[1], weights
-    )
+    attend = MultiHeadDotProductAttention(self.config)
+    x, seen = attend(probe, x, x.shape[1], weights)
     x = x + MlpBlock(self.config)(*LayerNorm(self.config)(x))
-    if not weights:
-      return x[:, 0], None
-    assert seen is not None
-    return x[:, 0], seen[:, :, 0]
+    return x[:, 0], None if seen is None or not weights else seen[:, :, 0]
 
 
 class VisionTransformer(nn.Module):

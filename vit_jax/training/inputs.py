@@ -81,14 +81,12 @@ def _open_eval(config, e: Eval, train: Sequence[data.Source]):
     return [test]
   relabelled = relabel(test, train[0].class_names)
   if relabelled is None:
-    none = "set config.eval.split='' for no evaluation"
+    none = f"leave out config.{e.key}"
+    if e.name == "eval":
+      none = "set config.eval.split='' for no evaluation"
     raise class_error(
-      test,
-      train[0].class_names,
-      train[0].num_classes,
-      "training",
-      f"choose another {e.key}.dataset, of classes of training, or "
-      + (none if e.name == "eval" else f"leave out config.{e.key}"),
+      *(test, train[0].class_names, train[0].num_classes, "training"),
+      f"choose another {e.key}.dataset, of classes of training, or {none}",
     )
   return [relabelled]
 

@@ -65,10 +65,7 @@ class Lock:
     self._thread.start()
 
   def check(self) -> None:
-    """Raises a RunStopped if another process has taken the lock.
-
-    It may if this one could not write a heartbeat for a minute.
-    """
+    """Raises a RunStopped if another has taken the lock, for want of a beat."""
     if self._taken_by:
       raise RunStopped(
         f"{_describe(self._taken_by)} has taken over {self._file.parent}; this "

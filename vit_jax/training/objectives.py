@@ -112,10 +112,8 @@ def ranking_precision(logits, labels):
   present = labels >= 0
   scores = jnp.take_along_axis(logits, jnp.maximum(labels, 0), 1)
   above = (logits[:, None, :] >= scores[:, :, None]).sum(-1)
-  true_above = (
-    (scores[:, None, :] >= scores[:, :, None]) & present[:, None, :]
-  ).sum(-1)
-  precision = jnp.where(present, true_above / above, 0)
+  true_above = (scores[:, None, :] >= scores[:, :, None]) & present[:, None, :]
+  precision = jnp.where(present, true_above.sum(-1) / above, 0)
   return precision.sum(-1) / jnp.maximum(present.sum(-1), 1)
 
 
@@ -143,8 +141,7 @@ def create(config, class_names: list[str]) -> Objective:
       "predicts the pixels of one image, so leave it at 0"
     )
   target = config.masked_target
-  model = models.create_masked(target=target, **options)
-  return MaskedPatches(model=model, target=target)
+  return MaskedPatches(models.create_masked(target=target, **options), target)
 
 
 OBJECTIVES = ("classification", "masked_patches")

@@ -8,7 +8,7 @@ block is `Transformer/encoderblock`, all depths in one array: a rule written as
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -158,18 +158,24 @@ def make_optimizer(
     parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
   if weight_decay:
     if weight_decay_scaling == "schedule":
-      if not base_lr:
-        raise UserError(
-          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
-          "a positive base_lr, or weight_decay 0"
-        )
-      weight_decay /= base_lr
+      weight_decay = _divide_decay(weight_decay, base_lr)
     decayed = _match("weight_decay_params", weight_decay_params, paths)
-    parts.append(optax.add_decayed_weights(weight_decay, _mask_by(decayed)))
+    mask = _map_paths(lambda path, _: path in decayed)
+    parts.append(optax.add_decayed_weights(weight_decay, mask))
   if any(factor != 1 for factor in factors.values()):
-    parts.append(_scale_by_path(factors))
+    scale = _map_paths(lambda path, update: factors[path] * update)
+    parts.append(optax.stateless(lambda updates, _: scale(updates)))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _freeze(optax.chain(*parts), factors)
+
+
+def _divide_decay(weight_decay, base_lr):
+  if not base_lr:
+    raise UserError(
+      "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use a "
+      "positive base_lr, or weight_decay 0"
+    )
+  return weight_decay / base_lr
 
 
 def _freeze(optimizer, factors: dict[str, float]):
@@ -183,31 +189,18 @@ def _freeze(optimizer, factors: dict[str, float]):
       "instance with 'head/.*=1' in front"
     )
 
-  def label(params):
-    is_frozen = _mask_by(frozen)(params)
-    return jax.tree.map(lambda x: "frozen" if x else "trained", is_frozen)
-
-  return optax.partition(
-    {"trained": optimizer, "frozen": optax.set_to_zero()}, label
-  )
+  label = _map_paths(lambda path, _: "frozen" if path in frozen else "trained")
+  optimizers = {"trained": optimizer, "frozen": optax.set_to_zero()}
+  return optax.partition(optimizers, label)
 
 
-def _scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
-  """Multiplies each update by its parameter's factor."""
-  return optax.stateless(
-    lambda updates, _: jax.tree_util.tree_map_with_path(
-      lambda path, update: factors[path_str(path)] * update, updates
-    )
-  )
+def _map_paths(function: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
+  """Returns tree -> the tree of function(path, leaf).
 
-
-def _mask_by(paths: Collection[str]) -> Callable[[Any], Any]:
-  """Returns a function of a tree to a tree of whether the path is in `paths`.
-
-  A function because the tree may lack the frozen parameters.
+  Not of the parameters, because the tree may lack the frozen ones.
   """
   return lambda tree: jax.tree_util.tree_map_with_path(
-    lambda path, _: path_str(path) in paths, tree
+    lambda path, x: function(path_str(path), x), tree
   )
 
 

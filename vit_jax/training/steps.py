@@ -102,6 +102,5 @@ def mixup(key, images, targets, alpha):
   """
   a = jax.random.beta(key, alpha, alpha)
   a = jnp.maximum(a, 1 - a)
-  return tuple(
-    a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in (images, targets)
-  )
+  mixed = (images, targets)
+  return tuple(a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in mixed)
