@@ -302,10 +302,8 @@ def absolute(path) -> epath.Path:
 
 
 def list_steps(workdir, kind: str = "checkpoints") -> list[int]:
-  """Returns the steps of the complete checkpoints of a run, oldest first.
-
-  Without a manager, whose making waits for all processes.
-  """
+  """Returns the steps of complete checkpoints, oldest first."""
+  # Without a manager, whose making waits for all processes.
   folder = absolute(workdir) / kind
   return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 

@@ -65,7 +65,7 @@ class Lock:
     self._thread.start()
 
   def check(self) -> None:
-    """Raises a RunStopped if another has taken the lock, for want of a beat."""
+    """Raises a RunStopped if another process has taken over a silent lock."""
     if self._taken_by:
       raise RunStopped(
         f"{_describe(self._taken_by)} has taken over {self._file.parent}; this "

@@ -190,8 +190,9 @@ def _freeze(optimizer, factors: dict[str, float]):
     )
 
   label = _map_paths(lambda path, _: "frozen" if path in frozen else "trained")
-  optimizers = {"trained": optimizer, "frozen": optax.set_to_zero()}
-  return optax.partition(optimizers, label)
+  return optax.partition(
+    {"trained": optimizer, "frozen": optax.set_to_zero()}, label
+  )
 
 
 def _map_paths(function: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
