@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.pretrained import Weights, vision_transformer
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray
 
 _QUICKSTART = Path("runs/quickstart")
 

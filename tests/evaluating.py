@@ -3,6 +3,7 @@
 import jax
 
 from vit_jax import sharding
+from vit_jax.evaluation.devices import replicate
 from vit_jax.evaluation.evaluators import make_evaluate
 
 
@@ -16,7 +17,7 @@ def evaluate(objective, params, source, devices, batch_size):
     batch_size=batch_size,
     preprocess="resize(size)",
   )
-  params = sharding.replicate(mesh, params)
+  params = replicate(mesh, params)
   first = list(run(params))
   assert list(run(params)) == first, "an evaluation can be repeated"
   return dict(first)

@@ -12,7 +12,8 @@ import pytest
 
 from vit_jax import models
 from vit_jax.pretrained import Weights
-from vit_jax.state import as_lazy, flatten, unflatten
+from vit_jax.pretrained.weights import as_lazy
+from vit_jax.state import flatten, unflatten
 
 _create = functools.lru_cache(models.create)
 

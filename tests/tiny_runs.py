@@ -186,7 +186,7 @@ def shared_programs():
     for module, name in (
       (train.objectives, "create"),
       (train, "make_step"),
-      (train, "make_evaluators"),
+      (train.evaluation, "make_evaluators"),
     ):
       shared = _share(getattr(module, name), by_config)
       patch.setattr(module, name, shared)

@@ -1,24 +1,15 @@
 """Checkpoints: Orbax saves, restores and deletes; this file says what and when.
 
-A run folder holds
+A checkpoint, checkpoints/STEP/ of a run folder, appears under its name only
+when it is complete: Orbax writes to a temporary name and renames. Damage after
+that is noticed when it is read: beside the state lies a fingerprint, one number
+for each array, computed where the array lives and again from what was read.
 
-  config.json          the resolved configuration and the class names
-  checkpoints/STEP/    the newest checkpoints and the best one, whole states
-  best.json            the step with the best evaluation metric so far
-
-A checkpoint appears under its name only when it is complete: Orbax writes to a
-temporary name and renames. Damage after that is noticed when it is read: beside
-the state lies a fingerprint, one number for each array, computed where the
-array lives and again from what was read.
-
-The order of choices when a run starts:
-  1. the newest checkpoint of its own that is not corrupt;
-  2. where there are none, the weights of `config.init_from`;
-  3. else random weights from `config.seed`.
-
-Corrupt is what does not decode or does not match its fingerprint. It is skipped
-and moved to damaged/, never deleted. Any other failure ends the run and changes
-nothing: a full memory, a server that does not answer, another version.
+A run starts from the newest checkpoint of its own that is not corrupt; where
+there are none, from `config.init_from`; else from random weights. Corrupt is
+what does not decode or does not match its fingerprint. It is skipped and moved
+to damaged/, never deleted. Any other failure ends the run and changes nothing:
+a full memory, a server that does not answer, another version.
 """
 
 import contextlib
@@ -36,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from vit_jax import files
+from vit_jax.distributed import gather
 from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.state import flatten, unflatten
 
@@ -79,22 +70,19 @@ class Corrupt(Exception):
   """The data of a checkpoint do not decode, or not to what was saved."""
 
 
+# What reading one may raise, the worst last.
+_KINDS = (Corrupt, UserError, RunStopped)
+
+
 class Checkpoints:
   """The checkpoints of one run folder."""
 
   def __init__(self, workdir, keep: int):
-    """Remembers the folder; it is made when something is saved.
-
-    Args:
-      workdir: the run folder.
-      keep: how many of the newest to keep; the best is kept beside them.
-    """
+    """Keeps the newest `keep` of a run folder, and the best beside them."""
     self.workdir = absolute(workdir)
     # The steps of the second are set by `keep_best`.
-    self._preserved: list[Any] = [
-      _policies.LatestN(keep),
-      _policies.CustomSteps([]),
-    ]
+    latest, best = _policies.LatestN(keep), _policies.CustomSteps([])
+    self._preserved: list[Any] = [latest, best]
     self._manager = None  # made at the first save, by all processes together
     self._saving = self._best = None
 
@@ -124,10 +112,7 @@ class Checkpoints:
     """Returns whether a metric is above that of the best checkpoint."""
     self.wait()
     best = read_best(self.workdir) if jax.process_index() == 0 else None
-    is_best = np.array(best is None or metric > best[1])
-    if jax.process_count() > 1:
-      is_best = multihost_utils.broadcast_one_to_all(is_best)
-    return bool(is_best)
+    return gather(best is None or bool(metric > best[1]))[0]
 
   def keep_best(self, step: int, metric: float) -> None:
     """Has a step that was saved kept as the best one."""
@@ -142,8 +127,7 @@ class Checkpoints:
     one has been read, so that their steps can be saved again.
 
     Args:
-      abstract_state: shapes, dtypes and shardings; the mesh need not be the
-        one that the state was saved from.
+      abstract_state: shapes, dtypes and shardings, on any mesh.
 
     Raises:
       UserError: a checkpoint holds another state, of other code or data.
@@ -156,13 +140,12 @@ class Checkpoints:
       state = error = None
       try:
         state = _read(folder, lambda f: _restore(f, abstract_state))
-      except (Corrupt, UserError, RunStopped) as e:
+      except _KINDS as e:
         error = e
       error = _agree(folder, error)
       if error is None:
-        if jax.process_index() == 0:
-          for damaged in corrupt:
-            self._set_aside(damaged)
+        for damaged in corrupt if jax.process_index() == 0 else ():
+          self._set_aside(damaged)
         return state
       if not isinstance(error, Corrupt):
         raise error
@@ -198,8 +181,7 @@ class Checkpoints:
       self._manager.close()
 
   def _open(self):
-    best = read_best(self.workdir)
-    if best:
+    if best := read_best(self.workdir):
       self._preserved[1] = _policies.CustomSteps([int(best[0].name)])
     return ocp.CheckpointManager(
       self.workdir / "checkpoints",
@@ -238,14 +220,11 @@ def _agree(folder, error):
 
   One may meet an error and another none, and they must not go separate ways.
   """
-  if jax.process_count() == 1:
-    return error
-  kinds = (Corrupt, UserError, RunStopped)
-  kind = sum(i for i, k in enumerate(kinds, 1) if isinstance(error, k))
-  worst = int(multihost_utils.process_allgather(np.array(kind)).max())
+  kind = sum(i for i, k in enumerate(_KINDS, 1) if isinstance(error, k))
+  worst = max(gather(kind))
   if worst == kind:
     return error
-  return kinds[worst - 1](f"another process could not read {folder}")
+  return _KINDS[worst - 1](f"another process could not read {folder}")
 
 
 # Seconds before a read is tried again that a disk or a network failed.
@@ -265,9 +244,10 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
     except (Corrupt, UserError):
       raise
     except Exception as e:
-      if _is_decode_error(e):
+      cause = _find_cause(e)
+      if cause == "contents":
         raise Corrupt(one_line(e)) from e
-      if pause is None or not _is_input_error(e):
+      if pause is None or cause != "storage":
         raise RunStopped(
           f"could not read {folder}: {one_line(e)}; nothing was changed; mend "
           "that, then the same command resumes"
@@ -277,42 +257,41 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
   raise AssertionError("the last attempt returns or raises")
 
 
-# What says that bytes were read and are wrong, in the words of TensorStore and
-# of Orbax.
-_DECODE_ERRORS = re.compile(
+# That bytes were read and are wrong, in the words of TensorStore and Orbax.
+_CONTENT_ERRORS = re.compile(
   r"DATA_LOSS|FAILED_PRECONDITION|NOT_FOUND|OUT_OF_RANGE|decod|pars|checksum"
   r"|CRC-?32|corrupt|truncated",
   re.I,
 )
 # The number 2 is that of a file that is not there.
-_INPUT_ERRORS = re.compile(
+_STORAGE_ERRORS = re.compile(
   r"UNAVAILABLE|DEADLINE_EXCEEDED|HTTP\D*(429|50[0-4])|os_error_code='(?!2')"
 )
 
 
-def _chain(error):
-  while error is not None:
-    yield error
-    error = error.__cause__ or error.__context__
+def _find_cause(error) -> str:
+  """Returns "storage", if a disk, a server or a network failed.
 
-
-def _is_decode_error(error) -> bool:
-  """Returns whether bytes were read, and do not say what they should."""
-  return not _is_input_error(error) and any(
-    isinstance(e, (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError))
-    or (isinstance(e, ValueError) and _DECODE_ERRORS.search(str(e)))
-    for e in _chain(error)
-  )
-
-
-def _is_input_error(error) -> bool:
-  """Returns whether a disk, a server or a network failed."""
-  return any(
+  "contents", if bytes were read and do not say what they should; else "".
+  """
+  chain = [error]
+  while error := error.__cause__ or error.__context__:
+    chain.append(error)
+  if any(
     (isinstance(e, OSError) and e.errno not in (None, errno.ENOENT))
     or isinstance(e, (ConnectionError, TimeoutError))
-    or _INPUT_ERRORS.search(str(e))
-    for e in _chain(error)
-  )
+    or _STORAGE_ERRORS.search(str(e))
+    for e in chain
+  ):
+    return "storage"
+  wrong = (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)
+  if any(
+    isinstance(e, wrong)
+    or (isinstance(e, ValueError) and _CONTENT_ERRORS.search(str(e)))
+    for e in chain
+  ):
+    return "contents"
+  return ""
 
 
 def absolute(path) -> epath.Path:
@@ -323,10 +302,8 @@ def absolute(path) -> epath.Path:
 
 
 def list_steps(workdir, kind: str = "checkpoints") -> list[int]:
-  """Returns the steps of the complete checkpoints of a run, oldest first.
-
-  Without a manager, whose making waits for all processes.
-  """
+  """Returns the steps of complete checkpoints, oldest first."""
+  # Without a manager, whose making waits for all processes.
   folder = absolute(workdir) / kind
   return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
@@ -352,29 +329,20 @@ def read_best(workdir) -> tuple[epath.Path, float] | None:
 
 
 def _restore(folder, abstract_state):
-  """Returns the state of one checkpoint, on the devices.
-
-  With Orbax's handlers alone: a Checkpointer waits for the other processes,
-  one of which may have failed.
-  """
-  meta = _read_meta(folder)
-  wanted = unflatten(flatten(abstract_state))
-  handler = ocp.PyTreeCheckpointHandler()
-  _check_tree(folder, handler, flatten(abstract_state))
-  args = ocp.args.PyTreeRestore(
-    item=wanted,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-  )
-  flat = flatten(handler.restore(folder / "state", args=args))
-  _verify(flat, meta["fingerprint"])
+  """Returns the state of one checkpoint, on the devices."""
+  wanted = flatten(abstract_state)
+  _check_tree(folder, wanted)
+  tree = unflatten(wanted)
+  how = ocp.checkpoint_utils.construct_restore_args(tree)
+  flat = _load(folder, tree, how)
   structure = jax.tree.structure(abstract_state)
-  return structure.unflatten([flat[path] for path in flatten(abstract_state)])
+  return structure.unflatten([flat[path] for path in wanted])
 
 
 def read_params(folder) -> dict[str, np.ndarray]:
-  """Returns the parameters of one checkpoint, {path: array}, on the host.
+  """Returns the parameters of one checkpoint, or their Polyak average.
 
-  They are the Polyak average where the run kept one.
+  {path: array} on the host.
 
   Raises:
     Corrupt: they do not decode, or not to what was saved.
@@ -384,38 +352,51 @@ def read_params(folder) -> dict[str, np.ndarray]:
 
 
 def _restore_params(folder):
-  handler = ocp.PyTreeCheckpointHandler()
-  tree = handler.metadata(folder / "state").tree
+  tree = _list_arrays(folder)
   name = "ema" if "ema" in tree else "params"
   to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  args = ocp.args.PyTreeRestore(
-    item={name: tree[name]},
-    restore_args={name: jax.tree.map(lambda _: to_numpy, tree[name])},
-    partial_restore=True,
-  )
-  flat = flatten(handler.restore(folder / "state", args=args))
-  _verify(flat, _read_meta(folder)["fingerprint"])
+  how = {name: jax.tree.map(lambda _: to_numpy, tree[name])}
+  flat = _load(folder, {name: tree[name]}, how, partial_restore=True)
   return {path.removeprefix(f"{name}/"): x for path, x in flat.items()}
 
 
+def _load(folder, tree, restore_args, **options) -> dict[str, Any]:
+  """Returns {path: array} of a checkpoint, as its fingerprint says.
+
+  With Orbax's handlers alone: a Checkpointer waits for the other processes,
+  one of which may have failed.
+  """
+  expected = _read_meta(folder)["fingerprint"]
+  args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, **options)
+  handler = ocp.PyTreeCheckpointHandler()
+  flat = flatten(handler.restore(folder / "state", args=args))
+  found = fingerprint(flat)
+  wrong = [path for path in found if found[path] != expected.get(path)]
+  if wrong:
+    raise Corrupt(f"contents differ from what was saved: {wrong[0]}")
+  return flat
+
+
+def _list_arrays(folder):
+  """Returns the shapes and dtypes of a checkpoint, nested."""
+  return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+
+
 def _read_meta(folder) -> dict[str, Any]:
-  """Returns what stands beside the state: the fingerprint."""
   return json.loads((folder / "meta" / "metadata").read_text())
 
 
-def _check_tree(folder, handler, wanted):
+def _check_tree(folder, wanted):
   """Raises a UserError unless a checkpoint has these arrays."""
 
-  def describe(flat):
-    return {
-      path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-      for path, x in flat.items()
-    }
-
-  found = describe(flatten(handler.metadata(folder / "state").tree))
-  wanted = describe(wanted)
+  found = flatten(_list_arrays(folder))
   for path in sorted(found.keys() | wanted.keys()):
-    there, here = found.get(path, "none"), wanted.get(path, "none")
+    there, here = (
+      f"{np.dtype(flat[path].dtype).name}{list(flat[path].shape)}"
+      if path in flat
+      else "none"
+      for flat in (found, wanted)
+    )
     if there != here:
       raise UserError(
         f"{folder} holds another state ({path} {there} there, {here} here); "
@@ -423,10 +404,3 @@ def _check_tree(folder, handler, wanted):
         "it was trained with, or start another --workdir from it with "
         "config.init_from"
       )
-
-
-def _verify(flat, expected):
-  found = fingerprint(flat)
-  wrong = [path for path in found if found[path] != expected.get(path)]
-  if wrong:
-    raise Corrupt(f"contents differ from what was saved: {wrong[0]}")

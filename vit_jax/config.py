@@ -7,11 +7,12 @@ beside the user's other files as well as it does in this project.
 import ast
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import re
+import runpy
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,7 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   """Runs `get_config` of a configuration file and applies overrides.
 
   Args:
-    spec: "CONFIG" or "CONFIG:ARG", see `find`; the argument is handed to
-      get_config.
+    spec: "CONFIG", see `find`, or "CONFIG:ARG", an argument of get_config.
     overrides: {"schedule.base_lr": "3e-4"} as typed by the user.
 
   Returns:
@@ -73,13 +73,9 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   """
   file, _, arg = spec.partition(":")
   path = find(file)
-  module_spec = importlib.util.spec_from_file_location("config_file", path)
-  assert module_spec is not None
-  assert module_spec.loader is not None
   try:
     with _importing_from(path.parent.absolute()):
-      module = importlib.util.module_from_spec(module_spec)
-      module_spec.loader.exec_module(module)
+      module = types.SimpleNamespace(**runpy.run_path(str(path)))
       config = module.get_config(arg) if arg else module.get_config()
   except ValueError as e:
     raise UserError(str(e)) from e
@@ -96,9 +92,7 @@ def load(spec: str, overrides: dict[str, str] | None = None):
 def find(file: str) -> Path:
   """Returns the path of a configuration file.
 
-  Args:
-    file: a path, or the name of one in configs/: "finetune", and anywhere
-      "configs/finetune.py".
+  `file` is a path, or names one of configs/: "finetune", "configs/finetune.py".
 
   Raises:
     UserError: no such file.
@@ -106,7 +100,9 @@ def find(file: str) -> Path:
   path = Path(file)
   if path.suffix == ".py" and path.is_file():
     return path
-  known = {p.stem: p for p in sorted(_find_folder().glob("*.py"))}
+  folder = Path(__file__).parent / "configs"  # where it is installed
+  folder = folder if folder.is_dir() else folder.parents[1] / "configs"
+  known = {p.stem: p for p in sorted(folder.glob("*.py"))}
   if path.stem in known and str(path.parent) in (".", "configs"):
     return known[path.stem]
   siblings = [str(p) for p in path.parent.glob("*.py")]
@@ -117,19 +113,11 @@ def find(file: str) -> Path:
   )
 
 
-def _find_folder():
-  """Returns configs/: in the package where it is installed, or beside it."""
-  package = Path(__file__).parent
-  installed = package / "configs"
-  return installed if installed.is_dir() else package.parent / "configs"
-
-
 @contextlib.contextmanager
 def _importing_from(folder):
   """Lets a configuration import its neighbours: `from common import ...`.
 
-  These modules are forgotten afterwards, because those of another folder may
-  have the same names.
+  Those of another folder may have the same names, so none stays imported.
   """
   names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names
   hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
@@ -177,29 +165,17 @@ def override(config, key: str, text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """One evaluation of a run, all of it said.
+  """One evaluation of a run, with nothing left to a default."""
 
-  Attributes:
-    name: "eval" for `config.eval`, else that of an entry of `config.evals`.
-    type: the run's objective, or one of `evaluators.OTHERS`.
-    dataset: None for the first training data set.
-    split: of the test images.
-    preprocess: of all its images.
-    batch_size: over all hosts and devices.
-    every: steps; 0: at the end only.
-    train_split: of the images that "fewshot" learns from.
-    shots: how many of each class.
-  """
-
-  name: str
-  type: str
-  dataset: str | None
-  split: str
-  preprocess: str
-  batch_size: int
-  every: int
-  train_split: str
-  shots: tuple[int, ...]
+  name: str  # "eval" for `config.eval`, else that of an entry of `config.evals`
+  type: str  # the run's objective, or one of `evaluators.OTHERS`
+  dataset: str | None  # None for the first training data set
+  split: str  # of the test images
+  preprocess: str  # of all its images
+  batch_size: int  # over all hosts and devices
+  every: int  # steps; 0: at the end only
+  train_split: str  # of the images that "fewshot" learns from
+  shots: tuple[int, ...]  # how many of each class
 
   @property
   def key(self) -> str:
@@ -210,18 +186,12 @@ class Eval:
 def add_eval(config, name: str, **values: Any) -> None:
   """Adds an entry to `config.evals`; what is not given stays at its default.
 
-  Args:
-    config: with the keys of configs/common.py.
-    name: its results are logged as NAME/METRIC.
-    **values: see configs/common.py.
-
   Raises:
     UserError: a name or key that cannot be.
   """
   _check_entry(name, values)
-  entry = ml_collections.ConfigDict()
-  for key, kind in _EVAL_KEYS.items():
-    entry[key] = placeholder(kind)
+  keys = {key: placeholder(kind) for key, kind in _EVAL_KEYS.items()}
+  entry = ml_collections.ConfigDict(keys)
   entry.update(values)
   with config.unlocked():
     config.evals[name] = entry
@@ -230,9 +200,7 @@ def add_eval(config, name: str, **values: Any) -> None:
 # Of an entry of `config.evals`; what they mean unset says `list_evals`.
 _EVAL_KEYS: dict[str, type] = {
   **dict.fromkeys(("type", "dataset", "split", "preprocess"), str),
-  **dict.fromkeys(("batch_size", "every"), int),
-  "train_split": str,
-  "shots": tuple,
+  **{"batch_size": int, "every": int, "train_split": str, "shots": tuple},
 }
 # What else stands before the "/" of a logged name.
 LOGGED = ("eval", "train", "speed")
@@ -272,21 +240,18 @@ def list_evals(config) -> list[Eval]:
   for name, entry in config.get("evals", {}).items():
     _check_entry(name, entry)
     given = {k: v for k, v in entry.items() if v is not None}
-    found.append(Eval(name, **usual | given))
-    _check_eval(found[-1])
+    e = Eval(name, **usual | given)
+    if not e.split:
+      raise UserError(f"config.{e.key} needs a split to evaluate")
+    numbers = (e.batch_size, e.every + 1, *e.shots)
+    if not e.shots or any(type(n) is not int or n < 1 for n in numbers):
+      raise UserError(
+        f"config.{e.key} has batch_size {e.batch_size}, every {e.every}, shots "
+        f"{e.shots}; it needs integers, batch_size and shots of 1 or more and "
+        "every of 0 or more"
+      )
+    found.append(e)
   return found
-
-
-def _check_eval(e):
-  if not e.split:
-    raise UserError(f"config.evals.{e.name} needs a split to evaluate")
-  numbers = (e.batch_size, e.every + 1, *e.shots)
-  if not e.shots or any(type(n) is not int or n < 1 for n in numbers):
-    raise UserError(
-      f"config.evals.{e.name} has batch_size {e.batch_size}, every {e.every}, "
-      f"shots {e.shots}; it needs integers, batch_size and shots of 1 or more "
-      "and every of 0 or more"
-    )
 
 
 def parse_value(text: str, kind: type):
@@ -311,8 +276,7 @@ def flatten(config) -> dict[str, Any]:
   flat = {}
   for name, value in config.items():
     if isinstance(value, (dict, ml_collections.ConfigDict)):
-      inner = flatten(value)
-      flat.update({f"{name}.{k}": v for k, v in inner.items()})
+      flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
     else:
       flat[name] = value
   return flat
@@ -367,10 +331,7 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
 
 
 def find_test_set(config) -> str:
-  """Returns the data set of a configuration's evaluation; it may be flat.
-
-  That is `eval.dataset`, or the first of the training mixture.
-  """
+  """Returns `eval.dataset` of a configuration, or its first training set."""
   flat = flatten(config)
   mixture = data.parse_mixture(flat["train.dataset"])
   return flat["eval.dataset"] or mixture[0][0]
@@ -412,6 +373,7 @@ def check_ranges(config) -> None:
 
 # Key -> its default (and what else says "off"), and the key that it needs with
 # the value that this has to have; None: any but 0, "" or unset.
+_DECAY = "optimizer.weight_decay"
 NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "masked_target": (("mean_colour",), "objective", "masked_patches"),
   "loss.name": (("sigmoid",), "objective", "classification"),
@@ -420,12 +382,8 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "optimizer.b2": ((0.999,), "optimizer.name", "adam"),
   "optimizer.eps": ((1e-8,), "optimizer.name", "adam"),
   "optimizer.momentum": ((0.9,), "optimizer.name", "sgd"),
-  "optimizer.weight_decay_scaling": (("lr",), "optimizer.weight_decay", None),
-  "optimizer.weight_decay_params": (
-    (".*/kernel",),
-    "optimizer.weight_decay",
-    None,
-  ),
+  "optimizer.weight_decay_scaling": (("lr",), _DECAY, None),
+  "optimizer.weight_decay_params": ((".*/kernel",), _DECAY, None),
   "schedule.linear_end": ((1e-5,), "schedule.decay", "linear"),
   "schedule.rsqrt_timescale": ((10_000,), "schedule.decay", "rsqrt"),
   "eval.dataset": ((None, ""), "eval.split", None),
@@ -451,31 +409,27 @@ def check_unused(config) -> None:
   """Raises a UserError for a key that is set where it has no effect."""
   values = flatten(config)
   for key in find_unused(values):
-    (default, *off), needed, wanted = NEEDS[key]
-    if values[key] not in (default, *off):
+    harmless, needed, wanted = NEEDS[key]
+    if values[key] not in harmless:
       needs = "to be set" if wanted is None else f"to be {wanted!r}"
+      default = "its default" if harmless[0] is None else repr(harmless[0])
       raise UserError(
         f"config.{key} is {values[key]!r} and has no effect: it needs "
         f"config.{needed} {needs}, which is {values[needed]!r}; leave it at "
-        f"{'its default' if default is None else repr(default)}"
+        f"{default}"
       )
 
 
 def count_steps(config, num_examples: int) -> int:
   """Returns the run's steps from whichever duration the config sets.
 
-  Args:
-    config: with total_steps, total_epochs, total_examples and batch_size.
-    num_examples: of the training set, one epoch.
+  `num_examples` are those of an epoch.
 
   Raises:
     UserError: not exactly one duration is set.
   """
-  given = {
-    name: config[name]
-    for name in ("total_steps", "total_epochs", "total_examples")
-    if config[name]
-  }
+  durations = ("total_steps", "total_epochs", "total_examples")
+  given = {name: config[name] for name in durations if config[name]}
   if len(given) != 1 or min(given.values()) < 0:
     raise UserError(
       "set exactly one of total_steps, total_epochs and total_examples to a "

@@ -16,8 +16,8 @@ class UserError(ValueError):
 class RunStopped(RuntimeError):
   """A run cannot go on: the loss is not finite, the disk is full, ...
 
-  The message is one line as well: what happened, at which step, what is safe,
-  what to do. The command line prints it and exits with code 1.
+  One line as well: what happened, at which step, what is safe, what to do. The
+  command line prints it and exits with code 1.
   """
 
 
@@ -41,10 +41,7 @@ EXTRAS = {
 def needs_extra(what: str, library: str, extra: str | None = None) -> UserError:
   """Returns the error for a library of `EXTRAS` that is not installed.
 
-  Args:
-    what: needs it.
-    library: is missing.
-    extra: that has it, and all else that is needed; unset: of `EXTRAS`.
+  `extra` has it and all else that `what` needs; unset: see `EXTRAS`.
   """
   return UserError(
     f"{what} needs {library}, which is not installed: "
@@ -74,13 +71,7 @@ def check_folder(path, option: str = "--workdir") -> None:
 
 
 def check_choice(what: str, value, choices: Iterable[str]) -> None:
-  """Raises a UserError unless a value is one of the choices.
-
-  Args:
-    what: was given, such as "config.objective" or "--to".
-    value: of it.
-    choices: names.
-  """
+  """Raises a UserError unless `what`, such as "--to", is one of the choices."""
   choices = list(choices)
   if value not in choices:
     raise UserError(

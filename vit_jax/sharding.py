@@ -54,20 +54,15 @@ def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
       f"valid: {', '.join(map(str, valid))}"
     )
   # Linen modules are written for Auto axes; Explicit is make_mesh's default.
-  return jax.make_mesh(
-    (len(devices) // fsdp, fsdp),
-    ("data", "fsdp"),
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices,
-  )
+  shape, auto = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * 2
+  return jax.make_mesh(shape, ("data", "fsdp"), auto, devices=devices)
 
 
 def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
-  """Returns the layout of the array at `path`.
+  """Returns the layout of the array at `path`, for which there is a rule.
 
   Raises:
     UserError: the table splits an axis that `fsdp` does not divide.
-    AssertionError: no rule covers the path.
   """
   matches = (s for names, s in RULES if re.search(rf"(^|/)({names})$", path))
   spec = next(matches, None)
@@ -84,13 +79,12 @@ def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
 
 def tree_shardings(mesh, tree):
   """Returns a NamedSharding for each array (or shape) of a pytree."""
-  fsdp = mesh.shape["fsdp"]
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: NamedSharding(
-      mesh, partition_spec(path_str(path), x.shape, fsdp)
-    ),
-    tree,
-  )
+
+  def place(path, x):
+    spec = partition_spec(path_str(path), x.shape, mesh.shape["fsdp"])
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def batch_sharding(mesh) -> NamedSharding:
@@ -101,8 +95,7 @@ def batch_sharding(mesh) -> NamedSharding:
 def on_mesh(mesh, function: Callable) -> Callable:
   """Returns the function, to be jitted, with the mesh set while it is traced.
 
-  The compiler splits everything over the devices but kernels, which do it
-  themselves (see `models/attention.py`).
+  Kernels split themselves over it, see `models/attention.py`.
   """
 
   @functools.wraps(getattr(function, "func", function))  # of a partial
@@ -116,10 +109,7 @@ def on_mesh(mesh, function: Callable) -> Callable:
 def jit_train_step(mesh, train_step: Callable, layout) -> Callable:
   """Returns the jitted step; the new state takes the old one's memory.
 
-  Args:
-    mesh: to compute on.
-    train_step: (state, batch) -> (state, metrics).
-    layout: the shardings of the state, before and after.
+  `layout` has the shardings of the state, before and after.
   """
   train_step = on_mesh(mesh, train_step)
   return jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
@@ -141,19 +131,6 @@ def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
     )
 
 
-def round_up(batch_size: int, mesh) -> int:
-  """Returns the next batch size that splits evenly over the devices.
-
-  For evaluations, whose results do not depend on it.
-
-  Raises:
-    UserError: it is less than 1.
-  """
-  if batch_size < 1:
-    raise UserError(f"batch_size is {batch_size}; it must be 1 or more")
-  return -(-batch_size // mesh.size) * mesh.size
-
-
 def local_rows(mesh, batch_size: int) -> np.ndarray:
   """Returns the rows i64[r] of a global batch that this process feeds."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
@@ -164,10 +141,7 @@ def local_rows(mesh, batch_size: int) -> np.ndarray:
 def put_batch(mesh, batch: dict, batch_size: int) -> dict:
   """Makes global arrays of this process's rows; copies run in the background.
 
-  Args:
-    mesh: from `make_mesh`.
-    batch: {name: array[r ...]}, the rows that `local_rows` names.
-    batch_size: rows of the global batch.
+  `batch` is {name: array[r ...]}, the rows of `local_rows`.
   """
   sharding = batch_sharding(mesh)
   return {
@@ -176,17 +150,6 @@ def put_batch(mesh, batch: dict, batch_size: int) -> dict:
     )
     for name, x in batch.items()
   }
-
-
-def replicate(mesh, tree):
-  """Puts arrays of the host on every device of the mesh."""
-  sharding = NamedSharding(mesh, P())
-  return jax.tree.map(
-    lambda x: jax.make_array_from_callback(
-      x.shape, sharding, lambda index: x[index]
-    ),
-    tree,
-  )
 
 
 def bytes_per_device(tree) -> int:

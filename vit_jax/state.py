@@ -1,28 +1,18 @@
 """The training state, and parameters as a flat {path: array} dictionary."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 
 class TrainState(NamedTuple):
-  """Everything that a run carries from step to step.
+  """Everything that a run carries from step to step."""
 
-  Attributes:
-    step: int32[], the number of updates done.
-    params: nested dictionary of float32 arrays.
-    opt_state: the optimizer's state; its moments mirror `params`.
-    ema: the Polyak average of `params`, or None when averaging is off.
-    rng: the key that every step folds its number into; it never changes.
-  """
-
-  step: jax.Array
-  params: Any
-  opt_state: Any
-  ema: Any
-  rng: jax.Array
+  step: jax.Array  # int32[], the number of updates done
+  params: Any  # nested dictionary of float32 arrays
+  opt_state: Any  # of the optimizer; its moments mirror `params`
+  ema: Any  # the Polyak average of `params`, or None when averaging is off
+  rng: jax.Array  # the key that every step folds its number into
 
 
 # Of every key: a run must not depend on JAX_DEFAULT_PRNG_IMPL.
@@ -32,25 +22,6 @@ KEY_IMPL = "threefry2x32"
 def make_key(seed: int) -> jax.Array:
   """Returns the PRNG key of a seed."""
   return jax.random.key(seed, impl=KEY_IMPL)
-
-
-class LazyArray(NamedTuple):
-  """An array that is read when it is asked for.
-
-  Attributes:
-    shape: its shape.
-    dtype: its dtype.
-    read: () -> np.ndarray.
-  """
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  read: Callable[[], np.ndarray]
-
-
-def as_lazy(x: np.ndarray) -> LazyArray:
-  """Returns an array that is there already as a `LazyArray`."""
-  return LazyArray(x.shape, x.dtype, lambda: x)
 
 
 def path_str(key_path) -> str:

@@ -8,19 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from vit_jax import checkpoint, distributed, pretrained, sharding
+from vit_jax import checkpoint, distributed, sharding
 from vit_jax import config as configuration
-from vit_jax.errors import RunStopped, UserError, one_line
-from vit_jax.evaluation.evaluators import (
-  Evaluator,
-  check_types,
-  find_best,
-  make_evaluators,
-)
-from vit_jax.pretrained.warmstart import warm_start
-from vit_jax.state import flatten, make_key, unflatten
+from vit_jax.errors import RunStopped, one_line
+from vit_jax.evaluation import evaluators as evaluation
+from vit_jax.pretrained.start import start_from
+from vit_jax.state import make_key
 from vit_jax.training import (
   inputs,
   lock,
@@ -28,13 +22,9 @@ from vit_jax.training import (
   optim,
   run_folder,
   steps,
+  wandb_run,
 )
-from vit_jax.training.metrics import (
-  MetricLog,
-  NotFinite,
-  check_wandb,
-  start_wandb,
-)
+from vit_jax.training.metrics import MetricLog, NotFinite
 from vit_jax.training.profiler import Profiler, check_profile
 from vit_jax.training.stop import Stopping, StopSignal
 
@@ -50,8 +40,7 @@ def train(config, workdir) -> dict[str, float] | None:
 
   Returns:
     The metrics of the last evaluation, those of `config.evals` as NAME/METRIC;
-    {} for a run that evaluates nothing; None if the run was told to stop, and
-    is to be resumed.
+    {} without one; None if the run was told to stop, and is to be resumed.
 
   Raises:
     UserError: a configuration that cannot be run; nothing has been written.
@@ -66,16 +55,21 @@ def train(config, workdir) -> dict[str, float] | None:
 
     # Data, and what is learnt from it.
     opened = inputs.open_inputs(config)
-    total_steps = count_steps(config, run, opened, workdir)
+    if run:
+      run_folder.check_data(config, run, opened, workdir)
+      total_steps = run["total_steps"]
+    else:
+      total_steps = configuration.count_steps(config, opened.num_examples)
+    check_profile(config, total_steps)
     objective = objectives.create(config, opened.first.class_names)
     train_step, init_state = make_step(config, objective, total_steps)
-    evaluators = make_evaluators(
+    evaluators = evaluation.make_evaluators(
       config, opened.evals, objective, mesh=mesh, before_batch=stop.check
     )
-    best = find_best(config, evaluators)
+    best = evaluation.find_best(config, evaluators)
 
     # State: resumed, from other weights, or random, in that order.
-    own = take_folder(config, workdir, run, opened, stack)
+    own = run_folder.take(config, workdir, run, opened, stack)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     state, layout = make_state(
       config, mesh, objective, init_state, run and checkpoints
@@ -118,23 +112,12 @@ def check_configuration(config, workdir) -> dict | None:
     }
   )
   configuration.check_ranges(config)
-  check_wandb(config)
-  check_types(config)
+  wandb_run.check(config)
+  evaluation.check_types(config)
   run = run_folder.check(config, workdir)
   if not run:  # what older versions took is resumed
     configuration.check_unused(config)
   return run
-
-
-def count_steps(config, run, opened: inputs.Inputs, workdir) -> int:
-  """Returns the steps of the whole run, whose data are those it began with."""
-  if run:
-    run_folder.check_data(config, run, opened, workdir)
-    total_steps = run["total_steps"]
-  else:
-    total_steps = configuration.count_steps(config, opened.num_examples)
-  check_profile(config, total_steps)
-  return total_steps
 
 
 def make_step(config, objective: objectives.Objective, total_steps: int):
@@ -163,28 +146,10 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
   return train_step, init_state
 
 
-def take_folder(config, workdir, run, opened: inputs.Inputs, stack):
-  """Locks the run folder until `stack` is closed; see `run_folder.take`.
-
-  Raises:
-    UserError: another run has it, or other processes see something else.
-  """
-  own = run_folder.take(workdir, stack)
-  if run_folder.check(config, workdir) != run:
-    raise UserError(f"another run has just ended in {workdir}; start again")
-  distributed.check_same({"config.json": run, "the data": opened.describe()})
-  token = own.token if own else lock.read_token(workdir)
-  distributed.check_same({"the lock in --workdir": token})
-  return own
-
-
 def make_state(config, mesh, objective, init_state, checkpoints):
   """Returns the state to go on from, and how it lies on the devices.
 
-  Args:
-    config, mesh, objective: of the run.
-    init_state: key -> random state.
-    checkpoints: those of the run; None for a new one.
+  `checkpoints` are those of the run, None for a new one.
   """
   key = make_key(config.seed)
   shapes = jax.eval_shape(init_state, key)
@@ -196,79 +161,31 @@ def make_state(config, mesh, objective, init_state, checkpoints):
       return state, layout
   state = jax.jit(init_state, out_shardings=layout)(key)
   if config.init_from:
-    state = start_from(config.init_from, state, objective, config)
+    state = start_from(config.init_from, state, objective, config.model)
   return state, layout
-
-
-def start_from(source, state, objective, config):
-  """Returns the state with other weights, and reports on them.
-
-  Raises:
-    UserError: nothing to read there, or another architecture.
-  """
-  weights = pretrained.fold_normalization(pretrained.read(source))
-  pretrained.check_numerics(weights, config.model)
-  given, changes = warm_start(
-    flatten(state.params),
-    weights.params,
-    old_grid=weights.create_model().grid,
-    new_grid=objective.model.grid,
-    same_classes=weights.class_names == objective.class_names,
-    source=weights.source,
-    resize=weights.resize,
-  )
-  log.info("weights from %s\n%s", weights.source, changes)
-
-  def place(path, old):
-    if path not in given:
-      return old
-    new = given[path].read().astype(old.dtype)
-    return jax.make_array_from_callback(
-      old.shape, old.sharding, lambda index: new[index]
-    )
-
-  params = unflatten({p: place(p, x) for p, x in flatten(state.params).items()})
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-  return state._replace(params=params, ema=ema)
 
 
 @dataclasses.dataclass
 class Loop:
-  """A run under way: its state, and what happens between the steps.
-
-  Attributes:
-    config: the run's.
-    total_steps: the last step.
-    evaluators: what is evaluated, and when.
-    best: the (evaluation, metric) that decides which state is the best.
-    checkpoints: where the state is saved.
-    own: the lock of the run folder; None on other processes than the first.
-    stop: whether the run was told to stop.
-    step: the last step that was taken.
-    state: the training state after it.
-  """
+  """A run under way: its state, and what happens between the steps."""
 
   config: Any
   total_steps: int
-  evaluators: list[Evaluator]
-  best: tuple[str, str] | None
+  evaluators: list[evaluation.Evaluator]
+  best: tuple[str, str] | None  # the (evaluation, metric) that picks the best
   checkpoints: checkpoint.Checkpoints
-  own: lock.Lock | None
+  own: lock.Lock | None  # of the run folder; None but on the first process
   stop: StopSignal
-  step: int
-  state: Any
+  step: int  # the last one that was taken
+  state: Any  # after it
 
   def run(self, train_step, batches: Iterator, done):
     """Takes the steps that are left; returns as `train`.
 
     Nothing in a step waits for the devices: metrics are fetched one log
     interval late, or before something is saved. A state is saved before it is
-    evaluated, so that no evaluation can cost it.
-
-    Args:
-      train_step: the jitted step.
-      batches: of the steps to come, on the devices.
-      done: the results that the run folder has of this step.
+    evaluated, so that no evaluation can cost it. `train_step` is jitted;
+    `done` has the results of this step that are in the run folder.
     """
     config, workdir = self.config, self.checkpoints.workdir
     self.saved, self.results = self.step, {}
@@ -278,7 +195,7 @@ class Loop:
       total_steps=self.total_steps,
       log_every=config.log_every,
       batch_size=config.batch_size,
-      wandb=start_wandb(config, workdir),
+      wandb=wandb_run.start(config, workdir),
     )
     profiler = Profiler(config, workdir)
     try:
@@ -300,11 +217,10 @@ class Loop:
       self.checkpoints.close()
     except Stopping:
       profiler.close(self.state, self.step + 1)
-      self.save_unless_saved()
+      self.save()
       self.checkpoints.close()
-      saved = f"saved step {self.step}" if self.step else ""
-      where = saved or "before the first step"
-      log.info("stopping: %s; run again to resume", where)
+      at = f"saved step {self.step}" if self.step else "before the first step"
+      log.info("stopping: %s; run again to resume", at)
       return None
     except NotFinite as e:
       raise RunStopped(
@@ -315,7 +231,7 @@ class Loop:
     except (inputs.DataFailed, EvaluationFailed) as e:
       # Another process may not have failed, and would not save with this one.
       if jax.process_count() == 1:
-        self.save_unless_saved()
+        self.save()
       raise RunStopped(
         f"{e}; {say_saved(self.checkpoints)}; mend that and run the same "
         "command again, or evaluate what is saved with vit-jax evaluate"
@@ -335,17 +251,15 @@ class Loop:
     return self.step > 0 and (due or self.step == self.total_steps)
 
   def save(self):
-    """Saves the state."""
+    """Saves the state, unless it has been."""
+    if self.saved == self.step:
+      return
     if self.own:
       self.own.check()
     self.metrics.flush(self.step)
     self.checkpoints.save(self.step, self.state)
     self.metrics.restart_clock(self.step)
     self.saved = self.step
-
-  def save_unless_saved(self):
-    if self.saved != self.step:
-      self.save()
 
   def evaluate(self, done):
     """Runs what is due and not `done`, and keeps the best state."""
@@ -355,14 +269,14 @@ class Loop:
       results = done.get(evaluator.name)
       if not results:
         self.metrics.flush(self.step)
-        state = self.state
-        params = state.params if state.ema is None else state.ema
+        ema, params = self.state.ema, self.state.params
+        params = params if ema is None else ema
         results = run_evaluation(evaluator, params, self.step)
         report(self.metrics, evaluator.name, self.step, results)
       if self.best and self.best[0] == evaluator.name:
         metric = results[self.best[1]]
         if self.checkpoints.is_best(metric):
-          self.save_unless_saved()
+          self.save()
           self.checkpoints.keep_best(self.step, metric)
       self.metrics.restart_clock(self.step)
       self.results[evaluator.name] = results
@@ -372,7 +286,7 @@ class EvaluationFailed(RunStopped):
   """A test set could not be evaluated."""
 
 
-def run_evaluation(evaluator: Evaluator, params, step) -> dict[str, float]:
+def run_evaluation(evaluator, params, step) -> dict[str, float]:
   """Returns the results of an evaluation; what goes wrong names its step."""
   try:
     return dict(evaluator.run(params))

@@ -28,12 +28,19 @@ _LAYERS = (
     "training.lock",
   ),
   ("models", "data", "sharding", "training.optim"),
-  ("training.steps", "checkpoint", "config", "training.metrics"),
+  (
+    "training.steps",
+    "checkpoint",
+    "config",
+    "training.metrics",
+    "training.wandb_run",
+  ),
   ("pretrained", "training.masked", "training.inputs"),
   (
     "training.early",
     "training.objectives",
     "training.run_folder",
+    "evaluation.devices",
     "evaluation.sums",
   ),
   (
@@ -60,7 +67,8 @@ _LAYERS = (
   ("tools.vtab",),
   # The command line: what neither the core nor the tools import.
   ("commands.flags",),
-  ("commands.distributed", "commands.process"),
+  ("commands.distributed",),
+  ("commands.process",),
   tuple(
     f"commands.{module.__name__.rpartition('.')[2]}"
     for module, _ in __main__.COMMANDS.values()

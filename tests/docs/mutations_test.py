@@ -95,7 +95,7 @@ _FAULTS = {
   ),
   "weight decay of every parameter": Fault(
     "training/optim.py",
-    "add_decayed_weights(weight_decay, _mask_by(decayed))",
+    "add_decayed_weights(weight_decay, mask)",
     "add_decayed_weights(weight_decay)",
     "unit/training/optim_test.py::test_optimizer_equals_formula_at_every_step",
   ),

@@ -30,7 +30,7 @@ _PROCESS = """
 import sys, time
 import numpy as np
 from jax.experimental import multihost_utils
-from vit_jax import distributed
+from vit_jax.commands import distributed
 port, index, count, lost_timeout = map(int, sys.argv[1:5])
 distributed.start(f"localhost:{port}", count, index, 60, lost_timeout)
 print("all are there", flush=True)

@@ -12,7 +12,8 @@ import vit_jax
 from vit_jax import pretrained
 from vit_jax.__main__ import main
 from vit_jax.data import preprocess
-from vit_jax.state import as_lazy, flatten
+from vit_jax.pretrained.weights import as_lazy
+from vit_jax.state import flatten
 from vit_jax.tools import demo, figures
 from vit_jax.training.steps import normalize
 

@@ -474,7 +474,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     contextlib.ExitStack() as stack,
     pytest.raises(UserError, match=f"{tmp_path}.*{os.strerror(number)}"),
   ):
-    run_folder.take(tmp_path, stack)
+    run_folder.take(None, tmp_path, None, None, stack)
 
 
 @pytest.mark.parametrize(

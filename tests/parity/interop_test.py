@@ -21,7 +21,8 @@ from vit_jax.pretrained import (
   timm,
   vision_transformer,
 )
-from vit_jax.state import as_lazy, unflatten
+from vit_jax.pretrained.weights import as_lazy
+from vit_jax.state import unflatten
 
 # Relative to the logits' standard deviation, in float32.
 TOLERANCE = 1e-4

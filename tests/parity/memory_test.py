@@ -8,8 +8,7 @@ import pytest
 
 from vit_jax import models
 from vit_jax.pretrained import vision_transformer
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 _MEASURE = """
 import re, sys

@@ -22,7 +22,7 @@ from vit_jax import models, pretrained
 from vit_jax.data.preprocess import parse
 from vit_jax.errors import UserError
 from vit_jax.pretrained import archives, positions
-from vit_jax.state import as_lazy
+from vit_jax.pretrained.weights import as_lazy
 
 VIT = "ViT-w16d2m24h2_8"
 HYBRID = "RN+ViT-w16d2m24h2_8"

@@ -418,12 +418,7 @@ def test_one_process_of_two_that_fails_decides_for_both(
   """This one reads well; the other has met nothing, damage, or a failure."""
   before = _content(run)
   answers = [theirs, 0]
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(
-    checkpoint.multihost_utils,
-    "process_allgather",
-    lambda kind: np.array([kind, answers.pop(0)]),
-  )
+  monkeypatch.setattr(checkpoint, "gather", lambda kind: [kind, answers.pop(0)])
   if isinstance(expected, int):
     _assert_identical(_restore(run), _make_arrays(expected))
     assert (run / "damaged").exists() == (expected == 10)

@@ -8,6 +8,7 @@ from mistakes import named
 
 from vit_jax import models, sharding
 from vit_jax.errors import UserError
+from vit_jax.evaluation.devices import replicate
 from vit_jax.state import TrainState, flatten
 from vit_jax.training import optim
 
@@ -221,7 +222,7 @@ def test_batches_arrive_as_they_were(devices, fsdp):
 
 def test_replicate_puts_the_whole_array_everywhere():
   x = np.arange(6.0, dtype=np.float32).reshape(2, 3)
-  placed = sharding.replicate(sharding.make_mesh(2), {"x": x})["x"]
+  placed = replicate(sharding.make_mesh(2), {"x": x})["x"]
   assert len(placed.addressable_shards) == 8
   for shard in placed.addressable_shards:
     np.testing.assert_array_equal(shard.data, x)

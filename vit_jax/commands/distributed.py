@@ -1,8 +1,14 @@
 """The flags of a run on several machines, and how its processes connect."""
 
 import logging
+import os
+import socket
+import sys
+import threading
 
-from vit_jax.errors import UserError
+from vit_jax.errors import RunStopped, UserError
+
+log = logging.getLogger(__name__)
 
 
 def add_flags(parser):
@@ -41,9 +47,7 @@ def connect(args) -> None:
   if not args.distributed and given == (None, None, None):
     return
   _check(args, *given)
-  from vit_jax import distributed
-
-  distributed.start(*given, args.start_timeout, args.lost_timeout)
+  start(*given, args.start_timeout, args.lost_timeout)
   import jax
 
   args.connected = True
@@ -69,3 +73,94 @@ def _check(args, coordinator, num_processes, process_id):
       f"--process_id={process_id} of --num_processes={num_processes}; it goes "
       f"from 0 to {num_processes - 1}"
     )
+
+
+def start(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+  start_timeout: float = 300,
+  lost_timeout: float = 60,
+) -> None:
+  """Connects the processes of a run; all have to call it before using JAX.
+
+  JAX aborts (exit code 134) with the number of a process that has had no
+  heartbeat for `lost_timeout` seconds. Without all processes in time it would
+  abort as well and name nobody (JAX 0.10 to 0.12), so a timer ends this one
+  before, with one line and exit code 1.
+
+  Args:
+    coordinator: "host:port" of process 0. None: the TPU pod or Slurm says.
+    num_processes, process_id: how many, and which this is, from 0; likewise.
+    start_timeout, lost_timeout: seconds.
+
+  Raises:
+    UserError: neither the arguments nor the cluster say who is who.
+    RunStopped: the port is taken, or the cluster's answer is not usable.
+  """
+  import jax
+
+  if coordinator and process_id == 0:
+    _check_port(coordinator)
+  count = num_processes or os.environ.get("SLURM_NTASKS")
+  what = f"all {count} processes" if count else "all processes of this cluster"
+  what += f" at {coordinator}" if coordinator else ""
+  log.info(
+    "waiting up to %g s for %s; start the same command on every host",
+    *(start_timeout, what),
+  )
+  given = None not in (coordinator, num_processes, process_id)
+  timer = exit_after(
+    start_timeout,
+    1,
+    f"stopped: waited {start_timeout:g} s for {what}; was the same command "
+    "started on every host, did it end there with an error, does a firewall "
+    "keep them from process 0?",
+  )
+  try:
+    jax.distributed.initialize(
+      coordinator,
+      num_processes,
+      process_id,
+      cluster_detection_method="deactivate" if given else None,
+      initialization_timeout=int(start_timeout) + 60,
+      heartbeat_timeout_seconds=max(1, int(lost_timeout)),
+      shutdown_timeout_seconds=int(lost_timeout) + 300,
+    )
+  except ValueError as e:  # what it needs is neither given nor found
+    raise UserError(
+      "--distributed finds no TPU pod and no Slurm step here; on other "
+      "machines give --coordinator=HOST:PORT, --num_processes, --process_id"
+    ) from e
+  except Exception as e:  # of whatever the cluster is asked with
+    raise RunStopped(f"--distributed: {e!r}") from e
+  finally:
+    timer.cancel()
+  index, count = jax.process_index(), jax.process_count()
+  log.info("all %d processes are there; this is number %d", count, index)
+
+
+def exit_after(seconds: float, code: int, line: str = "") -> threading.Timer:
+  """Ends this process later, even if its main thread waits inside of JAX."""
+
+  def end():
+    if line:
+      print(line, file=sys.stderr, flush=True)
+    os._exit(code)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  return timer
+
+
+def _check_port(coordinator):
+  """Raises RunStopped if another program has it: JAX would crash."""
+  try:
+    port = int(coordinator.rpartition(":")[2])
+    socket.create_server(("", port)).close()
+  except OSError as e:
+    raise RunStopped(
+      f"process 0 cannot open {coordinator}: {e.strerror}; is an older run "
+      "still there? Stop it, or give another port"
+    ) from e

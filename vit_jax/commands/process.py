@@ -7,7 +7,7 @@ import select
 import sys
 import warnings
 
-from vit_jax.commands import flags
+from vit_jax.commands import distributed, flags
 from vit_jax.errors import EXTRAS, RunStopped, UserError, needs_extra
 
 
@@ -152,8 +152,6 @@ def _fail(args, text, code):
   if text:
     print(text, file=sys.stderr)
   if args and args.connected:
-    from vit_jax import distributed
-
     # At the end JAX waits for all others and aborts when they do not end as
     # well, so the exit code is kept by a timer. The error may come of the loss
     # of another process: JAX then aborts first.

@@ -15,12 +15,12 @@ with _epy.lazy_api_imports(globals()):
   from vit_jax.data.catalog import FOLDER as FOLDER
   from vit_jax.data.catalog import OBJECTNET as OBJECTNET
   from vit_jax.data.catalog import get_source as get_source
-  from vit_jax.data.catalog import list_splits as list_splits
   from vit_jax.data.catalog import parse_mixture as parse_mixture
   from vit_jax.data.order import Shuffle as Shuffle
   from vit_jax.data.pipeline import eval_batches as eval_batches
   from vit_jax.data.pipeline import train_batches as train_batches
   from vit_jax.data.preparation import find_needs as find_needs
+  from vit_jax.data.preparation import list_splits as list_splits
   from vit_jax.data.preparation import prepare as prepare
   from vit_jax.data.reading import choose_shuffle as choose_shuffle
   from vit_jax.data.relabelled import check_mixture as check_mixture

@@ -2,7 +2,7 @@
 
 import math
 
-from vit_jax.data import folder, tfds
+from vit_jax.data import tfds
 from vit_jax.data.folder import FOLDER, FolderSource
 from vit_jax.data.objectnet import OBJECTNET, ObjectNetSource
 from vit_jax.data.source import Source
@@ -37,19 +37,6 @@ def get_source(
   return tfds.TfdsSource(dataset, split, data_dir)
 
 
-def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
-  """Returns {split: number of examples} of a prepared data set or a folder.
-
-  Raises:
-    UserError: as `get_source`.
-  """
-  if dataset.startswith(FOLDER):
-    return folder.list_splits(dataset)
-  if dataset.startswith(OBJECTNET):
-    return {"test": get_source(dataset, "test").num_examples}
-  return tfds.list_splits(dataset, data_dir)
-
-
 def parse_mixture(text: str) -> list[tuple[str, float]]:
   """Splits `a=0.7,b=0.3` into [(data set, weight)]; one name alone weighs 1.
 
@@ -63,9 +50,8 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     raise UserError("the data set's name is empty; see `vit-jax data list`")
   # A folder's path may hold commas and equal signs.
   weighs = _parse_weight(text.rpartition("=")[2])
-  if text.startswith((FOLDER, OBJECTNET)) and not weighs:
-    return [(text, 1.0)]
-  if "=" not in text and "," not in text:
+  is_path = text.startswith((FOLDER, OBJECTNET)) and not weighs
+  if is_path or not {"=", ","} & {*text}:
     return [(text, 1.0)]
   mixture = []
   for part in text.split(","):

@@ -13,8 +13,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core.download import downloader
 
+from vit_jax.data import folder
+from vit_jax.data import tfds as tfds_source
 from vit_jax.data.benchmarks import BY_HAND
-from vit_jax.data.catalog import FOLDER, OBJECTNET
+from vit_jax.data.catalog import FOLDER, OBJECTNET, get_source
 from vit_jax.data.tfds import find_builder, open_folder
 from vit_jax.errors import UserError, one_line
 from vit_jax.files import atomic_file, read_json, write_atomically
@@ -165,3 +167,16 @@ def _convert(builder):
   about = read_json(file)
   about.setdefault("alternativeFileFormats", []).append(_ARRAY_RECORD.value)
   write_atomically(file, json.dumps(about, indent=2, sort_keys=True))
+
+
+def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
+  """Returns {split: number of examples} of a prepared data set or a folder.
+
+  Raises:
+    UserError: as `catalog.get_source`.
+  """
+  if dataset.startswith(FOLDER):
+    return folder.list_splits(dataset)
+  if dataset.startswith(OBJECTNET):
+    return {"test": get_source(dataset, "test").num_examples}
+  return tfds_source.list_splits(dataset, data_dir)

@@ -8,29 +8,25 @@ A preprocessing string names operations and their arguments, joined by "|":
 
 Arguments are Python literals; the word `size` means `config.image_size`, and
 may be multiplied and divided by numbers. `vit_jax.data.ops` runs the operations
-in TensorFlow. This module runs those of evaluation in NumPy, to the same
-numbers, so that `predict` needs no TensorFlow.
+in TensorFlow, and `preprocess_image` those of evaluation without it.
 """
 
 import ast
-import io
 import math
 import os
-import warnings
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
 
+from vit_jax.data import numpy_ops
+from vit_jax.data.pillow import decode_image
+from vit_jax.data.pillow import open_image as open_image
+from vit_jax.data.pillow import read_turn as read_turn
+from vit_jax.data.sizes import MAX_PIXELS as MAX_PIXELS
+from vit_jax.data.sizes import as_pair
+from vit_jax.data.sizes import scale_side as scale_side
 from vit_jax.errors import UserError, suggest
-
-# More pixels than this, before or after a resize, is a decompression bomb or a
-# mistake. It is Pillow's own threshold: 268 MB of RGB.
-MAX_PIXELS = 89_478_485
-
-
-# --- the strings ---
 
 
 def _is_count(x, least=1):
@@ -77,15 +73,12 @@ _OPS = EVALUATION_OPS | TRAINING_OPS
 def parse(
   text: str, image_size: int | tuple[int, int], *, evaluation: bool = False
 ) -> list[tuple[str, dict[str, Any]]]:
-  """Parses a preprocessing string.
+  """Returns [(name, the arguments that are given, by name)] of a string.
 
   Args:
     text: operations joined by "|", see the module.
     image_size: what `size` stands for: one integer or (height, width), pixels.
     evaluation: whether random operations are an error.
-
-  Returns:
-    [(name, the arguments that are given, by name)], in order.
 
   Raises:
     UserError: syntax, unknown operation, wrong arguments, or images that do
@@ -118,12 +111,6 @@ def parse(
       f"{image_size[0]}x{image_size[1]}; end with e.g. central_crop(size)"
     )
   return ops
-
-
-def as_pair(size) -> tuple[int, int]:
-  """Returns (height, width) of an integer or a pair."""
-  height, width = size if hasattr(size, "__len__") else (size, size)
-  return int(height), int(width)
 
 
 def _split(node):
@@ -203,8 +190,6 @@ def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
 
   As resize_small(256)|central_crop(size) does for 384 pixels. A wide crop that
   fits into wide images is not an error.
-
-  Args: as `parse`.
   """
   image_size = as_pair(image_size)
   sides, before = (math.inf, math.inf), ""
@@ -227,39 +212,6 @@ def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
     sides, before = size, name
 
 
-def rescale(
-  text: str,
-  old_size: int | tuple[int, int],
-  new_size: int | tuple[int, int],
-) -> str:
-  """Returns an evaluation string that shows as much at another resolution.
-
-  Every size in it is scaled alike, the fixed ones as well as `size`:
-  resize_small(256)|central_crop(size), for 224 pixels, becomes
-  resize_small(512)|central_crop(448) for 448, with the same part of the image.
-
-  Args:
-    text: the string, for images of `old_size`.
-    old_size: (height, width) or both, pixels.
-    new_size: likewise.
-
-  Raises:
-    UserError: the string is wrong.
-  """
-  old_size, new_size = as_pair(old_size), as_pair(new_size)
-  ops = []
-  for name, arguments in parse(text, old_size, evaluation=True):
-    key, size = next(iter(arguments.items()))  # operations take the size first
-    sides = tuple(map(scale_side, as_pair(size), old_size, new_size))
-    scaled = max(sides) if name == "resize_small" else sides
-    values = {**arguments, key: scaled}
-    ops.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in values.items())})")
-  return "|".join(ops)
-
-
-# --- evaluation in NumPy ---
-
-
 def preprocess_image(
   image, text: str, image_size: int | tuple[int, int], name: str = "image"
 ) -> np.ndarray:
@@ -268,8 +220,7 @@ def preprocess_image(
   Args:
     image: a path, the bytes of an image file, a PIL image, or uint8[h w],
       [h w 1], [h w 3] or [h w 4].
-    text: the preprocessing string.
-    image_size: height and width in pixels, for the word `size`.
+    text, image_size: the string, and height and width for the word `size`.
     name: what errors call an image that is not a path.
 
   Returns:
@@ -279,225 +230,8 @@ def preprocess_image(
     UserError: the string is wrong, or the image cannot be read (which one).
   """
   ops = parse(text, image_size, evaluation=True)
-  if isinstance(image, str | os.PathLike):
-    name = os.fspath(image)
-    image = _read_file(name)
+  name = os.fspath(image) if isinstance(image, str | os.PathLike) else name
   pixels = decode_image(image, name)
   for op, arguments in ops:
-    pixels = _NUMPY_OPS[op](pixels, **arguments, name=name)
+    pixels = numpy_ops.OPS[op](pixels, **arguments, name=name)
   return pixels
-
-
-def _read_file(path) -> bytes:
-  try:
-    with open(path, "rb") as f:
-      return f.read()
-  except OSError as e:
-    raise UserError(f"{path}: cannot be read: {e.strerror}") from e
-
-
-def decode_image(image, name: str = "image") -> np.ndarray:
-  """Decodes to uint8[h w 3], as `vit_jax.data.ops.decode` does.
-
-  EXIF orientation is obeyed, transparency composited on white. 16-bit channels
-  keep their high byte, animations give their first frame. JPEGs go through the
-  accurate integer DCT.
-
-  Raises:
-    UserError: not an image, corrupt, or larger than MAX_PIXELS; names it.
-  """
-  if isinstance(image, np.ndarray):
-    return _array_to_rgb(image, name)
-  try:
-    if not isinstance(image, Image.Image):
-      image = open_image(image, name)
-    return _turn(_pil_to_rgb(image), read_turn(image))
-  except UserError:
-    raise
-  except Exception as e:  # Pillow's plugins raise what they like.
-    raise UserError(
-      f"{name}: not a readable image ({type(e).__name__}); give a whole JPEG, "
-      "PNG or WebP file"
-    ) from e
-
-
-def open_image(encoded: bytes, name: str, formats=None) -> Image.Image:
-  """Reads an image's header; nothing is decoded yet.
-
-  Raises:
-    UserError: more than MAX_PIXELS.
-    Exception: whatever Pillow raises for files that are not images.
-  """
-  try:
-    # Above its threshold Pillow warns, above twice that it raises.
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      image = Image.open(io.BytesIO(encoded), formats=formats)
-  except Image.DecompressionBombError as e:
-    raise UserError(f"{name}: too many pixels, over {MAX_PIXELS:,}") from e
-  _check_pixels(image.height, image.width, name)
-  return image
-
-
-def _array_to_rgb(array, name):
-  if array.ndim == 2:
-    array = array[..., None]
-  is_image = array.ndim == 3 and array.shape[2] in (1, 3, 4) and array.size
-  if array.dtype != np.uint8 or not is_image:
-    raise UserError(
-      f"{name}: {array.dtype}{list(array.shape)} is not an image; give "
-      "uint8[h w 3]"
-    )
-  if array.shape[2] == 1:
-    return np.repeat(array, 3, axis=2)
-  return _composite(array) if array.shape[2] == 4 else array
-
-
-def _composite(rgba):
-  """Puts uint8[h w 4] on white; exact, halves rounded as Pillow does."""
-  dark = (255 - rgba[..., :3]) * rgba[..., 3:].astype(np.uint16) + 128
-  return 255 - ((dark + (dark >> 8)) >> 8).astype(np.uint8)
-
-
-def _pil_to_rgb(image):
-  if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip
-    values = np.asarray(image).astype(np.int64)
-    alpha = np.where(values == image.info.get("transparency"), 0, 255)
-    grey = (values >> 8).clip(0, 255)
-    rgba = np.stack([grey, grey, grey, alpha], axis=-1)
-    return _composite(rgba.astype(np.uint8))
-  if image.has_transparency_data:
-    return _composite(np.asarray(image.convert("RGBA")))
-  return np.array(image.convert("RGB"))
-
-
-# EXIF orientation -> whether to reverse the rows, to reverse the columns, and
-# then to swap both. Source: Exif 2.32, tag 0x0112.
-_TURNS = {
-  2: (False, True, False),
-  3: (True, True, False),
-  4: (True, False, False),
-  5: (False, False, True),
-  6: (True, False, True),
-  7: (True, True, True),
-  8: (False, True, True),
-}
-
-
-def read_turn(image: Image.Image) -> np.ndarray:
-  """Returns bool[3] for the EXIF orientation of an image, see `_TURNS`."""
-  exif = Image.Exif()
-  try:
-    exif.load(image.info.get("exif", b""))
-    turn = _TURNS.get(exif.get(ExifTags.Base.Orientation, 1))
-  except Exception:  # corrupt EXIF is ignored, as elsewhere
-    turn = None
-  return np.array(turn or (False, False, False))
-
-
-def _turn(pixels, turn):
-  rows, columns, swap = turn
-  pixels = pixels[:: -1 if rows else 1, :: -1 if columns else 1]
-  return np.ascontiguousarray(pixels.swapaxes(0, 1) if swap else pixels)
-
-
-def _check_pixels(height, width, name):
-  if height * width > MAX_PIXELS:
-    raise UserError(
-      f"{name}: {width}x{height} is too many pixels, the limit is "
-      f"{MAX_PIXELS:,}; give a smaller image"
-    )
-
-
-def scale_side(side, short, smaller_size):
-  """Returns `side` in pixels once `short` has become `smaller_size`.
-
-  Integers throughout, halves rounded up, so that NumPy and TensorFlow agree;
-  takes Python integers and integer tensors alike.
-  """
-  return (2 * side * smaller_size + short) // (2 * short)
-
-
-def _resize(pixels, size, method="bilinear", *, name):
-  height, width = as_pair(size)
-  _check_pixels(height, width, name)
-  resize = {"bilinear": _resize_bilinear, "area": _resize_area}[method]
-  return np.rint(resize(pixels, height, width)).astype(np.uint8)
-
-
-def _resize_small(pixels, smaller_size, method="area", *, name):
-  height, width = pixels.shape[:2]
-  short = min(height, width)
-  size = [scale_side(side, short, smaller_size) for side in (height, width)]
-  return _resize(pixels, size, method, name=name)
-
-
-def _central_crop(pixels, size, *, name):
-  crop_height, crop_width = as_pair(size)
-  height, width = pixels.shape[:2]
-  if height < crop_height or width < crop_width:
-    # Enlarge until the crop fits: padding would show the model a border.
-    height, width = (
-      max(crop_height, math.ceil(height * crop_width / width)),
-      max(crop_width, math.ceil(width * crop_height / height)),
-    )
-    pixels = _resize(pixels, (height, width), name=name)
-  top, left = (height - crop_height) // 2, (width - crop_width) // 2
-  return pixels[top : top + crop_height, left : left + crop_width]
-
-
-_NUMPY_OPS = {
-  "resize": _resize,
-  "resize_small": _resize_small,
-  "central_crop": _central_crop,
-}
-
-
-# The two resizes below repeat the float32 arithmetic of `tf.image.resize`
-# operation by operation: what is a tie there is a tie here, and rounds alike.
-
-
-def _resize_bilinear(pixels, height, width):
-  """Half-pixel centres, no antialiasing. Returns float32[height width c]."""
-  top, bottom, down = _bilinear_taps(pixels.shape[0], height)
-  left, right, across = _bilinear_taps(pixels.shape[1], width)
-  across, down = across[:, None], down[:, None, None]
-  x0, x1 = (pixels[:, taps].astype(np.float32) for taps in (left, right))
-  rows = x0 + (x1 - x0) * across
-  return rows[top] + (rows[bottom] - rows[top]) * down
-
-
-def _bilinear_taps(size_in, size_out):
-  scale = np.float32(size_in) / np.float32(size_out)
-  centre = np.arange(size_out, dtype=np.float32) + np.float32(0.5)
-  position = centre * scale - np.float32(0.5)
-  below = np.floor(position)
-  lower = np.maximum(below, 0).astype(np.int64)
-  upper = np.minimum(np.ceil(position), size_in - 1).astype(np.int64)
-  return lower, upper, position - below
-
-
-def _resize_area(pixels, height, width):
-  """Each output pixel is the mean of the area it covers. float32."""
-  rows, row_weights, row_scale = _area_taps(pixels.shape[0], height)
-  columns, column_weights, column_scale = _area_taps(pixels.shape[1], width)
-  narrow = np.zeros((pixels.shape[0], width, pixels.shape[2]), np.float32)
-  for taps, weights in zip(columns, column_weights, strict=True):
-    narrow += pixels[:, taps] * weights[:, None]
-  out = np.zeros((height, width, pixels.shape[2]), np.float32)
-  for taps, weights in zip(rows, row_weights, strict=True):
-    out += narrow[taps] * weights[:, None, None]
-  return out * (np.float32(1) / (row_scale * column_scale))
-
-
-def _area_taps(size_in, size_out):
-  """Returns input indices [taps size_out], weights alike, and the scale."""
-  scale = np.float32(size_in) / np.float32(size_out)
-  out = np.arange(size_out, dtype=np.float32)
-  start, end = out * scale, (out + np.float32(1)) * scale
-  first = np.floor(start)
-  num_taps = int((np.ceil(end) - first).max())
-  cell = first + np.arange(num_taps, dtype=np.float32)[:, None]
-  covered = np.minimum(cell + 1, end) - np.maximum(cell, start)
-  weights = np.maximum(covered, 0).astype(np.float32)
-  return np.minimum(cell, size_in - 1).astype(np.int64), weights, scale

@@ -1,8 +1,4 @@
-"""Sources: index -> bytes -> (encoded image, labels).
-
-A source is one split of one data set with random access, whatever its format.
-`catalog.get_source` opens one by name.
-"""
+"""Sources: index -> bytes -> (encoded image, labels), whatever the format."""
 
 import abc
 import copy
@@ -28,27 +24,17 @@ _CHECKED_LABELS, _CHECKED_IN_BUCKETS = 1000, 64
 
 
 class Source(abc.ABC):
-  """One split of one data set.
+  """One split of one data set."""
 
-  Attributes:
-    dataset, split: the strings that it was opened with.
-    num_examples, num_classes: counts.
-    class_names: a name for each class.
-    multilabel: whether an image may have several labels, or none.
-    max_labels: the most labels of one image; 1 for single-label sets.
-    num_bytes: of all records; 0: unknown.
-    remote: whether they are in a bucket: slow to answer, quick to deliver.
-  """
-
-  dataset: str
+  dataset: str  # as it was opened, like the split
   split: str
   num_examples: int
   num_classes: int
   class_names: list[str]
-  multilabel: bool
-  max_labels: int
-  num_bytes: int = 0
-  remote: bool = False
+  multilabel: bool  # whether an image may have several labels, or none
+  max_labels: int  # of one image; 1 for single-label sets
+  num_bytes: int = 0  # of all records; 0: unknown
+  remote: bool = False  # in a bucket: slow to answer, quick to deliver
 
   @abc.abstractmethod
   def read(self, indices: np.ndarray) -> list[bytes]:
@@ -66,10 +52,7 @@ class Source(abc.ABC):
     """Returns the encoded image of a record, a scalar string."""
 
   def identity(self) -> str:
-    """Returns text that changes when the examples of the split do.
-
-    It is cheap: of files, their names and sizes. The folder does not matter.
-    """
+    """Returns text that changes when the examples do; not with the folder."""
     return f"{self.num_examples:,} examples"
 
   def locate(self) -> list[tuple[str, int, int]]:
@@ -77,10 +60,7 @@ class Source(abc.ABC):
     return []
 
   def parse(self, record: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor]:
-    """Parses one record, in a graph or eagerly.
-
-    Args:
-      record: scalar string, one of those that `read` returns.
+    """Parses one record that `read` returns, in a graph or eagerly.
 
     Returns:
       (encoded image: scalar string, labels: int32[max_labels]), padded with -1.

@@ -8,6 +8,7 @@ from vit_jax import config as configuration
 from vit_jax import data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError
+from vit_jax.evaluation import devices
 from vit_jax.evaluation.evaluators import make_evaluate
 from vit_jax.state import unflatten
 from vit_jax.training import losses, objectives
@@ -75,7 +76,7 @@ def evaluate(
     objective,
     test,
     mesh=mesh,
-    batch_size=sharding.round_up(chosen, mesh),
+    batch_size=devices.round_up(chosen, mesh),
     preprocess=weights.preprocess,
   )
   params = {path: x.read() for path, x in weights.params.items()}
@@ -85,7 +86,7 @@ def evaluate(
     "split": split,
     "image_size": list(weights.image_size),
     "preprocess": weights.preprocess,
-    **dict(run(sharding.replicate(mesh, unflatten(params)))),
+    **dict(run(devices.replicate(mesh, unflatten(params)))),
   }
 
 

@@ -12,21 +12,13 @@ from vit_jax.training.objectives import Classification, Objective
 
 
 class Evaluator(NamedTuple):
-  """One evaluation of a run.
+  """One evaluation of a run."""
 
-  Attributes:
-    name: "eval", or that of an entry of config.evals; its results are logged
-      as NAME/METRIC.
-    every: so many steps, and at the end; 0: at the end only.
-    metrics: those that checkpoints can be compared by, more is better; the
-      first is the usual one.
-    run: params -> iterator of (metric, value).
-  """
-
-  name: str
-  every: int
+  name: str  # "eval", or that of an entry of config.evals
+  every: int  # so many steps, and at the end; 0: at the end only
+  # What checkpoints can be compared by, more is better; the first is usual.
   metrics: tuple[str, ...]
-  run: Callable
+  run: Callable  # params -> iterator of (metric, value)
 
 
 def make_evaluators(
@@ -39,8 +31,7 @@ def make_evaluators(
 
   Args:
     config: with the keys of configs/common.py.
-    sources: the data of each evaluation by name: the test set; the training and
-      the test set of a few-shot evaluation.
+    sources: {evaluation: its data}, as `inputs.Inputs` has them.
     objective: what the run trains for.
     **where: `mesh` and `before_batch` of `make_sums`.
 
@@ -66,9 +57,8 @@ def _make_own(config, e, sources, objective, **where):
 
 def _make_fewshot(config, e, sources, objective, **where):
   # Without a head, so that any model will do; its parameters may have one.
-  model = models.create(
-    num_classes=0, image_size=config.image_size, **config.model
-  )
+  options = {"image_size": config.image_size, **config.model}
+  model = models.create(num_classes=0, **options)
   train, test = sources
   metrics = tuple(f"{count}shot" for count in e.shots)
   return metrics, fewshot.make_evaluate(model, train, test, e.shots, **where)
@@ -90,22 +80,14 @@ def check_types(config) -> None:
 def make_evaluate(
   objective: Objective, source: data.Source, **where
 ) -> Callable:
-  """Returns params -> iterator of (name, value): how well it is reached.
+  """Returns params -> iterator of (metric, value) of an objective's test set.
 
-  Which patches of an image are corrupted, and how, depends on its place in the
-  data set alone: the same on any number of devices, in every evaluation.
-
-  Args:
-    objective: what the model was trained for.
-    source: the test set; every example counts once, on any number of devices.
-    **where: the other arguments of `make_sums`.
+  `where` has the other arguments of `make_sums`.
   """
-  sums = make_sums(
-    objective.eval_step, model=objective.model, source=source, **where
-  )
-  return lambda params: objective.summarize(
-    add_up(sums(params)), source.multilabel
-  )
+  where |= {"model": objective.model, "source": source}
+  sums = make_sums(objective.eval_step, **where)
+  several = source.multilabel
+  return lambda params: objective.summarize(add_up(sums(params)), several)
 
 
 def find_best(

@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax import data, pretrained, sharding
 from vit_jax.errors import UserError
-from vit_jax.evaluation import fewshot
+from vit_jax.evaluation import devices, fewshot
 
 
 def linear(
@@ -98,8 +98,8 @@ def _check_options(shots, seeds, l2):
 def _extract(loaded, splits, preprocess, batch_size):
   """Returns (features, labels) of each split."""
   mesh = sharding.make_mesh()
-  params = sharding.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
-  size = sharding.round_up(batch_size, mesh)
+  params = devices.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
+  size = devices.round_up(batch_size, mesh)
   where = {"mesh": mesh, "batch_size": size, "preprocess": preprocess}
   return [
     fewshot.make_extract(model=loaded.model, source=source, **where)(params)

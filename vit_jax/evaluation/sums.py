@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax import data, models, sharding
 from vit_jax.data import preprocess as preprocessing
+from vit_jax.training.inputs import prefetch
 
 
 def make_sums(
@@ -30,10 +31,9 @@ def make_sums(
     eval_step: (params, batch) -> sums over the examples whose mask is set, or
       something of each. The batch is that of `data.eval_batches`, and "index"
       i32[b], the place of each example in the data set.
-    model: the model.
-    source: the test set; every example counts once, on any number of devices.
-    mesh: where to compute.
-    batch_size: of the global batch.
+    model: whose image size it is.
+    source: every example counts once, on any number of devices.
+    mesh, batch_size: where to compute, and how many over all devices.
     preprocess: evaluation preprocessing.
     before_batch: may raise, to end an evaluation between two batches.
 
@@ -43,10 +43,8 @@ def make_sums(
   sharding.check_batch_size(batch_size, mesh)
   # A mistake shows now, not at the first evaluation.
   preprocessing.parse(preprocess, model.image_size, evaluation=True)
-  everywhere = NamedSharding(mesh, P())
-  eval_step = jax.jit(
-    sharding.on_mesh(mesh, eval_step), out_shardings=everywhere
-  )
+  step = sharding.on_mesh(mesh, eval_step)
+  eval_step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
   def run(params):
     rows = sharding.local_rows(mesh, batch_size)
@@ -66,11 +64,7 @@ def make_sums(
 
 
 def add_up(sums: Iterable[dict]) -> dict:
-  """Adds up the sums of all batches, in float64: exact for counts of any size.
-
-  Returns:
-    {name: f64[...]}; what is not there counts as 0.
-  """
+  """Returns {name: f64[...]}, the totals of all batches, 0 for other names."""
   totals: collections.defaultdict = collections.defaultdict(np.float64)
   for batch_sums in fetch(sums):
     for name, x in batch_sums.items():
@@ -79,11 +73,5 @@ def add_up(sums: Iterable[dict]) -> dict:
 
 
 def fetch(results: Iterable) -> Iterator:
-  """Yields results of the devices on the host, a few behind their start."""
-  running = collections.deque()
-  for result in results:
-    running.append(result)
-    if len(running) > sharding.RUN_AHEAD:
-      yield jax.device_get(running.popleft())
-  while running:
-    yield jax.device_get(running.popleft())
+  """Returns results of the devices on the host, a few behind their start."""
+  return map(jax.device_get, prefetch(results, sharding.RUN_AHEAD))

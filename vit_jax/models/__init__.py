@@ -28,7 +28,7 @@ def create(
       A ResNet takes only `head_bias_init`, `dtype` and `remat` of the options.
     num_classes: k, the width of the head; 0 for none.
     image_size: pixels, an integer or (h, w); divisible by the patch.
-    **options: keys of `config.model`, the attributes of `config.ViTConfig`.
+    **options: keys of `config.model`, see configs/common.py.
 
   Raises:
     UserError: a value that is not one of the choices, or an image size that
@@ -36,7 +36,10 @@ def create(
   """
   config = make_config(variant, num_classes, options)
   sizes = variants.parse(variant)
+  make = vit.VisionTransformer
+  if sizes.encoder is None:
+    make = resnet.BiT
+    resnet.check_options(variant, config)
   height_width = check_image_size(image_size, sizes)
   grid = tuple(-(-side // sizes.stride) for side in height_width)
-  make = vit.VisionTransformer if config.num_layers else resnet.BiT
   return as_model(make, config, height_width, grid)

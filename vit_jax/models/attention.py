@@ -1,10 +1,9 @@
 """Multi-head attention; in bfloat16 fused, with no [n n] array in memory.
 
 On GPUs cuDNN's kernel is used, on TPUs that of this module. Without it, XLA
-writes every head's [n n] scores to memory and reads them again, several times,
-forward and backward. The kernel keeps them on the chip: it takes some images
-and as many heads as fill the lanes, all their tokens at once, and writes only
-the result. The backward pass computes them again.
+writes every head's [n n] scores to memory and reads them again, several times.
+The kernel keeps them on the chip: it takes some images and as many heads as
+fill the lanes, all their tokens at once. The backward pass computes them again.
 """
 
 import functools
@@ -141,8 +140,7 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   Args:
     which: "forward" of query [b q d], key and value [b n d]; "backward" of
       these and the result's gradient [b q d], whose padding is zero.
-    head_dim: width of a head.
-    valid: how many tokens are not padding.
+    head_dim, valid: width of a head; how many tokens are not padding.
     *arrays: of these.
     interpret: whether to compute it without a TPU, for tests.
 
@@ -166,8 +164,8 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   return pl.pallas_call(
     functools.partial(kernel, head_dim=head_dim, valid=valid),
     grid=(b // images, d // lanes),
-    in_specs=[block(x) for x in arrays],
-    out_specs=[block(x) for x in outputs],
+    in_specs=[*map(block, arrays)],
+    out_specs=[*map(block, outputs)],
     out_shape=outputs,
     interpret=interpret,
     cost_estimate=cost,
@@ -214,32 +212,26 @@ def _run(which, head_dim, valid, *arrays):
   if mesh.empty:
     return call(*arrays)
   rows = P(mesh.axis_names)
-  return jax.shard_map(call, in_specs=rows, out_specs=rows, check_vma=False)(
-    *arrays
-  )
+  split = {"in_specs": rows, "out_specs": rows, "check_vma": False}
+  return jax.shard_map(call, **split)(*arrays)
 
 
 def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
   """Returns a function like `attend` for the devices that are traced for.
 
-  None if there is no fused attention for them and for these sizes: `tokens` of
-  an image with padding, `width` d.
+  None if they have none for as many `tokens`, with padding, and this `width` d.
   """
   head_dim = width // num_heads
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
   if device.platform == "gpu":
-    return attend_by_cudnn if _has_flash(head_dim) else None
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    number = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's have names
+    recent = number is not None and int(number[1]) >= _AMPERE
+    fits = recent and head_dim % 8 == 0 and head_dim <= 128
+    return attend_by_cudnn if fits else None
   whole = width % math.lcm(LANES, head_dim) == 0
   fits = whole and tokens % ROWS == 0 and tokens <= _MAX_TOKENS
   return attend if fits and device.device_kind not in _OLD_TPUS else None
-
-
-def _has_flash(head_dim):
-  """Returns whether this machine's GPU and cuDNN can do heads of that width."""
-  capability = getattr(jax.devices()[0], "compute_capability", "")
-  number = re.fullmatch(r"(\d+)\.\d+", capability)  # AMD's have names
-  recent = number is not None and int(number[1]) >= _AMPERE
-  return recent and head_dim % 8 == 0 and head_dim <= 128
 
 
 def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
@@ -258,18 +250,15 @@ def attend(query, key, value, num_heads: int, valid: int):
   """softmax(query key^T / sqrt(d/a)) value of each head: [b q d].
 
   Args:
-    query: [b q d].
-    key, value: [b n d]; rows from `valid` on are padding.
-    num_heads: a; the columns of a head are side by side.
-    valid: how many tokens are not padding.
+    query, key, value: [b q d] and [b n d], of which rows from `valid` on are
+      padding; the columns of a head are side by side.
+    num_heads, valid: a; how many tokens are not padding.
   """
   head_dim = query.shape[-1] // num_heads
   return jax.lax.platform_dependent(
-    query,
-    key,
-    value,
+    *(query, key, value),
     tpu=lambda *x: _run("forward", head_dim, valid, *x)[0],
-    default=lambda *x: attend_plainly(*x, num_heads, valid)[0],  # pyright: ignore[reportCallIssue]
+    default=functools.partial(_attend_alone, num_heads, valid),
   )
 
 
@@ -278,10 +267,8 @@ def attend_plainly(
 ):
   """Returns what `attend` does, and the weights f32[b a q n].
 
-  Args:
-    query, key, value, num_heads, valid: as in `attend`.
-    offsets: f32[b a q n], added to the scores.
-    drop: function of the weights, applied before the product with the values.
+  `offsets`, f32[b a q n], are added to the scores; `drop` is a function of the
+  weights, applied before the product with the values.
   """
   query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
   query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
@@ -298,6 +285,10 @@ def attend_plainly(
   return x.reshape(*x.shape[:2], -1), weights
 
 
+def _attend_alone(num_heads, valid, query, key, value):
+  return attend_plainly(query, key, value, num_heads, valid)[0]
+
+
 def split_heads(x, num_heads: int):
   """[b n d] -> [b n a d/a]."""
   return x.reshape(*x.shape[:2], num_heads, -1)
@@ -309,18 +300,11 @@ def _attend_forward(query, key, value, num_heads, valid):
 
 def _attend_backward(num_heads, valid, saved, gradient):
   head_dim = gradient.shape[-1] // num_heads
-
-  def plain(query, key, value, gradient):
-    def forward(*x):
-      return attend_plainly(*x, num_heads, valid)[0]  # pyright: ignore[reportCallIssue]
-
-    return tuple(jax.vjp(forward, query, key, value)[1](gradient))
-
+  plain = functools.partial(_attend_alone, num_heads, valid)
   return jax.lax.platform_dependent(
-    *saved,
-    gradient,
+    *(*saved, gradient),
     tpu=lambda *x: tuple(_run("backward", head_dim, valid, *x)),
-    default=plain,
+    default=lambda *x: jax.vjp(plain, *x[:3])[1](x[3]),
   )
 
 
@@ -343,11 +327,8 @@ class MultiHeadDotProductAttention(nn.Module):
   def __call__(self, inputs_q, inputs_kv, valid, weights=False, affine=None):
     """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
 
-    Args:
-      inputs_q, inputs_kv: rows of inputs_kv from `valid` on are padding.
-      valid: how many rows are not.
-      weights: whether to return them; else None takes their place.
-      affine: of both inputs, see `LayerNorm`.
+    Rows of `inputs_kv` from `valid` on are padding. None takes the place of
+    `weights` that are not asked for. `affine` of both inputs: see `LayerNorm`.
     """
     width, num_heads = inputs_q.shape[-1], self.config.num_heads
     heads = (num_heads, width // num_heads)
@@ -370,14 +351,13 @@ class MultiHeadDotProductAttention(nn.Module):
     whole = inputs_q.shape[1] % ROWS == 0 and self.config.use_tpu_layout
     if whole and not (weights or self.relative or drops):
       fused = find_fused(n, width, num_heads)
+    what = (query, key, value, num_heads, valid)
     if fused:
-      x, found = fused(query, key, value, num_heads, valid), None
+      x, found = fused(*what), None
     else:
       offsets = self.score_offsets(query, n, valid) if self.relative else None
       drop = Dropout(self.dropout_rate, self.deterministic)
-      x, found = attend_plainly(
-        query, key, value, num_heads, valid, offsets, drop
-      )
+      x, found = attend_plainly(*what, offsets, drop)
     out = Dense(self.config, (*heads, width), in_axes=2, name="out")
     return out(x), found
 
@@ -390,16 +370,11 @@ class MultiHeadDotProductAttention(nn.Module):
     num_queries, n = query.shape[1], valid
     query = split_heads(query[:, :n], self.config.num_heads)
     query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
-    embedding = self.param(
-      "relative_embedding",
-      nn.initializers.normal(0.02),
-      (2 * n - 1, *query.shape[2:]),
-    )
+    init, shape = nn.initializers.normal(0.02), (2 * n - 1, *query.shape[2:])
+    embedding = self.param("relative_embedding", init, shape)
+    embedding = embedding.astype(query.dtype)
     by_offset = jnp.einsum(
-      "bqad,rad->baqr",
-      query,
-      embedding.astype(query.dtype),
-      preferred_element_type=jnp.float32,
+      "bqad,rad->baqr", query, embedding, preferred_element_type=jnp.float32
     )
     # Row q holds the offsets -q .. n-1-q of its keys 0 .. n-1.
     row = jnp.arange(query.shape[1])[:, None]

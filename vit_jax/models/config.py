@@ -14,13 +14,9 @@ from vit_jax.models import variants
 
 
 def _option(default, *choices, rate=False, resnet=False):
-  """Declares a key of `config.model`.
+  """Declares a key of `config.model`: its default and its other choices.
 
-  Args:
-    default: its value if it is not given.
-    *choices: its other values, if they can be listed.
-    rate: whether it is a probability below 1.
-    resnet: whether it means something for a ResNet too.
+  A `rate` is a probability below 1; `resnet`: it has a meaning there too.
   """
   choices = (default, *choices) if choices else ()
   metadata = {"choices": choices, "rate": rate, "resnet": resnet}
@@ -31,40 +27,18 @@ def _option(default, *choices, rate=False, resnet=False):
 class ViTConfig:
   """Everything that decides a model, but for the size of its images.
 
-  Attributes:
-    num_classes: k, the width of the head; 0 for none.
-    hidden_size, num_layers, mlp_dim, num_heads: of the encoder; 0 for a ResNet.
-    patch_size: of the patches that the encoder sees, see `variants.Variant`.
-    units: of each stage of a hybrid's or a ResNet's; None for a plain ViT.
-    width: of a ResNet, times 64.
-    classifier: "token" (a class token), "gap" (mean of the patch tokens) or
-      "map" (attention pooling).
-    representation_size: width of the tanh layer before the head; 0 for none,
-      -1 for the hidden size.
-    pos_embedding: "learned" (1-D), "2d" (learned, a half for each axis),
-      "sincos2d" (fixed), "relative" (in the attention) or "none".
-    pos_embedding_at: "input", "every_layer" or "every_layer_shared".
-    activation: "gelu_tanh" (the paper) or "gelu_erf" (PyTorch).
-    layer_norm_epsilon: added to variances.
-    dropout_rate: after every dense layer but query, key and value, and after
-      the position embedding (the paper, Appendix B.1).
-    attention_dropout_rate: of the attention weights.
-    stochastic_depth_rate: of the last block; earlier ones linearly less.
-    head_bias_init: the head's initial bias.
-    dtype: of the matrix products, "float32" or "bfloat16".
-    scan: trace one block and loop over stacked parameters.
-    remat: what a block keeps for the backward pass: "none" (all of it), "dots"
-      (the results of its weight products) or "full" (nothing but its input).
+  Sizes come from the variant's name, 0 for what it does not have; the options
+  are the keys of `config.model`, which configs/common.py explains.
   """
 
-  num_classes: int
+  num_classes: int  # k, the width of the head; 0 for none
   hidden_size: int = 0
   num_layers: int = 0
   mlp_dim: int = 0
   num_heads: int = 0
-  patch_size: int = 0
-  units: tuple[int, ...] | None = None
-  width: int = 0
+  patch_size: int = 0  # of the patches that the encoder sees
+  units: tuple[int, ...] | None = None  # of a ResNet's stages, see `Variant`
+  width: int = 0  # of a ResNet, times 64
   classifier: str = _option("token", "gap", "map")
   representation_size: int = _option(0)
   pos_embedding: str = _option("learned", "2d", "sincos2d", "relative", "none")
@@ -84,8 +58,7 @@ class ViTConfig:
     """Whether to compute in the way that suits TPUs best: in bfloat16.
 
     Tokens are padded, attention is a kernel, LayerNorm's scale and bias become
-    part of the next product. Float32 is as the paper has it, and what the
-    former is tested against.
+    part of the next product. Float32 is as the paper has it, and the reference.
     """
     return jnp.dtype(self.dtype) == jnp.bfloat16
 
@@ -107,16 +80,10 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
   Raises:
     UserError: an unknown variant, or a value that an option cannot have.
   """
-  sizes = variants.parse(variant)
-  encoder = sizes.encoder._asdict() if sizes.encoder else {}
-  config = ViTConfig(
-    num_classes=num_classes,
-    patch_size=sizes.patch_size,
-    units=sizes.units,
-    width=sizes.width,
-    **encoder,
-    **options,
-  )
+  sizes = variants.parse(variant)._asdict()
+  encoder, _ = sizes.pop("encoder"), sizes.pop("stride")
+  sizes |= encoder._asdict() if encoder else {}
+  config = ViTConfig(num_classes=num_classes, **sizes, **options)
   for name, option in _OPTIONS.items():
     value = getattr(config, name)
     if option.metadata["choices"]:
@@ -134,8 +101,6 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
     )
   if encoder:
     _check_positions(variant, config)
-  else:
-    _check_resnet(variant, config)
   return config
 
 
@@ -151,19 +116,4 @@ def _check_positions(variant, config):
     raise UserError(
       f"model.pos_embedding {kind!r} needs a hidden size divisible by {parts}; "
       f"{variant} has {config.hidden_size}"
-    )
-
-
-def _check_resnet(variant, config):
-  for name, option in _OPTIONS.items():
-    value = getattr(config, name)
-    if not option.metadata["resnet"] and value != option.default:
-      raise UserError(
-        f"model.{name} is {value!r}, which means nothing for the ResNet "
-        f"{variant}; leave it at {option.default!r}"
-      )
-  if config.remat == "dots":
-    raise UserError(
-      f"model.remat 'dots' keeps nothing of {variant}, which is all "
-      "convolutions; use 'full' or 'none'"
     )

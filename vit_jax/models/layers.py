@@ -17,12 +17,9 @@ ROWS = 8  # of a vector register
 
 
 def drop_path(x, rate, key):
-  """Drops whole examples of a residual branch (arXiv 1603.09382).
+  """Drops whole examples of a residual branch [b n d] (arXiv 1603.09382).
 
-  Args:
-    x: [b n d], the branch.
-    rate: probability of dropping, a scalar that may be traced.
-    key: PRNG key.
+  `rate` is the probability of dropping, which may be traced.
   """
   keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
   return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
@@ -61,8 +58,7 @@ def count_rows(config: ViTConfig, n: int) -> int:
 def pad_tokens(config: ViTConfig, x):
   """Appends zeros to [b n d], so that n fills the rows of TPU registers.
 
-  Then [b n d] and [b*n d] have the same memory layout, and XLA needs no copies
-  between them.
+  Then it has the memory layout of [b*n d], and XLA copies nothing in between.
   """
   n = x.shape[1]
   return jnp.pad(x, ((0, 0), (0, count_rows(config, n) - n), (0, 0)))
@@ -71,8 +67,7 @@ def pad_tokens(config: ViTConfig, x):
 def gather(kernel):
   """Constrains a kernel that is sharded by fsdp to be whole on each device.
 
-  Left to itself, XLA's partitioner makes a loop of a product with a sharded
-  kernel, of small products with a piece each.
+  Else XLA's partitioner makes a loop of small products of a product with it.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
@@ -83,8 +78,7 @@ def gather(kernel):
 def spread(x):
   """Constrains [b*n d] to stay sharded by images over all devices.
 
-  With kernels sharded by fsdp the partitioner may otherwise all-gather the
-  tokens.
+  Else the partitioner may all-gather them, where kernels are sharded by fsdp.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -125,8 +119,7 @@ class Dense(nn.Module):
   """A dense layer, whose kernel may be stored with the heads apart.
 
   The product is that of the flattened kernel: its result has the heads side by
-  side, as `attention.attend` takes them, which a product with the kernel as it
-  is stored would have to be copied for.
+  side, as `attention.attend` takes them, without a copy.
   """
 
   config: ViTConfig

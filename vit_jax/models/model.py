@@ -1,7 +1,7 @@
 """A model as two pure functions, whatever module it is made from."""
 
+import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +20,8 @@ class Model(NamedTuple):
       gives the same values, scanned or not.
     apply: `(params, images, *, train=False, key=None, intermediates=False)` ->
       logits f32[b k], or (logits, {name: array}). Images are f32[b h w 3] in
-      [-1, 1].
-      `key` feeds dropout and stochastic depth; it is needed when training.
-      With 0 classes the representation f32[b d] takes the logits' place.
+      [-1, 1]. Training needs the `key`, for dropout and stochastic depth. With
+      0 classes the representation f32[b d] takes the logits' place.
     image_size: (h, w) in pixels.
     grid: (h, w) in tokens, or in cells of a ResNet's output.
     num_layers: the encoder's blocks, 0 for a ResNet.
@@ -35,16 +34,12 @@ class Model(NamedTuple):
   num_layers: int
 
 
-def _promoting(function):
+@contextlib.contextmanager
+def _promoting():
   """Allows the promotions that the user's own code may forbid itself."""
-
-  @functools.wraps(function)
-  def run(*args, **kwargs):
-    rank = jax.numpy_rank_promotion("allow")
-    with rank, jax.numpy_dtype_promotion("standard"):
-      return function(*args, **kwargs)
-
-  return run
+  rank = jax.numpy_rank_promotion("allow")
+  with rank, jax.numpy_dtype_promotion("standard"):
+    yield
 
 
 def as_model(make, config, image_size, grid, *inputs) -> Model:
@@ -57,26 +52,20 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
   # same numbers in both forms.
   initial = make(dataclasses.replace(config, scan=False))
 
-  @_promoting
+  @_promoting()
   def init(key):
     image = jnp.zeros((1, *image_size, 3))
     params = initial.init(key, image, *inputs)["params"]
     return params if module == initial else stack_blocks(params)
 
-  @_promoting
+  @_promoting()
   def apply(
     params, images, *inputs, train=False, key=None, intermediates=False
   ):
     assert key is not None or not train, "training needs a key"
     rngs = {} if key is None else {"dropout": key}
-    logits, out = module.apply(
-      {"params": params},
-      images,
-      *inputs,
-      train=train,
-      intermediates=intermediates,
-      rngs=rngs,
-    )
+    options = {"train": train, "intermediates": intermediates, "rngs": rngs}
+    logits, out = module.apply({"params": params}, images, *inputs, **options)
     return (logits, out) if intermediates else logits
 
   return Model(init, apply, image_size, grid, config.num_layers)
@@ -84,9 +73,7 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
   """Returns what the head gets, f32[b d], of a model's intermediates."""
-  if "pre_logits" in intermediates:
-    return intermediates["pre_logits"]
-  return intermediates["pooled"]
+  return intermediates.get("pre_logits", intermediates["pooled"])
 
 
 def check_image_size(image_size, sizes: Variant) -> tuple[int, int]:

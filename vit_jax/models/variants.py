@@ -16,22 +16,13 @@ class Encoder(NamedTuple):
 
 
 class Variant(NamedTuple):
-  """What a name stands for.
+  """What a name stands for."""
 
-  Attributes:
-    encoder: None for a ResNet.
-    patch_size: of the patches that the encoder sees: pixels, or in a hybrid
-      cells of the ResNet's output. 0 for a ResNet.
-    units: of each stage of the ResNet; () has its root alone, None no ResNet.
-    width: of the ResNet, times 64.
-    stride: pixels along a side of a token, or of a cell of a ResNet's output.
-  """
-
-  encoder: Encoder | None
-  patch_size: int
-  units: tuple[int, ...] | None
-  width: int
-  stride: int
+  encoder: Encoder | None  # None for a ResNet
+  patch_size: int  # in pixels, or a hybrid's cells of the ResNet's output; or 0
+  units: tuple[int, ...] | None  # of the ResNet's stages; (): its root alone
+  width: int  # of the ResNet, times 64
+  stride: int  # pixels along a side of a token, or of a cell of the output
 
 
 # N ("nano") is ours, for the quickstart and for tests. Ti and S are DeiT's
@@ -87,7 +78,7 @@ def parse(name: str) -> Variant:
     return Variant(None, 0, units, int(match[2]), 2 ** (len(units) + 1))
   match = re.fullmatch(r"(?:(R\w*)\+)?ViT-(\w+)[_/]([1-9]\d*)", name)
   if match:
-    encoder, patch = parse_encoder(match[2]), int(match[3])
+    encoder, patch = _parse_encoder(match[2]), int(match[3])
     if encoder and not match[1]:
       return Variant(encoder, patch, None, 0, patch)
     if encoder and (match[1], patch) in HYBRIDS:
@@ -105,7 +96,7 @@ def parse(name: str) -> Variant:
   )
 
 
-def parse_encoder(size: str) -> Encoder | None:
+def _parse_encoder(size):
   """Returns the sizes of "B" or of "w768d12m3072h12", None for neither."""
   if size in ENCODERS:
     return ENCODERS[size]
@@ -113,24 +104,4 @@ def parse_encoder(size: str) -> Encoder | None:
   sizes = Encoder(*map(int, match.groups())) if match else None
   if sizes and min(sizes) > 0 and sizes.hidden_size % sizes.num_heads == 0:
     return sizes
-  return None
-
-
-def name_of(
-  encoder: Encoder | None,
-  patch_size: int,
-  units: tuple[int, ...] | None,
-  width: int = 1,
-) -> str | None:
-  """Returns the name that `parse` would read so, None if there is none."""
-  if encoder is None:
-    depths = [name for name, value in RESNETS.items() if value == units]
-    return f"{depths[0]}x{width}" if depths else None
-  sizes = [name for name, value in ENCODERS.items() if value == encoder]
-  size = sizes[0] if sizes else "w{}d{}m{}h{}".format(*encoder)
-  if units is None:
-    return f"ViT-{size}_{patch_size}"
-  for (resnet, patch), value in HYBRIDS.items():
-    if value == (units, patch_size) and width == 1:
-      return f"{resnet}+ViT-{size}_{patch}"
   return None

@@ -43,9 +43,8 @@ class MlpBlock(nn.Module):
   def __call__(self, x, affine=None):
     """[... d] -> [... d]; `affine` see `LayerNorm`."""
     config, width, inner = self.config, x.shape[-1], self.config.mlp_dim
-    dense = functools.partial(
-      Dense, config, bias_init=nn.initializers.normal(1e-6)
-    )
+    init = nn.initializers.normal(1e-6)
+    dense = functools.partial(Dense, config, bias_init=init)
     # XLA sums this bias's gradient where it makes it, beside a product.
     x = dense((width, inner), sum_by_product=False)(x, affine)
     x = ACTIVATIONS[config.activation](x)
@@ -99,22 +98,19 @@ class Encoder1DBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, drop_path_rate, shared_positions):
-    """Applies the block.
+    """[b*n d], all images' `pad_tokens` in a row -> the same, intermediates.
+
+    With `first_only` of each image the first tokens alone.
 
     Args:
-      x: [b*n d]: the tokens of `pad_tokens`, those of all images in a row.
+      x: the tokens.
       drop_path_rate: f32[], or None for no stochastic depth.
       shared_positions: f32[1 num_tokens d], added first, or None.
-
-    Returns:
-      [b*n d], or the first token or tokens of each image alone, and the
-      intermediates by name (empty if not asked for).
     """
     config, n = self.config, self.num_tokens
     b = x.shape[0] // layers.count_rows(config, n)
 
-    def split(y):
-      """[b*n d] -> [b n d]."""
+    def split(y):  # [b*n d] -> [b n d]
       return y.reshape(b, -1, y.shape[-1])
 
     def branch(y):
@@ -240,18 +236,13 @@ class MAPHead(nn.Module):
   @nn.compact
   def __call__(self, x, weights=False):
     """[b n d] -> [b d], and the weights f32[b a n] if they are wanted."""
-    probe = self.param(
-      "probe", nn.initializers.xavier_uniform(), (1, 1, x.shape[-1])
-    )
+    init = nn.initializers.xavier_uniform()
+    probe = self.param("probe", init, (1, 1, x.shape[-1]))
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
-    x, seen = MultiHeadDotProductAttention(self.config)(
-      probe, x, x.shape[1], weights
-    )
+    attend = MultiHeadDotProductAttention(self.config)
+    x, seen = attend(probe, x, x.shape[1], weights)
     x = x + MlpBlock(self.config)(*LayerNorm(self.config)(x))
-    if not weights:
-      return x[:, 0], None
-    assert seen is not None
-    return x[:, 0], seen[:, :, 0]
+    return x[:, 0], None if seen is None or not weights else seen[:, :, 0]
 
 
 class VisionTransformer(nn.Module):
@@ -299,10 +290,7 @@ class VisionTransformer(nn.Module):
     return x, out | {"stem": x}
 
   def encode(self, x, train, intermediates, first_only=False):
-    """[b h' w' d] -> the encoder's tokens [b n d], intermediates by name.
-
-    With `first_only` the first token alone, [b 1 d].
-    """
+    """[b h' w' d] -> tokens [b n d], or the first [b 1 d]; intermediates."""
     (b, *grid, d) = x.shape
     x = x.reshape(b, -1, d)
     if self.config.classifier == "token":

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 
 from vit_jax import files
-from vit_jax.data.preprocess import rescale
 from vit_jax.errors import RunStopped, UserError, check_choice, check_free
 from vit_jax.models import variants
 from vit_jax.pretrained import (
@@ -30,6 +29,7 @@ from vit_jax.pretrained.loaded import assemble as assemble
 from vit_jax.pretrained.loaded import check_numerics as check_numerics
 from vit_jax.pretrained.loaded import describe as describe
 from vit_jax.pretrained.loaded import fold_normalization as fold_normalization
+from vit_jax.pretrained.loaded import rescale as rescale
 from vit_jax.pretrained.warmstart import match_layout
 from vit_jax.pretrained.weights import Weights
 

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from vit_jax import files
 from vit_jax.errors import UserError
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray
 
 # np.savez writes bfloat16, which NumPy does not know, as two raw bytes.
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

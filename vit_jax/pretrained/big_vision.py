@@ -7,12 +7,10 @@ token: what the token would get is added to the token itself, which is the same.
 import pathlib
 from collections.abc import Mapping
 
-from vit_jax.models import variants
 from vit_jax.pretrained import archives, tables
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray, as_lazy
+from vit_jax.pretrained.weights import LazyArray, Weights, as_lazy
 
 ORIGIN = "big_vision"
 _OLD_POS_EMBEDDING = "Transformer/pos_embedding"
@@ -66,7 +64,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
       source, tables.shape_of(source, arrays, "pos_embedding", 3)[1]
     )
   model = {
-    "variant": variants.name_of(encoder, patch, None),
+    "variant": tables.name_variant(encoder, patch, None),
     "classifier": "token"
     if token
     else "map"

@@ -9,8 +9,7 @@ from vit_jax.models import variants
 from vit_jax.pretrained import archives, tables
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.vision_transformer import describe_units
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "big_transfer"
 _UNIT = r"(block\d+/unit\d+)"
@@ -60,7 +59,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   width = tables.shape_of(source, arrays, root, 4)[-1] // 64
   bare = [name.removeprefix("resnet/") for name in arrays]
   units = describe_units(["conv_root/", *bare])
-  variant = variants.name_of(None, 0, units, width)
+  variant = tables.name_variant(None, 0, units, width)
   if variant is None:
     raise UserError(
       f"{source}: a ResNet with {units} units; known are "

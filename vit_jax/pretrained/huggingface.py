@@ -25,8 +25,7 @@ from vit_jax.pretrained.torch_folders import (
   norm_rules,
 )
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "huggingface"
 _NAME = "Hugging Face's ViT"
@@ -194,7 +193,7 @@ def _read_model(fields, representation_size):
   activation = fields.get("hidden_act", "gelu")
   check_choice(f"{fields.source}: hidden_act", activation, _ACTIVATIONS)
   return {
-    "variant": variants.name_of(encoder, patch[0], None),
+    "variant": tables.name_variant(encoder, patch[0], None),
     "classifier": "token",
     "representation_size": representation_size,
     "activation": _ACTIVATIONS[activation],

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import models
-from vit_jax.data.preprocess import rescale
+from vit_jax.data import preprocess as preprocessing
+from vit_jax.data.sizes import as_pair, scale_side
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained import positions
 from vit_jax.pretrained.warmstart import Report, warm_start
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray, flatten, unflatten
+from vit_jax.pretrained.weights import LazyArray, Weights
+from vit_jax.state import flatten, unflatten
 
 log = logging.getLogger(__name__)
 
@@ -301,3 +302,33 @@ def check_numerics(weights: Weights, config) -> None:
       f"{weights.source} was trained with another arithmetic; add "
       f"{' '.join(changes)}"
     )
+
+
+def rescale(
+  text: str,
+  old_size: int | tuple[int, int],
+  new_size: int | tuple[int, int],
+) -> str:
+  """Returns an evaluation string that shows as much at another resolution.
+
+  Every size in it is scaled alike, the fixed ones as well as `size`:
+  resize_small(256)|central_crop(size), for 224 pixels, becomes
+  resize_small(512)|central_crop(448) for 448, with the same part of the image.
+
+  Args:
+    text: the string, for images of `old_size`.
+    old_size: (height, width) or both, pixels.
+    new_size: likewise.
+
+  Raises:
+    UserError: the string is wrong.
+  """
+  old_size, new_size = as_pair(old_size), as_pair(new_size)
+  ops = []
+  for name, arguments in preprocessing.parse(text, old_size, evaluation=True):
+    key, size = next(iter(arguments.items()))  # operations take the size first
+    sides = tuple(map(scale_side, as_pair(size), old_size, new_size))
+    scaled = max(sides) if name == "resize_small" else sides
+    values = {**arguments, key: scaled}
+    ops.append(f"{name}({', '.join(f'{k}={v!r}' for k, v in values.items())})")
+  return "|".join(ops)

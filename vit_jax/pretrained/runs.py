@@ -6,11 +6,11 @@ import time
 from etils import epath
 
 from vit_jax import checkpoint, files
-from vit_jax.data.preprocess import as_pair
+from vit_jax.data.sizes import as_pair
 from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.pretrained import tables
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import as_lazy, unflatten
+from vit_jax.pretrained.weights import Weights, as_lazy
+from vit_jax.state import unflatten
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from vit_jax import models
 from vit_jax.errors import UserError, suggest
 from vit_jax.models import variants
 from vit_jax.pretrained.warmstart import by
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 
 class Kind(NamedTuple):
@@ -274,3 +273,27 @@ def shape_of(
 def width_of(arrays: Mapping[str, LazyArray], name: str) -> int:
   """Returns the last axis of an array, 0 if there is no such array."""
   return sum(arrays[name].shape[-1:]) if name in arrays else 0
+
+
+def name_variant(
+  encoder: variants.Encoder | None,
+  patch_size: int,
+  units: tuple[int, ...] | None,
+  width: int = 1,
+) -> str | None:
+  """Returns the name that `variants.parse` reads so, None if there is none."""
+  if encoder is None:
+    depths = [
+      name for name, value in variants.RESNETS.items() if value == units
+    ]
+    return f"{depths[0]}x{width}" if depths else None
+  sizes = [
+    name for name, value in variants.ENCODERS.items() if value == encoder
+  ]
+  size = sizes[0] if sizes else "w{}d{}m{}h{}".format(*encoder)
+  if units is None:
+    return f"ViT-{size}_{patch_size}"
+  for (resnet, patch), value in variants.HYBRIDS.items():
+    if value == (units, patch_size) and width == 1:
+      return f"{resnet}+ViT-{size}_{patch}"
+  return None

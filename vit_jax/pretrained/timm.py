@@ -26,8 +26,7 @@ from vit_jax.pretrained.torch_folders import (
   norm_rules,
 )
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "timm"
 _NAME = "timm's ViT"
@@ -146,7 +145,7 @@ def read(
     ORIGIN,
     source,
     {
-      "variant": variants.name_of(encoder, patch, None),
+      "variant": tables.name_variant(encoder, patch, None),
       "classifier": classifier,
       "pos_embedding": "learned" if "pos_embed" in arrays else "none",
       "activation": _find_activation(architecture, arguments),

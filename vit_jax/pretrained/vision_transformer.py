@@ -15,8 +15,7 @@ from vit_jax.models import variants
 from vit_jax.pretrained import archives, tables
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.warmstart import POS_EMBEDDING
-from vit_jax.pretrained.weights import Weights
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "vision_transformer"
 _BLOCK = r"(Transformer/encoderblock_\d+)"
@@ -60,7 +59,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   )
   patch = tables.shape_of(source, arrays, "embedding/kernel", 4)[0]
   units = describe_units(arrays)
-  variant = variants.name_of(encoder, patch, units)
+  variant = tables.name_variant(encoder, patch, units)
   if variant is None:
     known = [f"{u}, {p}x{p}" for u, p in variants.HYBRIDS.values()]
     raise UserError(

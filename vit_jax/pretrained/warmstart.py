@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.pretrained import positions
-from vit_jax.state import LazyArray
+from vit_jax.pretrained.weights import LazyArray
 
 POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
 # What a new task or a new way of pooling may replace. Everything else must be

@@ -5,15 +5,29 @@ needs little more than the model itself.
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from vit_jax import models
-from vit_jax.data.preprocess import as_pair
+from vit_jax.data.sizes import as_pair
 from vit_jax.models import variants
-from vit_jax.state import LazyArray, flatten
+from vit_jax.state import flatten
+
+
+class LazyArray(NamedTuple):
+  """An array that `read` reads when it is asked for."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[], np.ndarray]
+
+
+def as_lazy(x: np.ndarray) -> LazyArray:
+  """Returns an array that is there already as a `LazyArray`."""
+  return LazyArray(x.shape, x.dtype, lambda: x)
 
 
 class Weights(NamedTuple):

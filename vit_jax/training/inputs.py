@@ -14,14 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
-  """The data sets of a run.
+  """The data sets of a run."""
 
-  Attributes:
-    train: [(source, weight)], the weights of a mixture.
-    evals: {evaluation: its sources}, the names and order of `list_evals`.
-  """
-
-  train: list[tuple[data.Source, float]]
+  train: list[tuple[data.Source, float]]  # with the weights of a mixture
+  # {evaluation: its test set}, of a few-shot one the training set before it;
+  # in the order of `list_evals`.
   evals: dict[str, list[data.Source]]
 
   @property
@@ -36,18 +33,13 @@ class Inputs(NamedTuple):
 
   def describe(self) -> dict[str, list[dict]]:
     """Returns what must be the same when a run is resumed: identities."""
+
+    def identify(source):
+      found = {"dataset": source.dataset, "examples": source.num_examples}
+      return found | {"identity": source.identity()}
+
     sets = {"train": [source for source, _ in self.train], **self.evals}
-    return {
-      name: [
-        {
-          "dataset": source.dataset,
-          "examples": source.num_examples,
-          "identity": source.identity(),
-        }
-        for source in sources
-      ]
-      for name, sources in sets.items()
-    }
+    return {name: [*map(identify, found)] for name, found in sets.items()}
 
 
 def open_inputs(config) -> Inputs:
@@ -56,40 +48,31 @@ def open_inputs(config) -> Inputs:
   Raises:
     UserError: unknown, missing or unsuitable data.
   """
+  mixture = data.parse_mixture(config.train.dataset)
+  stops = config.train.on_bad_example == "stop"
   train = [
-    (data.get_source(name, config.train.split, config.data_dir), weight)
-    for name, weight in data.parse_mixture(config.train.dataset)
+    _open(config, name, config.train.split, check=stops) for name, _ in mixture
   ]
-  for source, _ in train if config.train.on_bad_example == "stop" else ():
-    source.check_labels()
   if config.objective == "classification":
-    data.check_mixture([source for source, _ in train])
-  evals = {
-    e.name: _open_eval(config, e, [source for source, _ in train])
-    for e in list_evals(config)
-  }
-  return Inputs(train, evals)
+    data.check_mixture(train)
+  evals = {e.name: _open_eval(config, e, train) for e in list_evals(config)}
+  weights = [weight for _, weight in mixture]
+  return Inputs(list(zip(train, weights, strict=True)), evals)
 
 
-def _open_eval(
-  config, e: Eval, train: Sequence[data.Source]
-) -> list[data.Source]:
-  """Returns the test set; of a few-shot evaluation its training set, then it.
+def _open(config, name, split, check=True) -> data.Source:
+  source = data.get_source(name, split, config.data_dir)
+  if check:
+    source.check_labels()
+  return source
 
-  Raises:
-    UserError: as `open_inputs`.
-  """
+
+def _open_eval(config, e: Eval, train: Sequence[data.Source]):
+  """Returns what `Inputs.evals` has of an evaluation."""
   name = e.dataset or find_test_set(config)
   if e.type == "fewshot":
-    sources = [
-      data.get_source(name, split, config.data_dir)
-      for split in (e.train_split, e.split)
-    ]
-    for source in sources:
-      source.check_labels()
-    return sources
-  test = data.get_source(name, e.split, config.data_dir)
-  test.check_labels()
+    return [_open(config, name, split) for split in (e.train_split, e.split)]
+  test = _open(config, name, e.split)
   for source in train:
     shared = data.count_shared(source, test)
     if shared:
@@ -102,14 +85,12 @@ def _open_eval(
     return [test]
   relabelled = relabel(test, train[0].class_names)
   if relabelled is None:
-    none = "set config.eval.split='' for no evaluation"
+    none = f"leave out config.{e.key}"
+    if e.name == "eval":
+      none = "set config.eval.split='' for no evaluation"
     raise class_error(
-      test,
-      train[0].class_names,
-      train[0].num_classes,
-      "training",
-      f"choose another {e.key}.dataset, of classes of training, or "
-      + (none if e.name == "eval" else f"leave out config.{e.key}"),
+      *(test, train[0].class_names, train[0].num_classes, "training"),
+      f"choose another {e.key}.dataset, of classes of training, or {none}",
     )
   return [relabelled]
 

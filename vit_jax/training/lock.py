@@ -2,9 +2,8 @@
 
 The file `lock` names the owner, and is empty when there is none. On a local
 disk the owner also holds an flock, which ends with its process. Other machines
-may not see that, and buckets have no flock. Therefore the owner also rewrites
-the file every few seconds: this is its heartbeat, and an owner without one has
-died.
+may not see that, and buckets have none. So the owner also rewrites the file
+every few seconds, and an owner without this heartbeat has died.
 """
 
 import contextlib
@@ -46,15 +45,11 @@ def hold(workdir) -> Iterator["Lock"]:
 
 
 class Lock:
-  """A lock that is held; its heartbeat runs in a thread.
-
-  Attributes:
-    token: a text that no other owner of any lock has.
-  """
+  """A lock that is held; its heartbeat runs in a thread."""
 
   def __init__(self, file):
     """Takes the lock, or raises a UserError that names its owner."""
-    self.token = uuid.uuid4().hex
+    self.token = uuid.uuid4().hex  # that no other owner of any lock has
     self._file, self._beats = file, 0
     self._descriptor, self._is_flocked = None, False
     if "://" not in str(file):
@@ -70,10 +65,7 @@ class Lock:
     self._thread.start()
 
   def check(self) -> None:
-    """Raises a RunStopped if another process has taken the lock.
-
-    It may if this one could not write a heartbeat for a minute.
-    """
+    """Raises a RunStopped if another process has taken over a silent lock."""
     if self._taken_by:
       raise RunStopped(
         f"{_describe(self._taken_by)} has taken over {self._file.parent}; this "
@@ -81,7 +73,6 @@ class Lock:
       )
 
   def release(self) -> None:
-    """Gives the lock back."""
     self._released.set()
     self._thread.join()
     if not self._taken_by:
@@ -112,12 +103,8 @@ class Lock:
 
   def _write(self):
     self._beats += 1
-    owner = {
-      "host": socket.gethostname(),
-      "process": os.getpid(),
-      "token": self.token,
-      "beat": self._beats,
-    }
+    owner = {"host": socket.gethostname(), "process": os.getpid()}
+    owner |= {"token": self.token, "beat": self._beats}
     if self._descriptor is None:
       self._file.write_text(json.dumps(owner))
     else:  # in place and of one length: nobody reads half of it
@@ -149,8 +136,7 @@ def read_token(workdir) -> str | None:
   None if there is none for half a minute: file servers are not always quick.
   """
   for _ in range(30):
-    owner = read_owner(workdir / "lock")
-    if owner:
+    if owner := read_owner(workdir / "lock"):
       return owner["token"]
     time.sleep(1)
   return None
@@ -160,9 +146,7 @@ def _wait_for_heartbeat(file, owner):
   """Returns once an owner has missed its heartbeats; raises if it lives."""
   log.info(
     "%s held %s: waiting up to %d s for a heartbeat, in case it still runs",
-    _describe(owner),
-    file.parent,
-    _PATIENCE,
+    *(_describe(owner), file.parent, _PATIENCE),
   )
   end = time.monotonic() + _PATIENCE
   while time.monotonic() < end:

@@ -29,16 +29,12 @@ def multi_hot(labels: jax.Array, num_classes: int) -> jax.Array:
 def sigmoid_cross_entropy(
   logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
-  """Binary cross-entropy summed over the classes.
+  """Binary cross-entropy summed over the classes: f32[b], in nats.
 
   Args:
     logits: [b k], any float dtype.
     targets: [b k], the probability of each class, independent of the others.
-    label_smoothing: s; a target of 1 becomes 1 - s and a target of 0 becomes
-      s, linearly between.
-
-  Returns:
-    f32[b], in nats.
+    label_smoothing: s; targets of 1 become 1 - s, of 0 s, linearly between.
   """
   # bfloat16 loses the tail of a sum over thousands of classes.
   logits, targets = (jnp.asarray(x, jnp.float32) for x in (logits, targets))
@@ -53,16 +49,15 @@ def sigmoid_cross_entropy(
 def softmax_cross_entropy(
   logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
-  """Cross-entropy between the target distribution and softmax(logits).
+  """Cross-entropy between targets and softmax(logits): f32[b], in nats.
+
+  It is 0 for an image without any label, which says nothing.
 
   Args:
     logits: [b k], any float dtype.
     targets: [b k], not negative; each row is divided by its sum, so several
       labels of one image share its target evenly.
     label_smoothing: s; the target distribution t becomes (1 - s) t + s / k.
-
-  Returns:
-    f32[b], in nats; 0 for an image without any label, which says nothing.
   """
   logits, targets = (jnp.asarray(x, jnp.float32) for x in (logits, targets))
   total = targets.sum(axis=-1, keepdims=True)

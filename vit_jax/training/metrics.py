@@ -1,11 +1,9 @@
 """What a run writes down: JSON lines, TensorBoard, W&B, a line for people."""
 
 import contextlib
-import importlib.util
 import json
 import logging
 import math
-import secrets
 import time
 from typing import Any
 
@@ -14,7 +12,7 @@ import tensorflow as tf
 from clu import metric_writers
 
 from vit_jax import files
-from vit_jax.errors import RunStopped, needs_extra, one_line
+from vit_jax.errors import RunStopped
 from vit_jax.sharding import RUN_AHEAD
 
 log = logging.getLogger(__name__)
@@ -44,8 +42,7 @@ class MetricLog:
   ):
     """Opens the files; lines after `start_step` are dropped, to come again.
 
-    `wandb` is a run of Weights & Biases that gets the same values, see
-    `start_wandb`.
+    `wandb` is a run of Weights & Biases that gets the same values.
     """
     self._wandb = wandb
     self._total = total_steps
@@ -155,44 +152,6 @@ class MetricLog:
       speed / jax.device_count(),
       duration(left),
     )
-
-
-def check_wandb(config) -> None:
-  """Raises a UserError if `config.wandb` asks for what is not installed."""
-  if config.wandb and not importlib.util.find_spec("wandb"):
-    raise needs_extra(f"config.wandb={config.wandb}", "wandb")
-
-
-def start_wandb(config, workdir) -> Any:
-  """Returns a run in the project `config.wandb`; None for none.
-
-  Process 0 alone has one. A resumed run goes on in the same one, which ignores
-  the steps that it has.
-
-  Raises:
-    RunStopped: no login, no network.
-  """
-  if not config.wandb or jax.process_index():
-    return None
-  import wandb  # pyright: ignore[reportMissingImports]
-
-  file = workdir / "wandb_id"
-  if not file.exists():
-    files.write_atomically(file, secrets.token_hex(8))
-  try:
-    return wandb.init(
-      project=config.wandb,
-      id=file.read_text(),
-      resume="allow",
-      name=workdir.name,
-      dir=None if "://" in str(workdir) else str(workdir),
-      config=config.to_dict(),
-    )
-  except Exception as e:
-    raise RunStopped(
-      f"Weights & Biases cannot be reached: {one_line(e)}; `wandb login`, or "
-      "WANDB_MODE=offline, and run the same command again"
-    ) from e
 
 
 @contextlib.contextmanager

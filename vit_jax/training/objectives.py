@@ -28,19 +28,12 @@ _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-  """Naming the classes of an image.
-
-  Attributes:
-    model: the model.
-    class_names: what it tells apart.
-    loss_fn: (logits f32[b k], targets f32[b k]) -> f32[b].
-    mixup_alpha: of `mixup`; 0 for none.
-  """
+  """Naming the classes of an image."""
 
   model: models.Model
   class_names: list[str]
-  loss_fn: Callable
-  mixup_alpha: float = 0.0
+  loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
+  mixup_alpha: float = 0.0  # of `mixup`; 0 for none
 
   def prepare(self, batch, key):
     images = normalize(batch["image"])
@@ -86,12 +79,11 @@ class Classification:
     """Turns the sums of `eval_step` over a test set into metrics.
 
     Yields:
-      "examples", all that were seen; then, over those with a label, "loss", the
-      mean, and for single-label sets "accuracy" and, of ten classes or more,
-      "accuracy@5" (the label is among the five top classes); for multi-label
-      ones "labelled", their number, "prec@1" (the top class is one of the
-      labels) and "lrap" (label ranking average precision). ImageNet-ReaL has
-      images without.
+      "examples", all that were seen; then, over those with a label (ImageNet-
+      ReaL has others), the mean "loss" and for single-label sets "accuracy"
+      and, of ten classes or more, "accuracy@5"; for multi-label ones
+      "labelled", their number, "prec@1" (the top class is one of the labels)
+      and "lrap" (label ranking average precision).
     """
     labelled = max(totals["labelled"], 1)
     yield "examples", int(totals["examples"])
@@ -120,10 +112,8 @@ def ranking_precision(logits, labels):
   present = labels >= 0
   scores = jnp.take_along_axis(logits, jnp.maximum(labels, 0), 1)
   above = (logits[:, None, :] >= scores[:, :, None]).sum(-1)
-  true_above = (
-    (scores[:, None, :] >= scores[:, :, None]) & present[:, None, :]
-  ).sum(-1)
-  precision = jnp.where(present, true_above / above, 0)
+  true_above = (scores[:, None, :] >= scores[:, :, None]) & present[:, None, :]
+  precision = jnp.where(present, true_above.sum(-1) / above, 0)
   return precision.sum(-1) / jnp.maximum(present.sum(-1), 1)
 
 
@@ -131,11 +121,7 @@ Objective = Classification | MaskedPatches
 
 
 def create(config, class_names: list[str]) -> Objective:
-  """Returns what `config.objective` names.
-
-  Args:
-    config: with the keys of configs/common.py.
-    class_names: of the training set.
+  """Returns what `config.objective` names, for these classes.
 
   Raises:
     UserError: an unknown objective, or a model or loss that cannot be had.
@@ -155,8 +141,7 @@ def create(config, class_names: list[str]) -> Objective:
       "predicts the pixels of one image, so leave it at 0"
     )
   target = config.masked_target
-  model = models.create_masked(target=target, **options)
-  return MaskedPatches(model=model, target=target)
+  return MaskedPatches(models.create_masked(target=target, **options), target)
 
 
 OBJECTIVES = ("classification", "masked_patches")

@@ -8,7 +8,7 @@ block is `Transformer/encoderblock`, all depths in one array: a rule written as
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -144,9 +144,8 @@ def make_optimizer(
     ("weight_decay_scaling", weight_decay_scaling, ("lr", "schedule")),
   ):
     check_choice(f"config.optimizer.{key}", value, choices)
-  _check_range(
-    math.inf, eps=eps, clip_norm=clip_norm, weight_decay=weight_decay
-  )
+  amounts = {"eps": eps, "clip_norm": clip_norm, "weight_decay": weight_decay}
+  _check_range(math.inf, **amounts)
   _check_range(1, b1=b1, b2=b2, momentum=momentum)
   paths = list(flatten(params))
   factors = _parse_multipliers(lr_multipliers, paths)
@@ -161,9 +160,11 @@ def make_optimizer(
     if weight_decay_scaling == "schedule":
       weight_decay = _divide_decay(weight_decay, base_lr)
     decayed = _match("weight_decay_params", weight_decay_params, paths)
-    parts.append(optax.add_decayed_weights(weight_decay, _mask_by(decayed)))
+    mask = _map_paths(lambda path, _: path in decayed)
+    parts.append(optax.add_decayed_weights(weight_decay, mask))
   if any(factor != 1 for factor in factors.values()):
-    parts.append(_scale_by_path(factors))
+    scale = _map_paths(lambda path, update: factors[path] * update)
+    parts.append(optax.stateless(lambda updates, _: scale(updates)))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _freeze(optax.chain(*parts), factors)
 
@@ -188,32 +189,19 @@ def _freeze(optimizer, factors: dict[str, float]):
       "instance with 'head/.*=1' in front"
     )
 
-  def label(params):
-    is_frozen = _mask_by(frozen)(params)
-    return jax.tree.map(lambda x: "frozen" if x else "trained", is_frozen)
-
+  label = _map_paths(lambda path, _: "frozen" if path in frozen else "trained")
   return optax.partition(
     {"trained": optimizer, "frozen": optax.set_to_zero()}, label
   )
 
 
-def _scale_by_path(factors: dict[str, float]) -> optax.GradientTransformation:
-  """Multiplies each update by its parameter's factor."""
+def _map_paths(function: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
+  """Returns tree -> the tree of function(path, leaf).
 
-  return optax.stateless(
-    lambda updates, _: jax.tree_util.tree_map_with_path(
-      lambda path, update: factors[path_str(path)] * update, updates
-    )
-  )
-
-
-def _mask_by(paths: Collection[str]) -> Callable[[Any], Any]:
-  """Returns a function of a tree to a tree of whether the path is in `paths`.
-
-  A function because the tree may lack the frozen parameters.
+  Not of the parameters, because the tree may lack the frozen ones.
   """
   return lambda tree: jax.tree_util.tree_map_with_path(
-    lambda path, _: path_str(path) in paths, tree
+    lambda path, x: function(path_str(path), x), tree
   )
 
 

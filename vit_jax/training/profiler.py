@@ -44,8 +44,6 @@ class Profiler:
     jax.profiler.stop_trace()
     log.info(
       "profile of %d steps from step %d in %s",
-      step - self._started,
-      self._started,
-      self._folder.parent,
+      *(step - self._started, self._started, self._folder.parent),
     )
     self._started, self._end = None, 0

@@ -5,7 +5,7 @@ import logging
 import jax
 from clu import parameter_overview
 
-from vit_jax import checkpoint, files, sharding
+from vit_jax import checkpoint, distributed, files, sharding
 from vit_jax import config as configuration
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_folder
@@ -15,20 +15,27 @@ from vit_jax.training.inputs import Inputs
 log = logging.getLogger(__name__)
 
 
-def take(workdir, stack) -> lock.Lock | None:
+def take(config, workdir, run, opened: Inputs, stack) -> lock.Lock | None:
   """Holds the run folder's lock on process 0 until `stack` is closed.
 
   Raises:
-    UserError: another run has it, or the folder cannot be written.
+    UserError: another run has it, or it cannot be written, or other processes
+      see something else than this `run` and these data.
   """
-  if jax.process_index():
-    return None
+  own = None
   try:
-    return stack.enter_context(lock.hold(workdir))
+    if jax.process_index() == 0:
+      own = stack.enter_context(lock.hold(workdir))
   except OSError as e:
     raise UserError(
       f"cannot write to {workdir}: {e.strerror or e}; choose another --workdir"
     ) from e
+  if check(config, workdir) != run:
+    raise UserError(f"another run has just ended in {workdir}; start again")
+  distributed.check_same({"config.json": run, "the data": opened.describe()})
+  token = own.token if own else lock.read_token(workdir)
+  distributed.check_same({"the lock in --workdir": token})
+  return own
 
 
 def check(config, workdir) -> dict | None:
@@ -52,14 +59,10 @@ def check(config, workdir) -> dict | None:
     for text in (config.train.preprocess, *sorted(texts)):
       preprocess.check_crops(text, config.image_size)
     return None
-  run = files.read_json(
-    workdir / "config.json",
-    "restore it from a copy, or choose another --workdir",
-  )
-  differences = configuration.differences(
-    run["config"], configuration.to_dict(config)
-  )
-  if differences:
+  advice = "restore it from a copy, or choose another --workdir"
+  run = files.read_json(workdir / "config.json", advice)
+  new = configuration.to_dict(config)
+  if differences := configuration.differences(run["config"], new):
     raise UserError(
       f"{workdir} holds a run of another configuration "
       f"({'; '.join(differences)}); resume with the configuration that it was "
@@ -123,15 +126,12 @@ def write(config, workdir, about, objective, opened: Inputs, state):
   files.write_atomically(workdir / "parameters.txt", overview)
   files.write_json(workdir / "config.json", run)
   count = sum(x.size for x in jax.tree.leaves(state.params))
+  gib = sharding.bytes_per_device(state) / 2**30
   log.info(
     "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
     "devices: %d, %d steps of %d images",
-    config.model.variant,
-    count / 1e6,
-    sharding.bytes_per_device(state) / 2**30,
-    jax.device_count(),
-    about["total_steps"],
-    config.batch_size,
+    *(config.model.variant, count / 1e6, gib),
+    *(jax.device_count(), about["total_steps"], config.batch_size),
   )
 
 

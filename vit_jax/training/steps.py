@@ -25,8 +25,7 @@ def train_step(
     state: the step begins with it.
     batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label.
     objective: what to minimise, see `objectives`.
-    optimizer: an optax gradient transformation.
-    schedule: step -> learning rate, for the metrics only.
+    optimizer, schedule: of optax; the schedule is for the metrics alone.
     micro_batches: the gradient is the mean over that many pieces.
     ema_decay: of the Polyak average; 0 for none.
   """
@@ -105,6 +104,5 @@ def mixup(key, images, targets, alpha):
   """
   a = jax.random.beta(key, alpha, alpha)
   a = jnp.maximum(a, 1 - a)
-  return tuple(
-    a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in (images, targets)
-  )
+  mixed = (images, targets)
+  return tuple(a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in mixed)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
 
-from vit_jax.data import ops, randaug
+from vit_jax.data import ops, pillow, randaug
 
 
 def _image(shape=(24, 40), seed=0):
@@ -110,7 +110,8 @@ def test_plain_files_pay_for_no_pillow(encode, monkeypatch):
   def fail(*_):
     raise AssertionError("called")
 
-  monkeypatch.setattr(ops.preprocess, "open_image", fail)
+  for module in (ops.preprocess, pillow):
+    monkeypatch.setattr(module, "open_image", fail)
   encoded = tf.constant(encode(_image()))
   assert ops.decode(encoded, precise=True).shape == (24, 40, 3)
   assert ops.decode_and_inception_crop(encoded, 8, seed=_seed(0)).shape == (

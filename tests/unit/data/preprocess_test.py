@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from vit_jax.data import ops, preprocess
 from vit_jax.errors import UserError
+from vit_jax.pretrained import rescale
 
 STRINGS = (
   "resize(size)",
@@ -137,7 +138,7 @@ def test_numpy_equals_tensorflow_bit_for_bit(text):
   ],
 )
 def test_rescaled_string_shows_as_much(text, size, expected):
-  scaled = preprocess.rescale(text, 32, size)
+  scaled = rescale(text, 32, size)
   pixels = _photo((70, 50))
   np.testing.assert_array_equal(
     preprocess.preprocess_image(pixels, scaled, size),

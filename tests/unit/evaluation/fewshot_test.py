@@ -15,6 +15,7 @@ from vit_jax.__main__ import main
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.evaluation import fewshot
+from vit_jax.evaluation.devices import replicate
 from vit_jax.training import steps
 
 _NAMES = list("abc")
@@ -87,8 +88,8 @@ def test_draws():
 def weights(tmp_path_factory):
   """Random weights with a tanh layer before the head, in a file."""
   from vit_jax import pretrained
-  from vit_jax.pretrained.weights import Weights
-  from vit_jax.state import as_lazy, flatten
+  from vit_jax.pretrained.weights import Weights, as_lazy
+  from vit_jax.state import flatten
 
   options = {"variant": "ViT-w32d1m64h2_8", "representation_size": 20}
   model = models.create(num_classes=4, image_size=16, **options)
@@ -110,7 +111,7 @@ def _extract(loaded, source, devices):
     batch_size=24,
     preprocess="resize(size)",
   )
-  return extract(sharding.replicate(mesh, loaded.params))
+  return extract(replicate(mesh, loaded.params))
 
 
 def test_any_number_of_devices_sees_every_image_once(weights, runs):

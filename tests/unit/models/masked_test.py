@@ -24,6 +24,7 @@ from tiny_runs import (
 from vit_jax import config as configuration
 from vit_jax import data, models, sharding
 from vit_jax.__main__ import main
+from vit_jax.evaluation import devices
 from vit_jax.models import masking
 from vit_jax.state import TrainState, flatten
 from vit_jax.training import objectives, steps
@@ -438,9 +439,9 @@ def test_a_run_writes_what_it_measures(pretrained):
 
 def test_evaluate_repeats_the_runs_own_numbers(pretrained, capsys, monkeypatch):
   sizes = []
-  round_up = sharding.round_up
+  round_up = devices.round_up
   monkeypatch.setattr(
-    sharding, "round_up", lambda n, mesh: sizes.append(n) or round_up(n, mesh)
+    devices, "round_up", lambda n, mesh: sizes.append(n) or round_up(n, mesh)
   )
   checkpoint = f"{pretrained}/checkpoints/4"
   command = ["evaluate", f"--checkpoint={checkpoint}", "--json"]

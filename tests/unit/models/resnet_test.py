@@ -11,6 +11,7 @@ from random_models import assert_close, jit, random_images, random_params
 
 from vit_jax import models
 from vit_jax.models import variants
+from vit_jax.pretrained import tables
 from vit_jax.state import flatten, unflatten
 
 _HYBRID = "R2+ViT-w16d2m24h2_8"
@@ -333,7 +334,7 @@ def test_initial_zeros_and_ones(variant):
 )
 def test_names_of_what_they_stand_for(name):
   sizes = variants.parse(name)
-  found = variants.name_of(
+  found = tables.name_variant(
     sizes.encoder, sizes.patch_size, sizes.units, sizes.width
   )
   assert found == name
@@ -342,16 +343,16 @@ def test_names_of_what_they_stand_for(name):
 def test_a_written_out_encoder_of_the_table_gets_its_short_name():
   assert variants.parse("ViT-w768d12m3072h12_16") == variants.parse("ViT-B_16")
   sizes = variants.parse("R50+ViT-w768d12m3072h12_16")
-  found = variants.name_of(sizes.encoder, sizes.patch_size, sizes.units, 1)
+  found = tables.name_variant(sizes.encoder, sizes.patch_size, sizes.units, 1)
   assert found == "R50+ViT-B_16"
 
 
 def test_what_no_name_stands_for():
   encoder = variants.ENCODERS["B"]
-  assert variants.name_of(encoder, 1, (3, 4, 9), width=2) is None
-  assert variants.name_of(encoder, 2, (3, 4, 9)) is None
-  assert variants.name_of(encoder, 1, (1, 2, 3)) is None
-  assert variants.name_of(None, 0, (1, 2, 3)) is None
+  assert tables.name_variant(encoder, 1, (3, 4, 9), width=2) is None
+  assert tables.name_variant(encoder, 2, (3, 4, 9)) is None
+  assert tables.name_variant(encoder, 1, (1, 2, 3)) is None
+  assert tables.name_variant(None, 0, (1, 2, 3)) is None
 
 
 # --- what a user may get wrong ---

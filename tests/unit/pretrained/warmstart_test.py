@@ -8,7 +8,8 @@ import scipy.ndimage
 from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.pretrained.warmstart import POS_EMBEDDING, warm_start
-from vit_jax.state import as_lazy, flatten
+from vit_jax.pretrained.weights import as_lazy
+from vit_jax.state import flatten
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from vit_jax import pretrained
 from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.evaluation.predict import predict
-from vit_jax.state import as_lazy
+from vit_jax.pretrained.weights import as_lazy
 from vit_jax.tools import demo
 
 # One that HTML and two that a dictionary would make something else of.

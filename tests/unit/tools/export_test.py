@@ -22,7 +22,8 @@ from vit_jax.__main__ import main
 from vit_jax.errors import UserError
 from vit_jax.evaluation.predict import predict
 from vit_jax.pretrained import Weights, runs
-from vit_jax.state import as_lazy, flatten
+from vit_jax.pretrained.weights import as_lazy
+from vit_jax.state import flatten
 from vit_jax.tools.export import FORMATS, export
 
 _VIT = "ViT-w16d2m24h2_8"

@@ -14,13 +14,8 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, UserError
-from vit_jax.training.metrics import (
-  MetricLog,
-  NotFinite,
-  check_wandb,
-  duration,
-  start_wandb,
-)
+from vit_jax.training import wandb_run
+from vit_jax.training.metrics import MetricLog, NotFinite, duration
 
 
 def _open(workdir, start_step=0, total_steps=10, log_every=2, wandb=None):
@@ -247,15 +242,15 @@ def init(**options):
 def test_wandb_gets_the_same_numbers_in_one_run(tmp_path, monkeypatch):
   config = configuration.load("configs/common.py", {"wandb": "vits"})
   with pytest.raises(UserError, match=r"pip install 'vit_jax\[wandb\]'"):
-    check_wandb(config)
+    wandb_run.check(config)
   (tmp_path / "wandb.py").write_text(_FAKE_WANDB)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "wandb", raising=False)
-  check_wandb(config)
+  wandb_run.check(config)
   workdir = tmp_path / "a run"
   workdir.mkdir()
   for start in (0, 4):  # resumed
-    log = _open(workdir, start, wandb=start_wandb(config, workdir))
+    log = _open(workdir, start, wandb=wandb_run.start(config, workdir))
     _run(log, range(start + 1, start + 3))
     log.close()
   calls = [json.loads(line) for line in (workdir / "calls.jsonl").open()]
@@ -265,4 +260,4 @@ def test_wandb_gets_the_same_numbers_in_one_run(tmp_path, monkeypatch):
   logged = [{"step": call[1], **call[2]} for call in calls if call[0] == "log"]
   assert logged == _read(workdir)[:1] + _read(workdir)[-1:]
   monkeypatch.setattr(jax, "process_index", lambda: 1)
-  assert start_wandb(config, workdir) is None
+  assert wandb_run.start(config, workdir) is None

@@ -34,7 +34,7 @@ from vit_jax.data import ops
 from vit_jax.data.catalog import get_source
 from vit_jax.data.pipeline import count_cpus, train_batches
 from vit_jax.data.preparation import run_builder
-from vit_jax.data.preprocess import as_pair
+from vit_jax.data.sizes import as_pair
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 from vit_jax.tools.text import format_columns

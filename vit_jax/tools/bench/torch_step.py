@@ -8,7 +8,7 @@ import statistics
 import time
 from typing import Any
 
-from vit_jax.data.preprocess import as_pair
+from vit_jax.data.sizes import as_pair
 from vit_jax.errors import UserError
 
 _WARM_UP = 5  # steps, after the one that compiles

@@ -13,7 +13,7 @@ from vit_jax import config as configuration
 from vit_jax import data, pretrained, sharding
 from vit_jax.data.relabelled import match_classes
 from vit_jax.errors import UserError, one_line
-from vit_jax.evaluation import attention_maps
+from vit_jax.evaluation import attention_maps, devices
 from vit_jax.pretrained.runs import locate
 from vit_jax.tools.report import by_class
 from vit_jax.tools.runs import Run
@@ -81,10 +81,10 @@ def _evaluate(run, data_dir, mistakes):
     to_probabilities=model.to_probabilities,
     source=test,
     mesh=mesh,
-    batch_size=sharding.round_up(batch_size, mesh),
+    batch_size=devices.round_up(batch_size, mesh),
     preprocess=weights.preprocess,
     mistakes=mistakes,
-  )(sharding.replicate(mesh, jax.tree.map(np.asarray, model.params)))
+  )(devices.replicate(mesh, jax.tree.map(np.asarray, model.params)))
   look = attention_maps.make_look(model) if model.model.num_layers else None
   return Details(
     "/".join(weights.source.split("/")[-2:]),
