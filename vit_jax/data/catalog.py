@@ -1,6 +1,7 @@
 """Data sets by name: the forms of a name, and how it is opened."""
 
 import math
+from pathlib import Path
 
 from vit_jax.data import folder, tfds
 from vit_jax.data.folder import FOLDER, FolderSource
@@ -63,7 +64,8 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     raise UserError("the data set's name is empty; see `vit-jax data list`")
   # A folder's path may hold commas and equal signs.
   weighs = _parse_weight(text.rpartition("=")[2])
-  if text.startswith((FOLDER, OBJECTNET)) and not weighs:
+  path = Path(text.partition(":")[2]).expanduser()
+  if text.startswith((FOLDER, OBJECTNET)) and (not weighs or path.is_dir()):
     return [(text, 1.0)]
   if "=" not in text and "," not in text:
     return [(text, 1.0)]
