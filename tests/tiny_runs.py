@@ -244,6 +244,14 @@ def best_step(workdir) -> int:
   return json.loads((Path(workdir) / "best.json").read_text())["step"]
 
 
+def wait_until_gone(folder) -> None:
+  """Waits for Orbax, which deletes in the background."""
+  end = time.monotonic() + TIMEOUT
+  while folder.exists():
+    assert time.monotonic() < end
+    time.sleep(0.002)
+
+
 def read_state(workdir, step=None) -> tuple[int, dict]:
   """Returns (step, {path: array}) of a checkpoint, by default the newest."""
   step = saved_steps(workdir)[-1] if step is None else step

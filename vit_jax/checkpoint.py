@@ -83,12 +83,35 @@ class Checkpoints:
     # The steps of the second are set by `keep_best`.
     latest, best = _policies.LatestN(keep), _policies.CustomSteps([])
     self._preserved: list[Any] = [latest, best]
-    self._manager = None  # made at the first save, by all processes together
+    self._manager: Any = None
     self._saving = self._best = None
 
   def steps(self) -> list[int]:
     """Returns the steps of the complete checkpoints, oldest first."""
     return list_steps(self.workdir)
+
+  def open(self) -> None:
+    """Prepares to save; all processes do so together.
+
+    What a killed process left half-written, whole states, is deleted in the
+    background.
+
+    Raises:
+      RunStopped: the folder cannot be read or written.
+    """
+    if self._manager is not None:
+      return
+    with self._writing():
+      if best := read_best(self.workdir):
+        self._preserved[1] = _policies.CustomSteps([int(best[0].name)])
+      self._manager = ocp.CheckpointManager(
+        self.workdir / "checkpoints",
+        options=ocp.CheckpointManagerOptions(
+          preservation_policy=_policies.AnyPreservationPolicy(self._preserved),
+          cleanup_tmp_directories=True,
+        ),
+        item_names=("state", "meta"),
+      )
 
   def save(self, step: int, state) -> None:
     """Starts to save the state; returns once it is off the devices.
@@ -102,9 +125,8 @@ class Checkpoints:
       state=ocp.args.StandardSave(unflatten(flatten(state))),
       meta=ocp.args.JsonSave({"fingerprint": fingerprint(state)}),
     )
+    self.open()
     with self._writing(f" at step {step}"):
-      if self._manager is None:
-        self._manager = self._open()
       self._manager.save(step, args=args, force=True)
     self._saving = step
 
@@ -179,18 +201,6 @@ class Checkpoints:
     self.wait()
     if self._manager is not None:
       self._manager.close()
-
-  def _open(self):
-    if best := read_best(self.workdir):
-      self._preserved[1] = _policies.CustomSteps([int(best[0].name)])
-    return ocp.CheckpointManager(
-      self.workdir / "checkpoints",
-      options=ocp.CheckpointManagerOptions(
-        preservation_policy=_policies.AnyPreservationPolicy(self._preserved),
-        cleanup_tmp_directories=True,  # of a killed process
-      ),
-      item_names=("state", "meta"),
-    )
 
   def _set_aside(self, folder):
     """Moves a corrupt checkpoint away, so that its step can be saved again."""

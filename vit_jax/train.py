@@ -85,6 +85,7 @@ def train(config, workdir) -> dict[str, float] | None:
       config, mesh, opened, shuffle, step, total_steps
     )
     if run:
+      checkpoints.open()
       log.info("resuming from step %d of %d", step, total_steps)
     else:
       about = {"total_steps": total_steps, "shuffle": shuffle._asdict()}

@@ -19,9 +19,10 @@ from PIL import Image
 from tiny_runs import REPO, snapshot
 
 import vit_jax
-from vit_jax import data
+from vit_jax import checkpoint, data
 from vit_jax.__main__ import main, make_parser
 from vit_jax.pretrained import embedded
+from vit_jax.training import lock
 
 
 @pytest.fixture
@@ -101,8 +102,9 @@ def test_mistakes_that_need_no_data(override, fails, monkeypatch, tmp_path):
   given = [config, f"--workdir={tmp_path}/run", f"--config.{override}"]
   for command in ("train", "sweep"):
     fails([command, *given], WRONG_VALUES[override])
-  select = "--select=acuracy"
-  fails(["sweep", *given[:2], select], "did you mean 'accuracy'?")
+  for select in ("acuracy", "eval/acuracy"):
+    args = ["sweep", *given[:2], f"--select={select}"]
+    fails(args, "did you mean 'accuracy'?")
   assert not (tmp_path / "run").exists()
 
 
@@ -151,7 +153,7 @@ def test_a_workdir_of_another_configuration(runs, reference, fails):
     runs.train_args(reference.workdir, "total_steps=30", "seed=1"),
     f"{reference.workdir} holds a run of another configuration",
     "(seed: 0 -> 1; total_steps: 14 -> 30)",
-    "choose another --workdir, which can start from its weights with config.in",
+    f"to train for longer: --config.init_from={reference.workdir} starts it",
   )
   assert snapshot(reference.workdir) == before
 
@@ -161,6 +163,14 @@ def test_a_workdir_that_is_a_file(runs, fails, tmp_path):
   fails(runs.train_args(tmp_path / "file"), f"{tmp_path}/file", "folder")
   fails(runs.train_args(tmp_path / "file" / "run"), f"{tmp_path}/file")
   assert (tmp_path / "file").read_text() == "mine"
+  (tmp_path / "link").symlink_to("gone")
+  fails(runs.train_args(tmp_path / "link"), f"{tmp_path}/link", "to nothing")
+
+
+def test_a_second_run_in_a_workdir(runs, fails, tmp_path):
+  with lock.hold(checkpoint.absolute(tmp_path / "run")):
+    line = fails(runs.train_args(tmp_path / "run"), f"{tmp_path}/run; wait for")
+  assert f"process {os.getpid()} on " in line
 
 
 def test_an_image_that_cannot_be_decoded(fails, tmp_path):
@@ -334,9 +344,15 @@ def test_commands_in_a_strict_environment(strict, runs, tmp_path):
 
 
 def test_sizes(fails):
-  for text, wanted in (("48,96", (48, 96)), ("48", 48)):
-    given = ["data", "show", "x", f"--image_size={text}"]
-    assert make_parser().parse_args(given).image_size == wanted
+  parser = make_parser()
+  for command in (
+    "linear --checkpoint=x --dataset=x",
+    *("export x y --to=onnx", "figures --out=x", "data show x"),
+    *("bench step", "bench input"),
+  ):
+    for text, wanted in (("48,96", (48, 96)), ("48", 48)):
+      given = [*command.split(), f"--image_size={text}"]
+      assert parser.parse_args(given).image_size == wanted
   for size in ("48,96,3", "0", "48,-1", "large", "4.5", ","):
     fails(["data", "show", "x", f"--image_size={size}"], "--image_size", size)
 

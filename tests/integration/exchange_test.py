@@ -14,7 +14,7 @@ from vit_jax.__main__ import main
 from vit_jax.data import preprocess
 from vit_jax.pretrained.weights import as_lazy
 from vit_jax.state import flatten
-from vit_jax.tools import demo, figures
+from vit_jax.tools import demo, export, figures
 from vit_jax.training.steps import normalize
 
 SMALL = "w32d2m64h2"
@@ -212,6 +212,12 @@ def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   found["demo"] = {c["name"]: c["probability"] for c in viewed}
   drawn = figures._read(source, "", [str(file)], size)
   np.testing.assert_array_equal(drawn.pictures[0], prepared)
+  told = "|".join(
+    f"{x.pop('op')}({', '.join(f'{k}={x[k]!r}' for k in x)})"
+    for x in export.describe(model)["preprocessing"]
+  )
+  said = preprocess.preprocess_image(pixels, told, size)
+  np.testing.assert_array_equal(said, prepared)
   data = [f"--dataset=folder:{tmp_path}/photos", "--json"]
   splits = ["--train_split=train+test", "--test_split=train+test"]
   given = [f"--checkpoint={source}", *data]

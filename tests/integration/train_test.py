@@ -9,6 +9,7 @@ import collections
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import os
@@ -24,6 +25,8 @@ import crashes
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from mistakes import named
 from PIL import Image
 from record_batches import digests
 from tiny_runs import (
@@ -35,6 +38,7 @@ from tiny_runs import (
   saved_steps,
   shared_programs,
   snapshot,
+  wait_until_gone,
 )
 
 from vit_jax import checkpoint, data, train
@@ -324,8 +328,11 @@ def test_a_stop_outside_the_steps_is_served_at_once(
   assert where in caplog.messages[-1]
   lines = read_metrics(workdir) if saved else []
   assert not [m for m in lines if m["step"] == saved and "eval/loss" in m]
+  half_written = workdir / "checkpoints" / "9.orbax-checkpoint-tmp"
+  half_written.mkdir(parents=True)  # by another that was killed
   args = runs.train_args(workdir, *SHORT, f"keep_checkpoints={10 * saved + 3}")
   assert main([*args, "--stopped_exit_code=75"]) == 0
+  wait_until_gone(half_written)
   assert_same_run(workdir, whole[0])
 
 
@@ -371,6 +378,49 @@ def test_an_evaluation_that_fails_costs_nothing(
   assert main(["evaluate", f"--checkpoint={folder}"]) == 0
   assert main(runs.train_args(workdir, *SHORT)) == 0
   assert_same_run(workdir, whole[0])
+
+
+def test_training_data_that_vanish_cost_nothing(
+  runs, whole, tmp_path, capsys, monkeypatch
+):
+  """The state before them is saved, and the same command resumes."""
+  workdir = tmp_path / "run"
+  read_rows = inputs.read_rows
+
+  def fail_after_five(*args):
+    yield from itertools.islice(read_rows(*args), 5)
+    raise UserError("train/7.jpg: cannot be read: No such file")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(inputs, "read_rows", fail_after_five)
+    assert main(runs.train_args(workdir, *SHORT)) == 1
+  line = capsys.readouterr().err.splitlines()[-1]
+  words = "stopped: could not read the training data: train/7.jpg: cannot be"
+  assert line.startswith(words)
+  assert f"the last checkpoint is {workdir}/checkpoints/3;" in line
+  assert main(runs.train_args(workdir, *SHORT)) == 0
+  assert_same_run(workdir, whole[0])
+
+
+def test_an_exception_waits_for_the_save_in_flight(
+  runs, whole, tmp_path, monkeypatch
+):
+  rename = os.rename
+
+  def rename_late(*args, **kwargs):
+    time.sleep(0.3)
+    rename(*args, **kwargs)
+
+  def fail_at_3(self, step, state):
+    if step == 3:
+      raise KeyError("a bug")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "rename", rename_late)
+    patch.setattr(profiler.Profiler, "before", fail_at_3)
+    with pytest.raises(KeyError, match="a bug"):
+      main(runs.train_args(tmp_path / "run", *SHORT))
+    assert saved_steps(tmp_path / "run") == [2]
 
 
 @pytest.mark.ci
@@ -514,6 +564,32 @@ def test_a_profiler_window_past_the_end_is_refused():
   profiler.check_profile(config, 11)
   with pytest.raises(UserError, match=r"profile_step 11 .* last step, 10"):
     profiler.check_profile(config, 10)
+
+
+def test_what_is_in_a_run_folder_is_named(tmp_path, monkeypatch):
+  workdir = epath.Path(tmp_path / "a run")
+  workdir.mkdir()
+
+  def load(steps):
+    path = str(CONFIGS / "common.py")
+    return configuration.load(path, {"total_steps": str(steps)})
+
+  run = {"config": configuration.to_dict(load(10)), "total_steps": 7}
+  (workdir / "config.json").write_text(json.dumps(run))
+  assert run_folder.check(load(10), workdir) == run
+  monkeypatch.setattr(run_folder, "check_data", lambda *_: None)
+  opened = inputs.Inputs([], {})
+  assert train.count_steps(load(10), run, opened, workdir) == 7
+  how = f"--config.init_from='{workdir}' starts it from these weights, without"
+  with named("total_steps: 10 -> 20", "to train for longer", how):
+    run_folder.check(load(20), workdir)
+  (workdir / "config.json").write_text('{"config": ')
+  with named("config.json is corrupt", "choose another --workdir"):
+    run_folder.check(load(10), workdir)
+  (workdir / "config.json").unlink()
+  (workdir / "checkpoints" / "5").mkdir(parents=True)
+  with named("has checkpoints and no config.json", "choose another --workdir"):
+    run_folder.check(load(10), workdir)
 
 
 def draw_folder(root, classes, count=2):

@@ -13,11 +13,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from mistakes import named
+from tiny_runs import wait_until_gone
 
 from vit_jax import checkpoint, sharding
 from vit_jax.errors import RunStopped, UserError
 from vit_jax.pretrained import runs
-from vit_jax.state import TrainState, flatten
+from vit_jax.state import TrainState, flatten, make_key
 
 
 def _make_arrays(step, ema=True):
@@ -77,7 +78,7 @@ _RUN = {
 
 
 def _save_run(workdir, steps, keep=2, best=(), ema=True):
-  """Makes a run folder with checkpoints; `best` are {step: metric}."""
+  """Adds checkpoints to a run folder; `best` are {step: metric}."""
   checkpoints = checkpoint.Checkpoints(workdir, keep)
   for step in steps:
     checkpoints.save(step, _place(_make_arrays(step, ema)))
@@ -85,6 +86,7 @@ def _save_run(workdir, steps, keep=2, best=(), ema=True):
       checkpoints.keep_best(step, best[step])
   checkpoints.close()
   (Path(workdir) / "config.json").write_text(json.dumps(_RUN))
+  (Path(workdir) / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
 @pytest.fixture(scope="session")
@@ -329,6 +331,10 @@ def test_a_half_written_checkpoint_is_ignored_and_replaced(run):
   assert runs.read(run / "checkpoints" / "20")
   checkpoints = checkpoint.Checkpoints(run, 1)
   _assert_identical(checkpoints.restore(_abstract()), _make_arrays(20))
+  checkpoints.open()
+  for step in (30, 40):
+    wait_until_gone(half.with_name(f"{step}.orbax-checkpoint-tmp"))
+  assert _names(run / "checkpoints") == ["10", "20"]
   checkpoints.save(30, _place(_make_arrays(30)))
   checkpoints.close()
   _assert_identical(_restore(run), _make_arrays(30))
@@ -342,10 +348,15 @@ def test_a_half_written_checkpoint_is_ignored_and_replaced(run):
 _FAILURES = {
   **{
     errno.errorcode[number]: OSError(number, os.strerror(number))
-    for number in (errno.EIO, errno.EACCES, errno.ESTALE, errno.ENOTCONN)
+    for number in (
+      *(errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT),
+      *(errno.EMFILE, errno.ENOTCONN, errno.ENETUNREACH, errno.EBUSY),
+      errno.ENOSPC,
+    )
   },
   "a disk": ValueError("FAILED_PRECONDITION: busy [os_error_code='16']"),
   "a server": ValueError("UNAVAILABLE: parsing HTTP response code: 503"),
+  "a slow server": ValueError("DEADLINE_EXCEEDED: no answer"),
   "no permission": ValueError("PERMISSION_DENIED: 403"),
   "a full device": RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
   "a full memory": MemoryError(),
@@ -368,10 +379,12 @@ def _fail(error):
 
 
 @pytest.mark.parametrize("name", _FAILURES)
-def test_what_cannot_be_read_is_not_taken_for_corrupt(
+def test_what_cannot_be_read_or_written_costs_nothing(
   name, run, monkeypatch, quick
 ):
+  """Nor is it taken for corrupt; then the newest is resumed from."""
   before = _content(run)
+  assert {"metrics.jsonl", "best.json"} < before.keys()
   for module, place in (
     (checkpoint, "_read_meta"),
     (ocp.PyTreeCheckpointHandler, "restore"),
@@ -386,6 +399,13 @@ def test_what_cannot_be_read_is_not_taken_for_corrupt(
         assert "nothing was changed" in message
         assert "\n" not in message
     assert _content(run) == before
+  checkpoints = checkpoint.Checkpoints(run, 2)
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, "save", _fail(_FAILURES[name]))
+    with pytest.raises(RunStopped, match=r"at step 30: .*: 10, 20;"):
+      checkpoints.save(30, _place(_make_arrays(30)))
+  assert _content(run) == before
+  _assert_identical(_restore(run), _make_arrays(20))
 
 
 def test_a_failure_that_passes_is_not_noticed(run, monkeypatch, quick):
@@ -428,15 +448,13 @@ def test_one_process_of_two_that_fails_decides_for_both(
   assert _content(run) == before
 
 
-def test_what_cannot_be_written_costs_nothing(run, monkeypatch):
-  before = _content(run)
+def test_why_nothing_is_written_is_one_line(run, monkeypatch):
   error = OSError("No space left on device\nand more")
   monkeypatch.setattr(ocp.CheckpointManager, "save", _fail(error))
   with pytest.raises(RunStopped) as stopped:
     _save_run(run, [30])
   words = "at step 30: No space left on device and more; intact checkpoints: "
   assert f"{words}10, 20;" in str(stopped.value)
-  assert _content(run) == before
 
 
 def test_another_state_is_named_and_nothing_is_moved(run):
@@ -457,6 +475,13 @@ def test_another_state_is_named_and_nothing_is_moved(run):
     with named(words):
       checkpoint.Checkpoints(run, 2).restore(abstract)
     assert _content(run) == before
+
+
+def test_keys_do_not_depend_on_the_environment():
+  with jax.default_prng_impl("rbg"):  # as JAX_DEFAULT_PRNG_IMPL
+    key = make_key(3)
+  expected = jax.random.key(3, impl="threefry2x32")
+  np.testing.assert_array_equal(*map(jax.random.key_data, (key, expected)))
 
 
 # --- what people and earlier runs leave in the folder ---

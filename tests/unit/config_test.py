@@ -1,5 +1,6 @@
 """Configurations: overrides, differences, durations, the defaults."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from vit_jax import config as configuration
 from vit_jax import data, models
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError
-from vit_jax.training import inputs, run_folder
+from vit_jax.training import inputs, losses, optim, run_folder
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _COMMON = str(_CONFIGS / "common.py")
@@ -88,6 +89,7 @@ def test_neighbours_of_a_configuration_are_forgotten(tmp_path):
     ("eval.dataset", "folder:images,a=0.5", None),
     ("image_size", "384", 384),
     ("image_size", "(224,448)", (224, 448)),
+    ("image_size", "224,448", (224, 448)),
     (
       "optimizer.lr_multipliers",
       "('head/.*=10','.*=0')",
@@ -405,3 +407,16 @@ def test_every_default_has_a_comment():
     if "  # " not in line and not lines[above].strip().startswith("#"):
       missing.append(name)
   assert not missing
+
+
+def test_the_defaults_are_what_the_functions_take():
+  """A group has the keyword arguments of one function, all that it asks for."""
+  config = _load()
+  assert {*config.model} == {"variant", *models.DEFAULTS}
+  optimizer = {"schedule", "base_lr", "params"}
+  for function, group, others in (
+    (losses.get_loss, config.loss, set()),
+    (optim.make_schedule, config.schedule, {"total_steps"}),
+    (optim.make_optimizer, config.optimizer, optimizer),
+  ):
+    assert {*inspect.signature(function).parameters} == {*group} | others

@@ -1,6 +1,7 @@
 """Atomic writes and JSON files."""
 
 import contextlib
+import os
 import pathlib
 import re
 
@@ -25,6 +26,19 @@ def test_a_failed_write_changes_nothing(kind, tmp_path):
     raise KeyError
   assert [f.name for f in tmp_path.iterdir()] == ["x.json"]
   assert files.read_json(path) == {"a": 1}
+
+
+@_each_kind
+def test_contents_are_on_the_disk_before_the_name(kind, tmp_path, monkeypatch):
+  """Else a machine that loses power may leave an empty file of that name."""
+  seen = []
+  monkeypatch.setattr(
+    os, "fsync", lambda _: seen.append({*os.listdir(tmp_path)})
+  )
+  files.write_json(kind(tmp_path) / "x.json", {"a": 1})
+  with files.atomic_folder(kind(tmp_path) / "y") as partial:
+    (partial / "z").touch()
+  assert seen == [{"x.json.tmp"}, {"x.json", ".y.partial"}]
 
 
 @_each_kind

@@ -1,6 +1,7 @@
 """Data sets by name: the forms of a name, and how it is opened."""
 
 import math
+from pathlib import Path
 
 from vit_jax.data import tfds
 from vit_jax.data.folder import FOLDER, FolderSource
@@ -50,8 +51,10 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     raise UserError("the data set's name is empty; see `vit-jax data list`")
   # A folder's path may hold commas and equal signs.
   weighs = _parse_weight(text.rpartition("=")[2])
-  is_path = text.startswith((FOLDER, OBJECTNET)) and not weighs
-  if is_path or not {"=", ","} & {*text}:
+  path = Path(text.partition(":")[2]).expanduser()
+  if text.startswith((FOLDER, OBJECTNET)) and (not weighs or path.is_dir()):
+    return [(text, 1.0)]
+  if not {"=", ","} & {*text}:
     return [(text, 1.0)]
   mixture = []
   for part in text.split(","):

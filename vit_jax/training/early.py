@@ -4,6 +4,7 @@ Nothing here imports TensorFlow. A run checks the same again, and the rest.
 """
 
 import os
+import re
 from pathlib import Path
 
 from vit_jax import config as configuration
@@ -68,6 +69,6 @@ def _read_variant(path) -> str | None:
 
 
 def check_select(name: str | None) -> None:
-  """Raises a UserError for a metric that `config.eval` never yields."""
-  if name is not None and "/" not in name:
-    check_choice("--select", name, METRICS)
+  """Raises a UserError for a [NAME/]METRIC that no evaluator yields."""
+  if name and not re.fullmatch(r".+/\d+shot", name):
+    check_choice("--select", name.rpartition("/")[2], METRICS)

@@ -1,6 +1,7 @@
 """A run folder: whose it is, what run it holds, what a run writes first."""
 
 import logging
+import shlex
 
 import jax
 from clu import parameter_overview
@@ -66,8 +67,9 @@ def check(config, workdir) -> dict | None:
     raise UserError(
       f"{workdir} holds a run of another configuration "
       f"({'; '.join(differences)}); resume with the configuration that it was "
-      "started with, or choose another --workdir, which can start from its "
-      "weights with config.init_from"
+      "started with, or choose another --workdir, also to train for longer: "
+      f"--config.init_from={shlex.quote(str(workdir))} starts it from these "
+      "weights, without the optimizer's state and the step"
     )
   return run
 

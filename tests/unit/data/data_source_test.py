@@ -193,6 +193,18 @@ def test_examples_that_two_splits_share(data_dir, tmp_path):
   assert share(folder, "train[:60]", "train[50:]+test") == 10
 
 
+def test_identity_follows_the_examples_not_the_folder(data_dir, tmp_path):
+  shutil.copytree(f"{data_dir}/digits", tmp_path / "digits")
+  found = [
+    data.get_source("digits", split, folder).identity()
+    for folder in (data_dir, str(tmp_path))
+    for split in ("train", "train[:9]", "test")
+  ]
+  assert found[:3] == found[3:]
+  assert len({*found}) == 3
+  assert all(text.startswith("digits/1.0.0 ") for text in found)
+
+
 def test_limit_of_open_files_is_raised(data_dir, monkeypatch):
   now, asked = [1200, 2400], []
   monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(now))
@@ -368,6 +380,14 @@ def test_parse_mixture(text, expected):
   assert data.parse_mixture(text) == expected
 
 
+@pytest.mark.parametrize("prefix", ["folder:", "objectnet:"])
+def test_path_that_ends_like_a_weight(prefix, tmp_path):
+  (tmp_path / "lr=3").mkdir()
+  text = f"{prefix}{tmp_path}/lr=3"
+  assert data.parse_mixture(text) == [(text, 1.0)]
+  assert data.parse_mixture(text + "=2") == [(text, 2.0)]
+
+
 def test_mixture_needs_the_same_classes_in_order(tmp_path):
   pets = _make_folder(tmp_path / "pets", {"cat": 3, "dog": 3})
   others = _make_folder(tmp_path / "others", {"aeroplane": 3, "zebra": 3})
@@ -481,6 +501,9 @@ def test_names_that_are_not_utf_8(tmp_path, caplog):
   source = data.get_source(folder, "train+test")
   assert str(odd) in _names(source)
   assert len(source.identity()) == 16
+  (tmp_path / "a").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+  with pytest.raises(UserError, match=r"'caf\\udce9' .* UTF-8; rename"):
+    data.get_source(folder, "train")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "JPEG", "png", "webp"])

@@ -86,6 +86,8 @@ def test_wrong_string_is_explained_in_one_line(text, words):
   [
     ("resize_small(256)|central_crop(size)", 384, ("256", "384x384", "439")),
     ("resize((400, 300))|central_crop(size)", (384, 448), ("300", "384x448")),
+    ("resize(300)|random_crop(size)", 384, ("300", "384x384", "439")),
+    ("resize(448)|random_crop(size)", 384, ()),
     ("resize_small(256)|central_crop(size)", 256, ()),
     ("resize_small(256)|central_crop(size)", (224, 448), ()),  # fits wide ones
     ("resize_small(size * 8 / 7)|central_crop(size)", 384, ()),
@@ -175,6 +177,19 @@ def test_modes_decode_as_in_tensorflow(mode, kind):
     preprocess.decode_image(encoded),
     ops.decode(tf.constant(encoded), precise=True).numpy(),
   )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_animations_give_their_first_frame(kind):
+  first = Image.fromarray(_photo((9, 12))).quantize(64).convert("RGB")
+  more = [Image.new("RGB", (12, 9))]
+  options = {"save_all": True, "append_images": more, "lossless": True}
+  encoded = _encode(first, kind, **options)
+  for found in (
+    preprocess.decode_image(encoded),
+    ops.decode(tf.constant(encoded), precise=True).numpy(),
+  ):
+    np.testing.assert_array_equal(found, first)
 
 
 def _turned(image, orientation, kind):

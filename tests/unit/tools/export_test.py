@@ -160,13 +160,15 @@ def _run_document(folder, images, pictures):
 
 
 def _save_pictures(folder):
-  """Writes photographs, as PNG and JPEG, of differing sizes."""
+  """Writes photographs, as transparent PNG and JPEG, of differing sizes."""
   from sklearn.datasets import load_sample_images
 
   files = []
   for i, photograph in enumerate(load_sample_images().images):
     for j, size in enumerate((None, (97, 211), (25, 31))):
       image = Image.fromarray(photograph)
+      if (i + j) % 2:
+        image.putalpha(image.getchannel("R"))
       files.append(folder / f"{i}_{j}.{'png' if (i + j) % 2 else 'jpg'}")
       (image.resize(size) if size else image).save(files[-1])
   return list(map(str, files))

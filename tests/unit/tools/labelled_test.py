@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import sys
 import tarfile
 
 import data_build
@@ -285,6 +286,17 @@ def test_labels_have_weights_or_confidences(tmp_path):
     assert labels == {"a.jpg": [], "b.jpg": [1, 0]}
 
 
+def test_a_class_may_have_a_bar_in_its_name_if_it_is_listed(tmp_path):
+  file, classes = tmp_path / "labels.csv", tmp_path / "classes.txt"
+  file.write_text("image,label\na.jpg,cat|dog\n")
+  words = r"line 2: 'cat\|dog' is several labels; give each a line"
+  with pytest.raises(UserError, match=words):
+    own_files.read_labels(file, None, 0.0)
+  classes.write_bytes("cat\ncat|dog \n".encode("utf-8-sig"))
+  found = own_files.read_labels(file, str(classes), 0.0)
+  assert found == (["cat", "cat|dog"], {"a.jpg": [1]})
+
+
 def test_a_folder_with_links_and_names_of_any_bytes(tmp_path):
   _make(tmp_path, 3)
   odd = os.fsdecode(b"caf\xe9.jpg")
@@ -325,7 +337,7 @@ def test_names_in_labels_that_no_image_has(tmp_path, caplog, capsys):
   assert not (tmp_path / "other").exists()
 
 
-def test_a_name_twice_names_both_places(tmp_path):
+def test_a_name_twice_names_both_places(tmp_path, monkeypatch):
   pyarrow = pytest.importorskip("pyarrow")
   from pyarrow import parquet
 
@@ -347,6 +359,10 @@ def test_a_name_twice_names_both_places(tmp_path):
   parquet.write_table(pyarrow.table(rows), file)
   with pytest.raises(UserError, match="is not a readable Parquet file"):
     own_files.list_images(str(file))
+  shutil.copy(file, tmp_path / "4.parquet")
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  with pytest.raises(UserError, match=r"4.parquet is not .*pyarrow"):
+    own_files.list_images(str(tmp_path / "4.parquet"))
 
 
 def test_other_mistakes(tmp_path):

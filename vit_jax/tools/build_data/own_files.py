@@ -72,6 +72,11 @@ def read_labels(
   ids = {name: i for i, name in enumerate(names)}
   labels: dict[str, list[int]] = {}
   for line, image, label, confidence in rows:
+    if classes is None and "|" in label:
+      raise UserError(
+        f"{path}, line {line}: {label!r} is several labels; give each a line "
+        "of its own, or list it in --classes if it is one"
+      )
     if label not in ids:
       raise UserError(
         f"{path}, line {line}: unknown class {label!r}{suggest(label, names)}; "
@@ -273,7 +278,7 @@ def _list_parquet(path):
   try:
     table = _open_parquet(path).read(columns=["name"])
     names = [_tidy(name) for name in table.column("name").to_pylist()]
-  except (OSError, ValueError, KeyError, AttributeError) as e:
+  except (OSError, ValueError, KeyError, AttributeError, ImportError) as e:
     raise UserError(
       f"{path} is not a readable Parquet file with a name and an image in each "
       f"row ({one_line(e)})"
