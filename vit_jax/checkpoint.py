@@ -23,6 +23,7 @@ nothing: a full memory, a server that does not answer, another version.
 
 import contextlib
 import errno
+import importlib
 import json
 import logging
 import math
@@ -39,7 +40,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from vit_jax import files
-from vit_jax.errors import RunStopped, UserError, one_line
+from vit_jax.errors import RunStopped, UserError, needs_extra, one_line
 from vit_jax.state import flatten, unflatten
 
 log = logging.getLogger(__name__)
@@ -313,6 +314,16 @@ def _is_input_error(error) -> bool:
     or _INPUT_ERRORS.search(str(e))
     for e in _chain(error)
   )
+
+
+def check_address(workdir) -> None:
+  """Raises a UserError if checkpoints at a gs:// address need a library."""
+  if str(workdir).startswith("gs://"):
+    try:  # Orbax imports it when it lists or deletes checkpoints there
+      importlib.import_module("google.cloud.storage")
+    except ImportError as e:
+      library = "google.cloud.storage"
+      raise needs_extra(f"--workdir={workdir}", library) from e
 
 
 def absolute(path) -> epath.Path:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import core
 from jax import export as jax_export
 
@@ -67,13 +68,12 @@ def export(
   """
   check_choice("--to", to, FORMATS)
   form = FORMATS[to]
-  if "://" in out:
-    raise UserError(f"{out} is no local folder; export there, then copy")
-  check_free(out)
+  folder = epath.Path(out)
+  check_free(folder)
   for library in form.libraries:
     if importlib.util.find_spec(library) is None:
       raise needs_extra(f"--to={to}", library)
-  with _atomic(pathlib.Path(out)) as partial:
+  with _atomic(folder) as partial:
     model = _load(source, image_size)
     _check_size(model, to)
     about = {

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.figure import Figure
 
 from vit_jax import pretrained
@@ -104,9 +105,10 @@ def make_figures(
   if not checkpoints and not runs:
     raise UserError("nothing to draw from; give --checkpoint=SOURCE or --runs=")
   possible = [*(OF_WEIGHTS if checkpoints else ()), *(OF_RUNS if runs else ())]
-  check_folder(Path(out), "--out")
+  folder = epath.Path(out)
+  check_folder(folder, "--out")
   files = {
-    name: [Path(out) / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
+    name: [folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
     for name in only or possible
   }
   for file in itertools.chain(*files.values()):

@@ -3,9 +3,10 @@
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from vit_jax import files
+from etils import epath
+
+from vit_jax import checkpoint, files
 from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.tools import charts
 from vit_jax.tools.report.details import evaluate
@@ -22,7 +23,7 @@ _ALL_MISTAKES = 40
 
 def report(
   workdirs: Sequence[str], out: str, data_dir: str | None = None
-) -> Path:
+) -> epath.Path:
   """Writes a page on runs: curves, cost, configurations, mistakes.
 
   Args:
@@ -36,7 +37,7 @@ def report(
   Raises:
     UserError: no run there, or `out` exists or cannot be written.
   """
-  file = Path(out).expanduser().absolute()
+  file = checkpoint.absolute(out)
   _check_out(file, out)
   runs = find_runs(workdirs)
   if len(runs) > len(charts.DASHES):
@@ -61,6 +62,8 @@ def report(
 def _check_out(file, out):
   """Raises a UserError now, not after minutes, if `out` cannot be written."""
   check_free(file)
+  if files.is_remote(file):
+    return
   if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
     raise UserError(
       f"--out={out}: {file.parent} is not a writable folder; make it, or give "
