@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
 from vit_jax.errors import UserError, os_errors
 
 
@@ -163,6 +165,11 @@ def walk(root: str) -> Iterator[str]:
           raise UserError(f"{link}: a link to a folder around it; remove it")
     for name in files:
       yield os.path.join(folder, name)
+
+
+def make_path(text: str) -> Any:
+  """Returns a pathlib.Path, or the epath.Path of a bucket's address."""
+  return epath.Path(text) if is_remote(text) else pathlib.Path(text)
 
 
 def is_remote(path) -> bool:

@@ -1,6 +1,7 @@
 """Run folders, sweeps and what commands write on gs://, see fake_gcs.py."""
 
 import json
+import math
 import re
 import shutil
 
@@ -131,21 +132,16 @@ def test_a_bucket_that_may_not_be_read_is_one_line(runs, server, capsys):
 
 def test_weights_are_read_and_written(server, moments):
   bucket = server.folder / "bucket"
-  weights = pretrained.read("gs://bucket/run")
-  for to, out in (("npz", "a.npz"), ("big_vision", "b.npz"), ("orbax", "c")):
-    assert (
-      main(["convert", "gs://bucket/run", f"gs://bucket/{out}", f"--to={to}"])
-      == 0
-    )
-    assert (
-      main(["convert", "gs://bucket/run", f"gs://bucket/{out}", f"--to={to}"])
-      == 2
-    )
-    found = pretrained.read(str(bucket / out))
-    assert {k: x.shape for k, x in found.params.items()} == {
-      k: x.shape for k, x in weights.params.items()
-    }
-  assert pretrained.read("gs://bucket/c").params.keys() == weights.params.keys()
+
+  def count(source):
+    params = pretrained.read(source).params.values()
+    return sum(math.prod(x.shape) for x in params)
+
+  for to, out in (("npz", "a.npz"), ("orbax", "c")):
+    args = ["convert", "gs://bucket/run", f"gs://bucket/{out}", f"--to={to}"]
+    assert main(args) == 0
+    assert count(str(bucket / out)) == count("gs://bucket/run")
+    assert main(args) == 2  # nothing is overwritten
 
 
 def test_a_report_and_an_export(server, moments):

@@ -8,8 +8,6 @@ import pathlib
 import shutil
 import tempfile
 
-from etils import epath
-
 from vit_jax import files
 from vit_jax.data.preprocess import rescale
 from vit_jax.errors import RunStopped, UserError, check_choice, check_free
@@ -160,7 +158,7 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
     RunStopped: it could not be written.
   """
   check_choice("--to", to, FORMATS)
-  path = epath.Path(out)
+  path = files.make_path(out)
   check_free(path)
   if to != "orbax":
     try:
@@ -172,7 +170,7 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
       runs.write(weights, out)
       return list(weights.notes)
     if not files.is_remote(path):
-      return _write_file(weights, pathlib.Path(out), to)
+      return _write_file(weights, path, to)
     with tempfile.TemporaryDirectory() as folder:
       local = pathlib.Path(folder) / path.name
       notes = _write_file(weights, local, to)

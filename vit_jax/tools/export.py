@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax import core
 from jax import export as jax_export
 
@@ -29,7 +28,7 @@ import vit_jax
 from vit_jax import pretrained
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, check_free, needs_extra
-from vit_jax.files import atomic_folder, write_json
+from vit_jax.files import atomic_folder, make_path, write_json
 from vit_jax.pretrained.warmstart import match_layout
 
 # The largest difference of logits, in units of their standard deviation.
@@ -68,7 +67,7 @@ def export(
   """
   check_choice("--to", to, FORMATS)
   form = FORMATS[to]
-  folder = epath.Path(out)
+  folder = make_path(out)
   check_free(folder)
   for library in form.libraries:
     if importlib.util.find_spec(library) is None:

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from etils import epath
 from matplotlib.figure import Figure
 
 from vit_jax import pretrained
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, check_folder, check_free
 from vit_jax.evaluation import attention_maps
-from vit_jax.files import atomic_file
+from vit_jax.files import atomic_file, make_path
 from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools import charts
@@ -105,7 +104,7 @@ def make_figures(
   if not checkpoints and not runs:
     raise UserError("nothing to draw from; give --checkpoint=SOURCE or --runs=")
   possible = [*(OF_WEIGHTS if checkpoints else ()), *(OF_RUNS if runs else ())]
-  folder = epath.Path(out)
+  folder = make_path(out)
   check_folder(folder, "--out")
   files = {
     name: [folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")]

@@ -3,10 +3,9 @@
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
-from etils import epath
-
-from vit_jax import checkpoint, files
+from vit_jax import files
 from vit_jax.errors import RunStopped, UserError, check_free
 from vit_jax.tools import charts
 from vit_jax.tools.report.details import evaluate
@@ -23,7 +22,7 @@ _ALL_MISTAKES = 40
 
 def report(
   workdirs: Sequence[str], out: str, data_dir: str | None = None
-) -> epath.Path:
+) -> Any:
   """Writes a page on runs: curves, cost, configurations, mistakes.
 
   Args:
@@ -37,7 +36,9 @@ def report(
   Raises:
     UserError: no run there, or `out` exists or cannot be written.
   """
-  file = checkpoint.absolute(out)
+  file = files.make_path(out)
+  if not files.is_remote(file):
+    file = file.expanduser().absolute()
   _check_out(file, out)
   runs = find_runs(workdirs)
   if len(runs) > len(charts.DASHES):
