@@ -68,6 +68,7 @@ setuptools.setup(
       f"tensorflow>=2.20; {_ELSEWHERE}",
       "tensorflow-datasets>=4.9.9",
     ],
+    "gcs": ["google-cloud-storage>=3.0"],  # Orbax saves at gs:// with it
     "hub": ["huggingface-hub>=1.0", "pooch>=1.8", "requests>=2.32"],
     "figures": ["jinja2>=3.1", "matplotlib>=3.10"],
     "wandb": ["wandb>=0.20"],
@@ -97,7 +98,7 @@ setuptools.setup(
     # drive. timm is missing: it asks for torchvision, which PyTorch without
     # CUDA cannot load. The Makefile installs it without.
     "dev": [
-      "vit_jax[demo,export,lint,plan,test]",
+      "vit_jax[demo,export,gcs,lint,plan,test]",
       "furo>=2025.9.25",
       "ipykernel>=6.29",
       "kubernetes-validate>=1.32",

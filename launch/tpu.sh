@@ -46,7 +46,7 @@ setup)
     python3 -m pip install --quiet --user uv
     test -x venv/bin/python || python3 -m uv venv --python 3.12 venv
     python3 -m uv pip install --quiet --python venv/bin/python \
-      --constraint code/constraints.txt --editable "code[tpu,train]"'
+      --constraint code/constraints.txt --editable "code[tpu,train,gcs]"'
   ;;
 run)
   command=${1:?the vit-jax command}

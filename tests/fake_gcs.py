@@ -57,8 +57,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     with self.server.count(self) as fault:
       self.drops = fault == "drop"
       try:
-        if fault == 503:
-          raise _Refused(503)
+        if isinstance(fault, int):
+          raise _Refused(fault)
         for pattern, route in _ROUTES.items():
           if match := re.fullmatch(pattern, f"{self.command} {url.path}"):
             names = [unquote(name) for name in match.groups()]
@@ -251,7 +251,8 @@ class Server(http.server.ThreadingHTTPServer):
   Attributes:
     latency: seconds before each answer.
     fault: of the number of a request, from 1, and "METHOD /path?query RANGE",
-      returns None, 503, or "drop": the connection ends in half of the body.
+      returns None, an HTTP status such as 503, or "drop": the connection ends
+      in half of the body.
     requests: "METHOD /path?query RANGE" of all requests.
     sent: bytes of the bodies of answers.
     peak: the most requests at once.
@@ -318,6 +319,7 @@ class Server(http.server.ThreadingHTTPServer):
     return {
       "CLOUD_STORAGE_EMULATOR_ENDPOINT": base,  # ArrayRecord
       "TENSORSTORE_GCS_HTTP_URL": base,
+      "STORAGE_EMULATOR_HOST": base,  # google.cloud.storage, of Orbax
       "https_proxy": base,  # TensorFlow
       "CURL_CA_BUNDLE": str(self.scratch / "certificate"),
       "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",

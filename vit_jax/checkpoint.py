@@ -14,6 +14,7 @@ a full memory, a server that does not answer, another version.
 
 import contextlib
 import errno
+import importlib
 import json
 import logging
 import math
@@ -30,7 +31,7 @@ from etils import epath
 
 from vit_jax import files
 from vit_jax.distributed import gather
-from vit_jax.errors import RunStopped, UserError, one_line
+from vit_jax.errors import RunStopped, UserError, needs_extra, one_line
 from vit_jax.state import flatten, unflatten
 
 log = logging.getLogger(__name__)
@@ -302,6 +303,16 @@ def _find_cause(error) -> str:
   ):
     return "contents"
   return ""
+
+
+def check_address(workdir) -> None:
+  """Raises a UserError if checkpoints at a gs:// address need a library."""
+  if str(workdir).startswith("gs://"):
+    try:  # Orbax imports it when it lists or deletes checkpoints there
+      importlib.import_module("google.cloud.storage")
+    except ImportError as e:
+      library = "google.cloud.storage"
+      raise needs_extra(f"--workdir={workdir}", library) from e
 
 
 def absolute(path) -> epath.Path:

@@ -1,8 +1,9 @@
 """The exceptions that become one clear line for the person at the terminal."""
 
+import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -27,6 +28,7 @@ EXTRAS = {
     ("array_record", "clu", "sklearn", "tensorflow", "tensorflow_datasets"),
     "train",
   ),
+  "google.cloud.storage": "gcs",
   **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "hub"),
   **dict.fromkeys(("jinja2", "matplotlib"), "figures"),
   "gradio": "demo",
@@ -56,7 +58,8 @@ def check_free(path) -> None:
       f"{path} is a link to {os.readlink(path)}, which is not there; remove "
       "the link, or choose another"
     )
-  if os.path.lexists(path):
+  # What is in a bucket is an epath.Path.
+  if os.path.lexists(path) or ("://" in str(path) and path.exists()):
     raise UserError(f"{path} exists; nothing is overwritten, choose another")
 
 
@@ -97,3 +100,14 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return words
   half = (limit - 5) // 2
   return f"{words[:half]} ... {words[-half:]}"
+
+
+@contextlib.contextmanager
+def os_errors() -> Iterator[None]:
+  """Raises TensorFlow's errors, which a bucket's paths have, as OSErrors."""
+  try:
+    yield
+  except Exception as e:
+    if "OpError" not in [base.__name__ for base in type(e).__mro__]:
+      raise
+    raise OSError(one_line(e)) from e

@@ -8,18 +8,27 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from vit_jax.errors import UserError
+from etils import epath
+
+from vit_jax.errors import UserError, os_errors
 
 
 @contextlib.contextmanager
 def atomic_file(path) -> Iterator[Any]:
   """Yields a path beside `path`; what is written there then replaces `path`.
 
-  If the block raises, `path` stays as it was.
+  If the block raises, `path` stays as it was. For a file in a bucket the path
+  is a local one, and is uploaded.
   """
+  if is_remote(path):
+    with _scratch() as folder:
+      yield folder / path.name
+      upload(folder / path.name, path)
+    return
   partial = path.with_name(path.name + ".tmp")
   try:
     yield partial
@@ -34,11 +43,14 @@ def atomic_file(path) -> Iterator[Any]:
 def atomic_folder(path) -> Iterator[Any]:
   """Yields a new folder beside `path`, which is then renamed to `path`.
 
-  If the block raises, nothing is left. Buckets cannot rename folders: there it
-  yields `path` itself, so write last what makes the folder complete.
+  If the block raises, nothing is left. For a folder in a bucket it yields a
+  local one, and uploads its files in the order in which they were written:
+  write last what makes the folder complete.
   """
-  if _is_remote(path):
-    yield path
+  if is_remote(path):
+    with _scratch() as folder:
+      yield folder
+      upload(folder, path)
     return
   partial = path.with_name(f".{path.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)  # of a killed process
@@ -51,6 +63,28 @@ def atomic_folder(path) -> Iterator[Any]:
     partial.replace(path)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def upload(source, target) -> None:
+  """Copies a local file, or the files in a folder, into a bucket.
+
+  Args:
+    source: a local path.
+    target: an epath.Path. An object appears when it is complete; what was
+      written last is copied last.
+  """
+  inside = [p for p in pathlib.Path(source).rglob("*") if p.is_file()]
+  for file in sorted(inside, key=lambda p: p.stat().st_mtime_ns) or [source]:
+    name = file.relative_to(source)
+    with os_errors(), open(file, "rb") as f, (target / name).open("wb") as out:
+      out.write(b"")  # TensorFlow makes a file at the first write
+      shutil.copyfileobj(f, out, 1 << 20)
+
+
+@contextlib.contextmanager
+def _scratch():
+  with tempfile.TemporaryDirectory(prefix="vit_jax-") as folder:
+    yield pathlib.Path(folder)
 
 
 def write_atomically(path, text: str) -> None:
@@ -75,7 +109,8 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
     UserError: it cannot be read, or holds no JSON object.
   """
   try:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    with os_errors():
+      value = json.loads(path.read_text(encoding="utf-8"))
   except OSError as e:
     words = e.strerror or e
     raise UserError(f"{path} cannot be read: {words}; {advice}") from e
@@ -132,12 +167,17 @@ def walk(root: str) -> Iterator[str]:
       yield os.path.join(folder, name)
 
 
-def _is_remote(path) -> bool:
+def make_path(text: str) -> Any:
+  """Returns a pathlib.Path, or the epath.Path of a bucket's address."""
+  return epath.Path(text) if is_remote(text) else pathlib.Path(text)
+
+
+def is_remote(path) -> bool:
+  """Returns whether a path is in a bucket, such as gs://."""
   return "://" in str(path)
 
 
 def _sync(file):
   """Has a local file's contents on the disk before its name is."""
-  if not _is_remote(file):
-    with open(file, "rb") as f:
-      os.fsync(f.fileno())
+  with open(file, "rb") as f:
+    os.fsync(f.fileno())

@@ -258,6 +258,7 @@ class Loop:
     if self.own:
       self.own.check()
     self.metrics.flush(self.step)
+    self.metrics.sync()  # a resumed run keeps the lines up to its checkpoint
     self.checkpoints.save(self.step, self.state)
     self.metrics.restart_clock(self.step)
     self.saved = self.step
@@ -303,6 +304,7 @@ def run_evaluation(evaluator, params, step) -> dict[str, float]:
 def report(metrics, name, step, results):
   """Writes and prints the result of an evaluation."""
   metrics.write(step, {f"{name}/{metric}": x for metric, x in results.items()})
+  metrics.sync()
   text = "  ".join(
     f"{metric} {x}" if isinstance(x, int) else f"{metric} {x:.4f}"
     for metric, x in results.items()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -622,3 +623,11 @@ def test_addresses_are_absolute_as_they_are(given, expected):
   assert str(found) == expected
   assert str(found / "config.json") == f"{expected}/config.json"
   assert str(checkpoint.absolute(found)) == expected
+
+
+def test_a_bucket_needs_a_library(monkeypatch):
+  checkpoint.check_address("/a/local/folder")
+  monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+  checkpoint.check_address("/a/local/folder")
+  with pytest.raises(UserError, match=r"gs://b/run .*'vit_jax\[gcs\]'"):
+    checkpoint.check_address("gs://b/run")

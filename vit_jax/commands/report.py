@@ -18,4 +18,4 @@ def run(args):
   from vit_jax.tools.report import report
 
   file = report(args.workdirs, args.out, args.data_dir)
-  print(f"{file}: {file.stat().st_size / 1e3:,.0f} kB")
+  print(f"{file}: {len(file.read_bytes()) / 1e3:,.0f} kB")

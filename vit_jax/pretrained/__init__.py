@@ -158,8 +158,8 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
     RunStopped: it could not be written.
   """
   check_choice("--to", to, FORMATS)
-  if "://" not in out:
-    check_free(out)
+  path = files.make_path(out)
+  check_free(path)
   if to != "orbax":
     try:
       _check(weights, to)
@@ -169,7 +169,13 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
     if to == "orbax":
       runs.write(weights, out)
       return list(weights.notes)
-    return _write_file(weights, pathlib.Path(out), to)
+    if not files.is_remote(path):
+      return _write_file(weights, path, to)
+    with tempfile.TemporaryDirectory() as folder:
+      local = pathlib.Path(folder) / path.name
+      notes = _write_file(weights, local, to)
+      files.upload(local, path)
+      return notes
   except OSError as e:
     raise RunStopped(
       f"could not write {out}: {e.strerror or e}; nothing is left of it"

@@ -1,5 +1,6 @@
 """Run folders and Orbax checkpoints of this project, as `Weights`."""
 
+import contextlib
 import logging
 import time
 
@@ -119,7 +120,10 @@ def write(weights: Weights, out) -> None:
     "resize": weights.resize,
     "converted_from": weights.source,
   }
-  with files.atomic_folder(folder) as partial:
+  # Orbax writes a folder in a bucket as such; config.json makes it complete.
+  is_remote = files.is_remote(folder)
+  place = contextlib.nullcontext if is_remote else files.atomic_folder
+  with place(folder) as partial:
     checkpoints = checkpoint.Checkpoints(partial, keep=1)
     try:
       params = {path: x.read() for path, x in weights.params.items()}
@@ -129,4 +133,4 @@ def write(weights: Weights, out) -> None:
       time.sleep(1)  # TensorStore may still write into the folder
       # Of a run it says that the same command resumes.
       raise OSError(one_line(e.__cause__ or e)) from e
-    files.write_json(partial / "config.json", run)  # what makes it complete
+    files.write_json(partial / "config.json", run)

@@ -28,7 +28,7 @@ import vit_jax
 from vit_jax import pretrained
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, check_free, needs_extra
-from vit_jax.files import atomic_folder, write_json
+from vit_jax.files import atomic_folder, make_path, write_json
 from vit_jax.pretrained.warmstart import match_layout
 
 # The largest difference of logits, in units of their standard deviation.
@@ -67,13 +67,12 @@ def export(
   """
   check_choice("--to", to, FORMATS)
   form = FORMATS[to]
-  if "://" in out:
-    raise UserError(f"{out} is no local folder; export there, then copy")
-  check_free(out)
+  folder = make_path(out)
+  check_free(folder)
   for library in form.libraries:
     if importlib.util.find_spec(library) is None:
       raise needs_extra(f"--to={to}", library)
-  with _atomic(pathlib.Path(out)) as partial:
+  with _atomic(folder) as partial:
     model = _load(source, image_size)
     _check_size(model, to)
     about = {

@@ -21,7 +21,7 @@ from vit_jax import pretrained
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, check_folder, check_free
 from vit_jax.evaluation import attention_maps
-from vit_jax.files import atomic_file
+from vit_jax.files import atomic_file, make_path
 from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools import charts
@@ -104,9 +104,10 @@ def make_figures(
   if not checkpoints and not runs:
     raise UserError("nothing to draw from; give --checkpoint=SOURCE or --runs=")
   possible = [*(OF_WEIGHTS if checkpoints else ()), *(OF_RUNS if runs else ())]
-  check_folder(Path(out), "--out")
+  folder = make_path(out)
+  check_folder(folder, "--out")
   files = {
-    name: [Path(out) / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
+    name: [folder / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
     for name in only or possible
   }
   for file in itertools.chain(*files.values()):

@@ -43,7 +43,7 @@ class TrainJob(submitit.helpers.Checkpointable):
   def __call__(
     self,
     command: list[str],
-    workdir: Path,
+    folder: Path,
     environment: dict[str, str | None],
     owner: int | None,
   ) -> int | None:
@@ -51,7 +51,7 @@ class TrainJob(submitit.helpers.Checkpointable):
 
     Args:
       command: its words. It saves and stops on SIGTERM, which is passed on.
-      workdir: the file `LOG` in it gets the output.
+      folder: the file `LOG` in it gets the output.
       environment: variables of the command alone; None unsets one.
       owner: the process whose end stops the command; None for none.
     """
@@ -61,7 +61,7 @@ class TrainJob(submitit.helpers.Checkpointable):
     for number in (signal.SIGTERM, signal.SIGUSR2):
       signal.signal(number, lambda number, _: stops.append(number))
     variables = {**os.environ, **environment}
-    with open(workdir / LOG, "a") as file:
+    with open(folder / LOG, "a") as file:
       with contextlib.suppress(OSError):  # not every file system has locks
         fcntl.flock(file, fcntl.LOCK_EX)  # which the command inherits
       if owner and not is_alive(owner):
@@ -128,13 +128,14 @@ class Executor:
       raise UserError(f"--executor=slurm: {words}") from e
     return made
 
-  def start(self, workdir: Path, command: list[str], slot) -> submitit.Job:
+  def start(self, workdir, command: list[str], slot) -> submitit.Job:
     """Starts a run, or finds its job that is in Slurm's queue already.
 
     Raises:
       UserError: sbatch refuses it.
     """
-    folder = workdir / "job"
+    place = find_folder(workdir)
+    folder = place / "job"
     owner = os.getpid() if self._is_local else None
     for file in [] if self._is_local else folder.glob("*_submitted.pkl"):
       job = submitit.SlurmJob(folder, file.name.partition("_")[0])
@@ -147,7 +148,7 @@ class Executor:
     handlers = [signal.signal(number, signal.SIG_IGN) for number in ignored]
     try:
       return self._connect(folder).submit(
-        TrainJob(), command, workdir, slot, owner
+        TrainJob(), command, place, slot, owner
       )
     except (FailedJobError, OSError) as e:
       raise UserError(f"cannot submit {workdir}: {one_line(e)}") from e
@@ -155,15 +156,28 @@ class Executor:
       for number, handler in zip(ignored, handlers, strict=True):
         signal.signal(number, handler)
 
-  def wait_for_runs(self, workdirs: Sequence[Path]) -> None:
+  def wait_for_runs(self, workdirs: Sequence) -> None:
     """Waits until the runs that a dead sweep has left here have saved."""
     for workdir in workdirs if self._is_local else []:
-      with contextlib.suppress(OSError), open(workdir / LOG) as file:
+      log_file = find_folder(workdir) / LOG
+      with contextlib.suppress(OSError), open(log_file) as file:
         try:
           fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
           log.info("%s: waiting for a run of an earlier sweep", workdir)
           fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def find_folder(workdir) -> Path:
+  """Returns the folder of a run's job and of its output.
+
+  It is the run folder; of one in a bucket, a folder below ~/.cache/vit_jax.
+  """
+  address, is_bucket, path = str(workdir).partition("://")
+  if not is_bucket:
+    return Path(address)
+  root = os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax"
+  return Path(root).expanduser() / "jobs" / path
 
 
 def _parse_slurm(texts):

@@ -113,8 +113,8 @@ class Run:
     wanted = {""} if self.config["eval.split"] else set()
     wanted |= {k.split(".")[1] for k in self.config if k.startswith("evals.")}
     found = {name.rpartition("/")[0] for name in self.results}
-    saved = self.path / "checkpoints" / str(self.total_steps)
-    return saved.is_dir() and wanted <= found
+    saved = checkpoint.list_steps(self.path)
+    return self.total_steps in saved and wanted <= found
 
   def find_result(self, select: str | None = None) -> tuple[str, float]:
     """Returns the name and value of what a complete run is compared by.

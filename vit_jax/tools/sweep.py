@@ -17,7 +17,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_jax import checkpoint, files, pretrained
@@ -37,14 +36,14 @@ class Trial(NamedTuple):
   """One training of a sweep, begun or not.
 
   Attributes:
-    workdir: its folder.
+    workdir: its folder, a Path or of a bucket an epath.Path.
     config: "CONFIG[:ARG]".
     overrides: {key: text}, all of them.
     setting: {key: text} of the grid alone.
     select: the result that is compared; None: the usual one.
   """
 
-  workdir: Path
+  workdir: Any
   config: str
   overrides: dict[str, str]
   setting: dict[str, str]
@@ -105,7 +104,7 @@ def parse_grids(texts: Sequence[str]) -> dict[str, list[str]]:
 
 def plan(
   config: str,
-  folder: Path,
+  folder,
   overrides: dict[str, str],
   grid: dict[str, list[str]],
   seeds: int,
@@ -158,7 +157,7 @@ def make_name(setting: dict[str, str]) -> str:
 def _check(trial):
   loaded = configuration.load(trial.config, trial.overrides)
   configuration.check_ranges(loaded)
-  if not run_folder.check(loaded, checkpoint.absolute(trial.workdir)):
+  if not run_folder.check(loaded, trial.workdir):
     configuration.check_unused(loaded)
   name, slash, _ = (trial.select or loaded.best_metric or "").partition("/")
   wanted = name if slash else "eval"
@@ -183,15 +182,11 @@ def check_sources(trials: Sequence[Trial]) -> None:
     seen.add(sources)
 
 
-def local_folder(workdir: str) -> Path:
+def find_folder(workdir: str):
   """Returns an absolute path; raises a UserError for what is no folder."""
-  if "://" in workdir:
-    raise UserError(
-      f"--workdir={workdir}: a sweep needs a local folder; single runs of "
-      "`vit-jax train` can be in a bucket"
-    )
-  folder = Path(workdir).expanduser().absolute()
-  check_folder(folder)
+  folder = checkpoint.absolute(workdir)
+  if not files.is_remote(folder):
+    check_folder(folder)
   return folder
 
 
@@ -214,7 +209,7 @@ def sweep(
   Args:
     config, overrides, grid, select: see `plan`; with a final configuration,
       `config` holds out a part of the training set.
-    workdir: a local folder; it gets a folder a run.
+    workdir: it gets a folder a run; a local path or a gs:// address.
     seeds: how many of each setting, or of the final one alone.
     final: "CONFIG[:ARG]" that trains on the whole training set.
     **where: see `jobs.Executor`.
@@ -227,12 +222,12 @@ def sweep(
       another sweep is at work in the folder.
     RunStopped: a run has failed.
   """
-  folder = local_folder(workdir)
+  folder = find_folder(workdir)
   if final is None:
     trials = plan(config, folder, overrides, grid, seeds, select)
     executor = jobs.Executor(**where)
     check_sources(trials)
-    with lock.hold(checkpoint.absolute(folder)):
+    with lock.hold(folder):
       return {"sweep": run_trials({"": trials}, executor)[""]}
 
   def plan_final(setting):
@@ -250,7 +245,7 @@ def sweep(
 
 
 def select_and_train(
-  folder: Path,
+  folder,
   plans: dict[str, tuple[list[Trial], Callable]],
   choose: Callable,
   executor: jobs.Executor,
@@ -277,7 +272,7 @@ def select_and_train(
   # A mistake in the final runs shows now.
   likely = plan_finals({name: t[0].setting for name, t in trials.items()})
   check_sources([*itertools.chain(*trials.values(), *likely.values())])
-  with lock.hold(checkpoint.absolute(folder)):
+  with lock.hold(folder):
     selected = run_trials(trials, executor)
     settings = choose(selected)
     log.info("selected: %s", settings)
@@ -346,7 +341,8 @@ def _find_error(workdir):
   where = f"step {run.step} of {run.total_steps}" if run else "the start"
   lines = ["no output"]
   # What submitit says counts where there is nothing else.
-  for file in (*Path(workdir).glob("job/*.err"), Path(workdir) / jobs.LOG):
+  folder = jobs.find_folder(workdir)
+  for file in (*folder.glob("job/*.err"), folder / jobs.LOG):
     if file.exists():
       lines += file.read_text(errors="replace").strip().splitlines()
   return f"unfinished: it ended at {where}; its last words: {lines[-1][:300]}"

@@ -48,7 +48,7 @@ def vtab(
 
   Args:
     source: the weights, whatever `vit_jax.load` reads.
-    workdir: a local folder.
+    workdir: it gets a folder a task; a local path or a gs:// address.
     tasks: "all", "mini" or names: "caltech101,dtd".
     overrides: {key: text} of configs/vtab.py, for all tasks.
     grid: {key: texts}; empty: `GRID`, or `MINI_GRID` for the mini tasks.
@@ -65,7 +65,7 @@ def vtab(
   """
   chosen = parse_tasks(tasks)
   is_mini = chosen[0].name.startswith(data.MINI)
-  folder = sweep.local_folder(workdir)
+  folder = sweep.find_folder(workdir)
   for key in overrides.keys() & {*_FINAL, "train.dataset", "init_from"}:
     raise UserError(f"--config.{key} is for vtab to set; leave it out")
   if not grid:  # what is given is not tried

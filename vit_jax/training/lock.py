@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Iterator
 
-from vit_jax.errors import RunStopped, UserError
+from vit_jax.errors import RunStopped, UserError, os_errors
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +33,10 @@ def hold(workdir) -> Iterator["Lock"]:
     UserError: another process trains there.
     OSError: the folder cannot be made or written.
   """
-  is_new = not workdir.exists()
-  workdir.mkdir(parents=True, exist_ok=True)
-  lock = Lock(workdir / "lock")
+  with os_errors():
+    is_new = not workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = Lock(workdir / "lock")
   try:
     yield lock
   finally:
@@ -76,7 +77,7 @@ class Lock:
     self._released.set()
     self._thread.join()
     if not self._taken_by:
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(OSError), os_errors():
         self._file.write_text("")
     if self._descriptor is not None:
       os.close(self._descriptor)

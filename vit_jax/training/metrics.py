@@ -4,18 +4,23 @@ import contextlib
 import json
 import logging
 import math
+import shutil
+import tempfile
 import time
 from typing import Any
 
 import jax
 import tensorflow as tf
 from clu import metric_writers
+from etils import epath
 
 from vit_jax import files
 from vit_jax.errors import RunStopped
 from vit_jax.sharding import RUN_AHEAD
 
 log = logging.getLogger(__name__)
+
+_UPLOAD_SECONDS = 60  # between two uploads of a run's lines to a bucket
 
 
 class NotFinite(RunStopped):
@@ -28,6 +33,9 @@ class MetricLog:
   metrics.jsonl gets one line a log step or evaluation, with names such as
   "train/loss" and "eval/accuracy". Everything but "speed/..." is a function of
   the configuration: a run that was interrupted writes the same lines.
+
+  Objects in a bucket cannot be appended to. There the files are written in a
+  local folder, and uploaded by `sync` or when the last upload is a minute old.
   """
 
   def __init__(
@@ -51,30 +59,34 @@ class MetricLog:
     self._pending: list = []
     self._clock = (start_step, time.monotonic())
     self._first = self._clock
+    self._uploaded, self._is_behind = self._clock[1], files.is_remote(workdir)
     self._writes = jax.process_index() == 0
     if self._writes:
-      self._file = workdir / "metrics.jsonl"
-      lines, _ = files.read_json_lines(self._file)
-      self._lines = [
-        json.dumps(values) + "\n"
-        for values in lines
-        if values["step"] <= start_step
-      ]
+      self._workdir = self._folder = workdir
+      lines, _ = files.read_json_lines(workdir / "metrics.jsonl")
+      kept = [values for values in lines if values["step"] <= start_step]
       with _writing(workdir):
-        self._start(workdir / "tensorboard")
+        if self._is_behind:
+          self._folder = epath.Path(tempfile.mkdtemp(prefix="vit_jax-"))
+        self._start(kept)
 
-  def _start(self, folder):
+  def _start(self, lines):
     """Writes what is kept of metrics.jsonl anew, there and to TensorBoard."""
     # Whole or not at all: a kill in between must not cost the lines.
-    self._file.parent.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(self._file, "".join(self._lines))
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self._file = self._folder / "metrics.jsonl"
+    text = "".join(json.dumps(values) + "\n" for values in lines)
+    files.write_atomically(self._file, text)
     # Those of before may have later steps, and would run backwards.
-    old = list(folder.glob("events.out.tfevents.*"))
-    self._tensorboard = metric_writers.SummaryWriter(str(folder))
-    for line in self._lines:
-      values = json.loads(line)
+    old = list((self._workdir / "tensorboard").glob("events.out.tfevents.*"))
+    self._tensorboard = metric_writers.SummaryWriter(
+      str(self._folder / "tensorboard")
+    )
+    for values in lines:
+      values = dict(values)
       self._tensorboard.write_scalars(values.pop("step"), values)
     self._tensorboard.flush()
+    self.sync()
     for events in old:
       events.unlink()
 
@@ -111,17 +123,24 @@ class MetricLog:
     """Writes one line to metrics.jsonl and the same to TensorBoard."""
     if not self._writes:
       return
-    line = json.dumps({"step": step, **values}) + "\n"
-    self._lines.append(line)
-    with _writing(self._file.parent):
-      if str(self._file).startswith("gs://"):  # objects cannot be appended to
-        self._file.write_text("".join(self._lines))
-      else:
-        with self._file.open("a") as f:
-          f.write(line)
+    with _writing(self._workdir):
+      with self._file.open("a") as f:
+        f.write(json.dumps({"step": step, **values}) + "\n")
       self._tensorboard.write_scalars(step, values)
+    self._is_behind = self._folder != self._workdir
+    if time.monotonic() > self._uploaded + _UPLOAD_SECONDS:
+      self.sync()
     if self._wandb:
       self._wandb.log(values, step=step)
+
+  def sync(self) -> None:
+    """Returns when the run folder has all lines, also if it is in a bucket."""
+    if not self._writes or not self._is_behind:
+      return
+    with _writing(self._workdir):
+      self._tensorboard.flush()
+      files.upload(self._folder, self._workdir)
+    self._uploaded, self._is_behind = time.monotonic(), False
 
   def restart_clock(self, step: int) -> None:
     """Leaves out of the speed what was not training, such as an evaluation."""
@@ -129,7 +148,11 @@ class MetricLog:
 
   def close(self) -> None:
     if self._writes:
+      with contextlib.suppress(RunStopped):  # another error is on its way
+        self.sync()
       self._tensorboard.close()
+      if self._folder != self._workdir:
+        shutil.rmtree(self._folder)
     if self._wandb:
       self._wandb.finish()
 

@@ -9,7 +9,7 @@ from clu import parameter_overview
 from vit_jax import checkpoint, distributed, files, sharding
 from vit_jax import config as configuration
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError, check_folder
+from vit_jax.errors import UserError, check_folder, os_errors
 from vit_jax.training import lock
 from vit_jax.training.inputs import Inputs
 
@@ -47,10 +47,19 @@ def check(config, workdir) -> dict | None:
       one, or a file where a folder should be; a new run would enlarge its
       images again.
   """
+  checkpoint.check_address(workdir)
   inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
-  for folder in inside if "://" not in str(workdir) else ():
+  for folder in inside if not files.is_remote(workdir) else ():
     check_folder(folder)
-  if not (workdir / "config.json").exists():
+  try:
+    with os_errors():
+      is_new = not (workdir / "config.json").exists()
+  except OSError as e:
+    raise UserError(
+      f"{workdir} cannot be read: {e.strerror or e}; mend that, or choose "
+      "another --workdir"
+    ) from e
+  if is_new:
     if checkpoint.list_steps(workdir):
       raise UserError(
         f"{workdir} has checkpoints and no config.json, which says what run "

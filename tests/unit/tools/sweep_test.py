@@ -107,7 +107,6 @@ def test_devices_are_divided():
     ("--select=small/accuracy", "there is no 'small'"),
     ("--seeds=0", "--seeds is 0"),
     ("--jobs=0", "--jobs is 0"),
-    ("--workdir=gs://bucket/sweep", "a local folder"),
     ("--config.train.dataset=jft_like", "data prepare jft_like"),
     ("--config.init_from=/no/such/run", "no checkpoint at /no/such/run"),
     ("--config.optimizer.momentum=0.5", "optimizer.name to be 'sgd'"),

@@ -4,6 +4,7 @@ import errno
 import json
 import sys
 
+import fake_gcs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,3 +262,41 @@ def test_wandb_gets_the_same_numbers_in_one_run(tmp_path, monkeypatch):
   assert logged == _read(workdir)[:1] + _read(workdir)[-1:]
   monkeypatch.setattr(jax, "process_index", lambda: 1)
   assert wandb_run.start(config, workdir) is None
+
+
+def test_a_bucket_gets_the_lines_once_a_minute_and_at_sync(
+  tmp_path, monkeypatch
+):
+  """Objects cannot be appended to: each upload is the whole file."""
+  now = [0.0]
+  monkeypatch.setattr("vit_jax.training.metrics.time.monotonic", lambda: now[0])
+  folder = tmp_path / "bucket" / "run"
+  folder.parent.mkdir()
+  with fake_gcs.serve(tmp_path) as server:
+    for name, value in server.environment().items():
+      monkeypatch.setenv(name, value)
+    log = _open("gs://bucket/run", log_every=1, total_steps=1000)
+
+    def count_lines_after(steps):
+      _run(log, steps)
+      return len(_read(folder))
+
+    server.reset()
+    assert count_lines_after(range(1, 100)) == 0
+    assert not server.requests
+    now[0] = 61
+    assert count_lines_after([101]) == 100 + 24  # and evaluations
+    log.sync()
+    assert count_lines_after([102]) == 124
+    log.sync()
+    log.sync()
+    assert len(_read(folder)) == 125
+    # Each upload: a request that begins it and one for the bytes, of 2 files.
+    assert len(server.requests) == 2 * 2 * 2
+    log.close()
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+
+    second = _open("gs://bucket/run", start_step=50)
+    assert [line["step"] for line in _read(folder)][-1] == 50
+    second.close()
+    assert len(list((folder / "tensorboard").iterdir())) == 1

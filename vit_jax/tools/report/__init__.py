@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from vit_jax import files
 from vit_jax.errors import RunStopped, UserError, check_free
@@ -22,7 +22,7 @@ _ALL_MISTAKES = 40
 
 def report(
   workdirs: Sequence[str], out: str, data_dir: str | None = None
-) -> Path:
+) -> Any:
   """Writes a page on runs: curves, cost, configurations, mistakes.
 
   Args:
@@ -36,7 +36,9 @@ def report(
   Raises:
     UserError: no run there, or `out` exists or cannot be written.
   """
-  file = Path(out).expanduser().absolute()
+  file = files.make_path(out)
+  if not files.is_remote(file):
+    file = file.expanduser().absolute()
   _check_out(file, out)
   runs = find_runs(workdirs)
   if len(runs) > len(charts.DASHES):
@@ -61,6 +63,8 @@ def report(
 def _check_out(file, out):
   """Raises a UserError now, not after minutes, if `out` cannot be written."""
   check_free(file)
+  if files.is_remote(file):
+    return
   if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
     raise UserError(
       f"--out={out}: {file.parent} is not a writable folder; make it, or give "
