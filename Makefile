@@ -11,6 +11,7 @@ INSTALLED := .venv/installed
 INSTALLED_LINT := .venv/installed-lint
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_NEWEST := .venv-newest/installed
+INSTALLED_BEAM := .venv-beam/installed
 # Every core runs its own test files, the longest first; a file's tests share
 # what they set up.
 TESTS := -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
@@ -19,7 +20,7 @@ PYTEST := $(BIN)/python $(TESTS)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: help setup setup-dev quickstart test test-ci test-nightly test-newest \
-  notebooks docs lint format hooks clean
+  test-beam notebooks docs lint format hooks clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
@@ -47,6 +48,10 @@ test-newest: $(INSTALLED_NEWEST)  ## the core, with the newest Python and JAX
 	  unit/training/optim unit/training/steps unit/sharding unit/checkpoint \
 	  integration/train parity/pretrained,tests/$(name)_test.py)
 
+# Apache Beam asks for versions of its own.
+test-beam: $(INSTALLED_BEAM)  ## data build, by Apache Beam
+	@.venv-beam/bin/python -m pytest -m "" tests/unit/tools/beam_test.py
+
 notebooks: $(INSTALLED_DEV)  ## run them, and keep their outputs in them
 	@rm -rf notebooks/runs
 	@JAX_PLATFORMS=cpu PATH="$(CURDIR)/$(BIN):$$PATH" \
@@ -68,7 +73,7 @@ hooks: $(INSTALLED_LINT)  ## lint at each git commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove .venv and caches; runs/ and data sets stay
-	rm -rf .venv .venv-newest build dist docs/_build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-newest .venv-beam build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are older than setup.py or constraints.txt when those have changed:
@@ -105,4 +110,10 @@ $(INSTALLED_NEWEST): setup.py constraints-newest.txt
 	@PYENV_VERSION=$(NEWEST:python%=%) $(NEWEST) -m venv --clear .venv-newest
 	@.venv-newest/bin/python -m pip install --quiet \
 	  --constraint constraints-newest.txt --editable '.[test]'
+	@touch $@
+
+$(INSTALLED_BEAM): setup.py constraints-beam.txt
+	@$(PYTHON) -m venv --clear .venv-beam
+	@.venv-beam/bin/python -m pip install --quiet \
+	  --constraint constraints-beam.txt --editable '.[test,beam]'
 	@touch $@

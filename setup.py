@@ -69,6 +69,8 @@ setuptools.setup(
       "tensorflow-datasets>=4.9.9",
     ],
     "gcs": ["google-cloud-storage>=3.0"],  # Orbax saves at gs:// with it
+    # Versions that go together are in constraints-beam.txt.
+    "beam": ["vit_jax[train]", "apache-beam>=2.70"],
     "hub": ["huggingface-hub>=1.0", "pooch>=1.8", "requests>=2.32"],
     "figures": ["jinja2>=3.1", "matplotlib>=3.10"],
     "wandb": ["wandb>=0.20"],

@@ -3,7 +3,10 @@
   python benchmarks/data_build.py
 
 draws a test set and 20,000 images, hides copies of test images among them,
-changed in known ways, builds the set, and prints a table.
+changed in known ways, builds the set, and prints a table. If apache-beam is
+installed, it builds the set with that too; if scikit-image is, it looks for
+copies of the photographs that it and scikit-learn ship (PHOTOS=1: no
+more).
 tests/unit/tools/labelled_test.py does it with fewer images.
 """
 
@@ -14,12 +17,15 @@ if __name__ == "__main__":
 
 import concurrent.futures
 import hashlib
+import importlib.util
+import io
 import json
 import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +51,20 @@ KINDS = (
   "cropped, mirrored, resized by 0.4 to 2, JPEG quality 30 to 90",
 )
 RUINS = ("cut short", "a text", "empty")
+# Files of scikit-image that are photographs.
+PHOTOS = {
+  "of things": (
+    *("astronaut", "camera", "chelsea", "coffee", "coins", "ihc", "moon"),
+    *("motorcycle_left", "retina", "rocket"),
+  ),
+  "of textures, text, stars, a cell": (
+    *("brick", "cell", "grass", "gravel", "hubble_deep_field", "page", "text"),
+  ),
+}
+_BEAM = (
+  "--beam_runner=DirectRunner",
+  "--beam_options=direct_running_mode=multi_processing,direct_num_workers=",
+)
 
 
 # --- pictures ---
@@ -154,13 +174,45 @@ def _make_some(job):
 # --- the build ---
 
 
-def build(root: Path, name: str, source: str, workers: int, *options: str):
-  """Runs the command."""
+def build(root: Path, name: str, source: str, *options: str) -> np.ndarray:
+  """Runs the command; returns the seconds that it took, and those of CPU."""
   command = [sys.executable, "-m", "vit_jax", "data", "build", name]
   command += [f"--images={root / source}", f"--labels={root / source}.csv"]
-  command += [f"--data_dir={root / 'data'}", f"--workers={workers}", *options]
+  command += [f"--data_dir={root / 'data'}", *options]
   env = os.environ | {"PYTHONPATH": str(_REPO)}
+  start = _read_clocks()
   subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+  return _read_clocks() - start
+
+
+def _read_clocks():
+  used = os.times()
+  return np.array([used.elapsed, used.children_user + used.children_system])
+
+
+def read_report(root: Path, name: str) -> dict:
+  """Returns what a build has left out."""
+  file = root / "data" / name / "1.0.0" / "report.json"
+  return json.loads(file.read_text())
+
+
+def count_differences(root: Path, name: str, other: str) -> int:
+  """Returns how many examples of two data sets are in one of them alone."""
+  one, two = (Counter(read_all(root, x, "train")) for x in (name, other))
+  return ((one - two) + (two - one)).total()
+
+
+def read_all(root: Path, name: str, split: str) -> list[tuple[str, str]]:
+  """Returns (digest of the encoded image, labels) of a split's examples.
+
+  The bytes of a record also depend on the order of its features, which
+  Protocol Buffers leave open.
+  """
+  source = get_source(name, split, str(root / "data"))
+  examples = map(source.read_example, range(source.num_examples))
+  return [
+    (hashlib.sha256(x).hexdigest(), str(labels)) for x, labels in examples
+  ]
 
 
 # --- speeds ---
@@ -195,7 +247,7 @@ def measure_comparing(folder: Path, tests: int) -> float:
     return near_duplicates.make_thumbnail(Image.fromarray(grid))
 
   thumbnails = np.stack([make_one() for _ in range(tests)])
-  index = near_duplicates.Index([""] * tests, thumbnails)
+  index = near_duplicates.Index.make([""] * tests, thumbnails)
   files = [file for file in sorted(folder.rglob("*.jpg")) if _is_whole(file)]
   asked = [near_duplicates.make_thumbnail(Image.open(f)) for f in files[:640]]
   start = time.monotonic()
@@ -219,9 +271,63 @@ def count_digits() -> tuple[int, int]:
     [near_duplicates.make_thumbnail(Image.fromarray(x)) for x in pixels]
   )
   half = len(pixels) // 2
-  index = near_duplicates.Index([""] * half, thumbnails[:half])
+  index = near_duplicates.Index.make([""] * half, thumbnails[:half])
   found = index.find(thumbnails[half:])
   return sum(twin is not None for twin in found), len(found)
+
+
+# --- photographs ---
+
+
+def list_photos() -> list[tuple[str, Image.Image]]:
+  """Returns photographs of scikit-image and scikit-learn, and their quarters.
+
+  Each with its key in PHOTOS. A quarter is not a copy of the whole.
+  """
+  import skimage
+
+  photos = [
+    (group, Image.open(file).convert("RGB"))
+    for group, names in PHOTOS.items()
+    for file in sorted((Path(skimage.__file__).parent / "data").iterdir())
+    if file.stem in names
+  ]
+  samples = sklearn_datasets.load_sample_images().images
+  photos += [("of things", Image.fromarray(pixels)) for pixels in samples]
+  found = []
+  for group, photo in photos:
+    width, height = photo.size
+    x, y = width // 2, height // 2
+    boxes = [(0, 0, x, y), (x, 0, width, y)]
+    boxes += [(0, y, x, height), (x, y, width, height)]
+    found += [(group, part) for part in (photo, *map(photo.crop, boxes))]
+  return found
+
+
+def measure_photos() -> dict:
+  """Looks for changed copies of photographs, among them and among others.
+
+  Returns:
+    {kind: {group of PHOTOS: [found, of]}}; "false": others said to be twins.
+  """
+  photos = list_photos()
+  originals = [near_duplicates.make_thumbnail(photo) for _, photo in photos]
+  found = {kind: {x: [0, 0] for x in PHOTOS} for kind in (*KINDS, "false")}
+  for half in (0, 1):
+    names = range(half, len(photos), 2)
+    index = near_duplicates.Index.make(names, [originals[i] for i in names])
+    for k, kind in enumerate(KINDS):
+      for i, (group, photo) in enumerate(photos):
+        image, quality = change(photo, kind, 1000 * k + i)
+        out = io.BytesIO()
+        image.save(out, "JPEG", quality=quality)
+        thumbnail = near_duplicates.make_thumbnail(Image.open(out))
+        [twin] = index.find(thumbnail[None])
+        is_in = i % 2 == half
+        count = found[kind if is_in else "false"][group]
+        count[0] += bool(twin) and (not is_in or twin[0] == str(i))
+        count[1] += 1
+  return found
 
 
 # --- all of it ---
@@ -230,12 +336,10 @@ def count_digits() -> tuple[int, int]:
 def measure(root: Path, images: int, tests: int, workers: int) -> dict:
   """Returns the figures; see `format_tables`."""
   planted = make_files(root, images, tests, workers)
-  build(root, "tests", "tests", workers)
-  start = time.monotonic()
-  build(root, "whole", "images", workers, "--against=tests:train")
-  seconds = time.monotonic() - start
-  file = root / "data" / "whole" / "1.0.0" / "report.json"
-  report = json.loads(file.read_text())
+  own = f"--workers={workers}"
+  build(root, "tests", "tests", own)
+  seconds = build(root, "whole", "images", own, "--against=tests:train")
+  report = read_report(root, "whole")
   twins = {name: twin for name, twin, _ in report["twins"]}
   copies = {n: kind for n, kind in planted.items() if kind in KINDS}
   originals = _list_originals(root, tests)
@@ -248,7 +352,8 @@ def measure(root: Path, images: int, tests: int, workers: int) -> dict:
     "images": images,
     "tests": tests,
     "workers": workers,
-    "speed": images / seconds,
+    "whole": seconds / images,
+    **measure_beam(root, images, workers),
     "decoding": measure_decoding(root / "images", workers),
     "comparing": measure_comparing(root / "images", _INDEX),
     "ruined": sum(kind in RUINS for kind in planted.values()),
@@ -262,6 +367,18 @@ def measure(root: Path, images: int, tests: int, workers: int) -> dict:
     "strangers": images - len(planted),
     "digits": count_digits(),
   }
+
+
+def measure_beam(root: Path, images: int, workers: int) -> dict:
+  """Builds the set with Apache Beam; {} if that is not installed."""
+  if not importlib.util.find_spec("apache_beam"):
+    return {}
+  beam = (_BEAM[0], f"{_BEAM[1]}{workers}", "--against=tests:train")
+  seconds = build(root, "beam", "images", *beam)
+  same = read_report(root, "beam") == read_report(root, "whole")
+  assert same, "Beam's report is another one"
+  different = count_differences(root, "beam", "whole")
+  return {"beam": seconds / images, "different": different}
 
 
 def _list_originals(root, tests) -> dict[str, str]:
@@ -278,6 +395,29 @@ def _list_originals(root, tests) -> dict[str, str]:
   }
 
 
+def format_builds(x: dict) -> dict:
+  """Returns rows of a table."""
+
+  def say(seconds):
+    return f"{1 / seconds[0]:.0f} images/s, {1000 * seconds[1]:.1f} ms of CPU"
+
+  name = f"{x['images']:,} JPEGs, {x['workers']} processes"
+  rows = {name: say(x["whole"])}
+  if "beam" in x:
+    rows[f"{name} of Beam's DirectRunner"] = say(x["beam"])
+    rows["examples that only one of the two has"] = x["different"]
+  return rows
+
+
+def format_photos(x: dict) -> str:
+  """Returns Markdown."""
+  rows = [("copies found", *PHOTOS), ("---",) * (1 + len(PHOTOS))]
+  for kind, groups in x.items():
+    name = "false alarms: other photographs" if kind == "false" else kind
+    rows.append((name, *(f"{n} of {of:,}" for n, of in groups.values())))
+  return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def format_tables(x: dict) -> str:
   """Returns Markdown."""
 
@@ -288,7 +428,7 @@ def format_tables(x: dict) -> str:
   rows = {
     "": "",
     "---": "---",
-    f"{x['images']:,} JPEGs, {x['workers']} processes": say(x["speed"]),
+    **format_builds(x),
     "decoding alone, as many processes": say(x["decoding"]),
     f"comparing with {_INDEX:,} test images, one process": say(x["comparing"]),
     "unreadable files listed": f"{x['listed']} of {x['ruined']}",
@@ -303,6 +443,9 @@ def format_tables(x: dict) -> str:
 
 
 if __name__ == "__main__":
-  with tempfile.TemporaryDirectory() as folder:
-    found = measure(Path(folder), 20_000, tests=1_000, workers=os.cpu_count())
-  print(format_tables(found))
+  if importlib.util.find_spec("skimage"):
+    print(format_photos(measure_photos()))
+  if "PHOTOS" not in os.environ:
+    with tempfile.TemporaryDirectory() as folder:
+      found = measure(Path(folder), 20_000, tests=1_000, workers=os.cpu_count())
+    print(format_tables(found))

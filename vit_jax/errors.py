@@ -31,6 +31,7 @@ EXTRAS = {
   "google.cloud.storage": "gcs",
   **dict.fromkeys(("huggingface_hub", "pooch", "requests"), "hub"),
   **dict.fromkeys(("jinja2", "matplotlib"), "figures"),
+  "apache_beam": "beam",
   "gradio": "demo",
   "submitit": "sweep",
   **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),

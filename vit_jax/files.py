@@ -153,6 +153,10 @@ def walk(root: str) -> Iterator[str]:
       f"{error.filename}: cannot be read: {error.strerror}"
     ) from error
 
+  if is_remote(root):  # buckets have no links
+    for folder, _, files in epath.Path(root).walk():
+      yield from (str(folder / name) for name in files)
+    return
   for folder, folders, files in os.walk(root, followlinks=True, onerror=fail):
     for name in folders:
       link = os.path.join(folder, name)

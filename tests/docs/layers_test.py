@@ -99,6 +99,7 @@ _CONTAINED = {
   "jinja2": {"tools.report"},
   "torch": {"tools.bench"},  # in processes that run nothing else
   "timm": {"tools.bench"},
+  "apache_beam": {"tools.build_data"},
   "gradio": {"tools.demo"},
   "submitit": {"tools.jobs"},
 }

@@ -11,7 +11,9 @@ def add_flags(parser):
     help="a folder, .tar or .parquet files, or tfds:DATASET:SPLIT",
   )
   parser.add_argument(
-    "--labels", help="CSV (image,label[,confidence]) or .jsonl"
+    "--labels",
+    help="CSV (image,label[,confidence]) or .jsonl; or the word folders, where "
+    "the folder or the tar file that an image is in names its class",
   )
   parser.add_argument("--classes", help="a file with a class a line")
   parser.add_argument("--min_confidence", type=float, default=0.0)
@@ -26,6 +28,17 @@ def add_flags(parser):
     "--holdout", type=float, default=0.0, help="part that becomes `test`"
   )
   parser.add_argument("--workers", type=int, help="default: one a core")
+  parser.add_argument(
+    "--beam_runner",
+    metavar="RUNNER",
+    help="of Apache Beam, instead of processes of this machine: "
+    "DataflowRunner, FlinkRunner, SparkRunner, DirectRunner",
+  )
+  parser.add_argument(
+    "--beam_options",
+    metavar="KEY=VALUE,...",
+    help="its options: Beam's --KEY=VALUE",
+  )
   flags.add_data_dir(parser)
 
 
@@ -43,6 +56,8 @@ def run(args):
     holdout=args.holdout,
     workers=args.workers,
     data_dir=args.data_dir,
+    beam_runner=args.beam_runner,
+    beam_options=args.beam_options,
   )
   for what, found in report.items():
     count = found if isinstance(found, int) else len(found)

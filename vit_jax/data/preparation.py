@@ -1,6 +1,8 @@
 """Prepares TFDS data sets in ArrayRecord, the format with random access."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core.download import downloader
 
@@ -30,11 +33,11 @@ _ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 downloader.MAX_RETRIES = 6
 
 
-def find_data_dir(data_dir: str | None) -> Path:
+def find_data_dir(data_dir: str | None) -> epath.Path:
   """Returns the folder of TFDS data sets; None: TFDS's default."""
   if data_dir is None:
     data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-  return Path(data_dir).expanduser()
+  return epath.Path(data_dir).expanduser()
 
 
 def prepare(name: str, data_dir: str | None = None) -> Path:
@@ -75,15 +78,50 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
   return Path(builder.data_path)
 
 
-def run_builder(builder: tfds.core.DatasetBuilder) -> None:
-  """Downloads or generates a data set as ArrayRecord."""
+def run_builder(builder: tfds.core.DatasetBuilder, **beam) -> None:
+  """Downloads or generates a data set as ArrayRecord.
+
+  Args:
+    builder: of the data set.
+    beam: `beam_runner` and `beam_options`, for a builder with a pipeline.
+
+  Raises:
+    UserError: another process prepares it.
+  """
   # What Google's bucket holds ready-made is TFRecord: not looked for.
-  config = tfds.download.DownloadConfig(try_download_gcs=False)
+  config = tfds.download.DownloadConfig(try_download_gcs=False, **beam)
   if not sys.stderr.isatty():  # a log has no use for bars
     tfds.disable_progress_bar()
-  builder.download_and_prepare(
-    download_config=config, file_format=_ARRAY_RECORD.value
-  )
+  with _hold(builder.data_path.parent):
+    builder.download_and_prepare(
+      download_config=config, file_format=_ARRAY_RECORD.value
+    )
+
+
+@contextlib.contextmanager
+def _hold(folder):
+  """Keeps other builds off a folder, and removes what killed ones have left.
+
+  Neither in a bucket or on a disk that has no locks.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  if "://" in str(folder):
+    yield
+    return
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    with contextlib.suppress(OSError):
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as e:
+        raise UserError(
+          f"another process writes to {folder}; wait for it"
+        ) from e
+      for left in folder.glob("incomplete.*"):
+        left.rmtree()
+    yield
+  finally:  # ends the lock
+    os.close(descriptor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A data set of one's own images: labels, parts, twins, mistakes."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -131,7 +133,7 @@ def test_tar_and_parquet_and_json_lines(tmp_path):
   file = other / "1.parquet"
   parquet.write_table(pyarrow.table(rows), file, row_group_size=2)
   found = own_files.list_images(str(other))
-  assert [(name, own_files.read_image(place)) for name, place in found] == [
+  assert [(name, own_files.read(place, None)[0]) for name, place in found] == [
     (f"a/{file.name}", file.read_bytes()) for file in files
   ]
   labels = tmp_path / "labels.jsonl"
@@ -148,6 +150,24 @@ def test_tar_and_parquet_and_json_lines(tmp_path):
   assert sorted(labels for _, labels in examples) == [
     [0, i + 1] for i in range(6)
   ]
+
+
+def test_folders_and_tar_files_name_classes(tmp_path):
+  """As ImageNet-21k's archive unpacks: a tar file a class, without folders."""
+  _make(tmp_path, 5)
+  folder = tmp_path / "images" / "a"
+  with tarfile.open(tmp_path / "images" / "n01.tar", "w") as archive:
+    archive.add(folder / "0.jpg", "0.JPEG")
+    archive.add(folder / "1.jpg", "./c/1.JPEG")
+  (folder / "0.jpg").rename(tmp_path / "images" / "nowhere.jpg")
+  report = _build(tmp_path, labels="folders")
+  assert report["without labels"] == ["nowhere.jpg"]
+  source, examples = _read_all(tmp_path)
+  assert source.class_names == ["a", "c", "n01"]
+  assert sorted(labels for _, labels in examples) == [[0]] * 4 + [[1], [2]]
+  (tmp_path / "classes.txt").write_text("a\nn01\n")
+  with pytest.raises(UserError, match=r"c/1.JPEG: unknown class 'c'"):
+    _build(tmp_path, labels="folders", classes=str(tmp_path / "classes.txt"))
 
 
 # --- odd files ---
@@ -185,8 +205,10 @@ def test_odd_files_are_read_as_training_reads_them(name):
   # TensorFlow's JPEG decoder and Pillow's round differently.
   difference = np.abs(decoded.numpy().astype(int) - expected)
   assert difference.max() <= (4 if kept[:2] == b"\xff\xd8" else 0)
-  found = near_duplicates.Index(["it"], thumbnail[None]).find(thumbnail[None])
-  assert found[0].similarity > 0.999
+  index = near_duplicates.Index.make(["it"], [thumbnail])
+  [(twin, similarity)] = index.find(thumbnail[None])
+  assert twin == "it"
+  assert similarity > 0.999
 
 
 # --- builds that are interrupted ---
@@ -206,8 +228,10 @@ def test_a_full_disk_stops_a_build(tmp_path):
   assert _build(tmp_path)["train"] == 10
 
 
-def _end(images):
-  os._exit(9)
+def _end(images, run=examining.run, **kwargs):
+  if multiprocessing.parent_process():
+    os._exit(9)
+  return run(images, **kwargs)
 
 
 @pytest.mark.ci
@@ -219,6 +243,21 @@ def test_a_worker_that_dies_and_two_that_do_not(tmp_path, monkeypatch):
     with pytest.raises(RunStopped, match="a worker died"):
       _build(tmp_path, workers=2)
   assert _read_records(tmp_path, workers=2) == one
+
+
+def test_what_a_killed_build_has_left_goes(tmp_path):
+  _make(tmp_path, 3)
+  folder = tmp_path / "data" / "mine"
+  (folder / "incomplete.ABCDEF_1.0.0" / "work").mkdir(parents=True)
+  descriptor = os.open(folder, os.O_RDONLY)
+  fcntl.flock(descriptor, fcntl.LOCK_EX)
+  with pytest.raises(UserError, match=r"another process writes to .*mine"):
+    _build(tmp_path)
+  assert [*folder.iterdir()] == [folder / "incomplete.ABCDEF_1.0.0"]
+  os.close(descriptor)
+  assert _build(tmp_path)["train"] == 3
+  assert [*folder.iterdir()] == [folder / "1.0.0"]
+  assert not (folder / "1.0.0" / "work").exists()
 
 
 def _read_records(root, **options):
@@ -376,6 +415,8 @@ def test_other_mistakes(tmp_path):
     ({"against": ["digits"]}, "give DATASET:SPLIT"),
     ({"holdout": 1.5}, "--holdout is 1.5"),
     ({"workers": 0}, "--workers is 0"),
+    ({"beam_options": "a=b"}, "--beam_options needs a --beam_runner"),
+    ({"beam_runner": "DirectRunner"}, "--workers are processes of this"),
   ):
     with pytest.raises(UserError, match=words):
       _build(tmp_path, **options)

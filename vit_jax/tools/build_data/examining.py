@@ -1,18 +1,21 @@
 """What is done to each image of a build: read, decoded, compared.
 
-It runs in processes of its own, which start without TensorFlow.
+It runs in processes of its own, which start without TensorFlow, or in those of
+an Apache Beam pipeline.
 """
 
+import functools
 import io
+import json
 import multiprocessing
 import os
 import signal
 import threading
 import warnings
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from vit_jax.data import preprocess
@@ -23,63 +26,46 @@ _KEPT = ("JPEG", "MPO", "PNG")  # others are re-encoded as PNG
 UNREADABLE, UNLABELLED, TWINS = "unreadable", "without labels", "twins"
 
 
-class Outcome(NamedTuple):
-  """What became of an image.
-
-  Attributes:
-    name: the image's.
-    problem: why it is left out, UNREADABLE, UNLABELLED or TWINS; "" if not.
-    found: (encoded image, labels), or what report.json says of the problem.
-  """
-
-  name: str
-  problem: str
-  found: Any
-
-
-_worker: dict[str, Any] = {}  # what each process is given once
-
-
-def load(index: Path, data_dir: str) -> None:
-  """Takes the folder of the saved index of test images, and that of TFDS."""
-  loaded = near_duplicates.Index.load(index)
-  _worker.update(index=loaded, data_dir=data_dir)
-
-
 def run(
   images: list[tuple[str, own_files.Place, list[int] | None]],
-) -> list[Outcome]:
-  """Reads images, and looks for them among the test images, see `load`.
+  index: str,
+  data_dir: str,
+) -> list[tuple[str, str, Any]]:
+  """Reads images, and looks for them among the test images.
 
   Args:
     images: (name, place, labels); None: the labels are a data set's own.
+    index: the folder of the saved index of test images.
+    data_dir: that of TFDS.
+
+  Returns:
+    Of each image its name, why it is left out (UNREADABLE, UNLABELLED or TWINS;
+    "" if not), and (encoded image, labels) or what report.json says of it.
   """
-  outcomes, read = [], []
+  outcomes, found = [], []
   for name, place, labels in images:
     try:
-      if labels is None:
-        source = own_files.open_set(place.path, _worker["data_dir"])
-        encoded, labels = source.read_example(place.row)
-      else:
-        encoded = labels and own_files.read_image(place)
+      if labels is None or labels:
+        encoded, own = own_files.read(own_files.Place(*place), data_dir)
+        labels = own if labels is None else labels
       if labels:
-        read.append((name, labels, *_decode(encoded)))
+        found.append((name, labels, *_decode(encoded)))
       else:
-        outcomes.append(Outcome(name, UNLABELLED, name))
+        outcomes.append((name, UNLABELLED, name))
     except Exception as e:  # Pillow's plugins raise what they like
       why = one_line(e) if isinstance(e, UserError) else type(e).__name__
-      outcomes.append(Outcome(name, UNREADABLE, [name, why]))
-  if not read:
-    return outcomes
-  thumbnails = np.stack([thumbnail for *_, thumbnail in read])
-  twins = _worker["index"].find(thumbnails)
-  for (name, labels, encoded, _), twin in zip(read, twins, strict=True):
-    if twin:
-      found = [name, twin.name, round(twin.similarity, 4)]
-      outcomes.append(Outcome(name, TWINS, found))
-    else:
-      outcomes.append(Outcome(name, "", (encoded, labels)))
+      outcomes.append((name, UNREADABLE, [name, why]))
+  if found:
+    twins = _load(index).find(np.stack([thumbnail for *_, thumbnail in found]))
+    for (name, labels, encoded, _), twin in zip(found, twins, strict=True):
+      twin = (name, TWINS, [name, *twin]) if twin else None
+      outcomes.append(twin or (name, "", (encoded, labels)))
   return outcomes
+
+
+@functools.cache
+def _load(index):
+  return near_duplicates.Index.load(epath.Path(index))
 
 
 def _decode(encoded):
@@ -100,19 +86,50 @@ def _decode(encoded):
   return encoded, near_duplicates.make_thumbnail(image)
 
 
-# --- in a process of its own ---
+def make_example(outcome) -> tuple[bytes, dict[str, Any]]:
+  """Returns the key and the example, as TFDS has them, of a good image."""
+  name, _, (encoded, labels) = outcome
+  return os.fsencode(name), {"image": io.BytesIO(encoded), "labels": labels}
 
 
-def start_worker(*given) -> None:
-  """Prepares a process that is nothing but a worker; takes what `load` does."""
+def make_pipeline(images: str, problems: str, examine):
+  """Returns the Beam transform that makes a split's examples.
+
+  Args:
+    images: a file with what `examine` takes in each line, as JSON.
+    problems: where its outcomes go that have one, as JSON lines in files
+      whose names begin with this.
+    examine: `run` of some index.
+  """
+  import apache_beam as beam  # pyright: ignore[reportMissingImports]
+
+  def transform(pipeline):
+    outcomes = (
+      pipeline
+      | beam.io.ReadFromText(images)
+      | beam.Reshuffle()  # so that any number of workers share the lines
+      | beam.FlatMap(lambda line: examine(json.loads(line)))
+    )
+    _ = (
+      outcomes
+      | "Bad" >> beam.Filter(lambda outcome: outcome[1])
+      | beam.Map(json.dumps)
+      | beam.io.WriteToText(problems)
+    )
+    good = outcomes | "Good" >> beam.Filter(lambda outcome: not outcome[1])
+    return good | beam.Map(make_example)
+
+  return beam.ptransform_fn(transform)()
+
+
+def start_worker() -> None:
+  """Prepares a process that is nothing but a worker."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's
-  threading.Thread(target=_end_with_parent, daemon=True).start()
-  load(*given)
-
-
-def _end_with_parent():
-  """Ends this worker with a build that is killed."""
   parent = multiprocessing.parent_process()
   assert parent
-  parent.join()
-  os._exit(1)
+
+  def end_with_build():  # also with one that is killed
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_build, daemon=True).start()

@@ -1,37 +1,42 @@
 """Makes a multi-label data set of your own images, as JFT is for the paper.
 
 Images come from a folder, from tar files, from Parquet files or from another
-data set; labels, several an image, from a table beside them. Processes read and
-decode the images and compare them with those of test sets; a TFDS builder
-shuffles what is left and writes it as ArrayRecord. The data set is there when
-all of it is: a build that was interrupted starts anew.
+data set; labels, several an image, from a table beside them. Processes, or the
+machines of an Apache Beam runner, read and decode the images and compare them
+with those of test sets; a TFDS builder shuffles what is left and writes it as
+ArrayRecord. The data set is there when all of it is: a build that was
+interrupted starts anew.
 """
 
+import collections
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import io
 import itertools
+import json
+import logging
 import multiprocessing
 import os
 import re
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 from PIL import Image
 
 from vit_jax import files
 from vit_jax.data import preprocess
 from vit_jax.data.builders.imagenet21k import map_ahead
-from vit_jax.data.catalog import get_source
 from vit_jax.data.preparation import find_data_dir, run_builder
 from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.tools.build_data import examining, near_duplicates, own_files
 from vit_jax.tools.build_data.examining import TWINS, UNLABELLED, UNREADABLE
+
+log = logging.getLogger(__name__)
 
 _TOGETHER = 32  # images that are compared with the test images at once
 
@@ -47,20 +52,22 @@ def build(
   holdout: float = 0.0,
   workers: int | None = None,
   data_dir: str | None = None,
-) -> tuple[Path, dict[str, Any]]:
+  beam_runner: str | None = None,
+  beam_options: str | None = None,
+) -> tuple[epath.Path, dict[str, Any]]:
   """Makes a multi-label data set of your images.
 
   Args:
     name: of the new data set.
-    images: a folder, tar or Parquet files, or "tfds:DATASET:SPLIT"; see
-      `own_files.list_images`.
-    labels: a CSV or JSON-lines file; None for a data set's own.
-    classes: a file with a class a line; None: those that occur.
-    min_confidence: labels of less are left out.
+    images: what `own_files.list_images` takes.
+    labels, classes, min_confidence: what `own_files.read_labels` takes; None:
+      the labels of a data set of images.
     against: "DATASET:SPLIT", test sets whose images must not be in it.
     holdout: part of the images that become the split "test".
     workers: processes; None: one a core, 1: a thread of this one.
     data_dir: where TFDS data sets are.
+    beam_runner, beam_options: a runner of Apache Beam instead of processes, and
+      "KEY=VALUE,..." for it.
 
   Returns:
     Its folder, and the content of report.json: how many images each split has,
@@ -72,34 +79,38 @@ def build(
     RunStopped: the disk is full, or a worker died.
   """
   _check(name, holdout, workers)
+  beam = _open_beam(beam_runner, beam_options, workers)
   root = str(find_data_dir(data_dir))
-  pairs = [own_files.parse_pair(text, "--against") for text in against]
-  if images.startswith(own_files.TFDS):
-    if labels or classes or min_confidence:
-      raise UserError(f"--images {images} has labels of its own; leave others")
-    source = own_files.open_set(images, root)
-    class_names, by_name, most = source.class_names, None, source.max_labels
-  elif labels:
-    class_names, by_name = own_files.read_labels(
-      labels, classes, min_confidence
-    )
-    most = max(map(len, by_name.values()))
-  else:
-    raise UserError("--labels is missing: a CSV or JSON-lines file")
-  found = own_files.list_images(images, root)
-  unknown = own_files.find_unknown(by_name, [name for name, _ in found])
-  work = [
-    (name, place, None if by_name is None else by_name.get(name, []))
-    for name, place in found
-  ]
-  builder = LabelledImages(name, class_names, most, work, holdout, root)
-  folder = Path(builder.data_path)
+  test_sets = [own_files.open_set(text, root) for text in against]
+  work = _list_work(images, labels, classes, min_confidence, root)
+  workers = None if beam else workers or os.cpu_count() or 1
+  builder = LabelledImages(
+    name,
+    *work,
+    holdout=holdout,
+    test_sets=test_sets,
+    workers=workers,
+    data_dir=root,
+  )
+  folder = builder.data_path
   if folder.exists():
     raise UserError(f"{folder} exists; nothing is overwritten, choose a name")
-  _run(builder, pairs, root, workers or os.cpu_count() or 1)
-  report = builder.report | {"labels of no image": unknown}
-  files.write_json(folder / "report.json", report)
-  return folder, report
+  # A full disk; of Beam, whatever its runner calls a failure.
+  failures = Exception if beam else (OSError, RuntimeError, tf.errors.OpError)
+  try:
+    run_builder(builder, **beam)
+  except UserError:
+    raise
+  except concurrent.futures.process.BrokenProcessPool as e:
+    raise RunStopped(
+      "a worker died, as they do when memory runs out or somebody kills them; "
+      "nothing is kept, run the same command with fewer --workers"
+    ) from e
+  except failures as e:
+    raise RunStopped(
+      f"{one_line(e)}; nothing is kept, run the same command again"
+    ) from e
+  return folder, builder.report
 
 
 def _check(name, holdout, workers):
@@ -114,52 +125,99 @@ def _check(name, holdout, workers):
     raise UserError(f"--workers is {workers}; at least one is needed")
 
 
-def _run(builder, pairs, data_dir, workers):
-  """Runs the builder with a pool of workers, which share one index."""
-  os.makedirs(data_dir, exist_ok=True)
+def _open_beam(runner, options, workers):
+  """Returns what `run_builder` takes of Apache Beam; {} without a runner."""
+  if not runner:
+    if options:
+      raise UserError("--beam_options needs a --beam_runner, as DirectRunner")
+    return {}
+  if workers:
+    raise UserError("--workers are processes of this machine, not of Beam's")
+  import apache_beam as beam  # pyright: ignore[reportMissingImports]
+
+  given = [f"--{option}" for option in (options or "").split(",") if option]
+  words = io.StringIO()
   try:
-    with tempfile.TemporaryDirectory(dir=data_dir) as folder:
-      make_index(pairs, data_dir).save(Path(folder))
-      builder.pool = _open_pool(workers, folder, data_dir)
-      try:
-        run_builder(builder)
-      finally:  # before the folder goes, which a worker may be about to read
-        builder.pool.shutdown(cancel_futures=True)
-  except concurrent.futures.process.BrokenProcessPool as e:
-    raise RunStopped(
-      "a worker died, as they do when memory runs out or somebody kills them; "
-      "nothing is kept, run the same command with fewer --workers"
-    ) from e
-  except (OSError, RuntimeError, tf.errors.OpError) as e:  # a full disk
-    raise RunStopped(
-      f"{one_line(e)}; nothing is kept, run the same command again"
-    ) from e
+    with contextlib.redirect_stderr(words):
+      parsed = beam.options.pipeline_options.PipelineOptions(given)
+      parsed.get_all_options()  # reads them all
+    return {
+      "beam_runner": beam.runners.create_runner(runner),
+      "beam_options": parsed,
+    }
+  except SystemExit as e:
+    why = words.getvalue().splitlines()[-1]
+    raise UserError(f"--beam_options={options}: {why}") from e
+  except (ValueError, ImportError, AttributeError) as e:
+    raise UserError(f"--beam_runner={runner}: {one_line(e)}") from e
+
+
+def _list_work(images, labels, classes, min_confidence, data_dir):
+  """Returns class names, the most labels, images, and names of no image.
+
+  An image is (name, place, labels); None: the labels are a data set's own.
+  """
+  if images.startswith(own_files.TFDS):
+    if labels or classes or min_confidence:
+      raise UserError(f"--images {images} has labels of its own; leave others")
+    source = own_files.open_set(images, data_dir)
+    found = own_files.list_images(images, data_dir)
+    work = [(name, place, None) for name, place in found]
+    return source.class_names, source.max_labels, work, []
+  if not labels:
+    raise UserError(
+      "--labels is missing: a CSV or JSON-lines file, or the word "
+      f"{own_files.FOLDERS}"
+    )
+  found = own_files.list_images(images)
+  names, by_name = own_files.read_labels(labels, classes, min_confidence, found)
+  unknown = sorted(by_name.keys() - {name for name, _ in found})
+  if len(unknown) == len(by_name):
+    raise UserError(
+      f"none of the {len(unknown):,} names in the labels file, such as "
+      f"{unknown[0]!r}, is that of one of the {len(found):,} images, such as "
+      f"{found[0][0]!r}; names are paths below --images"
+    )
+  if unknown:
+    log.warning(
+      "%d of %d names in the labels file are those of no image, such as %r",
+      *(len(unknown), len(by_name), unknown[0]),
+    )
+  work = [(name, place, by_name.get(name, [])) for name, place in found]
+  return names, max(map(len, by_name.values())), work, unknown
 
 
 class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """The TFDS builder of a data set of one's own images.
 
   Attributes:
-    pool: the executor that runs `examining.run`.
-    report: counts and what was left out, as far as the build has come.
+    report: the content of report.json; whole when the set is.
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  pool: concurrent.futures.Executor
 
-  def __init__(self, name, class_names, max_labels, images, holdout, data_dir):
-    """Takes [(name, place, labels)] of the images."""
+  def __init__(
+    self,
+    name,
+    *work,
+    holdout: float,
+    test_sets: list,
+    workers: int | None,
+    data_dir: str,
+  ):
+    """Takes what `_list_work` returns; workers: None for a Beam pipeline."""
+    class_names, max_labels, images, unknown = work
+    self._test_sets, self._workers = test_sets, workers
     self.name = name  # pyright: ignore[reportAttributeAccessIssue]
     self._class_names, self._max_labels = class_names, max_labels
-    self._images = {"train": images}
-    if holdout:
-      held_out = [image for image in images if _draw(image[0]) < holdout]
-      names = {name for name, *_ in held_out}
-      train = [image for image in images if image[0] not in names]
-      self._images = {"train": train, "test": held_out}
+    splits = {"train": [], "test": []}
+    for image in images:
+      splits["test" if _draw(image[0]) < holdout else "train"].append(image)
+    self._images = {split: images for split, images in splits.items() if images}
     self.report: dict[str, Any] = {
       **{"images": len(images), "train": 0, "test": 0},
       **{UNREADABLE: [], UNLABELLED: [], TWINS: []},
+      "labels of no image": unknown,
     }
     super().__init__(data_dir=data_dir, file_format="array_record")
 
@@ -177,33 +235,52 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       metadata=tfds.core.MetadataDict(max_labels=self._max_labels),
     )
 
+  def _download_and_prepare(self, dl_manager, download_config):
+    """Makes the set and report.json, in the folder that is then renamed."""
+    self._work = self.data_path / "work"
+    self._work.mkdir()
+    _make_index(self._test_sets).save(self._work)
+    # Leaving it ends the workers, before the folder goes.
+    with _open_pool(self._workers) as self._pool:
+      super()._download_and_prepare(dl_manager, download_config)
+    for file in self._work.glob("problems*"):
+      for line in file.read_text().splitlines():
+        _, kind, found = json.loads(line)
+        self.report[kind].append(found)
+    for kind in (UNREADABLE, UNLABELLED, TWINS):
+      self.report[kind].sort()
+    for split, info in self.info.splits.items():
+      self.report[split] = info.num_examples
+    files.write_json(self.data_path / "report.json", self.report)
+    self._work.rmtree()
+
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing to download
-    return {
-      split: self._generate_examples(split, images)
-      for split, images in self._images.items()
-      if images
-    }
+    examine = functools.partial(
+      examining.run, index=str(self._work), data_dir=str(self.data_dir_root)
+    )
+    generators = {}
+    for split, images in self._images.items():
+      starts = range(0, len(images), _TOGETHER)
+      chunks = [images[start : start + _TOGETHER] for start in starts]
+      _check_any(split, map(examine, chunks))
+      if not self._workers:
+        file = self._work / f"{split}.jsonl"
+        file.write_text("".join(f"{json.dumps(chunk)}\n" for chunk in chunks))
+        problems = str(self._work / f"problems-{split}")
+        pipeline = examining.make_pipeline(str(file), problems, examine)
+        generators[split] = pipeline
+      else:
+        outcomes = map_ahead(self._pool, examine, chunks)
+        generators[split] = self._generate_examples(outcomes)
+    return generators
 
-  def _generate_examples(self, split, images):
-    chunks = [
-      images[i : i + _TOGETHER] for i in range(0, len(images), _TOGETHER)
-    ]
-    outcomes = map_ahead(self.pool, examining.run, chunks)
+  def _generate_examples(self, outcomes):
     for outcome in itertools.chain.from_iterable(outcomes):
-      if outcome.problem:
-        self.report[outcome.problem].append(outcome.found)
-        continue
-      self.report[split] += 1
-      encoded, labels = outcome.found
-      example = {"image": io.BytesIO(encoded), "labels": labels}
-      yield os.fsencode(outcome.name), example
-    if not self.report[split]:
-      counts = [f"{len(self.report[x])} {x}" for x in (UNREADABLE, UNLABELLED)]
-      raise UserError(
-        f"no image can be used for {split}: {', '.join(counts)}, "
-        f"{len(self.report[TWINS])} in a test set; the first is {images[0][0]}"
-      )
+      if outcome[1]:
+        self.report[outcome[1]].append(outcome[2])
+      else:
+        yield examining.make_example(outcome)
 
 
 def _draw(name) -> float:
@@ -212,48 +289,51 @@ def _draw(name) -> float:
   return int.from_bytes(digest[:6], "big") / 2**48
 
 
-# --- the index ---
+def _check_any(split, outcomes):
+  """Raises a UserError if no image is good; looks no further than the first."""
+  bad = []
+  for outcome in itertools.chain.from_iterable(outcomes):
+    if not outcome[1]:
+      return
+    bad.append(outcome)
+  count = collections.Counter(problem for _, problem, _ in bad)
+  words = [
+    f"{count[problem]} {problem}" for problem in (UNREADABLE, UNLABELLED)
+  ]
+  raise UserError(
+    f"no image can be used for {split}: {', '.join(words)}, {count[TWINS]} in "
+    f"a test set; the first is {bad[0][0]}"
+  )
 
 
-def make_index(
-  against: list[tuple[str, str]], data_dir: str
-) -> near_duplicates.Index:
-  """Returns the index of all images of [(data set, split)].
+def _make_index(sources) -> near_duplicates.Index:
+  """Returns the index of all images of test sets.
 
   Raises:
-    UserError: a data set that is not there, or an image that is none.
+    UserError: an image that is none.
   """
-  sources = [get_source(*pair, data_dir) for pair in against]
   examples = [(x, i) for x in sources for i in range(x.num_examples)]
-  side = near_duplicates.THUMBNAIL
-  thumbnails = np.empty((len(examples), side, side, 3), np.uint8)
 
-  def fill(row):
-    source, i = examples[row]
+  def read(example):
+    source, i = example
     encoded, _ = source.read_example(i)
     pixels = preprocess.decode_image(encoded, source.describe(i))
-    thumbnails[row] = near_duplicates.make_thumbnail(Image.fromarray(pixels))
+    return near_duplicates.make_thumbnail(Image.fromarray(pixels))
 
   # Threads: Pillow lets others run while it decodes.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    list(pool.map(fill, range(len(examples))))
+    thumbnails = list(pool.map(read, examples))
   names = [f"{x.dataset}:{x.split}:{i}" for x, i in examples]
-  return near_duplicates.Index(names, thumbnails)
+  return near_duplicates.Index.make(names, thumbnails)
 
 
-# --- the workers ---
-
-
-def _open_pool(workers, index, data_dir):
-  given = Path(index), data_dir
+def _open_pool(workers):
   if workers == 1:
-    return concurrent.futures.ThreadPoolExecutor(1, "", examining.load, given)
+    return concurrent.futures.ThreadPoolExecutor(1)
   # As many workers as cores need no more threads for matrix products.
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+  # Not forked: TensorFlow's threads do not survive that.
+  context = multiprocessing.get_context("spawn")
   return concurrent.futures.ProcessPoolExecutor(
-    workers,
-    # Not forked: TensorFlow's threads do not survive that.
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=examining.start_worker,
-    initargs=given,
+    workers, context, examining.start_worker
   )

@@ -10,8 +10,8 @@ and contrast hardly matter to either step.
 """
 
 import functools
+import io
 import itertools
-from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -24,15 +24,6 @@ _FIT = 24  # pixels at which they are compared
 CANDIDATE = 0.75  # similarity of signatures that is worth a second look
 THRESHOLD = 0.98  # of the colour images; README has what it finds and claims
 _MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
-_CHUNK = 1024  # thumbnails whose signatures are made together
-_SAVED = ("names", "thumbnails", "signatures")  # what an index consists of
-
-
-class Twin(NamedTuple):
-  """The test image that an image nearly is."""
-
-  name: str
-  similarity: float
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
@@ -54,7 +45,8 @@ def make_signatures(thumbnails: np.ndarray) -> np.ndarray:
   each over half as many numbers.
   """
   count = len(thumbnails)
-  cells = thumbnails.reshape(count, SIDE, THUMBNAIL // SIDE, SIDE, -1)
+  side = THUMBNAIL // SIDE
+  cells = thumbnails.reshape(count, SIDE, side, SIDE, side * 3)
   grey = np.array([_unit(x) for x in cells.mean((2, 4))])
   left, right = np.split(grey.reshape(count, SIDE, SIDE), 2, axis=2)
   right = right[:, :, ::-1]
@@ -70,44 +62,48 @@ def _unit(x):
   return x / length if length > np.sqrt(x.size) else np.zeros_like(x)
 
 
-class Index:
-  """The test images, to be asked for twins."""
+class Index(NamedTuple):
+  """The test images, to be asked for twins.
 
-  def __init__(self, names, thumbnails: np.ndarray, signatures=None):
-    """Takes a name and a thumbnail of each; keeps 8 kB of each.
+  Attributes:
+    names: str[n].
+    thumbnails: u8[n THUMBNAIL THUMBNAIL 3].
+    signatures: f32[2 n HALF].
+  """
 
-    Args:
-      names: of the images.
-      thumbnails: u8[n THUMBNAIL THUMBNAIL 3].
-      signatures: f32[2 n HALF]; None: they are made.
-    """
-    self.names, self.thumbnails = np.asarray(names, str), thumbnails
-    if signatures is None:
-      signatures = np.empty((2, len(names), HALF), np.float32)
-      for start in range(0, len(names), _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        signatures[:, chunk] = make_signatures(thumbnails[chunk])
-    self.signatures = signatures
-
-  def save(self, folder: Path) -> None:
-    """Writes the files that `load` reads."""
-    for name in _SAVED:
-      np.save(folder / f"{name}.npy", getattr(self, name))
+  names: np.ndarray
+  thumbnails: np.ndarray
+  signatures: np.ndarray
 
   @classmethod
-  def load(cls, folder: Path) -> Self:
-    """Opens saved files: mapped, so that all processes share one copy."""
-    files = (folder / f"{name}.npy" for name in _SAVED)
+  def make(cls, names, thumbnails) -> Self:
+    """Returns the index of a name and a thumbnail of each image, 8 kB each."""
+    thumbnails = np.array(thumbnails, np.uint8)
+    thumbnails = thumbnails.reshape(-1, THUMBNAIL, THUMBNAIL, 3)
+    return cls(np.asarray(names, str), thumbnails, make_signatures(thumbnails))
+
+  def save(self, folder) -> None:
+    """Writes the files that `load` reads, to an epath.Path."""
+    for name, array in self._asdict().items():
+      with (folder / f"{name}.npy").open("wb") as f:
+        np.save(f, array)
+
+  @classmethod
+  def load(cls, folder) -> Self:
+    """Opens saved files: mapped, so that processes share one copy."""
+    files = [folder / f"{name}.npy" for name in cls._fields]
+    if "://" in str(folder):
+      return cls(*(np.load(io.BytesIO(f.read_bytes())) for f in files))
     return cls(*(np.load(file, mmap_mode="r") for file in files))
 
-  def find(self, thumbnails: np.ndarray) -> list[Twin | None]:
-    """Returns the twin of each image, None if it has none.
+  def find(self, thumbnails: np.ndarray) -> list[tuple[str, float] | None]:
+    """Returns (name, similarity) of each image's twin, None if it has none.
 
     Args:
       thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. Several at once are faster by an
         order: the signatures are then read from memory once for all of them.
     """
-    if not len(self.names):
+    if not self.names.size:
       return [None] * len(thumbnails)
     even, odd = make_signatures(thumbnails)
     similarity = odd @ self.signatures[1].T
@@ -126,7 +122,7 @@ class Index:
     if mirrored:
       other = other[:, ::-1]
     fit = max(_fit(thumbnail, other), _fit(other, thumbnail))
-    return Twin(str(self.names[i]), fit) if fit >= THRESHOLD else None
+    return (str(self.names[i]), round(fit, 4)) if fit >= THRESHOLD else None
 
 
 def _fit(whole, part) -> float:

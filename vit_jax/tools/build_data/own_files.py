@@ -1,15 +1,14 @@
 """Your own images and their labels: which there are, and how they are read.
 
 Images are files of a folder, members of tar files, rows of Parquet files, or
-the examples of a data set that is there already. A name belongs to each, and by
-name a table says what it shows.
+the examples of a data set that is there already, on a disk or in a bucket. A
+name belongs to each, and by name a table says what it shows.
 """
 
 import csv
 import functools
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -18,16 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from etils import epath
+
 from vit_jax.errors import UserError, one_line, suggest
 from vit_jax.files import walk
 
 if TYPE_CHECKING:
   from vit_jax.data.source import Source
 
-log = logging.getLogger(__name__)
-
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TFDS = "tfds:"  # before images that are a data set's
+FOLDERS = "folders"  # instead of a labels file
 _COLUMNS = ("confidence", "weight")  # of labels; two names of one thing
 
 
@@ -35,7 +35,7 @@ class Place(NamedTuple):
   """Where an image is: all of a file, a piece or a row of one, an example."""
 
   path: str
-  offset: int = 0
+  start: int = 0  # the first byte, or the row group
   size: int = -1
   row: int = -1
 
@@ -44,16 +44,18 @@ class Place(NamedTuple):
 
 
 def read_labels(
-  file: str | os.PathLike, classes: str | None, min_confidence: float
+  file: str | os.PathLike, classes: str | None, min_confidence: float, found=()
 ) -> tuple[list[str], dict[str, list[int]]]:
   """Reads a labels file.
 
   Args:
     file: CSV with the columns image, label and perhaps confidence, a row a
       label; or JSON lines {"image": "a/1.jpg", "labels": ["cat", "dog"],
-      "confidences": [0.9, 0.4]}. Weights are taken as confidences.
+      "confidences": [0.9, 0.4]}. Weights are taken as confidences. FOLDERS: an
+      image's label is its folder, or the tar file that it is in.
     classes: a file with a class a line; None: those that occur, sorted.
     min_confidence: labels of less are left out.
+    found: what `list_images` returns, for FOLDERS.
 
   Returns:
     The class names, and {image: class ids}.
@@ -61,34 +63,41 @@ def read_labels(
   Raises:
     UserError: a line that cannot be read, an unknown class, no label left.
   """
-  path = Path(file)
-  read = _read_json if path.suffix in (".json", ".jsonl") else _read_csv
-  rows = list(read(path))
+  rows = list(_read_folders(found) if file == FOLDERS else _read_rows(file))
   names = sorted({label for _, _, label, _ in rows})
   if classes is not None:
-    names = [line.strip() for line in _read_lines(Path(classes))]
+    names = [line.strip() for line in _read_lines(classes)]
     if "" in names or len({*names}) < max(len(names), 1):
       raise UserError(f"{classes}: give a class a line, each of them once")
   ids = {name: i for i, name in enumerate(names)}
   labels: dict[str, list[int]] = {}
-  for line, image, label, confidence in rows:
+  for where, image, label, confidence in rows:
     if classes is None and "|" in label:
       raise UserError(
-        f"{path}, line {line}: {label!r} is several labels; give each a line "
-        "of its own, or list it in --classes if it is one"
+        f"{where}: {label!r} is several labels; give each a line of its own, "
+        "or list it in --classes if it is one"
       )
     if label not in ids:
       raise UserError(
-        f"{path}, line {line}: unknown class {label!r}{suggest(label, names)}; "
-        f"the classes are those of {classes}"
+        f"{where}: unknown class {label!r}{suggest(label, names)}; the classes "
+        f"are those of {classes}"
       )
     of_image = labels.setdefault(image, [])
     if confidence >= min_confidence and ids[label] not in of_image:
       of_image.append(ids[label])
   if not any(labels.values()):
     least = f" of a confidence of {min_confidence} or more" if labels else ""
-    raise UserError(f"{path} has no labels{least}")
+    raise UserError(f"{file} has no labels{least}")
   return names, labels
+
+
+def _read_folders(found):
+  """Yields (image, image, label, 1); a file beside the folders has no label."""
+  for name, place in found:
+    path = Path(place.path)
+    label = Path(name).parent.name or (path.stem if place.size >= 0 else "")
+    if label:
+      yield name, name, label, 1.0
 
 
 def _read_lines(path) -> Iterator[str]:
@@ -100,84 +109,65 @@ def _read_lines(path) -> Iterator[str]:
     raise UserError(f"{path} cannot be read: {words}") from e
 
 
-def _read_csv(path):
-  """Yields (line, image, label, confidence)."""
-  reader = csv.DictReader(_read_lines(path), strict=True)
+def _read_rows(file):
+  """Yields (file and line, image, label, confidence)."""
+  at = [1]
+  is_json = Path(file).suffix in (".json", ".jsonl")
+  hint = (
+    '; a line is {"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
+  )
+
+  def lines():
+    for at[0], text in enumerate(_read_lines(file), 1):
+      yield text
+
   try:
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-    if not {"image", "label"} <= set(reader.fieldnames):
-      raise UserError(
-        f"{path}: the first line must name the columns image, label and "
-        f"perhaps confidence; it names {', '.join(reader.fieldnames)}"
+    for row in (_read_json if is_json else _read_csv)(lines()):
+      image, label = (str(field or "").strip() for field in row[:2])
+      if not image or not label:
+        raise ValueError("a field is empty")
+      try:
+        confidence = float(row[2])
+      except (ValueError, TypeError):
+        confidence = math.nan
+      if not math.isfinite(confidence):
+        raise ValueError(f"confidence {row[2]!r} is not a number")
+      yield f"{file}, line {at[0]}", _tidy(image), label, confidence
+  except UserError:
+    raise
+  except (ValueError, KeyError, TypeError, csv.Error) as e:
+    words = one_line(e) + hint * is_json
+    raise UserError(f"{file}, line {at[0]}: {words}") from e
+
+
+def _read_csv(lines):
+  """Yields (image, label, confidence)."""
+  reader = csv.DictReader(lines, strict=True)
+  reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+  if not {"image", "label"} <= {*reader.fieldnames}:
+    raise ValueError(
+      "it must name the columns image, label and perhaps confidence; it names "
+      f"{', '.join(reader.fieldnames)}"
+    )
+  weight = next((x for x in _COLUMNS if x in reader.fieldnames), "")
+  for row in reader:
+    if None in row:
+      raise ValueError(
+        "more fields than columns; a name with a comma needs quotation marks"
       )
-    weight = next((x for x in _COLUMNS if x in reader.fieldnames), "")
-    for row in reader:
-      if None in row:
-        raise UserError(
-          f"{path}, line {reader.line_num}: more fields than columns; a name "
-          "with a comma needs quotation marks"
-        )
-      values = row["image"], row["label"], row.get(weight) or 1
-      yield _make_row(path, reader.line_num, *values)
-  except csv.Error as e:
-    raise UserError(f"{path}, line {reader.line_num}: {e}") from e
+    yield row["image"], row["label"], row.get(weight) or 1
 
 
-def _read_json(path):
-  """Yields (line, image, label, confidence)."""
-  for line, text in enumerate(_read_lines(path), 1):
-    if not text.strip():
-      continue
-    try:
-      row = json.loads(text)
-      image, labels = row["image"], row["labels"]
-      found = next((row[f"{x}s"] for x in _COLUMNS if row.get(f"{x}s")), None)
-      if not isinstance(labels, list):
-        raise TypeError("the labels must be a list")
-      pairs = list(zip(labels, found or [1] * len(labels), strict=True))
-    except (ValueError, KeyError, TypeError) as e:
-      raise UserError(
-        f"{path}, line {line}: {one_line(e)}; a line is "
-        '{"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
-      ) from e
-    for label, confidence in pairs:
-      yield _make_row(path, line, image, label, confidence)
-
-
-def _make_row(path, line, image, label, confidence):
-  image, label = str(image or "").strip(), str(label or "").strip()
-  if not image or not label:
-    raise UserError(f"{path}, line {line}: a field is empty")
-  try:
-    number = float(confidence)
-  except (ValueError, TypeError):
-    number = math.nan
-  if not math.isfinite(number):
-    raise UserError(
-      f"{path}, line {line}: confidence {confidence!r} is not a number"
-    )
-  return line, _tidy(image), label, number
-
-
-def find_unknown(labels: dict | None, images: list[str]) -> list[str]:
-  """Returns the names in the labels file that no image has; logs how many.
-
-  Raises:
-    UserError: no image has any of them.
-  """
-  unknown = sorted((labels or {}).keys() - {*images})
-  if unknown and len(unknown) == len(labels or ()):
-    raise UserError(
-      f"none of the {len(unknown):,} names in the labels file, such as "
-      f"{unknown[0]!r}, is that of one of the {len(images):,} images, such as "
-      f"{images[0]!r}; names are paths below --images"
-    )
-  if unknown:
-    log.warning(
-      "%d of %d names in the labels file are those of no image, such as %r",
-      *(len(unknown), len(labels or ()), unknown[0]),
-    )
-  return unknown
+def _read_json(lines):
+  """Yields (image, label, confidence)."""
+  for text in filter(str.strip, lines):
+    row = json.loads(text)
+    image, labels = row["image"], row["labels"]
+    if not isinstance(labels, list):
+      raise TypeError("the labels must be a list")
+    found = next((row[f"{x}s"] for x in _COLUMNS if row.get(f"{x}s")), None)
+    for pair in zip(labels, found or [1] * len(labels), strict=True):
+      yield image, *pair
 
 
 def _tidy(name):
@@ -188,31 +178,22 @@ def _tidy(name):
 # --- images ---
 
 
-def parse_pair(text: str, option: str) -> tuple[str, str]:
-  """Reads "DATASET:SPLIT", as in cifar10:test.
-
-  Raises:
-    UserError: it is none; names the option.
-  """
-  # Data sets and splits may have colons of their own.
-  part = r"\w+(\[[^\]]*\])?"
-  match = re.fullmatch(rf"(.+):({part}(\+{part})*)", text)
-  if not match:
-    raise UserError(f"{option} {text!r}: give DATASET:SPLIT, as cifar10:test")
-  return match[1], match[2]
-
-
 @functools.cache
 def open_set(images: str, data_dir: str | None) -> "Source":
   """Opens the data set of "tfds:DATASET:SPLIT".
 
   Raises:
-    UserError: as `get_source`.
+    UserError: as `get_source`, or there is no SPLIT.
   """
   from vit_jax.data.catalog import get_source  # seconds, only needed here
 
-  pair = parse_pair(images.removeprefix(TFDS), f"--images {TFDS}")
-  return get_source(*pair, data_dir)
+  text = images.removeprefix(TFDS)
+  # Data sets and splits may have colons of their own.
+  part = r"\w+(\[[^\]]*\])?"
+  match = re.fullmatch(rf"(.+):({part}(\+{part})*)", text)
+  if not match:
+    raise UserError(f"{text!r}: give DATASET:SPLIT, as cifar10:test")
+  return get_source(match[1], match[2], data_dir)
 
 
 def list_images(
@@ -234,19 +215,17 @@ def list_images(
   if source.startswith(TFDS):
     count = open_set(source, data_dir).num_examples
     return [(f"{i:08d}", Place(source, row=i)) for i in range(count)]
-  root = os.path.expanduser(source)
-  if not os.path.exists(root):
+  root = epath.Path(source).expanduser()
+  if not root.exists():
     raise UserError(f"--images {source} does not exist")
+  base = root if root.is_dir() else root.parent
   found = []
-  for path in walk(root) if os.path.isdir(root) else [root]:
+  for path in walk(str(root)) if root.is_dir() else [str(root)]:
     lower = path.lower()
-    if lower.endswith(".tar"):
-      found += _list_tar(path)
-    elif lower.endswith(".parquet"):
-      found += _list_parquet(path)
+    if lower.endswith((".tar", ".parquet")):
+      found += _list_tar(path) if lower[-1] == "r" else _list_parquet(path)
     elif lower.endswith(_SUFFIXES):
-      name = os.path.relpath(path, root if path != root else Path(root).parent)
-      found.append((Path(name).as_posix(), Place(path)))
+      found.append((os.path.relpath(path, base), Place(path)))
   if not found:
     raise UserError(
       f"--images {source} has no images; {', '.join(_SUFFIXES)} files, .tar or "
@@ -264,7 +243,7 @@ def list_images(
 
 def _list_tar(path):
   try:
-    with tarfile.open(path) as archive:
+    with _open(path) as file, tarfile.open(fileobj=file) as archive:
       return [
         (_tidy(member.name), Place(path, member.offset_data, member.size))
         for member in archive
@@ -276,39 +255,41 @@ def _list_tar(path):
 
 def _list_parquet(path):
   try:
-    table = _open_parquet(path).read(columns=["name"])
-    names = [_tidy(name) for name in table.column("name").to_pylist()]
+    return [
+      (_tidy(name.as_py()), Place(path, group, row=row))
+      for group in range(_open_parquet(path).num_row_groups)
+      for row, name in enumerate(_read_rows_of(path, group, "name"))
+    ]
   except (OSError, ValueError, KeyError, AttributeError, ImportError) as e:
     raise UserError(
       f"{path} is not a readable Parquet file with a name and an image in each "
       f"row ({one_line(e)})"
     ) from e
-  return [(name, Place(path, row=i)) for i, name in enumerate(names)]
 
 
 @functools.lru_cache(maxsize=2)
 def _open_parquet(path):
   from pyarrow import parquet
 
-  return parquet.ParquetFile(path)
+  return parquet.ParquetFile(_open(path))
 
 
 @functools.lru_cache(maxsize=2)
-def _read_row_group(path, group):
-  return _open_parquet(path).read_row_group(group, ["image"]).column("image")
+def _read_rows_of(path, group, column):  # a whole file would be gigabytes
+  return _open_parquet(path).read_row_group(group, [column]).column(column)
 
 
-def read_image(place: Place) -> bytes:
-  """Returns the bytes of an image file."""
+def _open(path):
+  return epath.Path(path).open("rb")
+
+
+def read(place: Place, data_dir: str | None) -> tuple[bytes, list[int]]:
+  """Returns the bytes of an image file, and a data set's labels of it."""
+  if place.path.startswith(TFDS):
+    return open_set(place.path, data_dir).read_example(place.row)
   if place.row >= 0:
-    # A whole file would be gigabytes in each worker.
-    metadata = _open_parquet(place.path).metadata
-    group, row = 0, place.row
-    while row >= metadata.row_group(group).num_rows:
-      row -= metadata.row_group(group).num_rows
-      group += 1
-    value = _read_row_group(place.path, group)[row].as_py()
-    return value["bytes"] if isinstance(value, dict) else value
-  with open(place.path, "rb") as f:
-    f.seek(place.offset)
-    return f.read(place.size)
+    value = _read_rows_of(place.path, place.start, "image")[place.row].as_py()
+    return value["bytes"] if isinstance(value, dict) else value, []
+  with _open(place.path) as f:
+    f.seek(place.start)
+    return f.read(place.size), []
