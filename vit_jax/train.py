@@ -55,11 +55,7 @@ def train(config, workdir) -> dict[str, float] | None:
 
     # Data, and what is learnt from it.
     opened = inputs.open_inputs(config)
-    if run:
-      run_folder.check_data(config, run, opened, workdir)
-      total_steps = run["total_steps"]
-    else:
-      total_steps = configuration.count_steps(config, opened.num_examples)
+    total_steps = run_folder.count_steps(config, run, opened, workdir)
     check_profile(config, total_steps)
     objective = objectives.create(config, opened.first.class_names)
     train_step, init_state = make_step(config, objective, total_steps)

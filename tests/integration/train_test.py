@@ -579,7 +579,7 @@ def test_what_is_in_a_run_folder_is_named(tmp_path, monkeypatch):
   assert run_folder.check(load(10), workdir) == run
   monkeypatch.setattr(run_folder, "check_data", lambda *_: None)
   opened = inputs.Inputs([], {})
-  assert train.count_steps(load(10), run, opened, workdir) == 7
+  assert run_folder.count_steps(load(10), run, opened, workdir) == 7
   how = f"--config.init_from='{workdir}' starts it from these weights, without"
   with named("total_steps: 10 -> 20", "to train for longer", how):
     run_folder.check(load(20), workdir)

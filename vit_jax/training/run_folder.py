@@ -83,6 +83,14 @@ def check(config, workdir) -> dict | None:
   return run
 
 
+def count_steps(config, run, inputs: Inputs, workdir) -> int:
+  """Returns the steps of the whole run, whose data are those it began with."""
+  if not run:
+    return configuration.count_steps(config, inputs.num_examples)
+  check_data(config, run, inputs, workdir)
+  return run["total_steps"]
+
+
 def check_data(config, run, inputs: Inputs, workdir) -> None:
   """Raises a UserError if the data are not those that the run began with.
 
