@@ -154,7 +154,7 @@ def test_gcloud_script_from_create_to_delete(tmp_path):
   homes = [tmp_path / "w0", tmp_path / "w1"]
   for home in homes:
     assert (home / "code" / "constraints.txt").exists()
-    assert "--editable code[tpu,train]" in (home / "installed").read_text()
+    assert "--editable code[tpu,train,gcs]" in (home / "installed").read_text()
     write_script(home / "venv" / "bin" / "vit-jax", _VIT_JAX)
   odd = ['--config.a=it\'s "$HOME" `id` \\ *', "--config.b=two\nlines", ""]
   tpu("run", "train", "--workdir=gs://b/my run", *odd)
