@@ -53,6 +53,15 @@ def shared(tmp_path_factory):
   return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
+@pytest.fixture(scope="module")
+def sharing():
+  """Has the runs of a file's tests share their compiled steps."""
+  from tiny_runs import shared_programs
+
+  with shared_programs():
+    yield
+
+
 @pytest.fixture(scope="session")
 def fork_server(shared):
   """Lets tests start programs as forks, see forks.py."""

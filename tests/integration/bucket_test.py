@@ -7,7 +7,7 @@ import shutil
 
 import fake_gcs
 import pytest
-from tiny_runs import assert_same_run, saved_steps, shared_programs
+from tiny_runs import assert_same_run, saved_steps
 
 from vit_jax import pretrained
 from vit_jax.__main__ import main
@@ -39,12 +39,6 @@ def no_faults(server):
   server.reset()
   yield
   server.fault = lambda number, request: None
-
-
-@pytest.fixture(scope="module")
-def sharing():
-  with shared_programs():
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,6 @@ from tiny_runs import (
   read_losses,
   read_metrics,
   saved_steps,
-  shared_programs,
   snapshot,
   wait_until_gone,
 )
@@ -114,12 +113,6 @@ def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
 
 
 # --- kills ---
-
-
-@pytest.fixture(scope="module")
-def sharing():
-  with shared_programs():
-    yield
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,12 @@ from vit_jax.data.benchmarks import BY_HAND
 from vit_jax.data.catalog import FOLDER, OBJECTNET, get_source
 from vit_jax.data.tfds import find_builder, open_folder
 from vit_jax.errors import UserError, one_line
-from vit_jax.files import atomic_file, read_json, write_atomically
+from vit_jax.files import (
+  atomic_file,
+  is_remote,
+  read_json,
+  write_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +110,7 @@ def _hold(folder):
   Neither in a bucket or on a disk that has no locks.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  if "://" in str(folder):
+  if is_remote(folder):
     yield
     return
   descriptor = os.open(folder, os.O_RDONLY)

@@ -112,13 +112,11 @@ class _Singly(Fetcher):
 
   def fetch(self, positions):
     which, examples = self._order(positions)
-    # Filled one by one: NumPy would cut trailing zeros off a list of bytes.
     records = np.empty(len(which), object)
     for i in np.unique(which):
-      slots = np.flatnonzero(which == i)
-      found = self._read(i, examples[slots])
-      for slot, record in zip(slots, found, strict=True):
-        records[slot] = record
+      mine = which == i
+      # Of a list NumPy would make bytes of one length, without trailing zeros.
+      records[mine] = np.fromiter(self._read(i, examples[mine]), object)
     return records, which
 
   def _read(self, i, examples):

@@ -15,6 +15,7 @@ import tensorflow as tf
 from array_record.python import array_record_module
 
 from vit_jax.errors import UserError
+from vit_jax.files import is_remote
 
 _NUM_THREADS = 64  # that read at a time
 _SPARE_FILES = 128  # open files that a run needs beside those of its data
@@ -52,7 +53,7 @@ class Shards:
     """
     self._files = [str(f.filename) for f in instructions]
     _check_there(self._files, dataset)
-    self.remote = _is_remote(self._files[0])
+    self.remote = is_remote(self._files[0])
     self.num_open = 0 if self.remote else len(self._files)
     _allow_open(self.num_open, sum(x.num_open for x in _alive), dataset)
     _alive.add(self)
@@ -109,15 +110,11 @@ class Shards:
     return self._readers[shard]
 
 
-def _is_remote(file):
-  return "://" in file
-
-
 def _check_there(files, dataset):
   """Raises a UserError unless the files exist; asks once for a folder."""
   there = set()
   for folder in {os.path.dirname(file) for file in files}:
-    if _is_remote(folder):
+    if is_remote(folder):
       names = tf.io.gfile.listdir(folder)
     else:
       with os.scandir(folder) as entries:

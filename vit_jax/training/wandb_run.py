@@ -38,7 +38,7 @@ def start(config, workdir) -> Any:
       id=file.read_text(),
       resume="allow",
       name=workdir.name,
-      dir=None if "://" in str(workdir) else str(workdir),
+      dir=None if files.is_remote(workdir) else str(workdir),
       config=config.to_dict(),
     )
   except Exception as e:

@@ -17,6 +17,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from PIL import Image
 
+from vit_jax.files import is_remote
+
 SIDE = 16  # pixels of a signature's side
 HALF = SIDE * SIDE // 2  # numbers in its even part, and in its odd one
 THUMBNAIL = 48  # pixels of the images that are laid over each other
@@ -92,7 +94,7 @@ class Index(NamedTuple):
   def load(cls, folder) -> Self:
     """Opens saved files: mapped, so that processes share one copy."""
     files = [folder / f"{name}.npy" for name in cls._fields]
-    if "://" in str(folder):
+    if is_remote(folder):
       return cls(*(np.load(io.BytesIO(f.read_bytes())) for f in files))
     return cls(*(np.load(file, mmap_mode="r") for file in files))
 
