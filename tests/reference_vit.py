@@ -17,6 +17,7 @@ class _Numerics(NamedTuple):
 
   activation: str
   epsilon: float
+  rope: tuple | None = None  # grid, base and the tokens before the patches
 
 
 def apply(
@@ -30,25 +31,27 @@ def apply(
   layer_norm_epsilon=1e-6,
   pos_embedding="learned",
   pos_embedding_at="input",
+  rope_base=None,
 ):
   """Runs the network without dropout.
 
   Args:
-    params: {path: array}, unrolled. A position embedding is what is there.
+    params: {path: array}, unrolled. What is there of biases, gates, factors,
+      tokens and normalisations is used, and nothing else.
     images: [b h w 3] in [-1, 1].
     patch: pixels along a side of a patch, or cells of the stem's output.
-    classifier: "token", "gap" or "map".
+    classifier: "token", "gap", "map" or "token+gap".
     units: of a hybrid's stem; None for no stem.
-    activation: "gelu_tanh" or "gelu_erf".
+    activation: "gelu_tanh", "gelu_erf", "gelu_quick" or "silu".
     layer_norm_epsilon: added to variances.
     pos_embedding: "learned", "2d", "sincos2d", "relative" or "none".
     pos_embedding_at: "input", "every_layer" or "every_layer_shared".
+    rope_base: of DINOv3's rotary embedding; None for none.
 
   Returns:
     {name: float64 array} with "logits" and everything on the way there.
   """
   p = {path: np.asarray(x, np.float64) for path, x in params.items()}
-  numerics = _Numerics(activation, layer_norm_epsilon)
   out = {}
   x = np.asarray(images, np.float64)
   if units is not None:
@@ -57,9 +60,12 @@ def apply(
   x = out["stem"] = _embed_patches(p, x, patch)
   grid = x.shape[1:3]
   x = x.reshape(len(x), -1, x.shape[-1])
-  if classifier == "token":
-    cls = np.repeat(p["cls"], len(x), axis=0)
-    x = np.concatenate([cls, x], axis=1)
+  prefix = [p[name] for name in ("cls", "dist", "registers") if name in p]
+  prefix = [np.repeat(tokens, len(x), axis=0) for tokens in prefix]
+  x = np.concatenate([*prefix, x], axis=1)
+  count = x.shape[1] - grid[0] * grid[1]
+  rope = rope_base and (grid, rope_base, count)
+  numerics = _Numerics(activation, layer_norm_epsilon, rope)
 
   shape = x.shape[1:]
 
@@ -68,6 +74,8 @@ def apply(
 
   if pos_embedding_at == "input":
     x = x + embed_positions("Transformer/posembed_input")
+  if "Transformer/pre_norm/scale" in p:
+    x = _layer_norm(_sub(p, "Transformer/pre_norm"), x, numerics)
   out["embedded"] = x
   for i in range(_count_blocks(p)):
     block = f"Transformer/encoderblock_{i}"
@@ -77,19 +85,30 @@ def apply(
       x = x + embed_positions("Transformer/posembed_input")
     x, values = _run_block(_sub(p, block), x, numerics)
     out |= {f"block{i:02d}/{name}": v for name, v in values.items()}
-  x = _layer_norm(_sub(p, "Transformer/encoder_norm"), x, numerics)
-  out["encoded"] = x
+  if "Transformer/encoder_norm/scale" in p:
+    x = _layer_norm(_sub(p, "Transformer/encoder_norm"), x, numerics)
+  tokens = out["encoded"] = x
+  mean = x[:, count:].mean(axis=1)
   if classifier == "token":
     x = x[:, 0]
   elif classifier == "gap":
-    x = x.mean(axis=1)
+    x = mean
+  elif classifier == "token+gap":
+    x = np.concatenate([x[:, 0], mean], axis=1)
   else:
     head = _sub(p, "MAPHead_0")
     x, out["pooling_weights"] = _pool_by_attention(head, x, numerics)
+  if "fc_norm/scale" in p:
+    x = _layer_norm(_sub(p, "fc_norm"), x, numerics)
   out["pooled"] = x
+  if "projection/kernel" in p:
+    x = out["projected"] = x @ p["projection/kernel"]
   if "pre_logits/kernel" in p:
     x = out["pre_logits"] = np.tanh(_dense(_sub(p, "pre_logits"), x))
-  out["logits"] = _dense(_sub(p, "head"), x)
+  x = _dense(_sub(p, "head"), x)
+  if "head_dist/kernel" in p:
+    x = (x + _dense(_sub(p, "head_dist"), tokens[:, 1])) / 2
+  out["logits"] = x
   return out
 
 
@@ -113,9 +132,12 @@ def sincos_2d(grid, width):
 
 
 def _embed_positions(p, kind, grid, shape):
-  """Returns [n d]; of the kinds only "learned" has one for a class token."""
+  """Returns [n d]; of the kinds only "learned" has some for other tokens."""
   if kind == "learned" and "pos_embedding" in p:
-    return p["pos_embedding"][0]
+    table, count = p["pos_embedding"][0], grid[0] * grid[1]
+    rows = len(table) - count
+    none = np.zeros((shape[0] - len(table), shape[1]))
+    return np.concatenate([table[:rows], none, table[rows:]])
   out = np.zeros(shape)
   patches = out[shape[0] - grid[0] * grid[1] :]
   if kind == "2d":
@@ -143,7 +165,9 @@ def _embed_patches(p, images, patch):
       piece = images[
         :, i * patch : (i + 1) * patch, j * patch : (j + 1) * patch
       ]
-      out[:, i, j] = piece.reshape(b, -1) @ kernel + p["embedding/bias"]
+      out[:, i, j] = piece.reshape(b, -1) @ kernel
+      if "embedding/bias" in p:
+        out[:, i, j] += p["embedding/bias"]
   return out
 
 
@@ -160,6 +184,8 @@ def _layer_norm(p, x, numerics):
 
 def _activate(x, numerics):
   """The published weights' tanh approximation, or PyTorch's exact function."""
+  if numerics.activation in ("gelu_quick", "silu"):
+    return x / (1 + np.exp(-x * {"g": 1.702, "s": 1}[numerics.activation[0]]))
   if numerics.activation == "gelu_erf":
     return x * 0.5 * (1 + scipy.special.erf(x / np.sqrt(2)))
   assert numerics.activation == "gelu_tanh", numerics
@@ -171,13 +197,23 @@ def _softmax(x):
   return e / e.sum(axis=-1, keepdims=True)
 
 
-def _attend(p, x_query, x):
-  heads, size = p["query/bias"].shape
+def _attend(p, x_query, x, numerics, rotates=False):
+  _, heads, size = p["query/kernel"].shape
   out, weights = 0, []
+
+  def project(name, x, a):
+    y = x @ p[f"{name}/kernel"][:, a]
+    if f"{name}/bias" in p:
+      y = y + p[f"{name}/bias"][a]
+    if f"{name}_norm/scale" in p:
+      y = _layer_norm(_sub(p, f"{name}_norm"), y, numerics)
+    if rotates and numerics.rope and name != "value":
+      y = _rotate(y, *numerics.rope)
+    return y
+
   for a in range(heads):
-    query = x_query @ p["query/kernel"][:, a] + p["query/bias"][a]
-    key = x @ p["key/kernel"][:, a] + p["key/bias"][a]
-    value = x @ p["value/kernel"][:, a] + p["value/bias"][a]
+    query = project("query", x_query, a)
+    key, value = project("key", x, a), project("value", x, a)
     logits = query @ key.swapaxes(1, 2) / np.sqrt(size)
     if "relative_embedding" in p:
       table = p["relative_embedding"][:, a]
@@ -185,6 +221,22 @@ def _attend(p, x_query, x):
     weights.append(_softmax(logits))
     out = out + weights[-1] @ value @ p["out/kernel"][a]
   return out + p["out/bias"], np.stack(weights, axis=1)
+
+
+def _rotate(x, grid, base, count):
+  """[b n h]: channels j and j + h/2 of each patch are turned as a complex."""
+  half = x.shape[-1] // 2
+  turned = x[..., :half] + 1j * x[..., half:]
+  for i in range(grid[0] * grid[1]):
+    place = [
+      2 * (at + 0.5) / n - 1
+      for at, n in zip(divmod(i, grid[1]), grid, strict=True)
+    ]
+    for j in range(half):
+      axis, wave = divmod(j, half // 2)
+      angle = 2 * np.pi * place[axis] / base ** (wave / (half // 2))
+      turned[:, count + i, j] *= np.exp(1j * angle)
+  return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def _relate(query, table):
@@ -198,27 +250,33 @@ def _relate(query, table):
 
 
 def _run_mlp(p, x, numerics):
+  if "gate/kernel" in p:
+    gate = _activate(_dense(_sub(p, "gate"), x), numerics)
+    return _dense(_sub(p, "Dense_1"), gate * _dense(_sub(p, "Dense_0"), x))
   x = _activate(_dense(_sub(p, "Dense_0"), x), numerics)
   return _dense(_sub(p, "Dense_1"), x)
 
 
 def _run_block(p, x, numerics):
   y = _layer_norm(_sub(p, "LayerNorm_0"), x, numerics)
-  attention, weights = _attend(_sub(p, "MultiHeadDotProductAttention_0"), y, y)
-  x = x + attention
+  own = _sub(p, "MultiHeadDotProductAttention_0")
+  attention, weights = _attend(own, y, y, numerics, rotates=True)
+  x = x + attention * p.get("LayerScale_0/scale", 1)
   y = _layer_norm(_sub(p, "LayerNorm_1"), x, numerics)
   mlp = _run_mlp(_sub(p, "MlpBlock_0"), y, numerics)
-  return x + mlp, {
+  x = x + mlp * p.get("LayerScale_1/scale", 1)
+  return x, {
     "attention_weights": weights,
     "attention": attention,
     "mlp": mlp,
-    "out": x + mlp,
+    "out": x,
   }
 
 
 def _pool_by_attention(p, x, numerics):
   probe = np.repeat(p["probe"], len(x), axis=0)
-  x, weights = _attend(_sub(p, "MultiHeadDotProductAttention_0"), probe, x)
+  own = _sub(p, "MultiHeadDotProductAttention_0")
+  x, weights = _attend(own, probe, x, numerics)
   y = _layer_norm(_sub(p, "LayerNorm_0"), x, numerics)
   mlp = _run_mlp(_sub(p, "MlpBlock_0"), y, numerics)
   return (x + mlp)[:, 0], weights[:, :, 0]

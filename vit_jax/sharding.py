@@ -28,13 +28,13 @@ RUN_AHEAD = 4
 RULES = (
   (r"(query|key|value)/kernel", P("fsdp", None, None)),  # [d a d/a]
   (r"out/kernel", P(None, None, "fsdp")),  # [a d/a d]
-  (r"Dense_0/kernel", P("fsdp", None)),  # [d m]
+  (r"(Dense_0|gate)/kernel", P("fsdp", None)),  # [d m]
   (r"Dense_1/kernel", P(None, "fsdp")),  # [m d]
   (r"embedding/kernel", P(None, None, None, "fsdp")),  # [p p 3 d]
   (r"conv(_root|_proj|\d)/kernel", P(None, None, None, "fsdp")),  # [h w i o]
-  (r"(pre_logits|head|mpp_head)/kernel", P("fsdp", None)),  # [d k]
+  (r"(projection|pre_logits|(mpp_)?head(_dist)?)/kernel", P("fsdp", None)),
   # One vector a layer: the gather would cost more than the memory is worth.
-  (r"bias|scale|cls|mask_token|probe|relative_embedding", P()),
+  (r"bias|scale|cls|dist|registers|mask_token|probe|relative_embedding", P()),
   (r"pos_embedding(_x|_y)?", P()),
   (r"step|rng|count", P()),
 )

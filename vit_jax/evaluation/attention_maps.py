@@ -51,13 +51,14 @@ def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
   def look(params, images):
     weights, logits, pooling = _apply(model, params, images)
     n = weights[0].shape[-1]
-    if model.config.classifier == "token":
-      pooling = jnp.zeros((len(images), n)).at[:, 0].set(1)
-    elif model.config.classifier == "gap":
-      pooling = jnp.full((len(images), n), 1 / n)
+    prefix, (height, width) = model.model.num_prefix, model.model.grid
+    if pooling is None:
+      parts = model.config.classifier.split("+")
+      token = jnp.zeros(n).at[0].set("token" in parts)
+      mean = jnp.zeros(n).at[prefix:].set(("gap" in parts) / (n - prefix))
+      pooling = jnp.tile((token + mean) / len(parts), (len(images), 1))
     seen = jnp.einsum("bn,bnm->bm", pooling, roll_out(weights))
-    height, width = model.model.grid
-    seen = seen[:, n - height * width :]
+    seen = seen[:, prefix:]
     seen = seen / jnp.maximum(seen.sum(1, keepdims=True), _LEAST)
     distances = attention_distance(
       weights, model.model.grid, model.config.patch
@@ -144,7 +145,7 @@ def attention_distance(
   nothing remains the distance is 0.
 
   Args:
-    weights: [b a n n] of each layer; n is the patches, or one more.
+    weights: [b a n n] of each layer; the patches are the last of the n tokens.
     grid: (h, w) in patches.
     patch: pixels along a side of one.
   """

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec as P
 
+from vit_jax.models import posemb
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import ROWS, Dense, Dropout
+from vit_jax.models.layers import ROWS, Dense, Dropout, LayerNorm
 
 LANES = 128  # of a vector register
 _UNROLL = 4  # images that the compiler may interleave: their steps wait less
@@ -320,6 +321,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
   config: ViTConfig
   relative: bool = False  # position embeddings of key minus query
+  angles: Any = None  # f64[n d/a/2] of the tokens, see `posemb.rotate`
   dropout_rate: float = 0.0  # of the attention weights
   deterministic: bool = True
 
@@ -340,12 +342,15 @@ class MultiHeadDotProductAttention(nn.Module):
       rows_kv = inputs_kv.reshape(-1, width)
 
     def project(name, rows, like):
-      y = Dense(self.config, (width, *heads), name=name)(rows, affine)
-      return y.reshape(like.shape)
+      biased = name[0] in {"all": "qkv", "none": ""}.get(bias, bias)
+      dense = Dense(self.config, (width, *heads), use_bias=biased, name=name)
+      return dense(rows, affine).reshape(like.shape)
 
+    bias = self.config.qkv_bias
     query = project("query", rows_q, inputs_q)
     key = project("key", rows_kv, inputs_kv)
     value = project("value", rows_kv, inputs_kv)
+    query, key = self.place("query", query), self.place("key", key)
     n, fused = inputs_kv.shape[1], None
     drops = self.dropout_rate > 0 and not self.deterministic
     whole = inputs_q.shape[1] % ROWS == 0 and self.config.use_tpu_layout
@@ -360,6 +365,16 @@ class MultiHeadDotProductAttention(nn.Module):
       x, found = attend_plainly(*what, offsets, drop)
     out = Dense(self.config, (*heads, width), in_axes=2, name="out")
     return out(x), found
+
+  def place(self, name, x):
+    """Normalises each head of queries or keys [b n d], then rotates them."""
+    num_heads = self.config.num_heads
+    if self.config.qk_norm:
+      norm = LayerNorm(self.config, whole=True, name=f"{name}_norm")
+      x = norm(split_heads(x, num_heads))[0].reshape(x.shape)
+    if self.angles is not None:
+      x = posemb.rotate(x, self.angles[: x.shape[1]], num_heads)
+    return x
 
   def score_offsets(self, query, num_keys, valid):
     """[b q d] -> f32[b a q n]: the query against each offset's embedding.

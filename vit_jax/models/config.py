@@ -39,11 +39,26 @@ class ViTConfig:
   patch_size: int = 0  # of the patches that the encoder sees
   units: tuple[int, ...] | None = None  # of a ResNet's stages, see `Variant`
   width: int = 0  # of a ResNet, times 64
-  classifier: str = _option("token", "gap", "map")
+  classifier: str = _option("token", "gap", "map", "token+gap")
+  class_token: bool = _option(False)  # also where the classifier ignores it
+  distillation_token: bool = _option(False)
+  registers: int = _option(0)
+  map_heads: int = _option(0)
+  final_norm: str = _option("tokens", "pooled")
+  projection_size: int = _option(0)
   representation_size: int = _option(0)
+  patch_bias: bool = _option(True)
+  pre_norm: bool = _option(False)
   pos_embedding: str = _option("learned", "2d", "sincos2d", "relative", "none")
   pos_embedding_at: str = _option("input", "every_layer", "every_layer_shared")
-  activation: str = _option("gelu_tanh", "gelu_erf")
+  prefix_positions: str = _option("tokens", "all", "none")
+  rope: str = _option("none", "dinov3")
+  rope_base: float = _option(100.0)
+  qkv_bias: str = _option("all", "none", "qv")
+  qk_norm: bool = _option(False)
+  mlp: str = _option("plain", "gated")
+  activation: str = _option("gelu_tanh", "gelu_erf", "gelu_quick", "silu")
+  layer_scale_init: float = _option(0.0)
   layer_norm_epsilon: float = _option(1e-6)
   dropout_rate: float = _option(0.0, rate=True)
   attention_dropout_rate: float = _option(0.0, rate=True)
@@ -63,6 +78,22 @@ class ViTConfig:
     return jnp.dtype(self.dtype) == jnp.bfloat16
 
   @property
+  def has_class_token(self) -> bool:
+    """Whether the first token is a class token."""
+    return self.class_token or self.classifier.startswith("token")
+
+  @property
+  def num_prefix(self) -> int:
+    """The number of tokens before those of the patches."""
+    return self.has_class_token + self.distillation_token + self.registers
+
+  @property
+  def num_prefix_positions(self) -> int:
+    """The number of these that have learned position embeddings."""
+    rows = {"all": self.num_prefix, "none": 0}
+    return rows.get(self.prefix_positions, self.num_prefix - self.registers)
+
+  @property
   def representation_width(self) -> int:
     """The width of the tanh layer, 0 for none."""
     given = self.representation_size
@@ -70,6 +101,13 @@ class ViTConfig:
 
 
 _OPTIONS = {f.name: f for f in dataclasses.fields(ViTConfig) if f.metadata}
+# Those that the paper's models do not have: other encoders' architecture.
+SWITCHES = (
+  *("class_token", "distillation_token", "registers", "map_heads"),
+  *("final_norm", "projection_size", "patch_bias", "pre_norm"),
+  *("prefix_positions", "rope", "rope_base", "qkv_bias", "qk_norm"),
+  *("mlp", "layer_scale_init"),
+)
 # What a model is made with if nothing else is given.
 DEFAULTS: dict[str, Any] = {name: f.default for name, f in _OPTIONS.items()}
 
@@ -95,13 +133,30 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
       f"model.representation_size is {config.representation_size}; it must be "
       "a width, 0 for no layer or -1 for the hidden size"
     )
-  if config.layer_norm_epsilon <= 0:
-    raise UserError(
-      f"model.layer_norm_epsilon is {config.layer_norm_epsilon}, not positive"
-    )
+  for name in ("layer_norm_epsilon", "rope_base"):
+    if getattr(config, name) <= 0:
+      raise UserError(f"model.{name} is {getattr(config, name)}, not positive")
   if encoder:
     _check_positions(variant, config)
+    _check_tokens(config)
   return config
+
+
+def _check_tokens(config):
+  for name in ("registers", "map_heads", "projection_size", "layer_scale_init"):
+    if getattr(config, name) < 0:
+      raise UserError(f"model.{name} is {getattr(config, name)}, below 0")
+  if config.distillation_token and config.classifier != "token":
+    raise UserError(
+      "model.distillation_token has a head beside the class token's; it needs "
+      f"model.classifier 'token', not {config.classifier!r}"
+    )
+  heads = config.map_heads or config.num_heads
+  if config.classifier == "map" and config.hidden_size % heads:
+    raise UserError(
+      f"model.map_heads {heads} does not divide the hidden size "
+      f"{config.hidden_size}"
+    )
 
 
 def _check_positions(variant, config):
@@ -110,6 +165,12 @@ def _check_positions(variant, config):
     raise UserError(
       f"model.pos_embedding {kind!r} is not added anywhere; leave "
       "model.pos_embedding_at at 'input'"
+    )
+  head_dim = config.hidden_size // config.num_heads
+  if config.rope != "none" and head_dim % 4:
+    raise UserError(
+      f"model.rope {config.rope!r} needs heads whose width 4 divides; those of "
+      f"{variant} are {head_dim} wide"
     )
   parts = {"2d": 2, "sincos2d": 4}.get(kind, 1)
   if config.hidden_size % parts:

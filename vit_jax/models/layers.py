@@ -125,6 +125,7 @@ class Dense(nn.Module):
   config: ViTConfig
   kernel_shape: tuple[int, ...]
   in_axes: int = 1  # leading axes of the kernel that are summed over
+  use_bias: bool = True
   bias_init: Any = nn.initializers.zeros
   sum_by_product: bool = True  # see `add_bias`
 
@@ -136,8 +137,10 @@ class Dense(nn.Module):
     # Xavier's of the flattened shape, not of one head's.
     init = nn.initializers.xavier_uniform()
     kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))
-    bias = self.param("bias", self.bias_init, shape[self.in_axes :])
-    kernel, bias = kernel.reshape(flat), bias.reshape(-1)
+    kernel, bias = kernel.reshape(flat), jnp.zeros(flat[1])
+    if self.use_bias:
+      bias = self.param("bias", self.bias_init, shape[self.in_axes :])
+      bias = bias.reshape(-1)
     if affine:
       # (x scale + shift) kernel + bias, with as much of it as possible done
       # once, not for each token: then gradients need no sums over tokens.
@@ -152,6 +155,8 @@ class Dense(nn.Module):
       # for which XLA transposes the tokens: 117,000 cycles for each of B/16's.
       kernel = jax.lax.optimization_barrier(kernel)
     y = x.astype(dtype).reshape(-1, flat[0]) @ kernel
+    if not (self.use_bias or affine):
+      return y.reshape(*x.shape[:-1], flat[1])
     add = add_bias if self.sum_by_product else jnp.add
     return add(y, bias).reshape(*x.shape[:-1], flat[1])
 
@@ -183,11 +188,23 @@ class LayerNorm(nn.Module):
     return ((y - mean) * (factor * scale) + bias).astype(dtype), None
 
 
-def make_head(config: ViTConfig) -> nn.Dense:
+class LayerScale(nn.Module):
+  """A factor for each channel of a residual branch (arXiv 2103.17239)."""
+
+  config: ViTConfig
+
+  @nn.compact
+  def __call__(self, x):
+    """[... d] -> [... d]"""
+    init = nn.initializers.constant(self.config.layer_scale_init)
+    return x * self.param("scale", init, x.shape[-1:]).astype(x.dtype)
+
+
+def make_head(config: ViTConfig, name: str = "head") -> nn.Dense:
   """Returns the layer that gives the logits, in float32 and zero at first."""
   return nn.Dense(
     config.num_classes,
     kernel_init=nn.initializers.zeros,
     bias_init=nn.initializers.constant(config.head_bias_init),
-    name="head",
+    name=name,
   )

@@ -22,9 +22,12 @@ class Model(NamedTuple):
       logits f32[b k], or (logits, {name: array}). Images are f32[b h w 3] in
       [-1, 1]. Training needs the `key`, for dropout and stochastic depth. With
       0 classes the representation f32[b d] takes the logits' place.
+      `intermediates` "tokens" gives each block's tokens f32[b n d] as
+      "block00/encoded", ..., and no attention weights.
     image_size: (h, w) in pixels.
     grid: (h, w) in tokens, or in cells of a ResNet's output.
     num_layers: the encoder's blocks, 0 for a ResNet.
+    num_prefix: tokens before those of the patches.
   """
 
   init: Callable[..., Any]
@@ -32,6 +35,7 @@ class Model(NamedTuple):
   image_size: tuple[int, int]
   grid: tuple[int, int]
   num_layers: int
+  num_prefix: int
 
 
 @contextlib.contextmanager
@@ -68,12 +72,14 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
     logits, out = module.apply({"params": params}, images, *inputs, **options)
     return (logits, out) if intermediates else logits
 
-  return Model(init, apply, image_size, grid, config.num_layers)
+  prefix = config.num_prefix if config.num_layers else 0
+  return Model(init, apply, image_size, grid, config.num_layers, prefix)
 
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
   """Returns what the head gets, f32[b d], of a model's intermediates."""
-  return intermediates.get("pre_logits", intermediates["pooled"])
+  last = (name for name in ("pre_logits", "projected") if name in intermediates)
+  return intermediates[next(last, "pooled")]
 
 
 def check_image_size(image_size, sizes: Variant) -> tuple[int, int]:

@@ -11,6 +11,41 @@ def join_axes(rows, columns):
   return jnp.concatenate([tiled, repeated], axis=1)
 
 
+def dinov3_angles(
+  grid: tuple[int, int], head_dim: int, base: float
+) -> np.ndarray:
+  """Returns the angles f64[h*w head_dim/2] of DINOv3's rotary embedding.
+
+  Patch centres lie in (-1, 1), along each axis by its own length. The first
+  half of the angles is of the row, the second of the column (arXiv 2508.10104,
+  and the published code for the frequencies).
+  """
+  frequencies = 2 * np.pi / base ** (np.arange(0, head_dim, 4) / head_dim)
+  rows, columns = ((2 * np.arange(n) + 1) / n - 1 for n in grid)
+  rows, columns = np.outer(rows, frequencies), np.outer(columns, frequencies)
+  repeated = rows.repeat(grid[1], axis=0)
+  return np.concatenate([repeated, np.tile(columns, (grid[0], 1))], axis=1)
+
+
+def rotate(x, angles: np.ndarray, num_heads: int):
+  """Rotates the pairs (j, j + h/2) of each head's h channels, in float32.
+
+  Args:
+    x: queries or keys [b n d]; the heads stay side by side in d, so that TPUs
+      need no other layout.
+    angles: f64[n h/2]; 0 for a token that has no place in the image.
+    num_heads: d / h.
+  """
+  half = angles.shape[1]
+  cos = np.tile(np.cos(angles), 2 * num_heads).astype(np.float32)
+  sin = np.concatenate([-np.sin(angles), np.sin(angles)], axis=1)
+  sin = np.tile(sin, num_heads).astype(np.float32)
+  y = x.astype(jnp.float32)
+  is_first = np.arange(x.shape[-1]) % (2 * half) < half
+  other = jnp.where(is_first, jnp.roll(y, -half, -1), jnp.roll(y, half, -1))
+  return (y * cos + other * sin).astype(x.dtype)
+
+
 def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
   """Returns fixed embeddings f32[h*w d]: sin and cos of x, sin and cos of y.
 

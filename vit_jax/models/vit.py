@@ -7,16 +7,18 @@ eight bits lose small attention weights and variances. Everything after the
 pooling is float32: it is one vector an image.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax.models import layers, posemb
 from vit_jax.models.attention import MultiHeadDotProductAttention
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import Dense, LayerNorm, dropout
+from vit_jax.models.layers import Dense, LayerNorm, LayerScale, dropout
 from vit_jax.models.resnet import hybrid_stem
 
 # The published npz files were trained with the tanh approximation; PyTorch's
@@ -24,6 +26,8 @@ from vit_jax.models.resnet import hybrid_stem
 ACTIVATIONS = {
   "gelu_tanh": lambda x: nn.gelu(x, approximate=True),
   "gelu_erf": lambda x: nn.gelu(x, approximate=False),
+  "gelu_quick": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+  "silu": nn.silu,
 }
 
 # "dots" recomputes attention's own products.
@@ -34,7 +38,7 @@ REMAT_POLICIES = {
 
 
 class MlpBlock(nn.Module):
-  """Two dense layers with GELU between them."""
+  """Two dense layers with GELU between them, or a gate (arXiv 2002.05202)."""
 
   config: ViTConfig
   deterministic: bool = True
@@ -46,8 +50,13 @@ class MlpBlock(nn.Module):
     init = nn.initializers.normal(1e-6)
     dense = functools.partial(Dense, config, bias_init=init)
     # XLA sums this bias's gradient where it makes it, beside a product.
-    x = dense((width, inner), sum_by_product=False)(x, affine)
-    x = ACTIVATIONS[config.activation](x)
+    widen = functools.partial(dense, (width, inner), sum_by_product=False)
+    activate = ACTIVATIONS[config.activation]
+    if config.mlp == "gated":
+      gate = activate(widen(name="gate")(x, affine))
+      x = gate * widen()(x, affine)
+    else:
+      x = activate(widen()(x, affine))
     x = dropout(config, self.deterministic)(x)
     x = dense((inner, width))(x)
     return dropout(config, self.deterministic)(x)
@@ -58,19 +67,30 @@ class PositionEmbs(nn.Module):
 
   "learned" (1-D): one for each token, the class token included. "2d": one
   half-vector for each row and each column. "sincos2d": fixed waves. These two
-  add nothing to the class token, which has no place in the image.
+  add nothing to the tokens before the patches, which have no place in the
+  image; "learned" does as far as `prefix_positions` says.
   """
 
-  kind: str
+  config: ViTConfig
   grid: tuple[int, int]
 
   @nn.compact
   def __call__(self, n, width):
     """Returns f32[1 n width]."""
-    init = nn.initializers.normal(0.02)
-    if self.kind == "learned":
-      return self.param("pos_embedding", init, (1, n, width))
-    if self.kind == "2d":
+    init, kind, rows = (
+      nn.initializers.normal(0.02),
+      self.config.pos_embedding,
+      0,
+    )
+    extra = n - self.grid[0] * self.grid[1]
+    if kind == "learned":
+      rows = self.config.num_prefix_positions
+      shape = (1, n - extra + rows, width)
+      tokens = self.param("pos_embedding", init, shape)
+      if rows == extra:
+        return tokens
+      tokens = tokens[0]
+    elif kind == "2d":
       tables = [
         self.param(f"pos_embedding_{axis}", init, (length, width // 2))
         for axis, length in zip("yx", self.grid, strict=True)
@@ -78,8 +98,8 @@ class PositionEmbs(nn.Module):
       tokens = posemb.join_axes(*tables)
     else:
       tokens = posemb.sincos_2d(self.grid, width)
-    extra = n - tokens.shape[0]
-    return jnp.pad(tokens, ((extra, 0), (0, 0)))[None]
+    none = jnp.zeros((extra - rows, width))
+    return jnp.concatenate([tokens[:rows], none, tokens[rows:]])[None]
 
 
 class Encoder1DBlock(nn.Module):
@@ -94,7 +114,7 @@ class Encoder1DBlock(nn.Module):
   num_tokens: int  # the others are padding
   first_only: bool = False
   deterministic: bool = True
-  intermediates: bool = False
+  intermediates: bool | str = False
 
   @nn.compact
   def __call__(self, x, drop_path_rate, shared_positions):
@@ -114,6 +134,8 @@ class Encoder1DBlock(nn.Module):
       return y.reshape(b, -1, y.shape[-1])
 
     def branch(y):
+      if config.layer_scale_init:
+        y = LayerScale(config)(y)
       if drop_path_rate is None or self.deterministic:
         return y
       key = self.make_rng("dropout")
@@ -121,7 +143,7 @@ class Encoder1DBlock(nn.Module):
 
     positions = shared_positions
     if config.pos_embedding_at == "every_layer":
-      embed = PositionEmbs(config.pos_embedding, self.grid, name="posembed")
+      embed = PositionEmbs(config, self.grid, name="posembed")
       positions = embed(n, x.shape[-1])
     if positions is not None:
       added = layers.pad_tokens(config, positions.astype(x.dtype))
@@ -135,15 +157,18 @@ class Encoder1DBlock(nn.Module):
     y, weights = MultiHeadDotProductAttention(
       config,
       config.pos_embedding == "relative",
+      find_angles(config, self.grid, keys.shape[1]),
       config.attention_dropout_rate,
       self.deterministic,
-    )(queries, keys, n, self.intermediates, affine)
+    )(queries, keys, n, self.intermediates is True, affine)
     attended = dropout(config, self.deterministic)(y.reshape(x.shape))
     x = layers.spread(x + branch(attended))
     mlp = MlpBlock(config, self.deterministic)(*LayerNorm(config)(x))
     x = layers.spread(x + branch(mlp))
     if not self.intermediates:
       return x, {}
+    if self.intermediates == "tokens":
+      return x, {"out": split(x)[:, :n]}
     assert weights is not None
     return x, {
       "attention_weights": weights[:, :, :n, :n],
@@ -151,6 +176,16 @@ class Encoder1DBlock(nn.Module):
       "mlp": split(mlp)[:, :n],
       "out": split(x)[:, :n],
     }
+
+
+def find_angles(config, grid, rows):
+  """Returns the angles f64[rows d/a/2] of rotary embedding, None without."""
+  if config.rope == "none":
+    return None
+  head_dim = config.hidden_size // config.num_heads
+  angles = posemb.dinov3_angles(grid, head_dim, config.rope_base)
+  after = rows - config.num_prefix - len(angles)
+  return np.pad(angles, ((config.num_prefix, after), (0, 0)))
 
 
 class Encoder(nn.Module):
@@ -163,7 +198,7 @@ class Encoder(nn.Module):
   config: ViTConfig
   grid: tuple[int, int]
   deterministic: bool = True
-  intermediates: bool = False
+  intermediates: bool | str = False
   first_only: bool = False
 
   @nn.compact
@@ -174,13 +209,15 @@ class Encoder(nn.Module):
     shared = None
     kind, place = config.pos_embedding, config.pos_embedding_at
     if kind not in ("none", "relative") and place != "every_layer":
-      shared = PositionEmbs(kind, self.grid, name="posembed_input")(n, d)
+      shared = PositionEmbs(config, self.grid, name="posembed_input")(n, d)
     if shared is not None and place == "input":
       # In float32, because its gradient is a sum over images.
       padding = ((0, 0), (0, x.shape[1] - n), (0, 0))
       x = (x + jnp.pad(shared, padding)).astype(x.dtype)
       shared = None
     x = dropout(config, self.deterministic)(x)
+    if config.pre_norm:
+      x, _ = LayerNorm(config, whole=True, name="pre_norm")(x)
     out = {"embedded": x[:, :n]}
     x = layers.spread(x.reshape(-1, d))
     x, blocks = self.run_blocks(x, n, shared)
@@ -188,8 +225,16 @@ class Encoder(nn.Module):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
     if self.first_only:
       x = x.reshape(b, -1, d)[:, 0]
-    x, _ = LayerNorm(config, whole=True, name="encoder_norm")(x)
-    x = x.reshape(b, -1, d)[:, :n]
+    norm = LayerNorm(config, whole=True, name="encoder_norm")
+    if config.final_norm == "pooled":
+      norm = lambda x: (x, None)  # noqa: E731
+    if self.intermediates == "tokens":
+      out |= {
+        f"{name[:7]}/encoded": norm(x)[0]
+        for name, x in out.items()
+        if name.endswith("/out")
+      }
+    x = norm(x)[0].reshape(b, -1, d)[:, :n]
     return x, out | {"encoded": x}
 
   def run_blocks(self, x, num_tokens, shared_positions):
@@ -236,12 +281,17 @@ class MAPHead(nn.Module):
   @nn.compact
   def __call__(self, x, weights=False):
     """[b n d] -> [b d], and the weights f32[b a n] if they are wanted."""
+    config = dataclasses.replace(
+      self.config,
+      num_heads=self.config.map_heads or self.config.num_heads,
+      **{"qkv_bias": "all", "qk_norm": False, "mlp": "plain"},
+    )
     init = nn.initializers.xavier_uniform()
     probe = self.param("probe", init, (1, 1, x.shape[-1]))
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
-    attend = MultiHeadDotProductAttention(self.config)
+    attend = MultiHeadDotProductAttention(config)
     x, seen = attend(probe, x, x.shape[1], weights)
-    x = x + MlpBlock(self.config)(*LayerNorm(self.config)(x))
+    x = x + MlpBlock(config)(*LayerNorm(config)(x))
     return x[:, 0], None if seen is None or not weights else seen[:, :, 0]
 
 
@@ -255,20 +305,36 @@ class VisionTransformer(nn.Module):
     """[b h w 3] in [-1, 1] -> f32[b k] and the intermediates by name.
 
     Without classes the representation f32[b d] takes the logits' place.
+    `intermediates` "tokens" leaves attention weights out, so that kernels may
+    be used, and has each block's tokens as the last LayerNorm makes them.
     """
     config = self.config
     x, out = self.embed(images)
-    first_only = config.classifier == "token" and not intermediates
+    first_only = config.classifier == "token" and not (
+      intermediates or config.distillation_token
+    )
     x, encoder_out = self.encode(x, train, intermediates, first_only)
     out |= encoder_out
-    x, weights = self.pool(x, intermediates)
+    tokens, (x, weights) = x, self.pool(x, intermediates is True)
     if weights is not None:
       out["pooling_weights"] = weights
-    x = out["pooled"] = x.astype(jnp.float32)
+    x = x.astype(jnp.float32)
+    if config.final_norm == "pooled":
+      float32 = dataclasses.replace(config, dtype="float32")
+      x, _ = LayerNorm(float32, name="fc_norm")(x)
+    out["pooled"] = x
+    if width := config.projection_size:
+      x = out["projected"] = nn.Dense(width, use_bias=False, name="projection")(
+        x
+      )
     if width := config.representation_width:
       x = out["pre_logits"] = nn.tanh(nn.Dense(width, name="pre_logits")(x))
     if config.num_classes:
-      x = out["logits"] = layers.make_head(config)(x)
+      x = layers.make_head(config)(x)
+      if config.distillation_token:
+        second = layers.make_head(config, "head_dist")
+        x = (x + second(tokens[:, 1].astype(jnp.float32))) / 2
+      out["logits"] = x
     return x, out
 
   def embed(self, images):
@@ -283,6 +349,7 @@ class VisionTransformer(nn.Module):
       patch,
       strides=patch,
       padding="VALID",
+      use_bias=config.patch_bias,
       dtype=x.dtype,
       conv_general_dilated=layers.convolve,
       name="embedding",
@@ -293,10 +360,17 @@ class VisionTransformer(nn.Module):
     """[b h' w' d] -> tokens [b n d], or the first [b 1 d]; intermediates."""
     (b, *grid, d) = x.shape
     x = x.reshape(b, -1, d)
-    if self.config.classifier == "token":
-      cls = self.param("cls", nn.initializers.zeros, (1, 1, d))
-      cls = jnp.tile(cls.astype(x.dtype), (b, 1, 1))
-      x = jnp.concatenate([cls, x], axis=1)
+    prefix = {
+      "cls": (self.config.has_class_token, nn.initializers.zeros),
+      "dist": (self.config.distillation_token, nn.initializers.zeros),
+      "registers": (self.config.registers, nn.initializers.normal(1e-6)),
+    }
+    tokens = [
+      jnp.tile(self.param(name, init, (1, count, d)).astype(x.dtype), (b, 1, 1))
+      for name, (count, init) in prefix.items()
+      if count
+    ]
+    x = jnp.concatenate([*tokens, x], axis=1) if tokens else x
     return Encoder(
       self.config,
       tuple(grid),
@@ -308,8 +382,12 @@ class VisionTransformer(nn.Module):
 
   def pool(self, x, weights):
     """[b n d] -> [b d], and MAPHead's weights f32[b a n] if they are wanted."""
-    if self.config.classifier == "token":
+    kind = self.config.classifier
+    if kind == "token":
       return x[:, 0], None
-    if self.config.classifier == "gap":
-      return x.mean(axis=1, dtype=jnp.float32), None
-    return MAPHead(self.config, name="MAPHead_0")(x, weights)
+    if kind == "map":
+      return MAPHead(self.config, name="MAPHead_0")(x, weights)
+    mean = x[:, self.config.num_prefix :].mean(axis=1, dtype=jnp.float32)
+    if kind == "token+gap":
+      mean = jnp.concatenate([x[:, 0].astype(jnp.float32), mean], axis=1)
+    return mean, None

@@ -15,7 +15,7 @@ from vit_jax.data.sizes import as_pair, scale_side
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained import positions
-from vit_jax.pretrained.warmstart import Report, warm_start
+from vit_jax.pretrained.warmstart import POS_EMBEDDING, Report, warm_start
 from vit_jax.pretrained.weights import LazyArray, Weights
 from vit_jax.state import flatten, unflatten
 
@@ -32,11 +32,13 @@ class Config(NamedTuple):
     grid: (h, w) in tokens or cells.
     image_size: (h, w) in pixels.
     num_classes: 0 for no head.
-    classifier: "token", "gap" or "map"; a ResNet has "gap".
+    classifier: "token", "gap", "map" or "token+gap"; a ResNet has "gap".
     representation_size: width of the tanh layer before the head, 0 for none.
     pos_embedding: its kind.
-    activation: "gelu_tanh" or "gelu_erf"; a ResNet has "relu".
+    activation: such as "gelu_tanh"; a ResNet has "relu".
     layer_norm_epsilon: added to variances.
+    switches: {option of `models.create`: value} of what the paper's models do
+      not have, such as {"registers": 4}.
     preprocess: evaluation preprocessing, for images of `image_size`.
     resize: how position embeddings are resized.
     loss: "softmax" or "sigmoid": what turns logits into probabilities.
@@ -54,6 +56,7 @@ class Config(NamedTuple):
   pos_embedding: str
   activation: str
   layer_norm_epsilon: float
+  switches: dict[str, Any]
   preprocess: str
   resize: str
   loss: str
@@ -246,6 +249,11 @@ def describe(weights: Weights) -> Config:
     image_size=model.image_size,
     num_classes=weights.num_classes,
     **{name: options[name] for name in names},
+    switches={
+      name: options[name]
+      for name in models.SWITCHES
+      if options[name] != models.DEFAULTS[name]
+    },
     representation_size=pre_logits.shape[-1] if pre_logits else 0,
     preprocess=weights.preprocess,
     resize=weights.resize,
@@ -259,13 +267,19 @@ def fold_normalization(weights: Weights) -> Weights:
 
   (pixel - mean) / std is linear, and so is the patch embedding: the one goes
   into the other. Its kernel reads whole patches, so that no padding is in the
-  way.
+  way. Where it has no bias, the patches' position embeddings take the shift,
+  also if they are resized later: an interpolation's weights sum to 1.
   """
   if set(weights.mean) == {0.5} and set(weights.std) == {0.5}:
     return weights
   mean, std = np.array(weights.mean), np.array(weights.std)
   kernel = weights.params["embedding/kernel"]
-  bias = weights.params["embedding/bias"]
+  name = "embedding/bias"
+  rows = slice(None)
+  if name not in weights.params:
+    name, grid = POS_EMBEDDING, weights.create_model().grid
+    rows = slice(-grid[0] * grid[1], None)  # the patches come last
+  bias = weights.params[name]
 
   def read_kernel():
     return (kernel.read() * (0.5 / std)[:, None]).astype(np.float32)
@@ -274,12 +288,14 @@ def fold_normalization(weights: Weights) -> Weights:
     shift = np.einsum(
       "hwcd,c->d", kernel.read().astype(np.float64), (0.5 - mean) / std
     )
-    return (bias.read() + shift).astype(np.float32)
+    values = np.atleast_2d(bias.read()).astype(np.float64)
+    values[..., rows, :] += shift
+    return values.astype(np.float32).reshape(bias.shape)
 
   params = dict(weights.params)
   float32 = np.dtype(np.float32)
   params["embedding/kernel"] = LazyArray(kernel.shape, float32, read_kernel)
-  params["embedding/bias"] = LazyArray(bias.shape, float32, read_bias)
+  params[name] = LazyArray(bias.shape, float32, read_bias)
   half = (0.5, 0.5, 0.5)
   return weights._replace(params=params, mean=half, std=half)
 
@@ -291,7 +307,10 @@ def check_numerics(weights: Weights, config) -> None:
     weights: what the model starts from.
     config: the model's configuration, with the keys of `models.create`.
   """
-  names = ("activation", "layer_norm_epsilon", "pos_embedding_at")
+  names = (
+    *("activation", "layer_norm_epsilon", "pos_embedding_at"),
+    *("prefix_positions", "rope", "rope_base"),
+  )
   changes = [
     f"--config.model.{name}={value}"
     for name in names

@@ -198,9 +198,10 @@ def check_options(
   """
   weights.create_model()  # checks the configuration
   found = models.DEFAULTS | weights.model
+  standard = {name: (models.DEFAULTS[name],) for name in models.SWITCHES}
   problems += tuple(
     f"{name} {found[name]!r}"
-    for name, choices in options.items()
+    for name, choices in (standard | options).items()
     if found[name] not in choices
   )
   if options.keys() >= PAPER.keys():
