@@ -13,34 +13,26 @@ LEFT_OUT = (
 
 def format_plans(plans: list[dict[str, Any]]) -> str:
   """Returns a block for each plan; a table before them if there are several."""
-  blocks = [_format_plan(found) for found in plans]
+  blocks = ["\n".join(_list_lines(found)) for found in plans]
   if len(plans) > 1:
     head = ("", "fits", "GiB", "ms", "images/s/chip", "MFU", "chip-hours")
     blocks.insert(0, "\n".join(format_columns([head, *map(_row, plans)])))
   return "\n\n".join([*blocks, LEFT_OUT])
 
 
-def _format_plan(found):
-  lines = [f"{found['config']} on {found['topology']}, {found['chips']} chips"]
-  if found["fits"]:
-    return "\n".join(lines + _list_figures(found))
-  need = f"{found['hbm_gib']:.2f}" if found["hbm_gib"] else "more"
-  lines.append(
-    f"DOES NOT FIT: needs {need} of {found['hbm_limit_gib']:.2f} GiB a chip"
-  )
-  for attempt in found["tried"]:
-    word = "fits" if attempt["fits"] else "does not fit"
-    lines.append(f"  {_flags(attempt['overrides'])}  {word}")
-  if found["fallback"]:
-    return "\n".join(lines + _list_figures(found["then"]))
-  return "\n".join([*lines, "nothing of this fits; take more or larger chips"])
-
-
-def _flags(overrides):
-  return " ".join(f"--config.{k}={v}" for k, v in overrides.items())
-
-
-def _list_figures(found):
+def _list_lines(found):
+  yield f"{found['config']} on {found['topology']}, {found['chips']} chips"
+  limit = f"of {found['hbm_limit_gib']:.2f} GiB a chip"
+  if not found["fits"]:
+    need = f"{found['hbm_gib']:.2f}" if found["hbm_gib"] else "more"
+    yield f"DOES NOT FIT: needs {need} {limit}"
+    for attempt in found["tried"]:
+      word = "fits" if attempt["fits"] else "does not fit"
+      yield f"  {_flags(attempt['overrides'])}  {word}"
+    if not found["fallback"]:
+      yield "nothing of this fits; take more or larger chips"
+      return
+    found = found["then"]
   parts = ", ".join(f"{name} {x:.2f}" for name, x in found["hbm"].items())
   moved = ", ".join(
     f"{x['count']} {x['kind']} {x['bytes'] / 1e6:.0f} MB"
@@ -52,23 +44,29 @@ def _list_figures(found):
       f"{1e3 * found['roofline_seconds']:.1f} ms "
       f"({found['flops'] / 1e12:.2f} TFLOP, {found['bytes'] / 1e9:.1f} GB)"
     )
-  lines = [
-    f"fits           {found['hbm_gib']:.2f} of {found['hbm_limit_gib']:.2f} "
-    f"GiB a chip ({parts})",
+  yield f"fits           {found['hbm_gib']:.2f} {limit} ({parts})"
+  yield (
     f"a step         {1e3 * found['step_seconds']:.1f} ms, "
-    f"{found['estimated_cycles'] / 1e6:.1f} M cycles; roofline {roofline}",
+    f"{found['estimated_cycles'] / 1e6:.1f} M cycles; roofline {roofline}"
+  )
+  yield (
     f"collectives    {moved or 'none'}; "
-    f"{1e3 * found['collective_seconds']:.1f} ms if nothing hides them",
+    f"{1e3 * found['collective_seconds']:.1f} ms if nothing hides them"
+  )
+  yield (
     f"speed          {found['images_per_second_per_chip']:.0f} images/s a "
-    f"chip, MFU {found['mfu']:.1%}",
-  ]
+    f"chip, MFU {found['mfu']:.1%}"
+  )
   if "hours" in found:
     dollars = f", ${found['dollars']:,.0f}" if "dollars" in found else ""
-    lines.append(
+    yield (
       f"the run        {found['total_steps']:,} steps, {found['hours']:.1f} h, "
       f"{found['chip_hours']:,.0f} chip-hours{dollars}"
     )
-  return lines
+
+
+def _flags(overrides):
+  return " ".join(f"--config.{k}={v}" for k, v in overrides.items())
 
 
 def _row(found):
