@@ -10,6 +10,7 @@ The file is read again and run before the folder gets its name.
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -36,8 +37,6 @@ TOLERANCE = 1e-4
 # Devices that a program is compiled for: those of JAX's own wheels.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _OPSET = 21
-# JAX's symbols are at least 1, and a batch may be empty.
-_ANY_BATCH = "batch - 1"
 # Bytes of weights: Protobuf and flatbuffers have offsets of 31 bits.
 # A SavedModel has them in files of their own.
 _LIMIT = 2_000_000_000
@@ -72,35 +71,28 @@ def export(
   for library in form.libraries:
     if importlib.util.find_spec(library) is None:
       raise needs_extra(f"--to={to}", library)
-  with _atomic(folder) as partial:
-    model = _load(source, image_size)
-    _check_size(model, to)
-    about = {
-      "format": to,
-      "file": form.file,
-      "source": source,
-      **describe(model),
-      "versions": {"vit_jax": vit_jax.__version__, "jax": jax.__version__},
-    }
-    form.write(_make_apply(model), model.params, about, partial)
-    about["parity"] = _compare(model, form.read(partial), to)
-    files = (f for f in partial.rglob("*") if f.is_file())
-    about["bytes"] = sum(f.stat().st_size for f in files)
-    write_json(partial / "export.json", about)
+  try:
+    with atomic_folder(folder) as partial:
+      model = _load(source, image_size, to)
+      about = {
+        "format": to,
+        "file": form.file,
+        "source": source,
+        **describe(model),
+        "versions": {"vit_jax": vit_jax.__version__, "jax": jax.__version__},
+      }
+      apply = functools.partial(_apply, model)
+      form.write(apply, model.params, about, partial)
+      about["parity"] = _compare(model, form.read(partial), to)
+      files = (f for f in partial.rglob("*") if f.is_file())
+      about["bytes"] = sum(f.stat().st_size for f in files)
+      write_json(partial / "export.json", about)
+  except OSError as e:
+    raise UserError(f"{folder} cannot be written: {e.strerror or e}") from e
   return about
 
 
-@contextlib.contextmanager
-def _atomic(folder):
-  """As `atomic_folder`; a failure to write is a UserError."""
-  try:
-    with atomic_folder(folder) as partial:
-      yield partial
-  except OSError as e:
-    raise UserError(f"{folder} cannot be written: {e.strerror or e}") from e
-
-
-def _load(source, image_size):
+def _load(source, image_size, to):
   """Returns the model in float32, with unrolled blocks."""
   weights = pretrained.read(source)
   weights = weights._replace(
@@ -112,37 +104,36 @@ def _load(source, image_size):
     raise UserError(
       f"{source} has no head and so no logits to export; fine-tune it first"
     )
-  return model
-
-
-def _check_size(model, to):
-  size = 4 * sum(x.size for x in jax.tree.leaves(model.params))
+  size = sum(x.nbytes for x in jax.tree.leaves(model.params))
   if to != "saved_model" and size > _LIMIT:
     raise UserError(
       f"{model.config.variant} has {size / 1e9:.1f} GB of weights; a file of "
       f"{to} holds {_LIMIT / 1e9:.0f} at most: use --to=saved_model"
     )
+  return model
 
 
-def _make_apply(model):
-  """Returns the exported function, (params, images) -> {name: array}."""
-
-  def apply(params, images):
-    # Without this, GPUs and TPUs would round the operands of float32 matmuls.
-    with jax.default_matmul_precision("highest"):
-      logits = model.model.apply(params, images)
-    return {
-      "logits": logits,
-      "probabilities": model.to_probabilities(logits),
-    }
-
-  return apply
+def _apply(model, params, images):
+  """Returns what is exported, {name: array}."""
+  # Without this, GPUs and TPUs would round the operands of float32 matmuls.
+  with jax.default_matmul_precision("highest"):
+    logits = model.model.apply(params, images)
+  return {"logits": logits, "probabilities": model.to_probabilities(logits)}
 
 
 def describe(model: pretrained.Pretrained) -> dict[str, Any]:
   """Returns what a caller must know of a model: its input and its outputs."""
   config = model.config
-  ops = preprocess.parse(config.preprocess, config.image_size, evaluation=True)
+  output = {"dtype": "float32", "shape": ["batch", config.num_classes]}
+  steps = []
+  for name, arguments in preprocess.parse(
+    config.preprocess, config.image_size, evaluation=True
+  ):
+    method = {"resize": "bilinear", "resize_small": "area"}.get(name)
+    step = {"op": name, **({"method": method} if method else {}), **arguments}
+    if "size" in step:
+      step["size"] = preprocess.as_pair(step["size"])
+    steps.append(step)
   return {
     "variant": config.variant,
     "input": {
@@ -156,25 +147,11 @@ def describe(model: pretrained.Pretrained) -> dict[str, Any]:
       "mean": [127.5] * 3,
       "std": [127.5] * 3,
     },
-    "preprocessing": [_describe_op(*op) for op in ops],
-    "outputs": {
-      name: {"dtype": "float32", "shape": ["batch", config.num_classes]}
-      for name in ("logits", "probabilities")
-    },
+    "preprocessing": steps,
+    "outputs": {"logits": output, "probabilities": output},
     "loss": config.loss,
     "class_names": config.class_names,
   }
-
-
-def _describe_op(name, arguments):
-  """Returns an operation of a preprocessing string with all its arguments."""
-  methods = {"resize": "bilinear", "resize_small": "area"}
-  found = {"op": name, **arguments}
-  if name in methods:
-    found.setdefault("method", methods[name])
-  if "size" in found:
-    found["size"] = preprocess.as_pair(found["size"])
-  return found
 
 
 def _compare(model, run, to):
@@ -215,7 +192,7 @@ class Format(NamedTuple):
     libraries: that write and run it, of an extra.
     write: (apply, params, about, folder) -> None, where apply(params, images)
       returns {name: array} and `about` is the content of export.json so far.
-    read: folder -> a function of images that returns {name: array}.
+    read: folder -> a function of images that returns {"logits": array}.
   """
 
   file: str
@@ -225,8 +202,11 @@ class Format(NamedTuple):
 
 
 def _join(shape):
-  """Returns a shape as JAX reads it, "batch - 1, 224, 224, 3"."""
-  return ", ".join([_ANY_BATCH, *map(str, shape[1:])])
+  """Returns a shape as JAX reads it, "batch - 1, 224, 224, 3".
+
+  JAX's symbols are at least 1, and a batch may be empty.
+  """
+  return ", ".join(["batch - 1", *map(str, shape[1:])])
 
 
 def _fill(apply):
@@ -234,9 +214,8 @@ def _fill(apply):
 
   def run(params, images):
     n = images.shape[0]
-    missing = core.max_dim(n, 1) - n
-    padding = jnp.zeros((missing, *images.shape[1:]), images.dtype)
-    found = apply(params, jnp.concatenate([images, padding]))
+    padding = [(0, core.max_dim(n, 1) - n), (0, 0), (0, 0), (0, 0)]
+    found = apply(params, jnp.pad(images, padding))
     return {name: x[:n] for name, x in found.items()}
 
   return run
@@ -292,12 +271,9 @@ def _read_saved_model(folder):
 
   # Kept alive by the function below, because its variables end with it.
   loaded = tf.saved_model.load(str(folder))
-
-  def run(images):
-    found = loaded.signatures["serving_default"](images=tf.constant(images))
-    return {name: x.numpy() for name, x in found.items()}
-
-  return run
+  return lambda images: loaded.signatures["serving_default"](
+    images=tf.constant(images)
+  )
 
 
 # --- ONNX, by jax2onnx ---
@@ -322,61 +298,50 @@ def _write_onnx(apply, params, about, folder):
         f"are installed ({type(e).__name__}: {reason}); constraints.txt has "
         "those that are tested"
       ) from e
-  _allow_empty(model.graph)
+  _allow_empty(model)
   for key, value in about.items():
     text = value if isinstance(value, str) else json.dumps(value)
     model.metadata_props.add(key=key, value=text)
   (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
-def _allow_empty(graph):
-  """Has an ONNX graph do what `_fill` does.
+# What `_fill` does, around a graph whose names begin with any_.
+_AROUND = """
+around (float images) => (float logits, float probabilities)
+<int64[1] zero = {0}, int64[1] one = {1}, int64[4] zeros = {0, 0, 0, 0}> {
+  count = Shape <start = 0, end = 1> (images)
+  difference = Sub (one, count)
+  missing = Max (difference, zero)
+  pads = Concat <axis = 0> (zeros, missing, zero, zero, zero)
+  any_images = Pad (images, pads)
+  logits = Slice (any_logits, zero, count, zero)
+  probabilities = Slice (any_probabilities, zero, count, zero)
+}"""
 
-  ONNX Runtime reshapes an empty batch with a division by zero, which ends the
-  process.
+
+def _allow_empty(model):
+  """Has an ONNX model take an empty batch.
+
+  ONNX Runtime reshapes one with a division by zero, which ends the process.
   """
-  from onnx import TensorProto, helper  # pyright: ignore[reportMissingImports]
+  import onnx  # pyright: ignore[reportMissingImports]
 
-  outputs = [output.name for output in graph.output]
-  for node in graph.node:
-    for names in (node.input, node.output):
-      inner = {"images", *outputs}
-      names[:] = [f"any_{name}" if name in inner else name for name in names]
-  for name, values in {"zero": [0], "one": [1], "zeros": [0] * 4}.items():
-    graph.initializer.append(
-      helper.make_tensor(
-        f"any_{name}", TensorProto.INT64, [len(values)], values
-      )
-    )
-  make = helper.make_node
-  # Rows that are added at the beginning of each axis, and at its end.
-  pads = ["any_zeros", "any_missing", *["any_zero"] * 3]
-  before = [
-    make("Shape", ["images"], ["any_count"], start=0, end=1),
-    make("Sub", ["any_one", "any_count"], ["any_difference"]),
-    make("Max", ["any_difference", "any_zero"], ["any_missing"]),
-    make("Concat", pads, ["any_pads"], axis=0),
-    make("Pad", ["images", "any_pads"], ["any_images"]),
-  ]
-  after = [
-    make("Slice", [f"any_{name}", "any_zero", "any_count", "any_zero"], [name])
-    for name in outputs
-  ]
-  nodes = [*before, *graph.node, *after]
+  around = onnx.parser.parse_graph(_AROUND)
+  graph = onnx.compose.add_prefix(model, "any_", inplace=True).graph
+  for value in (*graph.input, *graph.output):
+    value.name = value.name.removeprefix("any_")
+  nodes = [*around.node[:5], *graph.node, *around.node[5:]]
   del graph.node[:]
   graph.node.extend(nodes)
+  graph.initializer.extend(around.initializer)
 
 
 def _read_onnx(folder):
   import onnxruntime  # pyright: ignore[reportMissingImports]
 
-  session = onnxruntime.InferenceSession(
-    str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
-  )
-  names = [output.name for output in session.get_outputs()]
-  return lambda x: dict(
-    zip(names, session.run(names, {"images": x}), strict=True)
-  )
+  file, providers = str(folder / "model.onnx"), ["CPUExecutionProvider"]
+  session = onnxruntime.InferenceSession(file, providers=providers)
+  return lambda x: {"logits": session.run(["logits"], {"images": x})[0]}
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from random_models import random_params
+from random_models import random_weights
 
 import vit_jax
 from vit_jax import models
@@ -40,31 +40,20 @@ _MODELS = {
 }
 
 
-def _write_run(folder, variant):
+def _write_run(folder, variant, num_classes=5):
   """Writes a run folder with random weights and small logits."""
   options, size, preprocess, loss = _MODELS[variant]
-  options = {"variant": variant, "dtype": "float32", **options}
-  model = models.create(num_classes=5, image_size=size, **options)
-  flat = flatten(random_params(model))
-  # Else probabilities are zeros and ones, and show little.
-  flat["head/kernel"] = flat["head/kernel"] / 4
-  return _write(folder, options, size, preprocess, loss, flat)
-
-
-def _write(folder, options, size, preprocess, loss, flat):
-  num_classes = len(flat.get("head/bias", ()))
-  weights = Weights(
-    runs.ORIGIN,
-    "random",
-    options,
-    size,
-    num_classes,
-    {path: as_lazy(x) for path, x in flat.items()},
-    class_names=list("abcde") if num_classes == 5 else None,
-    preprocess=preprocess,
-    loss=loss,
+  options = {"dtype": "float32", **options}
+  weights = random_weights(variant, size, num_classes, **options)
+  if num_classes:
+    # Else probabilities are zeros and ones, and show little.
+    kernel = weights.params["head/kernel"].read() / 4
+    weights.params["head/kernel"] = as_lazy(kernel)
+  names = list("abcde")[:num_classes] or None
+  runs.write(
+    weights._replace(class_names=names, preprocess=preprocess, loss=loss),
+    folder,
   )
-  runs.write(weights, folder)
   return str(folder)
 
 
@@ -101,10 +90,8 @@ def test_models_that_cannot_be_exported(tmp_path, sources, monkeypatch):
   _fails(tmp_path, sources[_VIT], "nearest valid: 32", image_size=33)
   monkeypatch.setattr("vit_jax.tools.export._LIMIT", 1000)
   _fails(tmp_path, sources[_VIT], "use --to=saved_model")
-  model = models.create(variant=_VIT, image_size=16, num_classes=0)
-  flat = flatten(random_params(model))
-  about = ({"variant": _VIT}, (16, 16), "resize(size)", "softmax")
-  _fails(tmp_path, _write(tmp_path / "run", *about, flat), "has no head")
+  headless = _write_run(tmp_path / "run", _VIT, num_classes=0)
+  _fails(tmp_path, headless, "has no head")
 
 
 @pytest.mark.ci
@@ -262,16 +249,14 @@ def test_other_models_as_onnx(options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("to", FORMATS)
 def test_vit_b_costs(to, tmp_path):
   """Prints README's table, with `pytest -s`."""
-  options = {"variant": "ViT-B_16", "dtype": "float32"}
-  model = models.create(num_classes=1000, image_size=224, **options)
+  options, size = {"variant": "ViT-B_16", "dtype": "float32"}, (224, 224)
+  model = models.create(num_classes=1000, image_size=size, **options)
   flat = flatten(jax.jit(model.init)(jax.random.key(0)))
-  flat = {path: np.asarray(x) for path, x in flat.items()}
   rng = np.random.default_rng(0)  # because a new head is zero
   flat["head/kernel"] = rng.normal(0, 0.02, (768, 1000)).astype(np.float32)
-  preprocess = "resize_small(256)|central_crop(size)"
-  source = _write(
-    tmp_path / "run", options, (224, 224), preprocess, "softmax", flat
-  )
+  params = {path: as_lazy(np.asarray(x)) for path, x in flat.items()}
+  source = tmp_path / "run"
+  runs.write(Weights("test", "random", options, size, 1000, params), source)
   out = tmp_path / "out"
   # XLA_FLAGS of conftest.py has programs compiled without optimisations.
   done = subprocess.run(
