@@ -6,6 +6,7 @@ is compared with this. Parameters are {path: array} in our names, unrolled.
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import random_models
@@ -169,6 +170,19 @@ def timm_config(**changes):
   }
 
 
+def assert_same_bits(tmp_path, arrays, dtype, *documents):
+  """A folder that is read, and written again, has the same bits."""
+  arrays = {
+    name: x.astype(getattr(ml_dtypes, dtype, dtype))
+    for name, x in arrays.items()
+  }
+  weights = read_saved(tmp_path / "old", arrays, *documents)
+  to = "hf" if "model_type" in documents[0] else "timm"
+  pretrained.write(weights, str(tmp_path / "new"), to)
+  assert_identical(pretrained.read(str(tmp_path / "new")), weights)
+  assert_same_arrays(tmp_path / "new" / "model.safetensors", arrays)
+
+
 def save(folder, arrays, config=None, preprocessor=None):
   """Writes a folder as those libraries do; returns it."""
   folder.mkdir(exist_ok=True, parents=True)
@@ -203,6 +217,19 @@ def assert_not_written(out, to, message, **options):
     pretrained.write(make_weights(**options), str(out), to)
   _assert_one_line(error, message)
   assert not list(out.parent.iterdir())
+
+
+def assert_comes_back(out, to, resize, defaults, **options):
+  """Weights that are written, "hf" or "timm", are read as they were.
+
+  A file also says the `defaults` of the model's options.
+  """
+  weights = make_weights(**options)
+  pretrained.write(weights, str(out), to)
+  defaults |= {"classifier": "token", "activation": "gelu_tanh"}
+  model = {"layer_norm_epsilon": 1e-6, **defaults, **weights.model}
+  found = pretrained.read(str(out))
+  assert_identical(found, weights._replace(model=model, resize=resize))
 
 
 def assert_identical(a, b):

@@ -3,7 +3,6 @@
 import json
 
 import covering
-import ml_dtypes
 import numpy as np
 import pytest
 import reference_vit
@@ -14,13 +13,13 @@ from random_models import (
 )
 from torch_formats import (
   VARIANT,
+  assert_comes_back,
   assert_identical,
   assert_not_written,
   assert_refused,
-  assert_same_arrays,
+  assert_same_bits,
   huggingface_config,
   make_images,
-  make_weights,
   random_weights,
   read_saved,
   run,
@@ -211,16 +210,8 @@ def test_file_to_file_is_the_same_bits(tmp_path, head, dtype):
   num_classes, representation_size = head
   params = random_weights(num_classes, representation_size=representation_size)
   prefix = "vit." if num_classes else ""
-  arrays = {
-    name: x.astype(getattr(ml_dtypes, dtype, dtype))
-    for name, x in torch_formats.huggingface(params, prefix=prefix).items()
-  }
-  weights = read_saved(
-    tmp_path / "old", arrays, huggingface_config(), PREPROCESSOR
-  )
-  huggingface.write(weights, tmp_path / "new")
-  assert_identical(pretrained.read(str(tmp_path / "new")), weights)
-  assert_same_arrays(tmp_path / "new" / "model.safetensors", arrays)
+  arrays = torch_formats.huggingface(params, prefix=prefix)
+  assert_same_bits(tmp_path, arrays, dtype, huggingface_config(), PREPROCESSOR)
 
 
 @pytest.mark.parametrize(
@@ -235,18 +226,9 @@ def test_file_to_file_is_the_same_bits(tmp_path, head, dtype):
   ],
 )
 def test_ours_there_and_back(tmp_path, options):
-  weights = make_weights(**options)
-  huggingface.write(weights, tmp_path / "out")
-  defaults = {
-    "classifier": "token",
-    "representation_size": 0,
-    "activation": "gelu_tanh",
-    "layer_norm_epsilon": 1e-6,
-  }
-  expected = weights._replace(
-    model=defaults | weights.model, resize="huggingface"
+  assert_comes_back(
+    tmp_path / "out", "hf", "huggingface", {"representation_size": 0}, **options
   )
-  assert_identical(pretrained.read(str(tmp_path / "out")), expected)
 
 
 @pytest.mark.parametrize(

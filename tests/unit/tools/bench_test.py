@@ -147,8 +147,10 @@ def test_seeds_of_a_batch_are_those_of_its_images():
 
 
 def test_the_median_of_the_rounds_ratios_counts():
-  times = {"pipeline": [1.0, 2.0, 4.0], "plain": [3.0, 4.0, 4.0]}
-  assert input_bench._compare(times) == {"plain": 2.0}
+  # Seconds, and those of CPU.
+  times = {"pipeline": [(1, 1), (2, 1), (4, 1)]}
+  times["plain"] = [(3, 5), (4, 4), (4, 6)]
+  assert input_bench._compare(times) == {"plain": [2.0, 5.0]}
 
 
 @pytest.mark.ci

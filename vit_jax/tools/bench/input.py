@@ -21,7 +21,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +93,26 @@ def bench(
       source = get_source(dataset, split, data_dir)
     file = Path(folder) / "images.tfrecord"
     image_bytes = _write_records(source, file)
-    turns = _make_turns(source, file, image_size, batch_size)
-    seconds, cpu = {name: [] for name in turns}, {name: [] for name in turns}
+    turns = _make_turns(source, str(file), image_size, batch_size)
+    times = {name: [] for name in turns}
     for _ in range(rounds):
       for name, start in turns.items():
-        one, cpu_one = _take_turn(start(), max(2, _TURN // batch_size))
-        seconds[name].append(one / batch_size)
-        cpu[name].append(cpu_one / batch_size)
-  rates = {name: 1 / statistics.median(x) for name, x in seconds.items()}
+        times[name].append(_take_turn(start(), batch_size))
+  ratios = _compare(times)
+  rates = {
+    name: 1 / statistics.median(wall for wall, _ in x)
+    for name, x in times.items()
+  }
   found = {
     "dataset": dataset,
     "split": split,
     "images_per_second": rates,
-    "cpu_ms": {name: min(x) * 1e3 for name, x in cpu.items()},
+    "cpu_ms": {
+      name: 1e3 * min(cpu for _, cpu in x) for name, x in times.items()
+    },
     "per_core": rates["pipeline"] / count_cpus(),
-    "ratio": _compare(seconds),
-    "cpu_ratio": _compare(cpu),
+    "ratio": {name: wall for name, (wall, _) in ratios.items()},
+    "cpu_ratio": {name: cpu for name, (_, cpu) in ratios.items()},
     "cores": count_cpus(),
     "image_bytes": image_bytes,
     "image_size": image_size,
@@ -122,49 +126,44 @@ def bench(
 def time_batches(batches: Iterator, batch_size: int) -> float:
   """Returns the images a second of a pipeline that is not in use yet.
 
-  Args:
-    batches: it yields.
-    batch_size: images of each.
+  `batches` yields batches of `batch_size` images.
   """
-  seconds, _ = _take_turn(batches, max(2, _TURN // batch_size))
-  return batch_size / seconds
+  return 1 / _take_turn(batches, batch_size)[0]
 
 
-def _take_turn(batches, count):
-  """Returns the seconds and the CPU seconds of a batch.
+def _take_turn(batches, batch_size):
+  """Returns the seconds and the CPU seconds of an image.
 
   What is begun is not finished: it goes with `batches`, and leaves the machine
   to the next one.
   """
   for _ in range(_WARM_UP):
     next(batches)
+  count = max(2, _TURN // batch_size)
   start, cpu = time.perf_counter(), time.process_time()
   for _ in range(count):
     next(batches)
   cpu, seconds = time.process_time() - cpu, time.perf_counter() - start
-  return seconds / count, cpu / count
+  return seconds / count / batch_size, cpu / count / batch_size
 
 
 def _compare(times):
-  """Returns how many times as fast as each other the pipeline is."""
-  return {
-    name: statistics.median(
-      other / ours
-      for ours, other in zip(times["pipeline"], others, strict=True)
-    )
-    for name, others in times.items()
-    if name != "pipeline"
-  }
+  """Returns how many times as fast as each other the pipeline is.
+
+  `times` has [(seconds, CPU seconds)] of each; the result is of both.
+  """
+  times = {name: np.array(x) for name, x in times.items()}
+  ours = times.pop("pipeline")
+  return {name: np.median(x / ours, 0).tolist() for name, x in times.items()}
 
 
 def format_report(found: dict[str, Any]) -> str:
   """Returns what `bench` found, for people."""
-  rows: list[tuple[str, ...]]
-  rows = [("", "images/s", "CPU ms", "pipeline is, by time", "by CPU")]
+  rows = [["", "images/s", "CPU ms", "pipeline is, by time", "by CPU"]]
   for name, rate in found["images_per_second"].items():
     ratios = [found[key].get(name) for key in ("ratio", "cpu_ratio")]
     shown = [f"{x:.2f} x" if x else "" for x in ratios]
-    rows.append((name, f"{rate:,.0f}", f"{found['cpu_ms'][name]:.2f}", *shown))
+    rows += [[name, f"{rate:,.0f}", f"{found['cpu_ms'][name]:.2f}", *shown]]
   lines = [
     *format_columns(rows),
     f"{found['per_core']:,.0f} images/s a core of {found['cores']}; JPEGs of "
@@ -172,9 +171,9 @@ def format_report(found: dict[str, Any]) -> str:
     f"batches of {found['batch_size']}",
   ]
   if "hosts" in found:
-    lines.append(
+    lines += [
       f"{found['needs']:,.0f} images/s take {found['hosts']} such hosts"
-    )
+    ]
   return "\n".join(lines)
 
 
@@ -187,14 +186,21 @@ def make_photos(folder: Path, count: int) -> Source:
   They show blotches of many sizes; the spectrum falls as that of photographs.
   """
   rng = np.random.default_rng(0)
-  canvas = _draw_canvas(rng)
+  # They are cut out of one canvas: drawing each would be slow.
+  total = np.zeros((*_CANVAS, 3), np.float32)
+  for level in range(8):
+    cells = rng.integers(0, 256, (*(-(-np.array(_CANVAS) // 2**level)), 3))
+    layer = Image.fromarray(cells.astype(np.uint8)).resize(_CANVAS[::-1])
+    total += np.asarray(layer) * np.float32(0.35 * 1.35**level)
+  low, high = np.percentile(total[::7, ::7], (1, 99))
+  pixels = np.clip((total - low) / (high - low), 0, 1) * 255
+  canvas = Image.fromarray(pixels.astype(np.uint8))
 
   def draw():
     for i in range(count):
       top, left = rng.integers(0, np.subtract(_CANVAS, _PHOTO))
-      pixels = canvas[top : top + _PHOTO[0], left : left + _PHOTO[1]]
-      file = io.BytesIO()
-      Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY)
+      box = (left, top, left + _PHOTO[1], top + _PHOTO[0])
+      canvas.crop(box).save(file := io.BytesIO(), "JPEG", quality=_QUALITY)
       yield i, {"image": io.BytesIO(file.getvalue()), "label": i % 2}
 
   features = {
@@ -210,22 +216,6 @@ def make_photos(folder: Path, count: int) -> Source:
   )
   run_builder(builder)
   return get_source("photos", "train", str(folder))
-
-
-def _draw_canvas(rng):
-  """Draws u8[h w 3] that photographs are cut out of: drawing each is slow."""
-  total = np.zeros((*_CANVAS, 3), np.float32)
-  for level in range(8):
-    scale = 2**level
-    height, width = (-(-side // scale) + 1 for side in _CANVAS)
-    noise = rng.integers(0, 256, (height, width, 3), np.uint8)
-    layer = Image.fromarray(noise).resize(
-      (width * scale, height * scale), Image.Resampling.BICUBIC
-    )
-    crop = np.asarray(layer)[: _CANVAS[0], : _CANVAS[1]]
-    total += crop.astype(np.float32) * (0.35 * 1.35**level)
-  low, high = np.percentile(total[::7, ::7], (1, 99))
-  return (np.clip((total - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
 def _write_records(source, file):
@@ -246,13 +236,39 @@ def _write_records(source, file):
   return statistics.fmean(sizes)
 
 
-# --- the four ---
-
-
 def _make_turns(
   source, file, image_size, batch_size
-) -> Mapping[str, Callable[[], Iterator]]:
+) -> dict[str, Callable[[], Iterator]]:
   """Returns {name: function that starts it}."""
+
+  def decode(encoded, seed):
+    shape = tf.io.extract_jpeg_shape(encoded)
+    window = ops.sample_window(shape, *_AREA, seed)
+    return tf.io.decode_and_crop_jpeg(
+      encoded, window, channels=3, dct_method="INTEGER_FAST"
+    )
+
+  def make_plain(record):
+    encoded, labels = source.parse(record)
+    seed = tf.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32)
+    image = tf.image.resize(decode(encoded, seed), as_pair(image_size))
+    image = tf.image.random_flip_left_right(image)
+    return {"image": image / 127.5 - 1, "labels": labels}
+
+  # They give one pixel of each image, lest what is not used be not computed.
+  def decode_only(number, record):
+    return decode(source.parse_image(record), tf.stack([number, 0]))[0, 0]
+
+  def resize(number, record):
+    image = decode(source.parse_image(record), tf.stack([number, 0]))
+    return ops.resize(image, image_size)[0, 0]
+
+  records = tf.data.TFRecordDataset(file).repeat()
+  others = {
+    "plain": (records.shuffle(_SHUFFLE_BUFFER), make_plain),
+    "resizing": (records.enumerate(), resize),
+    "decoding": (records.enumerate(), decode_only),
+  }
   pipeline = functools.partial(
     train_batches,
     [(source, 1.0)],
@@ -264,57 +280,10 @@ def _make_turns(
     start_step=0,
     num_steps=2**40,
   )
-  others = {
-    "plain": _plain(source, file, image_size),
-    "resizing": _part(source, file, image_size),
-    "decoding": _part(source, file, None),
-  }
   return {"pipeline": pipeline} | {
-    name: images.batch(batch_size).prefetch(2).as_numpy_iterator
-    for name, images in others.items()
+    name: given.map(process, num_parallel_calls=tf.data.AUTOTUNE)
+    .batch(batch_size)
+    .prefetch(2)
+    .as_numpy_iterator
+    for name, (given, process) in others.items()
   }
-
-
-def _plain(source, file, image_size):
-  def process(record):
-    encoded, labels = source.parse(record)
-    shape = tf.io.extract_jpeg_shape(encoded)
-    seed = tf.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32)
-    window = ops.sample_window(shape, *_AREA, seed)
-    image = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
-    image = tf.image.resize(image, as_pair(image_size))
-    image = tf.image.random_flip_left_right(image)
-    return {"image": image / 127.5 - 1, "labels": labels}
-
-  return (
-    tf.data.TFRecordDataset(str(file))
-    .repeat()
-    .shuffle(_SHUFFLE_BUFFER)
-    .map(process, num_parallel_calls=tf.data.AUTOTUNE)
-  )
-
-
-def _part(source, file, image_size):
-  """Decodes crops, and resizes them unless `image_size` is None.
-
-  Gives one pixel of each image, lest what is not used be not computed.
-  """
-
-  def process(number, record):
-    encoded = source.parse_image(record)
-    shape = tf.io.extract_jpeg_shape(encoded)
-    seed = tf.stack([number, 0])
-    window = ops.sample_window(shape, *_AREA, seed)
-    image = tf.io.decode_and_crop_jpeg(
-      encoded, window, channels=3, dct_method="INTEGER_FAST"
-    )
-    if image_size is not None:
-      image = ops.resize(image, image_size)
-    return image[0, 0]
-
-  return (
-    tf.data.TFRecordDataset(str(file))
-    .repeat()
-    .enumerate()
-    .map(process, num_parallel_calls=tf.data.AUTOTUNE)
-  )

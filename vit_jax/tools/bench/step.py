@@ -61,11 +61,12 @@ def bench(
     models.create(variant=name, **{key: options[key] for key in given})
   found = []
   for name in names:
-    what = "%s, %d images: compiling, then %d steps"
-    log.info(what, name, options["batch_size"], options["steps"])
+    log.info(
+      "%s, %d images: compiling, then %d steps",
+      *(name, options["batch_size"], options["steps"]),
+    )
     spec = {"variant": name, **options}
-    result = call(measure, spec)
-    found.append({"code": "vit_jax", **spec, **result})
+    found.append({"code": "vit_jax", **spec, **call(measure, spec)})
     if beside:
       found.append(_run_timm(found[-1]))
   return found
@@ -73,8 +74,8 @@ def bench(
 
 def _run_timm(ours):
   """Returns the figures of the model in timm that `ours` are of."""
-  result = {"code": "timm"}
-  result |= {key: ours[key] for key in ("variant", "batch_size", "dtype")}
+  given = {key: ours[key] for key in ("batch_size", "steps", "dtype")}
+  result = {"code": "timm", "variant": ours["variant"], **given}
   sizes = variants.parse(ours["variant"])
   if sizes.encoder is None or sizes.units is not None:
     return result | {"error": f"timm has no {ours['variant']} as ours is"}
@@ -93,7 +94,6 @@ def _run_timm(ours):
   }
   from vit_jax.tools.bench import torch_step  # which needs Pillow
 
-  given = {key: ours[key] for key in ("batch_size", "steps", "dtype")}
   result |= call(torch_step.measure, {"model": model, **given})
   if "step_seconds" in result:
     result |= _rates(ours, result["step_seconds"], ours.get("ceiling_tflops"))
@@ -167,13 +167,10 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
   """
   # Of the same transformations as `optim.make_optimizer` makes for this.
   optimizer = optax.adamw(_LR, weight_decay=0.1)
+  names = [str(i) for i in range(num_classes)]
   train_step = functools.partial(
     steps.train_step,
-    objective=Classification(
-      model=model,
-      class_names=[str(i) for i in range(num_classes)],
-      loss_fn=losses.get_loss("softmax"),
-    ),
+    objective=Classification(model, names, losses.get_loss("softmax")),
     optimizer=optimizer,
     schedule=optax.constant_schedule(_LR),
   )
@@ -232,11 +229,10 @@ def _rates(spec, step_seconds, ceiling):
 def _find_memory(compiled):
   """Returns a device's peak memory in bytes, if unknown the compiler's plan."""
   stats = jax.local_devices()[0].memory_stats() or {}
-  if "peak_bytes_in_use" in stats:
-    return stats["peak_bytes_in_use"]
   plan = compiled.memory_analysis()
   used = plan.argument_size_in_bytes + plan.temp_size_in_bytes
-  return used + plan.output_size_in_bytes - plan.alias_size_in_bytes
+  used += plan.output_size_in_bytes - plan.alias_size_in_bytes
+  return stats.get("peak_bytes_in_use", used)
 
 
 # --- the table ---
@@ -257,21 +253,17 @@ def format_report(rows: list[dict[str, Any]]) -> str:
 
 
 def _list_figures(row):
-  name = f"{row['variant']} {row['code']}"
-  batch_size = str(row["batch_size"])
+  name = (f"{row['variant']} {row['code']}", str(row["batch_size"]))
   if "error" in row:
-    return (name, batch_size, *[""] * 6, row["error"])
-  remark = ""
-  if "times_ours" in row:
-    remark = f"vit_jax is {row['times_ours']:.2f} x as fast"
+    return (*name, *[""] * 6, row["error"])
+  times = row.get("times_ours")
   return (
-    name,
-    batch_size,
+    *name,
     f"{row['images_per_second']:,.1f}",
     f"{row['tflops']:.3g}",
     f"{row['mfu']:.1%}" if "mfu" in row else "-",
     f"{row['memory_gib']:.2f}",
     f"{row['step_seconds'] * 1e3:.2f}",
     f"{row['compile_seconds']:.1f}",
-    remark,
+    f"vit_jax is {times:.2f} x as fast" if times else "",
   )

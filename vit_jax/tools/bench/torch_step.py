@@ -44,20 +44,25 @@ def measure(
   size = as_pair(model["img_size"])
   torch.set_float32_matmul_precision("high")
   where = {"device": device, "memory_format": torch.channels_last}
-  step = _make_step(
-    torch,
-    timm.models.VisionTransformer(**model | {"img_size": size}).to(**where),
-    device,
-    getattr(torch, dtype),
-    compiled,
-  )
-  shape, classes = (batch_size, 3, *size), model["num_classes"]
-  images = torch.randint(0, 256, shape, dtype=torch.uint8).to(**where)
-  labels = torch.randint(0, classes, (batch_size,), device=device)
-  how = "torch.compile" if compiled else "eager"
+  net = timm.models.VisionTransformer(**model | {"img_size": size}).to(**where)
+  step = _make_step(torch, net, device, getattr(torch, dtype), compiled)
+  images = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8)
+  images = images.to(**where)
+  labels = torch.randint(0, model["num_classes"], (batch_size,), device=device)
   on_gpu = device == "cuda"
+  seconds = []
+  for _ in range(1 + _WARM_UP + steps):
+    start = time.perf_counter()
+    loss = step(images, labels)
+    if on_gpu:
+      torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - start)
+  how = "torch.compile" if compiled else "eager"
   return {
-    **_time(torch, step, (images, labels), steps, on_gpu),
+    "step_seconds": statistics.median(seconds[1 + _WARM_UP :]),
+    "compile_seconds": seconds[0],
+    "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0,
+    "loss": float(loss.detach()),
     "how": f"{how}, {dtype} autocast, fused AdamW, channels last",
     "devices": 1,
     "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -104,21 +109,3 @@ def _make_step(torch, model, device, dtype, compiled):
     return loss
 
   return step
-
-
-def _time(torch, step, batch, steps, on_gpu):
-  """Returns the figures of a step."""
-  seconds = []
-  for _ in range(1 + _WARM_UP + steps):
-    start = time.perf_counter()
-    loss = step(*batch)
-    if on_gpu:
-      torch.cuda.synchronize()
-    seconds.append(time.perf_counter() - start)
-  peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-  return {
-    "step_seconds": statistics.median(seconds[1 + _WARM_UP :]),
-    "compile_seconds": seconds[0],
-    "memory_gib": peak / 2**30,
-    "loss": float(loss.detach()),
-  }

@@ -54,8 +54,8 @@ def plan(
 
   Returns:
     "config", "topology", "chips", "fits", "hbm_gib", "hbm_limit_gib". If it
-    fits, also what `add_up_memory`, `estimate` and `estimate_run` return. Else
-    "tried"; "fallback", the overrides that fit; and "then", the plan with them.
+    fits, also what `add_up_memory` and `estimate` return. Else "tried";
+    "fallback", the overrides that fit; and "then", the plan with them.
 
   Raises:
     UserError: a configuration, topology or data set that cannot be had.

@@ -87,9 +87,6 @@ def find_slice(topology: str) -> Slice:
   if importlib.util.find_spec("libtpu") is None:
     raise needs_extra("the TPU compiler", "libtpu")
   os.environ |= _ENVIRONMENT | os.environ
-  if not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
-    # Else JAX would ask libtpu for devices first.
-    jax.config.update("jax_platforms", "cpu")
   from jax.experimental import topologies
 
   # A v4 chip is used as one device, not two.
