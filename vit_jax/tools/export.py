@@ -15,7 +15,6 @@ import importlib.util
 import io
 import json
 import logging
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -185,20 +184,14 @@ def _compare(model, run, to):
 
 
 class Format(NamedTuple):
-  """One of `FORMATS`.
+  """One of `FORMATS`."""
 
-  Attributes:
-    file: to read in the folder; "." for the folder itself.
-    libraries: that write and run it, of an extra.
-    write: (apply, params, about, folder) -> None, where apply(params, images)
-      returns {name: array} and `about` is the content of export.json so far.
-    read: folder -> a function of images that returns {"logits": array}.
-  """
-
-  file: str
-  libraries: tuple[str, ...]
+  file: str  # to read in the folder; "." for the folder itself
+  libraries: tuple[str, ...]  # that write and run it, of an extra
+  # (apply, params, about, folder) -> None, where apply(params, images) returns
+  # {name: array} and `about` is the content of export.json so far.
   write: Callable[..., None]
-  read: Callable[[pathlib.Path], Callable[..., Any]]
+  read: Callable[..., Callable[..., Any]]  # folder -> images -> {"logits": ...}
 
 
 def _join(shape):

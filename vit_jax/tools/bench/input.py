@@ -21,7 +21,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +187,12 @@ def make_photos(folder: Path, count: int) -> Source:
   """
   rng = np.random.default_rng(0)
   # They are cut out of one canvas: drawing each would be slow.
-  total = np.zeros((*_CANVAS, 3), np.float32)
+  height, width = _CANVAS
+  total = np.zeros((height, width, 3), np.float32)
   for level in range(8):
-    cells = rng.integers(0, 256, (*(-(-np.array(_CANVAS) // 2**level)), 3))
-    layer = Image.fromarray(cells.astype(np.uint8)).resize(_CANVAS[::-1])
+    cells = (-(-height // 2**level), -(-width // 2**level), 3)
+    noise = rng.integers(0, 256, cells, np.uint8)
+    layer = Image.fromarray(noise).resize((width, height))
     total += np.asarray(layer) * np.float32(0.35 * 1.35**level)
   low, high = np.percentile(total[::7, ::7], (1, 99))
   pixels = np.clip((total - low) / (high - low), 0, 1) * 255
@@ -236,9 +238,7 @@ def _write_records(source, file):
   return statistics.fmean(sizes)
 
 
-def _make_turns(
-  source, file, image_size, batch_size
-) -> dict[str, Callable[[], Iterator]]:
+def _make_turns(source, file, image_size, batch_size):
   """Returns {name: function that starts it}."""
 
   def decode(encoded, seed):

@@ -25,21 +25,13 @@ _ENVIRONMENT = {
 
 
 class Chip(NamedTuple):
-  """A generation of TPUs, per chip.
+  """A generation of TPUs, per chip."""
 
-  Attributes:
-    teraflops: peak of bfloat16 matmuls.
-    hbm_gib: memory.
-    gigabytes: memory bandwidth, a second.
-    gigabits: to other chips, a second.
-    multiply_adds: of the matrix units in a cycle.
-  """
-
-  teraflops: float
-  hbm_gib: float
-  gigabytes: float
-  gigabits: float
-  multiply_adds: int
+  teraflops: float  # peak of bfloat16 matmuls
+  hbm_gib: float  # memory
+  gigabytes: float  # memory bandwidth, a second
+  gigabits: float  # to other chips, a second
+  multiply_adds: int  # of the matrix units in a cycle
 
   def clock(self) -> float:
     """Returns the cycles of a second."""
@@ -60,12 +52,12 @@ CHIPS = {
 
 
 class Slice(NamedTuple):
-  """The machines to plan for: chips of one kind, each one or two devices."""
+  """The machines to plan for."""
 
   name: str
   chip: Chip
   chips: int
-  devices: tuple
+  devices: tuple  # one or two a chip
 
   def per_chip(self) -> int:
     """Returns the devices of a chip."""
