@@ -67,16 +67,15 @@ def bench(
     dataset, split, data_dir: as `get_source`; None for JPEGs that are made.
     image_size: pixels, or (h, w).
     batch_size: images of a batch of this host.
-    rounds: the median of them counts.
+    rounds: how often each has its turn.
     needs: images a second that some machines take.
 
   Returns:
-    "images_per_second": {name: median over the rounds}, "cpu_ms": {name: time
-    of all cores for an image, the least}, "per_core": of the pipeline, "ratio":
-    {name of another: the pipeline's images a second are so many times its}, the
-    median of a round's, "cpu_ratio": the same of CPU time, "cores",
-    "image_bytes": the mean, "image_size", "batch_size", "needs" and "hosts",
-    which is how many such hosts read that much.
+    Of each "images_per_second", the median, and "cpu_ms" of an image, the
+    least; "ratio" and "cpu_ratio", how many times as fast as each other the
+    pipeline is, by time and by CPU time; "per_core" of the pipeline; "cores",
+    "image_bytes", the mean, "image_size", "batch_size"; with "needs" also
+    "hosts", which is how many such hosts read that much.
 
   Raises:
     UserError: no such data set, images that are no JPEGs, a number that is not

@@ -27,11 +27,8 @@ def measure(
 
   Args:
     model: arguments of timm's VisionTransformer.
-    batch_size: images.
-    steps: that are timed; the median counts.
-    dtype: of the matmuls, "bfloat16" or "float32".
-    device: "cuda"; tests have "cpu".
-    compiled: whether torch.compile is used; tests do without.
+    batch_size, steps, dtype: as of `step.measure`.
+    device, compiled: tests have "cpu", and do without torch.compile.
 
   Returns:
     "step_seconds", "memory_gib", "compile_seconds", "loss", "how", "devices",

@@ -46,9 +46,8 @@ def plan(
     spec: "CONFIG[:ARG]" of a configuration.
     topology: "CHIP:SIZE", such as "v5e:16x16".
     overrides: {"fsdp": "16"} as typed by the user.
-    num_classes: of the data set, for one that the project does not know.
-    num_examples: of an epoch of it, likewise; else the run's length is left
-      out where it is given in epochs.
+    num_classes, num_examples: of a data set that the project does not know;
+      without examples the length of a run of epochs is left out.
     price: of a chip-hour, in dollars.
     dump_hlo: a file for the text of the compiled train step.
 
@@ -156,12 +155,12 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   plain = configuration.load(spec, overrides | {"model.dtype": "float32"})
   flops = config.batch_size * count_flops(create(plain, names))
   used = add_up_memory(memory, evaluation, state, batch, machines)
-  size = config.batch_size
+  figures = (text, cost, machines, config.batch_size, flops)
   return {
     "fits": used["hbm_gib"] <= limit,
     "hbm_limit_gib": limit,
     **used,
-    **estimate(text, cost, machines, size, flops, total_steps, price),
+    **estimate(*figures, total_steps, price),
   }
 
 
@@ -226,14 +225,8 @@ def estimate(
 ) -> dict[str, Any]:
   """Returns the figures of a train step, per chip, and of the run.
 
-  Args:
-    text: of the compiled step.
-    cost: JAX's analysis of it, for a device.
-    machines: that it is compiled for.
-    batch_size: of the global batch.
-    model_flops: of the model's matmuls, for the batch.
-    total_steps: of the run, None if its length is not known.
-    price: of a chip-hour.
+  `text` and `cost` are of `compile_step`, `model_flops` those of the model's
+  matmuls for a batch, and `price` is dollars for a chip-hour.
 
   Returns:
     What `hlo.read` does, and what follows from its cycles: "step_seconds",
