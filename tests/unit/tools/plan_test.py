@@ -82,6 +82,10 @@ def test_what_has_no_number_is_no_guess():
     hlo.read(_TEXT.replace("constant(5)", "rng()"))
   with pytest.raises(ValueError, match="kernel does not state its cycles"):
     hlo.read(_TEXT.replace('"cycles":"5000"', '"about":"5000"'))
+  # But for mixup's, which seldom goes round twice.
+  title = 'body=%body, metadata={op_name="jit(_beta)/jit(_gamma)/while"}'
+  text = _TEXT.replace("constant(5)", "rng()").replace("body=%body", title)
+  assert hlo.read(text)["estimated_cycles"] == 5107
 
 
 def test_figures_follow_from_cycles_and_collectives():
