@@ -47,6 +47,7 @@ def export(
   to: str,
   *,
   image_size: int | tuple[int, int] | None = None,
+  resize: str | None = None,
 ) -> dict[str, Any]:
   """Writes the model at `source` to the folder `out`.
 
@@ -54,7 +55,7 @@ def export(
     source: whatever `vit_jax.load` reads.
     out: the folder to write; nothing may be there.
     to: one of `FORMATS`.
-    image_size: in pixels, as of `vit_jax.load`.
+    image_size, resize: as of `vit_jax.load`.
 
   Returns:
     The content of export.json.
@@ -72,7 +73,7 @@ def export(
       raise needs_extra(f"--to={to}", library)
   try:
     with atomic_folder(folder) as partial:
-      model = _load(source, image_size, to)
+      model = _load(source, image_size, resize, to)
       about = {
         "format": to,
         "file": form.file,
@@ -91,9 +92,9 @@ def export(
   return about
 
 
-def _load(source, image_size, to):
+def _load(source, image_size, resize, to):
   """Returns the model in float32, with unrolled blocks."""
-  weights = pretrained.read(source)
+  weights = pretrained.read(source, resize)
   weights = weights._replace(
     params=match_layout(weights.params, scan=False),
     model={**weights.model, "scan": False, "remat": "none"},
