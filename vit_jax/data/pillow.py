@@ -87,8 +87,8 @@ def resize_averaging(pixels: np.ndarray, size, method: str) -> np.ndarray:
       cut off there.
   """
   height, width = map(int, size)
-  method = Image.Resampling[method.upper()]
-  return np.array(Image.fromarray(pixels).resize((width, height), method))
+  resample = Image.Resampling[method.upper()]
+  return np.array(Image.fromarray(pixels).resize((width, height), resample))
 
 
 def _array_to_rgb(array, name):

@@ -89,8 +89,7 @@ def make_figures(
     images: paths of image files, for what depends on images.
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
-    image_size: pixels, or (h, w); unset: each checkpoint's own.
-    resize: how position embeddings are resized, as of `vit_jax.load`.
+    image_size, resize: as of `vit_jax.load`, for each checkpoint.
 
   Returns:
     The paths of what was written.
