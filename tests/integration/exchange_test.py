@@ -261,6 +261,7 @@ def test_positions_are_resized_in_the_way_that_is_given(run, tmp_path):
     ["export", source, tmp_path / "out", "--to=saved_model"],
     ["figures", f"--checkpoint={source}", f"--out={tmp_path}/figures"],
     ["linear", f"--checkpoint={source}", *data, "--train_split=train+test"],
+    ["embed", source, tmp_path / "photos", f"--out={tmp_path}/out.npz"],
   ):
     code, _, err = run(*command, "--resize=dinov3")
     assert code == 2

@@ -16,6 +16,7 @@ def add_flags(parser):
   )
   flags.add_features(parser)
   flags.add_image_size(parser, help="default: the checkpoint's")
+  flags.add_resize(parser)
   parser.add_argument(
     "--batch_size", type=int, default=64, help="images at once (default: 64)"
   )
@@ -32,6 +33,7 @@ def run(args):
     what=args.what,
     layers=args.layers,
     image_size=args.image_size,
+    resize=args.resize,
     batch_size=args.batch_size,
   )
   if args.json:

@@ -39,8 +39,7 @@ def linear(
 
   Args:
     source: whatever `vit_jax.load` reads; its head does not matter.
-    dataset: a data set with one label an image.
-    train_split, test_split: of it.
+    dataset, train_split, test_split: data with one label an image.
     shots: training images of each class; None for all there are.
     seeds: how many draws of the shots.
     l2: the penalty's factor.
