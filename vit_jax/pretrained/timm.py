@@ -20,7 +20,6 @@ from vit_jax.pretrained import tables
 from vit_jax.pretrained import torch_folders as folders
 from vit_jax.pretrained.tables import Rule
 from vit_jax.pretrained.torch_folders import (
-  ATTENTION,
   block_rules,
   dense_rules,
   norm_rules,
@@ -33,10 +32,6 @@ _NAME = "timm's ViT"
 _PATCHES = "patch_embed.proj.weight"
 _ACTIVATIONS = {"gelu": "gelu_erf", "gelu_tanh": "gelu_tanh"}
 _POOLING = {"token": "token", "avg": "gap", "map": "map"}
-
-# What timm takes if a config.json does not say.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
 # Architectures are told apart by their arrays, but for these: heads that are
 # not 64 wide, and the tanh approximation. From timm's vision_transformer.py.
@@ -76,25 +71,27 @@ _WITHOUT_TOKEN = Rule(POS_EMBEDDING, "pos_embed", tables.NO_TOKEN)
 
 
 def _make_rules() -> tuple[Rule, ...]:
-  block = r"blocks.\1"
-  pool = "MAPHead_0/MultiHeadDotProductAttention_0"
   rules = [
     Rule("cls", "cls_token"),
     _WITH_TOKEN,
     *dense_rules("embedding", "patch_embed.proj", tables.CONV),
-    *block_rules(block, ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")),
+    *block_rules(
+      r"blocks.\1",
+      norms=("norm1", "norm2"),
+      attention=("attn.qkv", "attn.proj"),
+      mlp=("mlp.fc1", "mlp.fc2"),
+    ),
     *norm_rules("Transformer/encoder_norm", "norm"),
-    Rule("MAPHead_0/probe", "attn_pool.latent"),
-    *dense_rules(f"{pool}/query", "attn_pool.q"),
-    *dense_rules(f"{pool}/out", "attn_pool.proj", tables.LINEAR_OUT),
-    *norm_rules("MAPHead_0/LayerNorm_0", "attn_pool.norm"),
-    *dense_rules("MAPHead_0/MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
-    *dense_rules("MAPHead_0/MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
+    *folders.pool_rules(
+      "attn_pool.latent",
+      "attn_pool.proj",
+      "attn_pool.norm",
+      ("attn_pool.mlp.fc1", "attn_pool.mlp.fc2"),
+    ),
     *dense_rules("head", "head"),
   ]
-  for i, name in enumerate(("query", "key", "value")):
-    fused = f"{block}.attn.qkv"
-    rules += dense_rules(f"{ATTENTION}/{name}", fused, part=(i, 3))
+  pool = f"{folders.POOL}/MultiHeadDotProductAttention_0"
+  rules += dense_rules(f"{pool}/query", "attn_pool.q")
   for i, name in enumerate(("key", "value")):
     rules += dense_rules(f"{pool}/{name}", "attn_pool.kv", part=(i, 2))
   return tuple(rules)
@@ -288,8 +285,8 @@ def _read_preparation(weights, fields):
     preprocess=folders.preparation_text(
       mode == "squash", resized, weights.image_size
     ),
-    mean=fields.colour("mean", _MEAN),
-    std=fields.colour("std", _STD),
+    mean=fields.colour("mean", folders.IMAGENET.mean),
+    std=fields.colour("std", folders.IMAGENET.std),
     notes=tuple(notes),
   )
 
