@@ -33,6 +33,7 @@ class Layout(NamedTuple):
     unused: starts of the encoder's names that do not change the output.
     nested: whether the encoder's fields are in "vision_config".
     when: fields that tell it from another.
+    fixed: our options as in `Family`.
   """
 
   name: str
@@ -45,6 +46,7 @@ class Layout(NamedTuple):
   unused: tuple[str, ...] = ()
   nested: bool = False
   when: Mapping[str, Any] = {}
+  fixed: Mapping[str, Any] = {}
 
 
 class Family(NamedTuple):
@@ -378,6 +380,17 @@ SIGLIP = Family(
 CLIP = Family(
   "Hugging Face's CLIP",
   (
+    # The last LayerNorm is not used.
+    Layout(
+      "CLIPForImageClassification",
+      "clip",
+      "gap",
+      head="classifier",
+      prefix="vision_model.",
+      unused=("post_layernorm.",),
+      nested=True,
+      fixed={"class_token": True, "final_norm": "none"},
+    ),
     Layout(
       "CLIPVisionModelWithProjection",
       "clip_vision_model",
@@ -413,10 +426,10 @@ BY_TYPE = {
   "metaclip_2_vision_model": CLIP,
 }
 # Why others are not read.
-_TEXT = "a text tower without a vision encoder"
+_TEXT = "that is a text tower, and there is no vision encoder in it"
 _NAFLEX = (
-  "SigLIP 2's NaFlex, which takes any number of patches; of the fixed "
-  "resolutions, such as google/siglip2-base-patch16-224, it is 'siglip'"
+  "that is SigLIP 2's NaFlex, which takes any number of patches; the fixed "
+  "resolutions, such as google/siglip2-base-patch16-224, are of 'siglip'"
 )
 REASONS = {
   "siglip2": _NAFLEX,
@@ -425,11 +438,13 @@ REASONS = {
   "siglip_text_model": _TEXT,
   "siglip2_text_model": _TEXT,
   "metaclip_2_text_model": _TEXT,
-  "aimv2": "RMSNorm instead of LayerNorm",
-  "aimv2_vision_model": "RMSNorm instead of LayerNorm",
-  "beit": "a bias of relative positions in every block",
-  "data2vec-vision": "a bias of relative positions in every block",
-  "dinov3_convnext": "a convolutional network",
-  "ijepa": "no file of it has been compared",
-  "swin": "attention in windows",
+  "aimv2": "it has RMSNorm where ours has LayerNorm",
+  "aimv2_vision_model": "it has RMSNorm where ours has LayerNorm",
+  "beit": "its blocks have a bias for relative positions, ours have none",
+  "data2vec-vision": (
+    "its blocks have a bias for relative positions, ours have none"
+  ),
+  "dinov3_convnext": "it is a convolutional network",
+  "swin": "its attention is in windows",
+  "ijepa": "nobody has compared it",
 }

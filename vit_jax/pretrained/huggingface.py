@@ -129,11 +129,10 @@ def read(
 def _find_family(fields) -> Family:
   kind = fields.get("model_type", "")
   if kind not in families.BY_TYPE:
-    reason = families.REASONS.get(kind)
+    known = f"of Hugging Face's, {', '.join(families.BY_TYPE)} are read here"
     raise fields.error(
-      f"its config.json is of the architecture {kind!r}"
-      + (f": {reason}" if reason else "")
-      + f"; of Hugging Face's, {', '.join(families.BY_TYPE)} are read here"
+      f"its config.json is of the architecture {kind!r}; "
+      + families.REASONS.get(kind, known)
     )
   return families.BY_TYPE[kind]
 
@@ -202,19 +201,16 @@ def _drop_unused(arrays, prefix, layout):
   That is a text tower, the mask token and decoder of masked image modelling,
   and the pooling of a class that does not use it.
   """
-  rest = {
-    name: x
-    for name, x in arrays.items()
-    if not name.removeprefix(prefix).startswith((*_UNUSED, *layout.unused))
-    # No registers.
-    and 0 not in x.shape
-  }
-  out = sorted(arrays.keys() - rest.keys())
-  if not out:
-    return rest, ()
-  more = f" and {len(out) - 4} more" if len(out) > 4 else ""
-  names = ", ".join(out[:4])
-  return rest, (f"left out, as no output depends on it: {names}{more}",)
+  starts, rest = set(), {}
+  for name, x in arrays.items():
+    inner = name.removeprefix(prefix)
+    unused = [s for s in (*_UNUSED, *layout.unused) if inner.startswith(s)]
+    if unused:
+      starts.add(unused[0].rstrip("."))
+    elif 0 not in x.shape:  # no registers
+      rest[name] = x
+  out = ", ".join(sorted(starts))
+  return rest, (f"left out, as no output depends on it: {out}",) * bool(out)
 
 
 def _read_model(fields, family, layout) -> dict[str, Any]:
@@ -223,13 +219,13 @@ def _read_model(fields, family, layout) -> dict[str, Any]:
   def get(name):
     return fields.get(name, family.fields[name])
 
-  has, options = family.fields.keys(), dict(family.fixed)
+  has, options = family.fields.keys(), {**family.fixed, **layout.fixed}
   for name in has & {"proj_bias", "mlp_bias"}:
     if not get(name):
       raise fields.error(f"{name} is false; ours has that bias")
   biases = ["qkv_bias"] * 3 if "qkv_bias" in has else []
   biases = biases or ["query_bias", "key_bias", "value_bias"]
-  if has.issuperset(biases):
+  if has >= set(biases):
     values = tuple(map(get, biases))
     if values not in _BIASES:
       raise fields.error(
@@ -432,7 +428,7 @@ _FREE = {
 def _find_problems(weights, family, layout) -> list[str]:
   """Returns what a class of transformers cannot represent."""
   options, fields = _simplify(weights), family.fields.keys()
-  fixed = models.DEFAULTS | family.fixed
+  fixed = models.DEFAULTS | family.fixed | layout.fixed
   choices = {name: (value,) for name, value in fixed.items()} | {
     "activation": tuple(_ACTIVATIONS.values()),
     "classifier": (layout.classifier,),
