@@ -87,9 +87,17 @@ def _difference(found, expected):
 
 @pytest.mark.ci
 @pytest.mark.parametrize(
-  ("method", "antialias"), [("timm", True), ("huggingface", False)]
+  ("method", "mode", "antialias"),
+  [
+    ("timm", "bicubic", True),
+    ("huggingface", "bicubic", False),
+    ("dinov2", "bicubic", False),
+    ("bilinear", "bilinear", False),
+    ("bilinear_antialiased", "bilinear", True),
+    ("cpe", "bilinear", False),
+  ],
 )
-def test_resized_grids_equal_torch(libraries, method, antialias):
+def test_resized_grids_equal_torch(libraries, method, mode, antialias):
   torch = libraries.torch
   for old in ((14, 14), (7, 5), (24, 24), (16, 16), (1, 6), (14, 28)):
     # Not to one column: there PyTorch 2.13 repeats the first row if it
@@ -98,13 +106,17 @@ def test_resized_grids_equal_torch(libraries, method, antialias):
       if old == new:
         continue
       grid = np.random.default_rng(0).normal(size=(*old, 5))
+      to: dict = {"size": (max(new), max(new)) if method == "cpe" else new}
+      if method == "dinov2":  # Meta's scale_factor, of which the size follows
+        factors = [(m + 0.1) / n for n, m in zip(old, new, strict=True)]
+        to = {"scale_factor": factors}
       expected = torch.nn.functional.interpolate(
         torch.from_numpy(grid).permute(2, 0, 1)[None],
-        size=new,
-        mode="bicubic",
+        mode=mode,
         align_corners=False,
         antialias=antialias,
-      )[0].permute(1, 2, 0)
+        **to,
+      )[0].permute(1, 2, 0)[: new[0], : new[1]]
       resized = positions.resize_grid(grid, new, method)
       np.testing.assert_allclose(resized, expected.numpy(), rtol=0, atol=1e-6)
 

@@ -1,5 +1,8 @@
 """Position embeddings at another resolution, in each origin's way."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 
 
@@ -17,14 +20,18 @@ def corner_aligned(length_in: int, length_out: int) -> np.ndarray:
   return np.stack(columns, axis=1)
 
 
-def bicubic(length_in: int, length_out: int) -> np.ndarray:
+def bicubic(length_in: int, length_out: int, offset: float = 0.0) -> np.ndarray:
   """Returns the matrix f64[out in] of PyTorch's bicubic interpolation.
 
   Pixel centres are aligned, the four taps of Keys' kernel have a = -0.75, and
   taps beyond an edge take the edge's value. Hugging Face resizes so:
   `interpolate(mode="bicubic", align_corners=False)`.
+
+  Args:
+    length_in, length_out: of the input and the output.
+    offset: added to `length_out` in the step from one output to the next.
   """
-  scale = length_in / length_out
+  scale = length_in / (length_out + offset)
   position = (np.arange(length_out) + 0.5) * scale - 0.5
   low = np.floor(position).astype(int)
   matrix = np.zeros((length_out, length_in))
@@ -35,20 +42,28 @@ def bicubic(length_in: int, length_out: int) -> np.ndarray:
   return matrix
 
 
-def bicubic_antialiased(length_in: int, length_out: int) -> np.ndarray:
-  """Returns the matrix f64[out in] of PyTorch's antialiased interpolation.
+def _centred(kernel, antialias: bool) -> Callable[[int, int], np.ndarray]:
+  """Returns a method that weighs by the distance from pixel centres.
 
-  Pixel centres are aligned, Keys' kernel has a = -0.5 and is as much wider as
-  the output is smaller; beyond an edge there is nothing, and each row's weights
-  are scaled to 1. timm resizes so: `interpolate(mode="bicubic",
-  align_corners=False, antialias=True)`.
+  Beyond an edge there is nothing, and each row's weights are scaled to 1. With
+  `antialias` the kernel is as much wider as the output is smaller. Such are
+  PyTorch's `interpolate(align_corners=False)` if it is bilinear or antialiased,
+  and `jax.image.resize`.
   """
-  scale = length_in / length_out
-  stretch = max(scale, 1.0)
-  centre = (np.arange(length_out)[:, None] + 0.5) * scale
-  pixel = np.arange(length_in)[None, :] + 0.5
-  matrix = _keys_kernel((pixel - centre) / stretch, -0.5)
-  return matrix / matrix.sum(axis=1, keepdims=True)
+
+  def make_matrix(length_in, length_out):
+    scale = length_in / length_out
+    centre = (np.arange(length_out)[:, None] + 0.5) * scale
+    pixel = np.arange(length_in)[None, :] + 0.5
+    stretch = max(scale, 1.0) if antialias else 1.0
+    matrix = kernel((pixel - centre) / stretch)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+  return make_matrix
+
+
+def _triangle(x):
+  return np.maximum(1 - np.abs(x), 0)
 
 
 def _keys_kernel(x, a):
@@ -59,21 +74,48 @@ def _keys_kernel(x, a):
   return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
-# Whose convention it is -> (length in, length out) -> the matrix f64[out in].
+# Whose convention it is, or how it interpolates -> (length in, length out) ->
+# the matrix f64[out in].
 METHODS = {
+  # The paper's code and big_vision.
   "corner_aligned": corner_aligned,
-  "timm": bicubic_antialiased,
+  # Meta's DINOv2 with registers and OpenCLIP as well.
+  "timm": _centred(lambda x: _keys_kernel(x, -0.5), antialias=True),
   "huggingface": bicubic,
+  # Meta's without registers.
+  "dinov2": functools.partial(bicubic, offset=0.1),
+  "bilinear": _centred(_triangle, antialias=False),
+  "bilinear_antialiased": _centred(_triangle, antialias=True),
+  # C-RADIO: a square of the longer side, of which `make_matrix` takes a part.
+  "cpe": _centred(_triangle, antialias=False),
 }
 
 
-def resize_axis(
-  x: np.ndarray, length: int, method: str = "corner_aligned"
+def make_matrix(
+  length: int, axis: int, shape: tuple[int, int], method: str
 ) -> np.ndarray:
-  """Resizes the last axis but one: f32[... n d] to f32[... length d]."""
-  if x.shape[-2] == length:
-    return x
-  matrix = METHODS[method](x.shape[-2], length)
+  """Returns the matrix f64[shape[axis] length] that resizes one axis.
+
+  Args:
+    length: of the axis before.
+    axis: 0 for height, 1 for width.
+    shape: (h, w) in patches, of the result.
+    method: one of `METHODS`.
+  """
+  whole = max(shape) if method == "cpe" else shape[axis]
+  return METHODS[method](length, whole)[: shape[axis]]
+
+
+def resize_axis(
+  x: np.ndarray, axis: int, shape: tuple[int, int], method: str
+) -> np.ndarray:
+  """Resizes embeddings of rows or columns, f32[... n d] to f32[... n' d].
+
+  Args:
+    x: of one axis.
+    axis, shape, method: see `make_matrix`.
+  """
+  matrix = make_matrix(x.shape[-2], axis, shape, method)
   return (matrix @ np.asarray(x, np.float64)).astype(x.dtype)
 
 
@@ -86,9 +128,9 @@ def resize_grid(
   """
   if grid.shape[:2] == tuple(shape):
     return grid
-  interpolate = METHODS[method]
-  rows = interpolate(grid.shape[0], shape[0])
-  columns = interpolate(grid.shape[1], shape[1])
+  rows, columns = (
+    make_matrix(grid.shape[axis], axis, shape, method) for axis in (0, 1)
+  )
   out = np.einsum("Hh,Ww,hwd->HWd", rows, columns, np.asarray(grid, np.float64))
   return out.astype(grid.dtype)
 
@@ -102,14 +144,14 @@ def resize_tokens(
   """Resizes f32[1 n d] to a new grid; extra leading tokens are kept as is.
 
   Args:
-    pos_embedding: n is h*w of the old grid, plus one with a class token.
+    pos_embedding: n is h*w of the old grid, plus the class token and others.
     old_grid: (h, w) in patches. It is given, never guessed from n: 196 tokens
       are a 14x14 grid and not a class token with 195 patches.
     new_grid: (h, w) in patches.
     method: one of `METHODS`.
   """
   num_extra = pos_embedding.shape[1] - old_grid[0] * old_grid[1]
-  assert num_extra in (0, 1), (pos_embedding.shape, old_grid)
+  assert num_extra >= 0, (pos_embedding.shape, old_grid)
   extra, tokens = np.split(pos_embedding, [num_extra], axis=1)
   width = tokens.shape[-1]
   grid = resize_grid(tokens.reshape(*old_grid, width), new_grid, method)

@@ -186,25 +186,25 @@ def _check_architecture(target, weights, source):
 
 def _fit_positions(path, x, shape, old_grid, new_grid, resize):
   """Returns the embeddings for the new grid, lazily."""
+  if x.shape == shape and old_grid == new_grid:
+    return x
   if path.endswith(("_y", "_x")):
     axis = "yx".index(path[-1])
-    length = new_grid[axis]
     return LazyArray(
-      (*x.shape[:-2], length, x.shape[-1]),
+      (*x.shape[:-2], new_grid[axis], x.shape[-1]),
       x.dtype,
-      lambda: positions.resize_axis(x.read(), length, resize),
+      lambda: positions.resize_axis(x.read(), axis, new_grid, resize),
     )
-  had_token = x.shape[-2] - old_grid[0] * old_grid[1]
-  wants_token = shape[-2] - new_grid[0] * new_grid[1]
+  had = x.shape[-2] - old_grid[0] * old_grid[1]
+  wants = shape[-2] - new_grid[0] * new_grid[1]
+  kept = min(had, wants)
 
   def read():
     tokens = x.read()
     tokens = tokens.reshape(-1, *tokens.shape[-2:])
-    # The class token's entry is dropped, or begins as nothing.
-    if had_token > wants_token:
-      tokens = tokens[:, 1:]
-    elif had_token < wants_token:
-      tokens = np.pad(tokens, ((0, 0), (1, 0), (0, 0)))
+    # Entries of tokens before the patches are dropped, or begin as nothing.
+    first = np.pad(tokens[:, :kept], ((0, 0), (0, wants - kept), (0, 0)))
+    tokens = np.concatenate([first, tokens[:, had:]], axis=1)
     # One at a time: scanned blocks have one each, stacked.
     resized = [
       positions.resize_tokens(one[None], old_grid, new_grid, resize)
@@ -212,5 +212,4 @@ def _fit_positions(path, x, shape, old_grid, new_grid, resize):
     ]
     return np.stack(resized).reshape(*x.shape[:-2], -1, x.shape[-1])
 
-  length = new_grid[0] * new_grid[1] + wants_token
-  return LazyArray((*x.shape[:-2], length, x.shape[-1]), x.dtype, read)
+  return LazyArray((*x.shape[:-2], shape[-2], x.shape[-1]), x.dtype, read)

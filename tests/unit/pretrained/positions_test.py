@@ -1,8 +1,9 @@
-"""Position embeddings at another resolution, against SciPy.
+"""Position embeddings at another resolution, against SciPy and JAX.
 
-`interop_test.py` compares the ports' bicubic interpolation with PyTorch itself.
+`interop_test.py` compares all but the paper's way with PyTorch itself.
 """
 
+import jax
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -49,9 +50,9 @@ def test_resized_grid_equals_scipy(old, new):
   np.testing.assert_allclose(resized, _zoom(grid, new), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("extra", [0, 1], ids=["gap", "token"])
+@pytest.mark.parametrize("extra", [0, 1, 6])
 @_each_case
-def test_resized_tokens_keep_the_class_token(old, new, extra):
+def test_resized_tokens_keep_those_before_the_patches(old, new, extra):
   grid, token = _grid(old), _grid((1, extra), seed=1)
   tokens = np.concatenate([token, grid.reshape(1, -1, 5)], axis=1)
   resized = positions.resize_tokens(tokens, old, new)
@@ -64,8 +65,28 @@ def test_resized_tokens_keep_the_class_token(old, new, extra):
 # --- every method ---
 
 
+@pytest.mark.parametrize(
+  ("method", "theirs", "antialias"),
+  [
+    ("timm", "cubic", True),
+    ("bilinear", "linear", False),
+    ("bilinear_antialiased", "linear", True),
+    ("cpe", "linear", False),
+  ],
+)
+@_each_case
+def test_resized_grid_equals_jax(old, new, method, theirs, antialias):
+  grid = _grid(old)
+  resized = positions.resize_grid(grid, new, method)
+  assert resized.shape == (*new, 5)
+  whole = (max(new), max(new)) if method == "cpe" else new
+  expected = jax.image.resize(grid, (*whole, 5), theirs, antialias=antialias)
+  expected = np.asarray(expected)[: new[0], : new[1]]
+  np.testing.assert_allclose(resized, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", positions.METHODS)
-@pytest.mark.parametrize("extra", [0, 1])
+@pytest.mark.parametrize("extra", [0, 1, 6])
 def test_same_grid_returns_the_same_bits(extra, method):
   tokens = _grid((1, extra + 14 * 14))
   resized = positions.resize_tokens(tokens, (14, 14), (14, 14), method)

@@ -178,6 +178,27 @@ def test_from_a_class_token_to_the_mean_and_back(to, new_size):
   assert [report.new, report.dropped] == (changes[::-1] if wants else changes)
 
 
+@pytest.mark.parametrize(("had", "wants"), [(1, 3), (6, 2), (0, 5), (4, 0)])
+def test_entries_before_the_patches_are_kept_dropped_or_zeros(had, wants):
+  rng = np.random.default_rng(0)
+  given = rng.normal(size=(1, had + 16, 8)).astype(np.float32)
+  arrays, report = warm_start(
+    {POS_EMBEDDING: np.zeros((1, wants + 6, 8), np.float32)},
+    {POS_EMBEDDING: as_lazy(given)},
+    old_grid=(4, 4),
+    new_grid=(2, 3),
+    same_classes=True,
+    source="runs/before",
+  )
+  found, kept = arrays[POS_EMBEDDING].read(), min(had, wants)
+  assert found.shape == (1, wants + 6, 8)
+  np.testing.assert_array_equal(found[:, :kept], given[:, :kept])
+  assert not found[:, kept:wants].any()
+  expected = _zoom(given[:, had:], (4, 4), (2, 3))
+  np.testing.assert_allclose(found[:, wants:], expected, rtol=0, atol=1e-6)
+  assert report.resized == [f"{POS_EMBEDDING} 4x4 -> 2x3"]
+
+
 def test_attention_pooling_and_positions_are_new_or_dropped():
   token, pooled = _create(classifier="token"), _create(classifier="map")
   _, _, after, report = _start(pooled, token)
