@@ -5,7 +5,9 @@ zero or one hides what it is multiplied with or added to. `-s` prints the
 differences that docs/differences.md has.
 """
 
+import functools
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ import pytest
 from random_models import (
   models_are_kept,  # noqa: F401 - a fixture
 )
+from torch_formats import make_weights
 
 import vit_jax
 from vit_jax import models, pretrained
@@ -64,10 +67,10 @@ class Case(NamedTuple):
 
   model: str
   config: str
-  fields: dict[str, Any]
+  fields: Mapping[str, Any]
   output: str = "pooler_output"
   encoder: str = ""
-  options: dict[str, Any] = {}
+  options: Mapping[str, Any] = {}
   back: str = ""
 
 
@@ -234,7 +237,8 @@ def _make(libraries, case):
   with torch.no_grad():
     for name, x in model.named_parameters():
       is_scale = "norm" in name and name.endswith("weight")
-      x.normal_(1 if is_scale else 0, 0.1, generator=generator)
+      spread = 1 if "lambda" in name else 0.1
+      x.normal_(1 if is_scale else 0, spread, generator=generator)
   return model
 
 
@@ -254,7 +258,7 @@ def _make_images(size):
 
 
 def _run_theirs(libraries, model, case, images):
-  """Returns the tokens after the last LayerNorm, and what `case` compares."""
+  """Returns the tokens f32[b n d] and what `case` compares beside them."""
   torch, options = libraries.torch, dict(case.options)
   images = ((images.astype(np.float64) + 1) / 2 - MEAN) / STD
   pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
@@ -264,8 +268,155 @@ def _run_theirs(libraries, model, case, images):
     options = _RESIZED | {"noise": noise}
   encoder = getattr(model, case.encoder) if case.encoder else model
   with torch.no_grad():
-    out = encoder(pixels, **options)
-    tokens = out.last_hidden_state
-    if "C" in case.config[:5] and "Clip" in case.config.replace("CLIP", "Clip"):
-      ...
-  return tokens.numpy(), out
+    tokens = encoder(pixels, **options).last_hidden_state
+    if hasattr(encoder, "pre_layrnorm") and case.output != "logits":
+      # CLIP's last LayerNorm is for its class token alone.
+      tokens = encoder.post_layernorm(tokens)
+    if not case.output:
+      prefix = int("MAE" in case.model)
+      output = tokens[:, prefix:].mean(dim=1)
+    elif case.model == "CLIPModel":
+      output = model.get_image_features(pixels, **options).pooler_output
+    elif case.model == "SiglipModel":
+      output = encoder(pixels, **options).pooler_output
+    else:
+      output = model(pixels, **options)[case.output]
+  return tokens.numpy(), output.numpy()
+
+
+@functools.cache
+def _jit(model):
+  return jax.jit(model.apply, static_argnames="intermediates")
+
+
+def _run_ours(folder, images, dtype="float32"):
+  """Returns the same two of ours."""
+  size = images.shape[1:3]
+  model = vit_jax.load(folder, image_size=size, dtype=dtype)
+  logits, out = _jit(model.model)(model.params, images, intermediates="tokens")
+  last = logits if model.config.num_classes else models.representation(out)
+  return np.asarray(out["encoded"], np.float32), np.asarray(last)
+
+
+def _difference(found, expected):
+  """The largest one, relative to the standard deviation."""
+  for x, y in zip(found, expected, strict=True):
+    assert x.shape == y.shape
+  return max(
+    np.abs(x - y).max() / y.std() for x, y in zip(found, expected, strict=True)
+  )
+
+
+def _list_cases():
+  """Each class at each size; in the default tests the most different ones."""
+  default = {"DINOv2, registers, classes", "DINOv3, gated", "SigLIP, whole"}
+  default |= {"CLIP, whole"}
+  for name in CASES:
+    for size in SIZES:
+      mark = () if name in default and size == "wide" else pytest.mark.ci
+      yield pytest.param(name, size, marks=mark)
+
+
+@pytest.mark.parametrize(("name", "size"), list(_list_cases()))
+def test_tokens_and_features(libraries, tmp_path, name, size):
+  case, images = CASES[name], _make_images(SIZES[size])
+  model = _make(libraries, case)
+  folder = _save(model, tmp_path)
+  expected = _run_theirs(libraries, model, case, images)
+  difference = _difference(_run_ours(folder, images), expected)
+  rough = _difference(_run_ours(folder, images, "bfloat16"), expected)
+  print(f"| {name} | {size} | {difference:.1e} | {rough:.1e} |")
+  assert difference <= TOLERANCE
+
+
+def _read_back(libraries, case, folder):
+  """Returns the model of transformers that is in a folder, nothing missing."""
+  cls = getattr(libraries.transformers, case.back or case.model)
+  model, info = cls.from_pretrained(folder, output_loading_info=True)
+  assert not any(info.values()), info
+  assert model.config.architectures == [cls.__name__]
+  return model.eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_back_to_transformers(libraries, tmp_path, name):
+  """Reading and writing changes no value that an output depends on."""
+  case, images = CASES[name], _make_images(NATIVE)
+  model = _make(libraries, case)
+  weights = pretrained.read(_save(model, tmp_path / "theirs"))
+  out = str(tmp_path / "ours")
+  notes = pretrained.write(weights, out, "hf")
+  assert not any("does not keep" in note for note in notes)
+  if not case.back:
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert written["model_type"] == model.config.model_type
+  found = _read_back(libraries, case, out)
+  if case.back == "SiglipVisionModel":
+    case = CASES["SigLIP"]
+  elif case.back:
+    case = CASES["CLIP, erf"]
+  for x, y in zip(
+    _run_theirs(libraries, found, case, images),
+    _run_theirs(libraries, model, CASES[name], images),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(x, y)
+
+
+# Models that were made here, and the class that each becomes.
+OURS = {
+  "DINOv2": (
+    "Dinov2WithRegistersForImageClassification",
+    {"classifier": "token+gap", "registers": 2, "layer_scale_init": 1e-5},
+  ),
+  "DINOv3": (
+    "DINOv3ViTModel",
+    {
+      "num_classes": 0,
+      "pos_embedding": "none",
+      "rope": "dinov3",
+      "layer_scale_init": 0.1,
+      "qkv_bias": "qv",
+      "mlp": "gated",
+      "activation": "silu",
+    },
+  ),
+  "gap": ("SiglipForImageClassification", {"classifier": "gap"}),
+  "distilled": (
+    "DeiTForImageClassificationWithTeacher",
+    {"distillation_token": True},
+  ),
+  "CLIP": (
+    "CLIPVisionModelWithProjection",
+    {
+      "num_classes": 0,
+      "patch_bias": False,
+      "pre_norm": True,
+      "projection_size": 12,
+      "activation": "gelu_quick",
+    },
+  ),
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", OURS)
+def test_ours_to_transformers(libraries, tmp_path, name):
+  architecture, options = OURS[name]
+  weights = make_weights(
+    size=(16, 16), variant="ViT-w24d2m48h3_8", **options
+  )._replace(mean=MEAN, std=STD)
+  out = str(tmp_path / "out")
+  pretrained.write(weights, out, "hf")
+  case = Case(architecture, "", {}, "logits")
+  model = _read_back(libraries, case, out)
+  images = _make_images((16, 16))
+  pixels = ((images.astype(np.float64) + 1) / 2 - MEAN) / STD
+  with libraries.torch.no_grad():
+    found = model(
+      libraries.torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
+    )
+  _, kept = _run_ours(out, images)
+  names = ("logits", "image_embeds", "pooler_output")
+  expected = next(found[x] for x in names if x in found)
+  assert _difference([kept], [expected.numpy()]) <= TOLERANCE

@@ -33,7 +33,7 @@ class Layout(NamedTuple):
     unused: starts of the encoder's names that do not change the output.
     nested: whether the encoder's fields are in "vision_config".
     when: fields that tell it from another.
-    fixed: our options as in `Family`.
+    fixed, filled: as in `Family`.
   """
 
   name: str
@@ -47,6 +47,7 @@ class Layout(NamedTuple):
   nested: bool = False
   when: Mapping[str, Any] = {}
   fixed: Mapping[str, Any] = {}
+  filled: Mapping[str, tuple[int, float]] = {}
 
 
 class Family(NamedTuple):
@@ -65,7 +66,8 @@ class Family(NamedTuple):
     resize: of position embeddings.
     any_size: the position embedding is resized without being asked.
     square: images have to be square.
-    zeros: {name: rank} of tokens that no output depends on.
+    filled: {name: (rank, value)} of arrays [1 ... d] that no output depends on,
+      but transformers expects in a file.
   """
 
   title: str
@@ -80,7 +82,7 @@ class Family(NamedTuple):
   resize: str = "huggingface"
   any_size: bool = False
   square: bool = True
-  zeros: Mapping[str, int] = {}
+  filled: Mapping[str, tuple[int, float]] = {}
 
 
 _SIZES = {
@@ -237,7 +239,7 @@ DINOV2 = Family(
     *dense_rules(f"{_MLP}/Dense_1", f"{_BLOCK}.mlp.weights_out"),
   ),
   any_size=True,
-  zeros={"embeddings.mask_token": 2},
+  filled={"embeddings.mask_token": (2, 0.0)},
 )
 DINOV2_REGISTERS = DINOV2._replace(
   title="Hugging Face's DINOv2 with registers",
@@ -299,7 +301,7 @@ DINOV3 = Family(
   },
   any_size=True,
   square=False,
-  zeros={"embeddings.mask_token": 3},
+  filled={"embeddings.mask_token": (3, 0.0)},
 )
 
 # --- SigLIP, CLIP: alone, or beside a text tower ---
@@ -390,6 +392,10 @@ CLIP = Family(
       unused=("post_layernorm.",),
       nested=True,
       fixed={"class_token": True, "final_norm": "none"},
+      filled={
+        "post_layernorm.weight": (1, 1.0),
+        "post_layernorm.bias": (1, 0.0),
+      },
     ),
     Layout(
       "CLIPVisionModelWithProjection",

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from vit_jax import models
-from vit_jax.errors import check_choice
+from vit_jax.data.sizes import scale_side
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.pretrained import families, tables
 from vit_jax.pretrained import torch_folders as folders
 from vit_jax.pretrained.families import Family, Layout
 from vit_jax.pretrained.tables import Rule
+from vit_jax.pretrained.warmstart import by
 from vit_jax.pretrained.weights import LazyArray, Weights
 
 ORIGIN = "huggingface"
@@ -333,16 +335,17 @@ def _read_preprocessor(weights, preprocessor, family):
   if fields.get("do_normalize", True):
     mean = fields.colour("image_mean", folders.HALF.mean)
     std = fields.colour("image_std", folders.HALF.mean)
+  text, notes = _read_preparation(fields, weights.image_size, family)
   return weights._replace(
-    preprocess=_read_preparation(fields, weights.image_size),
+    preprocess=text,
     mean=mean,
     std=std,
-    notes=(*weights.notes, folders.note_filter(_FILTERS[number])),
+    notes=(*weights.notes, *notes, folders.note_filter(_FILTERS[number])),
   )
 
 
-def _read_preparation(fields, image_size) -> str:
-  """Returns the preprocessing string.
+def _read_preparation(fields, image_size, family) -> tuple[str, list[str]]:
+  """Returns the preprocessing string, and notes.
 
   Raises:
     UserError: images that are not resized, or do not get the model's size.
@@ -357,10 +360,10 @@ def _read_preparation(fields, image_size) -> str:
   if isinstance(size, dict) and "shortest_edge" in size:
     size, shorter = size["shortest_edge"], True
   elif isinstance(size, int):  # CLIP's takes one number for the shorter side
-    shorter = kind.startswith("CLIP")
+    shorter = kind.startswith(("Bit", "CLIP"))
   name, found = "size", _get_size(fields, "size", size, image_size)
   resized = found
-  if fields.get("do_center_crop", kind.startswith(("CLIP", "DeiT"))):
+  if fields.get("do_center_crop", kind.startswith(("Bit", "CLIP", "DeiT"))):
     size, name = fields.values.get("crop_size"), "crop_size"
     found = _get_size(fields, name, size, image_size)
   elif shorter:
@@ -368,12 +371,19 @@ def _read_preparation(fields, image_size) -> str:
       f"size is {fields.values['size']} and do_center_crop false; images would "
       "get different sizes"
     )
+  notes = []
   if found != image_size:
-    raise fields.error(
-      f"{name} is {found}, and image_size {image_size} in its config.json; "
-      "they must agree"
+    if not family.any_size:
+      raise fields.error(
+        f"{name} is {found}, and image_size {image_size} in its config.json; "
+        "they must agree"
+      )
+    notes.append(
+      f"its authors' images are {by(found)}, its position embedding is of "
+      f"{by(image_size)}; take their size: load(..., image_size={found})"
     )
-  return folders.preparation_text(not shorter, resized, image_size)
+    resized = tuple(map(scale_side, resized, found, image_size))
+  return folders.preparation_text(not shorter, resized, image_size), notes
 
 
 def _get_size(fields, name, value, default):
@@ -401,8 +411,10 @@ def write(weights: Weights, out: pathlib.Path) -> None:
 
 def check(weights: Weights) -> None:
   """Raises a UserError that names what the format cannot represent."""
+  weights.create_model()  # checks the configuration
   family, _, problems = _choose(weights)
-  tables.check_options(weights, family.title, *problems)
+  if problems:
+    raise UserError(f"{family.title} cannot represent {', '.join(problems)}")
   _make_preprocessor(weights)
 
 
@@ -427,7 +439,7 @@ _FREE = {
 
 def _find_problems(weights, family, layout) -> list[str]:
   """Returns what a class of transformers cannot represent."""
-  options, fields = _simplify(weights), family.fields.keys()
+  options, fields = weights.options(), family.fields.keys()
   fixed = models.DEFAULTS | family.fixed | layout.fixed
   choices = {name: (value,) for name, value in fixed.items()} | {
     "activation": tuple(_ACTIVATIONS.values()),
@@ -461,20 +473,6 @@ def _find_problems(weights, family, layout) -> list[str]:
   return problems
 
 
-def _simplify(weights) -> dict[str, Any]:
-  """Returns the options, of two that mean the same the default."""
-  options = models.DEFAULTS | weights.model
-  names = []
-  if options["classifier"].startswith("token"):
-    names.append("class_token")
-  encoder = _sizes(weights).encoder
-  if encoder and options["map_heads"] == encoder.num_heads:
-    names.append("map_heads")
-  if not options["registers"] or options["pos_embedding"] != "learned":
-    names.append("prefix_positions")
-  return options | {name: models.DEFAULTS[name] for name in names}
-
-
 def _sizes(weights):
   return variants.parse(weights.model["variant"])
 
@@ -493,20 +491,18 @@ def _list_arrays(weights, family, layout) -> Iterator[tuple[str, np.ndarray]]:
   rules = _make_rules(family, layout, layout.prefix, weights.model)
   yield from tables.translate_back(rules, weights)
   kernel = weights.params["embedding/kernel"]
-  shapes = {
-    name: (*(1,) * (rank - 1), kernel.shape[-1])
-    for name, rank in family.zeros.items()
-  }
-  if "num_register_tokens" in family.fields and (
-    "registers" not in weights.params
-  ):
-    shapes["embeddings.register_tokens"] = (1, 0, kernel.shape[-1])
-  for name, shape in shapes.items():
-    yield layout.prefix + name, np.zeros(shape, kernel.dtype)
+  width, dtype = kernel.shape[-1], kernel.dtype
+  for name, (rank, value) in {**family.filled, **layout.filled}.items():
+    shape = (*(1,) * (rank - 1), width)
+    yield layout.prefix + name, np.full(shape, value, dtype)
+  needs_registers = "num_register_tokens" in family.fields
+  if needs_registers and "registers" not in weights.params:
+    name = f"{layout.prefix}embeddings.register_tokens"
+    yield name, np.zeros((1, 0, width), dtype)
 
 
 def _make_config(weights, family, layout):
-  sizes, options = _sizes(weights), models.DEFAULTS | weights.model
+  sizes, options = _sizes(weights), weights.options()
   assert sizes.encoder is not None
   names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
   gated = options["mlp"] == "gated"

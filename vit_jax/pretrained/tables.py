@@ -48,9 +48,11 @@ CONV = Kind(
   lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0)
 )
 # Twice the file's, of a head that is one of two whose mean is taken.
-TWICE = Kind(lambda x: x / 2, lambda x, shape: x * x.dtype.type(2))
+TWICE = Kind(
+  lambda x: x * x.dtype.type(0.5), lambda x, shape: x * x.dtype.type(2)
+)
 TWICE_LINEAR = Kind(
-  lambda x: LINEAR.write(x) / 2,
+  lambda x: TWICE.write(LINEAR.write(x)),
   lambda x, shape: LINEAR.read(x * x.dtype.type(2), shape),
 )
 # A position embedding whose first entry, the class token's, is zero and not in
