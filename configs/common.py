@@ -40,7 +40,9 @@ def get_config() -> Any:
   config.model = ml_collections.ConfigDict()
   # "ViT-B_16", the hybrid "R50+ViT-B_16", the ResNet "R50x1", ...
   config.model.variant = "ViT-B_16"
-  config.model.classifier = "token"  # "token", "gap" or "map"
+  # What becomes the image's vector: the class "token", "gap" (the mean over the
+  # patches), "token+gap" (both, side by side) or "map" (attention).
+  config.model.classifier = "token"
   # Width of the tanh layer before the head (the paper: hidden size while
   # pre-training, none while fine-tuning). -1: the hidden size, 0: none.
   config.model.representation_size = 0
@@ -49,13 +51,35 @@ def get_config() -> Any:
   config.model.pos_embedding = "learned"
   config.model.pos_embedding_at = "input"  # where it is added, see above
   # "gelu_tanh" and 1e-6 are the paper's; weights from PyTorch need "gelu_erf",
-  # and some of Hugging Face's 1e-12. Loaded weights say which.
+  # "gelu_quick" or "silu", and some of Hugging Face's 1e-12. Loaded weights say
+  # which.
   config.model.activation = "gelu_tanh"
   config.model.layer_norm_epsilon = 1e-6  # see above
   config.model.dropout_rate = 0.0  # where the paper has it; 0: off
   config.model.attention_dropout_rate = 0.0  # of the attention weights
   config.model.stochastic_depth_rate = 0.0  # of the last block; linear in depth
   config.model.head_bias_init = 0.0  # every class's logit at the beginning
+  # What other encoders have and the paper's do not (docs/encoders.md). More
+  # tokens: a class token that the classifier ignores, DeiT's distillation
+  # token with a head of its own, DINOv2's registers. Learned positions are
+  # those of the class and distillation "tokens", of "all", or of "none" of
+  # them, beside those of the patches.
+  config.model.class_token = False
+  config.model.distillation_token = False
+  config.model.registers = 0
+  config.model.prefix_positions = "tokens"
+  config.model.rope = "none"  # "dinov3": rotary positions in each block
+  config.model.rope_base = 100.0  # of its frequencies
+  config.model.patch_bias = True  # CLIP's patch embedding has none
+  config.model.pre_norm = False  # a LayerNorm before the blocks, as CLIP
+  config.model.qkv_bias = "all"  # "all", "none" or "qv" (not of the keys)
+  config.model.qk_norm = False  # a LayerNorm of each head's queries and keys
+  config.model.mlp = "plain"  # "gated": SwiGLU, with the activation "silu"
+  config.model.layer_scale_init = 0.0  # of LayerScale; 0: none
+  # "pooled": the last LayerNorm comes after the pooling, as in MAE.
+  config.model.final_norm = "tokens"
+  config.model.map_heads = 0  # of "map"; 0: as many as the encoder's
+  config.model.projection_size = 0  # of CLIP's matrix after pooling; 0: none
   # Matrix products run in this dtype; parameters, LayerNorm, softmax and loss
   # stay in float32.
   config.model.dtype = "bfloat16"

@@ -49,6 +49,21 @@ RESUMABLE = (
 # renamed since: {old: new}. Without an entry no run from before is resumed.
 ADDED: dict[str, Any] = {
   "best_metric": None,
+  "model.class_token": False,
+  "model.distillation_token": False,
+  "model.final_norm": "tokens",
+  "model.layer_scale_init": 0.0,
+  "model.map_heads": 0,
+  "model.mlp": "plain",
+  "model.patch_bias": True,
+  "model.pre_norm": False,
+  "model.prefix_positions": "tokens",
+  "model.projection_size": 0,
+  "model.qk_norm": False,
+  "model.qkv_bias": "all",
+  "model.registers": 0,
+  "model.rope": "none",
+  "model.rope_base": 100.0,
   "train.shuffle": "auto",
   "train.buffer_gib": 4.0,
   "train.on_bad_example": "stop",
@@ -376,6 +391,9 @@ def check_ranges(config) -> None:
 _DECAY = "optimizer.weight_decay"
 NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "masked_target": (("mean_colour",), "objective", "masked_patches"),
+  "model.rope_base": ((100.0,), "model.rope", "dinov3"),
+  "model.map_heads": ((0,), "model.classifier", "map"),
+  "model.prefix_positions": (("tokens",), "model.pos_embedding", "learned"),
   "loss.name": (("sigmoid",), "objective", "classification"),
   "loss.label_smoothing": ((0.0,), "objective", "classification"),
   "optimizer.b1": ((0.9,), "optimizer.name", "adam"),

@@ -48,7 +48,7 @@ _LAYERS = (
     "evaluation.fewshot",
     "evaluation.predict",
   ),
-  ("evaluation.evaluators", "evaluation.linear"),
+  ("evaluation.evaluators", "evaluation.linear", "evaluation.embed"),
   ("train", "evaluation.evaluate"),
   # The tools: what the core never imports.
   ("tools.runs", "tools.text", "tools.build_data"),

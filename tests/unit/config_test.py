@@ -301,6 +301,8 @@ def test_every_key_that_was_added_has_a_value_for_runs_from_before():
   before = {configuration.RENAMED.get(key, key) for key in first}
   now = configuration.flatten(configuration.load(_COMMON))
   assert now.keys() - before == configuration.ADDED.keys()
+  for name in models.SWITCHES:
+    assert configuration.ADDED[f"model.{name}"] == models.DEFAULTS[name]
 
 
 def test_resumable_keys_are_no_differences_and_exist():

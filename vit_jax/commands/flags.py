@@ -169,6 +169,21 @@ def _parse_size(text):
   return tuple(sides) if len(sides) == 2 else sides[0]
 
 
+def add_features(parser):
+  parser.add_argument(
+    "--what",
+    default="pooled",
+    help="pooled: what a head would get; cls, mean, cls+mean, patches: tokens",
+  )
+  parser.add_argument(
+    "--layers",
+    type=lambda text: tuple(int(word) for word in text.split(",")),
+    default=(-1,),
+    metavar="I,J,...",
+    help="blocks whose tokens are taken, side by side (default: -1, the last)",
+  )
+
+
 def add_json(parser):
   parser.add_argument(
     "--json", action="store_true", help="machine-readable output"

@@ -1,4 +1,4 @@
-"""`vit-jax linear`: evaluate features by few-shot accuracy and a probe."""
+"""`vit-jax linear`: evaluate features: few-shot, probe, neighbours."""
 
 import json
 
@@ -18,6 +18,14 @@ def add_flags(parser):
   )
   parser.add_argument("--seeds", type=int, default=3, help="draws (default: 3)")
   parser.add_argument("--l2", type=float, default=1024, help="default: 1024")
+  parser.add_argument(
+    "--knn",
+    type=int,
+    default=0,
+    metavar="K",
+    help="also let the K nearest training images vote, such as 20",
+  )
+  flags.add_features(parser)
   flags.add_image_size(parser, help="default: the checkpoint's")
   parser.add_argument(
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
@@ -45,6 +53,9 @@ def run(args):
     shots=shots,
     seeds=args.seeds,
     l2=args.l2,
+    neighbours=args.knn,
+    what=args.what,
+    layers=args.layers,
     image_size=args.image_size,
     preprocess=args.preprocess,
     data_dir=args.data_dir,
@@ -77,4 +88,7 @@ def _format(found):
     if row["spread"] is not None:
       spread = f" +- {row['spread']:.2%} over {draws} draws"
     lines.append(f"  {row['shots']:>4} shots {row['accuracy']:8.2%}{spread}")
+  if "knn" in found:
+    knn = found["knn"]
+    lines.append(f"  {knn['neighbours']:>4}-NN   {knn['accuracy']:8.2%}")
   return "\n".join(lines)

@@ -24,6 +24,7 @@ L2 = 2.0**10
 _CONSTANT = 100.0  # the feature that stands for a bias
 _EPSILON = 1e-5  # added to deviations
 _CHUNK = 16_384  # examples that are in float64 at a time
+_QUERIES = 1024  # images whose neighbours are looked for at a time
 
 
 class Classifier(NamedTuple):
@@ -152,16 +153,22 @@ def check_classes(train: data.Source, test: data.Source) -> list[str]:
 
 
 def make_extract(
-  *, model: models.Model, source: data.Source, **where
+  *,
+  model: models.Model,
+  source: data.Source,
+  what: str = "pooled",
+  layers: Sequence[int] = (-1,),
+  **where,
 ) -> Callable:
   """Returns params -> (features f32[n d], labels int32[n]) of all of `source`.
 
-  What the head would get of every image, once and in order, on any number of
-  devices; every process has all of them.
+  Of every image, once and in order, on any number of devices; every process has
+  all of them.
 
   Args:
     model: the model; its head does not matter.
     source: its images.
+    what, layers: which features, see `models.make_features`.
     **where: the other arguments of `make_sums`.
 
   Raises:
@@ -174,12 +181,12 @@ def make_extract(
       "takes sets with one label an image"
     )
 
+  take = models.make_features(model, what, layers)
+
   def extract(params, batch):
-    _, out = model.apply(
-      params, steps.normalize(batch["image"]), intermediates=True
-    )
-    features = models.representation(out)
-    return features.astype(np.float32), batch["labels"][:, 0], batch["mask"]
+    features = take(params, steps.normalize(batch["image"]))
+    features = features.reshape(len(features), -1)
+    return features, batch["labels"][:, 0], batch["mask"]
 
   batches = make_sums(extract, model=model, source=source, **where)
 
@@ -221,3 +228,38 @@ def evaluate(
     features, labels = features[chosen], labels[chosen]
   classifier = fit(features, labels, len(class_names), l2)
   return float(np.mean(classifier.predict(test[0]) == test[1]))
+
+
+def evaluate_neighbours(
+  train: tuple[np.ndarray, np.ndarray],
+  test: tuple[np.ndarray, np.ndarray],
+  num_classes: int,
+  *,
+  count: int,
+  temperature: float = 0.07,
+) -> float:
+  """Returns the accuracy of a vote of the nearest training images.
+
+  Each of the `count` nearest by cosine similarity s votes for its class with
+  exp(s / temperature), as in the evaluations of DINO (arXiv 2104.14294).
+
+  Args:
+    train, test: (features f32[n d], labels int[n]).
+    num_classes: k.
+    count: of neighbours; at most all there are.
+    temperature: see above.
+  """
+  keys, queries = (
+    x / np.linalg.norm(x, axis=1, keepdims=True) for x, _ in (train, test)
+  )
+  count, correct = min(count, len(keys)), 0
+  for start in range(0, len(queries), _QUERIES):
+    rows = slice(start, start + _QUERIES)
+    similarity = queries[rows] @ keys.T
+    nearest = np.argpartition(-similarity, count - 1, axis=1)[:, :count]
+    weights = np.take_along_axis(similarity, nearest, axis=1) / temperature
+    votes = np.zeros((len(nearest), num_classes))
+    row = np.arange(len(nearest))[:, None]
+    np.add.at(votes, (row, train[1][nearest]), np.exp(weights))
+    correct += np.sum(votes.argmax(axis=1) == test[1][rows])
+  return float(correct / len(queries))

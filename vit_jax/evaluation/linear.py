@@ -1,7 +1,8 @@
 """The `linear` command: what a frozen representation is worth.
 
 Few-shot accuracy and the linear probe, in closed form: no learning rate, no
-steps, the same numbers every time.
+steps, the same numbers every time. And a vote of nearest neighbours, which
+learns nothing.
 """
 
 import statistics
@@ -25,6 +26,9 @@ def linear(
   shots: Sequence[int | None] = (5, 10),
   seeds: int = 3,
   l2: float = fewshot.L2,
+  neighbours: int = 0,
+  what: str = "pooled",
+  layers: Sequence[int] = (-1,),
   image_size: int | tuple[int, int] | None = None,
   preprocess: str | None = None,
   data_dir: str | None = None,
@@ -39,6 +43,8 @@ def linear(
     shots: training images of each class; None for all there are.
     seeds: how many draws of the shots.
     l2: the penalty's factor.
+    neighbours: how many vote, see `fewshot.evaluate_neighbours`; 0: none.
+    what, layers: which features, see `models.make_features`.
     image_size: pixels, or (h, w); unset: the checkpoint's own.
     preprocess: of training and test images; unset: the checkpoint's own
       evaluation preprocessing.
@@ -50,12 +56,13 @@ def linear(
     {"checkpoint", "dataset", "train_split", "test_split", "train_examples",
     "test_examples", "preprocess", "image_size", "features", "l2", "results":
     [{"shots", "accuracy": the mean, "spread": the sample standard deviation,
-    "accuracies": [of each seed]}]}. "shots" is "all" for a probe.
+    "accuracies": [of each seed]}]}. "shots" is "all" for a probe. With
+    `neighbours` also "knn": {"neighbours", "accuracy"}.
 
   Raises:
     UserError: no checkpoint, no data, other classes, too few images.
   """
-  _check_options(shots, seeds, l2)
+  _check_options(shots, seeds, l2, neighbours)
   splits = [
     data.get_source(dataset, split, data_dir)
     for split in (train_split, test_split)
@@ -64,14 +71,8 @@ def linear(
   # A head of one class: it is not used, but every origin can have it.
   loaded = pretrained.load(source, image_size=image_size, num_classes=1)
   preprocess = preprocess or loaded.config.preprocess
-  train, test = _extract(loaded, splits, preprocess, batch_size)
-
-  def evaluate(count):
-    draws = range(1 if count is None else seeds)  # all there are is one draw
-    return [
-      fewshot.evaluate(train, test, names, shots=count, seed=seed, l2=l2)
-      for seed in draws
-    ]
+  choice = {"what": what, "layers": layers}
+  train, test = _extract(loaded, splits, preprocess, batch_size, **choice)
 
   return {
     "checkpoint": source,
@@ -84,23 +85,44 @@ def linear(
     "image_size": list(loaded.config.image_size),
     "features": int(train[0].shape[1]),
     "l2": l2,
-    "results": [_summarize(count, evaluate(count)) for count in shots],
+    **_evaluate(train, test, names, shots, seeds, l2, neighbours),
   }
 
 
-def _check_options(shots, seeds, l2):
+def _evaluate(train, test, names, shots, seeds, l2, neighbours):
+  """Returns "results" and, with `neighbours`, "knn" of `linear`."""
+  results = []
+  for count in shots:
+    draws = range(1 if count is None else seeds)  # all there are is one draw
+    accuracies = [
+      fewshot.evaluate(train, test, names, shots=count, seed=seed, l2=l2)
+      for seed in draws
+    ]
+    results.append(_summarize(count, accuracies))
+  if not neighbours:
+    return {"results": results}
+  vote = fewshot.evaluate_neighbours
+  accuracy = vote(train, test, len(names), count=neighbours)
+  knn = {"neighbours": neighbours, "accuracy": accuracy}
+  return {"results": results, "knn": knn}
+
+
+def _check_options(shots, seeds, l2, neighbours):
   if seeds < 1 or any(n is not None and n < 1 for n in shots):
     raise UserError("--seeds and --shots must be 1 or more; --shots=5,10,all")
   if l2 <= 0:
     raise UserError(f"--l2 is {l2}; it must be greater than 0")
+  if neighbours < 0:
+    raise UserError(f"--knn is {neighbours}; it must be 0 or more")
 
 
-def _extract(loaded, splits, preprocess, batch_size):
+def _extract(loaded, splits, preprocess, batch_size, **choice):
   """Returns (features, labels) of each split."""
   mesh = sharding.make_mesh()
   params = devices.replicate(mesh, jax.tree.map(np.asarray, loaded.params))
   size = devices.round_up(batch_size, mesh)
   where = {"mesh": mesh, "batch_size": size, "preprocess": preprocess}
+  where |= choice
   return [
     fewshot.make_extract(model=loaded.model, source=source, **where)(params)
     for source in splits

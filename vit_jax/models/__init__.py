@@ -11,8 +11,10 @@ from vit_jax.models import resnet, variants, vit
 from vit_jax.models.config import DEFAULTS as DEFAULTS
 from vit_jax.models.config import SWITCHES as SWITCHES
 from vit_jax.models.config import make as make_config
+from vit_jax.models.model import FEATURES as FEATURES
 from vit_jax.models.model import Model as Model
 from vit_jax.models.model import as_model, check_image_size
+from vit_jax.models.model import make_features as make_features
 from vit_jax.models.model import representation as representation
 from vit_jax.models.model import stack_blocks as stack_blocks
 from vit_jax.models.mpp import create_masked as create_masked

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models.variants import Variant
 
 
@@ -28,6 +28,7 @@ class Model(NamedTuple):
     grid: (h, w) in tokens, or in cells of a ResNet's output.
     num_layers: the encoder's blocks, 0 for a ResNet.
     num_prefix: tokens before those of the patches.
+    has_class_token: whether the first of these is a class token.
   """
 
   init: Callable[..., Any]
@@ -35,7 +36,8 @@ class Model(NamedTuple):
   image_size: tuple[int, int]
   grid: tuple[int, int]
   num_layers: int
-  num_prefix: int
+  num_prefix: int = 0
+  has_class_token: bool = False
 
 
 @contextlib.contextmanager
@@ -72,14 +74,73 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
     logits, out = module.apply({"params": params}, images, *inputs, **options)
     return (logits, out) if intermediates else logits
 
-  prefix = config.num_prefix if config.num_layers else 0
-  return Model(init, apply, image_size, grid, config.num_layers, prefix)
+  depth = config.num_layers
+  tokens = (config.num_prefix, config.has_class_token) if depth else (0, False)
+  return Model(init, apply, image_size, grid, depth, *tokens)
 
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
   """Returns what the head gets, f32[b d], of a model's intermediates."""
   last = (name for name in ("pre_logits", "projected") if name in intermediates)
   return intermediates[next(last, "pooled")]
+
+
+# What of an image can be taken as its features.
+FEATURES = ("pooled", "cls", "mean", "cls+mean", "patches")
+
+
+def make_features(
+  model: Model, what: str = "pooled", layers: Sequence[int] = (-1,)
+) -> Callable:
+  """Returns (params, images f32[b h w 3] in [-1, 1]) -> features, float32.
+
+  Args:
+    model: whatever its head is.
+    what: "pooled", what the head would get, [b d]; "cls", the class token;
+      "mean" of the patches; "cls+mean", side by side; "patches", [b h w d].
+    layers: blocks whose tokens are taken, -1 the last one; each through the
+      last LayerNorm, side by side along d. Not of "pooled".
+
+  Raises:
+    UserError: what the model does not have.
+  """
+  check_choice("what", what, FEATURES)
+  depth = model.num_layers
+  if what == "pooled":
+    if tuple(layers) != (-1,):
+      raise UserError(
+        f"layers {tuple(layers)} are of tokens, and 'pooled' is of the last "
+        "one; take 'cls', 'mean', 'cls+mean' or 'patches'"
+      )
+  elif not depth:
+    raise UserError(f"a ResNet has no {what!r} features; take 'pooled'")
+  elif what.startswith("cls") and not model.has_class_token:
+    raise UserError(
+      f"this model has no class token for {what!r}; take 'pooled', 'mean' or "
+      "'patches'"
+    )
+  elif not layers or not all(-depth <= i < depth for i in layers):
+    raise UserError(
+      f"layers {tuple(layers)} must be some of 0 to {depth - 1}, or -1 to "
+      f"{-depth}"
+    )
+
+  def select(x):
+    x = x.astype(jnp.float32)
+    cls, patches = x[:, 0], x[:, model.num_prefix :]
+    if what == "patches":
+      return patches.reshape(len(x), *model.grid, -1)
+    values = {"cls": cls, "mean": patches.mean(axis=1)}
+    return jnp.concatenate([values[name] for name in what.split("+")], -1)
+
+  def features(params, images):
+    _, out = model.apply(params, images, intermediates="tokens")
+    if what == "pooled":
+      return representation(out).astype(jnp.float32)
+    tokens = [out[f"block{i % depth:02d}/encoded"] for i in layers]
+    return jnp.concatenate([select(x) for x in tokens], axis=-1)
+
+  return features
 
 
 def check_image_size(image_size, sizes: Variant) -> tuple[int, int]:

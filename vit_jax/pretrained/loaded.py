@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,11 +93,35 @@ class Pretrained:
         "there is no head: vit_jax.load(..., num_classes=K) makes a new one, "
         ".features(images) gives what comes before it"
       )
-    return self._run(images)[0]
+    return self._call(self._forward, images)
 
-  def features(self, images) -> jax.Array:
-    """f32[b h w 3] in [-1, 1] -> what the head would get, f32[b d]."""
-    return models.representation(self._run(images)[1])
+  def features(
+    self, images, *, what: str = "pooled", layers: Sequence[int] = (-1,)
+  ) -> jax.Array:
+    """f32[b h w 3] in [-1, 1] -> features, float32.
+
+    Example::
+
+      model = vit_jax.load("hf:facebook/dinov2-small")
+      model.features(images, what="cls+mean")  # f32[b 768]
+      model.features(images, what="patches", layers=(-1, -4))
+
+    Args:
+      images: of the size that the model takes.
+      what: "pooled", what the head would get, [b d]; "cls", the class token;
+        "mean" of the patches; "cls+mean", side by side; "patches", [b h w d].
+      layers: blocks whose tokens are taken, -1 the last one; each through the
+        last LayerNorm, side by side along d. Not of "pooled".
+
+    Raises:
+      UserError: what the model does not have, or images that it does not take.
+    """
+    return self._call(self._make_features(what, tuple(layers)), images)
+
+  @functools.cached_property
+  def _make_features(self):
+    make = functools.partial(models.make_features, self.model)
+    return functools.cache(lambda *choice: jax.jit(make(*choice)))
 
   def probabilities(self, images) -> jax.Array:
     """f32[b h w 3] in [-1, 1] -> f32[b k], softmax or sigmoid as trained."""
@@ -117,23 +142,18 @@ class Pretrained:
       )
     return jax.nn.softmax(logits)
 
-  def _run(self, images):
-    """Returns the logits and what `features` takes, of any number of images."""
+  def _call(self, function, images):
+    """Returns a function of parameters and any number of images."""
     images = self.check(images)
     if len(images):
-      return self._forward(self.params, images)
+      return function(self.params, images)
     one = jnp.zeros((1, *np.shape(images)[1:]))
-    shapes = jax.eval_shape(self._forward, self.params, one)
-    return jax.tree.map(lambda x: jnp.zeros((0, *x.shape[1:])), shapes)
+    shape = jax.eval_shape(function, self.params, one).shape
+    return jnp.zeros((0, *shape[1:]))
 
   @functools.cached_property
   def _forward(self):
-    def forward(params, images):
-      logits, out = self.model.apply(params, images, intermediates=True)
-      names = ("pooled", "pre_logits")
-      return logits, {name: out[name] for name in names if name in out}
-
-    return jax.jit(forward)
+    return jax.jit(self.model.apply)
 
   def check(self, images):
     """Returns the images.

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from random_models import random_params
+from sklearn import neighbors
 from sklearn.linear_model import Ridge
 
 import vit_jax
@@ -199,3 +200,21 @@ def test_mistakes(argument, words, weights, runs, capsys):
   assert not out
   (line,) = err.splitlines()
   assert words in line
+
+
+def test_neighbours_vote_as_in_scikit_learn():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 4, 400)
+  features = rng.normal(size=(400, 12)) + np.eye(12)[labels]
+  train, test = slice(0, 300), slice(300, None)
+  found = fewshot.evaluate_neighbours(
+    (features[train], labels[train]),
+    (features[test], labels[test]),
+    4,
+    count=15,
+  )
+  expected = neighbors.KNeighborsClassifier(
+    15, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07)
+  ).fit(features[train], labels[train])
+  assert 0.3 < found < 0.9, "the comparison needs some mistakes"
+  assert found == expected.score(features[test], labels[test])

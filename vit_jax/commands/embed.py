@@ -1,0 +1,44 @@
+"""`vit-jax embed`: write the features of image files."""
+
+import json
+import sys
+
+from vit_jax.commands import flags
+
+
+def add_flags(parser):
+  parser.add_argument("source", metavar="SOURCE", help=flags.SOURCE)
+  parser.add_argument(
+    "images", nargs="+", metavar="IMAGE", help="files, and folders of them"
+  )
+  parser.add_argument(
+    "--out", required=True, metavar="FILE", help="FILE.npz or FILE.parquet"
+  )
+  flags.add_features(parser)
+  flags.add_image_size(parser, help="default: the checkpoint's")
+  parser.add_argument(
+    "--batch_size", type=int, default=64, help="images at once (default: 64)"
+  )
+  flags.add_json(parser)
+
+
+def run(args):
+  from vit_jax.evaluation.embed import embed
+
+  found = embed(
+    args.source,
+    args.images,
+    args.out,
+    what=args.what,
+    layers=args.layers,
+    image_size=args.image_size,
+    batch_size=args.batch_size,
+  )
+  if args.json:
+    print(json.dumps(found))
+  else:
+    shape = "x".join(map(str, found["shape"]))
+    print(f"{args.out}: {shape} features of {found['images']} images")
+  for error in found["errors"]:
+    print(f"error: {error}", file=sys.stderr)
+  return 2 if found["errors"] else 0
