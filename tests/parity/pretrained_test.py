@@ -6,6 +6,7 @@ import zipfile
 
 import covering
 import file_formats
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -207,6 +208,22 @@ def test_another_image_size(tmp_path, size):
   _assert_logits(model(images), expected)
   height, width = new_grid
   assert model.report.resized == [f"{path} 4x4 -> {height}x{width}"]
+
+
+def test_another_way_to_resize(tmp_path):
+  params = _random(VIT)
+  source = _save(tmp_path, file_formats.published_npz(params))
+  model = vit_jax.load(source, image_size=(32, 64), resize="bilinear")
+  path = "Transformer/posembed_input/pos_embedding"
+  grid = params[path][:, 1:].reshape(4, 4, -1)
+  shape = (*model.config.grid, grid.shape[-1])
+  resized = jax.image.resize(grid, shape, "linear", antialias=False)
+  found = model.params["Transformer"]["posembed_input"]["pos_embedding"]
+  np.testing.assert_allclose(
+    found[0, 1:], resized.reshape(-1, shape[-1]), atol=1e-5
+  )
+  assert model.config.resize == "bilinear"
+  assert pretrained.read(source).resize == "corner_aligned"
 
 
 def test_another_image_size_shows_as_much_of_a_picture(tmp_path):

@@ -19,6 +19,7 @@ def add_flags(parser):
   parser.add_argument("--seeds", type=int, default=3, help="draws (default: 3)")
   parser.add_argument("--l2", type=float, default=1024, help="default: 1024")
   flags.add_image_size(parser, help="default: the checkpoint's")
+  flags.add_resize(parser)
   parser.add_argument(
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
   )
@@ -46,6 +47,7 @@ def run(args):
     seeds=args.seeds,
     l2=args.l2,
     image_size=args.image_size,
+    resize=args.resize,
     preprocess=args.preprocess,
     data_dir=args.data_dir,
     batch_size=args.batch_size,

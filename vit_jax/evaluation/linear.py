@@ -26,6 +26,7 @@ def linear(
   seeds: int = 3,
   l2: float = fewshot.L2,
   image_size: int | tuple[int, int] | None = None,
+  resize: str | None = None,
   preprocess: str | None = None,
   data_dir: str | None = None,
   batch_size: int = 64,
@@ -40,6 +41,7 @@ def linear(
     seeds: how many draws of the shots.
     l2: the penalty's factor.
     image_size: pixels, or (h, w); unset: the checkpoint's own.
+    resize: how position embeddings are resized, as of `vit_jax.load`.
     preprocess: of training and test images; unset: the checkpoint's own
       evaluation preprocessing.
     data_dir: where the TFDS data sets are.
@@ -62,7 +64,9 @@ def linear(
   ]
   names = fewshot.check_classes(*splits)
   # A head of one class: it is not used, but every origin can have it.
-  loaded = pretrained.load(source, image_size=image_size, num_classes=1)
+  loaded = pretrained.load(
+    source, image_size=image_size, num_classes=1, resize=resize
+  )
   preprocess = preprocess or loaded.config.preprocess
   train, test = _extract(loaded, splits, preprocess, batch_size)
 
