@@ -38,6 +38,7 @@ _ACTIVATIONS = {
 }
 # Pillow's filters by their numbers, all that average.
 _FILTERS = {1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+_BICUBIC = ("CLIP", "DeiT", "Bit", "Siglip")  # processors, by default
 _HALF = (0.5, 0.5, 0.5)
 # Fields of preprocessor_config.json that are read below, and those that change
 # no pixels. Others are refused, unless they are off.
@@ -222,7 +223,9 @@ def _read_preprocessor(weights, preprocessor):
   for name, value in preprocessor.items():
     if name not in _READ | _HARMLESS and value and not name.startswith("_"):
       raise fields.error(f"{name}={value!r} is not known here")
-  number = fields.get("resample", 2)
+  kind = fields.get("image_processor_type", "")
+  kind = kind or fields.get("feature_extractor_type", "")
+  number = fields.get("resample", 3 if kind.startswith(_BICUBIC) else 2)
   if number not in _FILTERS:
     raise fields.error(
       f"resample is {number}; of Pillow's filters there are 1 to 4 here"
@@ -234,22 +237,21 @@ def _read_preprocessor(weights, preprocessor):
   if fields.get("do_normalize", True):
     mean = fields.colour("image_mean", _HALF)
     std = fields.colour("image_std", _HALF)
+  method, notes = folders.find_method(_FILTERS[number])
   return weights._replace(
-    preprocess=_read_preparation(fields, weights.image_size),
+    preprocess=_read_preparation(fields, kind, method, weights.image_size),
     mean=mean,
     std=std,
-    notes=(*weights.notes, folders.note_filter(_FILTERS[number])),
+    notes=(*weights.notes, *notes),
   )
 
 
-def _read_preparation(fields, image_size) -> str:
+def _read_preparation(fields, kind, method, image_size) -> str:
   """Returns the preprocessing string.
 
   Raises:
     UserError: images that are not resized, or do not get the model's size.
   """
-  kind = fields.get("image_processor_type", "")
-  kind = kind or fields.get("feature_extractor_type", "")
   if kind.startswith("ConvNext"):  # which crops or not by a rule of its own
     raise fields.error(f"{kind} is not read, but those of ViT, DeiT and CLIP")
   if not fields.get("do_resize", True):
@@ -257,11 +259,11 @@ def _read_preparation(fields, image_size) -> str:
   size, shorter = fields.values.get("size"), False
   if isinstance(size, dict) and "shortest_edge" in size:
     size, shorter = size["shortest_edge"], True
-  elif isinstance(size, int):  # CLIP's takes one number for the shorter side
-    shorter = kind.startswith("CLIP")
+  elif isinstance(size, int):  # these take one number for the shorter side
+    shorter = kind.startswith(("CLIP", "Bit"))
   name, found = "size", _get_size(fields, "size", size, image_size)
   resized = found
-  if fields.get("do_center_crop", kind.startswith(("CLIP", "DeiT"))):
+  if fields.get("do_center_crop", kind.startswith(("CLIP", "DeiT", "Bit"))):
     size, name = fields.values.get("crop_size"), "crop_size"
     found = _get_size(fields, name, size, image_size)
   elif shorter:
@@ -274,7 +276,7 @@ def _read_preparation(fields, image_size) -> str:
       f"{name} is {found}, and image_size {image_size} in its config.json; "
       "they must agree"
     )
-  return folders.preparation_text(not shorter, resized, image_size)
+  return folders.preparation_text(not shorter, resized, method, image_size)
 
 
 def _get_size(fields, name, value, default):
@@ -352,9 +354,10 @@ def _make_config(weights):
 
 
 def _make_preprocessor(weights):
-  """The nearest that there is: bilinear, though Pillow's averages."""
   size = weights.image_size
-  squash, resized = folders.parse_preparation(weights.preprocess, size, _NAME)
+  squash, resized, method = folders.parse_preparation(
+    weights.preprocess, size, _NAME
+  )
   height, width = resized
   # The processor of ViT does not crop.
   kind = "ViT" if resized == size else "DeiT"
@@ -368,7 +371,7 @@ def _make_preprocessor(weights):
     "image_processor_type": f"{kind}ImageProcessor",
     **processor,
     "do_resize": True,
-    "resample": 2,
+    "resample": {"bilinear": 2, "bicubic": 3}[method],
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
