@@ -405,6 +405,9 @@ def test_what_a_format_cannot_say_is_named(
   assert not list(tmp_path.iterdir())
 
 
+_AVERAGING = "resize(size, method='bicubic', antialias=True)"
+
+
 @pytest.mark.parametrize(
   ("to", "changes", "lost"),
   [
@@ -413,9 +416,22 @@ def test_what_a_format_cannot_say_is_named(
     ("npz", {"class_names": list("abcde")}, "class names"),
     ("npz", {"resize": "timm"}, "position embeddings"),
     ("big_vision", {}, "preprocessing"),
-    ("timm", {"loss": "sigmoid", "resize": "timm"}, "loss"),
-    ("hf", {"loss": "sigmoid"}, "position embeddings"),
-    ("hf", {"class_names": list("abcde"), "resize": "huggingface"}, None),
+    (
+      "timm",
+      {"loss": "sigmoid", "resize": "timm", "preprocess": _AVERAGING},
+      "loss",
+    ),
+    ("hf", {"loss": "sigmoid", "preprocess": _AVERAGING}, "embeddings"),
+    ("hf", {"resize": "huggingface"}, "method='bilinear', antialias=True)"),
+    (
+      "hf",
+      {
+        "class_names": list("abcde"),
+        "resize": "huggingface",
+        "preprocess": _AVERAGING,
+      },
+      None,
+    ),
   ],
 )
 def test_what_a_format_does_not_keep_is_said(tmp_path, to, changes, lost):
