@@ -109,6 +109,8 @@ def get_config() -> Any:
   config.eval.dataset = placeholder(str)  # unset: the training data set
   config.eval.split = "validation"  # held-out images, or the test set
   # Nothing random; kept with the weights, for `predict`. 256 pixels for 224.
+  # `method` may be 'bilinear' or 'area', or with antialias=True, as by Pillow,
+  # 'bilinear' or 'bicubic'.
   config.eval.preprocess = "resize_small(size * 8 / 7)|central_crop(size)"
   config.eval.batch_size = 0  # 0: the training batch size
 

@@ -28,9 +28,16 @@ def random_weights(num_classes=5, image_size=(16, 24), **options):
   return {path: x.read() for path, x in arrays.items()}
 
 
+# How these libraries resize, in a preprocessing string.
+BILINEAR, BICUBIC = (
+  f"method={method!r}, antialias=True" for method in ("bilinear", "bicubic")
+)
+
+
 def make_weights(num_classes=5, size=(16, 24), variant=VARIANT, **options):
   """Returns random weights as a run has them, with any fields of `Weights`."""
   fields = {x: options.pop(x) for x in Weights._fields if x in options}
+  fields.setdefault("preprocess", f"resize(size, {BILINEAR})")
   return random_models.random_weights(
     variant, size, num_classes, **options
   )._replace(**fields)

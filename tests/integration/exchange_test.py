@@ -210,7 +210,7 @@ def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   found = {}
   viewed, _ = demo.Viewer(source).view(str(file), "", (size, size))
   found["demo"] = {c["name"]: c["probability"] for c in viewed}
-  drawn = figures._read(source, "", [str(file)], size)
+  drawn = figures._read(source, "", [str(file)], size, None)
   np.testing.assert_array_equal(drawn.pictures[0], prepared)
   told = "|".join(
     f"{x.pop('op')}({', '.join(f'{k}={x[k]!r}' for k in x)})"
@@ -239,6 +239,32 @@ def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   for command, classes in found.items():
     for i, name in enumerate("ab"):
       assert classes[name] == pytest.approx(expected[i], rel=1e-4), command
+
+
+def test_positions_are_resized_in_the_way_that_is_given(run, tmp_path):
+  source, out = tmp_path / "weights", tmp_path / "dinov2"
+  _write(source, f"ViT-{SMALL}_8", "orbax")
+  code, _, err = run("convert", source, out, "--to=orbax", "--resize=dinov2")
+  assert code == 0, err
+  found = vit_jax.load(str(out), image_size=32)
+  expected = vit_jax.load(str(source), image_size=32, resize="dinov2")
+  assert found.config.resize == expected.config.resize == "dinov2"
+  found, expected = flatten(found.params), flatten(expected.params)
+  for name, x in expected.items():
+    np.testing.assert_array_equal(found[name], x, err_msg=name)
+  for name in "ab":
+    (tmp_path / "photos" / name).mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / name / "0.png")
+  data = [f"--dataset=folder:{tmp_path}/photos", "--test_split=train+test"]
+  for command in (
+    ["convert", source, tmp_path / "out", "--to=npz"],
+    ["export", source, tmp_path / "out", "--to=saved_model"],
+    ["figures", f"--checkpoint={source}", f"--out={tmp_path}/figures"],
+    ["linear", f"--checkpoint={source}", *data, "--train_split=train+test"],
+  ):
+    code, _, err = run(*command, "--resize=dinov3")
+    assert code == 2
+    assert "resize is 'dinov3'; choose from corner_aligned, timm, " in err
 
 
 def test_evaluate_needs_to_know_the_data(reference, runs, run, tmp_path):

@@ -61,6 +61,32 @@ def _resize_small(pixels, smaller):
   return _resize(pixels, size, _weights_area)
 
 
+def _weights_averaging(method, size_in, size_out):
+  """Of a filter that is as much wider as the output is smaller."""
+  scale = size_in / size_out
+  weights = np.zeros((size_out, size_in))
+  for i in range(size_out):
+    for pixel in range(size_in):
+      x = abs((i + 0.5) * scale - (pixel + 0.5)) / max(scale, 1)
+      if method == "bilinear":
+        weights[i, pixel] = max(1 - x, 0)
+      elif x < 1:  # Keys, a = -0.5
+        weights[i, pixel] = 1.5 * x**3 - 2.5 * x**2 + 1
+      elif x < 2:
+        weights[i, pixel] = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights[i] /= weights[i].sum()
+  return weights
+
+
+def _resize_averaging(pixels, size, method):
+  """Width, then height; rounded and cut off after each, as by Pillow."""
+  for axis, new in ((1, size[1]), (0, size[0])):
+    weights = _weights_averaging(method, pixels.shape[axis], new)
+    moved = np.tensordot(weights, pixels.astype(float), (1, axis))
+    pixels = np.moveaxis(moved, 0, axis).round().clip(0, 255)
+  return pixels
+
+
 def _central_crop(pixels, size):
   top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
   return pixels[top : top + size, left : left + size]
@@ -94,6 +120,26 @@ EVALUATION = {
     _resize_small(x, 64), size
   ),
 }
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", _SHAPES)
+def test_evaluation_that_averages(method, shape):
+  """Bit by bit as Pillow; black and white, so that bicubic is cut off."""
+  rng = np.random.default_rng(0)
+  pixels = 255 * rng.integers(0, 2, (*shape, 3), np.uint8)
+  # Two sides that shrink, two that grow, one of each.
+  for height, width in ((20, 24), (97, 120), (30, 100)):
+    size = (height, width)
+    text = f"resize(size, method='{method}', antialias=True)"
+    run = ops.make_preprocess(text, size, evaluation=True)
+    ours = run(tf.constant(pictures.encode(pixels, "PNG")), None).numpy()
+    assert _distance(ours, _resize_averaging(pixels, size, method)) <= 1
+    in_numpy = preprocess.preprocess_image(pixels, text, size)
+    np.testing.assert_array_equal(in_numpy, ours)
+    filters = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
+    pillows = Image.fromarray(pixels).resize((width, height), filters[method])
+    np.testing.assert_array_equal(pillows, ours)
 
 
 @pytest.mark.parametrize("shape", _SHAPES)

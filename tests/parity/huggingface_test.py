@@ -14,6 +14,8 @@ from random_models import (
   models_are_kept,  # noqa: F401 - a fixture
 )
 from torch_formats import (
+  BICUBIC,
+  BILINEAR,
   VARIANT,
   assert_identical,
   assert_not_written,
@@ -176,31 +178,43 @@ def test_class_names(tmp_path):
 @pytest.mark.parametrize(
   ("preprocessor", "text"),
   [
-    ({}, "resize(size)"),
-    ({"size": {"height": 16, "width": 24}}, "resize(size)"),
+    ({}, f"resize(size, {BILINEAR})"),
+    (
+      {"size": {"height": 16, "width": 24}, "resample": 3},
+      f"resize(size, {BICUBIC})",
+    ),
+    ({"resample": 1}, f"resize(size, {BICUBIC})"),
     (
       {"size": {"shortest_edge": 32}, "do_center_crop": True},
-      "resize_small(32)|central_crop(size)",
+      f"resize_small(32, {BILINEAR})|central_crop(size)",
     ),
     (
       {"size": 32, "image_processor_type": "CLIPImageProcessor"},
-      "resize_small(32)|central_crop(size)",
+      f"resize_small(32, {BICUBIC})|central_crop(size)",
+    ),
+    (
+      {"size": 32, "image_processor_type": "BitImageProcessor", "resample": 2},
+      f"resize_small(32, {BILINEAR})|central_crop(size)",
     ),
     (
       {"size": 32, "feature_extractor_type": "DeiTFeatureExtractor"},
-      "resize(32)|central_crop(size)",
+      f"resize(32, {BICUBIC})|central_crop(size)",
+    ),
+    (
+      {"image_processor_type": "SiglipImageProcessor"},
+      f"resize(size, {BICUBIC})",
     ),
   ],
 )
 def test_preprocessor(tmp_path, preprocessor, text):
   arrays = torch_formats.huggingface(random_weights())
   preprocessor |= {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}
-  preprocessor |= {"resample": 3}
   weights = read_saved(tmp_path, arrays, huggingface_config(), preprocessor)
   assert weights.preprocess == text
   assert weights.mean == (0.4, 0.5, 0.6)
   assert weights.std == (0.1, 0.2, 0.3)
-  assert any("Pillow's bicubic" in note for note in weights.notes)
+  noted = any("Pillow's Lanczos" in note for note in weights.notes)
+  assert noted == (preprocessor.get("resample") == 1)
   preprocessor["do_normalize"] = False
   weights = read_saved(tmp_path, arrays, huggingface_config(), preprocessor)
   assert (weights.mean, weights.std) == ((0,) * 3, (1,) * 3)
@@ -295,8 +309,8 @@ def test_file_to_file_is_the_same_bits(tmp_path, head, dtype):
   [
     {"activation": "gelu_erf", "layer_norm_epsilon": 1e-12},
     {"class_names": list("abcde"), "loss": "sigmoid", "size": (16, 16)},
-    {"preprocess": "resize_small(20)|central_crop(size)"},
-    {"preprocess": "resize((20, 30))|central_crop(size)"},
+    {"preprocess": f"resize_small(20, {BILINEAR})|central_crop(size)"},
+    {"preprocess": f"resize((20, 30), {BICUBIC})|central_crop(size)"},
     {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)},
     {"num_classes": 0, "representation_size": 7},
   ],

@@ -10,7 +10,7 @@ from random_models import (
   jit,
   models_are_kept,  # noqa: F401 - a fixture
 )
-from torch_formats import make_images, make_weights
+from torch_formats import BICUBIC, BILINEAR, make_images, make_weights
 
 from vit_jax import pretrained
 from vit_jax.data.preprocess import preprocess_image
@@ -182,7 +182,7 @@ def test_huggingface_model_without_head(libraries, tmp_path, kind):
   ).save_pretrained(tmp_path)
   weights = _read(tmp_path)
   assert weights.std == (0.1, 0.2, 0.3)
-  assert weights.preprocess == "resize(size)"
+  assert weights.preprocess == f"resize(size, {BILINEAR})"
   found = _run_ours(weights, make_images())
   out = _run_torch(libraries, getattr(model, "vit", model), make_images())
   has_pooler = kind == "ViTModel"
@@ -226,26 +226,24 @@ def test_ours_without_head_to_huggingface(libraries, tmp_path):
 @pytest.mark.parametrize(
   "preprocess",
   [
-    "resize(size)",
-    "resize((32, 48))|central_crop(size)",
-    "resize_small(32)|central_crop(size)",
+    f"resize(size, {BILINEAR})",
+    f"resize((32, 48), {BICUBIC})|central_crop(size)",
+    f"resize_small(32, {BICUBIC})|central_crop(size)",
+    f"resize_small(32, {BILINEAR})|central_crop(size)",
   ],
 )
 def test_our_preprocessing_to_huggingface(libraries, tmp_path, preprocess):
-  """Only about the same: Pillow's filters average."""
   weights = make_weights()._replace(preprocess=preprocess)
   huggingface.write(weights, tmp_path / "out")
   processor = libraries.transformers.AutoImageProcessor.from_pretrained(
     tmp_path / "out"
   )
-  # Smooth, so that filters hardly matter.
-  y, x = np.mgrid[:40, :80] / 8
-  image = np.stack([np.sin(y), np.cos(x), np.sin(x + y)], axis=-1)
-  image = np.rint(127.5 + 100 * image).astype(np.uint8)
+  image = np.random.default_rng(0).integers(0, 256, (40, 80, 3), np.uint8)
   theirs = processor(image, return_tensors="np")["pixel_values"][0]
-  ours = preprocess_image(image, preprocess, SIZE) / 127.5 - 1
+  ours = preprocess_image(image, preprocess, SIZE)
   assert theirs.shape == (3, *SIZE)
-  assert np.abs(theirs.transpose(1, 2, 0) - ours).mean() < 0.03
+  theirs = np.rint((theirs.transpose(1, 2, 0) + 1) * 127.5)
+  assert np.abs(theirs - ours).max() <= 1
 
 
 # --- timm ---
@@ -326,7 +324,8 @@ def test_timm_at_another_resolution(libraries, tmp_path, size, pooling):
 def test_ours_to_timm(libraries, tmp_path, options, activation):
   weights = make_weights(activation=activation, **options)
   weights = weights._replace(
-    preprocess="resize_small(20)|central_crop(size)", mean=(0.4, 0.5, 0.6)
+    preprocess=f"resize_small(20, {BICUBIC})|central_crop(size)",
+    mean=(0.4, 0.5, 0.6),
   )
   timm.write(weights, tmp_path / "out")
   model = libraries.timm.create_model(
@@ -337,6 +336,7 @@ def test_ours_to_timm(libraries, tmp_path, options, activation):
   assert _difference(_run_ours(weights, images), expected) <= TOLERANCE
   assert tuple(model.pretrained_cfg["mean"]) == (0.4, 0.5, 0.6)
   assert model.pretrained_cfg["crop_pct"] == pytest.approx(0.8)
+  assert model.pretrained_cfg["interpolation"] == "bicubic"
 
 
 # --- published npz, by timm's own readers ---

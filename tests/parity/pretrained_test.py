@@ -6,6 +6,7 @@ import zipfile
 
 import covering
 import file_formats
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -209,6 +210,22 @@ def test_another_image_size(tmp_path, size):
   assert model.report.resized == [f"{path} 4x4 -> {height}x{width}"]
 
 
+def test_another_way_to_resize(tmp_path):
+  params = _random(VIT)
+  source = _save(tmp_path, file_formats.published_npz(params))
+  model = vit_jax.load(source, image_size=(32, 64), resize="bilinear")
+  path = "Transformer/posembed_input/pos_embedding"
+  grid = params[path][:, 1:].reshape(4, 4, -1)
+  shape = (*model.config.grid, grid.shape[-1])
+  resized = jax.image.resize(grid, shape, "linear", antialias=False)
+  found = model.params["Transformer"]["posembed_input"]["pos_embedding"]
+  np.testing.assert_allclose(
+    found[0, 1:], resized.reshape(-1, shape[-1]), atol=1e-5
+  )
+  assert model.config.resize == "bilinear"
+  assert pretrained.read(source).resize == "corner_aligned"
+
+
 def test_another_image_size_shows_as_much_of_a_picture(tmp_path):
   arrays = file_formats.big_vision_npz(_random(VIT))
   source = _save(tmp_path, arrays)
@@ -388,6 +405,9 @@ def test_what_a_format_cannot_say_is_named(
   assert not list(tmp_path.iterdir())
 
 
+_AVERAGING = "resize(size, method='bicubic', antialias=True)"
+
+
 @pytest.mark.parametrize(
   ("to", "changes", "lost"),
   [
@@ -396,9 +416,22 @@ def test_what_a_format_cannot_say_is_named(
     ("npz", {"class_names": list("abcde")}, "class names"),
     ("npz", {"resize": "timm"}, "position embeddings"),
     ("big_vision", {}, "preprocessing"),
-    ("timm", {"loss": "sigmoid", "resize": "timm"}, "loss"),
-    ("hf", {"loss": "sigmoid"}, "position embeddings"),
-    ("hf", {"class_names": list("abcde"), "resize": "huggingface"}, None),
+    (
+      "timm",
+      {"loss": "sigmoid", "resize": "timm", "preprocess": _AVERAGING},
+      "loss",
+    ),
+    ("hf", {"loss": "sigmoid", "preprocess": _AVERAGING}, "embeddings"),
+    ("hf", {"resize": "huggingface"}, "method='bilinear', antialias=True)"),
+    (
+      "hf",
+      {
+        "class_names": list("abcde"),
+        "resize": "huggingface",
+        "preprocess": _AVERAGING,
+      },
+      None,
+    ),
   ],
 )
 def test_what_a_format_does_not_keep_is_said(tmp_path, to, changes, lost):

@@ -15,6 +15,8 @@ from random_models import (
   models_are_kept,  # noqa: F401 - a fixture
 )
 from torch_formats import (
+  BICUBIC,
+  BILINEAR,
   VARIANT,
   assert_identical,
   assert_not_written,
@@ -71,7 +73,7 @@ def test_logits(tmp_path, classifier, arguments):
   assert weights.model["layer_norm_epsilon"] == 1e-6
   assert weights.image_size == (16, 24)
   assert weights.resize == "timm"
-  assert weights.preprocess == "resize(size)"
+  assert weights.preprocess == f"resize(size, {BILINEAR})"
 
 
 @pytest.mark.parametrize(
@@ -161,20 +163,26 @@ def test_activations_of_architectures(architecture, activation):
 
 
 @pytest.mark.parametrize(
+  ("interpolation", "method"),
+  [("bilinear", "bilinear"), ("bicubic", "bicubic"), ("lanczos", "bicubic")],
+)
+@pytest.mark.parametrize(
   ("pretrained", "text"),
   [
-    ({"crop_pct": 0.9, "crop_mode": "center"}, "resize_small(17)"),
-    ({"crop_pct": 0.5, "crop_mode": "squash"}, "resize((32, 48))"),
-    ({"crop_pct": 0.8, "crop_mode": "border"}, "resize_small(20)"),
-    ({"crop_pct": None, "crop_mode": None}, "resize_small(18)"),
+    ({"crop_pct": 0.9, "crop_mode": "center"}, "resize_small(17"),
+    ({"crop_pct": 0.5, "crop_mode": "squash"}, "resize((32, 48)"),
+    ({"crop_pct": 0.8, "crop_mode": "border"}, "resize_small(20"),
+    ({"crop_pct": None, "crop_mode": None}, "resize_small(18"),
   ],
 )
-def test_preparation(tmp_path, pretrained, text):
+def test_preparation(tmp_path, pretrained, text, interpolation, method):
   arrays = torch_formats.timm(random_weights())
-  pretrained |= {"interpolation": "bicubic", "mean": None}
+  pretrained = pretrained | {"interpolation": interpolation, "mean": None}
   weights = read_saved(tmp_path, arrays, _config(pretrained=pretrained))
-  assert weights.preprocess == f"{text}|central_crop(size)"
-  assert any("Pillow's bicubic" in note for note in weights.notes)
+  options = f"method='{method}', antialias=True"
+  assert weights.preprocess == f"{text}, {options})|central_crop(size)"
+  noted = any("Pillow's lanczos" in note for note in weights.notes)
+  assert noted == (interpolation == "lanczos")
   assert ("border" in str(weights.notes)) == ("border" in str(pretrained))
   assert weights.mean == (0.485, 0.456, 0.406)
 
@@ -191,7 +199,9 @@ def test_an_old_configuration_has_everything_at_the_top(tmp_path):
   weights = read_saved(tmp_path, torch_formats.timm(params), config)
   assert weights.image_size == (16, 24)
   assert weights.mean == (0.1, 0.2, 0.3)
-  assert weights.preprocess == "resize_small(20)|central_crop(size)"
+  assert weights.preprocess == (
+    "resize_small(20, method='bicubic', antialias=True)|central_crop(size)"
+  )
   assert weights.class_names == list("abcde")
 
 
@@ -228,8 +238,8 @@ def test_file_to_file_is_the_same_bits(tmp_path, kind, dtype):
     {"class_names": list("abcde"), "variant": "ViT-w24d1m37h3_8"},
     {"num_classes": 0, "classifier": "gap"},
     {"pos_embedding": "none"},
-    {"preprocess": "resize_small(20)|central_crop(size)"},
-    {"preprocess": "resize((32, 48))|central_crop(size)"},
+    {"preprocess": f"resize_small(20, {BILINEAR})|central_crop(size)"},
+    {"preprocess": f"resize((32, 48), {BICUBIC})|central_crop(size)"},
     {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)},
   ],
 )

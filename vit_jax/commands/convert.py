@@ -7,6 +7,7 @@ def add_flags(parser):
   parser.add_argument("source", metavar="SOURCE", help=flags.SOURCE)
   parser.add_argument("out", metavar="OUT", help="the file or folder to write")
   parser.add_argument("--to", help="npz, big_vision, hf, timm or orbax")
+  flags.add_resize(parser)
   parser.add_argument(
     "--push",
     action="store_true",
@@ -19,7 +20,7 @@ def run(args):
   from vit_jax import pretrained
 
   to = args.to or ("hf" if args.push else "")
-  weights = pretrained.read(args.source)
+  weights = pretrained.read(args.source, args.resize)
   out = args.out
   if args.push:
     out, notes = pretrained.push(weights, args.out, to)

@@ -12,12 +12,19 @@ def add_flags(parser):
   flags.add_image_size(
     parser, help="default: the checkpoint's; position embeddings are resized"
   )
+  flags.add_resize(parser)
 
 
 def run(args):
   from vit_jax.tools.export import export
 
-  about = export(args.source, args.out, args.to, image_size=args.image_size)
+  about = export(
+    args.source,
+    args.out,
+    args.to,
+    image_size=args.image_size,
+    resize=args.resize,
+  )
   shape = ", ".join(map(str, about["input"]["shape"]))
   print(
     f"{args.out}: {about['variant']} as {args.to}, "

@@ -26,6 +26,7 @@ def add_flags(parser):
     help="rollout, filters, positions, distances, curves, compute",
   )
   flags.add_image_size(parser, help="default: the checkpoint's")
+  flags.add_resize(parser)
 
 
 def run(args):
@@ -38,5 +39,6 @@ def run(args):
     runs=args.runs,
     only=args.only.split(",") if args.only else (),
     image_size=args.image_size,
+    resize=args.resize,
   )
   print("\n".join(written))

@@ -158,6 +158,16 @@ def add_image_size(parser, **kwargs):
   )
 
 
+def add_resize(parser):
+  parser.add_argument(
+    "--resize",
+    metavar="METHOD",
+    help="how position embeddings are resized: corner_aligned, timm, "
+    "huggingface, dinov2, bilinear, bilinear_antialiased or cpe (default: as "
+    "the checkpoint's authors do)",
+  )
+
+
 def _parse_size(text):
   """Returns the integer or (height, width) of 48 and 48,96; for argparse."""
   words = text.split(",")

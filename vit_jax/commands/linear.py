@@ -27,6 +27,7 @@ def add_flags(parser):
   )
   flags.add_features(parser)
   flags.add_image_size(parser, help="default: the checkpoint's")
+  flags.add_resize(parser)
   parser.add_argument(
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
   )
@@ -57,6 +58,7 @@ def run(args):
     what=args.what,
     layers=args.layers,
     image_size=args.image_size,
+    resize=args.resize,
     preprocess=args.preprocess,
     data_dir=args.data_dir,
     batch_size=args.batch_size,

@@ -7,22 +7,26 @@ import math
 
 import numpy as np
 
-from vit_jax.data.pillow import check_pixels
+from vit_jax.data.pillow import check_pixels, resize_averaging
 from vit_jax.data.sizes import as_pair, scale_side
 
 
-def _resize(pixels, size, method="bilinear", *, name):
+def _resize(pixels, size, method="bilinear", antialias=False, *, name):
   height, width = as_pair(size)
   check_pixels(height, width, name)
+  if antialias:
+    return resize_averaging(pixels, (height, width), method)
   resize = {"bilinear": _resize_bilinear, "area": _resize_area}[method]
   return np.rint(resize(pixels, height, width)).astype(np.uint8)
 
 
-def _resize_small(pixels, smaller_size, method="area", *, name):
+def _resize_small(
+  pixels, smaller_size, method="area", antialias=False, *, name
+):
   height, width = pixels.shape[:2]
   short = min(height, width)
   size = [scale_side(side, short, smaller_size) for side in (height, width)]
-  return _resize(pixels, size, method, name=name)
+  return _resize(pixels, size, method, antialias, name=name)
 
 
 def _central_crop(pixels, size, *, name):

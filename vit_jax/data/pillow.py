@@ -1,4 +1,8 @@
-"""Images decoded by Pillow: where there is no TensorFlow, or it cannot."""
+"""Images decoded and resized by Pillow.
+
+Decoded where there is no TensorFlow, or it cannot; resized where pixels have to
+be those of PyTorch's libraries.
+"""
 
 import io
 import os
@@ -71,6 +75,20 @@ def check_pixels(height: int, width: int, name: str) -> None:
       f"{name}: {width}x{height} is too many pixels, the limit is "
       f"{MAX_PIXELS:,}; give a smaller image"
     )
+
+
+def resize_averaging(pixels: np.ndarray, size, method: str) -> np.ndarray:
+  """Resizes by a filter that is as much wider as the image gets smaller.
+
+  Args:
+    pixels: uint8[h w 3].
+    size: (height, width) of the result.
+    method: "bilinear" or "bicubic" (a = -0.5), which overshoots at edges and is
+      cut off there.
+  """
+  height, width = map(int, size)
+  method = Image.Resampling[method.upper()]
+  return np.array(Image.fromarray(pixels).resize((width, height), method))
 
 
 def _array_to_rgb(array, name):

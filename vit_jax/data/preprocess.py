@@ -5,6 +5,7 @@ A preprocessing string names operations and their arguments, joined by "|":
     inception_crop(size)|flip_lr                      training, ImageNet
     resize(size)                                      evaluation, fine-tuning
     resize_small(size * 8 / 7)|central_crop(size)     evaluation, ImageNet
+    resize(size, method='bicubic', antialias=True)    evaluation, as by Pillow
 
 Arguments are Python literals; the word `size` means `config.image_size`, and
 may be multiplied and divided by numbers. `vit_jax.data.ops` runs the operations
@@ -45,7 +46,11 @@ def _is_number(x, least, most):
 # What an argument has to be, and how that is checked.
 _SIZE = ("a positive integer or (height, width)", _is_size)
 _SIDE = ("a positive integer", _is_count)
-_METHOD = ("'bilinear' or 'area'", ("bilinear", "area").__contains__)
+_METHOD = (
+  "'bilinear', 'bicubic' or 'area'",
+  ("bilinear", "bicubic", "area").__contains__,
+)
+_ANTIALIAS = ("True or False", lambda x: type(x) is bool)
 _PERCENT = ("a percentage above 0", lambda x: _is_number(x, 1e-9, 100))
 _COUNT = ("an integer, 0 or more", lambda x: _is_count(x, 0))
 _MAGNITUDE = ("between 0 and 30", lambda x: _is_number(x, 0, 30))
@@ -53,8 +58,12 @@ _CONTRAST = ("'mean' or 'augreg'", ("mean", "augreg").__contains__)
 
 # Operation -> its arguments, in their order; a size comes first, and is needed.
 EVALUATION_OPS = {
-  "resize": {"size": _SIZE, "method": _METHOD},
-  "resize_small": {"smaller_size": _SIDE, "method": _METHOD},
+  "resize": {"size": _SIZE, "method": _METHOD, "antialias": _ANTIALIAS},
+  "resize_small": {
+    "smaller_size": _SIDE,
+    "method": _METHOD,
+    "antialias": _ANTIALIAS,
+  },
   "central_crop": {"size": _SIZE},
 }
 TRAINING_OPS = {
@@ -148,6 +157,16 @@ def _parse_op(node, text, image_size):
         raise ValueError(f"{key} must be {what}, not {value!r}")
     if arguments.get("area_min", 5) > arguments.get("area_max", 100):
       raise ValueError("area_min is more than area_max")
+    usual = "area" if name == "resize_small" else "bilinear"
+    method = arguments.get("method", usual)
+    antialias = arguments.get("antialias", False)
+    if (method == "bicubic" and not antialias) or (
+      method == "area" and antialias
+    ):
+      raise ValueError(
+        "antialias=True is for method='bilinear' and method='bicubic', and "
+        "'bicubic' is for antialias=True"
+      )
   except (TypeError, ValueError, ArithmeticError) as e:
     raise UserError(
       f"preprocess {text!r}: {ast.unparse(node)}: {e}; it takes "

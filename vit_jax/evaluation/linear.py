@@ -30,6 +30,7 @@ def linear(
   what: str = "pooled",
   layers: Sequence[int] = (-1,),
   image_size: int | tuple[int, int] | None = None,
+  resize: str | None = None,
   preprocess: str | None = None,
   data_dir: str | None = None,
   batch_size: int = 64,
@@ -46,6 +47,7 @@ def linear(
     neighbours: how many vote, see `fewshot.evaluate_neighbours`; 0: none.
     what, layers: which features, see `models.make_features`.
     image_size: pixels, or (h, w); unset: the checkpoint's own.
+    resize: how position embeddings are resized, as of `vit_jax.load`.
     preprocess: of training and test images; unset: the checkpoint's own
       evaluation preprocessing.
     data_dir: where the TFDS data sets are.
@@ -69,7 +71,9 @@ def linear(
   ]
   names = fewshot.check_classes(*splits)
   # A head of one class: it is not used, but every origin can have it.
-  loaded = pretrained.load(source, image_size=image_size, num_classes=1)
+  loaded = pretrained.load(
+    source, image_size=image_size, num_classes=1, resize=resize
+  )
   preprocess = preprocess or loaded.config.preprocess
   choice = {"what": what, "layers": layers}
   train, test = _extract(loaded, splits, preprocess, batch_size, **choice)

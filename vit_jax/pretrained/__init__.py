@@ -19,6 +19,7 @@ from vit_jax.pretrained import (
   fetch,
   hub,
   huggingface,
+  positions,
   runs,
   timm,
   vision_transformer,
@@ -64,28 +65,36 @@ def load(
     num_classes: unset: the file's own; another number gets a new head of
       zeros, 0 none.
     dtype: of the matrix products; unset: float32, or as the run was trained.
-    resize: how position embeddings are resized: "corner_aligned" (the paper's
-      code), "timm" or "huggingface"; unset: as the file's authors do.
+    resize: how position embeddings are resized, see `read`.
 
   Raises:
     UserError: nothing there, damaged, unknown, or not for this model.
   """
   return assemble(
-    read(source),
+    read(source, resize),
     image_size=image_size,
     num_classes=num_classes,
     dtype=dtype,
-    resize=resize,
   )
 
 
-def read(source: str) -> Weights:
-  """Returns what there is at `source`, lazily; see `load`.
+def read(source: str, resize: str | None = None) -> Weights:
+  """Returns what there is at `source`, lazily.
+
+  Args:
+    source: see `load`.
+    resize: how position embeddings are resized, one of `positions.METHODS`:
+      "corner_aligned" (the paper's code), "timm", "huggingface", "dinov2"
+      (Meta's without registers), "bilinear", "bilinear_antialiased" or "cpe"
+      (C-RADIO); unset: as the file's authors do.
 
   Raises:
     UserError: nothing there, damaged, or of no known format.
   """
+  if resize is not None:
+    check_choice("resize", resize, positions.METHODS)
   weights = _read(source)
+  weights = weights._replace(resize=resize or weights.resize)
   if any(weights.cut_off()):
     note = (
       "images {}x{} are no whole patches: {} pixels at the bottom and {} to "

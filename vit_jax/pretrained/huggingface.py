@@ -47,6 +47,7 @@ _UNUSED = (
 )
 # Pillow's filters by their numbers, all that average.
 _FILTERS = {1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
+_BICUBIC = ("CLIP", "DeiT", "Bit", "Siglip")  # processors, by default
 # Fields of preprocessor_config.json that are read below, and those that change
 # no pixels. Others are refused, unless they are off.
 _READ = {
@@ -323,7 +324,9 @@ def _read_preprocessor(weights, preprocessor, family):
   for name, value in preprocessor.items():
     if name not in _READ | _HARMLESS and value and not name.startswith("_"):
       raise fields.error(f"{name}={value!r} is not known here")
-  number = fields.get("resample", 2)
+  kind = fields.get("image_processor_type", "")
+  kind = kind or fields.get("feature_extractor_type", "")
+  number = fields.get("resample", 3 if kind.startswith(_BICUBIC) else 2)
   if number not in _FILTERS:
     raise fields.error(
       f"resample is {number}; of Pillow's filters there are 1 to 4 here"
@@ -334,24 +337,27 @@ def _read_preprocessor(weights, preprocessor, family):
   mean, std = (0.0,) * 3, (1.0,) * 3
   if fields.get("do_normalize", True):
     mean = fields.colour("image_mean", folders.HALF.mean)
-    std = fields.colour("image_std", folders.HALF.mean)
-  text, notes = _read_preparation(fields, weights.image_size, family)
+    std = fields.colour("image_std", folders.HALF.std)
+  method, notes = folders.find_method(_FILTERS[number])
+  text, size_notes = _read_preparation(
+    fields, kind, method, weights.image_size, family
+  )
   return weights._replace(
     preprocess=text,
     mean=mean,
     std=std,
-    notes=(*weights.notes, *notes, folders.note_filter(_FILTERS[number])),
+    notes=(*weights.notes, *size_notes, *notes),
   )
 
 
-def _read_preparation(fields, image_size, family) -> tuple[str, list[str]]:
+def _read_preparation(
+  fields, kind, method, image_size, family
+) -> tuple[str, list[str]]:
   """Returns the preprocessing string, and notes.
 
   Raises:
     UserError: images that are not resized, or do not get the model's size.
   """
-  kind = fields.get("image_processor_type", "")
-  kind = kind or fields.get("feature_extractor_type", "")
   if kind.startswith("ConvNext"):  # which crops or not by a rule of its own
     raise fields.error(f"{kind} is not read, but those of ViT, DeiT and CLIP")
   if not fields.get("do_resize", True):
@@ -359,11 +365,11 @@ def _read_preparation(fields, image_size, family) -> tuple[str, list[str]]:
   size, shorter = fields.values.get("size"), False
   if isinstance(size, dict) and "shortest_edge" in size:
     size, shorter = size["shortest_edge"], True
-  elif isinstance(size, int):  # CLIP's takes one number for the shorter side
-    shorter = kind.startswith(("Bit", "CLIP"))
+  elif isinstance(size, int):  # these take one number for the shorter side
+    shorter = kind.startswith(("CLIP", "Bit"))
   name, found = "size", _get_size(fields, "size", size, image_size)
   resized = found
-  if fields.get("do_center_crop", kind.startswith(("Bit", "CLIP", "DeiT"))):
+  if fields.get("do_center_crop", kind.startswith(("CLIP", "DeiT", "Bit"))):
     size, name = fields.values.get("crop_size"), "crop_size"
     found = _get_size(fields, name, size, image_size)
   elif shorter:
@@ -383,7 +389,8 @@ def _read_preparation(fields, image_size, family) -> tuple[str, list[str]]:
       f"{by(image_size)}; take their size: load(..., image_size={found})"
     )
     resized = tuple(map(scale_side, resized, found, image_size))
-  return folders.preparation_text(not shorter, resized, image_size), notes
+  text = folders.preparation_text(not shorter, resized, method, image_size)
+  return text, notes
 
 
 def _get_size(fields, name, value, default):
@@ -555,9 +562,8 @@ def _make_config(weights, family, layout):
 
 
 def _make_preprocessor(weights):
-  """The nearest that there is: bilinear, though Pillow's averages."""
   size = weights.image_size
-  squash, resized = folders.parse_preparation(
+  squash, resized, method = folders.parse_preparation(
     weights.preprocess, size, "a preprocessor_config.json"
   )
   height, width = resized
@@ -573,7 +579,7 @@ def _make_preprocessor(weights):
     "image_processor_type": f"{kind}ImageProcessor",
     **processor,
     "do_resize": True,
-    "resample": 2,
+    "resample": {"bilinear": 2, "bicubic": 3}[method],
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,

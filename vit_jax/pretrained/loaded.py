@@ -13,9 +13,8 @@ import numpy as np
 from vit_jax import models
 from vit_jax.data import preprocess as preprocessing
 from vit_jax.data.sizes import as_pair, scale_side
-from vit_jax.errors import UserError, check_choice
+from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.pretrained import positions
 from vit_jax.pretrained.warmstart import POS_EMBEDDING, Report, warm_start
 from vit_jax.pretrained.weights import LazyArray, Weights
 from vit_jax.state import flatten, unflatten
@@ -190,9 +189,8 @@ def assemble(
   image_size=None,
   num_classes=None,
   dtype=None,
-  resize=None,
 ) -> Pretrained:
-  """Returns the model of `weights`; the arguments are those of `load`.
+  """Returns the model of `weights`; the other arguments are those of `load`.
 
   Each array is read, put on the device and forgotten before the next one.
   """
@@ -205,8 +203,6 @@ def assemble(
       f"{weights.source} was trained on masked patches and knows no classes; "
       "fine-tune it: vit-jax train --config.init_from="
     )
-  resize = resize or weights.resize
-  check_choice("resize", resize, positions.METHODS)
   model = weights.create_model(
     num_classes=num_classes,
     image_size=weights.image_size if image_size is None else image_size,
@@ -221,7 +217,7 @@ def assemble(
     new_grid=model.grid,
     same_classes=same_classes,
     source=weights.source,
-    resize=resize,
+    resize=weights.resize,
   )
   # One after the other: copies that wait for their turn would hold the arrays
   # that they are made of.
@@ -246,7 +242,6 @@ def assemble(
     image_size=model.image_size,
     num_classes=num_classes,
     class_names=weights.class_names if same_classes else None,
-    resize=resize,
     preprocess=preprocess,
   )
   return Pretrained(config, unflatten(flat), model, report, tuple(notes))

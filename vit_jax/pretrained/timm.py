@@ -278,16 +278,18 @@ def _read_preparation(weights, fields):
       f"its authors prepare images with crop_mode={mode!r}; here their middle "
       "is cropped"
     )
-  notes.append(folders.note_filter(fields.get("interpolation", "bicubic")))
+  method, filter_notes = folders.find_method(
+    fields.get("interpolation", "bicubic")
+  )
   height, width = weights.image_size
   resized = math.floor(height / crop), math.floor(width / crop)
   return weights._replace(
     preprocess=folders.preparation_text(
-      mode == "squash", resized, weights.image_size
+      mode == "squash", resized, method, weights.image_size
     ),
     mean=fields.colour("mean", folders.IMAGENET.mean),
     std=fields.colour("std", folders.IMAGENET.std),
-    notes=tuple(notes),
+    notes=(*notes, *filter_notes),
   )
 
 
@@ -363,7 +365,7 @@ def _find_ratio(mlp_dim, hidden_size):
 
 
 def _make_pretrained(weights):
-  squash, resized = folders.parse_preparation(
+  squash, resized, method = folders.parse_preparation(
     weights.preprocess, weights.image_size, _NAME
   )
   side = min(weights.image_size)
@@ -378,7 +380,7 @@ def _make_pretrained(weights):
     "num_classes": weights.num_classes,
     "input_size": [3, *weights.image_size],
     "fixed_input_size": True,
-    "interpolation": "bilinear",
+    "interpolation": method,
     "crop_pct": crop,
     "crop_mode": "squash" if squash else "center",
     "mean": list(weights.mean),

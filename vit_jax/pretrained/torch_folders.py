@@ -175,39 +175,46 @@ def get_names(names, num_classes: int) -> tuple[Any, tuple[str, ...]]:
 # --- images ---
 
 
-# How an image gets its size is (squash, resized). All of it is resized to these
-# (h, w) pixels if `squash`, else its shorter side to the lesser of them; then
-# the middle is cropped out.
+# How an image gets its size is (squash, resized, method). All of it is resized
+# to these (h, w) pixels if `squash`, else its shorter side to the lesser of
+# them, by a filter of Pillow's; then the middle is cropped out.
 
 
 def preparation_text(
-  squash: bool, resized: tuple[int, int], image_size: tuple[int, int]
+  squash: bool,
+  resized: tuple[int, int],
+  method: str,
+  image_size: tuple[int, int],
 ) -> str:
-  """Returns (squash, resized) as a preprocessing string."""
+  """Returns (squash, resized, method) as a preprocessing string."""
+  options = f"method={method!r}, antialias=True"
   if not squash:
-    return f"resize_small({min(resized)})|central_crop(size)"
+    return f"resize_small({min(resized)}, {options})|central_crop(size)"
   if resized == image_size:
-    return "resize(size)"
+    return f"resize(size, {options})"
   height, width = resized
   size = height if height == width else resized
-  return f"resize({size})|central_crop(size)"
+  return f"resize({size}, {options})|central_crop(size)"
 
 
 def parse_preparation(
   text: str, image_size: tuple[int, int], format_name: str
-) -> tuple[bool, tuple[int, int]]:
-  """Returns the (squash, resized) that a preprocessing string does.
+) -> tuple[bool, tuple[int, int], str]:
+  """Returns the (squash, resized, method) that a preprocessing string does.
+
+  Of one that does not resize as Pillow, the nearest: "bilinear".
 
   Raises:
     UserError: it does something else.
   """
   ops = preprocess.parse(text, image_size, evaluation=True)
   (name, arguments), *others = ops
+  method = "bicubic" if arguments.get("method") == "bicubic" else "bilinear"
   if [other for other, _ in others] in ([], ["central_crop"]):
     if name == "resize":
-      return True, preprocess.as_pair(arguments["size"])
+      return True, preprocess.as_pair(arguments["size"]), method
     if name == "resize_small":
-      return False, (arguments["smaller_size"],) * 2
+      return False, (arguments["smaller_size"],) * 2, method
   raise UserError(
     f"{format_name} cannot represent the preprocessing {text!r}, but "
     "'resize(size)', 'resize(256)|central_crop(size)' and "
@@ -215,13 +222,15 @@ def parse_preparation(
   )
 
 
-def note_filter(name: str) -> str:
-  """Returns a note on how the authors resize images."""
-  return (
-    f"its authors resize with Pillow's {name} filter, which averages when it "
-    "makes images smaller; ours is bilinear and does not, so that pixels "
-    "differ a little"
+def find_method(name: str) -> tuple[str, tuple[str, ...]]:
+  """Returns our method for a filter of Pillow's, and notes if it is another."""
+  if name in ("bilinear", "bicubic"):
+    return name, ()
+  note = (
+    f"its authors resize with Pillow's {name} filter; ours is bicubic, so that "
+    "pixels differ a little"
   )
+  return "bicubic", (note,)
 
 
 class Pixels(NamedTuple):

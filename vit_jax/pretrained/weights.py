@@ -41,7 +41,7 @@ class Weights(NamedTuple):
     num_classes: width of the head, 0 for none.
     class_names: as the file has them, else None.
     preprocess: the evaluation preprocessing that its authors use, or the
-      nearest that there is here.
+      nearest that there is here, see `notes`.
     mean, std: of pixels in [0, 1], a triple each. Our models take [-1, 1],
       which is 0.5 and 0.5.
     loss: "softmax" or "sigmoid": what turns logits into probabilities.

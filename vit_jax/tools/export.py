@@ -49,6 +49,7 @@ def export(
   to: str,
   *,
   image_size: int | tuple[int, int] | None = None,
+  resize: str | None = None,
 ) -> dict[str, Any]:
   """Writes the model at `source` to the folder `out`.
 
@@ -56,7 +57,7 @@ def export(
     source: whatever `vit_jax.load` reads.
     out: the folder to write; nothing may be there.
     to: one of `FORMATS`.
-    image_size: in pixels, as of `vit_jax.load`.
+    image_size, resize: as of `vit_jax.load`.
 
   Returns:
     The content of export.json.
@@ -73,7 +74,7 @@ def export(
     if importlib.util.find_spec(library) is None:
       raise needs_extra(f"--to={to}", library)
   with _atomic(folder) as partial:
-    model = _load(source, image_size)
+    model = _load(source, image_size, resize)
     _check_size(model, to)
     about = {
       "format": to,
@@ -100,9 +101,9 @@ def _atomic(folder):
     raise UserError(f"{folder} cannot be written: {e.strerror or e}") from e
 
 
-def _load(source, image_size):
+def _load(source, image_size, resize):
   """Returns the model in float32, with unrolled blocks."""
-  weights = pretrained.read(source)
+  weights = pretrained.read(source, resize)
   weights = weights._replace(
     params=match_layout(weights.params, scan=False),
     model={**weights.model, "scan": False, "remat": "none"},

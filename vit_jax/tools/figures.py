@@ -79,6 +79,7 @@ def make_figures(
   runs: str | None = None,
   only: Sequence[str] = (),
   image_size: int | tuple[int, int] | None = None,
+  resize: str | None = None,
 ) -> list[str]:
   """Draws figures into a folder.
 
@@ -89,6 +90,7 @@ def make_figures(
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
     image_size: pixels, or (h, w); unset: each checkpoint's own.
+    resize: how position embeddings are resized, as of `vit_jax.load`.
 
   Returns:
     The paths of what was written.
@@ -114,7 +116,7 @@ def make_figures(
     check_free(file)
   labels = name_paths(checkpoints)
   seen = [
-    _read(source, label, images, image_size)
+    _read(source, label, images, image_size, resize)
     for source, label in zip(checkpoints, labels, strict=True)
   ]
   found = find_runs([runs]) if runs else []
@@ -155,9 +157,9 @@ def _write(drawing, name, png, svg, table):
 # --- what is drawn ---
 
 
-def _read(source, label, images, image_size) -> Checkpoint:
+def _read(source, label, images, image_size, resize) -> Checkpoint:
   """Loads a checkpoint, runs it, and keeps only what is drawn."""
-  model = pretrained.load(source, image_size=image_size)
+  model = pretrained.load(source, image_size=image_size, resize=resize)
   about = model.config
   pixels = [
     preprocess.preprocess_image(image, about.preprocess, about.image_size)

@@ -19,6 +19,8 @@ STRINGS = (
   "resize(size, method='area')",
   "resize_small(40)|central_crop(size)",
   "resize_small(200, method='bilinear')|central_crop(size)",
+  "resize(size, method='bicubic', antialias=True)",
+  "resize_small(40, 'bilinear', antialias=True)|central_crop(size)",
   "central_crop(size)",
 )
 SHAPES = ((8, 8), (32, 32), (61, 90), (257, 130), (5, 200), (300, 400))
@@ -62,10 +64,13 @@ def test_parse(text, expected):
     ("resize(x)", "neither a number nor `size`"),
     ("resize(1 + size)", "not a literal"),
     ("resize(size / 0)", "size / 0"),
-    ("resize(size, foo=3)", "does not have; it takes resize(size, method)"),
+    ("resize(size, foo=3)", "it takes resize(size, method, antialias)"),
     ("resize()", "a size is missing"),
     ("resize(0)", "positive integer"),
-    ("resize(size, method='cubic')", "'bilinear' or 'area'"),
+    ("resize(size, method='cubic')", "'bilinear', 'bicubic' or 'area'"),
+    ("resize(size, antialias=1)", "antialias must be True or False, not 1"),
+    ("resize(size, method='bicubic')", "'bicubic' is for antialias=True"),
+    ("resize_small(256, antialias=True)", "antialias=True is for method="),
     ("inception_crop(size, area_min=0)", "percentage"),
     ("resize(size)|randaug(2, 99)", "between 0 and 30"),
     ("resize(size)|randaug(contrast='pil')", "'mean' or 'augreg', not 'pil'"),
@@ -126,6 +131,11 @@ def test_numpy_equals_tensorflow_bit_for_bit(text):
   ("text", "size", "expected"),
   [
     ("resize(size)", 64, "resize(64)"),
+    (
+      "resize(size, method='bicubic', antialias=True)",
+      64,
+      "resize(64, method='bicubic', antialias=True)",
+    ),
     (
       "resize_small(40)|central_crop(32)",
       64,

@@ -29,7 +29,12 @@ from vit_jax.tools.export import FORMATS, export
 _VIT = "ViT-w16d2m24h2_8"
 # Variant -> arguments of `models.create`, image size, preprocessing, loss.
 _MODELS = {
-  _VIT: ({}, (32, 40), "resize_small(48)|central_crop(size)", "softmax"),
+  _VIT: (
+    {},
+    (32, 40),
+    "resize_small(48, 'bicubic', antialias=True)|central_crop(size)",
+    "softmax",
+  ),
   "RN+ViT-w16d2m24h2_8": (
     {"classifier": "map", "scan": True, "remat": "full"},
     (24, 32),
@@ -229,7 +234,12 @@ def test_the_documents_command(tmp_path, sources, monkeypatch):
   assert about["input"]["shape"] == ["batch", 56, 56, 3]
   # As much of the picture as at 32x40 pixels: 48 are 1.5 times the height.
   assert about["preprocessing"] == [
-    {"op": "resize_small", "smaller_size": 84, "method": "area"},
+    {
+      "op": "resize_small",
+      "smaller_size": 84,
+      "method": "bicubic",
+      "antialias": True,
+    },
     {"op": "central_crop", "size": [56, 56]},
   ]
 

@@ -33,5 +33,8 @@ def restore(weights: Weights) -> Weights:
   if path not in MODELS.values():
     return weights
   return weights._replace(
-    source=path.parent.name, resize="corner_aligned", notes=()
+    source=path.parent.name,
+    preprocess="resize(size)",
+    resize="corner_aligned",
+    notes=(),
   )
