@@ -46,13 +46,11 @@ def linear(
     l2: the penalty's factor.
     neighbours: how many vote, see `fewshot.evaluate_neighbours`; 0: none.
     what, layers: which features, see `models.make_features`.
-    image_size: pixels, or (h, w); unset: the checkpoint's own.
-    resize: how position embeddings are resized, as of `vit_jax.load`.
+    image_size, resize: as of `vit_jax.load`.
     preprocess: of training and test images; unset: the checkpoint's own
       evaluation preprocessing.
     data_dir: where the TFDS data sets are.
-    batch_size: images at once, on all devices; rounded up to a multiple of
-      these.
+    batch_size: images at once; rounded up to a multiple of the devices.
 
   Returns:
     {"checkpoint", "dataset", "train_split", "test_split", "train_examples",
@@ -77,7 +75,6 @@ def linear(
   preprocess = preprocess or loaded.config.preprocess
   choice = {"what": what, "layers": layers}
   train, test = _extract(loaded, splits, preprocess, batch_size, **choice)
-
   return {
     "checkpoint": source,
     "dataset": dataset,

@@ -1,8 +1,8 @@
 """The `verify` command: published values, beside those of weights.
 
-The values are Meta's own, as transformers' conversion script of DINOv3 has them:
-the first five numbers of the class token and of the first patch, both after the
-last LayerNorm, of one photograph at 224 pixels.
+The values are Meta's own, as transformers' conversion script of DINOv3 has
+them: the first five numbers of the class token and of the first patch, both
+after the last LayerNorm, of one photograph at 224 pixels.
 """
 
 from typing import Any

@@ -32,14 +32,15 @@ def test_values_are_compared(tmp_path, monkeypatch, capsys):
   pretrained.write(weights, folder, "orbax")
   model = pretrained.load(folder)
   batch = np.float32(pixels[None]) / 127.5 - 1
-  cls = np.asarray(model.features(batch, what="cls"))[0, :5]
-  patch = np.asarray(model.features(batch, what="patches"))[0, 0, 0, :5]
-  published = {(_VARIANT, "gated"): ("toy", tuple(cls), tuple(patch))}
+  cls = np.asarray(model.features(batch, what="cls"), float)[0, :5]
+  patch = np.asarray(model.features(batch, what="patches"), float)
+  patch = patch[0, 0, 0, :5]
+  published = {(_VARIANT, "gated"): ("toy", [*cls], [*patch])}
   monkeypatch.setattr(verify, "PUBLISHED", published)
   assert main(["verify", folder, f"--image={image}"]) == 0
   assert "toy\n" in (printed := capsys.readouterr().out)
   assert "the same: they differ by 0.0000" in printed
-  published[_VARIANT, "gated"] = ("toy", tuple(cls), tuple(patch + 0.2))
+  published[_VARIANT, "gated"] = ("toy", [*cls], [*(patch + 0.2)])
   assert main(["verify", folder, f"--image={image}", "--json"]) == 1
   found = json.loads(capsys.readouterr().out)
   assert not found["equal"]
