@@ -42,8 +42,7 @@ def linear(
     dataset: a data set with one label an image.
     train_split, test_split: of it.
     shots: training images of each class; None for all there are.
-    seeds: how many draws of the shots.
-    l2: the penalty's factor.
+    seeds, l2: how many draws of the shots; the penalty's factor.
     neighbours: how many vote, see `fewshot.evaluate_neighbours`; 0: none.
     what, layers: which features, see `models.make_features`.
     image_size, resize: as of `vit_jax.load`.
