@@ -28,6 +28,7 @@ from vit_jax.commands import (
   sweep,
   tables,
   train,
+  verify,
   vtab,
 )
 
@@ -44,6 +45,7 @@ COMMANDS = {
   "embed": (embed, "write features of image files"),
   "demo": (demo, "classify pictures dropped on a page"),
   "inspect": (inspect, "show what a file of weights holds"),
+  "verify": (verify, "compare features with published ones"),
   "convert": (convert, "write weights in another format"),
   "export": (export, "write a model that runs without this package"),
   "tables": (tables, "the paper's tables, beside your runs"),

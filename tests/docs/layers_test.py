@@ -48,7 +48,12 @@ _LAYERS = (
     "evaluation.fewshot",
     "evaluation.predict",
   ),
-  ("evaluation.evaluators", "evaluation.linear", "evaluation.embed"),
+  (
+    "evaluation.evaluators",
+    "evaluation.linear",
+    "evaluation.embed",
+    "evaluation.verify",
+  ),
   ("train", "evaluation.evaluate"),
   # The tools: what the core never imports.
   ("tools.runs", "tools.text", "tools.build_data"),

@@ -6,6 +6,7 @@ import covering
 import numpy as np
 import pytest
 import reference_vit
+import safetensors.numpy
 import torch_formats
 from random_models import (
   assert_close,
@@ -31,7 +32,7 @@ from torch_formats import (
 import vit_jax
 from vit_jax import pretrained
 from vit_jax.errors import UserError
-from vit_jax.pretrained import huggingface, torch_folders
+from vit_jax.pretrained import families, huggingface, torch_folders
 
 PREPROCESSOR = {
   "size": {"height": 16, "width": 24},
@@ -88,11 +89,10 @@ def test_model_without_classifier(tmp_path, representation_size):
 
 
 def test_defaults_are_those_of_transformers():
-  nothing = torch_folders.Fields("config.json", {})
-  assert huggingface._read_model(nothing, 0) == {
+  nothing, family = torch_folders.Fields("config.json", {}), families.VIT
+  assert huggingface._read_model(nothing, family, family.layouts[0]) == {
     "variant": "ViT-B_16",
     "classifier": "token",
-    "representation_size": 0,
     "activation": "gelu_erf",
     "layer_norm_epsilon": 1e-12,
   }
@@ -134,8 +134,14 @@ def test_files_in_parts(tmp_path):
     json.dumps({"weight_map": index})
   )
   assert_identical(pretrained.read(str(tmp_path)), whole)
-  (tmp_path / "1.safetensors").unlink()
-  assert_refused(tmp_path, "1.safetensors")
+  part = tmp_path / "1.safetensors"
+  part.write_bytes(part.read_bytes()[:-1])
+  assert_refused(tmp_path, "1.safetensors: the file is damaged")
+  part.unlink()
+  assert_refused(tmp_path, "its part 1.safetensors is missing; fetch it")
+  for text in ("[]", "{}", '{"weight_map": []}'):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert_refused(tmp_path, "its weight_map names no files")
 
 
 def test_what_no_classification_reads_is_left_out(tmp_path):
@@ -213,6 +219,67 @@ def test_preprocessor(tmp_path, preprocessor, text):
   assert (weights.mean, weights.std) == ((0,) * 3, (1,) * 3)
 
 
+DINOV3 = {
+  "pos_embedding": "none",
+  "rope": "dinov3",
+  "layer_scale_init": 1.0,
+  "qkv_bias": "qv",
+  "variant": "ViT-w24d2m40h2_8",
+}
+DINOV2 = {
+  "classifier": "token",
+  "layer_scale_init": 1.0,
+  "variant": "ViT-w24d2m48h3_8",
+}
+CLIP = {"pre_norm": True, "patch_bias": False}
+
+
+def _write(folder, **options):
+  """Writes random weights; returns the folder."""
+  pretrained.write(make_weights(**options), str(folder / "out"), "hf")
+  return folder / "out"
+
+
+@pytest.mark.parametrize(
+  ("options", "mean"),
+  [(DINOV3, 0.485), (DINOV2, 0.485), (CLIP, 0.48145466), ({}, 0.5)],
+)
+def test_pixels_without_a_preprocessor(tmp_path, options, mean):
+  folder = _write(tmp_path, num_classes=0, size=(16, 16), **options)
+  (folder / "preprocessor_config.json").unlink()
+  weights = pretrained.read(str(folder))
+  assert weights.mean[0] == mean
+  assert any("no preprocessor_config.json" in note for note in weights.notes)
+
+
+def test_images_of_another_size_than_the_position_embedding(tmp_path):
+  """DINOv2 has 37x37 positions, and its preprocessor makes 16x16 patches."""
+  folder = _write(tmp_path, num_classes=0, size=(40, 40), **DINOV2)
+  preprocessor = PREPROCESSOR | {
+    "image_processor_type": "BitImageProcessor",
+    "size": {"shortest_edge": 20},
+    "crop_size": {"height": 16, "width": 16},
+  }
+  text = json.dumps(preprocessor)
+  (folder / "preprocessor_config.json").write_text(text)
+  weights = pretrained.read(str(folder))
+  assert weights.preprocess == "resize_small(50)|central_crop(size)"
+  assert any("load(..., image_size=(16, 16))" in x for x in weights.notes)
+  model = vit_jax.load(str(folder), image_size=16)
+  assert model.config.preprocess == "resize_small(20)|central_crop(size=16)"
+
+
+def test_integers_of_older_versions_are_passed_over(tmp_path):
+  """CLIP's position_ids, which are 0, 1, 2, ..."""
+  folder = _write(tmp_path, num_classes=0, size=(16, 16), **CLIP)
+  expected = pretrained.read(str(folder))
+  file = folder / "model.safetensors"
+  arrays = safetensors.numpy.load_file(file)
+  arrays["vision_model.embeddings.position_ids"] = np.arange(5)[None]
+  safetensors.numpy.save_file(arrays, file)
+  assert_identical(pretrained.read(str(folder)), expected)
+
+
 # --- writing ---
 
 
@@ -248,7 +315,28 @@ def test_ours_there_and_back(tmp_path, options):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"classifier": "gap"}, "classifier 'gap'"),
+    ({"classifier": "map"}, "Hugging Face's ViT cannot represent classifier"),
+    ({"classifier": "gap", "size": (16, 24)}, "images 16x24"),
+    ({"qk_norm": True}, "qk_norm True"),
+    ({"rope": "dinov3"}, "rope 'dinov3'"),
+    (
+      {"rope": "dinov3", "pos_embedding": "none", "layer_scale_init": 1.0},
+      "Hugging Face's DINOv3 cannot represent a classification head",
+    ),
+    (
+      {"layer_scale_init": 1.0, "classifier": "token+gap", "size": (16, 16)},
+      "Hugging Face's DINOv2 cannot represent an MLP of the width 40",
+    ),
+    (
+      {
+        "layer_scale_init": 1.0,
+        "classifier": "token+gap",
+        "size": (16, 16),
+        "mlp": "gated",
+        "variant": "ViT-w24d2m64h3_8",
+      },
+      "activation 'gelu_tanh' of a gated MLP",
+    ),
     ({"pos_embedding": "sincos2d"}, "pos_embedding 'sincos2d'"),
     ({"pos_embedding_at": "every_layer"}, "pos_embedding_at 'every_layer'"),
     ({"representation_size": 4}, "a pre_logits layer before a head"),
@@ -267,9 +355,18 @@ def test_what_cannot_be_said(tmp_path, options, message):
   ("changes", "message"),
   [
     (None, "the config.json that belongs to it is missing"),
-    ({"model_type": "bert"}, "'bert'"),
+    ({"model_type": "bert"}, "'bert'; of Hugging Face's, vit, deit, dinov2,"),
+    ({"model_type": "siglip2"}, "'siglip2'; that is SigLIP 2's NaFlex"),
+    ({"model_type": "clip_text_model"}, "that is a text tower"),
+    ({"model_type": "aimv2"}, "'aimv2'; it has RMSNorm"),
+    ({"model_type": "beit"}, "'beit'; its blocks have a bias"),
+    ({"model_type": "ijepa"}, "'ijepa'; "),
+    ({"model_type": "clip"}, "embeddings.patch_embedding.weight is missing"),
+    ({"model_type": "siglip", "vision_config": 3}, "vision_config is 3"),
+    ({"model_type": "deit"}, "there is no vision encoder in it"),
     ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
-    ({"qkv_bias": False}, "qkv_bias is not True"),
+    ({"qkv_bias": False}, "attention.key.bias is not known"),
+    ({"qkv_bias": "no"}, "qkv_bias is 'no'"),
     ({"patch_size": [8, 4]}, "patches are (8, 4)"),
     ({"image_size": "big"}, "image_size is 'big'"),
     ({"image_size": [16, 20]}, "position_embeddings is"),
@@ -285,6 +382,35 @@ def test_bad_configurations(tmp_path, changes, message):
   arrays = torch_formats.huggingface(random_weights())
   config = None if changes is None else huggingface_config(**changes)
   assert_refused(save(tmp_path, arrays, config), message)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"proj_bias": False}, "proj_bias is false"),
+    ({"query_bias": False}, "are (False, False, True); ours has all, none"),
+    ({"hidden_act": "gelu_10"}, "hidden_act is 'gelu_10'"),
+    ({"use_gated_mlp": True}, "gate_proj.bias is missing"),
+    ({"num_register_tokens": 3}, "register_tokens is 1x2x24, 1x3x24 is needed"),
+    ({"key_bias": True}, "k_proj.bias is missing"),
+    ({"rope_theta": "fast"}, "rope_theta is 'fast'"),
+  ],
+)
+def test_bad_configurations_of_dinov3(tmp_path, changes, message):
+  folder = _write(tmp_path, num_classes=0, registers=2, **DINOV3)
+  path = folder / "config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  assert_refused(folder, message)
+
+
+def test_a_text_tower_alone(tmp_path):
+  """As CLIPTextModel in older versions, whose config.json says 'clip'."""
+  arrays = {"text_model.final_layer_norm.weight": np.ones(8, np.float32)}
+  folder = save(tmp_path, arrays, {"model_type": "clip", "vision_config": {}})
+  assert_refused(
+    folder,
+    "there is no vision encoder in it, but text_model.final_layer_norm.weight",
+  )
 
 
 @pytest.mark.parametrize("problem", [None, "single_label_classification"])

@@ -44,7 +44,7 @@ class ViTConfig:
   distillation_token: bool = _option(False)
   registers: int = _option(0)
   map_heads: int = _option(0)
-  final_norm: str = _option("tokens", "pooled")
+  final_norm: str = _option("tokens", "pooled", "none")
   projection_size: int = _option(0)
   representation_size: int = _option(0)
   patch_bias: bool = _option(True)

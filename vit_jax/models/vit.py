@@ -226,7 +226,7 @@ class Encoder(nn.Module):
     if self.first_only:
       x = x.reshape(b, -1, d)[:, 0]
     norm = LayerNorm(config, whole=True, name="encoder_norm")
-    if config.final_norm == "pooled":
+    if config.final_norm != "tokens":
       norm = lambda x: (x, None)  # noqa: E731
     if self.intermediates == "tokens":
       out |= {

@@ -115,10 +115,14 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
     return _open_safetensors(path)
   arrays = {}
   index = files.read_json(path, "fetch it again")
-  names = set((index.get("weight_map") or {}).values())
-  for name in sorted(names):
+  parts = index.get("weight_map") if isinstance(index, dict) else None
+  if not isinstance(parts, dict) or not parts:
+    raise UserError(f"{path}: its weight_map names no files; fetch it again")
+  for name in sorted(set(map(str, parts.values()))):
     if pathlib.Path(name).name != name:
       raise UserError(f"{path}: its part {name!r} is not a file beside it")
+    if not (path.parent / name).exists():
+      raise UserError(f"{path}: its part {name} is missing; fetch it")
     arrays |= _open_safetensors(path.parent / name)
   return arrays
 
@@ -129,6 +133,8 @@ def _open_safetensors(path):
     arrays = {}
     names = file.keys()
     for name in names:
+      if name.endswith(_COUNTERS):
+        continue
       slices = file.get_slice(name)
       dtype = _SAFETENSORS_DTYPES.get(slices.get_dtype())
       if dtype is None:
@@ -146,6 +152,8 @@ def _open_safetensors(path):
   return arrays
 
 
+# Integers 0, 1, 2, ..., which older versions of transformers wrote.
+_COUNTERS = ("embeddings.position_ids",)
 _SAFETENSORS_DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),

@@ -250,7 +250,7 @@ def assemble(
 def describe(weights: Weights) -> Config:
   """Returns what the weights are, before anything is resized or replaced."""
   sizes = variants.parse(weights.model["variant"])
-  model, options = weights.create_model(), models.DEFAULTS | weights.model
+  model, options = weights.create_model(), weights.options()
   if sizes.encoder is None:
     options |= {"classifier": "gap", "pos_embedding": "none"}
     options |= {"activation": "relu", "layer_norm_epsilon": 0.0}

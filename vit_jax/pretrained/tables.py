@@ -7,7 +7,14 @@ table reads and writes.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+  Callable,
+  Container,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 from typing import Any, NamedTuple
 
 import jax
@@ -40,12 +47,22 @@ LINEAR_OUT = Kind(
 CONV = Kind(
   lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0)
 )
+# Twice the file's, of a head that is one of two whose mean is taken.
+TWICE = Kind(
+  lambda x: x * x.dtype.type(0.5), lambda x, shape: x * x.dtype.type(2)
+)
+TWICE_LINEAR = Kind(
+  lambda x: TWICE.write(LINEAR.write(x)),
+  lambda x, shape: LINEAR.read(x * x.dtype.type(2), shape),
+)
 # A position embedding whose first entry, the class token's, is zero and not in
 # the file.
 NO_TOKEN = Kind(
   lambda x: x[:, 1:],
   lambda x, shape: np.pad(x, ((0, 0), (shape[1] - x.shape[1], 0), (0, 0))),
 )
+# A position embedding without the leading axis of 1.
+ROWS = Kind(lambda x: x[0])
 # A dense layer that the file has as a 1x1 convolution.
 CONV_1X1 = Kind(lambda x: x.reshape(1, 1, *x.shape))
 
@@ -55,7 +72,8 @@ class Rule(NamedTuple):
 
   Attributes:
     path: regular expression of our whole path.
-    name: the file's name; may use the groups of `path`.
+    name: the file's name; may use the groups of `path`. "" for zeros that the
+      file does not have.
     kind: the rearrangement.
     part: (i, n) if this is part i of n that the file joins along axis 0.
   """
@@ -107,6 +125,8 @@ def translate(
     UserError: missing, extra or misshapen arrays, by name.
   """
   source, entries = weights.source, _find_entries(rules, weights.shapes())
+  absent = {e.path: _zeros(e.shape) for e in entries if not e.name}
+  entries = [e for e in entries if e.name]
   _check_names(source, {e.name for e in entries}, arrays)
   for entry in entries:
     found = arrays[entry.name].shape
@@ -124,7 +144,11 @@ def translate(
     )
     for entry in entries
   }
-  return weights._replace(params=params)
+  return weights._replace(params=params | absent)
+
+
+def _zeros(shape):
+  return LazyArray(shape, np.dtype(np.float32), lambda: np.zeros(shape, "f4"))
 
 
 def translate_back(
@@ -138,6 +162,7 @@ def translate_back(
   groups: dict[str, list[_Entry]] = {}
   for entry in _find_entries(rules, weights.params):
     groups.setdefault(entry.name, []).append(entry)
+  groups.pop("", None)
   for name, entries in groups.items():
     entries.sort(key=lambda e: e.rule.part or (0, 1))
     pieces = [
@@ -185,8 +210,21 @@ PAPER = {
 }
 
 
+class _Above:
+  """Contains the numbers that are greater than one."""
+
+  def __init__(self, low):
+    self.low = low
+
+  def __contains__(self, x):
+    return x > self.low
+
+
+POSITIVE, ANY = _Above(0), _Above(-1)
+
+
 def check_options(
-  weights: Weights, format_name: str, *problems: str, **options: tuple
+  weights: Weights, format_name: str, *problems: str, **options: Container
 ) -> None:
   """Raises a UserError that names what a format cannot represent.
 

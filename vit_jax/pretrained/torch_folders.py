@@ -6,7 +6,7 @@ folder that is complete or not there.
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from vit_jax.pretrained.weights import Weights
 
 BLOCK = r"Transformer/encoderblock_(\d+)"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_0"
+POOL = "MAPHead_0"
 WEIGHTS_FILE = "model.safetensors"
 _Value = TypeVar("_Value")
 
@@ -46,22 +47,55 @@ def dense_rules(
   ]
 
 
-def block_rules(block: str, names: Iterable[str]) -> list[Rule]:
-  """The lines of an encoder's blocks, but for query, key and value.
+def block_rules(
+  block: str,
+  norms: Sequence[str],
+  attention: Sequence[str],
+  mlp: Sequence[str],
+  scales: Sequence[str] = (),
+  gate: str = "",
+) -> list[Rule]:
+  """The lines of an encoder's blocks.
 
   Args:
     block: the file's name of a block; may use its number, "\\1".
-    names: in it, of the first LayerNorm, attention's output, the second
-      LayerNorm and the MLP's two layers.
+    norms: in it, of the LayerNorms before attention and before the MLP.
+    attention: of query, key, value and output; of the first three, one name for
+      what is joined in one array.
+    mlp: of the layer that widens and the layer that narrows.
+    scales: of the LayerScale of attention and of the MLP.
+    gate: of a gated MLP's.
   """
-  ours, (norm, out, norm_1, dense, dense_1) = BLOCK, names
-  return [
-    *norm_rules(f"{ours}/LayerNorm_0", f"{block}.{norm}"),
-    *dense_rules(f"{ATTENTION}/out", f"{block}.{out}", tables.LINEAR_OUT),
-    *norm_rules(f"{ours}/LayerNorm_1", f"{block}.{norm_1}"),
-    *dense_rules(f"{ours}/MlpBlock_0/Dense_0", f"{block}.{dense}"),
-    *dense_rules(f"{ours}/MlpBlock_0/Dense_1", f"{block}.{dense_1}"),
+  *inputs, out = (f"{block}.{name}" for name in attention)
+  rules = [*dense_rules(f"{ATTENTION}/out", out, tables.LINEAR_OUT)]
+  for i, name in enumerate(("query", "key", "value")):
+    joined = len(inputs) == 1
+    theirs, part = (inputs[0], (i, 3)) if joined else (inputs[i], None)
+    rules += dense_rules(f"{ATTENTION}/{name}", theirs, part=part)
+  for i, name in enumerate(norms):
+    rules += norm_rules(f"{BLOCK}/LayerNorm_{i}", f"{block}.{name}")
+  for i, name in enumerate(mlp):
+    rules += dense_rules(f"{BLOCK}/MlpBlock_0/Dense_{i}", f"{block}.{name}")
+  if gate:
+    rules += dense_rules(f"{BLOCK}/MlpBlock_0/gate", f"{block}.{gate}")
+  for i, name in enumerate(scales):
+    rules.append(Rule(f"{BLOCK}/LayerScale_{i}/scale", f"{block}.{name}"))
+  return rules
+
+
+def pool_rules(
+  probe: str, out: str, norm: str, mlp: Sequence[str]
+) -> list[Rule]:
+  """The lines of attention pooling, but for its query, key and value."""
+  path = f"{POOL}/MultiHeadDotProductAttention_0/out"
+  rules = [
+    Rule(f"{POOL}/probe", probe),
+    *dense_rules(path, out, tables.LINEAR_OUT),
+    *norm_rules(f"{POOL}/LayerNorm_0", norm),
   ]
+  for i, name in enumerate(mlp):
+    rules += dense_rules(f"{POOL}/MlpBlock_0/Dense_{i}", name)
+  return rules
 
 
 # --- fields of JSON files ---
@@ -199,13 +233,36 @@ def find_method(name: str) -> tuple[str, tuple[str, ...]]:
   return "bicubic", (note,)
 
 
-def assume_pixels(weights: Weights, file: str) -> Weights:
+class Pixels(NamedTuple):
+  """A mean and a standard deviation of pixels in [0, 1], and their name."""
+
+  name: str
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+
+HALF = Pixels("in [-1, 1]", (0.5,) * 3, (0.5,) * 3)
+IMAGENET = Pixels(
+  "normalised as ImageNet's", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+)
+CLIP = Pixels(
+  "normalised as CLIP's",
+  (0.48145466, 0.4578275, 0.40821073),
+  (0.26862954, 0.26130258, 0.27577711),
+)
+
+
+def assume_pixels(
+  weights: Weights, file: str, pixels: Pixels = HALF
+) -> Weights:
   """Returns weights whose configuration says nothing of pixels."""
   note = (
-    f"there is no {file}; pixels are taken to be in [-1, 1], of images that "
+    f"there is no {file}; pixels are taken to be {pixels.name}, of images that "
     "were resized whole"
   )
-  return weights._replace(notes=(*weights.notes, note))
+  return weights._replace(
+    mean=pixels.mean, std=pixels.std, notes=(*weights.notes, note)
+  )
 
 
 # --- folders ---

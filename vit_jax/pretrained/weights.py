@@ -88,6 +88,23 @@ class Weights(NamedTuple):
     options["image_size"] = (height - bottom, width - right)
     return models.create(**options)._replace(image_size=self.image_size)
 
+  def options(self) -> dict[str, Any]:
+    """Returns the arguments of `models.create`, defaults included.
+
+    Of values that mean the same here it has the default.
+    """
+    options = models.DEFAULTS | self.model
+    encoder = variants.parse(self.model["variant"]).encoder
+    without_effect = {
+      "class_token": options["classifier"].startswith("token"),
+      "map_heads": encoder and options["map_heads"] == encoder.num_heads,
+      "prefix_positions": options["pos_embedding"] != "learned"
+      or (not options["registers"] and options["prefix_positions"] == "all"),
+    }
+    return options | {
+      name: models.DEFAULTS[name] for name, x in without_effect.items() if x
+    }
+
   def cut_off(self) -> tuple[int, int]:
     """Returns the pixels (at the bottom, to the right) that are in no patch.
 

@@ -38,6 +38,11 @@ FAMILIES = {
     "activation": "gelu_quick",
     "projection_size": 12,
   },
+  "CLIP's tokens": {
+    "classifier": "gap",
+    "class_token": True,
+    "final_norm": "none",
+  },
   "MAE": {"classifier": "gap", "class_token": True, "final_norm": "pooled"},
   "DeiT": {"distillation_token": True},
   "so150m": {

@@ -1,0 +1,36 @@
+"""`vit-jax verify`: compare features with published ones."""
+
+import json
+
+from vit_jax.commands import flags
+
+
+def add_flags(parser):
+  parser.add_argument("source", metavar="SOURCE", help=flags.SOURCE)
+  parser.add_argument(
+    "--image",
+    required=True,
+    metavar="FILE",
+    help="000000039769.jpg of COCO's val2017, the photograph of the values",
+  )
+  flags.add_json(parser)
+
+
+def run(args):
+  from vit_jax.evaluation import verify
+
+  found = verify.verify(args.source, args.image)
+  if args.json:
+    print(json.dumps(found))
+  else:
+    print(found["model"])
+    for row in found["rows"]:
+      for name in ("published", "found"):
+        numbers = " ".join(f"{x:9.5f}" for x in row[name])
+        print(f"  {row['token']:<12} {name:<10} {numbers}")
+    verdict = "the same" if found["equal"] else "NOT the same"
+    print(
+      f"{verdict}: they differ by {found['difference']:.5f} at most, up to "
+      f"{verify.TOLERANCE} is expected"
+    )
+  return 0 if found["equal"] else 1
