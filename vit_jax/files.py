@@ -1,4 +1,4 @@
-"""Atomic writes, and JSON files whose errors name file and line.
+"""Atomic writes, JSON files whose errors name file and line, and run folders.
 
 Paths are pathlib's, or epath's for buckets.
 """
@@ -121,24 +121,52 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
   return value
 
 
-def read_json_lines(path) -> tuple[list[dict[str, Any]], list[int]]:
-  """Returns a file's JSON objects, one a line, and its corrupt lines' numbers.
+def has_run(folder) -> bool:
+  """Returns whether a folder has a config.json, as run folders do."""
+  return (folder / "config.json").exists()
 
-  A last line without a line break is ignored: it is being written, or a kill
-  has cut it off. A file that does not exist has no lines.
+
+class NotOfARun(UserError):
+  """A config.json that something else than this package has written."""
+
+
+def read_run(folder, advice: str = "restore it from a copy") -> dict[str, Any]:
+  """Returns config.json of a run folder or of a converted checkpoint.
+
+  Args:
+    folder: the folder.
+    advice: what a user can do, for the error.
+
+  Raises:
+    NotOfARun: it has no configuration of a run.
+    UserError: it cannot be read, or is corrupt.
   """
-  text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-  found, corrupt = [], []
-  for number, line in enumerate(text.split("\n")[:-1], 1):
-    try:
-      value = json.loads(line)
-    except ValueError:
-      value = None
-    if isinstance(value, dict):
-      found.append(value)
-    else:
-      corrupt.append(number)
-  return found, corrupt
+  file = folder / "config.json"
+  run = read_json(file, advice)
+  if not isinstance(run.get("config"), dict):
+    raise NotOfARun(f"{file} is not of a run of vit-jax; {advice}")
+  return run
+
+
+def read_metrics(folder) -> tuple[list[dict[str, float]], int]:
+  """Returns the lines of a run's metrics.jsonl, and how many are corrupt.
+
+  Each has an integer "step", by which they are sorted, and numbers. A last line
+  without a line break is ignored: it is being written, or a kill has cut it
+  off. A file that does not exist has no lines.
+  """
+  file = folder / "metrics.jsonl"
+  text = file.read_bytes().decode(errors="replace") if file.exists() else ""
+  lines = text.split("\n")[:-1]
+  found = []
+  for line in lines:
+    with contextlib.suppress(ValueError, AttributeError):
+      values = json.loads(line)
+      numbers = all(isinstance(x, int | float) for x in values.values())
+      if numbers and isinstance(values.get("step"), int):
+        found.append(values)
+  found.sort(key=lambda values: values["step"])
+  return found, len(lines) - len(found)
 
 
 def walk(root: str) -> Iterator[str]:

@@ -576,6 +576,9 @@ def test_what_is_in_a_run_folder_is_named(tmp_path, monkeypatch):
   how = f"--config.init_from='{workdir}' starts it from these weights, without"
   with named("total_steps: 10 -> 20", "to train for longer", how):
     run_folder.check(load(20), workdir)
+  (workdir / "config.json").write_text('{"model_type": "vit"}')
+  with named("config.json is not of a run", "choose another --workdir"):
+    run_folder.check(load(10), workdir)
   (workdir / "config.json").write_text('{"config": ')
   with named("config.json is corrupt", "choose another --workdir"):
     run_folder.check(load(10), workdir)

@@ -70,7 +70,12 @@ def test_json_that_cannot_be_read_is_one_line(content, words, tmp_path):
 
 
 def test_lines_that_are_corrupt_are_counted_and_a_torn_one_is_ignored(tmp_path):
-  file = tmp_path / "x.jsonl"
-  assert files.read_json_lines(file) == ([], [])
-  file.write_bytes(b'{"a": 1}\n\xff{\n[1]\n{"a": 2}\n{"a": 3}')
-  assert files.read_json_lines(file) == ([{"a": 1}, {"a": 2}], [2, 3])
+  file = tmp_path / "metrics.jsonl"
+  assert files.read_metrics(tmp_path) == ([], 0)
+  file.write_bytes(
+    b'{"step": 1}\n\xff{\n[1]\n{"a": 2}\n{"step": 2, "a": "b"}\n'
+    b'{"step": 4, "a": NaN}\n{"step": 3}\n{"step": 5}'
+  )
+  lines, corrupt = files.read_metrics(tmp_path)
+  assert [values["step"] for values in lines] == [1, 3, 4]
+  assert corrupt == 4

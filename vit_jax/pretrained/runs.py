@@ -22,7 +22,7 @@ def matches(path) -> bool:
   """Returns whether a folder is a run's or one of its checkpoints."""
   path = checkpoint.absolute(path)
   run = path.parent.parent if path.name.isdigit() else path
-  return (run / "config.json").exists() and any(
+  return files.has_run(run) and any(
     (run / kind).exists() for kind in ("checkpoints", "best")
   )
 
@@ -43,14 +43,14 @@ def locate(path) -> tuple[epath.Path, list[epath.Path]]:
       f"no checkpoint at {path}: it does not exist; give a run folder or one "
       "of its checkpoints/STEP"
     )
-  if path.name.isdigit() and (path.parent.parent / "config.json").exists():
+  if path.name.isdigit() and files.has_run(path.parent.parent):
     return path.parent.parent, [path]
   best = checkpoint.read_best(path)
   found = [best[0]] if best else []
   for step in reversed(checkpoint.list_steps(path)):
     folder = path / "checkpoints" / str(step)
     found += [folder] * (folder not in found)
-  if not (path / "config.json").exists() or not found:
+  if not files.has_run(path) or not found:
     raise UserError(
       f"no checkpoint at {path}: a run folder has config.json and checkpoints; "
       "train one with `vit-jax train`"
@@ -74,8 +74,7 @@ def read(source: str) -> Weights:
     except checkpoint.Corrupt as e:
       log.warning("%s is corrupt (%s)", folder, e)
     else:
-      run = files.read_json(workdir / "config.json")
-      return _as_weights(params, run, folder)
+      return _as_weights(params, files.read_run(workdir), folder)
   raise UserError(
     f"no readable checkpoint at {source}: {len(candidates)} tried; "
     "run the training command again to make a new one"

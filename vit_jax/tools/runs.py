@@ -1,4 +1,4 @@
-"""Run folders: the one reader of what `vit-jax train` writes into them."""
+"""Run folders: what `vit-jax train` and others have written into them."""
 
 import dataclasses
 import functools
@@ -202,29 +202,21 @@ def read_run(folder) -> Run | None:
     UserError: a config.json that cannot be read.
   """
   path = checkpoint.absolute(folder)
-  return _read(path, path.name) if (path / "config.json").exists() else None
-
-
-def _read_config(path):
-  return files.read_json(path / "config.json", _ADVICE)
+  return _read(path, path.name) if files.has_run(path) else None
 
 
 def _has_run(path) -> bool:
-  written = _read_config(path)  # a converted checkpoint has one as well
-  return "total_steps" in written and "train" in written.get("config", ())
+  try:
+    written = files.read_run(path, _ADVICE)
+  except files.NotOfARun:
+    return False
+  # A converted checkpoint has no such keys.
+  return "total_steps" in written and "train" in written["config"]
 
 
 def _read(path, name) -> Run:
-  lines, corrupt = files.read_json_lines(path / "metrics.jsonl")
-  good = [
-    values
-    for values in lines
-    if isinstance(values.get("step"), int)
-    and all(isinstance(x, int | float) for x in values.values())
-  ]
-  good.sort(key=lambda values: values["step"])
-  num_corrupt = len(corrupt) + len(lines) - len(good)
-  return Run(path, name, _read_config(path), good, num_corrupt)
+  lines, num_corrupt = files.read_metrics(path)
+  return Run(path, name, files.read_run(path, _ADVICE), lines, num_corrupt)
 
 
 def _walk(folder, seen) -> Iterator:
@@ -237,7 +229,7 @@ def _walk(folder, seen) -> Iterator:
   if real in seen:
     return
   seen.add(real)
-  is_run = (folder / "config.json").exists()
+  is_run = files.has_run(folder)
   if is_run:
     yield folder
   for path in sorted(folder.iterdir(), key=lambda p: (os.path.islink(p), p)):

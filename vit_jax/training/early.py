@@ -3,6 +3,7 @@
 Nothing here imports TensorFlow. A run checks the same again, and the rest.
 """
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -58,13 +59,9 @@ def _check_architecture(source, variant):
 
 def _read_variant(path) -> str | None:
   """Returns the variant of a run or one of its checkpoints, None of others."""
-  for folder in (path, path.absolute().parents[1]):
-    file = folder / "config.json"
-    if file.is_file():
-      try:
-        return files.read_json(file)["config"]["model"]["variant"]
-      except (ValueError, KeyError, TypeError):
-        return None
+  for folder in (path, path.absolute().parent.parent):
+    with contextlib.suppress(UserError, KeyError):
+      return files.read_run(folder)["config"]["model"]["variant"]
   return None
 
 

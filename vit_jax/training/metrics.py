@@ -63,7 +63,7 @@ class MetricLog:
     self._writes = jax.process_index() == 0
     if self._writes:
       self._workdir = self._folder = workdir
-      lines, _ = files.read_json_lines(workdir / "metrics.jsonl")
+      lines, _ = files.read_metrics(workdir)
       kept = [values for values in lines if values["step"] <= start_step]
       with _writing(workdir):
         if self._is_behind:

@@ -53,7 +53,7 @@ def check(config, workdir) -> dict | None:
     check_folder(folder)
   try:
     with os_errors():
-      is_new = not (workdir / "config.json").exists()
+      is_new = not files.has_run(workdir)
   except OSError as e:
     raise UserError(
       f"{workdir} cannot be read: {e.strerror or e}; mend that, or choose "
@@ -70,7 +70,7 @@ def check(config, workdir) -> dict | None:
       preprocess.check_crops(text, config.image_size)
     return None
   advice = "restore it from a copy, or choose another --workdir"
-  run = files.read_json(workdir / "config.json", advice)
+  run = files.read_run(workdir, advice)
   new = configuration.to_dict(config)
   if differences := configuration.differences(run["config"], new):
     raise UserError(
@@ -157,7 +157,7 @@ def write(config, workdir, about, objective, opened: Inputs, state):
 def read_results(workdir, step: int) -> dict[str, dict[str, float]]:
   """Returns {evaluation: {metric: value}} at `step` from metrics.jsonl."""
   found: dict[str, dict[str, float]] = {}
-  for values in files.read_json_lines(workdir / "metrics.jsonl")[0]:
+  for values in files.read_metrics(workdir)[0]:
     if values.pop("step") == step:
       for key, x in values.items():
         name, _, metric = key.partition("/")

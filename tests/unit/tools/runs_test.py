@@ -21,9 +21,12 @@ def test_runs_are_found_once_and_named_as_short_as_they_differ(tmp_path):
   b = _write(tmp_path / "sweep" / "lr=2" / "seed=0")
   # What a run made in its own folder, and what others made, are no runs.
   shutil.copytree(a, a / "checkpoints" / "1")
-  converted = tmp_path / "sweep" / "converted"
-  converted.mkdir()
-  (converted / "config.json").write_text('{"config": {"model": {}}}')
+  for name, text in (
+    ("converted", '{"config": {"model": {}}}'),
+    ("huggingface", '{"model_type": "vit"}'),
+  ):
+    (tmp_path / "sweep" / name).mkdir()
+    (tmp_path / "sweep" / name / "config.json").write_text(text)
   found = runs.find_runs([str(tmp_path / "sweep"), str(a)])
   assert [run.name for run in found] == ["lr=1/seed=0", "lr=2/seed=0"]
   assert [Path(run.path) for run in found] == [a, b]
