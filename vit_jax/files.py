@@ -25,9 +25,10 @@ def atomic_file(path) -> Iterator[Any]:
   is a local one, and is uploaded.
   """
   if is_remote(path):
-    with _scratch() as folder:
-      yield folder / path.name
-      upload(folder / path.name, path)
+    with tempfile.TemporaryDirectory(prefix="vit_jax-") as folder:
+      file = pathlib.Path(folder, path.name)
+      yield file
+      upload(file, path)
     return
   partial = path.with_name(path.name + ".tmp")
   try:
@@ -48,8 +49,8 @@ def atomic_folder(path) -> Iterator[Any]:
   write last what makes the folder complete.
   """
   if is_remote(path):
-    with _scratch() as folder:
-      yield folder
+    with tempfile.TemporaryDirectory(prefix="vit_jax-") as folder:
+      yield pathlib.Path(folder)
       upload(folder, path)
     return
   partial = path.with_name(f".{path.name}.partial")
@@ -66,12 +67,9 @@ def atomic_folder(path) -> Iterator[Any]:
 
 
 def upload(source, target) -> None:
-  """Copies a local file, or the files in a folder, into a bucket.
+  """Copies a local file, or the files in a folder, to an epath in a bucket.
 
-  Args:
-    source: a local path.
-    target: an epath.Path. An object appears when it is complete; what was
-      written last is copied last.
+  An object appears when it is complete; what was written last is copied last.
   """
   inside = [p for p in pathlib.Path(source).rglob("*") if p.is_file()]
   for file in sorted(inside, key=lambda p: p.stat().st_mtime_ns) or [source]:
@@ -79,12 +77,6 @@ def upload(source, target) -> None:
     with os_errors(), open(file, "rb") as f, (target / name).open("wb") as out:
       out.write(b"")  # TensorFlow makes a file at the first write
       shutil.copyfileobj(f, out, 1 << 20)
-
-
-@contextlib.contextmanager
-def _scratch():
-  with tempfile.TemporaryDirectory(prefix="vit_jax-") as folder:
-    yield pathlib.Path(folder)
 
 
 def write_atomically(path, text: str) -> None:
@@ -101,12 +93,9 @@ def write_json(path, value) -> None:
 def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
   """Returns the object in a JSON file.
 
-  Args:
-    path: the file.
-    advice: what a user can do, for the error.
-
   Raises:
-    UserError: it cannot be read, or holds no JSON object.
+    UserError: it cannot be read, or holds no JSON object. It ends in `advice`,
+      what a user can do.
   """
   try:
     with os_errors():
@@ -122,8 +111,19 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
 
 
 def has_run(folder) -> bool:
-  """Returns whether a folder has a config.json, as run folders do."""
-  return (folder / "config.json").exists()
+  """Returns whether a folder has a config.json, as run folders do.
+
+  Raises:
+    UserError: the folder cannot be read.
+  """
+  try:
+    with os_errors():
+      return (folder / "config.json").exists()
+  except OSError as e:
+    raise UserError(
+      f"{folder} cannot be read: {e.strerror or e}; mend that, or choose "
+      "another folder"
+    ) from e
 
 
 class NotOfARun(UserError):
@@ -133,13 +133,9 @@ class NotOfARun(UserError):
 def read_run(folder, advice: str = "restore it from a copy") -> dict[str, Any]:
   """Returns config.json of a run folder or of a converted checkpoint.
 
-  Args:
-    folder: the folder.
-    advice: what a user can do, for the error.
-
   Raises:
     NotOfARun: it has no configuration of a run.
-    UserError: it cannot be read, or is corrupt.
+    UserError: as `read_json`.
   """
   file = folder / "config.json"
   run = read_json(file, advice)
@@ -189,11 +185,9 @@ def walk(root: str) -> Iterator[str]:
     for name in folders:
       link = os.path.join(folder, name)
       if os.path.islink(link):
-        target = os.path.realpath(link)
-        around = [
-          os.path.realpath(x) for x in (folder, *pathlib.Path(folder).parents)
-        ]
-        if any(f"{x}/".startswith(f"{target}/") for x in around):
+        target = pathlib.Path(link).resolve()
+        around = (pathlib.Path(folder), *pathlib.Path(folder).parents)
+        if any(path.resolve().is_relative_to(target) for path in around):
           raise UserError(f"{link}: a link to a folder around it; remove it")
     for name in files:
       yield os.path.join(folder, name)

@@ -126,21 +126,17 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
     base_lr=config.schedule.base_lr,
     params=jax.eval_shape(objective.model.init, jax.random.key(0)),
   )
+  own = {"optimizer": optimizer, "ema_decay": config.ema_decay}
   train_step = functools.partial(
     steps.train_step,
     objective=objective,
-    optimizer=optimizer,
     schedule=schedule,
     micro_batches=config.micro_batches,
-    ema_decay=config.ema_decay,
+    **own,
   )
-  init_state = functools.partial(
-    steps.init_state,
-    model=objective.model,
-    optimizer=optimizer,
-    ema_decay=config.ema_decay,
+  return train_step, functools.partial(
+    steps.init_state, model=objective.model, **own
   )
-  return train_step, init_state
 
 
 def make_state(config, mesh, objective, init_state, checkpoints):
@@ -219,20 +215,23 @@ class Loop:
       at = f"saved step {self.step}" if self.step else "before the first step"
       log.info("stopping: %s; run again to resume", at)
       return None
-    except NotFinite as e:
-      raise RunStopped(
-        f"{e}; {say_saved(self.checkpoints)}; try in a new workdir: a lower "
-        "schedule.base_lr, more schedule.warmup_steps, optimizer.clip_norm=1, "
-        "or model.dtype=float32"
-      ) from e
-    except (inputs.DataFailed, EvaluationFailed) as e:
-      # Another process may not have failed, and would not save with this one.
-      if jax.process_count() == 1:
+    except (NotFinite, inputs.DataFailed, EvaluationFailed) as e:
+      advice = (
+        "mend that and run the same command again, or evaluate what is saved "
+        "with vit-jax evaluate"
+      )
+      if isinstance(e, NotFinite):
+        advice = (
+          "try in a new workdir: a lower schedule.base_lr, more "
+          "schedule.warmup_steps, optimizer.clip_norm=1, or model.dtype=float32"
+        )
+      elif jax.process_count() == 1:  # others may not have failed, nor save now
         self.save()
-      raise RunStopped(
-        f"{e}; {say_saved(self.checkpoints)}; mend that and run the same "
-        "command again, or evaluate what is saved with vit-jax evaluate"
-      ) from e
+      self.checkpoints.wait()
+      saved = "no checkpoint had been saved yet"
+      if newest := self.checkpoints.steps()[-1:]:
+        saved = f"the last checkpoint is {workdir}/checkpoints/{newest[0]}"
+      raise RunStopped(f"{e}; {saved}; {advice}") from e
     except BaseException:
       with contextlib.suppress(RunStopped):  # another error is on its way
         self.checkpoints.wait()
@@ -267,10 +266,10 @@ class Loop:
       results = done.get(evaluator.name)
       if not results:
         self.metrics.flush(self.step)
-        ema, params = self.state.ema, self.state.params
-        params = params if ema is None else ema
+        state = self.state
+        params = state.params if state.ema is None else state.ema
         results = run_evaluation(evaluator, params, self.step)
-        report(self.metrics, evaluator.name, self.step, results)
+        self.metrics.write_results(evaluator.name, self.step, results)
       if self.best and self.best[0] == evaluator.name:
         metric = results[self.best[1]]
         if self.checkpoints.is_best(metric):
@@ -297,18 +296,6 @@ def run_evaluation(evaluator, params, step) -> dict[str, float]:
     ) from e
 
 
-def report(metrics, name, step, results):
-  """Writes and prints the result of an evaluation."""
-  metrics.write(step, {f"{name}/{metric}": x for metric, x in results.items()})
-  metrics.sync()
-  text = "  ".join(
-    f"{metric} {x}" if isinstance(x, int) else f"{metric} {x:.4f}"
-    for metric, x in results.items()
-  )
-  what = "evaluation" if name == "eval" else name
-  log.info("%s at step %d  %s", what, step, text)
-
-
 def flatten_results(results: dict[str, dict[str, float]]) -> dict[str, float]:
   """Returns {metric: value}, with NAME/ before those of `config.evals`."""
   return {
@@ -316,12 +303,3 @@ def flatten_results(results: dict[str, dict[str, float]]) -> dict[str, float]:
     for name, values in results.items()
     for metric, value in values.items()
   }
-
-
-def say_saved(checkpoints) -> str:
-  """Says which checkpoint is safe."""
-  checkpoints.wait()
-  saved = checkpoints.steps()
-  if not saved:
-    return "no checkpoint had been saved yet"
-  return f"the last checkpoint is {checkpoints.workdir}/checkpoints/{saved[-1]}"

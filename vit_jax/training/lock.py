@@ -51,16 +51,26 @@ class Lock:
   def __init__(self, file):
     """Takes the lock, or raises a UserError that names its owner."""
     self.token = uuid.uuid4().hex  # that no other owner of any lock has
-    self._file, self._beats = file, 0
-    self._descriptor, self._is_flocked = None, False
+    self._file, self._beats, self._taken_by = file, 0, None
+    self._descriptor, is_flocked = None, False
     if "://" not in str(file):
       self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-      self._is_flocked = self._flock(self._descriptor)
-    owner = read_owner(file)
-    if owner and not self._has_died(owner):
-      _wait_for_heartbeat(file, owner)
+      try:
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_flocked = True
+      except BlockingIOError:
+        os.close(self._descriptor)
+        raise _is_in_use(file, read_owner(file)) from None
+      except OSError as e:  # this disk has none
+        log.debug("no flock on %s: %s", file, e)
+    if owner := read_owner(file):
+      process = owner["process"]
+      # On this machine the flock, or else the process, says whether it lives.
+      if owner["host"] != socket.gethostname() or not (
+        is_flocked or process == os.getpid() or not is_alive(process)
+      ):
+        _wait_for_heartbeat(file, owner)
     self._write()
-    self._taken_by = None
     self._released = threading.Event()
     self._thread = threading.Thread(target=self._beat, daemon=True)
     self._thread.start()
@@ -81,26 +91,6 @@ class Lock:
         self._file.write_text("")
     if self._descriptor is not None:
       os.close(self._descriptor)
-
-  def _flock(self, descriptor) -> bool:
-    """Returns whether it holds the flock; False: this disk has none."""
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      os.close(descriptor)
-      raise _is_in_use(self._file, read_owner(self._file)) from None
-    except OSError as e:
-      log.debug("no flock on %s: %s", self._file, e)
-      return False
-    return True
-
-  def _has_died(self, owner) -> bool:
-    """Returns whether an owner on this machine is known to be dead."""
-    if owner["host"] != socket.gethostname():
-      return False
-    if self._is_flocked:  # the owner would hold it
-      return True
-    return owner["process"] == os.getpid() or not is_alive(owner["process"])
 
   def _write(self):
     self._beats += 1
@@ -165,7 +155,7 @@ def _is_in_use(file, owner) -> UserError:
 
 
 def _describe(owner) -> str:
-  if owner is None:
+  if not owner:
     return "another process"
   return f"process {owner['process']} on {owner['host']}"
 
@@ -174,8 +164,6 @@ def is_alive(process: int) -> bool:
   """Returns whether a process of this machine runs."""
   try:
     os.kill(process, 0)
-  except ProcessLookupError:
-    return False
-  except PermissionError:  # another user's
-    pass
+  except OSError as e:
+    return isinstance(e, PermissionError)  # another user's runs
   return True

@@ -10,12 +10,11 @@ import time
 from typing import Any
 
 import jax
-import tensorflow as tf
 from clu import metric_writers
 from etils import epath
 
 from vit_jax import files
-from vit_jax.errors import RunStopped
+from vit_jax.errors import RunStopped, os_errors
 from vit_jax.sharding import RUN_AHEAD
 
 log = logging.getLogger(__name__)
@@ -52,43 +51,35 @@ class MetricLog:
 
     `wandb` is a run of Weights & Biases that gets the same values.
     """
-    self._wandb = wandb
-    self._total = total_steps
-    self._every = log_every
+    self._wandb, self._total, self._every = wandb, total_steps, log_every
     self._batch_size = batch_size
     self._pending: list = []
-    self._clock = (start_step, time.monotonic())
-    self._first = self._clock
+    self._clock = self._first = (start_step, time.monotonic())
     self._uploaded, self._is_behind = self._clock[1], files.is_remote(workdir)
     self._writes = jax.process_index() == 0
-    if self._writes:
-      self._workdir = self._folder = workdir
-      lines, _ = files.read_metrics(workdir)
-      kept = [values for values in lines if values["step"] <= start_step]
-      with _writing(workdir):
-        if self._is_behind:
-          self._folder = epath.Path(tempfile.mkdtemp(prefix="vit_jax-"))
-        self._start(kept)
-
-  def _start(self, lines):
-    """Writes what is kept of metrics.jsonl anew, there and to TensorBoard."""
-    # Whole or not at all: a kill in between must not cost the lines.
-    self._folder.mkdir(parents=True, exist_ok=True)
-    self._file = self._folder / "metrics.jsonl"
-    text = "".join(json.dumps(values) + "\n" for values in lines)
-    files.write_atomically(self._file, text)
-    # Those of before may have later steps, and would run backwards.
-    old = list((self._workdir / "tensorboard").glob("events.out.tfevents.*"))
-    self._tensorboard = metric_writers.SummaryWriter(
-      str(self._folder / "tensorboard")
-    )
-    for values in lines:
-      values = dict(values)
-      self._tensorboard.write_scalars(values.pop("step"), values)
-    self._tensorboard.flush()
-    self.sync()
-    for events in old:
-      events.unlink()
+    if not self._writes:
+      return
+    self._workdir = self._folder = workdir
+    lines, _ = files.read_metrics(workdir)
+    lines = [values for values in lines if values["step"] <= start_step]
+    with _writing(workdir):
+      if self._is_behind:
+        self._folder = epath.Path(tempfile.mkdtemp(prefix="vit_jax-"))
+      # Whole or not at all: a kill in between must not cost the lines.
+      self._folder.mkdir(parents=True, exist_ok=True)
+      self._file = self._folder / "metrics.jsonl"
+      text = "".join(json.dumps(values) + "\n" for values in lines)
+      files.write_atomically(self._file, text)
+      # Those of before may have later steps, and would run backwards.
+      old = list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+      folder = str(self._folder / "tensorboard")
+      self._tensorboard = metric_writers.SummaryWriter(folder)
+      for values in lines:
+        self._tensorboard.write_scalars(values.pop("step"), values)
+      self._tensorboard.flush()
+      self.sync()
+      for events in old:
+        events.unlink()
 
   def add(self, step: int, metrics: dict) -> None:
     """Takes the metrics of a step as device arrays, without fetching them."""
@@ -133,6 +124,17 @@ class MetricLog:
     if self._wandb:
       self._wandb.log(values, step=step)
 
+  def write_results(self, name: str, step: int, results) -> None:
+    """Writes and prints the {metric: value} of the evaluation `name`."""
+    self.write(step, {f"{name}/{metric}": x for metric, x in results.items()})
+    self.sync()
+    text = "  ".join(
+      f"{metric} {x}" if isinstance(x, int) else f"{metric} {x:.4f}"
+      for metric, x in results.items()
+    )
+    what = "evaluation" if name == "eval" else name
+    log.info("%s at step %d  %s", what, step, text)
+
   def sync(self) -> None:
     """Returns when the run folder has all lines, also if it is in a bucket."""
     if not self._writes or not self._is_behind:
@@ -160,20 +162,16 @@ class MetricLog:
     steps, seconds = step - self._clock[0], now - self._clock[1]
     self._clock = (step, now)
     speed = steps * self._batch_size / max(seconds, 1e-9)
+    each = speed / jax.device_count()
     values["speed/images_per_second"] = speed
-    values["speed/images_per_second_per_device"] = speed / jax.device_count()
+    values["speed/images_per_second_per_device"] = each
     self.write(step, values)
     done = step - self._first[0]
     left = (now - self._first[1]) / max(done, 1) * (self._total - step)
+    loss, lr = values["train/loss"], values["train/learning_rate"]
     log.info(
-      "step %d/%d  loss %.4f  lr %.2e  %.0f images/s (%.0f/device)  ETA %s",
-      step,
-      self._total,
-      values["train/loss"],
-      values["train/learning_rate"],
-      speed,
-      speed / jax.device_count(),
-      duration(left),
+      f"step {step}/{self._total}  loss {loss:.4f}  lr {lr:.2e}  "
+      f"{speed:.0f} images/s ({each:.0f}/device)  ETA {duration(left)}"
     )
 
 
@@ -181,12 +179,12 @@ class MetricLog:
 def _writing(workdir):
   """Raises a RunStopped, one line, where metrics cannot be written."""
   try:
-    yield
-  except (OSError, tf.errors.OpError) as e:
-    words = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    with os_errors():
+      yield
+  except OSError as e:
     raise RunStopped(
-      f"could not write the metrics in {workdir}: {words}; make room and run "
-      "the same command again"
+      f"could not write the metrics in {workdir}: {e.strerror or e}; make room "
+      "and run the same command again"
     ) from e
 
 
@@ -194,6 +192,5 @@ def duration(seconds: float) -> str:
   """Returns h:mm:ss, or m:ss below an hour."""
   minutes, second = divmod(round(seconds), 60)
   hours, minute = divmod(minutes, 60)
-  return (
-    f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-  )
+  start = f"{hours}:{minute:02}" if hours else f"{minute}"
+  return f"{start}:{second:02}"

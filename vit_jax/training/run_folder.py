@@ -9,7 +9,7 @@ from clu import parameter_overview
 from vit_jax import checkpoint, distributed, files, sharding
 from vit_jax import config as configuration
 from vit_jax.data import preprocess
-from vit_jax.errors import UserError, check_folder, os_errors
+from vit_jax.errors import UserError, check_folder
 from vit_jax.training import lock
 from vit_jax.training.inputs import Inputs
 
@@ -51,15 +51,7 @@ def check(config, workdir) -> dict | None:
   inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
   for folder in inside if not files.is_remote(workdir) else ():
     check_folder(folder)
-  try:
-    with os_errors():
-      is_new = not files.has_run(workdir)
-  except OSError as e:
-    raise UserError(
-      f"{workdir} cannot be read: {e.strerror or e}; mend that, or choose "
-      "another --workdir"
-    ) from e
-  if is_new:
+  if not files.has_run(workdir):
     if checkpoint.list_steps(workdir):
       raise UserError(
         f"{workdir} has checkpoints and no config.json, which says what run "
