@@ -240,6 +240,16 @@ def _agree(folder, error):
 
 # Seconds before a read is tried again that a disk or a network failed.
 _PAUSES = (0.5, 2.0, 8.0)
+# That one failed; the number 2 is that of a file that is not there.
+_STORAGE_ERRORS = re.compile(
+  r"UNAVAILABLE|DEADLINE_EXCEEDED|HTTP\D*(429|50[0-4])|os_error_code='(?!2')"
+)
+# That bytes were read and are wrong, in the words of TensorStore and Orbax.
+_CONTENT_ERRORS = re.compile(
+  r"DATA_LOSS|FAILED_PRECONDITION|NOT_FOUND|OUT_OF_RANGE|decod|pars|checksum"
+  r"|CRC-?32|corrupt|truncated",
+  re.I,
+)
 
 
 def _read(folder, read: Callable[[Any], Any]) -> Any:
@@ -255,10 +265,13 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
     except (Corrupt, UserError):
       raise
     except Exception as e:
-      cause = _find_cause(e)
-      if cause == "contents":
+      chain = [e]
+      while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+      is_storage = any(map(_is_of_storage, chain))
+      if not is_storage and any(map(_is_of_contents, chain)):
         raise Corrupt(one_line(e)) from e
-      if pause is None or cause != "storage":
+      if pause is None or not is_storage:
         raise RunStopped(
           f"could not read {folder}: {one_line(e)}; nothing was changed; mend "
           "that, then the same command resumes"
@@ -268,41 +281,18 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
   raise AssertionError("the last attempt returns or raises")
 
 
-# That bytes were read and are wrong, in the words of TensorStore and Orbax.
-_CONTENT_ERRORS = re.compile(
-  r"DATA_LOSS|FAILED_PRECONDITION|NOT_FOUND|OUT_OF_RANGE|decod|pars|checksum"
-  r"|CRC-?32|corrupt|truncated",
-  re.I,
-)
-# The number 2 is that of a file that is not there.
-_STORAGE_ERRORS = re.compile(
-  r"UNAVAILABLE|DEADLINE_EXCEEDED|HTTP\D*(429|50[0-4])|os_error_code='(?!2')"
-)
+def _is_of_storage(e) -> bool:
+  """Returns whether an error says that a disk, a server or a network failed."""
+  numbered = isinstance(e, OSError) and e.errno not in (None, errno.ENOENT)
+  network = isinstance(e, (ConnectionError, TimeoutError))
+  return numbered or network or bool(_STORAGE_ERRORS.search(str(e)))
 
 
-def _find_cause(error) -> str:
-  """Returns "storage", if a disk, a server or a network failed.
-
-  "contents", if bytes were read and do not say what they should; else "".
-  """
-  chain = [error]
-  while error := error.__cause__ or error.__context__:
-    chain.append(error)
-  if any(
-    (isinstance(e, OSError) and e.errno not in (None, errno.ENOENT))
-    or isinstance(e, (ConnectionError, TimeoutError))
-    or _STORAGE_ERRORS.search(str(e))
-    for e in chain
-  ):
-    return "storage"
+def _is_of_contents(e) -> bool:
+  """Returns whether an error says that bytes are not what they should be."""
   wrong = (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)
-  if any(
-    isinstance(e, wrong)
-    or (isinstance(e, ValueError) and _CONTENT_ERRORS.search(str(e)))
-    for e in chain
-  ):
-    return "contents"
-  return ""
+  worded = isinstance(e, ValueError) and _CONTENT_ERRORS.search(str(e))
+  return isinstance(e, wrong) or bool(worded)
 
 
 def check_address(workdir) -> None:
@@ -361,9 +351,7 @@ def _restore(folder, abstract_state):
 
 
 def read_params(folder) -> dict[str, np.ndarray]:
-  """Returns the parameters of one checkpoint, or their Polyak average.
-
-  {path: array} on the host.
+  """Returns {path: array} of a checkpoint: its parameters, or their average.
 
   Raises:
     Corrupt: they do not decode, or not to what was saved.
@@ -382,24 +370,20 @@ def _restore_params(folder):
 
 
 def _load(folder, tree, restore_args, **options) -> dict[str, Any]:
-  """Returns {path: array} of a checkpoint, as its fingerprint says.
-
-  With Orbax's handlers alone: a Checkpointer waits for the other processes,
-  one of which may have failed.
-  """
+  """Returns {path: array} of a checkpoint, as its fingerprint says."""
   expected = _read_meta(folder)["fingerprint"]
   args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, **options)
+  # A Checkpointer would wait for other processes, one of which may have failed.
   handler = ocp.PyTreeCheckpointHandler()
   flat = flatten(handler.restore(folder / "state", args=args))
-  found = fingerprint(flat)
-  wrong = [path for path in found if found[path] != expected.get(path)]
-  if wrong:
-    raise Corrupt(f"contents differ from what was saved: {wrong[0]}")
+  for path, digest in fingerprint(flat).items():
+    if digest != expected.get(path):
+      raise Corrupt(f"contents differ from what was saved: {path}")
   return flat
 
 
 def _list_arrays(folder):
-  """Returns the shapes and dtypes of a checkpoint, nested."""
+  """Returns the nested shapes and dtypes of a checkpoint."""
   return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
 
 
@@ -409,14 +393,11 @@ def _read_meta(folder) -> dict[str, Any]:
 
 def _check_tree(folder, wanted):
   """Raises a UserError unless a checkpoint has these arrays."""
-
   found = flatten(_list_arrays(folder))
   for path in sorted(found.keys() | wanted.keys()):
     there, here = (
-      f"{np.dtype(flat[path].dtype).name}{list(flat[path].shape)}"
-      if path in flat
-      else "none"
-      for flat in (found, wanted)
+      f"{np.dtype(x.dtype).name}{list(x.shape)}" if x is not None else "none"
+      for x in (found.get(path), wanted.get(path))
     )
     if there != here:
       raise UserError(

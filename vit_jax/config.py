@@ -7,12 +7,13 @@ beside the user's other files as well as it does in this project.
 import ast
 import contextlib
 import dataclasses
+import functools
 import json
 import math
+import operator
 import re
 import runpy
 import sys
-import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,9 @@ from vit_jax import data
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, suggest
 
-# What a run may change when it goes on: where it writes and how often, how the
-# work is spread. None of these changes which parameters come out, other than
-# by the rounding of sums in another order. (Micro-batches draw dropout each on
-# its own: see `differences`.)
+# What may differ when a run is resumed: none of these changes which parameters
+# come out, other than by the rounding of sums in another order. (Micro-batches
+# draw dropout each on its own: see `differences`.)
 RESUMABLE = (
   "data_dir",
   "fsdp",
@@ -90,8 +90,8 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   path = find(file)
   try:
     with _importing_from(path.parent.absolute()):
-      module = types.SimpleNamespace(**runpy.run_path(str(path)))
-      config = module.get_config(arg) if arg else module.get_config()
+      get_config = runpy.run_path(str(path))["get_config"]
+      config = get_config(arg) if arg else get_config()
   except ValueError as e:
     raise UserError(str(e)) from e
   except Exception as e:
@@ -162,9 +162,7 @@ def override(config, key: str, text: str) -> None:
   if key not in known:
     raise UserError(f"unknown config key {key!r}{suggest(key, known)}")
   *parents, name = key.split(".")
-  node = config
-  for parent in parents:
-    node = node[parent]
+  node = functools.reduce(operator.getitem, parents, config)
   kind = node.get_type(name)
   value = parse_value(text, kind)
   # ConfigDict alone would take None for anything and True for an integer. A
@@ -184,7 +182,7 @@ class Eval:
 
   name: str  # "eval" for `config.eval`, else that of an entry of `config.evals`
   type: str  # the run's objective, or one of `evaluators.OTHERS`
-  dataset: str | None  # None for the first training data set
+  dataset: str
   split: str  # of the test images
   preprocess: str  # of all its images
   batch_size: int  # over all hosts and devices
@@ -205,11 +203,10 @@ def add_eval(config, name: str, **values: Any) -> None:
     UserError: a name or key that cannot be.
   """
   _check_entry(name, values)
-  keys = {key: placeholder(kind) for key, kind in _EVAL_KEYS.items()}
-  entry = ml_collections.ConfigDict(keys)
-  entry.update(values)
+  unset = {key: placeholder(kind) for key, kind in _EVAL_KEYS.items()}
   with config.unlocked():
-    config.evals[name] = entry
+    config.evals[name] = unset
+    config.evals[name].update(values)
 
 
 # Of an entry of `config.evals`; what they mean unset says `list_evals`.
@@ -242,7 +239,7 @@ def list_evals(config) -> list[Eval]:
   """
   usual = {
     "type": config.objective,
-    "dataset": config.eval.dataset,
+    "dataset": find_test_set(config),
     "split": config.eval.split,
     "preprocess": config.eval.preprocess,
     "batch_size": config.eval.batch_size or config.batch_size,
@@ -320,9 +317,8 @@ def differences(old: dict, new: dict) -> list[str]:
     if key == "micro_batches":
       return not any(new.get(f"model.{rate}") for rate in _RATES)
     group, _, rest = key.partition(".")
-    name, _, last = rest.partition(".")
-    is_free_eval = group == "evals" and (name != best or last == "every")
-    return key in RESUMABLE or is_free_eval
+    is_free = not rest.startswith(f"{best}.") or rest == f"{best}.every"
+    return key in RESUMABLE or (group == "evals" and is_free)
 
   return [
     f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
@@ -348,8 +344,8 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
 def find_test_set(config) -> str:
   """Returns `eval.dataset` of a configuration, or its first training set."""
   flat = flatten(config)
-  mixture = data.parse_mixture(flat["train.dataset"])
-  return flat["eval.dataset"] or mixture[0][0]
+  train = data.parse_mixture(flat["train.dataset"])
+  return flat["eval.dataset"] or train[0][0]
 
 
 # Key -> its values.
@@ -439,9 +435,7 @@ def check_unused(config) -> None:
 
 
 def count_steps(config, num_examples: int) -> int:
-  """Returns the run's steps from whichever duration the config sets.
-
-  `num_examples` are those of an epoch.
+  """Returns the run's steps, for `num_examples` an epoch.
 
   Raises:
     UserError: not exactly one duration is set.

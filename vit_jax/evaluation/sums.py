@@ -25,14 +25,15 @@ def make_sums(
 ) -> Callable:
   """Returns params -> iterator of the results of one batch after the other.
 
-  Every process gets all of them.
+  Every process gets all of them, and every example counts once, on any number
+  of devices.
 
   Args:
     eval_step: (params, batch) -> sums over the examples whose mask is set, or
       something of each. The batch is that of `data.eval_batches`, and "index"
       i32[b], the place of each example in the data set.
     model: whose image size it is.
-    source: every example counts once, on any number of devices.
+    source: the data set.
     mesh, batch_size: where to compute, and how many over all devices.
     preprocess: evaluation preprocessing.
     before_batch: may raise, to end an evaluation between two batches.
@@ -44,21 +45,18 @@ def make_sums(
   # A mistake shows now, not at the first evaluation.
   preprocessing.parse(preprocess, model.image_size, evaluation=True)
   step = sharding.on_mesh(mesh, eval_step)
-  eval_step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+  step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
+  rows = sharding.local_rows(mesh, batch_size)
+  options = {"preprocess": preprocess, "image_size": model.image_size}
 
   def run(params):
-    rows = sharding.local_rows(mesh, batch_size)
     batches = data.eval_batches(
-      source,
-      batch_size=batch_size,
-      rows=rows,
-      preprocess=preprocess,
-      image_size=model.image_size,
+      source, batch_size=batch_size, rows=rows, **options
     )
     for i, batch in enumerate(batches):
       before_batch()
       batch["index"] = (i * batch_size + rows).astype(np.int32)
-      yield eval_step(params, sharding.put_batch(mesh, batch, batch_size))
+      yield step(params, sharding.put_batch(mesh, batch, batch_size))
 
   return run
 

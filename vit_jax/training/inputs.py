@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from vit_jax import data, sharding
-from vit_jax.config import Eval, find_test_set, list_evals
+from vit_jax.config import Eval, list_evals
 from vit_jax.data.relabelled import class_error, relabel
 from vit_jax.errors import RunStopped, one_line
 
@@ -69,17 +69,14 @@ def _open(config, name, split, check=True) -> data.Source:
 
 def _open_eval(config, e: Eval, train: Sequence[data.Source]):
   """Returns what `Inputs.evals` has of an evaluation."""
-  name = e.dataset or find_test_set(config)
   if e.type == "fewshot":
-    return [_open(config, name, split) for split in (e.train_split, e.split)]
-  test = _open(config, name, e.split)
+    return [_open(config, e.dataset, x) for x in (e.train_split, e.split)]
+  test = _open(config, e.dataset, e.split)
   for source in train:
-    shared = data.count_shared(source, test)
-    if shared:
+    if shared := data.count_shared(source, test):
       log.warning(
-        "%d of the %d test images of %s are training images too: %s and %s "
-        "overlap",
-        *(shared, test.num_examples, name, source.split, test.split),
+        f"{shared} of the {test.num_examples} test images of {e.dataset} are "
+        f"training images too: {source.split} and {test.split} overlap"
       )
   if config.objective != "classification":
     return [test]
@@ -96,19 +93,13 @@ def _open_eval(config, e: Eval, train: Sequence[data.Source]):
 
 
 def choose_shuffle(config, inputs: Inputs, run: dict | None) -> data.Shuffle:
-  """Returns how a run shuffles: as it began, if it is resumed.
-
-  Args:
-    config, inputs: of the run.
-    run: its config.json; None for a new one.
-  """
+  """Returns how a run shuffles: as config.json says, if it is resumed."""
   if run:
     # Runs from before the key have permutations of 4 rounds.
     return data.Shuffle(**{"rounds": 4, **run.get("shuffle", {})})
   sources = [source for source, _ in inputs.train]
-  memory = count_memory(config)
   return data.choose_shuffle(
-    config.train.shuffle, sources, config.batch_size, memory
+    config.train.shuffle, sources, config.batch_size, count_memory(config)
   )
 
 
@@ -120,12 +111,10 @@ def count_memory(config) -> int:
 def read_batches(config, mesh, inputs, shuffle, step, total_steps) -> Iterator:
   """Returns the batches of the steps to come, on their way to the devices."""
   rows = sharding.local_rows(mesh, config.batch_size)
-  host_batches = read_rows(
-    config, inputs, shuffle, rows, step, total_steps - step
-  )
+  batches = read_rows(config, inputs, shuffle, rows, step, total_steps - step)
   return prefetch(
     sharding.put_batch(mesh, batch, config.batch_size)
-    for batch in name_failures(host_batches)
+    for batch in name_failures(batches)
   )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vit_jax.errors import UserError, check_choice
 
@@ -63,8 +64,7 @@ def softmax_cross_entropy(
   total = targets.sum(axis=-1, keepdims=True)
   labelled = total > 0
   targets = targets / jnp.where(labelled, total, 1)
-  num_classes = logits.shape[-1]
-  targets = (1 - label_smoothing) * targets + label_smoothing / num_classes
+  targets = optax.smooth_labels(targets, label_smoothing)
   targets = jnp.where(labelled, targets, 0)
   return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
 

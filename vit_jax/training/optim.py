@@ -78,25 +78,24 @@ def make_schedule(
 
 def _make_curve(decay, base_lr, linear_end, rsqrt_timescale):
   """Returns (p, max(0, t - w)) -> the rate without warm-up and cooldown."""
-  decays = ("linear", "cosine", "rsqrt", "constant")
-  check_choice("config.schedule.decay", decay, decays)
-  if decay == "linear":
-    if linear_end > base_lr:
-      raise UserError(
-        f"linear_end {linear_end} is above base_lr {base_lr}, so the rate "
-        "would grow; choose an end between 0 and base_lr"
-      )
-    return lambda p, _: linear_end + (base_lr - linear_end) * (1 - p)
-  if decay == "cosine":
-    return lambda p, _: base_lr * 0.5 * (1 + jnp.cos(jnp.pi * p))
-  if decay == "rsqrt":
-    if not rsqrt_timescale > 0:
-      raise UserError(
-        f"rsqrt_timescale {rsqrt_timescale} is not positive; give it in steps, "
-        "for instance 10000"
-      )
-    return lambda _, t: base_lr * jax.lax.rsqrt(1 + t / rsqrt_timescale)
-  return lambda p, _: jnp.full_like(p, base_lr)
+  curves = {
+    "linear": lambda p, _: linear_end + (base_lr - linear_end) * (1 - p),
+    "cosine": lambda p, _: base_lr * 0.5 * (1 + jnp.cos(jnp.pi * p)),
+    "rsqrt": lambda _, t: base_lr * jax.lax.rsqrt(1 + t / rsqrt_timescale),
+    "constant": lambda p, _: jnp.full_like(p, base_lr),
+  }
+  check_choice("config.schedule.decay", decay, curves)
+  if decay == "linear" and linear_end > base_lr:
+    raise UserError(
+      f"linear_end {linear_end} is above base_lr {base_lr}, so the rate would "
+      "grow; choose an end between 0 and base_lr"
+    )
+  if decay == "rsqrt" and not rsqrt_timescale > 0:
+    raise UserError(
+      f"rsqrt_timescale {rsqrt_timescale} is not positive; give it in steps, "
+      "for instance 10000"
+    )
+  return curves[decay]
 
 
 def make_optimizer(
@@ -144,8 +143,9 @@ def make_optimizer(
     ("weight_decay_scaling", weight_decay_scaling, ("lr", "schedule")),
   ):
     check_choice(f"config.optimizer.{key}", value, choices)
-  amounts = {"eps": eps, "clip_norm": clip_norm, "weight_decay": weight_decay}
-  _check_range(math.inf, **amounts)
+  _check_range(
+    math.inf, eps=eps, clip_norm=clip_norm, weight_decay=weight_decay
+  )
   _check_range(1, b1=b1, b2=b2, momentum=momentum)
   paths = list(flatten(params))
   factors = _parse_multipliers(lr_multipliers, paths)
@@ -158,7 +158,12 @@ def make_optimizer(
     parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
   if weight_decay:
     if weight_decay_scaling == "schedule":
-      weight_decay = _divide_decay(weight_decay, base_lr)
+      if not base_lr:
+        raise UserError(
+          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
+          "a positive base_lr, or weight_decay 0"
+        )
+      weight_decay /= base_lr
     decayed = _match("weight_decay_params", weight_decay_params, paths)
     mask = _map_paths(lambda path, _: path in decayed)
     parts.append(optax.add_decayed_weights(weight_decay, mask))
@@ -169,27 +174,16 @@ def make_optimizer(
   return _freeze(optax.chain(*parts), factors)
 
 
-def _divide_decay(weight_decay, base_lr):
-  if not base_lr:
-    raise UserError(
-      "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use a "
-      "positive base_lr, or weight_decay 0"
-    )
-  return weight_decay / base_lr
-
-
 def _freeze(optimizer, factors: dict[str, float]):
   """Hides the parameters of factor 0 from the optimizer."""
-  frozen = {path for path, factor in factors.items() if not factor}
-  if not frozen:
+  if all(factors.values()):
     return optimizer
-  if len(frozen) == len(factors):
+  if not any(factors.values()):
     raise UserError(
       "lr_multipliers freeze every parameter; leave something to train, for "
       "instance with 'head/.*=1' in front"
     )
-
-  label = _map_paths(lambda path, _: "frozen" if path in frozen else "trained")
+  label = _map_paths(lambda path, _: "trained" if factors[path] else "frozen")
   return optax.partition(
     {"trained": optimizer, "frozen": optax.set_to_zero()}, label
   )

@@ -33,9 +33,9 @@ def take(config, workdir, run, opened: Inputs, stack) -> lock.Lock | None:
     ) from e
   if check(config, workdir) != run:
     raise UserError(f"another run has just ended in {workdir}; start again")
-  distributed.check_same({"config.json": run, "the data": opened.describe()})
   token = own.token if own else lock.read_token(workdir)
-  distributed.check_same({"the lock in --workdir": token})
+  facts = {"the data": opened.describe(), "the lock in --workdir": token}
+  distributed.check_same({"config.json": run, **facts})
   return own
 
 
@@ -97,11 +97,10 @@ def check_data(config, run, inputs: Inputs, workdir) -> None:
       "the data, or choose another --workdir"
     )
   found = inputs.describe()
-  before = configuration.flatten(run["config"])
-  now = configuration.flatten(configuration.to_dict(config))
+  before = run["config"].get("evals", {})
+  now = configuration.to_dict(config)["evals"]
   for kind, entries in run.get("data", {}).items():  # older runs have none
-    keys = [k for k in before | now if k.startswith(f"evals.{kind}.")]
-    if any(before.get(key) != now.get(key) for key in keys):
+    if before.get(kind) != now.get(kind):
       continue
     for old, new in zip(entries, found.get(kind, []), strict=True):
       if old != new:
@@ -116,10 +115,7 @@ def check_data(config, run, inputs: Inputs, workdir) -> None:
 def write(config, workdir, about, objective, opened: Inputs, state):
   """Writes config.json and parameters.txt of a new run.
 
-  Args:
-    config, workdir, objective, opened, state: the run's.
-    about: {name: value}, what the run has found out: its total_steps, its
-      shuffle.
+  `about` is what the run has found out: {"total_steps", "shuffle"}.
   """
   if jax.process_index():
     return
