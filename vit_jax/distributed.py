@@ -35,11 +35,11 @@ def check_same(facts: dict[str, Any]) -> None:
   mine = {name: repr(value) for name, value in facts.items()}
   hosts, everyone = zip(*gather([socket.gethostname(), mine]), strict=True)
   for i, other in enumerate(everyone):
-    names = sorted(everyone[0].keys() | other.keys())
+    first = everyone[0]
     different = [
-      f"{name} is {other.get(name)} there and {everyone[0].get(name)} here"
-      for name in names
-      if other.get(name) != everyone[0].get(name)
+      f"{name} is {other.get(name)} there and {first.get(name)} here"
+      for name in sorted(first.keys() | other.keys())
+      if other.get(name) != first.get(name)
     ]
     if different:
       more = f" and {len(different) - 3} more" if different[3:] else ""

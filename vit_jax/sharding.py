@@ -17,9 +17,8 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.state import flatten, path_str
 
-# How many steps the host may run ahead of the devices. Each holds a batch in
-# device memory; waiting for a step that long past costs nothing while the
-# devices are the slower side.
+# How many steps the host may run ahead of the devices: each holds a batch in
+# device memory.
 RUN_AHEAD = 4
 
 # First match wins; each pattern must match the path's last names. Optimizer
@@ -64,9 +63,9 @@ def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
   Raises:
     UserError: the table splits an axis that `fsdp` does not divide.
   """
-  matches = (s for names, s in RULES if re.search(rf"(^|/)({names})$", path))
-  spec = next(matches, None)
-  assert spec is not None, f"no sharding rule covers {path}; add one to RULES"
+  matches = [s for names, s in RULES if re.search(rf"(^|/)({names})$", path)]
+  assert matches, f"no sharding rule covers {path}; add one to RULES"
+  spec = matches[0]
   spec = P(*[None] * (len(shape) - len(spec)), *spec) if len(spec) else spec
   for axis, name in enumerate(spec):
     if name and shape[axis] % fsdp:
@@ -122,9 +121,8 @@ def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
     raise UserError(f"micro_batches is {micro_batches}; it must be 1 or more")
   if batch_size < 1 or batch_size % pieces:
     nearest = max(1, round(batch_size / pieces)) * pieces
-    what = f"{mesh.size} devices"
-    if micro_batches > 1:
-      what += f" x {micro_batches} micro-batches"
+    more = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""
+    what = f"{mesh.size} devices{more}"
     raise UserError(
       f"batch_size {batch_size} is not divisible by {what}; "
       f"nearest valid: {nearest}"

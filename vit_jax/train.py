@@ -73,9 +73,9 @@ def train(config, workdir) -> dict[str, float] | None:
     step = int(state.step)
     distributed.check_same({"the step to resume from": step})
     done = run_folder.read_results(workdir, step)
-    if step == total_steps and all(e.name in done for e in evaluators):
-      log.info("the run is complete: %d steps in %s", step, workdir)
-      return flatten_results({e.name: done[e.name] for e in evaluators})
+    if step == total_steps and all(e.find(done) for e in evaluators):
+      results = {k: x for e in evaluators for k, x in e.find(done).items()}
+      return report_end(workdir, step, results)
     shuffle = inputs.choose_shuffle(config, opened, run)
     batches = inputs.read_batches(
       config, mesh, opened, shuffle, step, total_steps
@@ -165,7 +165,7 @@ class Loop:
   config: Any
   total_steps: int
   evaluators: list[evaluation.Evaluator]
-  best: tuple[str, str] | None  # the (evaluation, metric) that picks the best
+  best: str | None  # the EVALUATION/METRIC that picks the best checkpoint
   checkpoints: checkpoint.Checkpoints
   own: lock.Lock | None  # of the run folder; None but on the first process
   stop: StopSignal
@@ -238,8 +238,7 @@ class Loop:
       raise
     finally:
       self.metrics.close()
-    log.info("the run is complete: %d steps in %s", self.step, workdir)
-    return flatten_results(self.results)
+    return report_end(workdir, self.step, self.results)
 
   def is_due(self, every: int) -> bool:
     """Returns whether something done `every` steps, and last, is done now."""
@@ -263,20 +262,19 @@ class Loop:
     for evaluator in self.evaluators:
       if not self.is_due(evaluator.every):
         continue
-      results = done.get(evaluator.name)
+      results = evaluator.find(done)
       if not results:
         self.metrics.flush(self.step)
         state = self.state
         params = state.params if state.ema is None else state.ema
         results = run_evaluation(evaluator, params, self.step)
         self.metrics.write_results(evaluator.name, self.step, results)
-      if self.best and self.best[0] == evaluator.name:
-        metric = results[self.best[1]]
-        if self.checkpoints.is_best(metric):
-          self.save()
-          self.checkpoints.keep_best(self.step, metric)
+      metric = results.get(self.best)
+      if metric is not None and self.checkpoints.is_best(metric):
+        self.save()
+        self.checkpoints.keep_best(self.step, metric)
       self.metrics.restart_clock(self.step)
-      self.results[evaluator.name] = results
+      self.results |= results
 
 
 class EvaluationFailed(RunStopped):
@@ -284,22 +282,20 @@ class EvaluationFailed(RunStopped):
 
 
 def run_evaluation(evaluator, params, step) -> dict[str, float]:
-  """Returns the results of an evaluation; what goes wrong names its step."""
+  """Returns {NAME/METRIC: value}; what goes wrong names the step."""
+  name = evaluator.name
   try:
-    return dict(evaluator.run(params))
+    return {f"{name}/{metric}": x for metric, x in evaluator.run(params)}
   except Stopping:
     raise
   except Exception as e:
-    what = "" if evaluator.name == "eval" else f" {evaluator.name}"
+    what = "" if name == "eval" else f" {name}"
     raise EvaluationFailed(
       f"the evaluation{what} at step {step} failed: {one_line(e)}"
     ) from e
 
 
-def flatten_results(results: dict[str, dict[str, float]]) -> dict[str, float]:
-  """Returns {metric: value}, with NAME/ before those of `config.evals`."""
-  return {
-    metric if name == "eval" else f"{name}/{metric}": value
-    for name, values in results.items()
-    for metric, value in values.items()
-  }
+def report_end(workdir, step, results) -> dict[str, float]:
+  """Returns the results of a complete run as `train` does."""
+  log.info("the run is complete: %d steps in %s", step, workdir)
+  return {key.removeprefix("eval/"): x for key, x in results.items()}

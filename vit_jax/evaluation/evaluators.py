@@ -20,6 +20,11 @@ class Evaluator(NamedTuple):
   metrics: tuple[str, ...]
   run: Callable  # params -> iterator of (metric, value)
 
+  def find(self, results: dict[str, float]) -> dict[str, float]:
+    """Returns its own of {NAME/METRIC: value}."""
+    mine = f"{self.name}/"
+    return {key: x for key, x in results.items() if key.startswith(mine)}
+
 
 def make_evaluators(
   config,
@@ -90,20 +95,16 @@ def make_evaluate(
   return lambda params: objective.summarize(add_up(sums(params)), several)
 
 
-def find_best(
-  config, evaluators: Sequence[Evaluator]
-) -> tuple[str, str] | None:
-  """Returns the (evaluation, metric) that decides which checkpoint is best.
+def find_best(config, evaluators: Sequence[Evaluator]) -> str | None:
+  """Returns the EVALUATION/METRIC that decides which checkpoint is best.
 
   None for a run that evaluates nothing, or nothing but `config.evals`.
 
   Raises:
     UserError: `config.best_metric` is none of theirs.
   """
-  known = {e.name: e.metrics for e in evaluators}
-  if not config.get("best_metric"):
-    return ("eval", known["eval"][0]) if "eval" in known else None
-  choices = [f"{name}/{m}" for name, metrics in known.items() for m in metrics]
-  check_choice("config.best_metric", config.best_metric, choices)
-  name, _, metric = str(config.best_metric).partition("/")
-  return name, metric
+  choices = [f"{e.name}/{metric}" for e in evaluators for metric in e.metrics]
+  best = config.get("best_metric")
+  if best:
+    check_choice("config.best_metric", best, choices)
+  return best or next((x for x in choices if x.startswith("eval/")), None)

@@ -125,12 +125,12 @@ class MetricLog:
       self._wandb.log(values, step=step)
 
   def write_results(self, name: str, step: int, results) -> None:
-    """Writes and prints the {metric: value} of the evaluation `name`."""
-    self.write(step, {f"{name}/{metric}": x for metric, x in results.items()})
+    """Writes and prints the {NAME/METRIC: value} of an evaluation."""
+    self.write(step, results)
     self.sync()
     text = "  ".join(
-      f"{metric} {x}" if isinstance(x, int) else f"{metric} {x:.4f}"
-      for metric, x in results.items()
+      f"{key.partition('/')[2]} {x if isinstance(x, int) else format(x, '.4f')}"
+      for key, x in results.items()
     )
     what = "evaluation" if name == "eval" else name
     log.info("%s at step %d  %s", what, step, text)

@@ -142,12 +142,8 @@ def write(config, workdir, about, objective, opened: Inputs, state):
   )
 
 
-def read_results(workdir, step: int) -> dict[str, dict[str, float]]:
-  """Returns {evaluation: {metric: value}} at `step` from metrics.jsonl."""
-  found: dict[str, dict[str, float]] = {}
-  for values in files.read_metrics(workdir)[0]:
-    if values.pop("step") == step:
-      for key, x in values.items():
-        name, _, metric = key.partition("/")
-        found.setdefault(name, {})[metric] = x
-  return found
+def read_results(workdir, step: int) -> dict[str, float]:
+  """Returns {NAME/METRIC: value} of all lines of a step in metrics.jsonl."""
+  lines, _ = files.read_metrics(workdir)
+  lines = [values for values in lines if values["step"] == step]
+  return {key: x for values in lines for key, x in values.items()}

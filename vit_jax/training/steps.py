@@ -48,8 +48,7 @@ def train_step(
   }
   if "replaced" in batch:
     metrics["replaced"] = batch["replaced"].sum()
-  new = TrainState(state.step + 1, params, opt_state, ema, state.rng)
-  return new, metrics
+  return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
 
 
 def mean_gradient(loss_fn, params, examples, key, micro_batches: int):
