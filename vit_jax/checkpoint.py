@@ -1,15 +1,12 @@
 """Checkpoints: Orbax saves, restores and deletes; this file says what and when.
 
-A checkpoint, checkpoints/STEP/ of a run folder, appears under its name only
-when it is complete: Orbax writes to a temporary name and renames. Damage after
-that is noticed when it is read: beside the state lies a fingerprint, one number
+Orbax writes checkpoints/STEP/ of a run folder under a temporary name, then
+renames it. Later damage is noticed by a fingerprint beside the state: a number
 for each array, computed where the array lives and again from what was read.
 
-A run starts from the newest checkpoint of its own that is not corrupt; where
-there are none, from `config.init_from`; else from random weights. Corrupt is
-what does not decode or does not match its fingerprint. It is skipped and moved
-to damaged/, never deleted. Any other failure ends the run and changes nothing:
-a full memory, a server that does not answer, another version.
+A checkpoint that does not decode or match its fingerprint is corrupt. It is
+skipped and moved to damaged/, never deleted. Any other failure ends the run and
+changes nothing: a full memory, a server that does not answer, another version.
 """
 
 import contextlib
@@ -48,9 +45,8 @@ def _digest(x):
     index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     position += index * jnp.uint32(stride)
   # Each value is scrambled with its position (the finalizer of MurmurHash3, a
-  # bijection), so that no single change can cancel out and several do so in
-  # one of 2**32 cases. Sums of integers do not depend on the order, so neither
-  # on the devices.
+  # bijection): a single change cannot cancel out, several do in one of 2**32
+  # cases. Sums of integers do not depend on their order, nor on the devices.
   h = bits.astype(jnp.uint32) ^ (position * jnp.uint32(0x9E3779B9))
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     h = (h ^ (h >> shift)) * jnp.uint32(factor)
@@ -167,8 +163,8 @@ class Checkpoints:
         error = e
       error = _agree(folder, error)
       if error is None:
-        for damaged in corrupt if jax.process_index() == 0 else ():
-          self._set_aside(damaged)
+        if jax.process_index() == 0:
+          self._set_aside(corrupt)
         return state
       if not isinstance(error, Corrupt):
         raise error
@@ -203,14 +199,15 @@ class Checkpoints:
     if self._manager is not None:
       self._manager.close()
 
-  def _set_aside(self, folder):
-    """Moves a corrupt checkpoint away, so that its step can be saved again."""
-    target = self.workdir / "damaged" / f"{folder.parent.name}-{folder.name}"
-    while target.exists():
-      target = target.with_name(target.name + "-again")
-    target.parent.mkdir(exist_ok=True)
-    folder.rename(target)
-    log.warning("moved it to %s; nothing is deleted", target)
+  def _set_aside(self, folders):
+    """Moves corrupt checkpoints away: their steps will be saved again."""
+    for folder in folders:
+      target = self.workdir / "damaged" / f"checkpoints-{folder.name}"
+      while target.exists():
+        target = target.with_name(target.name + "-again")
+      target.parent.mkdir(exist_ok=True)
+      folder.rename(target)
+      log.warning("moved it to %s; nothing is deleted", target)
 
   @contextlib.contextmanager
   def _writing(self, when=""):
@@ -218,19 +215,16 @@ class Checkpoints:
     try:
       yield
     except Exception as e:
+      intact = ", ".join(map(str, self.steps())) or "none"
       raise RunStopped(
         f"could not write a checkpoint to {self.workdir}{when}: {one_line(e)}; "
-        "intact checkpoints: "
-        f"{', '.join(map(str, self.steps())) or 'none'}; mend that, then the "
-        "same command resumes"
+        f"intact checkpoints: {intact}; mend that, then the same command "
+        "resumes"
       ) from e
 
 
 def _agree(folder, error):
-  """Returns what all processes do about what each has met: an error or None.
-
-  One may meet an error and another none, and they must not go separate ways.
-  """
+  """Returns the worst error that any process has met, None for none."""
   kind = sum(i for i, k in enumerate(_KINDS, 1) if isinstance(error, k))
   worst = max(gather(kind))
   if worst == kind:
@@ -278,7 +272,6 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
         ) from e
       log.warning("could not read: %s; trying again", one_line(e))
       time.sleep(pause)
-  raise AssertionError("the last attempt returns or raises")
 
 
 def _is_of_storage(e) -> bool:
@@ -314,7 +307,6 @@ def absolute(path) -> epath.Path:
 
 def list_steps(workdir, kind: str = "checkpoints") -> list[int]:
   """Returns the steps of complete checkpoints, oldest first."""
-  # Without a manager, whose making waits for all processes.
   folder = absolute(workdir) / kind
   return sorted(ocp.utils.checkpoint_steps(folder)) if folder.exists() else []
 
@@ -357,16 +349,16 @@ def read_params(folder) -> dict[str, np.ndarray]:
     Corrupt: they do not decode, or not to what was saved.
     RunStopped: they could not be read.
   """
-  return _read(folder, _restore_params)
 
+  def read(folder):
+    tree = _list_arrays(folder)
+    name = "ema" if "ema" in tree else "params"
+    to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    how = {name: jax.tree.map(lambda _: to_numpy, tree[name])}
+    flat = _load(folder, {name: tree[name]}, how, partial_restore=True)
+    return {path.removeprefix(f"{name}/"): x for path, x in flat.items()}
 
-def _restore_params(folder):
-  tree = _list_arrays(folder)
-  name = "ema" if "ema" in tree else "params"
-  to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-  how = {name: jax.tree.map(lambda _: to_numpy, tree[name])}
-  flat = _load(folder, {name: tree[name]}, how, partial_restore=True)
-  return {path.removeprefix(f"{name}/"): x for path, x in flat.items()}
+  return _read(folder, read)
 
 
 def _load(folder, tree, restore_args, **options) -> dict[str, Any]:

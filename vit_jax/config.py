@@ -26,8 +26,7 @@ from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, suggest
 
 # What may differ when a run is resumed: none of these changes which parameters
-# come out, other than by the rounding of sums in another order. (Micro-batches
-# draw dropout each on its own: see `differences`.)
+# come out, other than by the rounding of sums in another order.
 RESUMABLE = (
   "data_dir",
   "fsdp",
@@ -44,9 +43,8 @@ RESUMABLE = (
   "wandb",
 )
 
-# Keys that were added to configs/common.py since the first release: {key: the
-# value that runs from before had without saying so}. And those that have been
-# renamed since: {old: new}. Without an entry no run from before is resumed.
+# Keys that are newer than the first release: {key: what runs from before did},
+# and new names of keys, {old: new}. Without an entry no such run is resumed.
 ADDED: dict[str, Any] = {
   "best_metric": None,
   "model.class_token": False,
@@ -73,14 +71,11 @@ RENAMED: dict[str, str] = {}
 
 
 def load(spec: str, overrides: dict[str, str] | None = None):
-  """Runs `get_config` of a configuration file and applies overrides.
+  """Returns the locked ConfigDict of a configuration file, with overrides.
 
   Args:
     spec: "CONFIG", see `find`, or "CONFIG:ARG", an argument of get_config.
     overrides: {"schedule.base_lr": "3e-4"} as typed by the user.
-
-  Returns:
-    A locked ml_collections.ConfigDict.
 
   Raises:
     UserError: no such file, one that fails or refuses its argument, an
@@ -130,9 +125,9 @@ def find(file: str) -> Path:
 
 @contextlib.contextmanager
 def _importing_from(folder):
-  """Lets a configuration import its neighbours: `from common import ...`.
+  """Lets a configuration import its neighbours; none stays imported.
 
-  Those of another folder may have the same names, so none stays imported.
+  Those of another folder may have the same names.
   """
   names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names
   hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
@@ -248,15 +243,14 @@ def list_evals(config) -> list[Eval]:
     "shots": (5, 10),
   }
   found = [Eval("eval", **usual)] if config.eval.split else []
-  # Runs from before have none.
-  for name, entry in config.get("evals", {}).items():
+  for name, entry in config.get("evals", {}).items():  # old runs have none
     _check_entry(name, entry)
     given = {k: v for k, v in entry.items() if v is not None}
     e = Eval(name, **usual | given)
     if not e.split:
       raise UserError(f"config.{e.key} needs a split to evaluate")
-    numbers = (e.batch_size, e.every + 1, *e.shots)
-    if not e.shots or any(type(n) is not int or n < 1 for n in numbers):
+    numbers = (e.batch_size, e.every + 1, *(e.shots or (0,)))
+    if any(type(n) is not int or n < 1 for n in numbers):
       raise UserError(
         f"config.{e.key} has batch_size {e.batch_size}, every {e.every}, shots "
         f"{e.shots}; it needs integers, batch_size and shots of 1 or more and "
@@ -299,7 +293,7 @@ def to_dict(config) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-# What a training step draws in the model, micro-batch by micro-batch.
+# What a training step draws in the model, each micro-batch on its own.
 _RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
 
 
@@ -307,8 +301,7 @@ def differences(old: dict, new: dict) -> list[str]:
   """Returns "key: old -> new" for what a resumed run may not change.
 
   That is all but `RESUMABLE` and the evaluations of `config.evals` that do not
-  pick the best checkpoint; with a rate of dropout or stochastic depth above 0
-  also `micro_batches`, on which its draws depend.
+  pick the best checkpoint; and `micro_batches` where something is drawn.
   """
   old, new = modernize(flatten(old)), flatten(new)
   best = str(new.get("best_metric")).partition("/")[0]

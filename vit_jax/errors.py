@@ -7,18 +7,16 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-  """Something the user gave cannot be used.
+  """Something the user gave cannot be used; commands exit with code 2.
 
-  The message is one line: what was given, what is needed, what to do. The
-  command line prints it without a traceback and exits with code 2.
+  The message is one line: what was given, what is needed, what to do.
   """
 
 
 class RunStopped(RuntimeError):
-  """A run cannot go on: the loss is not finite, the disk is full, ...
+  """A run cannot go on: the disk is full, ...; commands exit with code 1.
 
-  One line as well: what happened, at which step, what is safe, what to do. The
-  command line prints it and exits with code 1.
+  One line as well: what happened, at which step, what is safe, what to do.
   """
 
 
@@ -93,8 +91,7 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 def one_line(error: BaseException, limit: int = 200) -> str:
   """Returns an exception's words in one line of at most `limit` characters.
 
-  A long one loses its middle: what went wrong is at its ends, and long paths
-  are between.
+  A long one loses its middle, where the paths are.
   """
   words = " ".join(str(error).split()) or type(error).__name__
   if len(words) <= limit:

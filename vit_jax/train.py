@@ -182,13 +182,9 @@ class Loop:
     """
     config, workdir = self.config, self.checkpoints.workdir
     self.saved, self.results = self.step, {}
+    wandb = wandb_run.start(config, workdir)
     self.metrics = MetricLog(
-      workdir,
-      start_step=self.step,
-      total_steps=self.total_steps,
-      log_every=config.log_every,
-      batch_size=config.batch_size,
-      wandb=wandb_run.start(config, workdir),
+      config, workdir, self.step, self.total_steps, wandb
     )
     profiler = Profiler(config, workdir)
     try:

@@ -80,16 +80,14 @@ def _open_eval(config, e: Eval, train: Sequence[data.Source]):
       )
   if config.objective != "classification":
     return [test]
-  relabelled = relabel(test, train[0].class_names)
-  if relabelled is None:
-    none = f"leave out config.{e.key}"
-    if e.name == "eval":
-      none = "set config.eval.split='' for no evaluation"
-    raise class_error(
-      *(test, train[0].class_names, train[0].num_classes, "training"),
-      f"choose another {e.key}.dataset, of classes of training, or {none}",
-    )
-  return [relabelled]
+  names = train[0].class_names
+  if relabelled := relabel(test, names):
+    return [relabelled]
+  none = f"leave out config.{e.key}"
+  if e.name == "eval":
+    none = "set config.eval.split='' for no evaluation"
+  advice = f"choose another {e.key}.dataset, of classes of training, or {none}"
+  raise class_error(test, names, train[0].num_classes, "training", advice)
 
 
 def choose_shuffle(config, inputs: Inputs, run: dict | None) -> data.Shuffle:
@@ -110,24 +108,23 @@ def count_memory(config) -> int:
 
 def read_batches(config, mesh, inputs, shuffle, step, total_steps) -> Iterator:
   """Returns the batches of the steps to come, on their way to the devices."""
-  rows = sharding.local_rows(mesh, config.batch_size)
-  batches = read_rows(config, inputs, shuffle, rows, step, total_steps - step)
-  return prefetch(
-    sharding.put_batch(mesh, batch, config.batch_size)
-    for batch in name_failures(batches)
-  )
+  size = config.batch_size
+
+  def read():
+    rows = sharding.local_rows(mesh, size)
+    try:
+      yield from read_rows(
+        config, inputs, shuffle, rows, step, total_steps - step
+      )
+    except Exception as e:
+      why = one_line(e)
+      raise DataFailed(f"could not read the training data: {why}") from e
+
+  return prefetch(sharding.put_batch(mesh, batch, size) for batch in read())
 
 
 class DataFailed(RunStopped):
   """Training data could not be read."""
-
-
-def name_failures(batches: Iterable) -> Iterator:
-  """Yields batches; what goes wrong with them becomes a DataFailed."""
-  try:
-    yield from batches
-  except Exception as e:
-    raise DataFailed(f"could not read the training data: {one_line(e)}") from e
 
 
 def read_rows(config, inputs, shuffle, rows, start_step, num_steps) -> Iterator:

@@ -136,8 +136,8 @@ def read_token(workdir) -> str | None:
 def _wait_for_heartbeat(file, owner):
   """Returns once an owner has missed its heartbeats; raises if it lives."""
   log.info(
-    "%s held %s: waiting up to %d s for a heartbeat, in case it still runs",
-    *(_describe(owner), file.parent, _PATIENCE),
+    f"{_describe(owner)} held {file.parent}: waiting up to {_PATIENCE} s for a "
+    "heartbeat, in case it still runs"
   )
   end = time.monotonic() + _PATIENCE
   while time.monotonic() < end:

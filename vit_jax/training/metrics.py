@@ -7,7 +7,6 @@ import math
 import shutil
 import tempfile
 import time
-from typing import Any
 
 import jax
 from clu import metric_writers
@@ -37,22 +36,12 @@ class MetricLog:
   local folder, and uploaded by `sync` or when the last upload is a minute old.
   """
 
-  def __init__(
-    self,
-    workdir,
-    *,
-    start_step,
-    total_steps,
-    log_every,
-    batch_size,
-    wandb: Any = None,
-  ):
+  def __init__(self, config, workdir, start_step, total_steps, wandb=None):
     """Opens the files; lines after `start_step` are dropped, to come again.
 
     `wandb` is a run of Weights & Biases that gets the same values.
     """
-    self._wandb, self._total, self._every = wandb, total_steps, log_every
-    self._batch_size = batch_size
+    self._config, self._total, self._wandb = config, total_steps, wandb
     self._pending: list = []
     self._clock = self._first = (start_step, time.monotonic())
     self._uploaded, self._is_behind = self._clock[1], files.is_remote(workdir)
@@ -107,7 +96,7 @@ class MetricLog:
       for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[f"train/{name}"]):
           raise NotFinite(f"{name} is {values[f'train/{name}']} at step {step}")
-      if step % self._every == 0 or step == self._total:
+      if step % self._config.log_every == 0 or step == self._total:
         self._report(step, values, now)
 
   def write(self, step: int, values: dict[str, float]) -> None:
@@ -161,7 +150,7 @@ class MetricLog:
   def _report(self, step, values, now):
     steps, seconds = step - self._clock[0], now - self._clock[1]
     self._clock = (step, now)
-    speed = steps * self._batch_size / max(seconds, 1e-9)
+    speed = steps * self._config.batch_size / max(seconds, 1e-9)
     each = speed / jax.device_count()
     values["speed/images_per_second"] = speed
     values["speed/images_per_second_per_device"] = each

@@ -78,12 +78,11 @@ class Classification:
   def summarize(self, totals, multilabel) -> Iterator[tuple[str, float]]:
     """Turns the sums of `eval_step` over a test set into metrics.
 
-    Yields:
-      "examples", all that were seen; then, over those with a label (ImageNet-
-      ReaL has others), the mean "loss" and for single-label sets "accuracy"
-      and, of ten classes or more, "accuracy@5"; for multi-label ones
-      "labelled", their number, "prec@1" (the top class is one of the labels)
-      and "lrap" (label ranking average precision).
+    Yields "examples", all that were seen; then, over those with a label
+    (ImageNet-ReaL has others), the mean "loss" and for single-label sets
+    "accuracy" and, of ten classes or more, "accuracy@5"; for multi-label ones
+    "labelled", their number, "prec@1" (the top class is one of the labels) and
+    "lrap" (label ranking average precision).
     """
     labelled = max(totals["labelled"], 1)
     yield "examples", int(totals["examples"])

@@ -19,7 +19,7 @@ def check_profile(config, total_steps):
 
 
 class Profiler:
-  """The profiler window of a run; a run that resumes in it traces the rest."""
+  """Traces the window; a run that resumes in it traces the rest."""
 
   def __init__(self, config, workdir):
     self._first = config.profile_step
@@ -42,8 +42,6 @@ class Profiler:
       return
     jax.block_until_ready(state)
     jax.profiler.stop_trace()
-    log.info(
-      "profile of %d steps from step %d in %s",
-      *(step - self._started, self._started, self._folder.parent),
-    )
+    count, workdir = step - self._started, self._folder.parent
+    log.info(f"profile of {count} steps from step {self._started} in {workdir}")
     self._started, self._end = None, 0

@@ -23,10 +23,9 @@ def take(config, workdir, run, opened: Inputs, stack) -> lock.Lock | None:
     UserError: another run has it, or it cannot be written, or other processes
       see something else than this `run` and these data.
   """
-  own = None
   try:
-    if jax.process_index() == 0:
-      own = stack.enter_context(lock.hold(workdir))
+    is_first = jax.process_index() == 0
+    own = stack.enter_context(lock.hold(workdir)) if is_first else None
   except OSError as e:
     raise UserError(
       f"cannot write to {workdir}: {e.strerror or e}; choose another --workdir"
@@ -64,10 +63,10 @@ def check(config, workdir) -> dict | None:
   advice = "restore it from a copy, or choose another --workdir"
   run = files.read_run(workdir, advice)
   new = configuration.to_dict(config)
-  if differences := configuration.differences(run["config"], new):
+  if differences := "; ".join(configuration.differences(run["config"], new)):
     raise UserError(
-      f"{workdir} holds a run of another configuration "
-      f"({'; '.join(differences)}); resume with the configuration that it was "
+      f"{workdir} holds a run of another configuration ({differences}); "
+      "resume with the configuration that it was "
       "started with, or choose another --workdir, also to train for longer: "
       f"--config.init_from={shlex.quote(str(workdir))} starts it from these "
       "weights, without the optimizer's state and the step"
@@ -132,13 +131,12 @@ def write(config, workdir, about, objective, opened: Inputs, state):
   )
   files.write_atomically(workdir / "parameters.txt", overview)
   files.write_json(workdir / "config.json", run)
-  count = sum(x.size for x in jax.tree.leaves(state.params))
+  millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
   gib = sharding.bytes_per_device(state) / 2**30
   log.info(
-    "%s: %.2f M parameters (parameters.txt), %.3f GiB of state a device, "
-    "devices: %d, %d steps of %d images",
-    *(config.model.variant, count / 1e6, gib),
-    *(jax.device_count(), about["total_steps"], config.batch_size),
+    f"{config.model.variant}: {millions:.2f} M parameters (parameters.txt), "
+    f"{gib:.3f} GiB of state a device, devices: {jax.device_count()}, "
+    f"{about['total_steps']} steps of {config.batch_size} images"
   )
 
 

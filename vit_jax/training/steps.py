@@ -17,9 +17,7 @@ def train_step(
   micro_batches: int = 1,
   ema_decay: float = 0.0,
 ):
-  """Returns (the next state, the metrics of this step).
-
-  All randomness is a function of (state.rng, state.step).
+  """Returns (the next state, metrics); random in (state.rng, state.step) alone.
 
   Args:
     state: the step begins with it.
@@ -68,10 +66,8 @@ def mean_gradient(loss_fn, params, examples, key, micro_batches: int):
 
 
 def split_micro_batches(tree, count):
-  """[b ...] -> [count b/count ...] without moving a row between devices.
-
-  Micro-batch j takes every count-th row, so each device contributes equally.
-  """
+  """[b ...] -> [count b/count ...] without moving a row between devices."""
+  # Micro-batch j takes every count-th row: each device contributes equally.
   return jax.tree.map(
     lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree
   )

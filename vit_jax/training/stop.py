@@ -25,9 +25,7 @@ class StopSignal:
   """
 
   def __enter__(self):
-    self._since = None
-    self._stops = False
-    self._polls = 0
+    self._since, self._stops, self._polls = None, False, 0
     self._alone = jax.process_count() == 1
     signals = [signal.SIGINT] + [signal.SIGTERM] * self._alone
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it

@@ -7,6 +7,7 @@ import sys
 import fake_gcs
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -20,14 +21,8 @@ from vit_jax.training.metrics import MetricLog, NotFinite, duration
 
 
 def _open(workdir, start_step=0, total_steps=10, log_every=2, wandb=None):
-  return MetricLog(
-    epath.Path(workdir),
-    start_step=start_step,
-    total_steps=total_steps,
-    log_every=log_every,
-    batch_size=8,
-    wandb=wandb,
-  )
+  config = ml_collections.ConfigDict({"log_every": log_every, "batch_size": 8})
+  return MetricLog(config, epath.Path(workdir), start_step, total_steps, wandb)
 
 
 def _values(step, **kwargs):
