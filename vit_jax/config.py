@@ -194,10 +194,8 @@ class Eval:
 def add_eval(config, name: str, **values: Any) -> None:
   """Adds an entry to `config.evals`; what is not given stays at its default.
 
-  Raises:
-    UserError: a name or key that cannot be.
+  `list_evals` checks the name and the values.
   """
-  _check_entry(name, values)
   unset = {key: placeholder(kind) for key, kind in _EVAL_KEYS.items()}
   with config.unlocked():
     config.evals[name] = unset
@@ -211,19 +209,6 @@ _EVAL_KEYS: dict[str, type] = {
 }
 # What else stands before the "/" of a logged name.
 LOGGED = ("eval", "train", "speed")
-
-
-def _check_entry(name, keys):
-  if not re.fullmatch(r"[A-Za-z]\w*", name) or name in LOGGED:
-    raise UserError(
-      f"config.evals.{name}: an evaluation's name is a word of letters, "
-      f"digits and _, and none of {', '.join(LOGGED)}"
-    )
-  for key in keys:
-    if key not in _EVAL_KEYS:
-      raise UserError(
-        f"unknown config key evals.{name}.{key}{suggest(key, _EVAL_KEYS)}"
-      )
 
 
 def list_evals(config) -> list[Eval]:
@@ -244,7 +229,15 @@ def list_evals(config) -> list[Eval]:
   }
   found = [Eval("eval", **usual)] if config.eval.split else []
   for name, entry in config.get("evals", {}).items():  # old runs have none
-    _check_entry(name, entry)
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or name in LOGGED:
+      raise UserError(
+        f"config.evals.{name}: an evaluation's name is a word of letters, "
+        f"digits and _, and none of {', '.join(LOGGED)}"
+      )
+    for key in entry:
+      if key not in _EVAL_KEYS:
+        meant = suggest(key, _EVAL_KEYS)
+        raise UserError(f"unknown config key evals.{name}.{key}{meant}")
     given = {k: v for k, v in entry.items() if v is not None}
     e = Eval(name, **usual | given)
     if not e.split:

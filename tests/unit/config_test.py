@@ -254,8 +254,11 @@ def test_entries_of_evals_are_checked_however_they_are_written():
       config.evals.few = ml_collections.ConfigDict(entry)
     with pytest.raises(UserError, match=words):
       configuration.list_evals(config)
-  with pytest.raises(UserError, match="a word of letters"):
-    configuration.override(config, "evals.few-shot.every", "3")
+  with config.unlocked():
+    del config.evals.few
+  configuration.override(config, "evals.few-shot.every", "3")
+  with pytest.raises(UserError, match=r"few-shot: .* a word of letters"):
+    configuration.list_evals(config)
 
 
 def test_a_key_that_one_side_lacks_is_a_difference():

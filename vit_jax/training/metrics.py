@@ -89,8 +89,7 @@ class MetricLog:
     fetched = jax.device_get(ready)
     if ready and not self._pending:
       # The devices have caught up, which took time after the last dispatch.
-      *fetched, (step, metrics, _) = fetched
-      fetched.append((step, metrics, time.monotonic()))
+      fetched[-1] = (*fetched[-1][:2], time.monotonic())
     for step, metrics, now in fetched:
       values = {f"train/{name}": float(x) for name, x in metrics.items()}
       for name in ("loss", "gradient_norm"):
