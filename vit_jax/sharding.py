@@ -1,8 +1,8 @@
 """The mesh, and one table of the layout of each array on it.
 
-The mesh has two axes. Both split the batch; "fsdp" also splits parameters and
-optimizer moments, so that a device holds 1/fsdp of them. There is no
-communication code here: jit inserts it where these layouts make it necessary.
+Both axes of the mesh split the batch; "fsdp" also splits parameters and
+optimizer moments, so that a device holds 1/fsdp of them. Communication is not
+written anywhere: jit inserts what these layouts make necessary.
 """
 
 import functools

@@ -126,17 +126,18 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
     base_lr=config.schedule.base_lr,
     params=jax.eval_shape(objective.model.init, jax.random.key(0)),
   )
-  own = {"optimizer": optimizer, "ema_decay": config.ema_decay}
+  both = {"optimizer": optimizer, "ema_decay": config.ema_decay}
   train_step = functools.partial(
     steps.train_step,
     objective=objective,
     schedule=schedule,
     micro_batches=config.micro_batches,
-    **own,
+    **both,
   )
-  return train_step, functools.partial(
-    steps.init_state, model=objective.model, **own
+  init_state = functools.partial(
+    steps.init_state, model=objective.model, **both
   )
+  return train_step, init_state
 
 
 def make_state(config, mesh, objective, init_state, checkpoints):

@@ -35,9 +35,8 @@ def make_evaluators(
   """Returns the evaluators of a run, that of `config.eval` first.
 
   Args:
-    config: with the keys of configs/common.py.
+    config, objective: the run's.
     sources: {evaluation: its data}, as `inputs.Inputs` has them.
-    objective: what the run trains for.
     **where: `mesh` and `before_batch` of `make_sums`.
 
   Raises:
@@ -69,9 +68,8 @@ def _make_fewshot(config, e, sources, objective, **where):
   return metrics, fewshot.make_evaluate(model, train, test, e.shots, **where)
 
 
-# What an evaluation can be, beside that of the run's own objective: type ->
-# (config, entry, its sources, objective, **where) -> (metrics, run), see
-# `Evaluator`.
+# Types of evaluations beside the objective's own, and what makes the `metrics`
+# and `run` of their `Evaluator`.
 OTHERS = {"fewshot": _make_fewshot}
 
 
