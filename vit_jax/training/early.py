@@ -59,9 +59,9 @@ def _check_architecture(source, variant):
 
 def _read_variant(path) -> str | None:
   """Returns the variant of a run or one of its checkpoints, None of others."""
-  for folder in (path, path.absolute().parent.parent):
-    with contextlib.suppress(UserError, KeyError):
-      return files.read_run(folder)["config"]["model"]["variant"]
+  run = path.absolute().parent.parent if path.name.isdigit() else path
+  with contextlib.suppress(UserError, KeyError):
+    return files.read_run(run)["config"]["model"]["variant"]
   return None
 
 

@@ -109,13 +109,12 @@ def count_memory(config) -> int:
 def read_batches(config, mesh, inputs, shuffle, step, total_steps) -> Iterator:
   """Returns the batches of the steps to come, on their way to the devices."""
   size = config.batch_size
+  rows = sharding.local_rows(mesh, size)
+  batches = read_rows(config, inputs, shuffle, rows, step, total_steps - step)
 
   def read():
-    rows = sharding.local_rows(mesh, size)
     try:
-      yield from read_rows(
-        config, inputs, shuffle, rows, step, total_steps - step
-      )
+      yield from batches
     except Exception as e:
       why = one_line(e)
       raise DataFailed(f"could not read the training data: {why}") from e
