@@ -7,10 +7,8 @@ beside the user's other files as well as it does in this project.
 import ast
 import contextlib
 import dataclasses
-import functools
 import json
 import math
-import operator
 import re
 import runpy
 import sys
@@ -157,7 +155,9 @@ def override(config, key: str, text: str) -> None:
   if key not in known:
     raise UserError(f"unknown config key {key!r}{suggest(key, known)}")
   *parents, name = key.split(".")
-  node = functools.reduce(operator.getitem, parents, config)
+  node = config
+  for parent in parents:
+    node = node[parent]
   kind = node.get_type(name)
   value = parse_value(text, kind)
   # ConfigDict alone would take None for anything and True for an integer. A
