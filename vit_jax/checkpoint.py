@@ -259,7 +259,7 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
     except (Corrupt, UserError):
       raise
     except Exception as e:
-      chain = [e]
+      chain: list[BaseException] = [e]
       while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
       is_storage = any(map(_is_of_storage, chain))

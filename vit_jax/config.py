@@ -338,20 +338,26 @@ def find_test_set(config) -> str:
 CHOICES = {
   "train.shuffle": ("auto", "all", "blocks"),
   "train.on_bad_example": ("stop", "replace"),
+  "optimizer.name": ("adam", "sgd"),
+  "optimizer.accumulator_dtype": ("float32", "bfloat16"),
+  "optimizer.weight_decay_scaling": ("lr", "schedule"),
 }
+_FRACTIONS = ("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
+_AMOUNTS = (
+  *("train.buffer_gib", "train.mixup_alpha", "eval.batch_size"),
+  *("optimizer.eps", "optimizer.clip_norm", "optimizer.weight_decay"),
+  *("schedule.base_lr", "schedule.linear_end", "schedule.warmup_steps"),
+  *("schedule.cooldown_steps", "eval_every", "checkpoint_every"),
+  "profile_step",
+)
 # Key -> its least value, and the first that is too large.
 RANGES = {
   "seed": (-(2**63), 2**63),  # what JAX's keys take
-  "train.buffer_gib": (0, math.inf),
-  "train.mixup_alpha": (0, math.inf),
-  "eval.batch_size": (0, math.inf),
-  "ema_decay": (0, 1),
-  "log_every": (1, math.inf),
-  "eval_every": (0, math.inf),
-  "checkpoint_every": (0, math.inf),
-  "keep_checkpoints": (1, math.inf),
-  "profile_step": (0, math.inf),
-  "profile_steps": (1, math.inf),
+  **dict.fromkeys(_FRACTIONS, (0, 1)),
+  **dict.fromkeys(_AMOUNTS, (0, math.inf)),
+  **dict.fromkeys(
+    ("log_every", "keep_checkpoints", "profile_steps"), (1, math.inf)
+  ),
 }
 
 

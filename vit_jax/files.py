@@ -144,7 +144,7 @@ def read_run(folder, advice: str = "restore it from a copy") -> dict[str, Any]:
   return run
 
 
-def read_metrics(folder) -> tuple[list[dict[str, float]], int]:
+def read_metrics(folder) -> tuple[list[dict[str, Any]], int]:
   """Returns the lines of a run's metrics.jsonl, and how many are corrupt.
 
   Each has an integer "step", by which they are sorted, and numbers. A last line

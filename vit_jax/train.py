@@ -266,7 +266,7 @@ class Loop:
         params = state.params if state.ema is None else state.ema
         results = run_evaluation(evaluator, params, self.step)
         self.metrics.write_results(evaluator.name, self.step, results)
-      metric = results.get(self.best)
+      metric = results.get(self.best or "")
       if metric is not None and self.checkpoints.is_best(metric):
         self.save()
         self.checkpoints.keep_best(self.step, metric)

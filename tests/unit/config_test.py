@@ -330,6 +330,23 @@ def test_micro_batches_are_a_difference_where_they_draw():
     assert configuration.differences(old, new) == ["micro_batches: 1 -> 2"]
 
 
+# --- values out of range ---
+
+
+@pytest.mark.parametrize(
+  ("key", "text", "words"),
+  [
+    ("optimizer.name", "adm", "did you mean 'adam'"),
+    ("optimizer.b2", "1.0", "must be at least 0 and below 1"),
+    ("schedule.base_lr", "-0.001", "-0.001; it must be at least 0"),
+    ("keep_checkpoints", "0", "must be at least 1"),
+  ],
+)
+def test_values_out_of_range_are_refused(key, text, words):
+  with named(f"config.{key} is ", words):
+    configuration.check_ranges(configuration.load(_COMMON, {key: text}))
+
+
 # --- keys that have no effect ---
 
 

@@ -49,12 +49,9 @@ def make_schedule(
   The step is an integer, traced or not; the rate is f32[].
 
   Raises:
-    UserError: an unknown decay, a negative rate or duration, or a warm-up and
-      cooldown that do not fit in the run.
+    UserError: an unknown decay, or a warm-up and cooldown that do not fit in
+      the run.
   """
-  rates = {"base_lr": base_lr, "linear_end": linear_end}
-  steps = {"warmup_steps": warmup_steps, "cooldown_steps": cooldown_steps}
-  _check_range(math.inf, **rates, **steps)
   if warmup_steps + cooldown_steps > total_steps:
     raise UserError(
       f"warmup_steps {warmup_steps} and cooldown_steps {cooldown_steps} do not "
@@ -130,23 +127,14 @@ def make_optimizer(
   gradient, in the norm either, no decay and no moments. The moments mirror the
   parameters: their paths end in the parameter's path.
 
-  Args: the keys of `config.optimizer`, see configs/common.py; the schedule and
-  its base rate; the parameters or their shapes, of which only paths are read.
+  Args: the keys of `config.optimizer`, as `config.check_ranges` lets them pass;
+  the schedule and its base rate; the parameters or their shapes, of which only
+  paths are read.
 
   Raises:
-    UserError: unknown names, values out of range, regular expressions that do
-      not compile or match no parameter, nothing left to train.
+    UserError: regular expressions that do not compile or match no parameter,
+      nothing left to train.
   """
-  for key, value, choices in (
-    ("name", name, ("adam", "sgd")),
-    ("accumulator_dtype", accumulator_dtype, ("float32", "bfloat16")),
-    ("weight_decay_scaling", weight_decay_scaling, ("lr", "schedule")),
-  ):
-    check_choice(f"config.optimizer.{key}", value, choices)
-  _check_range(
-    math.inf, eps=eps, clip_norm=clip_norm, weight_decay=weight_decay
-  )
-  _check_range(1, b1=b1, b2=b2, momentum=momentum)
   paths = list(flatten(params))
   factors = _parse_multipliers(lr_multipliers, paths)
   parts = []
@@ -233,9 +221,3 @@ def _match(key: str, pattern: str, paths: list[str]) -> set[str]:
       f"such as {paths[0]!r}{suggest(pattern, paths)}"
     )
   return matches
-
-
-def _check_range(end: float, **values: float):
-  for key, value in values.items():
-    if not 0 <= value < end:
-      raise UserError(f"{key} {value} is not in [0, {end})")

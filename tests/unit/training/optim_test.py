@@ -90,7 +90,6 @@ def test_schedule_equals_formula_at_every_step(decay, warmup, cooldown):
   ("changes", "message"),
   [
     ({"decay": "cosin"}, "decay is 'cosin'.*did you mean 'cosine'"),
-    ({"base_lr": -1e-3}, "base_lr -0.001"),
     ({"warmup_steps": 26}, "warmup_steps 26 .*25 steps"),
     ({"cooldown_steps": 21}, "warmup_steps 5 and cooldown_steps 21"),
     ({"decay": "linear", "linear_end": 0.1}, "linear_end 0.1 is above base_lr"),
@@ -326,8 +325,6 @@ def test_frozen_gradients_may_be_anything():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "adm"}, "optimizer.name is 'adm'.*did you mean 'adam'"),
-    ({"b2": 1.0}, r"b2 1.0 is not in \[0, 1\)"),
     (
       {"weight_decay": 0.1, "weight_decay_params": "kernel"},
       "weight_decay_params 'kernel' matches no parameter",
