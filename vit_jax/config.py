@@ -336,6 +336,7 @@ def find_test_set(config) -> str:
 
 # Key -> its values.
 CHOICES = {
+  "objective": ("classification", "masked_patches"),
   "train.shuffle": ("auto", "all", "blocks"),
   "train.on_bad_example": ("stop", "replace"),
   "optimizer.name": ("adam", "sgd"),
@@ -356,7 +357,8 @@ RANGES = {
   **dict.fromkeys(_FRACTIONS, (0, 1)),
   **dict.fromkeys(_AMOUNTS, (0, math.inf)),
   **dict.fromkeys(
-    ("log_every", "keep_checkpoints", "profile_steps"), (1, math.inf)
+    ("micro_batches", "log_every", "keep_checkpoints", "profile_steps"),
+    (1, math.inf),
   ),
 }
 
@@ -382,6 +384,7 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "model.rope_base": ((100.0,), "model.rope", "dinov3"),
   "model.map_heads": ((0,), "model.classifier", "map"),
   "model.prefix_positions": (("tokens",), "model.pos_embedding", "learned"),
+  "train.mixup_alpha": ((0.0,), "objective", "classification"),
   "loss.name": (("sigmoid",), "objective", "classification"),
   "loss.label_smoothing": ((0.0,), "objective", "classification"),
   "optimizer.b1": ((0.9,), "optimizer.name", "adam"),

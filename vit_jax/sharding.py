@@ -117,8 +117,6 @@ def jit_train_step(mesh, train_step: Callable, layout) -> Callable:
 def check_batch_size(batch_size: int, mesh, micro_batches: int = 1) -> None:
   """Raises a UserError unless the batch splits evenly over the devices."""
   pieces = mesh.size * micro_batches
-  if micro_batches < 1:
-    raise UserError(f"micro_batches is {micro_batches}; it must be 1 or more")
   if batch_size < 1 or batch_size % pieces:
     nearest = max(1, round(batch_size / pieces)) * pieces
     more = f" x {micro_batches} micro-batches" if micro_batches > 1 else ""

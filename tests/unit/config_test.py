@@ -339,7 +339,8 @@ def test_micro_batches_are_a_difference_where_they_draw():
     ("optimizer.name", "adm", "did you mean 'adam'"),
     ("optimizer.b2", "1.0", "must be at least 0 and below 1"),
     ("schedule.base_lr", "-0.001", "-0.001; it must be at least 0"),
-    ("keep_checkpoints", "0", "must be at least 1"),
+    ("micro_batches", "0", "must be at least 1"),
+    ("objective", "masks", "choose from classification, masked_patches"),
   ],
 )
 def test_values_out_of_range_are_refused(key, text, words):

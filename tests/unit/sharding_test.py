@@ -236,7 +236,6 @@ def test_replicate_puts_the_whole_array_everywhere():
     (0, 1, "batch_size 0 .*8 devices.* 8"),
     (-8, 1, "batch_size -8 .*8 devices.* 8"),
     (40, 4, "batch_size 40 .*8 devices x 4 .* 32"),
-    (8, 0, "micro_batches is 0"),
   ],
 )
 def test_batch_sizes_that_do_not_split(batch_size, micro_batches, message):

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax import models
-from vit_jax.errors import UserError, check_choice
 from vit_jax.training.losses import get_loss, multi_hot
 from vit_jax.training.masked import MaskedPatches
 from vit_jax.training.steps import mixup, normalize
@@ -123,9 +122,8 @@ def create(config, class_names: list[str]) -> Objective:
   """Returns what `config.objective` names, for these classes.
 
   Raises:
-    UserError: an unknown objective, or a model or loss that cannot be had.
+    UserError: a model or loss that cannot be had.
   """
-  check_choice("config.objective", config.objective, OBJECTIVES)
   options = {"image_size": config.image_size, **config.model}
   if config.objective == "classification":
     return Classification(
@@ -134,13 +132,5 @@ def create(config, class_names: list[str]) -> Objective:
       loss_fn=get_loss(**config.loss),
       mixup_alpha=config.train.mixup_alpha,
     )
-  if config.train.mixup_alpha:
-    raise UserError(
-      f"train.mixup_alpha is {config.train.mixup_alpha}; masked_patches "
-      "predicts the pixels of one image, so leave it at 0"
-    )
   target = config.masked_target
   return MaskedPatches(models.create_masked(target=target, **options), target)
-
-
-OBJECTIVES = ("classification", "masked_patches")
