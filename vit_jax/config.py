@@ -351,15 +351,16 @@ _AMOUNTS = (
   *("schedule.cooldown_steps", "eval_every", "checkpoint_every"),
   "profile_step",
 )
+_COUNTS = (
+  *("schedule.rsqrt_timescale", "micro_batches", "log_every"),
+  *("keep_checkpoints", "profile_steps"),
+)
 # Key -> its least value, and the first that is too large.
 RANGES = {
   "seed": (-(2**63), 2**63),  # what JAX's keys take
   **dict.fromkeys(_FRACTIONS, (0, 1)),
   **dict.fromkeys(_AMOUNTS, (0, math.inf)),
-  **dict.fromkeys(
-    ("micro_batches", "log_every", "keep_checkpoints", "profile_steps"),
-    (1, math.inf),
-  ),
+  **dict.fromkeys(_COUNTS, (1, math.inf)),
 }
 
 

@@ -340,6 +340,7 @@ def test_micro_batches_are_a_difference_where_they_draw():
     ("optimizer.b2", "1.0", "must be at least 0 and below 1"),
     ("schedule.base_lr", "-0.001", "-0.001; it must be at least 0"),
     ("micro_batches", "0", "must be at least 1"),
+    ("schedule.rsqrt_timescale", "0", "must be at least 1"),
     ("objective", "masks", "choose from classification, masked_patches"),
   ],
 )

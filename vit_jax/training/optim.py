@@ -87,11 +87,6 @@ def _make_curve(decay, base_lr, linear_end, rsqrt_timescale):
       f"linear_end {linear_end} is above base_lr {base_lr}, so the rate would "
       "grow; choose an end between 0 and base_lr"
     )
-  if decay == "rsqrt" and not rsqrt_timescale > 0:
-    raise UserError(
-      f"rsqrt_timescale {rsqrt_timescale} is not positive; give it in steps, "
-      "for instance 10000"
-    )
   return curves[decay]
 
 

@@ -65,9 +65,9 @@ def check(config, workdir) -> dict | None:
   new = configuration.to_dict(config)
   if differences := "; ".join(configuration.differences(run["config"], new)):
     raise UserError(
-      f"{workdir} holds a run of another configuration ({differences}); "
-      "resume with the configuration that it was "
-      "started with, or choose another --workdir, also to train for longer: "
+      f"{workdir} holds a run of another configuration ({differences}); resume "
+      "with the configuration that it was started with, or choose another "
+      "--workdir, also to train for longer: "
       f"--config.init_from={shlex.quote(str(workdir))} starts it from these "
       "weights, without the optimizer's state and the step"
     )

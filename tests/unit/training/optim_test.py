@@ -93,7 +93,6 @@ def test_schedule_equals_formula_at_every_step(decay, warmup, cooldown):
     ({"warmup_steps": 26}, "warmup_steps 26 .*25 steps"),
     ({"cooldown_steps": 21}, "warmup_steps 5 and cooldown_steps 21"),
     ({"decay": "linear", "linear_end": 0.1}, "linear_end 0.1 is above base_lr"),
-    ({"decay": "rsqrt", "rsqrt_timescale": 0}, "rsqrt_timescale 0"),
   ],
 )
 def test_schedule_errors(changes, message):
