@@ -40,12 +40,8 @@ _LOOKING = "images, and a model with attention; a ResNet has none"
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s"}
 
 
-class Drawing(NamedTuple):
-  """A figure of matplotlib's, and the columns and rows of its numbers."""
-
-  figure: Figure
-  columns: tuple[str, ...]
-  rows: Iterable[tuple]
+# A figure of matplotlib's, and the columns and rows of its numbers.
+Drawing = tuple[Figure, tuple[str, ...], Iterable[tuple]]
 
 
 class Checkpoint(NamedTuple):
@@ -70,7 +66,7 @@ def make_figures(
   image_size: int | tuple[int, int] | None = None,
   resize: str | None = None,
 ) -> list[str]:
-  """Draws figures into a folder.
+  """Draws figures into a folder; returns the paths of what was written.
 
   Args:
     out: the folder; made where there is none. Nothing in it is overwritten.
@@ -79,9 +75,6 @@ def make_figures(
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
     image_size, resize: as of `vit_jax.load`, for each checkpoint.
-
-  Returns:
-    The paths of what was written.
 
   Raises:
     UserError: something given cannot be used, or a figure that was asked for
@@ -128,15 +121,16 @@ def make_figures(
   return [str(path) for name in drawings for path in files[name]]
 
 
-def _write(drawing, name, png, svg, table):
+def _write(drawing: Drawing, name, png, svg, table):
+  figure, columns, rows = drawing
   # The same numbers give the same file: no date, no random names in it.
   style: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
   Path(png).parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(style):
-    drawing.figure.savefig(png, format="png", dpi=_DPI)
-    drawing.figure.savefig(svg, format="svg", dpi=_DPI, metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=_DPI)
+    figure.savefig(svg, format="svg", dpi=_DPI, metadata={"Date": None})
   with open(table, "w", newline="", encoding="utf-8") as f:
-    csv.writer(f).writerows([drawing.columns, *drawing.rows])
+    csv.writer(f).writerows([columns, *rows])
 
 
 # --- what is drawn ---
@@ -164,9 +158,8 @@ def _read(source, label, images, image_size, resize) -> Checkpoint:
       name = about.class_names[best] if about.class_names else f"class {best}"
       titles[i] += f"\n{name} {row[best]:.0%}"
   params = flatten(model.params)
-  filters = (
-    params["embedding/kernel"] if _kind(about.variant) == "ViT" else None
-  )
+  is_plain = _kind(about.variant) == "ViT"
+  filters = params["embedding/kernel"] if is_plain else None
   positions = read_positions(params, about)
   return Checkpoint(
     label, about.variant, filters, positions, pictures, looks, titles
@@ -176,13 +169,9 @@ def _read(source, label, images, image_size, resize) -> Checkpoint:
 def read_positions(params, about: pretrained.Config) -> np.ndarray | None:
   """Returns the position embedding of each patch, f32[h w d].
 
-  Args:
-    params: {path: array}.
-    about: the model they are of.
-
-  Returns:
-    None where nothing is added to patches ("relative", "none", a ResNet). Of
-    embeddings that each layer has of its own, the first layer's.
+  None where nothing is added to patches ("relative", "none", a ResNet). Of
+  embeddings that each layer has of its own, the first layer's. The parameters
+  are {path: array}.
   """
 
   def find(name):
@@ -212,13 +201,8 @@ def compare_positions(positions: np.ndarray) -> np.ndarray:
 def find_components(filters: np.ndarray, count: int):
   """Returns the principal components of filters, and their parts of variance.
 
-  Args:
-    filters: f32[p p 3 d], d filters.
-    count: of components; fewer where there are fewer.
-
-  Returns:
-    f64[count p p 3], of length 1 and with the largest value positive (the sign
-    of a component means nothing), and f64[count].
+  f32[p p 3 d] -> f64[count p p 3], of length 1 and with the largest value
+  positive (the sign of a component means nothing), and f64[count].
   """
   rows = np.asarray(filters, np.float64).reshape(-1, filters.shape[-1]).T
   rows = rows - rows.mean(axis=0)
@@ -246,7 +230,7 @@ def _draw_rollout(seen: list[Checkpoint]) -> Drawing:
       _set_title(plain, "attention of each patch")
   rows = _list_numbers(seen, [c.looks and c.looks.maps for c in seen])
   columns = ("checkpoint", "image", "row", "column", "attention")
-  return Drawing(figure, columns, rows)
+  return figure, columns, rows
 
 
 def _list_numbers(seen, arrays):
@@ -270,7 +254,7 @@ def _draw_filters(seen: list[Checkpoint]) -> Drawing:
     for (i, y, x, channel), value in np.ndenumerate(parts):
       rows.append((c.label, i, variance[i], y, x, "rgb"[channel], value))
   columns = ("checkpoint", "component", "variance", "row", "column", "channel")
-  return Drawing(figure, (*columns, "value"), rows)
+  return figure, (*columns, "value"), rows
 
 
 def _tile(pictures, across, margin):
@@ -295,7 +279,7 @@ def _draw_positions(seen: list[Checkpoint]) -> Drawing:
   figure.colorbar(drawn, ax=axes, label="cosine similarity", shrink=0.8)
   rows = _list_numbers(seen, similarities)
   columns = ("checkpoint", "row", "column", "other_row", "other_column")
-  return Drawing(figure, (*columns, "similarity"), rows)
+  return figure, (*columns, "similarity"), rows
 
 
 def _draw_distances(seen: list[Checkpoint]) -> Drawing:
@@ -311,15 +295,11 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
   rows = _list_numbers(seen, means)
-  return Drawing(figure, ("checkpoint", "layer", "head", "pixels"), rows)
+  return figure, ("checkpoint", "layer", "head", "pixels"), rows
 
 
 def _choose(seen, attribute, needed):
-  """Returns the checkpoints that have what a figure draws.
-
-  Raises:
-    UserError: none has.
-  """
+  """Returns the checkpoints that have what a figure draws, or raises."""
   chosen = [c for c in seen if getattr(c, attribute) is not None]
   if not chosen:
     raise UserError(f"it takes {needed}")
@@ -369,7 +349,7 @@ def _draw_curves(runs: list[Run]) -> Drawing:
     for name in metrics
     for step, value in run.series.get(name, ())
   )
-  return Drawing(figure, ("run", "step", "name", "value"), rows)
+  return figure, ("run", "step", "name", "value"), rows
 
 
 def _draw_compute(runs: list[Run]) -> Drawing:
@@ -398,7 +378,7 @@ def _draw_compute(runs: list[Run]) -> Drawing:
     axis.set_title(dataset, fontsize=9)
     axis.legend(fontsize=7)
   columns = ("dataset", "whose", "kind", "model", "exaflops", "accuracy")
-  return Drawing(figure, columns, points)
+  return figure, columns, points
 
 
 def _place_run(run, runs):

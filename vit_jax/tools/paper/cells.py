@@ -30,22 +30,16 @@ _VTAB_SELECTED = ((0.01,), (2500,))
 class Cell(NamedTuple):
   """One number that can be computed.
 
-  Attributes:
-    kind: "finetune", "real" (a fine-tuned model on other labels), "vtab",
-      "vtab_mean" (of all its tasks) or "linear" (5-shot).
-    pretraining: where the weights come from.
-    dataset: our name of what is measured on; "" for a mean.
-    image_size: pixels.
-    averaged: whether the parameters are Polyak averages.
-    seeds: how many runs the paper's number is the mean of.
+  Its kind is "finetune", "real" (a fine-tuned model on other labels), "vtab",
+  "vtab_mean" (of all its tasks) or "linear" (5-shot).
   """
 
   kind: str
   pretraining: Pretraining
-  dataset: str = ""
+  dataset: str = ""  # our name of what is measured on; "" for a mean
   image_size: int = 384
-  averaged: bool = False
-  seeds: int = 1
+  averaged: bool = False  # by Polyak
+  seeds: int = 1  # runs that the paper's number is the mean of
 
   @property
   def training_set(self) -> str:
@@ -61,31 +55,19 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What runs say of a cell.
+  """What runs say of a cell."""
 
-  Attributes:
-    values: percent, of each run.
-    runs: their folders.
-    differs: in what they are not the paper's protocol.
-  """
-
-  values: list[float]
-  runs: list[str]
-  differs: list[str]
+  values: list[float]  # percent, of each run
+  runs: list[str]  # their folders
+  differs: list[str]  # in what they are not the paper's protocol
 
 
 class Plan(NamedTuple):
-  """What it takes to fill a cell.
-
-  Attributes:
-    commands: in order.
-    images: that are trained on.
-    datasets: that the commands read.
-  """
+  """What it takes to fill a cell."""
 
   commands: list[str]
-  images: int
-  datasets: list[str]
+  images: int  # that are trained on
+  datasets: list[str]  # that the commands read
 
 
 # --- what runs say ---
@@ -170,7 +152,7 @@ def _measure_linear(cell, runs):
   expected = _FEWSHOT | {"image_size": [size, size], "l2": 1024}
   for run in runs:
     if protocol.is_pretraining(run, cell.pretraining):
-      found = run.read_json(_linear_file(cell))
+      found = run.read_json(f"linear_{cell.dataset}.json")
       differs = [
         f"{key} {found[key]} (protocol: {right})"
         for key, right in expected.items()
@@ -183,10 +165,6 @@ def _measure_linear(cell, runs):
           differs += _compare_pretraining(run, cell)
           return Found(values, [str(run.path)], differs)
   return Found([], [], [])
-
-
-def _linear_file(cell):
-  return f"linear_{cell.dataset}.json"
 
 
 # --- what it takes ---
@@ -218,11 +196,9 @@ def plan(cell: Cell, runs: list[Run], folder: str) -> Plan:
 
 def prepare(datasets: Iterable[str]) -> list[str]:
   """Returns the commands that prepare data sets."""
-  sets = data.load()["pretraining"].values()
-  private = {known["dataset"] for known in sets if known["private"]}
   return [
     f"# {name} is private: see docs/questions.md"
-    if name in private
+    if data.find_set(name).get("private")
     else _command("data", "prepare", name)
     for name in datasets
   ]
@@ -253,22 +229,17 @@ def plan_pretraining(wanted: Pretraining, folder: str) -> Plan:
     f"--workdir={_name_folder(wanted, folder)}",
     *(f"--config.{key}={value}" for key, value in wanted.overrides),
   )
-  images = wanted.epochs * _find_set(wanted)["images"]
+  images = wanted.epochs * data.find_set(wanted.dataset)["images"]
   return Plan([command], images, [wanted.dataset])
 
 
 def count_exaflops(wanted: Pretraining) -> float:
   """Returns the exaFLOPs of a pre-training, as Table 6 counts them."""
-  known = _find_set(wanted)
+  known = data.find_set(wanted.dataset)
   products = flops.count_multiply_adds(
     wanted.variant, 224, known["classes"], hidden=True
   )
   return flops.count_exaflops(products, wanted.epochs * known["images"])
-
-
-def _find_set(wanted):
-  sets = data.load()["pretraining"].values()
-  return next(known for known in sets if known["dataset"] == wanted.dataset)
 
 
 def _plan_sweep(cell, source, workdir):
@@ -331,7 +302,7 @@ def _plan_linear(cell, source):
     f"--image_size={cell.image_size}",
     "--json",
   )
-  output = shlex.quote(f"{source}/{_linear_file(cell)}")
+  output = shlex.quote(f"{source}/linear_{cell.dataset}.json")
   return Plan([f"{command} > {output}"], 0, [cell.dataset])
 
 

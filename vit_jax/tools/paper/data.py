@@ -26,6 +26,12 @@ def load() -> dict[str, Any]:
   return found
 
 
+def find_set(dataset: str) -> dict[str, Any]:
+  """Returns what is known of a set to pre-train on, {} of another set."""
+  sets = load()["pretraining"].values()
+  return next((known for known in sets if known["dataset"] == dataset), {})
+
+
 def variant_of(name: str) -> str:
   """Returns our name of a model: "R50x1+ViT-L/16" -> "R50+ViT-L_16"."""
   name = name.replace("ResNet", "R").replace("R50x1+", "R50+")

@@ -1,7 +1,8 @@
 """The paper's protocol, as configs/ has it: which run is what, what differs."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from vit_jax import config as configuration
@@ -28,18 +29,12 @@ _IGNORED = {
 
 
 class Pretraining(NamedTuple):
-  """What weights come from.
-
-  Attributes:
-    variant: our name of the model.
-    dataset: our name of the data set.
-    epochs: of it.
-    overrides: ((key, value), ...) where it is not the model's usual one.
-  """
+  """What weights come from; model and data set by our names."""
 
   variant: str
   dataset: str
   epochs: int
+  # (key, value) where it is not the model's usual one.
   overrides: tuple[tuple[str, Any], ...] = ()
 
   @property
@@ -84,13 +79,11 @@ def is_pretraining(run: Run, wanted: Pretraining) -> bool:
 
 def _count_epochs(run):
   """Returns a run's epochs, from the paper's sizes where it counts steps."""
-  if run.config["total_epochs"]:
-    return run.config["total_epochs"]
+  known = data.find_set(plain_name(run.config["train.dataset"]))
   examples = run.total_steps * run.config["batch_size"]
-  for known in data.load()["pretraining"].values():
-    if known["dataset"] == plain_name(run.config["train.dataset"]):
-      return examples / known["images"]
-  return 0
+  # Nothing is an epoch of a set whose size is not known.
+  counted = examples / known.get("images", math.inf)
+  return run.config["total_epochs"] or counted
 
 
 def comes_from(run: Run, wanted: Pretraining, runs: list[Run]) -> bool:
@@ -110,7 +103,7 @@ def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
   """
   expected = {**_load(wanted.spec), **dict(wanted.overrides)}
   del expected["eval.preprocess"], expected["total_steps"]
-  return [*_compare(run, {key: [x] for key, x in expected.items()})]
+  return _compare(run, {key: [x] for key, x in expected.items()})
 
 
 def compare_finetuning(
@@ -124,7 +117,7 @@ def compare_finetuning(
     base_lrs: the learning rates that the protocol selects among.
   """
   choices = {key: [x] for key, x in _load(spec).items()}
-  return [*_compare(run, choices | {"schedule.base_lr": [*base_lrs]})]
+  return _compare(run, choices | {"schedule.base_lr": [*base_lrs]})
 
 
 @functools.cache
@@ -134,8 +127,9 @@ def _load(spec: str) -> Mapping[str, Any]:
   return configuration.flatten(configuration.to_dict(config))
 
 
-def _compare(run: Run, choices: Mapping[str, list]) -> Iterator[str]:
-  """Yields the keys that have none of the values that are right."""
+def _compare(run, choices):
+  """Returns the keys that have none of the values that are right."""
+  differs = []
   found = run.config | {"total_steps": run.total_steps}
   ignored = _IGNORED.union(configuration.find_unused(found))
   for key in sorted(choices.keys() & found.keys() - ignored):
@@ -144,4 +138,5 @@ def _compare(run: Run, choices: Mapping[str, list]) -> Iterator[str]:
     ]
     if configuration.find_meaning(found, key) not in meanings:
       wanted = " or ".join(map(str, choices[key]))
-      yield f"{key} {found[key]} (protocol: {wanted})"
+      differs.append(f"{key} {found[key]} (protocol: {wanted})")
+  return differs

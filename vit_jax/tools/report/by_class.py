@@ -24,15 +24,12 @@ class Mistake(NamedTuple):
 class Tally(NamedTuple):
   """Counts over a test set.
 
-  Attributes:
-    pairs: {(label, given): images} of those with a label; of a multi-label set
-      the label is the given class itself where that is among the labels, -1
-      where it is not.
-    mistakes: the most confident ones, the worst first.
+  Pairs are (label, given) of the images with a label; of a multi-label set the
+  label is the given class itself where that is among the labels, else -1.
   """
 
   pairs: collections.Counter[tuple[int, int]]
-  mistakes: list[Mistake]
+  mistakes: list[Mistake]  # the most confident ones, the worst first
 
   @property
   def labelled(self) -> int:
