@@ -36,7 +36,7 @@ class Looks(NamedTuple):
   distances: Any
 
 
-def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
+def make_look(model: Pretrained) -> Callable[[Any], Looks]:
   """Returns images f32[b h w 3] in [-1, 1] -> `Looks`, compiled once a shape.
 
   The weights of all layers and heads stay on the device, where they are reduced

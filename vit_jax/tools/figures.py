@@ -262,7 +262,7 @@ def _tile(pictures, across, margin):
   blank = -len(pictures) % across
   sides = [(0, blank), (1, 0), (1, 0), (0, 0)][: pictures.ndim]
   x = np.pad(pictures, sides, constant_values=margin)
-  rows = [np.hstack(x[i : i + across]) for i in range(0, len(x), across)]
+  rows = [np.hstack([*x[i : i + across]]) for i in range(0, len(x), across)]
   return np.vstack(rows)[1:, 1:]
 
 
