@@ -23,15 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from file_formats import published_npz
 from PIL import Image
-from random_models import random_params
+from random_models import random_weights
 
 from vit_jax import __main__ as cli
-from vit_jax import config, models
+from vit_jax import config, pretrained
 from vit_jax.commands import flags
 from vit_jax.pretrained import embedded
-from vit_jax.state import flatten
 
 REPO = Path(__file__).parents[2]
 _PAGES = sorted((REPO / "docs").glob("*.md"))
@@ -404,7 +402,10 @@ def project(tmp_path_factory):
     patch.setitem(embedded.MODELS, "ViT-Ti_16-augreg", weights)
     shutil.copytree(REPO / "configs", "configs")
     _draw_images(folder)
-    _write_weights(weights)
+    made = random_weights("ViT-w32d1m64h2_16", image_size=224)
+    pretrained.write(made, str(weights), "npz")
+    names = "".join(f"name {i}\n" for i in range(10))
+    (folder / "names.txt").write_text(names)
     for name in ("jft_like", "digits"):
       _call("data", "prepare", name, "--data_dir=data")
     shutil.copytree("data", "runs/quickstart/data")
@@ -415,34 +416,21 @@ def project(tmp_path_factory):
 
 def _draw_images(folder):
   """Writes the files that the documents call photos, cat.jpg and so on."""
-  rng = np.random.default_rng(0)
-
-  def write(path, level):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.clip(rng.normal(level, 30, (40, 48, 3)), 0, 255)
-    Image.fromarray(pixels.astype(np.uint8)).resize((160, 120)).save(path)
-
-  labels = ["image,label"]
+  levels = {"cat.jpg": 80, "dog.png": 170}
+  levels |= {f"runs/quickstart/images/test_{i}.png": 80 for i in range(2)}
+  labels = "image,label\n"
   for name, level in (("cat", 80), ("dog", 170)):
     for i in range(12):
-      write(folder / "photos" / name / f"{i}.jpg", level)
-      write(folder / "tagged_images" / f"{name}{i}.jpg", level)
-      labels.append(f"{name}{i}.jpg,{name}")
-  write(folder / "cat.jpg", 80)
-  write(folder / "dog.png", 170)
-  for i in range(2):
-    write(folder / f"runs/quickstart/images/test_{i}.png", 80)
-  (folder / "tags.csv").write_text("\n".join(labels) + "\n")
-
-
-def _write_weights(path):
-  """Writes random weights, as Google's files are laid out."""
-  model = models.create(
-    variant="ViT-w32d1m64h2_16", num_classes=10, image_size=224
-  )
-  np.savez(path, **published_npz(flatten(random_params(model))))
-  names = "\n".join(f"name {i}" for i in range(10))
-  (path.parent / "names.txt").write_text(names + "\n")
+      levels[f"photos/{name}/{i}.jpg"] = level
+      levels[f"tagged_images/{name}{i}.jpg"] = level
+      labels += f"{name}{i}.jpg,{name}\n"
+  (folder / "tags.csv").write_text(labels)
+  rng = np.random.default_rng(0)
+  for file, level in levels.items():
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.clip(rng.normal(level, 30, (40, 48, 3)), 0, 255)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    image.resize((160, 120)).save(folder / file)
 
 
 @pytest.mark.ci

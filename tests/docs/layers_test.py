@@ -214,19 +214,6 @@ def test_modules_do_not_import_in_a_circle():
   graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError
 
 
-def test_what_the_core_never_imports():
-  for room, importers in (
-    ("tools", {"tools", "commands"}),
-    ("commands", {"commands", "__main__"}),
-  ):
-    found = {
-      unit.partition(".")[0]
-      for unit, name in _IMPORTS
-      if f"{name}.".startswith(f"vit_jax.{room}.")
-    }
-    assert found == importers
-
-
 def test_only_commands_read_flags_and_print():
   for unit, path in _SOURCES:
     if unit.startswith("commands."):

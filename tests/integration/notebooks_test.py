@@ -11,13 +11,10 @@ import sys
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
-from file_formats import published_npz
-from random_models import random_params
+from random_models import random_weights
 
-from vit_jax import models
-from vit_jax.state import flatten
+from vit_jax import pretrained
 
 _REPO = Path(__file__).parents[2]
 _FILES = sorted((_REPO / "notebooks").glob("*.ipynb"))
@@ -109,11 +106,9 @@ def test_runs(file, tmp_path):
 @pytest.mark.ci
 def test_runs_with_published_weights(tmp_path):
   """Those of a smaller model lie there; the names of classes do not."""
-  model = models.create(
-    variant="ViT-Ti_16", num_classes=1000, image_size=224, classifier="token"
-  )
   weights = tmp_path / "weights.npz"
-  np.savez(weights, **published_npz(flatten(random_params(model))))
+  made = random_weights("ViT-Ti_16", 224, 1000, classifier="token")
+  pretrained.write(made, str(weights), "npz")
   online = (
     "import socket\nsocket.create_connection = lambda *_, **__: socket.socket()"
   )

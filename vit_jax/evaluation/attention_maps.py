@@ -3,6 +3,7 @@
 The pictures of the paper's Figures 6, 7 (right), 11 and 14, as numbers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Looks(NamedTuple):
   distances: Any
 
 
-def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
+def make_look(model: Pretrained) -> Callable[[Any], Looks]:
   """Returns images f32[b h w 3] in [-1, 1] -> `Looks`, compiled once a shape.
 
   The weights of all layers and heads stay on the device, where they are reduced
@@ -45,27 +46,26 @@ def make_look(model: Pretrained) -> Callable[[jax.Array], Looks]:
   Raises:
     UserError: a ResNet, which has no attention.
   """
-  check_attends(model)
+  _check_attends(model)
 
   @jax.jit
   def look(params, images):
-    weights, logits, pooling = _apply(model, params, images)
+    weights, logits, out = _apply(model, params, images)
     n = weights[0].shape[-1]
-    prefix, (height, width) = model.model.num_prefix, model.model.grid
-    if pooling is None:
+    prefix, grid = model.model.num_prefix, model.model.grid
+    if "pooling_weights" in out:
+      pooling = out["pooling_weights"].mean(1)
+    else:
       parts = model.config.classifier.split("+")
       token = jnp.zeros(n).at[0].set("token" in parts)
       mean = jnp.zeros(n).at[prefix:].set(("gap" in parts) / (n - prefix))
       pooling = jnp.tile((token + mean) / len(parts), (len(images), 1))
-    seen = jnp.einsum("bn,bnm->bm", pooling, roll_out(weights))
-    seen = seen[:, prefix:]
+    seen = jnp.einsum("bn,bnm->bm", pooling, roll_out(weights))[:, prefix:]
     seen = seen / jnp.maximum(seen.sum(1, keepdims=True), _LEAST)
-    distances = attention_distance(
-      weights, model.model.grid, model.config.patch
-    )
+    distances = attention_distance(weights, grid, model.config.patch)
     return Looks(
       model.to_probabilities(logits),
-      seen.reshape(-1, height, width),
+      seen.reshape(-1, *grid),
       jnp.moveaxis(distances, 0, 1),
     )
 
@@ -84,13 +84,12 @@ def capture(model: Pretrained, images) -> list[jax.Array]:
   Raises:
     UserError: a ResNet, or images that the model does not take.
   """
-  check_attends(model)
+  _check_attends(model)
   run = jax.jit(lambda params, x: _apply(model, params, x)[0])
   return run(model.params, model.check(images))
 
 
-def check_attends(model: Pretrained) -> None:
-  """Raises a UserError for a ResNet."""
+def _check_attends(model):
   if not model.model.num_layers:
     raise UserError(
       f"{model.config.variant} is a ResNet and has no attention; give a ViT or "
@@ -99,16 +98,11 @@ def check_attends(model: Pretrained) -> None:
 
 
 def _apply(model, params, images):
-  """Returns the weights of each layer, the logits, and who is pooled [b n]."""
+  """Returns the weights of each layer, the logits, and the intermediates."""
   logits, out = model.model.apply(params, images, intermediates=True)
-  weights = [
-    out[f"block{i:02d}/attention_weights"]
-    for i in range(model.model.num_layers)
-  ]
-  if not model.config.num_classes:
-    logits = logits[:, :0]
-  pooling = out.get("pooling_weights")
-  return weights, logits, None if pooling is None else pooling.mean(1)
+  layers = range(model.model.num_layers)
+  weights = [out[f"block{i:02d}/attention_weights"] for i in layers]
+  return weights, logits if model.config.num_classes else logits[:, :0], out
 
 
 def roll_out(weights: Sequence) -> jax.Array:
@@ -124,14 +118,13 @@ def roll_out(weights: Sequence) -> jax.Array:
     [b n n]: how much of each input token (the last axis) is in each output
     token. Rows sum to 1.
   """
-  rolled = None
-  for layer in weights:
+
+  def mix(layer):
     mixed = (layer.mean(1) + jnp.eye(layer.shape[-1])) / 2
     # The rows of softmax sum to 1 but for rounding, which layers would add up.
-    mixed = mixed / mixed.sum(-1, keepdims=True)
-    rolled = mixed if rolled is None else mixed @ rolled
-  assert rolled is not None
-  return rolled
+    return mixed / mixed.sum(-1, keepdims=True)
+
+  return functools.reduce(lambda rolled, x: x @ rolled, map(mix, weights))
 
 
 def attention_distance(
@@ -150,14 +143,15 @@ def attention_distance(
     patch: pixels along a side of one.
   """
   rows, columns = np.mgrid[: grid[0], : grid[1]].reshape(2, -1)
-  apart = np.hypot(*(x[:, None] - x[None, :] for x in (rows, columns))) * patch
-  found = []
-  for layer in weights:
+  apart = patch * np.hypot(*(np.subtract.outer(x, x) for x in (rows, columns)))
+
+  def measure(layer):
     extra = layer.shape[-1] - len(apart)
     layer = layer[..., extra:, extra:]
     sums = (layer * apart).sum(-1) / jnp.maximum(layer.sum(-1), _LEAST)
-    found.append(sums.mean(-1))
-  return jnp.stack(found)
+    return sums.mean(-1)
+
+  return jnp.stack([measure(layer) for layer in weights])
 
 
 def overlay(pixels: np.ndarray, seen) -> np.ndarray:
@@ -167,13 +161,10 @@ def overlay(pixels: np.ndarray, seen) -> np.ndarray:
     pixels: u8[h w 3].
     seen: f[h' w'], one of `Looks.maps`; enlarged smoothly to the picture.
   """
-  height, width = pixels.shape[:2]
   light = np.asarray(seen, np.float32)
   light = light - light.min()
-  light = light / max(light.max(), np.finfo(np.float32).tiny)
-  smooth = Image.fromarray(light).resize(
-    (width, height), Image.Resampling.BICUBIC
-  )
+  image = Image.fromarray(light / max(light.max(), _LEAST))
+  smooth = image.resize(pixels.shape[1::-1], Image.Resampling.BICUBIC)
   # Bicubic overshoots at edges.
   light = np.asarray(smooth).clip(0, 1)[..., None]
   return np.rint(pixels * (_DARKEST + (1 - _DARKEST) * light)).astype(np.uint8)

@@ -2,7 +2,6 @@
 
 import html
 import io
-import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -61,13 +60,8 @@ def list_metrics(runs: Sequence[Run]) -> list[str]:
   for run in runs:
     for name, points in run.series.items():
       lengths[name] = max(lengths.get(name, 0), len(points))
-  return [
-    name
-    for name, length in lengths.items()
-    if length > 1
-    and name not in _NO_CURVE
-    and name.rpartition("/")[2] not in COUNTS
-  ]
+  hidden = {*_NO_CURVE, *(x for x in lengths if x.split("/")[-1] in COUNTS)}
+  return [x for x, n in lengths.items() if n > 1 and x not in hidden]
 
 
 def plot(
@@ -78,22 +72,16 @@ def plot(
 ) -> None:
   """Draws a metric of runs by step.
 
-  Args:
-    axis: matplotlib's.
-    name: of the metric.
-    runs: (i, run): its colour and dashes are number i; grey from 8 on.
-    colours: one for each of `DASHES`.
+  Of (i, run), colour and dashes are number i; grey from 8 on.
   """
   drawn = [(i, run) for i, run in runs if name in run.series]
   for i, run in reversed(drawn):  # the first ones on top
     xs, ys = _average(run.series[name])
-    colour, dashes = _OTHERS, ""
-    if i < len(DASHES):
-      colour, dashes = colours[i], DASHES[i]
+    dashes = DASHES[i] if i < len(DASHES) else ""
     axis.plot(
       xs,
       ys,
-      color=colour,
+      color=colours[i] if i < len(DASHES) else _OTHERS,
       linestyle=(0, [float(x) for x in dashes.split()]) if dashes else "-",
       marker="o" if len(xs) <= _FEW_POINTS else "",
       markersize=3,
@@ -105,8 +93,7 @@ def plot(
     axis.yaxis.set_minor_formatter("")
   axis.yaxis.set_major_formatter("{x:g}")
   axis.xaxis.set_major_formatter("{x:g}")
-  axis.set_xlim(left=0)
-  axis.set_xlabel("step")
+  axis.set(xlabel="step", xlim=(0, None))
   axis.grid(axis="y")
 
 
@@ -130,11 +117,10 @@ def draw_svg(
     description: what it shows, in words, for screen readers.
     number: unique in the page, for the ids of the element's parts.
   """
-  placeholders = list(itertools.islice(_ON_PAGE, len(DASHES)))
   file = io.StringIO()
   with matplotlib.rc_context(_PAGE_STYLE):
     figure = Figure((5, 3), layout="constrained")
-    plot(figure.subplots(), name, runs, placeholders)
+    plot(figure.subplots(), name, runs, [*_ON_PAGE])
     unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
   svg = file.getvalue()

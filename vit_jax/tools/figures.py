@@ -26,7 +26,7 @@ from vit_jax.models import posemb, variants
 from vit_jax.state import flatten
 from vit_jax.tools import charts
 from vit_jax.tools.paper import data, flops
-from vit_jax.tools.paper.pretraining import plain_name
+from vit_jax.tools.paper.protocol import plain_name
 from vit_jax.tools.runs import Run, find_origin, find_runs, name_paths
 from vit_jax.training.steps import normalize
 
@@ -40,35 +40,20 @@ _LOOKING = "images, and a model with attention; a ResNet has none"
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s"}
 
 
-class Drawing(NamedTuple):
-  """A figure of matplotlib's, and the columns and rows of its numbers."""
-
-  figure: Figure
-  columns: tuple[str, ...]
-  rows: Iterable[tuple]
+# A figure of matplotlib's, and the columns and rows of its numbers.
+Drawing = tuple[Figure, tuple[str, ...], Iterable[tuple]]
 
 
 class Checkpoint(NamedTuple):
-  """What the figures show of a checkpoint.
-
-  Attributes:
-    label: short name.
-    variant: of the model.
-    filters: f32[p p 3 d], the patch embedding's kernel; None where patches are
-      not of pixels.
-    positions: f32[h w d], None where there are none.
-    pictures: u8[n h w 3], the images as the model gets them.
-    looks: attention and probabilities; None without images or for a ResNet.
-    titles: the name of each image, its class and the probability of that.
-  """
+  """What the figures show of a checkpoint."""
 
   label: str
   variant: str
-  filters: Any
-  positions: Any
-  pictures: np.ndarray
-  looks: attention_maps.Looks | None
-  titles: list[str]
+  filters: Any  # f32[p p 3 d] of the embedding, None for those not of pixels
+  positions: Any  # f32[h w d], None where there are none
+  pictures: list[np.ndarray]  # u8[h w 3], as the model gets them
+  looks: attention_maps.Looks | None  # None without images, for a ResNet
+  titles: list[str]  # of each image: its name, its class
 
 
 def make_figures(
@@ -81,7 +66,7 @@ def make_figures(
   image_size: int | tuple[int, int] | None = None,
   resize: str | None = None,
 ) -> list[str]:
-  """Draws figures into a folder.
+  """Draws figures into a folder; returns the paths of what was written.
 
   Args:
     out: the folder; made where there is none. Nothing in it is overwritten.
@@ -90,9 +75,6 @@ def make_figures(
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
     image_size, resize: as of `vit_jax.load`, for each checkpoint.
-
-  Returns:
-    The paths of what was written.
 
   Raises:
     UserError: something given cannot be used, or a figure that was asked for
@@ -113,10 +95,9 @@ def make_figures(
   }
   for file in itertools.chain(*files.values()):
     check_free(file)
-  labels = name_paths(checkpoints)
   seen = [
     _read(source, label, images, image_size, resize)
-    for source, label in zip(checkpoints, labels, strict=True)
+    for source, label in zip(checkpoints, name_paths(checkpoints), strict=True)
   ]
   found = find_runs([runs]) if runs else []
   drawings, missing = {}, []
@@ -140,17 +121,16 @@ def make_figures(
   return [str(path) for name in drawings for path in files[name]]
 
 
-def _write(drawing, name, png, svg, table):
+def _write(drawing: Drawing, name, png, svg, table):
+  figure, columns, rows = drawing
   # The same numbers give the same file: no date, no random names in it.
   style: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
   Path(png).parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(style):
-    drawing.figure.savefig(png, format="png", dpi=_DPI)
-    drawing.figure.savefig(svg, format="svg", dpi=_DPI, metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=_DPI)
+    figure.savefig(svg, format="svg", dpi=_DPI, metadata={"Date": None})
   with open(table, "w", newline="", encoding="utf-8") as f:
-    writer = csv.writer(f)
-    writer.writerow(drawing.columns)
-    writer.writerows(drawing.rows)
+    csv.writer(f).writerows([columns, *rows])
 
 
 # --- what is drawn ---
@@ -160,70 +140,55 @@ def _read(source, label, images, image_size, resize) -> Checkpoint:
   """Loads a checkpoint, runs it, and keeps only what is drawn."""
   model = pretrained.load(source, image_size=image_size, resize=resize)
   about = model.config
-  pixels = [
+  pictures = [
     preprocess.preprocess_image(image, about.preprocess, about.image_size)
     for image in images
   ]
   looks, titles = None, [Path(image).name[-28:] for image in images]
-  if pixels and model.model.num_layers:
-    looks = _look(model, np.stack(pixels))
+  if pictures and model.model.num_layers:
+    look = attention_maps.make_look(model)
+    batches = [
+      look(normalize(np.stack(pictures[i : i + BATCH_SIZE])))
+      for i in range(0, len(pictures), BATCH_SIZE)
+    ]
+    parts = map(np.concatenate, zip(*batches, strict=True))
+    looks = attention_maps.Looks(*parts)
     for i, row in enumerate(looks.probabilities if about.num_classes else ()):
       best = int(np.argmax(row))
       name = about.class_names[best] if about.class_names else f"class {best}"
       titles[i] += f"\n{name} {row[best]:.0%}"
   params = flatten(model.params)
-  filters = None
-  if _kind(about.variant) == "ViT":
-    filters = np.asarray(params["embedding/kernel"])
+  is_plain = _kind(about.variant) == "ViT"
+  filters = params["embedding/kernel"] if is_plain else None
+  positions = read_positions(params, about)
   return Checkpoint(
-    label=label,
-    variant=about.variant,
-    filters=filters,
-    positions=read_positions(params, about),
-    pictures=np.stack(pixels) if pixels else np.zeros((0, 1, 1, 3), np.uint8),
-    looks=looks,
-    titles=titles,
+    label, about.variant, filters, positions, pictures, looks, titles
   )
-
-
-def _look(model, pixels):
-  """Runs `attention_maps.make_look` on a few images at a time."""
-  look = attention_maps.make_look(model)
-  batches = [
-    map(np.asarray, look(normalize(pixels[start : start + BATCH_SIZE])))
-    for start in range(0, len(pixels), BATCH_SIZE)
-  ]
-  return attention_maps.Looks(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def read_positions(params, about: pretrained.Config) -> np.ndarray | None:
   """Returns the position embedding of each patch, f32[h w d].
 
-  Args:
-    params: {path: array}.
-    about: the model they are of.
-
-  Returns:
-    None where nothing is added to patches ("relative", "none", a ResNet). Of
-    embeddings that each layer has of its own, the first layer's.
+  None where nothing is added to patches ("relative", "none", a ResNet). Of
+  embeddings that each layer has of its own, the first layer's. The parameters
+  are {path: array}.
   """
+
+  def find(name):
+    paths = (path for path in sorted(params) if path.split("/")[-1] == name)
+    x = np.asarray(params[next(paths)])
+    # Scanned layers have theirs on a leading axis.
+    return x.reshape(-1, *x.shape[-2:])[0]
+
   if about.pos_embedding == "sincos2d":
     flat = posemb.sincos_2d(about.grid, params["embedding/bias"].shape[0])
-    return flat.reshape(*about.grid, -1)
-  by_name = {}
-  for path, x in sorted(params.items()):
-    by_name.setdefault(path.rpartition("/")[2], np.asarray(x))
-  if about.pos_embedding == "learned":
-    # Scanned layers have theirs on a leading axis.
-    x = by_name["pos_embedding"]
-    tokens = x.reshape(-1, *x.shape[-2:])[0]
-    patches = tokens[len(tokens) - math.prod(about.grid) :]
-    return patches.reshape(*about.grid, -1)
-  if about.pos_embedding == "2d":
-    tables = (by_name[f"pos_embedding_{axis}"] for axis in "yx")
-    rows, columns = (x.reshape(-1, *x.shape[-2:])[0] for x in tables)
-    return np.asarray(posemb.join_axes(rows, columns)).reshape(*about.grid, -1)
-  return None
+  elif about.pos_embedding == "learned":
+    flat = find("pos_embedding")[-math.prod(about.grid) :]
+  elif about.pos_embedding == "2d":
+    flat = posemb.join_axes(find("pos_embedding_y"), find("pos_embedding_x"))
+  else:
+    return None
+  return np.asarray(flat).reshape(*about.grid, -1)
 
 
 def compare_positions(positions: np.ndarray) -> np.ndarray:
@@ -236,13 +201,8 @@ def compare_positions(positions: np.ndarray) -> np.ndarray:
 def find_components(filters: np.ndarray, count: int):
   """Returns the principal components of filters, and their parts of variance.
 
-  Args:
-    filters: f32[p p 3 d], d filters.
-    count: of components; fewer where there are fewer.
-
-  Returns:
-    f64[count p p 3], of length 1 and with the largest value positive (the sign
-    of a component means nothing), and f64[count].
+  f32[p p 3 d] -> f64[count p p 3], of length 1 and with the largest value
+  positive (the sign of a component means nothing), and f64[count].
   """
   rows = np.asarray(filters, np.float64).reshape(-1, filters.shape[-1]).T
   rows = rows - rows.mean(axis=0)
@@ -270,7 +230,7 @@ def _draw_rollout(seen: list[Checkpoint]) -> Drawing:
       _set_title(plain, "attention of each patch")
   rows = _list_numbers(seen, [c.looks and c.looks.maps for c in seen])
   columns = ("checkpoint", "image", "row", "column", "attention")
-  return Drawing(figure, columns, rows)
+  return figure, columns, rows
 
 
 def _list_numbers(seen, arrays):
@@ -283,33 +243,27 @@ def _list_numbers(seen, arrays):
 def _draw_filters(seen: list[Checkpoint]) -> Drawing:
   """Figure 7, left: principal components of the patch embedding's filters."""
   seen = _choose(seen, "filters", "a plain ViT, whose patches are of pixels")
-  across = 7
   figure, axes = _make_grid(1, len(seen), 3.6, 2.4)
   rows = []
   for c, axis in zip(seen, axes[0], strict=True):
     parts, variance = find_components(c.filters, NUM_FILTERS)
     scale = np.abs(parts).max(axis=(1, 2, 3), keepdims=True)
-    axis.imshow(_tile(0.5 + parts / (2 * np.maximum(scale, 1e-12)), across))
+    axis.imshow(_tile(0.5 + parts / (2 * np.maximum(scale, 1e-12)), 7, 1))
     share = f"{variance.sum():.0%} of the variance"
     _set_title(axis, f"{c.label}: {len(parts)} components, {share}")
     for (i, y, x, channel), value in np.ndenumerate(parts):
       rows.append((c.label, i, variance[i], y, x, "rgb"[channel], value))
   columns = ("checkpoint", "component", "variance", "row", "column", "channel")
-  return Drawing(figure, (*columns, "value"), rows)
+  return figure, (*columns, "value"), rows
 
 
-def _tile(pictures, across):
-  """Lays pictures [n h w ...] out with a margin between them."""
-  count, height, width = pictures.shape[:3]
-  down, gap = -(-count // across), max(1, round(height / 12))
-  margins = [(0, down * across - count), (0, gap), (0, gap)]
-  margins += [(0, 0)] * (pictures.ndim - 3)
-  x = np.pad(
-    pictures, margins, constant_values=1 if pictures.ndim == 4 else np.nan
-  )
-  x = x.reshape(down, across, *x.shape[1:]).swapaxes(1, 2)
-  x = x.reshape(down * (height + gap), across * (width + gap), *x.shape[4:])
-  return x[:-gap, :-gap]
+def _tile(pictures, across, margin):
+  """Lays pictures [n h w ...] out with lines of a value between them."""
+  blank = -len(pictures) % across
+  sides = [(0, blank), (1, 0), (1, 0), (0, 0)][: pictures.ndim]
+  x = np.pad(pictures, sides, constant_values=margin)
+  rows = [np.hstack([*x[i : i + across]]) for i in range(0, len(x), across)]
+  return np.vstack(rows)[1:, 1:]
 
 
 def _draw_positions(seen: list[Checkpoint]) -> Drawing:
@@ -317,16 +271,15 @@ def _draw_positions(seen: list[Checkpoint]) -> Drawing:
   seen = _choose(seen, "positions", "a model that adds position embeddings")
   figure, axes = _make_grid(1, len(seen), 4)
   similarities = [compare_positions(c.positions) for c in seen]
-  drawn = None
   for c, axis, alike in zip(seen, axes[0], similarities, strict=True):
-    tiles = _tile(alike.reshape(-1, *alike.shape[2:]), alike.shape[1])
-    drawn = axis.imshow(tiles, vmin=-1, vmax=1)
+    tiles = _tile(alike.reshape(-1, *alike.shape[2:]), alike.shape[1], np.nan)
+    axis.imshow(tiles, vmin=-1, vmax=1)
     _set_title(axis, c.label)
-  assert drawn
+  drawn = axes[0, 0].images[0]
   figure.colorbar(drawn, ax=axes, label="cosine similarity", shrink=0.8)
   rows = _list_numbers(seen, similarities)
   columns = ("checkpoint", "row", "column", "other_row", "other_column")
-  return Drawing(figure, (*columns, "similarity"), rows)
+  return figure, (*columns, "similarity"), rows
 
 
 def _draw_distances(seen: list[Checkpoint]) -> Drawing:
@@ -338,20 +291,15 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
   for c, axis, by_layer in zip(seen, axes[0], means, strict=True):
     axis.plot(by_layer, ".")
     _set_title(axis, f"{c.label} ({c.variant})")
-    axis.set_xlabel("layer")
-    axis.set_ylabel("mean attention distance, pixels")
+    axis.set(xlabel="layer", ylabel="mean attention distance, pixels")
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
   rows = _list_numbers(seen, means)
-  return Drawing(figure, ("checkpoint", "layer", "head", "pixels"), rows)
+  return figure, ("checkpoint", "layer", "head", "pixels"), rows
 
 
 def _choose(seen, attribute, needed):
-  """Returns the checkpoints that have what a figure draws.
-
-  Raises:
-    UserError: none has.
-  """
+  """Returns the checkpoints that have what a figure draws, or raises."""
   chosen = [c for c in seen if getattr(c, attribute) is not None]
   if not chosen:
     raise UserError(f"it takes {needed}")
@@ -401,7 +349,7 @@ def _draw_curves(runs: list[Run]) -> Drawing:
     for name in metrics
     for step, value in run.series.get(name, ())
   )
-  return Drawing(figure, ("run", "step", "name", "value"), rows)
+  return figure, ("run", "step", "name", "value"), rows
 
 
 def _draw_compute(runs: list[Run]) -> Drawing:
@@ -416,24 +364,21 @@ def _draw_compute(runs: list[Run]) -> Drawing:
   points += [p for p in _list_paper() if p[0] in datasets]
   figure, axes = _make_grid(1, len(datasets), 4, pictures=False)
   for dataset, axis in zip(datasets, axes[0], strict=True):
-    for group in dict.fromkeys(point[1:3] for point in points):
-      chosen = [p[4:] for p in points if p[0] == dataset and p[1:3] == group]
-      if chosen:
-        is_ours = group[0] == "ours"
-        axis.scatter(
-          *zip(*chosen, strict=True),
-          marker=_MARKERS[group[1]],
-          facecolors="C0" if is_ours else "none",
-          edgecolors="C0" if is_ours else "gray",
-          label=", ".join(group[::-1]),
-        )
+    for whose, kind in dict.fromkeys(p[1:3] for p in points if p[0] == dataset):
+      chosen = [p[4:] for p in points if p[:3] == (dataset, whose, kind)]
+      axis.scatter(
+        *zip(*chosen, strict=True),
+        marker=_MARKERS[kind],
+        facecolors="C0" if whose == "ours" else "none",
+        edgecolors="C0" if whose == "ours" else "gray",
+        label=f"{kind}, {whose}",
+      )
     axis.set_xscale("log")
-    axis.set_xlabel("exaFLOPs of pre-training, counted")
-    axis.set_ylabel("accuracy, %")
+    axis.set(xlabel="exaFLOPs of pre-training, counted", ylabel="accuracy, %")
     axis.set_title(dataset, fontsize=9)
     axis.legend(fontsize=7)
   columns = ("dataset", "whose", "kind", "model", "exaflops", "accuracy")
-  return Drawing(figure, columns, points)
+  return figure, columns, points
 
 
 def _place_run(run, runs):
@@ -455,12 +400,11 @@ def _place_run(run, runs):
 def _list_paper():
   """Yields the rows of Table 6."""
   for row in data.load()["table6"]["rows"]:
-    variant = row.get("variant") or data.variant_of(row["name"])
+    variant = data.variant_of(row["name"])
     for name, value in row["values"].items():
-      dataset = data.load()["measures"][name].get("dataset")
-      if value is not None:
-        kind = _kind(variant)
-        yield dataset, "the paper", kind, variant, row["exaflops"], value
+      dataset = data.load()["measures"][name]["dataset"]
+      kind = _kind(variant)
+      yield dataset, "the paper", kind, variant, row["exaflops"], value
 
 
 def _kind(variant):

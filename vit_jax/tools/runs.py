@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,21 +33,13 @@ _ADVICE = "move its folder away"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """A run folder, read once.
+  """A run folder, read once."""
 
-  Attributes:
-    path: of the folder, absolute.
-    name: short, and different from those of the runs found with it.
-    written: the contents of config.json.
-    lines: of metrics.jsonl, each with a "step", in their order.
-    num_corrupt: lines of metrics.jsonl that cannot be read.
-  """
-
-  path: Any
-  name: str
-  written: dict[str, Any]
-  lines: list[dict[str, Any]]
-  num_corrupt: int
+  path: Any  # absolute
+  name: str  # short, and different from those of the runs found with it
+  written: dict[str, Any]  # config.json
+  lines: list[dict[str, Any]]  # of metrics.jsonl, in the order of their "step"
+  num_corrupt: int  # other lines of it
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
@@ -72,13 +65,9 @@ class Run:
   @property
   def setting(self) -> str:
     """A text that is equal for runs that differ in their seeds alone."""
-    return json.dumps(
-      {
-        key: value
-        for key, value in sorted(self.config.items())
-        if key not in _OF_ONE_RUN and not key.startswith("evals.")
-      }
-    )
+    evals = {key for key in self.config if key.startswith("evals.")}
+    kept = sorted(self.config.keys() - _OF_ONE_RUN - evals)
+    return json.dumps({key: self.config[key] for key in kept})
 
   @functools.cached_property
   def series(self) -> dict[str, list[tuple[int, float]]]:
@@ -119,9 +108,8 @@ class Run:
   def find_result(self, select: str | None = None) -> tuple[str, float]:
     """Returns the name and value of what a complete run is compared by.
 
-    Args:
-      select: METRIC or NAME/METRIC; unset: `config.best_metric`, or of
-        `MAIN_METRICS`.
+    That is `select`, METRIC or NAME/METRIC, else `config.best_metric`, else of
+    `MAIN_METRICS`.
 
     Raises:
       UserError: it has not been evaluated.
@@ -129,21 +117,20 @@ class Run:
     results = self.results
     name = select or self.config.get("best_metric") or find_main(results) or ""
     name = name.removeprefix("eval/")
-    choices = [x for x in results if x.rpartition("/")[2] not in COUNTS]
-    check_choice("--select", name, sorted(choices))
+    choices = (x for x in sorted(results) if x.split("/")[-1] not in COUNTS)
+    check_choice("--select", name, choices)
     return name, results[name]
 
   @property
   def notes(self) -> list[str]:
     """What is wrong with metrics.jsonl, a sentence each."""
-    pairs = [pair for values in self.lines for pair in values.items()]
-    infinite = sorted({name for name, x in pairs if not math.isfinite(x)})
     notes = []
     if self.num_corrupt:
       notes.append(f"{self.num_corrupt} lines of metrics.jsonl are corrupt.")
-    if infinite:
-      names = ", ".join(infinite)
-      notes.append(f"Values that are not finite are left out: {names}.")
+    pairs = [pair for values in self.lines for pair in values.items()]
+    if names := {name for name, x in pairs if not math.isfinite(x)}:
+      infinite = ", ".join(sorted(names))
+      notes.append(f"Values that are not finite are left out: {infinite}.")
     return notes
 
   def read_json(self, name: str) -> dict[str, Any]:
@@ -222,8 +209,7 @@ def _read(path, name) -> Run:
 def _walk(folder, seen) -> Iterator:
   """Yields the folders with a config.json, this one and those below it.
 
-  What a run itself made in its folder is left out. Of a folder and links to it
-  the folder is taken, or the first link.
+  Of a folder and links to it the folder is taken, or the first link.
   """
   real = os.path.realpath(folder)
   if real in seen:
@@ -255,11 +241,9 @@ def find_origin(run: Run, runs: list[Run]) -> Run | None:
   source = run.config["init_from"]
   if not source:
     return None
-  parts = source.rstrip("/").split("/")
-  if parts[-1].isdigit() and parts[-2:-1] in (["checkpoints"], ["best"]):
-    parts = parts[:-2]
-  path = checkpoint.absolute("/".join(parts))
+  folder = re.sub(r"(^|/)(checkpoints|best)/\d+$", "", source.rstrip("/"))
+  path = checkpoint.absolute(folder)
   exact = [other for other in runs if other.path == path]
-  named = [other for other in runs if other.path.name == parts[-1]]
+  named = [other for other in runs if other.path.name == path.name]
   candidates = exact or named
   return candidates[0] if len(candidates) == 1 else None

@@ -14,11 +14,6 @@ def format_columns(
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   signs = aligned.ljust(len(widths), aligned[-1])
-  cells = list(zip(signs, widths, strict=False))
-  return [
-    "  ".join(
-      f"{text:{sign}{width}}"
-      for text, (sign, width) in zip(row, cells, strict=True)
-    ).rstrip()
-    for row in rows
-  ]
+  cells = zip(signs, widths, strict=False)
+  line = "  ".join(f"{{:{sign}{width}}}" for sign, width in cells)
+  return [line.format(*row).rstrip() for row in rows]

@@ -1,6 +1,5 @@
-"""Where a model looks: against NumPy float64, and in closed form."""
+"""Where a model looks: against NumPy float64."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_models
@@ -108,27 +107,6 @@ def test_no_kernel_is_in_the_way(monkeypatch):
   found = attention_maps.make_look(model)(images)
   expected = attention_maps.make_look(exact)(images)
   np.testing.assert_allclose(found.maps, expected.maps, atol=0.02)
-
-
-@pytest.mark.parametrize("layers", [1, 4])
-def test_identity_rolls_out_to_the_identity(layers):
-  eye = jnp.broadcast_to(jnp.eye(7), (2, 3, 7, 7))
-  rolled = attention_maps.roll_out([eye] * layers)
-  np.testing.assert_allclose(rolled, np.broadcast_to(np.eye(7), (2, 7, 7)))
-  # Who looks at nobody but themselves look no distance away.
-  distances = attention_maps.attention_distance([eye], (2, 3), 16)
-  np.testing.assert_array_equal(distances, 0)
-
-
-@pytest.mark.parametrize("length", [2, 5, 14])
-@pytest.mark.parametrize("extra", [0, 1])
-def test_distance_of_uniform_attention_in_closed_form(length, extra):
-  """In one dimension the mean of |i - j| over all pairs is (n^2 - 1) / 3n."""
-  n = length + extra
-  uniform = jnp.full((1, 1, n, n), 1 / n)
-  found = attention_maps.attention_distance([uniform], (1, length), 16)
-  expected = 16 * (length**2 - 1) / (3 * length)
-  np.testing.assert_allclose(found, [[[expected]]], rtol=1e-6)
 
 
 def test_an_overlay_is_darkest_where_nothing_is_seen():

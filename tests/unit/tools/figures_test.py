@@ -39,12 +39,10 @@ def _coarse(monkeypatch):
 def pictures(tmp_path):
   """Three pictures of different sizes."""
   rng = np.random.default_rng(0)
-  paths = []
-  for i, shape in enumerate(((20, 30), (16, 16), (9, 50))):
-    path = tmp_path / f"{i}.png"
+  paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+  for path, shape in zip(paths, ((20, 30), (16, 16), (9, 50)), strict=True):
     pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
-    paths.append(str(path))
   return paths
 
 
@@ -74,8 +72,8 @@ def write_run(path, losses, accuracy=None, init_from=None):
     model__variant=_OF_RUNS,
     image_size=224,
     batch_size=1000,
+    init_from=init_from or "",
   )
-  config["init_from"] = init_from and str(init_from)
   lines = [{"step": i + 1, "train/loss": x} for i, x in enumerate(losses)]
   if accuracy is not None:
     lines.append({"step": total, "eval/accuracy": accuracy})
@@ -90,67 +88,57 @@ def write_run(path, losses, accuracy=None, init_from=None):
 
 
 @pytest.mark.ci
-def test_everything_of_a_checkpoint(run, pictures, tmp_path):
-  source, out = write(tmp_path / "vit.npz"), tmp_path / "figures"
-  code, said, err, _ = run(f"--checkpoint={source}", *pictures, f"--out={out}")
-  assert code == 0, err
+def test_several_checkpoints_have_a_panel_each(run, pictures, tmp_path):
+  plain = write(tmp_path / "plain.npz")
+  hybrid = write(tmp_path / "hybrid.npz", f"RN+{_VARIANT}", image_size=32)
+  resnet = write(tmp_path / "resnet.npz", "RNx1", image_size=32)
+  sources = [f"--checkpoint={path}" for path in (plain, hybrid, resnet)]
+  out = tmp_path / "figures"
+  code, said, err, log = run(*sources, *pictures, f"--out={out}")
+  assert (code, log) == (0, ""), err
   names = ("rollout", "filters", "positions", "distances")
   files = [out / f"{n}.{kind}" for n in names for kind in ("png", "svg", "csv")]
   assert said.split() == [str(file) for file in files]
   assert sorted(out.iterdir()) == sorted(files)
+  tables = {}
   for name in names:
     with Image.open(out / f"{name}.png") as image:
       image.load()
     assert "<svg" in (out / f"{name}.svg").read_text()
+    for row in read_csv(out / f"{name}.csv"):
+      rows = tables.setdefault(name, {}).setdefault(row["checkpoint"], [])
+      rows.append(float([*row.values()][-1]))
+  both = ["plain.npz", "hybrid.npz"]
+  assert {name: [*found] for name, found in tables.items()} == {
+    **dict.fromkeys(names, both),
+    "filters": both[:1],
+  }
 
-  model = pretrained.load(source)
+  model = pretrained.load(plain)
   about = model.config
   pixels = [
     preprocess_image(p, about.preprocess, about.image_size) for p in pictures
   ]
   looks = attention_maps.make_look(model)(normalize(np.stack(pixels)))
-  for name, column, expected in (
-    ("rollout", "attention", looks.maps),
-    ("distances", "pixels", looks.distances.mean(0)),
+  for name, expected in (
+    ("rollout", looks.maps),
+    ("distances", looks.distances.mean(0)),
   ):
-    found = [float(row[column]) for row in read_csv(out / f"{name}.csv")]
+    found = tables[name]["plain.npz"]
     np.testing.assert_allclose(found, expected.ravel(), rtol=1e-4, atol=1e-6)
-  rows = read_csv(out / "positions.csv")
-  assert len(rows) == 2**4
-  assert float(rows[0]["similarity"]) == pytest.approx(1)
+  assert len(tables["positions"]["plain.npz"]) == 2**4
+  assert tables["positions"]["plain.npz"][0] == pytest.approx(1)
 
   # Twice the same is the same to the byte, and nothing is overwritten.
   again = tmp_path / "again"
-  run(f"--checkpoint={source}", *pictures, f"--out={again}", "--only=positions")
-  for kind in ("png", "svg", "csv"):
-    file = f"positions.{kind}"
-    assert (again / file).read_bytes() == (out / file).read_bytes()
-  code, _, err, _ = run(f"--checkpoint={source}", f"--out={out}")
+  run(*sources, *pictures, f"--out={again}", "--only=positions")
+  for file in again.iterdir():
+    assert file.read_bytes() == (out / file.name).read_bytes()
+  code, _, err, _ = run(*sources, f"--out={out}")
   assert code == 2
   assert "rollout.png exists; nothing is overwritten" in err
-
-
-@pytest.mark.ci
-def test_several_checkpoints_have_a_panel_each(run, pictures, tmp_path):
-  hybrid = write(tmp_path / "hybrid.npz", f"RN+{_VARIANT}", image_size=32)
-  resnet = write(tmp_path / "resnet.npz", "RNx1", image_size=32)
-  plain = write(tmp_path / "plain.npz")
-  sources = [f"--checkpoint={path}" for path in (plain, hybrid, resnet)]
-  code, *_, log = run(*sources, *pictures, f"--out={tmp_path / 'out'}")
-  assert code == 0
-  assert not log
-
-  def labels(name):
-    rows = read_csv(tmp_path / "out" / f"{name}.csv")
-    return list(dict.fromkeys(row["checkpoint"] for row in rows))
-
-  both = ["plain.npz", "hybrid.npz"]
-  assert labels("rollout") == labels("distances") == both
-  assert labels("positions") == both
-  assert labels("filters") == ["plain.npz"]
-
   code, _, err, _ = run(
-    f"--checkpoint={resnet}", *pictures, f"--out={tmp_path}", "--only=rollout"
+    sources[2], *pictures, f"--out={tmp_path}", "--only=rollout"
   )
   assert code == 2
   assert err.startswith("error: cannot be drawn: rollout: it takes images, and")
@@ -214,20 +202,17 @@ def test_positions_are_what_the_model_adds(kind, at, classifier):
 def test_curves_and_compute_of_runs(run, tmp_path):
   runs = tmp_path / "runs"
   origin = write_run(runs / "big" / "pretrain", [3.0, 2.0, 1.0])
-  few = [  # of config.evals.few
-    json.dumps({"step": step, "few/5shot": step / 4, "few/examples": 100})
-    for step in (1, 3)
-  ]
   file = origin / "metrics.jsonl"
-  file.write_text("\n".join([*few, file.read_text()]))
+  for step in (1, 3):  # of config.evals.few
+    line = {"step": step, "few/5shot": step / 4, "few/examples": 100}
+    file.write_text(f"{json.dumps(line)}\n{file.read_text()}")
   write_run(runs / "cifar10", [1.0, 0.5], 0.9, init_from=origin)
   out = tmp_path / "out"
   code, said, err, _ = run(f"--runs={runs}", f"--out={out}")
   assert code == 0, err
   assert len(said.split()) == 6
-  rows = read_csv(out / "curves.csv")
   curves = {}
-  for row in rows:
+  for row in read_csv(out / "curves.csv"):
     if row["run"] == "big/pretrain":
       points = curves.setdefault(row["name"], [])
       points.append((int(row["step"]), float(row["value"])))

@@ -64,17 +64,6 @@ def test_loops_and_calls_are_counted_each_time():
   assert flops.count_in_jaxpr(jaxpr) == 6 * 27
 
 
-def test_a_resnet_of_double_width_costs_four_times_as_much():
-  # But for the root, whose input stays three channels wide.
-  narrow, wide = (
-    flops.count_multiply_adds(f"RNx{width}", 64) for width in (1, 2)
-  )
-  # 32x32 outputs of 7x7 taps, some of them on padding.
-  taps = sum(0 <= 2 * o - 3 + t < 64 for o in range(32) for t in range(7))
-  root = 64 * 3 * taps**2
-  assert wide - 2 * root == 4 * (narrow - root)
-
-
 def _rows():
   usual = ("ViT-B/32", "ResNet50x1", "R50x1+ViT-B/32")
   return [

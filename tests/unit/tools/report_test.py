@@ -25,15 +25,17 @@ _BAD_NAME = "<script>alert('&\"')</script>"
 def write_run(path, total_steps=40, steps=40, losses=None, **overrides):
   """Makes a run folder as `train` leaves it, without checkpoints."""
   given = {"batch_size": 32, **overrides}
-  lines = []
-  for step in range(10, steps + 1, 10):
-    line = {"step": step, "train/loss": (losses or {}).get(step, 8 / step)}
-    line |= {"train/learning_rate": 0.1 * (1 - step / total_steps)}
-    speed = {10: 64.0, 20: 128.0}.get(step, 256.0)
-    line["speed/images_per_second"] = speed
-    lines.append(line)
-    accuracy = 1 - 1 / step
-    lines.append({"step": step, "eval/examples": 5, "eval/accuracy": accuracy})
+  lines = [
+    {
+      "step": step,
+      "train/loss": (losses or {}).get(step, 8 / step),
+      "train/learning_rate": 0.1 * (1 - step / total_steps),
+      "speed/images_per_second": {10: 64.0, 20: 128.0}.get(step, 256.0),
+      "eval/examples": 5,
+      "eval/accuracy": 1 - 1 / step,
+    }
+    for step in range(10, steps + 1, 10)
+  ]
   return fake_runs.write(
     path,
     fake_runs.load("quickstart_finetune.py", **given),
@@ -114,12 +116,9 @@ def _make_details(names, multilabel=False, attends=True):
     by_class.Mistake(0.9 - i / 100, 1000 + i, [i + 1], i, 0.05, pixels)
     for i in range(3)
   ]
-  shown: dict = {
-    "name": "photos/b/1 & more.jpg",
-    "labels": names[1],
-    "picture": picture,
-    "attention": picture if attends else None,
-  }
+  attention = picture if attends else None
+  shown: dict = {"labels": names[1], "picture": picture, "attention": attention}
+  shown["name"] = "photos/b/1 & more.jpg"
   source = types.SimpleNamespace(
     dataset="made_up", split="test", class_names=names, multilabel=multilabel
   )
@@ -259,20 +258,19 @@ def test_of_many_runs_the_best_have_colours(tmp_path, monkeypatch):
 
 
 def test_mistakes_of_users_are_one_line(tmp_path, capsys):
-  run = str(write_run(tmp_path / "run"))
-  out = tmp_path / "there.html"
-  out.write_text("mine")
+  write_run(tmp_path / "run")
+  (tmp_path / "there.html").write_text("mine")
   (tmp_path / "empty").mkdir()
-  for arguments, words in (
-    ([run, f"--out={out}"], "exists; nothing is overwritten"),
-    ([run, f"--out={tmp_path}/no/r.html"], "is not a writable folder"),
-    ([f"{tmp_path}/nowhere", f"--out={tmp_path}/r.html"], "no such folder"),
-    ([f"{tmp_path}/empty", f"--out={tmp_path}/r.html"], "has no run in it"),
+  for run, out, words in (
+    ("run", "there.html", "exists; nothing is overwritten"),
+    ("run", "no/r.html", "is not a writable folder"),
+    ("nowhere", "r.html", "no such folder"),
+    ("empty", "r.html", "has no run in it"),
   ):
-    assert main(["report", *arguments]) == 2
+    assert main(["report", f"{tmp_path}/{run}", f"--out={tmp_path}/{out}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
-  assert out.read_text() == "mine"
+  assert (tmp_path / "there.html").read_text() == "mine"
 
 
 # --- a real run ---

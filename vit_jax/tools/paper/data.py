@@ -4,8 +4,8 @@
 """
 
 import functools
-import importlib.resources
 import json
+from pathlib import Path
 from typing import Any
 
 
@@ -17,14 +17,19 @@ def load() -> dict[str, Any]:
   the tables measure, "vtab" the 19 tasks by the names that Table 9 prints. The
   "values" of a row are {column: number or [mean, standard deviation]}.
   """
-  file = importlib.resources.files("vit_jax.tools.paper") / "tables.json"
+  file = Path(__file__).with_name("tables.json")
   found = json.loads(file.read_text(encoding="utf-8"))
-  for name in ("table2", "table5", "table6", "table7", "table8", "table9"):
-    columns = found[name]["columns"]
-    for row in found[name]["rows"]:
+  for table in found.values():
+    for row in table["rows"] if "columns" in table else ():
       # A row may end before the last columns.
-      row["values"] = dict(zip(columns, row["values"], strict=False))
+      row["values"] = dict(zip(table["columns"], row["values"], strict=False))
   return found
+
+
+def find_set(dataset: str) -> dict[str, Any]:
+  """Returns what is known of a set to pre-train on, {} of another set."""
+  sets = load()["pretraining"].values()
+  return next((known for known in sets if known["dataset"] == dataset), {})
 
 
 def variant_of(name: str) -> str:

@@ -15,6 +15,7 @@ import math
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 
 from vit_jax import models
 from vit_jax.errors import UserError
@@ -42,10 +43,13 @@ def count_multiply_adds(
   Raises:
     UserError: an unknown variant, or a size that its patches do not divide.
   """
-  options: dict = {"variant": variant, "num_classes": num_classes}
-  if hidden and variants.parse(variant).encoder:
-    options["representation_size"] = -1
-  return _count_model(image_size=image_size, **options)
+  has_layer = hidden and variants.parse(variant).encoder
+  return _count_model(
+    variant=variant,
+    image_size=image_size,
+    num_classes=num_classes,
+    representation_size=-1 if has_layer else 0,
+  )
 
 
 @functools.cache
@@ -54,22 +58,20 @@ def _count_model(**options):
   if variants.parse(options["variant"]).encoder:
     options["scan"] = True  # a loop is traced once, however deep the model
   # bfloat16 computes with padding, for the sake of TPUs.
-  options["dtype"] = "float32"
-  model = models.create(**options)
-  params = jax.eval_shape(model.init, jax.random.key(0))
+  model, params = _create(**options | {"dtype": "float32"})
   image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   return count_in_jaxpr(jax.make_jaxpr(model.apply)(params, image).jaxpr)
 
 
+def _create(**options):
+  model = models.create(**options)
+  return model, jax.eval_shape(model.init, jax.random.key(0))
+
+
 @functools.cache
-def count_parameters(
-  variant: str, image_size: int = 224, num_classes: int = 0
-) -> int:
-  """Returns the parameters of a model without the tanh layer."""
-  model = models.create(
-    variant=variant, num_classes=num_classes, image_size=image_size
-  )
-  params = jax.eval_shape(model.init, jax.random.key(0))
+def count_parameters(variant: str, num_classes: int = 0) -> int:
+  """Returns the parameters of a model for 224 pixels, without a tanh layer."""
+  _, params = _create(variant=variant, num_classes=num_classes, image_size=224)
   return sum(x.size for x in jax.tree.leaves(params))
 
 
@@ -106,12 +108,12 @@ def count_in_jaxpr(jaxpr) -> int:
   """Returns the multiply-adds of a jaxpr; a loop's count each time around."""
   total = 0
   for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
+    name = equation.primitive.name
+    if name == "dot_general":
       total += _count_dot(equation)
-    elif equation.primitive.name == "conv_general_dilated":
+    elif name == "conv_general_dilated":
       total += _count_convolution(equation)
     else:
-      name = equation.primitive.name
       assert name != "while", "nobody knows how often a while loop runs"
       times = equation.params["length"] if name == "scan" else 1
       inner = jax.extend.core.jaxprs_in_params(equation.params)
@@ -137,21 +139,12 @@ def _count_convolution(equation):
   # Specs name the axes (batch, features, space...), of a kernel (out, in, ...).
   batch, features, *out_space = (out[axis] for axis in numbers.out_spec)
   _, inputs, *kernel_space = (kernel[axis] for axis in numbers.rhs_spec)
-  image_space = [image[axis] for axis in numbers.lhs_spec[2:]]
-  taps = map(
-    _count_taps,
-    image_space,
-    kernel_space,
-    out_space,
-    params["window_strides"],
-    (low for low, _ in params["padding"]),
-  )
-  return batch * features * inputs * math.prod(taps)
-
-
-def _count_taps(size, kernel, out, stride, low):
-  """Returns how often a kernel's taps fall on the image along one axis."""
-  starts = (i * stride - low for i in range(out))
-  windows = ((start, start + kernel) for start in starts)
-  # A window may lie outside altogether.
-  return sum(max(0, min(size, end) - max(0, start)) for start, end in windows)
+  total = batch * features * inputs
+  for i, axis in enumerate(numbers.lhs_spec[2:]):
+    # How often the kernel's taps fall on the image along one axis.
+    starts = np.arange(out_space[i]) * params["window_strides"][i]
+    taps = (
+      starts[:, None] - params["padding"][i][0] + np.arange(kernel_space[i])
+    )
+    total *= int(np.sum((taps >= 0) & (taps < image[axis])))
+  return total

@@ -1,34 +1,99 @@
-"""In what a run differs from the paper's protocol, as configs/ has it."""
+"""The paper's protocol, as configs/ has it: which run is what, what differs."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from vit_jax import config as configuration
-from vit_jax.tools.paper.pretraining import Pretraining
-from vit_jax.tools.runs import Run
+from vit_jax.pretrained.names import PUBLISHED
+from vit_jax.tools.paper import data
+from vit_jax.tools.runs import Run, find_origin
 
+# What two pre-trainings of a model and a data set may differ in.
+_KINDS = {
+  "optimizer.name": "adam",
+  "model.pos_embedding": "learned",
+  "model.pos_embedding_at": "input",
+}
+# A step more or less, or some images held out, is the same number of epochs.
+_EPOCHS_TOLERANCE = 0.03
 # What has no influence on a result, but for rounding; and what decides which
-# cell a run is of, or how long it is, which the callers compare.
+# cell a run is of, which the callers compare.
 _IGNORED = {
   *configuration.RESUMABLE,
-  "seed",
-  "init_from",
-  "model.dtype",
-  "model.scan",
-  "train.dataset",
-  "total_steps",
-  "total_epochs",
-  "total_examples",
-  "eval.dataset",
-  "eval.split",
-  "eval.batch_size",
+  *("seed", "init_from", "model.dtype", "model.scan", "train.dataset"),
+  *("total_epochs", "total_examples"),
+  *("eval.dataset", "eval.split", "eval.batch_size"),
 }
 
 
-def pretraining_spec(wanted: Pretraining) -> str:
-  """Returns the file in configs/ and its argument."""
-  return f"pretrain.py:{wanted.variant},{wanted.dataset},{wanted.epochs}"
+class Pretraining(NamedTuple):
+  """What weights come from; model and data set by our names."""
+
+  variant: str
+  dataset: str
+  epochs: int
+  # (key, value) where it is not the model's usual one.
+  overrides: tuple[tuple[str, Any], ...] = ()
+
+  @property
+  def spec(self) -> str:
+    """The file in configs/ and its argument."""
+    return f"pretrain.py:{self.variant},{self.dataset},{self.epochs}"
+
+  @property
+  def published(self) -> str:
+    """The name of the weights that the paper's authors published, or "".
+
+    Of their ImageNet-21k files, which are those of 90 epochs.
+    """
+    name = f"{self.variant}-imagenet21k"
+    is_theirs = self[1:] == ("imagenet21k", 90, ())
+    return name if is_theirs and name in PUBLISHED else ""
+
+
+def plain_name(dataset: str) -> str:
+  """Returns a data set's name without configuration and version.
+
+  "imagenet21k_clean", that is freed of test images, is "imagenet21k": as the
+  paper's are.
+  """
+  if dataset.startswith(("vtab:", "mini:", "folder:")):
+    return dataset
+  return dataset.partition(":")[0].partition("/")[0].removesuffix("_clean")
+
+
+def is_pretraining(run: Run, wanted: Pretraining) -> bool:
+  """Returns whether a run is this pre-training, finished or not."""
+  kinds = _KINDS | {k: v for k, v in wanted.overrides if k in _KINDS}
+  return (
+    run.config["objective"] == "classification"
+    and run.config["model.variant"] == wanted.variant
+    and plain_name(run.config["train.dataset"]) == wanted.dataset
+    and not run.config["init_from"]
+    and abs(_count_epochs(run) / wanted.epochs - 1) < _EPOCHS_TOLERANCE
+    and all(run.config.get(k, v) == v for k, v in kinds.items())
+  )
+
+
+def _count_epochs(run):
+  """Returns a run's epochs, from the paper's sizes where it counts steps."""
+  known = data.find_set(plain_name(run.config["train.dataset"]))
+  examples = run.total_steps * run.config["batch_size"]
+  # Nothing is an epoch of a set whose size is not known.
+  counted = examples / known.get("images", math.inf)
+  return run.config["total_epochs"] or counted
+
+
+def comes_from(run: Run, wanted: Pretraining, runs: list[Run]) -> bool:
+  """Returns whether a run started from this pre-training's weights."""
+  source = run.config["init_from"] or ""
+  file = f"/imagenet21k/{wanted.variant}.npz"
+  if wanted.published and (source == wanted.published or source.endswith(file)):
+    return True
+  origin = find_origin(run, runs)
+  return origin is not None and is_pretraining(origin, wanted)
 
 
 def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
@@ -36,9 +101,9 @@ def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
 
   Its evaluation does not matter: the weights are the same.
   """
-  expected = {**load(pretraining_spec(wanted)), **dict(wanted.overrides)}
-  del expected["eval.preprocess"]
-  return list(_compare(run, expected, {}))
+  expected = {**_load(wanted.spec), **dict(wanted.overrides)}
+  del expected["eval.preprocess"], expected["total_steps"]
+  return _compare(run, {key: [x] for key, x in expected.items()})
 
 
 def compare_finetuning(
@@ -51,33 +116,27 @@ def compare_finetuning(
     spec: "finetune.py:ViT-B_16,cifar100".
     base_lrs: the learning rates that the protocol selects among.
   """
-  expected = load(spec)
-  choices = {"schedule.base_lr": list(base_lrs)}
-  found = list(_compare(run, expected, choices))
-  if run.total_steps != expected["total_steps"]:
-    steps = expected["total_steps"]
-    found.append(f"total_steps {run.total_steps} (protocol: {steps})")
-  return found
+  choices = {key: [x] for key, x in _load(spec).items()}
+  return _compare(run, choices | {"schedule.base_lr": [*base_lrs]})
 
 
 @functools.cache
-def load(spec: str) -> Mapping[str, Any]:
+def _load(spec: str) -> Mapping[str, Any]:
   """Returns a configuration of configs/, flat, as config.json has it."""
   config = configuration.load(spec.replace(".py:", ":", 1))
   return configuration.flatten(configuration.to_dict(config))
 
 
-def _compare(
-  run: Run, expected: Mapping[str, Any], choices: Mapping[str, list]
-) -> Iterator[str]:
-  """Yields the keys that differ; choices are {key: values that are right}."""
-  found = run.config
+def _compare(run, choices):
+  """Returns the keys that have none of the values that are right."""
+  differs = []
+  found = run.config | {"total_steps": run.total_steps}
   ignored = _IGNORED.union(configuration.find_unused(found))
-  for key in sorted(expected.keys() & found.keys() - ignored):
-    right = choices.get(key, [expected[key]])
+  for key in sorted(choices.keys() & found.keys() - ignored):
     meanings = [
-      configuration.find_meaning({**found, key: x}, key) for x in right
+      configuration.find_meaning({**found, key: x}, key) for x in choices[key]
     ]
     if configuration.find_meaning(found, key) not in meanings:
-      wanted = " or ".join(map(str, right))
-      yield f"{key} {found[key]} (protocol: {wanted})"
+      wanted = " or ".join(map(str, choices[key]))
+      differs.append(f"{key} {found[key]} (protocol: {wanted})")
+  return differs

@@ -14,8 +14,8 @@ from vit_jax.errors import UserError, check_choice, suggest
 from vit_jax.models import variants
 from vit_jax.tools.paper import cells, data, flops, protocol
 from vit_jax.tools.paper.cells import Cell
-from vit_jax.tools.paper.pretraining import Pretraining, is_pretraining
-from vit_jax.tools.runs import Run, find_runs
+from vit_jax.tools.paper.protocol import Pretraining
+from vit_jax.tools.runs import find_runs
 from vit_jax.tools.text import format_columns
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
@@ -81,7 +81,7 @@ def _make_sizes(row):
   """Table 1: the sizes and the parameters of our models, and the paper's."""
   encoder = variants.parse(row["variant"]).encoder
   assert encoder
-  count = flops.count_parameters(row["variant"], 224, row["num_classes"])
+  count = flops.count_parameters(row["variant"], row["num_classes"])
   return {
     "name": row["name"],
     "layers": encoder.num_layers,
@@ -96,15 +96,14 @@ def _make_sizes(row):
 
 def _list_pretrainings(row, runs, folder):
   """Table 3: a row for each model and number of epochs."""
-  known = data.load()["pretraining"][row["pretraining"]]
   for model, epochs in itertools.product(row["models"], row["epochs"]):
-    wanted = Pretraining(data.variant_of(model), known["dataset"], epochs)
-    found = [run for run in runs if is_pretraining(run, wanted)]
+    wanted = _find_pretraining(row | {"name": model, "epochs": epochs})
+    found = [run for run in runs if protocol.is_pretraining(run, wanted)]
     differs = (protocol.compare_pretraining(run, wanted) for run in found)
     yield {
       "name": model,
       "pretraining": row["pretraining"],
-      "private": known["private"],
+      "private": _find_set(row)["private"],
       "epochs": epochs,
       **{key: row[key] for key in _RATES},
       **data.load()["table3"]["common"],
@@ -143,8 +142,7 @@ def _make_row(name, row, runs, folder):
     made["stand_in"] = _fill_row(name, row | public, runs, folder)
     made["stand_in"].pop("note", None)
   if name == "table6":
-    exaflops = cells.pretraining_exaflops(_find_pretraining(row))
-    made["exaflops"] = round(exaflops, 2)
+    made["exaflops"] = round(cells.count_exaflops(_find_pretraining(row)), 2)
     made["paper_exaflops"] = row["exaflops"]
   return made
 
@@ -153,18 +151,25 @@ def _fill_row(name, row, runs, folder):
   """Returns a row with what runs say of its cells."""
   made = {}
   for column, paper in row["values"].items():
-    if column != "Average":
-      cell = _find_cell(name, row, column)
-      made[column] = _fill(cell, paper, runs, folder)
-  if "Average" in row["values"]:
-    made["Average"] = _average(made, row["values"]["Average"])
+    if column == "Average":  # the last one
+      ours = [cell["ours"] for cell in made.values()]
+      values = [] if None in ours else [statistics.fmean(ours)]
+      differs = {x for cell in made.values() for x in cell["differs"]}
+      made[column] = _compare(values, paper)
+      made[column]["differs"] = sorted(differs) if values else []
+      continue
+    cell = _find_cell(name, row, column)
+    found = cells.measure(cell, runs)
+    made[column] = found._asdict() | _compare(found.values, paper)
+    if len(found.values) < cell.seeds:
+      made[column] |= cells.plan(cell, runs, folder)._asdict()
   optional = ("note", "tpuv3_core_days")
   return {
     "name": row["name"],
     "variant": _find_pretraining(row).variant,
     "pretraining": row["pretraining"],
     "epochs": row["epochs"],
-    "private": data.load()["pretraining"][row["pretraining"]]["private"],
+    "private": _find_set(row)["private"],
     "cells": made,
     **{key: row[key] for key in optional if key in row},
   }
@@ -180,40 +185,39 @@ def _find_public(name, row):
   return {}
 
 
-def _find_pretraining(row, overrides=None):
+def _find_set(row):
+  return data.load()["pretraining"][row["pretraining"]]
+
+
+def _find_pretraining(row, **overrides):
   return Pretraining(
     row.get("variant") or data.variant_of(row["name"]),
-    data.load()["pretraining"][row["pretraining"]]["dataset"],
+    _find_set(row)["dataset"],
     row["epochs"],
-    tuple({**row.get("overrides", {}), **(overrides or {})}.items()),
+    tuple({**row.get("overrides", {}), **overrides}.items()),
   )
 
 
 def _find_cell(name, row, column):
   """Returns what a cell of a results table measures."""
   table = data.load()[name]
-  overrides = table.get("column_overrides", {}).get(column)
-  pretraining = _find_pretraining(row, overrides)
-  seeds = table.get("seeds", 1)
-  size = _whole_patches(pretraining.variant)
+  overrides = table.get("column_overrides", {}).get(column, {})
+  pretraining = _find_pretraining(row, **overrides)
   if name == "table8":
     return Cell("linear", pretraining, "imagenet2012", image_size=224)
-  if name == "table9" and column in data.load()["vtab"]["tasks"]:
-    task = data.load()["vtab"]["tasks"][column]
-    return Cell("vtab", pretraining, f"vtab:{task}", size, seeds=seeds)
-  measure = data.load()["measures"][column]
-  dataset = measure.get("dataset", "")
-  cell = Cell(measure["kind"], pretraining, dataset, size, seeds=seeds)
-  if "imagenet_size" in row and column.startswith("ImageNet"):
-    cell = cell._replace(image_size=row["imagenet_size"], averaged=True)
-  return cell
-
-
-def _whole_patches(variant):
-  """Returns Table 4's image size, without the pixels that fill no patch."""
+  tasks = data.load()["vtab"]["tasks"]
+  if name == "table9" and column in tasks:
+    kind, dataset = "vtab", f"vtab:{tasks[column]}"
+  else:
+    measure = data.load()["measures"][column]
+    kind, dataset = measure["kind"], measure.get("dataset", "")
+  # Table 4's image size, without the pixels that fill no patch.
   size = data.load()["table4"]["common"]["image_size"]
-  sizes = variants.parse(variant)
-  return size // sizes.stride * sizes.stride if sizes.encoder else size
+  sizes = variants.parse(pretraining.variant)
+  size -= size % sizes.stride if sizes.encoder else 0
+  averaged = "imagenet_size" in row and column.startswith("ImageNet")
+  size = row["imagenet_size"] if averaged else size
+  return Cell(kind, pretraining, dataset, size, averaged, table.get("seeds", 1))
 
 
 def _show_paper(paper):
@@ -221,38 +225,18 @@ def _show_paper(paper):
   return {"paper": mean, "paper_spread": spread}
 
 
-def _fill(cell: Cell, paper, runs: list[Run], folder: str):
-  """Returns a cell as JSON has it."""
-  found = cells.measure(cell, runs)
-  made = found._asdict() | _summarize(found.values, paper)
-  if len(found.values) < cell.seeds:
-    made |= cells.plan(cell, runs, folder)._asdict()
-  return made
-
-
-def _summarize(values, paper):
+def _compare(values, paper):
   """Returns ours, beside the paper's mean or [mean, spread]."""
   ours = statistics.fmean(values) if values else None
   shown = _show_paper(paper)
-  known = shown["paper"]
-  difference = None
-  if ours is not None and known is not None:
-    difference = ours - known
+  known = None not in (ours, shown["paper"])
   return {
     **shown,
     "ours": ours,
     "values": values,
     "spread": statistics.stdev(values) if len(values) > 1 else None,
-    "difference": difference,
+    "difference": ours - shown["paper"] if known else None,
   }
-
-
-def _average(made, paper):
-  """Returns the mean of a row's cells, where all of them are there."""
-  ours = [cell["ours"] for cell in made.values()]
-  values = [] if None in ours else [statistics.fmean(ours)]
-  differs = sorted({x for cell in made.values() for x in cell["differs"]})
-  return _summarize(values, paper) | {"differs": differs if values else []}
 
 
 # --- as text ---
@@ -267,25 +251,24 @@ def format_table(
 ) -> str:
   """Returns a table as text; `commands` adds what fills the missing cells."""
   table = data.load()[name]
-  lines = [f"Table {name.removeprefix('table')}: {table['title']}", ""]
-  keys = _FACTS.get(name)
-  grid = _grid_facts(rows, keys) if keys else _grid_results(rows)
-  lines += _draw(grid, markdown)
-  notes = [f"{_title(row)}: {row['note']}" for row in rows if row.get("note")]
-  notes = [*filter(None, [table.get("note")]), *notes]
+  made = _list_cells(rows)
+  grid = _grid_facts(rows, _FACTS[name]) if name in _FACTS else _grid(rows)
+  notes = [table["note"]] if "note" in table else []
+  notes += [f"{_title(row)}: {row['note']}" for row in rows if "note" in row]
   differences = [
     f"! {title}: {'; '.join(found['differs'])}"
-    for title, found in _list_cells(rows)
+    for title, found in made
     if found.get("differs")
   ]
   private = any(row.get("private") for row in rows)
   star = ["* needs JFT-300M, which is private."] if private else []
-  for part in (notes, differences, star):
+  lines = [f"Table {name.removeprefix('table')}: {table['title']}"]
+  for part in (_draw(grid, markdown), notes, differences, star):
     lines += ["", *part] if part else []
   if commands:
     lines.append("")
-    for title, cell in _list_cells(rows):
-      if cell.get("commands"):
+    for title, cell in made:
+      if "commands" in cell:
         lines.append(f"{title}: {cell['images']:,} images")
         shown = [f"  {command}" for command in cell["commands"]]
         block = ["", "```sh", *cell["commands"], "```", ""]
@@ -302,13 +285,13 @@ def _title(row):
 
 def _grid_facts(rows, keys):
   """Hyper-parameters, and how many runs there are."""
-  lines = [[_title(row), *(_show(row[key]) for key in keys)] for row in rows]
-  header = ["", *keys]
+  lines = [["", *keys]]
+  lines += [[_title(row), *(_show(row[key]) for key in keys)] for row in rows]
   if "runs" in rows[0]:
-    header.append("runs")
-    for row, line in zip(rows, lines, strict=True):
+    lines[0].append("runs")
+    for row, line in zip(rows, lines[1:], strict=True):
       line.append(f"{len(row['runs'])}{'!' if row.get('differs') else ''}")
-  return [header, *lines]
+  return lines
 
 
 def _show(value):
@@ -317,7 +300,7 @@ def _show(value):
   return f"{value:g}" if isinstance(value, float) else str(value or 0)
 
 
-def _grid_results(rows):
+def _grid(rows):
   """Each cell has the paper's value, then ours where there is one."""
   shown = []
   for row in rows:
@@ -336,9 +319,7 @@ def _grid_results(rows):
     for row, line in zip(shown, grid[1:], strict=True):
       cost = row.get("exaflops")
       line.append(f"{row['paper_exaflops']} | {cost:.1f}" if cost else "")
-  if len(columns) > len(shown):
-    grid = [list(column) for column in zip(*grid, strict=True)]
-  return grid
+  return [*zip(*grid, strict=True)] if len(columns) > len(shown) else grid
 
 
 def _show_cell(cell):
@@ -375,12 +356,12 @@ def _list_cells(rows):
   for row in rows:
     if "cells" not in row:
       found.append((_title(row), row))
-    for made in (row, row.get("stand_in", {})):
-      for column, cell in made.get("cells", {}).items():
-        title = f"{_title(made)}; {column}"
-        if made is not row:
-          title += f" (stands in for {row['pretraining']})"
-        found.append((title, cell))
+      continue
+    found += [(f"{_title(row)}; {c}", x) for c, x in row["cells"].items()]
+    if other := row.get("stand_in"):
+      end = f" (stands in for {row['pretraining']})"
+      made = other["cells"].items()
+      found += [(f"{_title(other)}; {column}{end}", x) for column, x in made]
   return found
 
 

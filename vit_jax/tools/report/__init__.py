@@ -39,44 +39,38 @@ def report(
   file = files.make_path(out)
   if not files.is_remote(file):
     file = file.expanduser().absolute()
-  _check_out(file, out)
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
+      raise UserError(
+        f"--out={out}: {file.parent} is not a writable folder; make it, or "
+        "give another --out"
+      )
+  check_free(file)
   runs = find_runs(workdirs)
   if len(runs) > len(charts.DASHES):
     runs.sort(key=_rank)
   chosen = runs[: len(charts.DASHES)]
-  mistakes = max(1, min(_MISTAKES, _ALL_MISTAKES // len(chosen)))
+  mistakes = min(_MISTAKES, _ALL_MISTAKES // len(chosen))
   found = {}
   for i, run in enumerate(chosen, 1):
     log.info("test set of run %d of %d: %s", i, len(chosen), run.name)
     found[run.name] = evaluate(run, data_dir, mistakes)
-  page = make_page(runs, found)
-  _check_out(file, out)  # evaluating takes minutes
+  check_free(file)  # evaluating takes minutes
   # A path or a class may have a name that is not Unicode.
-  page = page.encode("utf-8", errors="xmlcharrefreplace").decode()
+  page = make_page(runs, found).encode("utf-8", errors="xmlcharrefreplace")
   try:
-    files.write_atomically(file, page)
+    files.write_atomically(file, page.decode())
   except OSError as e:
     raise RunStopped(f"could not write {out}: {e.strerror}") from e
   return file
 
 
-def _check_out(file, out):
-  """Raises a UserError now, not after minutes, if `out` cannot be written."""
-  check_free(file)
-  if files.is_remote(file):
-    return
-  if not file.parent.is_dir() or not os.access(file.parent, os.W_OK):
-    raise UserError(
-      f"--out={out}: {file.parent} is not a writable folder; make it, or give "
-      "another --out"
-    )
-
-
 def _rank(run: Run):
   """Orders runs: by metric, the best result first, those without one last."""
-  measured = {name.removeprefix("eval/") for name in run.series}
-  metric = find_main(measured)
+  last = {
+    name.removeprefix("eval/"): points[-1][1]
+    for name, points in run.series.items()
+  }
+  metric = find_main(last)
   if metric is None:
     return (len(MAIN_METRICS), 0.0)
-  _, value = run.series[f"eval/{metric}"][-1]
-  return (MAIN_METRICS.index(metric), order(metric, value))
+  return (MAIN_METRICS.index(metric), order(metric, last[metric]))

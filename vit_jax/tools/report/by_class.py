@@ -1,7 +1,7 @@
 """Which classes a whole test set is taken for, and the worst mistakes."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,37 +11,25 @@ from vit_jax.training import steps
 
 
 class Mistake(NamedTuple):
-  """An image whose predicted class is none of its labels.
+  """An image whose predicted class is none of its labels."""
 
-  Attributes:
-    probability: of the predicted class.
-    index: of the example in the test set.
-    labels: its class ids.
-    given: the predicted class id.
-    label_probability: the highest of its labels.
-    pixels: u8[h w 3], as the model got them.
-  """
-
-  probability: float
-  index: int
-  labels: list[int]
-  given: int
-  label_probability: float
-  pixels: Any
+  probability: float  # of the predicted class
+  index: int  # of the example in the test set
+  labels: list[int]  # class ids
+  given: int  # the predicted class id
+  label_probability: float  # the highest of its labels
+  pixels: Any  # u8[h w 3], as the model got them
 
 
 class Tally(NamedTuple):
   """Counts over a test set.
 
-  Attributes:
-    pairs: {(label, given): images} of those with a label; of a multi-label set
-      the label is the given class itself where that is among the labels, -1
-      where it is not.
-    mistakes: the most confident ones, the worst first.
+  Pairs are (label, given) of the images with a label; of a multi-label set the
+  label is the given class itself where that is among the labels, else -1.
   """
 
   pairs: collections.Counter[tuple[int, int]]
-  mistakes: list[Mistake]
+  mistakes: list[Mistake]  # the most confident ones, the worst first
 
   @property
   def labelled(self) -> int:
@@ -75,13 +63,12 @@ def make_tally(
     return {**batch, "probabilities": to_probabilities(logits)}
 
   batches = make_sums(evaluate, **where)
-  return lambda params: _add_up(batches(params), multilabel, mistakes)
+  return lambda params: _add_up(fetch(batches(params)), multilabel, mistakes)
 
 
-def _add_up(batches: Iterable[dict], multilabel: bool, count: int) -> Tally:
-  pairs = collections.Counter()
-  kept: list[Mistake] = []
-  for batch in fetch(batches):
+def _add_up(batches, multilabel, count):
+  tally = Tally(collections.Counter(), [])
+  for batch in batches:
     labelled = batch["mask"] & (batch["labels"] >= 0).any(-1)
     tops = batch["probabilities"].argmax(-1)
     for i in np.flatnonzero(labelled):
@@ -89,12 +76,14 @@ def _add_up(batches: Iterable[dict], multilabel: bool, count: int) -> Tally:
       row, top = batch["probabilities"][i], int(tops[i])
       is_right = top in labels
       label = (top if is_right else -1) if multilabel else labels[0]
-      pairs[label, top] += 1
+      tally.pairs[label, top] += 1
       if not is_right:
         place = int(batch["index"][i])
         others = top, float(row[labels].max()), batch["image"][i]
-        kept.append(Mistake(float(row[top]), place, labels, *others))
-    kept = sorted(kept, key=lambda m: (-m.probability, m.index))[:count]
+        tally.mistakes.append(Mistake(float(row[top]), place, labels, *others))
+    tally.mistakes.sort(key=lambda m: (-m.probability, m.index))
     # A row of a batch would keep all of it.
-    kept = [m._replace(pixels=m.pixels.copy()) for m in kept]
-  return Tally(pairs, kept)
+    tally.mistakes[:] = [
+      m._replace(pixels=m.pixels.copy()) for m in tally.mistakes[:count]
+    ]
+  return tally

@@ -26,19 +26,12 @@ _PICTURE = 192
 
 
 class Details(NamedTuple):
-  """One pass over a test set.
+  """One pass over a test set."""
 
-  Attributes:
-    checkpoint: the folder of the weights, such as "checkpoints/240".
-    source: the test set, a `data.Source`.
-    tally: the counts.
-    shown: how the page shows each of `tally.mistakes`, see `_show`.
-  """
-
-  checkpoint: str
-  source: Any
+  checkpoint: str  # the folder of the weights, such as "checkpoints/240"
+  source: Any  # the test set, a `data.Source`
   tally: by_class.Tally
-  shown: list[dict[str, str | None]]
+  shown: list[dict[str, str | None]]  # `_show` of each of its mistakes
 
 
 def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
@@ -86,12 +79,9 @@ def _evaluate(run, data_dir, mistakes):
     mistakes=mistakes,
   )(devices.replicate(mesh, jax.tree.map(np.asarray, model.params)))
   look = attention_maps.make_look(model) if model.model.num_layers else None
-  return Details(
-    "/".join(weights.source.split("/")[-2:]),
-    test,
-    tally,
-    [_show(look, test, mistake) for mistake in tally.mistakes],
-  )
+  shown = [_show(look, test, mistake) for mistake in tally.mistakes]
+  name = "/".join(weights.source.split("/")[-2:])
+  return Details(name, test, tally, shown)
 
 
 def _show(look, test, mistake):
@@ -123,6 +113,5 @@ def encode(pixels: np.ndarray) -> str:
   image.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
   file = io.BytesIO()
   image.save(file, kind, quality=85)
-  return (
-    f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-  )
+  text = base64.b64encode(file.getvalue()).decode()
+  return f"data:image/{kind};base64,{text}"

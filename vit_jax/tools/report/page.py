@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,6 @@ _SHARES = ("accuracy", "accuracy@5", "prec@1", "lrap", "trivial_accuracy")
 _BESIDE = 3
 # Of more classes than these the worst come first, and there is no matrix.
 _FEW_CLASSES = 20
-_SPEED = "speed/images_per_second"
-_FACTS = ("Run", "State", "Result", "Model", "Trained on", "Tested on")
-_FACTS += ("Weights", "Folder", "Images seen", "Images/s, mean")
-_FACTS += ("Training time", "ExaFLOPs")
 
 
 def make_page(runs: Sequence[Run], found: dict[str, Details | str]) -> str:
@@ -45,30 +42,35 @@ def make_page(runs: Sequence[Run], found: dict[str, Details | str]) -> str:
   )
   environment.filters["percent"] = percent
   coloured = runs[: len(charts.DASHES)]
+  tested = [run for run in runs if run.name in found]
   return environment.get_template("page.html").render(
     charts=_draw_charts(runs),
-    configurations=[(run.name, _list_keys(run)) for run in coloured],
+    configurations=[
+      (run.name, [(key, _show(run, key)) for key in sorted(run.config)])
+      for run in coloured
+    ],
     dashes=charts.DASHES,
     date=f"{datetime.date.today():%Y-%m-%d}",
     differences=_compare(runs),
-    facts=_tabulate("What was trained", _FACTS, runs, _describe),
+    facts=_tabulate("What was trained", runs, _describe),
     few=_FEW_CLASSES,
     left_out=len(runs) - len(found),
     runs=runs,
     tests=[
-      _make_test(run, found[run.name]) for run in runs if run.name in found
+      {"run": run} | _describe_test(run, found[run.name]) for run in tested
     ],
     title=f"Report: {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}",
     version=vit_jax.__version__,
   )
 
 
-def _tabulate(caption, head, runs, describe):
+def _tabulate(caption, runs, describe):
   """Returns (caption, head, rows): few runs are the columns of a table."""
-  rows = [(run.name, *describe(run)) for run in runs]
+  made = [{"Run": run.name} | describe(run) for run in runs]
+  rows = [[*made[0]], *([*facts.values()] for facts in made)]
   if len(runs) <= _BESIDE:
-    head, *rows = zip(head, *rows, strict=True)
-  return caption, head, rows
+    rows = [*zip(*rows, strict=True)]
+  return caption, rows[0], rows[1:]
 
 
 def percent(x: float) -> str:
@@ -97,16 +99,29 @@ def _describe(run):
   ]
   if split := config["eval.split"]:
     tests.insert(0, f"{configuration.find_test_set(config)}, {split}")
-  return (
-    f"{run.step:,} of {run.total_steps:,} steps",
-    _describe_result(run),
-    f"{config['model.variant']}, {size} pixels, {_find_task(run)}",
-    f"{config['train.dataset']}, {config['train.split']}",
-    "; ".join(tests) or "nothing",
-    f"from {config['init_from']}" if config["init_from"] else "random",
-    str(run.path).removeprefix(f"{Path.cwd()}/"),
-    *_describe_cost(run),
-  )
+  images, seconds = run.step * config["batch_size"], measure_time(run)
+  speed = time = "unknown"
+  if seconds:
+    speed = _show_metric("speed", images / seconds)
+    time = str(datetime.timedelta(seconds=round(seconds)))
+  try:
+    cost = f"{flops.count_training(run.written, run.step):.3g}"
+  except UserError as e:
+    cost = str(e)
+  source = config["init_from"]
+  return {
+    "State": f"{run.step:,} of {run.total_steps:,} steps",
+    "Result": _describe_result(run),
+    "Model": f"{config['model.variant']}, {size} pixels, {_find_task(run)}",
+    "Trained on": f"{config['train.dataset']}, {config['train.split']}",
+    "Tested on": "; ".join(tests) or "nothing",
+    "Weights": f"from {source}" if source else "random",
+    "Folder": str(run.path).removeprefix(f"{Path.cwd()}/"),
+    "Images seen": f"{images:,}",
+    "Images/s, mean": speed,
+    "Training time": time,
+    "ExaFLOPs": cost,
+  }
 
 
 def _find_task(run):
@@ -126,23 +141,8 @@ def _describe_result(run):
       told[f"at step {step:,}"].append(text)
   for texts in told.values():  # what runs are compared by stands first
     texts.sort(key=lambda text: text.startswith(("loss", "trivial")))
-  return (
-    "; ".join(f"{', '.join(texts)} {step}" for step, texts in told.items())
-    or "not evaluated yet"
-  )
-
-
-def _describe_cost(run):
-  try:
-    cost = f"{flops.count_training(run.written, run.step):.3g}"
-  except UserError as e:
-    cost = str(e)
-  images, seconds = run.step * run.config["batch_size"], measure_time(run)
-  if not seconds:
-    return f"{images:,}", "unknown", "unknown", cost
-  speed = _show_metric(_SPEED, images / seconds)
-  time = str(datetime.timedelta(seconds=round(seconds)))
-  return f"{images:,}", speed, time, cost
+  lines = [f"{', '.join(texts)} {step}" for step, texts in told.items()]
+  return "; ".join(lines) or "not evaluated yet"
 
 
 def measure_time(run: Run) -> float:
@@ -152,7 +152,7 @@ def measure_time(run: Run) -> float:
   from the last log line, evaluation or save on: these are not in it.
   """
   seconds, before = 0.0, 0
-  for step, speed in run.series.get(_SPEED, ()):
+  for step, speed in run.series.get("speed/images_per_second", ()):
     seconds += (step - before) * run.config["batch_size"] / max(speed, 1e-9)
     before = step
   return seconds
@@ -162,21 +162,24 @@ def measure_time(run: Run) -> float:
 
 
 def _draw_charts(runs):
-  """Returns {task: charts}, since losses of different tasks do not compare."""
+  """Returns {task: [(title, SVG, its numbers)]}.
+
+  Losses of different tasks do not compare.
+  """
   tasks = collections.defaultdict(list)
   for i, run in enumerate(runs):
     tasks[_find_task(run)].append((i, run))
-  drawn, number = {}, 0
-  for task, members in tasks.items():
-    drawn[task] = []
-    for name in charts.list_metrics([run for _, run in members]):
-      number += 1
-      drawn[task].append(_draw_chart(name, members, number))
-  return drawn
+  numbers = itertools.count(1)
+  return {
+    task: [
+      _draw_chart(name, members, next(numbers))
+      for name in charts.list_metrics([run for _, run in members])
+    ]
+    for task, members in tasks.items()
+  }
 
 
 def _draw_chart(name, members, number):
-  """Returns (title, SVG, its numbers)."""
   numbers = []
   for i, run in members:
     if name in run.series and i < len(charts.DASHES):
@@ -196,15 +199,9 @@ def _compare(runs):
   keys = sorted({key for run in runs for key in run.config})
   keys = [key for key in keys if len({_show(run, key) for run in runs}) > 1]
   caption = "Keys that have different values"
-  if not keys:
-    return None
-  return _tabulate(
-    caption, ("Run", *keys), runs, lambda run: [_show(run, key) for key in keys]
+  return keys and _tabulate(
+    caption, runs, lambda run: {key: _show(run, key) for key in keys}
   )
-
-
-def _list_keys(run):
-  return [(key, _show(run, key)) for key in sorted(run.config)]
 
 
 def _show(run, key):
@@ -215,28 +212,28 @@ def _show(run, key):
 # --- test sets ---
 
 
-def _make_test(run, found):
+def _describe_test(run, found):
   """Returns what the page shows of a run's test set."""
   if isinstance(found, str):
-    return {"run": run, "why_not": found}
-  rows = _count_classes(found)
+    return {"why_not": found}
+  multilabel, names = found.source.multilabel, found.source.class_names
+  tally = found.tally
+  rows = _count_classes(tally.pairs, names, multilabel)
   if len(rows) > _FEW_CLASSES:
     # Of equally bad classes those with more images say more.
     rows.sort(key=lambda row: (row[1] / row[2], -row[2]))
-  names, tally = found.source.class_names, found.tally
   mixed = [
     (names[label], names[given], n)
     for (label, given), n in tally.pairs.most_common()
-    if label != given and not found.source.multilabel
+    if label != given and not multilabel
   ]
-  metric = "prec@1" if found.source.multilabel else "accuracy"
+  metric = "prec@1" if multilabel else "accuracy"
   step = int(found.checkpoint.split("/")[-1])
   return {
-    "run": run,
     "why_not": None,
     "details": found,
     "rows": rows,
-    "matrix": len(names) <= _FEW_CLASSES and not found.source.multilabel,
+    "matrix": len(names) <= _FEW_CLASSES and not multilabel,
     "mixed": mixed[:_FEW_CLASSES],
     "metric": metric,
     "share": tally.correct / max(tally.labelled, 1),
@@ -244,19 +241,18 @@ def _make_test(run, found):
   }
 
 
-def _count_classes(found):
+def _count_classes(pairs, names, multilabel):
   """Returns [(name, right, images, most often taken for)] of each class.
 
   Of a multi-label test set: of each predicted class, without the last.
   """
-  side = 1 if found.source.multilabel else 0
-  pairs, images, worst = found.tally.pairs, collections.Counter(), {}
+  images, worst = collections.Counter(), {}
   for (label, given), n in sorted(pairs.items(), key=lambda item: item[1]):
-    images[(label, given)[side]] += n
+    images[given if multilabel else label] += n
     if label != given:
-      worst[label] = f"{found.source.class_names[given]} ({n:,})"
+      worst[label] = f"{names[given]} ({n:,})"
   return [
     (name, pairs[label, label], images[label], worst.get(label, "\u2013"))
-    for label, name in enumerate(found.source.class_names)
+    for label, name in enumerate(names)
     if images[label]
   ]
