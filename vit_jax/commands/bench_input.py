@@ -24,12 +24,5 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools.bench import input as input_bench
 
-  found = input_bench.bench(
-    args.dataset,
-    args.split,
-    args.data_dir,
-    image_size=args.image_size,
-    batch_size=args.batch_size,
-    needs=args.needs,
-  )
+  found = input_bench.bench(**flags.options(args))
   print(json.dumps(found) if args.json else input_bench.format_report(found))

@@ -70,6 +70,19 @@ def _unknown(argument, parser):
   )
 
 
+# Of a process and its output, not of what it computes.
+_OF_PROCESSES = {
+  *("run", "parser", "connected", "json", "distributed", "coordinator"),
+  *("num_processes", "process_id", "start_timeout", "lost_timeout"),
+}
+
+
+def options(args: argparse.Namespace, *without: str) -> dict:
+  """Returns what a command passes on: flags as keyword arguments."""
+  leave = _OF_PROCESSES.union(without)
+  return {name: x for name, x in vars(args).items() if name not in leave}
+
+
 # --- flags of several commands ---
 
 
@@ -131,11 +144,6 @@ def add_jobs(parser):
     help="as submitit names sbatch's options: partition=gpu, time=MINUTES, "
     "gpus_per_node=1, cpus_per_task=8, mem=64GB",
   )
-
-
-def read_jobs(args) -> dict:
-  """Returns the flags of `add_jobs` as keyword arguments."""
-  return {name: vars(args)[name] for name in ("executor", "jobs", "slurm")}
 
 
 def add_dataset_name(parser):

@@ -42,14 +42,6 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools import sweep, vtab
 
-  result = vtab.vtab(
-    args.source,
-    args.workdir,
-    tasks=args.tasks,
-    overrides=args.overrides,
-    grid=sweep.parse_grids(args.grid),
-    per_task=args.per_task,
-    seeds=args.seeds,
-    **flags.read_jobs(args),
-  )
+  args.grid = sweep.parse_grids(args.grid)
+  result = vtab.vtab(**flags.options(args))
   print(json.dumps(result) if args.json else vtab.format_report(result))
