@@ -1,7 +1,5 @@
 """`vit-jax bench input`: measure how many images a second this host reads."""
 
-import json
-
 from vit_jax.commands import flags, process
 
 
@@ -25,4 +23,4 @@ def run(args):
   from vit_jax.tools.bench import input as input_bench
 
   found = input_bench.bench(**flags.options(args))
-  print(json.dumps(found) if args.json else input_bench.format_report(found))
+  flags.print_result(args, found, input_bench.format_report)

@@ -1,7 +1,5 @@
 """`vit-jax bench step`: measure the train step on the local devices."""
 
-import json
-
 from vit_jax.commands import flags
 from vit_jax.errors import RunStopped
 
@@ -27,6 +25,6 @@ def run(args):
 
   variants = args.variant.split(",")
   rows = step.bench(variants, **flags.options(args, "variant"))
-  print(json.dumps(rows) if args.json else step.format_report(rows))
+  flags.print_result(args, rows, step.format_report)
   if all("error" in row for row in rows if row["code"] == "vit_jax"):
     raise RunStopped("no step was measured")

@@ -1,6 +1,7 @@
 """The parser of a command line, and the flags that several commands share."""
 
 import argparse
+import json
 
 from vit_jax.errors import UserError, suggest
 
@@ -206,3 +207,8 @@ def add_json(parser):
   parser.add_argument(
     "--json", action="store_true", help="machine-readable output"
   )
+
+
+def print_result(args, found, format) -> None:
+  """Prints `found`: with --json as that, else as `format` makes text of it."""
+  print(json.dumps(found) if args.json else format(found))

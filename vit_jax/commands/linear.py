@@ -1,7 +1,5 @@
 """`vit-jax linear`: evaluate features: few-shot, probe, neighbours."""
 
-import json
-
 from vit_jax.commands import distributed, flags
 from vit_jax.errors import UserError
 
@@ -50,7 +48,7 @@ def run(args):
   given = flags.options(args, "checkpoint")
   found = linear.linear(args.checkpoint, **given)
   if not jax.process_index():
-    print(json.dumps(found) if args.json else _format(found))
+    flags.print_result(args, found, _format)
 
 
 def _parse_shots(text):

@@ -1,7 +1,5 @@
 """`vit-jax vtab`: fine-tune on VTAB's tasks, 1,000 images each."""
 
-import json
-
 from vit_jax.commands import flags, process
 
 EXTRA = "sweep,train"
@@ -44,4 +42,4 @@ def run(args):
 
   args.grid = sweep.parse_grids(args.grid)
   result = vtab.vtab(**flags.options(args))
-  print(json.dumps(result) if args.json else vtab.format_report(result))
+  flags.print_result(args, result, vtab.format_report)
