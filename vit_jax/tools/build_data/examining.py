@@ -38,7 +38,7 @@ def run(
 
   Returns:
     Of each image its name, why it is left out (UNREADABLE, UNLABELLED or TWINS;
-    "" if not), and (encoded image, labels) or what report.json says of it.
+    "" if not), and its key and example for TFDS or what report.json says of it.
   """
   outcomes, found = [], []
   for name, place, labels in images:
@@ -57,8 +57,9 @@ def run(
     thumbnails = np.stack([thumbnail for *_, thumbnail in found])
     twins = near_duplicates.Index.load(index).find(thumbnails)
     for (name, labels, encoded, _), twin in zip(found, twins, strict=True):
-      twin = (name, TWINS, [name, *twin]) if twin else None
-      outcomes.append(twin or (name, "", (encoded, labels)))
+      example = os.fsencode(name), {"image": encoded, "labels": labels}
+      outcome = (TWINS, [name, *twin]) if twin else ("", example)
+      outcomes.append((name, *outcome))
   return outcomes
 
 
@@ -78,12 +79,6 @@ def _decode(encoded):
     image.save(out, "PNG")
     encoded = out.getvalue()
   return encoded, near_duplicates.make_thumbnail(image)
-
-
-def make_example(outcome) -> tuple[bytes, dict[str, Any]]:
-  """Returns the key and the example, as TFDS has them, of a good image."""
-  name, _, (encoded, labels) = outcome
-  return os.fsencode(name), {"image": io.BytesIO(encoded), "labels": labels}
 
 
 def make_pipeline(images: str, problems: str, examine):
@@ -107,7 +102,7 @@ def make_pipeline(images: str, problems: str, examine):
     bad = outcomes | "Bad" >> beam.Filter(lambda outcome: outcome[1])
     _ = bad | beam.Map(json.dumps) | beam.io.WriteToText(problems)
     good = outcomes | "Good" >> beam.Filter(lambda outcome: not outcome[1])
-    return good | beam.Map(make_example)
+    return good | beam.Map(lambda outcome: outcome[2])
 
   return beam.ptransform_fn(transform)()
 

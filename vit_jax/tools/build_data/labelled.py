@@ -183,7 +183,7 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def __init__(self, name, data_dir, work, holdout, test_sets, workers):
     """Takes what `_list_work` returns; workers: None for a Beam pipeline."""
-    self.name = name
+    self.name = name  # pyright: ignore[reportAttributeAccessIssue]
     self._class_names, self._max_labels, images, unknown = work
     self._test_sets, self._workers = test_sets, workers
     self._images = collections.defaultdict(list)
@@ -256,11 +256,11 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return generators
 
   def _generate_examples(self, outcomes):
-    for outcome in itertools.chain.from_iterable(outcomes):
-      if outcome[1]:
-        self.report[outcome[1]].append(outcome[2])
+    for _, why, found in itertools.chain.from_iterable(outcomes):
+      if why:
+        self.report[why].append(found)
       else:
-        yield examining.make_example(outcome)
+        yield found
 
 
 def _make_index(sources) -> near_duplicates.Index:
