@@ -29,10 +29,10 @@ _MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
-  """Returns u8[THUMBNAIL THUMBNAIL 3] of an RGB image."""
-  size = (THUMBNAIL, THUMBNAIL)
+  """Returns u8[THUMBNAIL THUMBNAIL 3]."""
+  size, bicubic = (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC
   # Large images are halved or the like first, which takes half the time.
-  return np.asarray(image.resize(size, Image.Resampling.BICUBIC, None, 2))
+  return np.asarray(image.convert("RGB").resize(size, bicubic, reducing_gap=2))
 
 
 def make_signatures(thumbnails: np.ndarray) -> np.ndarray:
