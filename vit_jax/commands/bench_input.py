@@ -1,7 +1,5 @@
 """`vit-jax bench input`: measure how many images a second this host reads."""
 
-import json
-
 from vit_jax.commands import flags, process
 
 
@@ -24,12 +22,5 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools.bench import input as input_bench
 
-  found = input_bench.bench(
-    args.dataset,
-    args.split,
-    args.data_dir,
-    image_size=args.image_size,
-    batch_size=args.batch_size,
-    needs=args.needs,
-  )
-  print(json.dumps(found) if args.json else input_bench.format_report(found))
+  found = input_bench.bench(**flags.options(args))
+  flags.print_result(args, found, input_bench.format_report)

@@ -1,7 +1,5 @@
 """`vit-jax bench step`: measure the train step on the local devices."""
 
-import json
-
 from vit_jax.commands import flags
 from vit_jax.errors import RunStopped
 
@@ -25,16 +23,8 @@ def add_flags(parser):
 def run(args):
   from vit_jax.tools.bench import step
 
-  rows = step.bench(
-    args.variant.split(","),
-    beside=args.beside,
-    image_size=args.image_size,
-    batch_size=args.batch_size,
-    num_classes=args.num_classes,
-    steps=args.steps,
-    dtype=args.dtype,
-    remat=args.remat,
-  )
-  print(json.dumps(rows) if args.json else step.format_report(rows))
+  variants = args.variant.split(",")
+  rows = step.bench(variants, **flags.options(args, "variant"))
+  flags.print_result(args, rows, step.format_report)
   if all("error" in row for row in rows if row["code"] == "vit_jax"):
     raise RunStopped("no step was measured")

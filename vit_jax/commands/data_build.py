@@ -46,19 +46,7 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools.build_data import labelled
 
-  folder, report = labelled.build(
-    args.name,
-    images=args.images,
-    labels=args.labels,
-    classes=args.classes,
-    min_confidence=args.min_confidence,
-    against=args.against,
-    holdout=args.holdout,
-    workers=args.workers,
-    data_dir=args.data_dir,
-    beam_runner=args.beam_runner,
-    beam_options=args.beam_options,
-  )
+  folder, report = labelled.build(**flags.options(args))
   for what, found in report.items():
     count = found if isinstance(found, int) else len(found)
     print(f"{what:20}{count:,}")

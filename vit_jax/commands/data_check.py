@@ -29,14 +29,9 @@ def run(args):
     _print_summary(summary, source)
     faults += summary["faults"]
   for fault in faults:
-    _print(f"at fault: {fault}")
+    print(f"at fault: {fault}")
   if faults:
     raise UserError(f"{name}: {len(faults):,} examples are at fault, see above")
-
-
-def _print(text):
-  """Prints text, also with names of files that are not UTF-8."""
-  print(text.encode(errors="backslashreplace").decode())
 
 
 def _print_needs(needs):
@@ -64,7 +59,7 @@ def _print_source(name, source):
     f"labels an image: {labels}"
   )
   if getattr(source, "left_out", None):  # of a folder: files, by suffix
-    _print(f"  {source.describe_left_out()}")
+    print(f"  {source.describe_left_out()}")
 
 
 def _print_summary(summary, source):

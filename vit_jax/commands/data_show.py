@@ -19,15 +19,7 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools import datasets
 
-  file = datasets.show(
-    args.name,
-    args.split,
-    preprocess=args.preprocess,
-    image_size=args.image_size,
-    output=args.output,
-    seed=args.seed,
-    data_dir=args.data_dir,
-  )
+  file = datasets.show(**flags.options(args))
   print(
     f"{datasets.NUM_SHOWN} images of {args.name} {args.split} are in {file}"
   )

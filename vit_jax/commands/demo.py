@@ -25,8 +25,7 @@ def add_flags(parser):
 def run(args):
   from vit_jax.tools import demo
 
-  with demo.serve(
-    args.checkpoint, args.class_names, args.host, args.port, args.share
-  ) as url:
+  given = flags.options(args, "checkpoint")
+  with demo.serve(args.checkpoint, **given) as url:
     print(f"{url} shows the demo; Ctrl-C ends it", flush=True)
     threading.Event().wait()  # which nobody sets

@@ -26,16 +26,7 @@ def add_flags(parser):
 def run(args):
   from vit_jax.evaluation.embed import embed
 
-  found = embed(
-    args.source,
-    args.images,
-    args.out,
-    what=args.what,
-    layers=args.layers,
-    image_size=args.image_size,
-    resize=args.resize,
-    batch_size=args.batch_size,
-  )
+  found = embed(**flags.options(args))
   if args.json:
     print(json.dumps(found))
   else:

@@ -25,13 +25,8 @@ def run(args):
 
   from vit_jax.evaluation.evaluate import evaluate
 
-  results = evaluate(
-    args.workdir or args.checkpoint,
-    dataset=args.dataset,
-    split=args.split,
-    data_dir=args.data_dir,
-    batch_size=args.batch_size,
-  )
+  given = flags.options(args, "workdir", "checkpoint")
+  results = evaluate(args.workdir or args.checkpoint, **given)
   if jax.process_index():
     return
   if args.json:

@@ -6,6 +6,7 @@ from vit_jax.commands import flags
 def add_flags(parser):
   parser.add_argument(
     "--checkpoint",
+    dest="checkpoints",
     action="append",
     default=[],
     metavar="SOURCE",
@@ -32,13 +33,6 @@ def add_flags(parser):
 def run(args):
   from vit_jax.tools.figures import make_figures
 
-  written = make_figures(
-    args.out,
-    checkpoints=args.checkpoint,
-    images=args.images,
-    runs=args.runs,
-    only=args.only.split(",") if args.only else (),
-    image_size=args.image_size,
-    resize=args.resize,
-  )
+  args.only = args.only.split(",") if args.only else ()
+  written = make_figures(**flags.options(args))
   print("\n".join(written))

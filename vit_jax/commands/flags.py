@@ -1,6 +1,7 @@
 """The parser of a command line, and the flags that several commands share."""
 
 import argparse
+import json
 
 from vit_jax.errors import UserError, suggest
 
@@ -70,6 +71,19 @@ def _unknown(argument, parser):
   )
 
 
+# Of a process and its output, not of what it computes.
+_OF_PROCESSES = {
+  *("run", "parser", "connected", "json", "distributed", "coordinator"),
+  *("num_processes", "process_id", "start_timeout", "lost_timeout"),
+}
+
+
+def options(args: argparse.Namespace, *without: str) -> dict:
+  """Returns what a command passes on: flags as keyword arguments."""
+  leave = _OF_PROCESSES.union(without)
+  return {name: x for name, x in vars(args).items() if name not in leave}
+
+
 # --- flags of several commands ---
 
 
@@ -133,11 +147,6 @@ def add_jobs(parser):
   )
 
 
-def read_jobs(args) -> dict:
-  """Returns the flags of `add_jobs` as keyword arguments."""
-  return {name: vars(args)[name] for name in ("executor", "jobs", "slurm")}
-
-
 def add_dataset_name(parser):
   parser.add_argument(
     "name", metavar="NAME", help="of a data set, a task or folder:PATH"
@@ -198,3 +207,8 @@ def add_json(parser):
   parser.add_argument(
     "--json", action="store_true", help="machine-readable output"
   )
+
+
+def print_result(args, found, format) -> None:
+  """Prints `found`: with --json as that, else as `format` makes text of it."""
+  print(json.dumps(found) if args.json else format(found))

@@ -1,7 +1,5 @@
 """`vit-jax inspect`: show what a file of weights holds."""
 
-import json
-
 from vit_jax.commands import flags, process
 
 
@@ -22,8 +20,7 @@ def run(args):
     return
   from vit_jax.pretrained.inspect import inspect
 
-  found = inspect(args.source)
-  print(json.dumps(found) if args.json else _format(found))
+  flags.print_result(args, inspect(args.source), _format)
 
 
 def _list_published():

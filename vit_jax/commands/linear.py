@@ -1,7 +1,5 @@
 """`vit-jax linear`: evaluate features: few-shot, probe, neighbours."""
 
-import json
-
 from vit_jax.commands import distributed, flags
 from vit_jax.errors import UserError
 
@@ -20,6 +18,7 @@ def add_flags(parser):
   parser.add_argument("--l2", type=float, default=1024, help="default: 1024")
   parser.add_argument(
     "--knn",
+    dest="neighbours",
     type=int,
     default=0,
     metavar="K",
@@ -40,31 +39,16 @@ def add_flags(parser):
 
 
 def run(args):
-  shots = _parse_shots(args.shots)
+  args.shots = _parse_shots(args.shots)
   distributed.connect(args)
   import jax
 
   from vit_jax.evaluation import linear
 
-  found = linear.linear(
-    args.checkpoint,
-    args.dataset,
-    train_split=args.train_split,
-    test_split=args.test_split,
-    shots=shots,
-    seeds=args.seeds,
-    l2=args.l2,
-    neighbours=args.knn,
-    what=args.what,
-    layers=args.layers,
-    image_size=args.image_size,
-    resize=args.resize,
-    preprocess=args.preprocess,
-    data_dir=args.data_dir,
-    batch_size=args.batch_size,
-  )
+  given = flags.options(args, "checkpoint")
+  found = linear.linear(args.checkpoint, **given)
   if not jax.process_index():
-    print(json.dumps(found) if args.json else _format(found))
+    flags.print_result(args, found, _format)
 
 
 def _parse_shots(text):

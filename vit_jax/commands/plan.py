@@ -43,17 +43,8 @@ def run(args):
       "--dump-hlo takes the program of one plan; give one --config and one "
       "--topology"
     )
-  found = [
-    plan.plan(
-      *pair,
-      overrides=args.overrides,
-      num_classes=args.num_classes,
-      num_examples=args.num_examples,
-      price=args.price,
-      dump_hlo=args.dump_hlo,
-    )
-    for pair in pairs
-  ]
+  given = flags.options(args, "config", "topology")
+  found = [plan.plan(*pair, **given) for pair in pairs]
   if args.json:
     print(json.dumps(found if len(found) > 1 else found[0]))
   else:

@@ -38,16 +38,8 @@ def run(args):
     early.check(config.load(args.config, args.overrides))
   from vit_jax.tools import sweep
 
-  result = sweep.sweep(
-    args.config,
-    args.workdir,
-    overrides=args.overrides,
-    grid=sweep.parse_grids(args.grid),
-    seeds=args.seeds,
-    final=args.final,
-    select=args.select,
-    **flags.read_jobs(args),
-  )
+  args.grid = sweep.parse_grids(args.grid)
+  result = sweep.sweep(**flags.options(args))
   if args.json:
     print(json.dumps(result if args.final else result["sweep"]))
   else:

@@ -1,7 +1,5 @@
 """`vit-jax vtab`: fine-tune on VTAB's tasks, 1,000 images each."""
 
-import json
-
 from vit_jax.commands import flags, process
 
 EXTRA = "sweep,train"
@@ -42,14 +40,6 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools import sweep, vtab
 
-  result = vtab.vtab(
-    args.source,
-    args.workdir,
-    tasks=args.tasks,
-    overrides=args.overrides,
-    grid=sweep.parse_grids(args.grid),
-    per_task=args.per_task,
-    seeds=args.seeds,
-    **flags.read_jobs(args),
-  )
-  print(json.dumps(result) if args.json else vtab.format_report(result))
+  args.grid = sweep.parse_grids(args.grid)
+  result = vtab.vtab(**flags.options(args))
+  flags.print_result(args, result, vtab.format_report)

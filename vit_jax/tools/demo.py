@@ -108,7 +108,7 @@ def list_sizes(about: pretrained.Config) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def serve(source: str, *args: Any) -> Iterator[str]:
+def serve(source: str, **options: Any) -> Iterator[str]:
   """Serves the page while its context lasts; yields its address.
 
   Ctrl-C or SIGTERM ends the context, and is not raised again. What was uploaded
@@ -117,7 +117,7 @@ def serve(source: str, *args: Any) -> Iterator[str]:
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
     os.environ["GRADIO_TEMP_DIR"] = folder
-    page = launch(source, *args)
+    page = launch(source, **options)
     try:
       yield page.local_url
     except KeyboardInterrupt:

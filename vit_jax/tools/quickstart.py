@@ -34,8 +34,9 @@ def quickstart(folder: Path) -> dict | None:
     The report, None if it was interrupted.
   """
   report = folder / REPORT
-  if report.exists():
-    return files.read_json(report)
+  found = files.read_json(report) if report.exists() else {"pretrain": {}}
+  if "results" in found["pretrain"]:  # those of older versions are made anew
+    return found
   begin = time.monotonic()
   data_dir = str(folder / "data")
   for name in ("jft_like", "digits"):
@@ -59,8 +60,16 @@ def quickstart(folder: Path) -> dict | None:
   images, names = write_test_images(folder / "images", finetune)
   predictions = predict(str(folder / "finetune"), images, top=1)
   result = {
-    "pretrain": summarize_pretraining(pretrain, pretrained),
-    "finetune": summarize_finetuning(finetune, finetuned, scratch),
+    "pretrain": {
+      **describe(pretrain),
+      "results": pretrained,
+      "constant": evaluate_constant(pretrain),
+    },
+    "finetune": {
+      **describe(finetune),
+      "results": finetuned,
+      "from_scratch": scratch,
+    },
     "predictions": [
       {"image": p["image"], "label": name, **p["classes"][0]}
       for p, name in zip(predictions, names, strict=True)
@@ -86,46 +95,22 @@ def load(name, data_dir, **overrides):
   return config.load(f"configs/quickstart_{name}.py", given)
 
 
-def summarize_pretraining(c, results):
-  """Returns the report's numbers, beside those of a constant guess."""
-  steps = count_steps(c)
-  baseline = evaluate_constant(c)
+def describe(c):
+  """Returns what the report says of a configuration."""
+  examples = open_set(c, c.train.split).num_examples
+  steps = config.count_steps(c, examples)
   return {
     "dataset": c.train.dataset,
     "resolution": c.image_size,
-    "images": steps * c.batch_size,
+    "train_examples": examples,
     "steps": steps,
-    "metric_name": "prec@1",
-    "metric": results["prec@1"],
-    "baseline": baseline["prec@1"],
-    "lrap": results["lrap"],
-    "baseline_lrap": baseline["lrap"],
-    "loss": results["loss"],
-    "baseline_loss": baseline["loss"],
-  }
-
-
-def summarize_finetuning(c, finetuned, scratch):
-  """Returns the report's numbers of both fine-tunings."""
-  return {
-    "dataset": c.train.dataset,
-    "resolution": c.image_size,
-    "steps": count_steps(c),
-    "accuracy": finetuned["accuracy"],
-    "from_scratch_accuracy": scratch["accuracy"],
-    "train_examples": open_set(c, c.train.split).num_examples,
-    "test_examples": finetuned["examples"],
+    "images": steps * c.batch_size,
   }
 
 
 def open_set(c, split):
   """Opens a part of the configuration's data set."""
   return data.get_source(c.train.dataset, split, c.data_dir)
-
-
-def count_steps(c):
-  """Returns the steps of a run."""
-  return config.count_steps(c, open_set(c, c.train.split).num_examples)
 
 
 def evaluate_constant(c) -> dict[str, float]:
@@ -176,12 +161,12 @@ def write_test_images(folder, c):
 def make_table(result: dict) -> str:
   """Returns the result as lines for people."""
   pre, fine = result["pretrain"], result["finetune"]
-  rows = [
-    ("", "model", "trivial guess"),
-    ("precision@1", f"{pre['metric']:.3f}", f"{pre['baseline']:.3f}"),
-    ("ranking precision", f"{pre['lrap']:.3f}", f"{pre['baseline_lrap']:.3f}"),
-    ("loss", f"{pre['loss']:.2f}", f"{pre['baseline_loss']:.2f}"),
+  texts = [
+    (f"{x['prec@1']:.3f}", f"{x['lrap']:.3f}", f"{x['loss']:.2f}")
+    for x in (pre["results"], pre["constant"])
   ]
+  names = ("precision@1", "ranking precision", "loss")
+  rows = [("", "model", "trivial guess"), *zip(names, *texts, strict=True)]
   lines = [
     "",
     f"Pre-training: {pre['dataset']} at {pre['resolution']} px, "
@@ -190,9 +175,9 @@ def make_table(result: dict) -> str:
     "",
     f"Fine-tuning: {fine['dataset']} at {fine['resolution']} px, "
     f"{fine['train_examples']} labelled images, {fine['steps']} steps; "
-    f"accuracy on {fine['test_examples']} held-out images",
-    f"  from pre-training  {fine['accuracy']:6.1%}",
-    f"  from scratch       {fine['from_scratch_accuracy']:6.1%}",
+    f"accuracy on {fine['results']['examples']} held-out images",
+    f"  from pre-training  {fine['results']['accuracy']:6.1%}",
+    f"  from scratch       {fine['from_scratch']['accuracy']:6.1%}",
     "",
     "Predictions",
     *(

@@ -4,7 +4,6 @@ It runs in processes of its own, which start without TensorFlow, or in those of
 an Apache Beam pipeline.
 """
 
-import functools
 import io
 import json
 import multiprocessing
@@ -15,7 +14,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from vit_jax.data import preprocess
@@ -40,14 +38,14 @@ def run(
 
   Returns:
     Of each image its name, why it is left out (UNREADABLE, UNLABELLED or TWINS;
-    "" if not), and (encoded image, labels) or what report.json says of it.
+    "" if not), and its key and example for TFDS or what report.json says of it.
   """
   outcomes, found = [], []
   for name, place, labels in images:
     try:
-      if labels is None or labels:
-        encoded, own = own_files.read(own_files.Place(*place), data_dir)
-        labels = own if labels is None else labels
+      if labels != []:
+        encoded, own = own_files.read(place, data_dir)
+        labels = labels or own
       if labels:
         found.append((name, labels, *_decode(encoded)))
       else:
@@ -56,16 +54,13 @@ def run(
       why = one_line(e) if isinstance(e, UserError) else type(e).__name__
       outcomes.append((name, UNREADABLE, [name, why]))
   if found:
-    twins = _load(index).find(np.stack([thumbnail for *_, thumbnail in found]))
+    thumbnails = np.stack([thumbnail for *_, thumbnail in found])
+    twins = near_duplicates.Index.load(index).find(thumbnails)
     for (name, labels, encoded, _), twin in zip(found, twins, strict=True):
-      twin = (name, TWINS, [name, *twin]) if twin else None
-      outcomes.append(twin or (name, "", (encoded, labels)))
+      example = os.fsencode(name), {"image": encoded, "labels": labels}
+      outcome = (TWINS, [name, *twin]) if twin else ("", example)
+      outcomes.append((name, *outcome))
   return outcomes
-
-
-@functools.cache
-def _load(index):
-  return near_duplicates.Index.load(epath.Path(index))
 
 
 def _decode(encoded):
@@ -86,19 +81,13 @@ def _decode(encoded):
   return encoded, near_duplicates.make_thumbnail(image)
 
 
-def make_example(outcome) -> tuple[bytes, dict[str, Any]]:
-  """Returns the key and the example, as TFDS has them, of a good image."""
-  name, _, (encoded, labels) = outcome
-  return os.fsencode(name), {"image": io.BytesIO(encoded), "labels": labels}
-
-
 def make_pipeline(images: str, problems: str, examine):
   """Returns the Beam transform that makes a split's examples.
 
   Args:
     images: a file with what `examine` takes in each line, as JSON.
-    problems: where its outcomes go that have one, as JSON lines in files
-      whose names begin with this.
+    problems: how the names of files begin that take its outcomes with one, as
+      JSON lines.
     examine: `run` of some index.
   """
   import apache_beam as beam  # pyright: ignore[reportMissingImports]
@@ -110,14 +99,10 @@ def make_pipeline(images: str, problems: str, examine):
       | beam.Reshuffle()  # so that any number of workers share the lines
       | beam.FlatMap(lambda line: examine(json.loads(line)))
     )
-    _ = (
-      outcomes
-      | "Bad" >> beam.Filter(lambda outcome: outcome[1])
-      | beam.Map(json.dumps)
-      | beam.io.WriteToText(problems)
-    )
+    bad = outcomes | "Bad" >> beam.Filter(lambda outcome: outcome[1])
+    _ = bad | beam.Map(json.dumps) | beam.io.WriteToText(problems)
     good = outcomes | "Good" >> beam.Filter(lambda outcome: not outcome[1])
-    return good | beam.Map(make_example)
+    return good | beam.Map(lambda outcome: outcome[2])
 
   return beam.ptransform_fn(transform)()
 

@@ -71,49 +71,12 @@ def build(
 
   Returns:
     Its folder, and the content of report.json: how many images each split has,
-    and what was left out: unreadable images and why, images without labels,
-    near-duplicates of test images, and names of the labels that no image has.
+    what was left out and why, and names of the labels that no image has.
 
   Raises:
     UserError: nothing to read, bad labels, or a name that is taken.
     RunStopped: the disk is full, or a worker died.
   """
-  _check(name, holdout, workers)
-  beam = _open_beam(beam_runner, beam_options, workers)
-  root = str(find_data_dir(data_dir))
-  test_sets = [own_files.open_set(text, root) for text in against]
-  work = _list_work(images, labels, classes, min_confidence, root)
-  workers = None if beam else workers or os.cpu_count() or 1
-  builder = LabelledImages(
-    name,
-    *work,
-    holdout=holdout,
-    test_sets=test_sets,
-    workers=workers,
-    data_dir=root,
-  )
-  folder = builder.data_path
-  if folder.exists():
-    raise UserError(f"{folder} exists; nothing is overwritten, choose a name")
-  # A full disk; of Beam, whatever its runner calls a failure.
-  failures = Exception if beam else (OSError, RuntimeError, tf.errors.OpError)
-  try:
-    run_builder(builder, **beam)
-  except UserError:
-    raise
-  except concurrent.futures.process.BrokenProcessPool as e:
-    raise RunStopped(
-      "a worker died, as they do when memory runs out or somebody kills them; "
-      "nothing is kept, run the same command with fewer --workers"
-    ) from e
-  except failures as e:
-    raise RunStopped(
-      f"{one_line(e)}; nothing is kept, run the same command again"
-    ) from e
-  return folder, builder.report
-
-
-def _check(name, holdout, workers):
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
       f"{name!r} is not a name of a data set; use lower-case letters, digits "
@@ -123,13 +86,37 @@ def _check(name, holdout, workers):
     raise UserError(f"--holdout is {holdout}; it must be in [0, 1)")
   if workers is not None and workers < 1:
     raise UserError(f"--workers is {workers}; at least one is needed")
+  beam = _open_beam(beam_runner, beam_options, workers)
+  root = str(find_data_dir(data_dir))
+  test_sets = [own_files.open_set(text, root) for text in against]
+  work = _list_work(images, labels, classes, min_confidence, root)
+  workers = None if beam else workers or os.cpu_count() or 1
+  builder = LabelledImages(name, root, work, holdout, test_sets, workers)
+  folder = builder.data_path
+  if folder.exists():
+    raise UserError(f"{folder} exists; nothing is overwritten, choose a name")
+  # A full disk, a dead worker; of Beam, whatever its runner calls a failure.
+  failures = Exception if beam else (OSError, RuntimeError, tf.errors.OpError)
+  try:
+    run_builder(builder, **beam)
+  except UserError:
+    raise
+  except failures as e:
+    why, again = one_line(e), "again"
+    if isinstance(e, concurrent.futures.BrokenExecutor):
+      why = "a worker died, as they do when memory runs out or they are killed"
+      again = "with fewer --workers"
+    raise RunStopped(
+      f"{why}; nothing is kept, run the same command {again}"
+    ) from e
+  return folder, builder.report
 
 
 def _open_beam(runner, options, workers):
   """Returns what `run_builder` takes of Apache Beam; {} without a runner."""
+  if options and not runner:
+    raise UserError("--beam_options needs a --beam_runner, as DirectRunner")
   if not runner:
-    if options:
-      raise UserError("--beam_options needs a --beam_runner, as DirectRunner")
     return {}
   if workers:
     raise UserError("--workers are processes of this machine, not of Beam's")
@@ -141,15 +128,13 @@ def _open_beam(runner, options, workers):
     with contextlib.redirect_stderr(words):
       parsed = beam.options.pipeline_options.PipelineOptions(given)
       parsed.get_all_options()  # reads them all
-    return {
-      "beam_runner": beam.runners.create_runner(runner),
-      "beam_options": parsed,
-    }
+    opened = beam.runners.create_runner(runner)
   except SystemExit as e:
     why = words.getvalue().splitlines()[-1]
     raise UserError(f"--beam_options={options}: {why}") from e
   except (ValueError, ImportError, AttributeError) as e:
     raise UserError(f"--beam_runner={runner}: {one_line(e)}") from e
+  return {"beam_runner": opened, "beam_options": parsed}
 
 
 def _list_work(images, labels, classes, min_confidence, data_dir):
@@ -196,24 +181,17 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(
-    self,
-    name,
-    *work,
-    holdout: float,
-    test_sets: list,
-    workers: int | None,
-    data_dir: str,
-  ):
+  def __init__(self, name, data_dir, work, holdout, test_sets, workers):
     """Takes what `_list_work` returns; workers: None for a Beam pipeline."""
-    class_names, max_labels, images, unknown = work
-    self._test_sets, self._workers = test_sets, workers
     self.name = name  # pyright: ignore[reportAttributeAccessIssue]
-    self._class_names, self._max_labels = class_names, max_labels
-    splits = {"train": [], "test": []}
+    self._class_names, self._max_labels, images, unknown = work
+    self._test_sets, self._workers = test_sets, workers
+    self._images = collections.defaultdict(list)
     for image in images:
-      splits["test" if _draw(image[0]) < holdout else "train"].append(image)
-    self._images = {split: images for split, images in splits.items() if images}
+      # Of a name's own number from 0 to 1.
+      digest = hashlib.sha256(os.fsencode(image[0])).hexdigest()
+      is_test = int(digest, 16) / 2**256 < holdout
+      self._images["test" if is_test else "train"].append(image)
     self.report: dict[str, Any] = {
       **{"images": len(images), "train": 0, "test": 0},
       **{UNREADABLE: [], UNLABELLED: [], TWINS: []},
@@ -222,16 +200,13 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super().__init__(data_dir=data_dir, file_format="array_record")
 
   def _info(self) -> tfds.core.DatasetInfo:
+    image = tfds.features.Image(shape=(None, None, 3))
     label = tfds.features.ClassLabel(names=self._class_names)
+    labels = tfds.features.Sequence(label)
     return tfds.core.DatasetInfo(
       builder=self,
       description="Made by vit-jax data build.",
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(shape=(None, None, 3)),
-          "labels": tfds.features.Sequence(label),
-        }
-      ),
+      features=tfds.features.FeaturesDict({"image": image, "labels": labels}),
       metadata=tfds.core.MetadataDict(max_labels=self._max_labels),
     )
 
@@ -244,8 +219,7 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     with _open_pool(self._workers) as self._pool:
       super()._download_and_prepare(dl_manager, download_config)
     for file in self._work.glob("problems*"):
-      for line in file.read_text().splitlines():
-        _, kind, found = json.loads(line)
+      for _, kind, found in map(json.loads, file.read_text().splitlines()):
         self.report[kind].append(found)
     for kind in (UNREADABLE, UNLABELLED, TWINS):
       self.report[kind].sort()
@@ -263,55 +237,34 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     for split, images in self._images.items():
       starts = range(0, len(images), _TOGETHER)
       chunks = [images[start : start + _TOGETHER] for start in starts]
-      _check_any(split, map(examine, chunks))
-      if not self._workers:
-        file = self._work / f"{split}.jsonl"
-        file.write_text("".join(f"{json.dumps(chunk)}\n" for chunk in chunks))
-        problems = str(self._work / f"problems-{split}")
-        pipeline = examining.make_pipeline(str(file), problems, examine)
-        generators[split] = pipeline
-      else:
+      outcomes = itertools.chain.from_iterable(map(examine, chunks))
+      bad = [*itertools.takewhile(lambda outcome: outcome[1], outcomes)]
+      if len(bad) == len(images):  # otherwise one image has been read, or few
+        count = collections.Counter(why for _, why, _ in bad)
+        words = ", ".join(f"{n:,} {why}" for why, n in count.items())
+        raise UserError(
+          f"no image can be used for {split}: {words}; the first is {bad[0][0]}"
+        )
+      if self._workers:
         outcomes = map_ahead(self._pool, examine, chunks)
         generators[split] = self._generate_examples(outcomes)
+      else:
+        file = self._work / f"{split}.jsonl"
+        file.write_text("".join(f"{json.dumps(chunk)}\n" for chunk in chunks))
+        places = str(file), str(self._work / f"problems-{split}")
+        generators[split] = examining.make_pipeline(*places, examine)
     return generators
 
   def _generate_examples(self, outcomes):
-    for outcome in itertools.chain.from_iterable(outcomes):
-      if outcome[1]:
-        self.report[outcome[1]].append(outcome[2])
+    for _, why, found in itertools.chain.from_iterable(outcomes):
+      if why:
+        self.report[why].append(found)
       else:
-        yield examining.make_example(outcome)
-
-
-def _draw(name) -> float:
-  """Returns a number in [0, 1) that is the name's own."""
-  digest = hashlib.sha256(os.fsencode(name)).digest()
-  return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def _check_any(split, outcomes):
-  """Raises a UserError if no image is good; looks no further than the first."""
-  bad = []
-  for outcome in itertools.chain.from_iterable(outcomes):
-    if not outcome[1]:
-      return
-    bad.append(outcome)
-  count = collections.Counter(problem for _, problem, _ in bad)
-  words = [
-    f"{count[problem]} {problem}" for problem in (UNREADABLE, UNLABELLED)
-  ]
-  raise UserError(
-    f"no image can be used for {split}: {', '.join(words)}, {count[TWINS]} in "
-    f"a test set; the first is {bad[0][0]}"
-  )
+        yield found
 
 
 def _make_index(sources) -> near_duplicates.Index:
-  """Returns the index of all images of test sets.
-
-  Raises:
-    UserError: an image that is none.
-  """
+  """Returns the index of all images of test sets."""
   examples = [(x, i) for x in sources for i in range(x.num_examples)]
 
   def read(example):

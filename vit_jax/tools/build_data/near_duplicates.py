@@ -15,12 +15,12 @@ import itertools
 from typing import NamedTuple, Self
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 from vit_jax.files import is_remote
 
 SIDE = 16  # pixels of a signature's side
-HALF = SIDE * SIDE // 2  # numbers in its even part, and in its odd one
 THUMBNAIL = 48  # pixels of the images that are laid over each other
 _FIT = 24  # pixels at which they are compared
 CANDIDATE = 0.75  # similarity of signatures that is worth a second look
@@ -30,30 +30,16 @@ _MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
   """Returns u8[THUMBNAIL THUMBNAIL 3]."""
-  size = (THUMBNAIL, THUMBNAIL)
-  image = image if image.mode == "RGB" else image.convert("RGB")
+  size, bicubic = (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC
   # Large images are halved or the like first, which takes half the time.
-  small = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)
-  return np.asarray(small)
+  return np.asarray(image.convert("RGB").resize(size, bicubic, reducing_gap=2))
 
 
 def make_signatures(thumbnails: np.ndarray) -> np.ndarray:
-  """Returns f32[2 n HALF] of u8[n THUMBNAIL THUMBNAIL 3].
-
-  A grey image of SIDE pixels, its mean taken away and its length made one (or
-  all zero, if it is flat), is kept as its even and its odd part: those that
-  mirroring leaves alone and turns round. So the similarity with an image and
-  that with its mirror image are the sum and the difference of two products,
-  each over half as many numbers.
-  """
-  count = len(thumbnails)
+  """Returns f32[n SIDE²] of u8[n THUMBNAIL THUMBNAIL 3]: grey, see `_unit`."""
   side = THUMBNAIL // SIDE
-  cells = thumbnails.reshape(count, SIDE, side, SIDE, side * 3)
-  grey = np.array([_unit(x) for x in cells.mean((2, 4))])
-  left, right = np.split(grey.reshape(count, SIDE, SIDE), 2, axis=2)
-  right = right[:, :, ::-1]
-  parts = np.stack([left + right, left - right]) / np.sqrt(2)
-  return parts.reshape(2, count, HALF).astype(np.float32)
+  cells = thumbnails.reshape(-1, SIDE, side, SIDE, side * 3)
+  return np.array([_unit(x) for x in cells.mean((2, 4))], np.float32)
 
 
 def _unit(x):
@@ -70,7 +56,7 @@ class Index(NamedTuple):
   Attributes:
     names: str[n].
     thumbnails: u8[n THUMBNAIL THUMBNAIL 3].
-    signatures: f32[2 n HALF].
+    signatures: f32[n SIDE²].
   """
 
   names: np.ndarray
@@ -91,9 +77,10 @@ class Index(NamedTuple):
         np.save(f, array)
 
   @classmethod
-  def load(cls, folder) -> Self:
+  @functools.cache
+  def load(cls, folder: str) -> Self:
     """Opens saved files: mapped, so that processes share one copy."""
-    files = [folder / f"{name}.npy" for name in cls._fields]
+    files = [epath.Path(folder) / f"{name}.npy" for name in cls._fields]
     if is_remote(folder):
       return cls(*(np.load(io.BytesIO(f.read_bytes())) for f in files))
     return cls(*(np.load(file, mmap_mode="r") for file in files))
@@ -107,24 +94,18 @@ class Index(NamedTuple):
     """
     if not self.names.size:
       return [None] * len(thumbnails)
-    even, odd = make_signatures(thumbnails)
-    similarity = odd @ self.signatures[1].T
-    np.abs(similarity, out=similarity)  # the better one of the two
-    similarity += even @ self.signatures[0].T
-    best = similarity.argmax(1)
-    return [
-      self._compare(thumbnail, i, odd[k] @ self.signatures[1, i] < 0)
-      if similarity[k, i] >= CANDIDATE
-      else None
-      for k, (thumbnail, i) in enumerate(zip(thumbnails, best, strict=True))
-    ]
-
-  def _compare(self, thumbnail, i, mirrored):
-    other = self.thumbnails[i]
-    if mirrored:
-      other = other[:, ::-1]
-    fit = max(_fit(thumbnail, other), _fit(other, thumbnail))
-    return (str(self.names[i]), round(fit, 4)) if fit >= THRESHOLD else None
+    seen = np.stack([thumbnails, thumbnails[:, :, ::-1]], 1)  # and mirrored
+    similarity = make_signatures(seen) @ self.signatures.T
+    found = []
+    for views, row in zip(seen, np.split(similarity, len(seen)), strict=True):
+      mirrored, i = divmod(int(row.argmax()), len(self.names))
+      view, other = views[mirrored], self.thumbnails[i]
+      fit = 0.0
+      if row[mirrored, i] >= CANDIDATE:
+        fit = max(_fit(view, other), _fit(other, view))
+      twin = (str(self.names[i]), round(fit, 4)) if fit >= THRESHOLD else None
+      found.append(twin)
+    return found
 
 
 def _fit(whole, part) -> float:

@@ -13,31 +13,27 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
 from vit_jax.errors import UserError, one_line, suggest
 from vit_jax.files import walk
 
-if TYPE_CHECKING:
-  from vit_jax.data.source import Source
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 TFDS = "tfds:"  # before images that are a data set's
 FOLDERS = "folders"  # instead of a labels file
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _COLUMNS = ("confidence", "weight")  # of labels; two names of one thing
+_LINE = '{"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
 
 
 class Place(NamedTuple):
-  """Where an image is: all of a file, a piece or a row of one, an example."""
+  """Where an image is: all of a file, a piece or a row of it, an example."""
 
   path: str
-  start: int = 0  # the first byte, or the row group
-  size: int = -1
-  row: int = -1
+  start: int = 0  # the first byte, the row group, or the example
+  size: int = -1  # in bytes, or the row within its group
 
 
 # --- labels ---
@@ -46,19 +42,15 @@ class Place(NamedTuple):
 def read_labels(
   file: str | os.PathLike, classes: str | None, min_confidence: float, found=()
 ) -> tuple[list[str], dict[str, list[int]]]:
-  """Reads a labels file.
+  """Returns the class names, and {image: class ids}.
 
   Args:
-    file: CSV with the columns image, label and perhaps confidence, a row a
-      label; or JSON lines {"image": "a/1.jpg", "labels": ["cat", "dog"],
-      "confidences": [0.9, 0.4]}. Weights are taken as confidences. FOLDERS: an
-      image's label is its folder, or the tar file that it is in.
+    file: CSV with the columns image, label and perhaps confidence or weight, a
+      row a label; or JSON lines, see `_LINE`. FOLDERS: an image's label is its
+      folder, or the tar file that it is in.
     classes: a file with a class a line; None: those that occur, sorted.
     min_confidence: labels of less are left out.
     found: what `list_images` returns, for FOLDERS.
-
-  Returns:
-    The class names, and {image: class ids}.
 
   Raises:
     UserError: a line that cannot be read, an unknown class, no label left.
@@ -95,12 +87,12 @@ def _read_folders(found):
   """Yields (image, image, label, 1); a file beside the folders has no label."""
   for name, place in found:
     path = Path(place.path)
-    label = Path(name).parent.name or (path.stem if place.size >= 0 else "")
-    if label:
+    inside = path.stem if path.suffix.lower() == ".tar" else ""
+    if label := Path(name).parent.name or inside:
       yield name, name, label, 1.0
 
 
-def _read_lines(path) -> Iterator[str]:
+def _read_lines(path):
   try:
     with open(path, encoding="utf-8-sig", newline="") as f:
       yield from f
@@ -113,43 +105,40 @@ def _read_rows(file):
   """Yields (file and line, image, label, confidence)."""
   at = [1]
   is_json = Path(file).suffix in (".json", ".jsonl")
-  hint = (
-    '; a line is {"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
-  )
 
   def lines():
     for at[0], text in enumerate(_read_lines(file), 1):
       yield text
 
   try:
-    for row in (_read_json if is_json else _read_csv)(lines()):
-      image, label = (str(field or "").strip() for field in row[:2])
+    for *row, weight in (_read_json if is_json else _read_csv)(lines()):
+      image, label = (str(field or "").strip() for field in row)
       if not image or not label:
         raise ValueError("a field is empty")
       try:
-        confidence = float(row[2])
+        confidence = float(weight)
       except (ValueError, TypeError):
         confidence = math.nan
       if not math.isfinite(confidence):
-        raise ValueError(f"confidence {row[2]!r} is not a number")
+        raise ValueError(f"confidence {weight!r} is not a number")
       yield f"{file}, line {at[0]}", _tidy(image), label, confidence
   except UserError:
     raise
   except (ValueError, KeyError, TypeError, csv.Error) as e:
-    words = one_line(e) + hint * is_json
+    words = one_line(e) + f"; a line is {_LINE}" * is_json
     raise UserError(f"{file}, line {at[0]}: {words}") from e
 
 
 def _read_csv(lines):
   """Yields (image, label, confidence)."""
   reader = csv.DictReader(lines, strict=True)
-  reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-  if not {"image", "label"} <= {*reader.fieldnames}:
+  names = reader.fieldnames = [x.strip() for x in reader.fieldnames or ()]
+  if not {"image", "label"} <= {*names}:
     raise ValueError(
       "it must name the columns image, label and perhaps confidence; it names "
-      f"{', '.join(reader.fieldnames)}"
+      f"{', '.join(names)}"
     )
-  weight = next((x for x in _COLUMNS if x in reader.fieldnames), "")
+  weight = next((x for x in _COLUMNS if x in names), "")
   for row in reader:
     if None in row:
       raise ValueError(
@@ -160,8 +149,7 @@ def _read_csv(lines):
 
 def _read_json(lines):
   """Yields (image, label, confidence)."""
-  for text in filter(str.strip, lines):
-    row = json.loads(text)
+  for row in map(json.loads, filter(str.strip, lines)):
     image, labels = row["image"], row["labels"]
     if not isinstance(labels, list):
       raise TypeError("the labels must be a list")
@@ -179,8 +167,8 @@ def _tidy(name):
 
 
 @functools.cache
-def open_set(images: str, data_dir: str | None) -> "Source":
-  """Opens the data set of "tfds:DATASET:SPLIT".
+def open_set(images: str, data_dir: str | None):
+  """Returns the `data.Source` of "tfds:DATASET:SPLIT".
 
   Raises:
     UserError: as `get_source`, or there is no SPLIT.
@@ -189,8 +177,7 @@ def open_set(images: str, data_dir: str | None) -> "Source":
 
   text = images.removeprefix(TFDS)
   # Data sets and splits may have colons of their own.
-  part = r"\w+(\[[^\]]*\])?"
-  match = re.fullmatch(rf"(.+):({part}(\+{part})*)", text)
+  match = re.fullmatch(r"(.+):((\w+(\[[^\]]*\])?\+?)+)", text)
   if not match:
     raise UserError(f"{text!r}: give DATASET:SPLIT, as cifar10:test")
   return get_source(match[1], match[2], data_dir)
@@ -203,10 +190,9 @@ def list_images(
 
   Args:
     source: a folder of images or of tar or Parquet files, or one such file. A
-      name is the path below the folder, or in the tar file; in Parquet files
-      it is the column "name", and the bytes are the column "image". Links are
-      followed. "tfds:DATASET:SPLIT" is a data set that is there already; names
-      are numbers.
+      name is the path below the folder, or in the tar file; Parquet files have
+      the columns "name" and "image". Links are followed. Or
+      "tfds:DATASET:SPLIT", whose names are numbers.
     data_dir: where that data set is.
 
   Raises:
@@ -214,18 +200,18 @@ def list_images(
   """
   if source.startswith(TFDS):
     count = open_set(source, data_dir).num_examples
-    return [(f"{i:08d}", Place(source, row=i)) for i in range(count)]
+    return [(f"{i:08d}", Place(source, i)) for i in range(count)]
   root = epath.Path(source).expanduser()
   if not root.exists():
     raise UserError(f"--images {source} does not exist")
   base = root if root.is_dir() else root.parent
   found = []
   for path in walk(str(root)) if root.is_dir() else [str(root)]:
-    lower = path.lower()
-    if lower.endswith((".tar", ".parquet")):
-      found += _list_tar(path) if lower[-1] == "r" else _list_parquet(path)
-    elif lower.endswith(_SUFFIXES):
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _SUFFIXES:
       found.append((os.path.relpath(path, base), Place(path)))
+    elif suffix in (".tar", ".parquet"):
+      found += _list_tar(path) if suffix == ".tar" else _list_parquet(path)
   if not found:
     raise UserError(
       f"--images {source} has no images; {', '.join(_SUFFIXES)} files, .tar or "
@@ -256,15 +242,19 @@ def _list_tar(path):
 def _list_parquet(path):
   try:
     return [
-      (_tidy(name.as_py()), Place(path, group, row=row))
+      (_tidy(name), Place(path, group, row))
       for group in range(_open_parquet(path).num_row_groups)
-      for row, name in enumerate(_read_rows_of(path, group, "name"))
+      for row, name in enumerate(_read_group(path, group, "name").to_pylist())
     ]
   except (OSError, ValueError, KeyError, AttributeError, ImportError) as e:
     raise UserError(
       f"{path} is not a readable Parquet file with a name and an image in each "
       f"row ({one_line(e)})"
     ) from e
+
+
+def _open(path):
+  return epath.Path(path).open("rb")
 
 
 @functools.lru_cache(maxsize=2)
@@ -275,21 +265,18 @@ def _open_parquet(path):
 
 
 @functools.lru_cache(maxsize=2)
-def _read_rows_of(path, group, column):  # a whole file would be gigabytes
-  return _open_parquet(path).read_row_group(group, [column]).column(column)
-
-
-def _open(path):
-  return epath.Path(path).open("rb")
+def _read_group(path, group, column):  # a whole file would be gigabytes
+  return _open_parquet(path).read_row_group(group, [column])[column]
 
 
 def read(place: Place, data_dir: str | None) -> tuple[bytes, list[int]]:
   """Returns the bytes of an image file, and a data set's labels of it."""
-  if place.path.startswith(TFDS):
-    return open_set(place.path, data_dir).read_example(place.row)
-  if place.row >= 0:
-    value = _read_rows_of(place.path, place.start, "image")[place.row].as_py()
+  path, start, size = place
+  if path.startswith(TFDS):
+    return open_set(path, data_dir).read_example(start)
+  if path.lower().endswith(".parquet"):
+    value = _read_group(path, start, "image")[size].as_py()
     return value["bytes"] if isinstance(value, dict) else value, []
-  with _open(place.path) as f:
-    f.seek(place.start)
-    return f.read(place.size), []
+  with _open(path) as f:
+    f.seek(start)
+    return f.read(size), []
