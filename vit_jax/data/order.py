@@ -132,6 +132,9 @@ class BlockOrder(Order):
 
   A stream's part of an epoch has as many examples as its rows have positions in
   it: these are counted, as the epochs begin and end within batches.
+
+  Attributes:
+    num_streams: of all data sets.
   """
 
   def __init__(self, shuffle, seed, sizes, weights, batch_size):
@@ -141,6 +144,7 @@ class BlockOrder(Order):
     repeats = -(-PATTERN_SLOTS // batch_size) if len(sizes) > 1 else 1
     length = batch_size * repeats
     super().__init__(seed, sizes, weights, shuffle.rounds, length)
+    self.num_streams = shuffle.streams * len(sizes)
     self._blocks = np.array(shuffle.blocks)  # examples, like
     self._windows = self._blocks * shuffle.window
     rows = np.arange(length) % batch_size
