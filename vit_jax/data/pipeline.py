@@ -9,19 +9,20 @@ row r of batch k is, and the augmentation is keyed by the step and the row.
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import ops
 from vit_jax.data.order import ALL, Shuffle, make_order
-from vit_jax.data.reading import make_fetcher
+from vit_jax.data.reading import Fetcher, make_fetcher
 from vit_jax.data.source import BadExample, Source
 from vit_jax.errors import one_line
 
@@ -76,9 +77,10 @@ def train_batches(
   sizes = [source.num_examples for source in sources]
   order = make_order(shuffle, seed, sizes, weights, batch_size)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
+  fetcher = make_fetcher(sources, order, memory)
+  replaces = on_bad_example == "replace"
   reader = _Reader(
-    *(sources, order, batch_size, rows, process, seed, memory),
-    replaces=on_bad_example == "replace",
+    *(sources, order, fetcher, batch_size, rows, process, seed, replaces)
   )
   return _iterate(reader, range(start_step, start_step + num_steps))
 
@@ -105,7 +107,7 @@ def eval_batches(
     UserError: as `train_batches`; also an operation that is random.
   """
   process = ops.make_preprocess(preprocess, image_size, evaluation=True)
-  rows, size = np.asarray(rows), source.num_examples
+  size = source.num_examples
 
   def order(positions):  # what is beyond the end is masked below
     return np.zeros_like(positions), np.minimum(positions, size - 1)
@@ -118,71 +120,61 @@ def eval_batches(
       batch = {"image": images, "labels": labels}
     return {**batch, "mask": there}
 
-  reader = _Reader([source], order, batch_size, rows, process)
+  fetcher = make_fetcher([source], order)
+  reader = _Reader([source], order, fetcher, batch_size, rows, process)
   batches = _iterate(reader, range(-(-size // batch_size)))
   return (mask(step, batch) for step, batch in enumerate(batches))
 
 
+@dataclasses.dataclass
 class _Reader:
-  """Reads the records of this host's rows of a step."""
+  """Reads the records of this host's rows of a step; see `train_batches`."""
 
-  def __init__(
-    self,
-    sources,
-    order,
-    batch_size,
-    rows,
-    process,
-    seed=0,
-    memory=0,
-    replaces=False,
-  ):
-    self.sources, self.process, self.seed = sources, process, seed
-    self.rows = np.asarray(rows, np.int64)
-    self.fetcher = make_fetcher(sources, order, memory)
-    self.replaces = replaces
-    # {example: the one in its place} of each data set.
-    self._others: list[dict[int, int]] = [{} for _ in sources]
-    self._order, self._batch_size = order, batch_size
+  sources: Sequence[Source]
+  order: Callable  # maps positions as `Order` does
+  fetcher: Fetcher
+  batch_size: int
+  rows: np.ndarray
+  process: Callable
+  seed: int = 0
+  replaces: bool = False
+  # {(data set, example): which is shown in its place}
+  _others: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
   def read(self, step):
     """Returns (record object[b], data set int64[b], replaced int32[b])."""
-    positions = step * self._batch_size + self.rows
-    records, which = self.fetcher.fetch(positions)
+    records, which = self.fetcher.fetch(step * self.batch_size + self.rows)
     replaced = np.zeros(len(records), np.int32)
-    located = self._locate(step) if any(self._others) else ()
-    for row, (i, example) in enumerate(located):
-      if example in self._others[i]:
-        other = np.array([self._others[i][example]])
-        [records[row]] = self.sources[i].read(other)
+    for row, place in enumerate(self._locate(step) if self._others else ()):
+      if place in self._others:
+        other = np.array([self._others[place]])
+        [records[row]] = self.sources[place[0]].read(other)
         replaced[row] = 1
     return records, which, replaced
 
   def _locate(self, step):
     """Returns [(data set, example)] of this host's rows."""
-    which, examples = self._order(step * self._batch_size + self.rows)
+    which, examples = self.order(step * self.batch_size + self.rows)
     return [*zip(which.tolist(), examples.tolist(), strict=True)]
 
   def find_faults(self, step) -> bool:
-    """Names the example of a step that is at fault, or replaces them all.
-
-    By the next one which is not, whenever it is found out.
+    """Names the first example of a step that is at fault, or replaces all.
 
     Returns:
-      Whether any has another in its place now.
+      Whether any has another in its place now: the next that is not at fault.
 
     Raises:
       UserError: an example that is at fault and not replaced; one that cannot
         be read never is, nor is any if all are at fault.
     """
-    found = False
+    before = len(self._others)
     seeds = _fold(self.seed, tf.constant(step, tf.int64), self.rows)
-    for (i, example), seed in zip(self._locate(step), seeds, strict=True):
-      if example not in self._others[i]:
-        other = self._find_sound(i, example, seed)
-        if other != example:
-          self._others[i][example], found = other, True
-    return found
+    for place, seed in zip(self._locate(step), seeds, strict=True):
+      if place not in self._others:
+        other = self._find_sound(*place, seed)
+        if other != place[1]:
+          self._others[place] = other
+    return len(self._others) > before
 
   def _find_sound(self, i, example, seed):
     """Returns the first example from this one on that can be used."""
@@ -196,6 +188,7 @@ class _Reader:
           raise
         log.warning("%s; shown in its place: the next example", e)
         fault = e
+    assert fault
     raise fault
 
   def _check(self, i, example, seed):

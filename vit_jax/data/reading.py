@@ -153,9 +153,9 @@ class _Windows(Fetcher):
     for window, _, _ in found:
       self._load(window)
       self._newest[window.dataset, window.stream] = window
+    late = not all(part.done() for part in needed)
     most = 2 * self._order.num_streams // len(self._newest) - 1
-    if self._ahead < most and not all(part.done() for part in needed):
-      self._ahead += 1
+    self._ahead = min(self._ahead + late, most)
     windows = latest = [*self._newest.values()]
     for _ in range(self._ahead):
       latest = [self._order.next_window(window) for window in latest]
