@@ -97,8 +97,11 @@ class Source(abc.ABC):
     indices = np.arange(count) * self.num_examples // count
     if self.remote:  # each would be a request, and these are one
       indices = np.arange(count // 10 + 1)
-    for index, record in zip(indices.tolist(), self.read(indices), strict=True):
-      self._check_labels(index, self._parse_unchecked(tf.constant(record))[1])
+    records = tf.data.Dataset.from_tensor_slices(self.read(indices))
+    labels = records.map(self.parse_labels).ragged_batch(count)
+    found = labels.get_single_element().numpy()  # dense or ragged
+    for index, labels in zip(indices.tolist(), found, strict=True):
+      self._check_labels(index, labels)
 
   def read_example(self, index: int) -> tuple[bytes, list[int]]:
     """Returns an example's encoded image and its labels, unchecked."""
