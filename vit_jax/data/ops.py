@@ -208,7 +208,7 @@ def resize(image, size, method="bilinear", antialias=False):
 
 
 def _resize(image, size, method="bilinear", antialias=False):
-  # Some of these sizes depend on the image's, and might fill the memory.
+  # The size may depend on the image, and one too large would fill the memory.
   pixels = tf.reduce_prod(tf.cast(size, tf.int64))
   words = "resized it has too many pixels:"
   tf.debugging.Assert(pixels <= preprocess.MAX_PIXELS, [words, size])
