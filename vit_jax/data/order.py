@@ -236,7 +236,7 @@ class BlockOrder(Order):
   def _permute_blocks(self, i, epoch):
     """The blocks of a data set in the order of its epoch, and their ends."""
     size = self._blocks[i]
-    count = -(-self._sizes[i] // size)
+    count = -(-int(self._sizes[i]) // int(size))
     blocks = self._shuffle(np.arange(count), count, i, epoch)
     lengths = np.minimum(size, self._sizes[i] - blocks * size)
     return blocks, np.cumsum(lengths)

@@ -16,6 +16,7 @@ import os
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -282,7 +283,7 @@ def _iterate(reader, steps):
   return batches
 
 
-def _generate(reader, steps):
+def _generate(reader, steps) -> Iterator[Any]:
   """Yields NumPy batches; names the example that is at fault, if one is."""
   batches = _start(reader, steps)
   try:

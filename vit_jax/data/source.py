@@ -55,7 +55,7 @@ class Source(abc.ABC):
     return []
 
   def parse(
-    self, record: tf.Tensor, length: int | None = None
+    self, record: tf.Tensor | bytes, length: int | None = None
   ) -> tuple[tf.Tensor, tf.Tensor]:
     """Parses one record that `read` returns, in a graph or eagerly.
 
