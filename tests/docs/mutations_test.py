@@ -126,8 +126,8 @@ _FAULTS = {
   ),
   "the same order in each epoch": Fault(
     "data/order.py",
-    "(self._seed, int(i), int(epoch))",
-    "(self._seed, int(i), 0)",
+    "self._sizes[i], i, epoch)",
+    "self._sizes[i], i, 0)",
     "unit/data/order_test.py",
   ),
   "the farthest object's distance": Fault(

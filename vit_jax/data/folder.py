@@ -132,7 +132,7 @@ class FolderSource(Source):
 
 
 def list_splits(dataset: str) -> dict[str, int]:
-  """Returns {split: number of files}; see `catalog.list_splits`."""
+  """Returns {split: number of files}; see `preparation.list_splits`."""
   _, splits, _ = _find_splits(find_folder(dataset))
   return {name: len(files) for name, files in splits.items()}
 

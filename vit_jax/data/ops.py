@@ -10,7 +10,6 @@ image's augmentation depends on (seed, step, row) and nothing else.
 # pyright: reportAttributeAccessIssue=false
 
 import contextlib
-import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -56,12 +55,12 @@ def make_preprocess(
       if name in preprocess.TRAINING_OPS:
         op_seed = tf.random.experimental.stateless_fold_in(seed, i)
         arguments = {**arguments, "seed": op_seed}
-      if image is None and name == "inception_crop":
+      if i:
+        image = _OPS[name](image, **arguments)
+      elif name == "inception_crop":
         image = decode_and_inception_crop(encoded, **arguments)
-        continue
-      if image is None:
-        image = decode(encoded, precise=evaluation)
-      image = _OPS[name](image, **arguments)
+      else:
+        image = _OPS[name](decode(encoded, precise=evaluation), **arguments)
     return tf.ensure_shape(image, (height, width, 3))
 
   return run
@@ -86,11 +85,7 @@ def decode(encoded: tf.Tensor, *, precise: bool) -> tf.Tensor:
 
   def decode_jpeg():
     image = tf.io.decode_jpeg(encoded, channels=3, dct_method=dct)
-    return tf.cond(
-      _has_exif(encoded),
-      lambda: _turn(image, _read_turn(encoded)),
-      lambda: image,
-    )
+    return _turn(image, _read_turn(encoded))
 
   image = tf.cond(
     tf.io.is_jpeg(encoded), decode_jpeg, lambda: _decode_other(encoded)
@@ -104,31 +99,20 @@ def decode_and_inception_crop(
   """As `decode` and `inception_crop`, but decodes only the crop of a JPEG."""
 
   def crop_jpeg():
-    shape = tf.io.extract_jpeg_shape(encoded)
-    decode_window = functools.partial(
-      tf.io.decode_and_crop_jpeg, channels=3, dct_method="INTEGER_FAST"
+    shape, turn = tf.io.extract_jpeg_shape(encoded), _read_turn(encoded)
+    upright = tf.where(turn[2], tf.gather(shape, [1, 0, 2]), shape)
+    window = sample_window(upright, area_min, area_max, seed)
+    window = _turn_back(window, shape, turn)
+    image = tf.io.decode_and_crop_jpeg(
+      encoded, window, channels=3, dct_method="INTEGER_FAST"
     )
-
-    def crop():
-      window = sample_window(shape, area_min, area_max, seed)
-      return decode_window(encoded, window)
-
-    def crop_and_turn():
-      turn = _read_turn(encoded)
-      upright = tf.where(turn[2], tf.gather(shape, [1, 0, 2]), shape)
-      window = sample_window(upright, area_min, area_max, seed)
-      return _turn(
-        decode_window(encoded, _turn_back(window, shape, turn)), turn
-      )
-
-    return tf.cond(_has_exif(encoded), crop_and_turn, crop)
+    return resize(_turn(image, turn), size)
 
   def crop_other():
     image = _decode_other(encoded)
-    return _crop_randomly(image, area_min, area_max, seed)
+    return inception_crop(image, size, area_min, area_max, seed=seed)
 
-  image = tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_other)
-  return resize(tf.ensure_shape(image, (None, None, 3)), size)
+  return tf.cond(tf.io.is_jpeg(encoded), crop_jpeg, crop_other)
 
 
 def _decode_other(encoded):
@@ -152,10 +136,6 @@ def _is_plain(encoded):
   return opaque | is_lossy_webp
 
 
-def _has_exif(encoded):
-  return _contains(encoded, r"Exif\x00\x00")
-
-
 def _contains(encoded, pattern):
   """Returns whether a pattern is in the head of a file, in microseconds."""
   head = tf.strings.substr(encoded, 0, _HEAD)
@@ -165,12 +145,17 @@ def _contains(encoded, pattern):
 
 
 def _read_turn(encoded):
-  """Returns the bool[3] of `preprocess.read_turn`."""
+  """Returns the bool[3] of `preprocess.read_turn` of a JPEG."""
 
   def read(encoded):
     return preprocess.read_turn(preprocess.open_image(encoded, "image"))
 
-  return tf.ensure_shape(_call(read, encoded, tf.bool), [3])
+  turn = tf.cond(
+    _contains(encoded, r"Exif\x00\x00"),
+    lambda: _call(read, encoded, tf.bool),
+    lambda: tf.zeros([3], tf.bool),
+  )
+  return tf.ensure_shape(turn, [3])
 
 
 def _call(function, encoded, dtype):
@@ -183,8 +168,13 @@ def _call(function, encoded, dtype):
 
 
 def _turn(image, turn):
-  image = tf.reverse(image, tf.reshape(tf.where(turn[:2]), [-1]))
-  return tf.cond(turn[2], lambda: tf.transpose(image, (1, 0, 2)), lambda: image)
+  def run():
+    flipped = tf.reverse(image, tf.reshape(tf.where(turn[:2]), [-1]))
+    return tf.cond(
+      turn[2], lambda: tf.transpose(flipped, (1, 0, 2)), lambda: flipped
+    )
+
+  return tf.cond(tf.reduce_any(turn), run, lambda: image)
 
 
 def _turn_back(window, shape, turn):
@@ -204,34 +194,36 @@ def resize(image, size, method="bilinear", antialias=False):
 
   With `antialias` as Pillow, else without averaging, but for "area".
   """
-  pair = preprocess.as_pair(size)
-  if antialias:
-    return _resize_averaging(image, pair, method)
-  run = functools.partial(tf.image.resize, size=pair, method=method)
-  if method != "bilinear":
-    return tf.cast(tf.round(run(image)), tf.uint8)
+  size = preprocess.as_pair(size)
+  if antialias or method != "bilinear":
+    return _resize(image, size, method, antialias)
   # TensorFlow's kernel gives the same for floats, and faster; but casting takes
   # time for each pixel, also for those that are skipped when shrinking.
   height, width = height_width(image, tf.int64)
-  few = height * width <= _CAST_UP_TO * pair[0] * pair[1]
-  resized = tf.cond(
-    few, lambda: run(tf.cast(image, tf.float32)), lambda: run(image)
+  return tf.cond(
+    height * width <= _CAST_UP_TO * size[0] * size[1],
+    lambda: _resize(tf.cast(image, tf.float32), size),
+    lambda: _resize(image, size),
   )
-  return tf.cast(tf.round(resized), tf.uint8)
+
+
+def _resize(image, size, method="bilinear", antialias=False):
+  # The size may depend on the image, and one too large would fill the memory.
+  pixels = tf.reduce_prod(tf.cast(size, tf.int64))
+  words = "resized it has too many pixels:"
+  tf.debugging.Assert(pixels <= preprocess.MAX_PIXELS, [words, size])
+  size = tf.cast(size, tf.int32)
+  if antialias:
+    return _resize_averaging(image, size, method)
+  return tf.cast(tf.round(tf.image.resize(image, size, method)), tf.uint8)
 
 
 def resize_small(image, smaller_size, method="area", antialias=False):
   """Resizes the shorter side to `smaller_size` pixels, keeping the aspect."""
-  height, width = height_width(image, tf.int64)  # products may pass 2**31
-  short = tf.minimum(height, width)
-  size = tf.stack(
-    [preprocess.scale_side(s, short, smaller_size) for s in (height, width)]
-  )
-  size = _check_size(size)
-  if antialias:
-    return _resize_averaging(image, size, method)
-  resized = tf.image.resize(image, size, method=method)
-  return tf.cast(tf.round(resized), tf.uint8)
+  sides = tf.shape(image, tf.int64)[:2]  # products may pass 2**31
+  short = tf.reduce_min(sides)
+  size = preprocess.scale_side(sides, short, smaller_size)
+  return _resize(image, size, method, antialias)
 
 
 def _resize_averaging(image, size, method):
@@ -249,22 +241,30 @@ def _resize_averaging(image, size, method):
 
 def central_crop(image, size):
   """Crops `size` from the middle; enlarges smaller images until it fits."""
-  crop = preprocess.as_pair(size)
-  image = _enlarge_to_fit(image, crop)
-  height, width = height_width(image)
-  top, left = (height - crop[0]) // 2, (width - crop[1]) // 2
-  return tf.image.crop_to_bounding_box(image, top, left, *crop)
+  return _crop(image, size, lambda largest: largest // 2)
 
 
 def random_crop(image, size, *, seed):
   """Crops `size` anywhere; enlarges smaller images until it fits."""
-  crop = preprocess.as_pair(size)
-  image = _enlarge_to_fit(image, crop)
-  height, width = height_width(image)
-  top, left = tf.unstack(tf.random.stateless_uniform([2], seed))
-  top = draw_integer(top, height - crop[0])
-  left = draw_integer(left, width - crop[1])
-  return tf.image.crop_to_bounding_box(image, top, left, *crop)
+  place = tf.random.stateless_uniform([2], seed)
+  return _crop(image, size, lambda largest: draw_integer(place, largest))
+
+
+def _crop(image, size, choose):
+  """Crops `size`; `choose` maps the largest (top, left) to those taken."""
+  size = preprocess.as_pair(size)
+  height, width = height_width(image, tf.int64)  # products may pass 2**31
+
+  def enlarge():
+    # At least one of the two sides ends up equal to the crop's.
+    new_height = tf.maximum(-(-height * size[1] // width), size[0])
+    new_width = tf.maximum(-(-width * size[0] // height), size[1])
+    return _resize(image, tf.stack([new_height, new_width]))
+
+  too_small = (height < size[0]) | (width < size[1])
+  image = tf.cond(too_small, enlarge, lambda: image)
+  corner = choose(tf.shape(image)[:2] - size)
+  return tf.image.crop_to_bounding_box(image, *tf.unstack(corner), *size)
 
 
 def inception_crop(image, size, area_min=5, area_max=100, *, seed):
@@ -272,42 +272,15 @@ def inception_crop(image, size, area_min=5, area_max=100, *, seed):
 
   Source: Szegedy et al., "Going Deeper with Convolutions", 2015.
   """
-  return resize(_crop_randomly(image, area_min, area_max, seed), size)
-
-
-def _crop_randomly(image, area_min, area_max, seed):
   window = sample_window(tf.shape(image), area_min, area_max, seed)
-  return tf.image.crop_to_bounding_box(image, *tf.unstack(window))
+  window = tf.unstack(window)
+  return resize(tf.image.crop_to_bounding_box(image, *window), size)
 
 
 def flip_lr(image, *, seed):
   """Mirrors left to right, every second image on average."""
   flip = tf.random.stateless_uniform([], seed) < 0.5
   return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
-
-
-def _check_size(size):
-  """Returns a size as int32[2]; fails if it would fill the memory."""
-  fits = size[0] * size[1] <= preprocess.MAX_PIXELS
-  words = "resized it has too many pixels:"
-  with tf.control_dependencies([tf.debugging.Assert(fits, [words, size])]):
-    return tf.cast(size, tf.int32)
-
-
-def _enlarge_to_fit(image, crop):
-  height, width = height_width(image, tf.int64)  # products may pass 2**31
-
-  def enlarge():
-    # At least one of the two sides ends up equal to the crop's.
-    new_height = tf.maximum(-(-height * crop[1] // width), crop[0])
-    new_width = tf.maximum(-(-width * crop[0] // height), crop[1])
-    size = _check_size(tf.stack([new_height, new_width]))
-    resized = tf.image.resize(image, size)
-    return tf.cast(tf.round(resized), tf.uint8)
-
-  too_small = (height < crop[0]) | (width < crop[1])
-  image = tf.cond(too_small, enlarge, lambda: image)
-  return tf.ensure_shape(image, (None, None, 3))
 
 
 def sample_window(shape, area_min, area_max, seed):

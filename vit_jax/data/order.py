@@ -51,7 +51,7 @@ def make_order(
   sizes: Sequence[int],
   weights: Sequence[float],
   batch_size: int,
-) -> "Order | BlockOrder":
+) -> "Order":
   """Returns the order of a mixture.
 
   Args:
@@ -79,36 +79,33 @@ class Order:
     sizes: Sequence[int],
     weights: Sequence[float],
     rounds: int = ALL.rounds,
+    length: int = PATTERN_SLOTS,
   ):
-    """Args: seed; examples and weight of each data set; see `Shuffle`."""
-    self._seed, self._rounds = seed, rounds
-    self._sizes = sizes
-    self._slots, self._counts = _make_pattern(
-      seed, weights, PATTERN_SLOTS, rounds
-    )
+    """See `make_order` and `Shuffle`; `length` is that of the pattern."""
+    self._seed, self._sizes, self._rounds = seed, np.array(sizes), rounds
+    self._slots, self._counts = _make_pattern(seed, weights, length, rounds)
     self._ranks = _rank(self._slots)
 
   def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Maps positions int64[b] to (data set int64[b], example int64[b])."""
-    rounds, slot = np.divmod(np.asarray(positions, np.int64), PATTERN_SLOTS)
-    which = self._slots[slot]
-    within = rounds * self._counts[which] + self._ranks[slot]
-    examples = np.empty_like(within)
-    for i in np.unique(which):
-      mine = which == i
-      examples[mine] = self._shuffle(i, within[mine])
+    _, _, which, epochs, examples = self._locate(positions)
+    for i, epoch in np.unique([which, epochs], axis=1).T.tolist():
+      mine = (which == i) & (epochs == epoch)
+      examples[mine] = self._shuffle(examples[mine], self._sizes[i], i, epoch)
     return which, examples
 
-  def _shuffle(self, i, within):
-    """Positions within data set i -> its examples, shuffled by epoch."""
-    size = self._sizes[i]
-    epochs, offsets = np.divmod(within, size)
-    examples = np.empty_like(offsets)
-    for epoch in np.unique(epochs):  # one or two, unless the set is tiny
-      now = epochs == epoch
-      key = (self._seed, int(i), int(epoch))
-      examples[now] = shuffle_indices(offsets[now], size, key, self._rounds)
-    return examples
+  def _locate(self, positions):
+    """Returns int64[b] each: the pattern's repeat and slot; data set, epoch and
+    place in that epoch.
+    """
+    repeats, slots = np.divmod(positions, len(self._slots))
+    which = self._slots[slots]
+    within = repeats * self._counts[which] + self._ranks[slots]
+    return repeats, slots, which, *np.divmod(within, self._sizes[which])
+
+  def _shuffle(self, indices, size, *key):
+    """Applies the permutation of range(size) that belongs to `key`."""
+    return shuffle_indices(indices, size, (self._seed, *key), self._rounds)
 
 
 class Window(NamedTuple):
@@ -125,7 +122,7 @@ class Window(NamedTuple):
   number: int
 
 
-class BlockOrder:
+class BlockOrder(Order):
   """As `Order`, but a stream of rows has its examples from few blocks at once.
 
   In every epoch of a data set its blocks are permuted, and what they hold, one
@@ -135,32 +132,30 @@ class BlockOrder:
 
   A stream's part of an epoch has as many examples as its rows have positions in
   it: these are counted, as the epochs begin and end within batches.
+
+  Attributes:
+    num_streams: of all data sets.
   """
 
   def __init__(self, shuffle, seed, sizes, weights, batch_size):
     """Args: see `make_order`."""
     assert batch_size % shuffle.streams == 0, "streams are of whole rows"
-    self._seed, self._sizes, self._shuffle = seed, sizes, shuffle
     # Whole batches, so that a slot of the pattern is of the same row always.
     repeats = -(-PATTERN_SLOTS // batch_size) if len(sizes) > 1 else 1
     length = batch_size * repeats
-    self._which, self._counts = _make_pattern(
-      seed, weights, length, shuffle.rounds
-    )
-    self._streams = (
-      np.arange(length) % batch_size * shuffle.streams // batch_size
-    )
-    self._ranks = _rank(self._which)
-    chains = self._which * shuffle.streams + self._streams
-    self._ranks_in_stream = _rank(chains)
+    super().__init__(seed, sizes, weights, shuffle.rounds, length)
+    self.num_streams = shuffle.streams * len(sizes)
+    self._blocks = np.array(shuffle.blocks)  # examples, like
+    self._windows = self._blocks * shuffle.window
+    rows = np.arange(length) % batch_size
+    self._streams = rows * shuffle.streams // batch_size
+    self._ranks_in_stream = _rank(self._slots * shuffle.streams + self._streams)
     # [data set][slots of it so far, stream]: how many of them are the stream's.
-    self._before = []
-    for i in range(len(sizes)):
-      mine = self._streams[self._which == i]
-      hits = mine[:, None] == np.arange(shuffle.streams)
-      self._before.append(
-        np.concatenate([np.zeros_like(hits[:1], int), np.cumsum(hits, axis=0)])
-      )
+    hits = np.eye(shuffle.streams, dtype=int)[self._streams]
+    self._before = [
+      np.cumsum(np.insert(hits[self._slots == i], 0, 0, axis=0), axis=0)
+      for i in range(len(sizes))
+    ]
 
   def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Maps positions int64[b] to (data set int64[b], example int64[b])."""
@@ -179,39 +174,28 @@ class BlockOrder:
       [(window, indices int64[c] into the positions, offsets int64[c] into the
       examples of `find_ranges`, one after the other)].
     """
-    repeats, slots = np.divmod(
-      np.asarray(positions, np.int64), len(self._which)
-    )
-    which, streams = self._which[slots], self._streams[slots]
-    within = repeats * self._counts[which] + self._ranks[slots]
-    epochs = within // np.asarray(self._sizes)[which]
-    places = self._ranks_in_stream[slots]
-    sizes = np.empty_like(places)  # of windows
+    repeats, slots, which, epochs, _ = self._locate(positions)
+    streams, places = self._streams[slots], self._ranks_in_stream[slots]
     for i, epoch in np.unique([which, epochs], axis=1).T.tolist():
       now = (which == i) & (epochs == epoch)
       before = repeats[now, None] * self._before[i][-1]
-      before = before - self._count_before(i, epoch)
-      places[now] += np.take_along_axis(before, streams[now, None], 1)[:, 0]
-      sizes[now] = self._window_size(i)
-    numbers, offsets = np.divmod(places, sizes)
+      before -= self._count_before(i, epoch)
+      places[now] += before[np.arange(len(before)), streams[now]]
+    numbers, offsets = np.divmod(places, self._windows[which])
     windows, owners = np.unique(
       [which, streams, epochs, numbers], axis=1, return_inverse=True
     )
-    order = np.argsort(owners, kind="stable")
-    groups = np.split(order, np.cumsum(np.bincount(owners))[:-1])
     found = []
-    for values, mine in zip(windows.T.tolist(), groups, strict=True):
-      window = Window(*values)
+    for k, values in enumerate(windows.T.tolist()):
+      window, mine = Window(*values), np.flatnonzero(owners == k)
       found.append((window, mine, self._permute(window)[offsets[mine]]))
     return found
 
   def find_ranges(self, window: Window) -> list[tuple[int, int]]:
     """Returns [(first example, end)] of a window, block by block."""
-    i, _, epoch, _ = window
-    blocks, ends = self._permute_blocks(i, epoch)
-    first, end = self._bounds(window)
-    size = self._shuffle.blocks[i]
-    ranges = []
+    first, end, _ = self._find_bounds(window)
+    blocks, ends = self._permute_blocks(window.dataset, window.epoch)
+    size, ranges = int(self._blocks[window.dataset]), []
     j = int(np.searchsorted(ends, first, side="right"))
     while first < end:
       start = int(blocks[j]) * size + first - int(ends[j - 1] if j else 0)
@@ -222,51 +206,39 @@ class BlockOrder:
 
   def next_window(self, window: Window) -> Window:
     """Returns the window that its stream goes on with."""
-    i, v, epoch, number = window
-    start, end = self._stream_bounds(i, epoch)[v : v + 2]
-    if (number + 1) * self._window_size(i) < end - start:
-      return window._replace(number=number + 1)
-    return Window(i, v, epoch + 1, 0)
-
-  def _window_size(self, i):
-    return self._shuffle.blocks[i] * self._shuffle.window
+    _, end, stop = self._find_bounds(window)
+    if end < stop:
+      return window._replace(number=window.number + 1)
+    return window._replace(epoch=window.epoch + 1, number=0)
 
   def _count_before(self, i, epoch):
     """int[streams]: a data set's positions of each stream before its epoch."""
-    repeats, slots = divmod(epoch * self._sizes[i], int(self._counts[i]))
-    before = self._before[i]
-    return repeats * before[-1] + before[slots]
+    repeats, slots = divmod(epoch * self._sizes[i], self._counts[i])
+    return repeats * self._before[i][-1] + self._before[i][slots]
 
-  def _stream_bounds(self, i, epoch):
-    """int[streams + 1]: where the streams begin and end in the epoch."""
-    counts = self._count_before(i, epoch + 1) - self._count_before(i, epoch)
-    return np.concatenate([[0], np.cumsum(counts)])
-
-  def _bounds(self, window):
-    """Where a window begins and ends in its epoch's sequence of examples."""
+  def _find_bounds(self, window):
+    """Returns where a window begins and ends in its epoch; and its stream."""
     i, v, epoch, number = window
-    start, end = self._stream_bounds(i, epoch)[v : v + 2]
-    first = start + number * self._window_size(i)
-    return int(first), int(min(end, first + self._window_size(i)))
+    counts = self._count_before(i, epoch + 1) - self._count_before(i, epoch)
+    stop = int(counts[: v + 1].sum())
+    first = stop - int(counts[v]) + number * int(self._windows[i])
+    return first, min(stop, first + int(self._windows[i])), stop
 
   @functools.lru_cache(maxsize=1024)  # noqa: B019  (as long-lived as a run)
   def _permute(self, window):
     """int[n]: the order in which a window's examples are shown."""
-    first, end = self._bounds(window)
+    first, end, _ = self._find_bounds(window)
     i, v, epoch, number = window
-    key = (self._seed, i, epoch, v, number)
     size = end - first
-    return shuffle_indices(np.arange(size), size, key, self._shuffle.rounds)
+    return self._shuffle(np.arange(size), size, i, epoch, v, number)
 
   @functools.lru_cache(maxsize=4)  # noqa: B019
   def _permute_blocks(self, i, epoch):
     """The blocks of a data set in the order of its epoch, and their ends."""
-    size = self._shuffle.blocks[i]
-    count = -(-self._sizes[i] // size)
-    key = (self._seed, i, epoch)
-    blocks = shuffle_indices(np.arange(count), count, key, self._shuffle.rounds)
-    lengths = np.full(count, size)
-    lengths[blocks == count - 1] = self._sizes[i] - (count - 1) * size
+    size = self._blocks[i]
+    count = -(-int(self._sizes[i]) // int(size))
+    blocks = self._shuffle(np.arange(count), count, i, epoch)
+    lengths = np.minimum(size, self._sizes[i] - blocks * size)
     return blocks, np.cumsum(lengths)
 
 

@@ -9,21 +9,22 @@ row r of batch k is, and the augmentation is keyed by the step and the row.
 
 import atexit
 import contextlib
-import copy
+import dataclasses
 import functools
 import logging
 import os
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import ops
 from vit_jax.data.order import ALL, Shuffle, make_order
-from vit_jax.data.reading import make_fetcher
-from vit_jax.data.source import BAD_LABEL, BadExample, Source, replace_examples
+from vit_jax.data.reading import Fetcher, make_fetcher
+from vit_jax.data.source import BadExample, Source
 from vit_jax.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -77,12 +78,12 @@ def train_batches(
   sizes = [source.num_examples for source in sources]
   order = make_order(shuffle, seed, sizes, weights, batch_size)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
+  fetcher = make_fetcher(sources, order, memory)
+  replaces = on_bad_example == "replace"
   reader = _Reader(
-    *(sources, order, batch_size, rows, process, seed, memory),
-    replaces=on_bad_example == "replace",
+    *(sources, order, fetcher, batch_size, rows, process, seed, replaces)
   )
-  steps = range(start_step, start_step + num_steps)
-  return _iterate(reader, _make_dataset(reader, steps), steps)
+  return _iterate(reader, range(start_step, start_step + num_steps))
 
 
 def eval_batches(
@@ -107,121 +108,89 @@ def eval_batches(
     UserError: as `train_batches`; also an operation that is random.
   """
   process = ops.make_preprocess(preprocess, image_size, evaluation=True)
-  reader = _Reader(
-    *([source], _in_order, batch_size, rows, process),
-    num_positions=source.num_examples,
-  )
-  steps = range(-(-source.num_examples // batch_size))
-  dataset = _make_dataset(reader, steps)
-  batches = _iterate(reader, dataset, steps)
-  return _pad(batches, reader, dataset.element_spec, steps)
+  size = source.num_examples
+
+  def order(positions):  # what is beyond the end is masked below
+    return np.zeros_like(positions), np.minimum(positions, size - 1)
+
+  def mask(step, batch):
+    there = step * batch_size + rows < size
+    if not there.all():
+      images = batch["image"] * there[:, None, None, None]
+      labels = np.where(there[:, None], batch["labels"], -1)
+      batch = {"image": images, "labels": labels}
+    return {**batch, "mask": there}
+
+  fetcher = make_fetcher([source], order)
+  reader = _Reader([source], order, fetcher, batch_size, rows, process)
+  batches = _iterate(reader, range(-(-size // batch_size)))
+  return (mask(step, batch) for step, batch in enumerate(batches))
 
 
-def _in_order(positions):
-  """The evaluation's counterpart of `Order`: one data set, unshuffled."""
-  return np.zeros_like(positions), positions
-
-
+@dataclasses.dataclass
 class _Reader:
-  """Reads the records of this host's rows of a step."""
+  """Reads the records of this host's rows of a step; see `train_batches`."""
 
-  def __init__(
-    self,
-    sources,
-    order,
-    batch_size,
-    rows,
-    process,
-    seed=0,
-    memory=0,
-    replaces=False,
-    num_positions=None,
-  ):
-    self.process, self.seed, self.replaces = process, seed, replaces
-    self.rows = np.asarray(rows, np.int64)
-    self._others: list[dict[int, int]] = [{} for _ in sources]
-    self.sources = sources
-    if replaces:
-      self.sources = [*map(replace_examples, sources, self._others)]
-    self._order, self._memory = order, memory
-    self.fetcher = make_fetcher(self.sources, order, memory)
-    self._batch_size = batch_size
-    self._num_positions = num_positions
-
-  def mask(self, step) -> np.ndarray:
-    """bool[b]: which rows exist; all, while training."""
-    if self._num_positions is None:
-      return np.ones(len(self.rows), bool)
-    return step * self._batch_size + self.rows < self._num_positions
-
-  def _locate(self, step):
-    """Returns int64[b'] each: positions in the stream, rows that exist."""
-    rows = self.rows[self.mask(step)]
-    return step * self._batch_size + rows, rows
+  sources: Sequence[Source]
+  order: Callable  # maps positions as `Order` does
+  fetcher: Fetcher
+  batch_size: int
+  rows: np.ndarray
+  process: Callable
+  seed: int = 0
+  replaces: bool = False
+  # {(data set, example): which is shown in its place}
+  _others: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
   def read(self, step):
-    """Returns (record object[b'], data set int64[b'], row int64[b'])."""
-    positions, rows = self._locate(int(step))
-    return *self.fetcher.fetch(positions), rows
+    """Returns (record object[b], data set int64[b], replaced int32[b])."""
+    records, which = self.fetcher.fetch(step * self.batch_size + self.rows)
+    replaced = np.zeros(len(records), np.int32)
+    for row, place in enumerate(self._locate(step) if self._others else ()):
+      if place in self._others:
+        other = np.array([self._others[place]])
+        [records[row]] = self.sources[place[0]].read(other)
+        replaced[row] = 1
+    return records, which, replaced
 
-  def explain(self, step) -> None:
-    """Raises a UserError for the first example of a step that is at fault."""
-    for i, example, seed in self._list(step):
-      self._check(i, example, seed)
+  def _locate(self, step):
+    """Returns [(data set, example)] of this host's rows."""
+    which, examples = self.order(step * self.batch_size + self.rows)
+    return [*zip(which.tolist(), examples.tolist(), strict=True)]
 
-  def replace(self, step) -> bool:
-    """Has others shown where examples of a step are at fault, if any are.
+  def find_faults(self, step) -> bool:
+    """Names the first example of a step that is at fault, or replaces all.
 
-    That is the next one which is not, whenever it is found out.
+    Returns:
+      Whether any has another in its place now: the next that is not at fault.
 
     Raises:
-      UserError: an example that cannot be read, or all are at fault.
+      UserError: an example that is at fault and not replaced; one that cannot
+        be read never is, nor is any if all are at fault.
     """
-    before = sum(map(len, self._others))
-    for i, example, seed in self._list(step) if self.replaces else ():
-      self._replace(i, example, seed)
-    return sum(map(len, self._others)) > before
+    before = len(self._others)
+    seeds = _fold(self.seed, tf.constant(step, tf.int64), self.rows)
+    for place, seed in zip(self._locate(step), seeds, strict=True):
+      if place not in self._others:
+        other = self._find_sound(*place, seed)
+        if other != place[1]:
+          self._others[place] = other
+    return len(self._others) > before
 
-  def renew(self) -> "_Reader":
-    """Returns the same without what it holds: that may be what is at fault."""
-    renewed = copy.copy(self)
-    renewed.fetcher = make_fetcher(self.sources, self._order, self._memory)
-    return renewed
-
-  def _replace(self, i, example, seed):
-    size, others = self.sources[i].num_examples, self._others[i]
-    fault = None
+  def _find_sound(self, i, example, seed):
+    """Returns the first example from this one on that can be used."""
+    fault, size = None, self.sources[i].num_examples
     for other in range(example, example + size):
       try:
         self._check(i, other % size, seed)
+        return other % size
       except BadExample as e:
+        if not self.replaces:
+          raise
+        log.warning("%s; shown in its place: the next example", e)
         fault = e
-        if other % size not in others:
-          log.warning("%s; shown in its place: the next example", e)
-      else:
-        if other != example:
-          others[example] = other % size
-        return
     assert fault
     raise fault
-
-  def find_replaced(self, step) -> np.ndarray:
-    """int32[b]: 1 for rows with another example than the order says."""
-    found = np.zeros(len(self.rows), np.int32)
-    if any(self._others):
-      which, examples = self._order(self._locate(step)[0])
-      for row, (i, example) in enumerate(zip(which, examples, strict=True)):
-        found[row] = example in self._others[i]
-    return found
-
-  def _list(self, step):
-    """Yields (data set, example, seed of its augmentation) of a step."""
-    positions, rows = self._locate(step)
-    which, examples = self._order(positions)
-    seeds = _fold(self.seed, tf.constant(step, tf.int64), tf.constant(rows))
-    for i, example, seed in zip(which, examples, seeds, strict=True):
-      if example not in self._others[i]:
-        yield int(i), int(example), seed
 
   def _check(self, i, example, seed):
     source = self.sources[i]
@@ -248,33 +217,33 @@ def _fold(seed, step, rows):
   return tf.stack([tf.fill(tf.shape(rows), key), rows], axis=1)
 
 
-def _make_dataset(reader, steps):
-  """The tf.data graph: steps -> records -> examples -> batches."""
+def _start(reader, steps):
+  """Starts the tf.data graph: steps -> records -> examples -> batches."""
   max_labels = max(source.max_labels for source in reader.sources)
 
   # AutoGraph would cost seconds of every start, and nothing here needs it.
   @tf.autograph.experimental.do_not_convert
   def read(step):
-    records, which, rows = tf.numpy_function(
-      reader.read, [step], [tf.string, tf.int64, tf.int64], stateful=False
+    records, which, replaced = tf.numpy_function(
+      reader.read, [step], [tf.string, tf.int64, tf.int32], stateful=False
     )
-    for tensor in (records, which, rows):
-      tensor.set_shape([None])
-    return records, tf.cast(which, tf.int32), _fold(reader.seed, step, rows)
-
-  def parse(source, record):
-    encoded, labels = source.parse(record)
-    padding = [[0, max_labels - source.max_labels]]
-    return encoded, tf.pad(labels, padding, constant_values=-1)
+    for tensor in (records, which, replaced):
+      tensor.set_shape(reader.rows.shape)
+    seeds = _fold(reader.seed, step, reader.rows)
+    return records, tf.cast(which, tf.int32), seeds, replaced
 
   @tf.autograph.experimental.do_not_convert
-  def make_example(record, which, seed):
-    parsers = [functools.partial(parse, x, record) for x in reader.sources]
+  def make_example(record, which, seed, replaced):
+    parsers = [
+      functools.partial(source.parse, record, max_labels)
+      for source in reader.sources
+    ]
     # A `switch_case` of one would be evaluated for each image all the same.
     encoded, labels = (
       tf.switch_case(which, parsers) if len(parsers) > 1 else parsers[0]()
     )
-    return {"image": reader.process(encoded, seed), "labels": labels}
+    example = {"image": reader.process(encoded, seed), "labels": labels}
+    return example | ({"replaced": replaced} if reader.replaces else {})
 
   cpus = count_cpus()
   options = tf.data.Options()
@@ -292,6 +261,7 @@ def _make_dataset(reader, steps):
     .batch(len(reader.rows))
     .prefetch(2)
     .with_options(options)
+    .as_numpy_iterator()
   )
 
 
@@ -307,27 +277,20 @@ def _close_all():
       batches.close()
 
 
-def _iterate(reader, dataset, steps):
-  batches = _generate(reader, dataset, steps)
+def _iterate(reader, steps):
+  batches = _generate(reader, steps)
   _open.add(batches)
   return batches
 
 
-def _generate(reader, dataset, steps):
+def _generate(reader, steps) -> Iterator[Any]:
   """Yields NumPy batches; names the example that is at fault, if one is."""
-  batches = dataset.as_numpy_iterator()
+  batches = _start(reader, steps)
   try:
     for step in steps:
-      if not reader.mask(step).any():
-        return  # only the last step of an evaluation can be all padding
       while (batch := _next(reader, batches, step)) is None:
         del batches
-        reader.fetcher.close()
-        reader = reader.renew()
-        rest = _make_dataset(reader, range(step, steps.stop))
-        batches = rest.as_numpy_iterator()
-      if reader.replaces:
-        batch["replaced"] = reader.find_replaced(step)
+        batches = _start(reader, range(step, steps.stop))
       yield batch
   finally:
     del batches
@@ -337,33 +300,10 @@ def _generate(reader, dataset, steps):
 def _next(reader, batches, step):
   """Returns the next batch; None if others have to be shown in it."""
   try:
-    batch = next(batches)
-    if not (batch["labels"] == BAD_LABEL).any():
-      return batch
-    if not reader.replace(step):
-      reader.explain(step)
+    return next(batches)
   except BaseException as e:
     del batches  # no frame may keep the iterator
     traceback.clear_frames(e.__traceback__)
-    if not isinstance(e, tf.errors.OpError):
-      raise
-    if not reader.replace(step):
-      reader.explain(step)
+    if not isinstance(e, tf.errors.OpError) or not reader.find_faults(step):
       raise
   return None
-
-
-def _pad(batches, reader, spec, steps):
-  """Adds the mask, and padding in the rows that do not exist."""
-  for step in steps:
-    mask = reader.mask(step)
-    batch = next(batches) if mask.any() else {}
-    if not mask.all():
-      padded = {
-        "image": np.zeros((len(mask), *spec["image"].shape[1:]), np.uint8),
-        "labels": np.full((len(mask), *spec["labels"].shape[1:]), -1, np.int32),
-      }
-      for key, value in batch.items():
-        padded[key][mask] = value
-      batch = padded
-    yield {**batch, "mask": mask}

@@ -17,10 +17,9 @@ from tensorflow_datasets.core import file_adapters
 from tensorflow_datasets.core.download import downloader
 
 from vit_jax.data import folder
-from vit_jax.data import tfds as tfds_source
 from vit_jax.data.benchmarks import BY_HAND
 from vit_jax.data.catalog import FOLDER, OBJECTNET, get_source
-from vit_jax.data.tfds import find_builder, open_folder
+from vit_jax.data.tfds import find_builder, open_folder, open_prepared
 from vit_jax.errors import UserError, one_line
 from vit_jax.files import (
   atomic_file,
@@ -222,4 +221,5 @@ def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
     return folder.list_splits(dataset)
   if dataset.startswith(OBJECTNET):
     return {"test": get_source(dataset, "test").num_examples}
-  return tfds_source.list_splits(dataset, data_dir)
+  splits = open_prepared(dataset, data_dir).info.splits
+  return {name: info.num_examples for name, info in splits.items()}

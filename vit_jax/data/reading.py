@@ -5,11 +5,10 @@ to answer a request, whatever its size: there a window of `BlockOrder` is read
 at once and ahead of time, or a whole set if it fits into memory.
 """
 
-import abc
-import concurrent.futures
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -22,33 +21,13 @@ from vit_jax.data.source import Source
 BLOCK_BYTES, _LEAST_BLOCK = 2**21, 2**18
 _LEAST_WINDOW = 16  # blocks
 _STREAMS = 64  # at most: as many as hosts, or a multiple of them
-_THREADS = 64  # requests under way
+_THREADS = 128  # requests under way, at most
 _RECORD_BYTES = 100_000  # where a data set does not say
-
-Positions = np.ndarray  # int64[b], of the stream that `order.py` describes
-
-
-class Fetcher(abc.ABC):
-  """Fetches the records of positions.
-
-  Attributes:
-    parallel: steps that may be read at the same time; 1: in order only.
-  """
-
-  parallel: int
-
-  @abc.abstractmethod
-  def fetch(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (records object[b] of bytes, data set int64[b])."""
-
-  @abc.abstractmethod
-  def close(self) -> None:
-    """Ends what is under way."""
 
 
 def make_fetcher(
   sources: Sequence[Source], order: Callable, memory: int = 0
-) -> Fetcher:
+) -> "Fetcher":
   """Returns what suits the order and the place of the data.
 
   Args:
@@ -62,7 +41,7 @@ def make_fetcher(
   remote = any(source.remote for source in sources)
   if remote and size <= memory:
     return _Kept(sources, order)
-  return _Singly(sources, order, parallel=_THREADS // 4 if remote else 2)
+  return Fetcher(sources, order, parallel=16 if remote else 2)
 
 
 def choose_shuffle(
@@ -104,13 +83,19 @@ def count_block(source: Source, size: float) -> int:
   return max(1, int(size * source.num_examples / count_bytes(source)))
 
 
-class _Singly(Fetcher):
-  """Each record by itself."""
+class Fetcher:
+  """Fetches the records of positions, each by itself.
 
-  def __init__(self, sources, order, parallel):
+  Attributes:
+    parallel: steps that may be read at the same time; 1: in order only.
+  """
+
+  def __init__(self, sources, order, parallel=1):
     self._sources, self._order, self.parallel = sources, order, parallel
+    self._pool = ThreadPoolExecutor(_THREADS)  # of no threads without work
 
-  def fetch(self, positions):
+  def fetch(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Maps positions int64[b] to (records object[b], data set int64[b])."""
     which, examples = self._order(positions)
     records = np.empty(len(which), object)
     for i in np.unique(which):
@@ -122,17 +107,17 @@ class _Singly(Fetcher):
   def _read(self, i, examples):
     return self._sources[i].read(examples)
 
-  def close(self):
-    pass
+  def close(self) -> None:
+    """Ends what is under way."""
+    self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Kept(_Singly):
-  """As `_Singly`, in blocks that are kept once they have been read."""
+class _Kept(Fetcher):
+  """In blocks that are kept once they have been read."""
 
   def __init__(self, sources, order):
-    super().__init__(sources, order, parallel=1)
-    self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
-    self._blocks = {}
+    super().__init__(sources, order)
+    self._blocks: dict[tuple[int, int], Future] = {}  # of (data set, block)
 
   def _read(self, i, examples):
     source = self._sources[i]
@@ -140,37 +125,42 @@ class _Kept(_Singly):
     blocks, offsets = np.divmod(examples, size)
     for b in np.unique(blocks).tolist():
       if (i, b) not in self._blocks:
-        end = min((b + 1) * size, source.num_examples)
-        block = np.arange(b * size, end)
+        block = np.arange(b * size, min((b + 1) * size, source.num_examples))
         self._blocks[i, b] = self._pool.submit(source.read, block)
     return [
       self._blocks[i, b].result()[offset]
       for b, offset in zip(blocks.tolist(), offsets.tolist(), strict=True)
     ]
 
-  def close(self):
-    self._pool.shutdown(wait=False, cancel_futures=True)
-
 
 class _Windows(Fetcher):
-  """The windows of a `BlockOrder` in use, and the next of each stream."""
+  """In windows of a `BlockOrder`: those in use, and the next of each stream.
 
-  parallel = 1
+  A host that has to wait for one reads more of them ahead, and so sends more
+  requests at a time, until it holds as many as one host for all streams would.
+  """
 
   def __init__(self, sources, order: BlockOrder):
-    self._sources, self._order = sources, order
-    self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
+    super().__init__(sources, order)
     # What each window is read as; {(data set, stream): its window in use}.
-    self._held: dict[Window, list[concurrent.futures.Future]] = {}
+    self._held: dict[Window, list[Future]] = {}
     self._newest: dict[tuple[int, int], Window] = {}
+    self._ahead = 1  # windows of each stream
 
   def fetch(self, positions):
     found = self._order.find_windows(positions)
+    needed = [x for window, _, _ in found for x in self._held.get(window, ())]
     for window, _, _ in found:
       self._load(window)
       self._newest[window.dataset, window.stream] = window
-    ahead = [self._order.next_window(w) for w in self._newest.values()]
-    for window in ahead:
+    late = not all(part.done() for part in needed)
+    most = 2 * self._order.num_streams // len(self._newest) - 1
+    self._ahead = min(self._ahead + late, most)
+    windows = latest = [*self._newest.values()]
+    for _ in range(self._ahead):
+      latest = [self._order.next_window(window) for window in latest]
+      windows = windows + latest
+    for window in windows:
       self._load(window)
     records = np.empty(len(positions), object)
     which = np.empty(len(positions), np.int64)
@@ -178,18 +168,13 @@ class _Windows(Fetcher):
       parts = itertools.chain(*(part.result() for part in self._held[window]))
       records[indices] = np.fromiter(parts, object)[offsets]
       which[indices] = window.dataset
-    wanted = {*self._newest.values(), *ahead}
-    self._held = {w: parts for w, parts in self._held.items() if w in wanted}
+    self._held = {window: self._held[window] for window in windows}
     return records, which
 
   def _load(self, window):
     if window not in self._held:
+      read = self._sources[window.dataset].read
       self._held[window] = [
-        self._pool.submit(
-          self._sources[window.dataset].read, np.arange(first, end)
-        )
+        self._pool.submit(read, np.arange(first, end))
         for first, end in self._order.find_ranges(window)
       ]
-
-  def close(self):
-    self._pool.shutdown(wait=False, cancel_futures=True)

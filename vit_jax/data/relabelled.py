@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from vit_jax.data.source import BAD_LABEL, Source
+from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
   if len({*class_names}) < len(class_names) or not {*names} <= {*class_names}:
     return None
   new = [class_names.index(name) for name in names]
-  # One place at each end, for labels that the source should not have.
-  table = np.array([BAD_LABEL, *new, BAD_LABEL], np.int32)
+  # At both ends: labels that the source should not have stay out of range.
+  table = np.array([-1, *new, len(class_names)], np.int32)
 
   def parse_labels(record):
     labels = source.parse_labels(record)

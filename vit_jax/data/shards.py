@@ -31,10 +31,9 @@ _alive = weakref.WeakSet()  # all instances
 class Shards:
   """The records of several files as one sequence. Thread-safe.
 
-  A file is opened when it is first read. From then on it is in memory where its
-  records begin, 8 bytes each, and a file on a disk stays open. (ArrayRecord can
-  look that up in the file each time, but then it decodes the whole index: 5 ms
-  a read where there are 100,000 records.)
+  A file is opened when it is first read. From then on memory has where its
+  records begin, 8 bytes each: ArrayRecord would otherwise decode the index at
+  each read, 5 ms for 100,000 records; and a file on a disk stays open.
 
   Attributes:
     remote: whether the files are in a bucket.
@@ -55,13 +54,12 @@ class Shards:
     _check_there(self._files, dataset)
     self.remote = is_remote(self._files[0])
     self.num_open = 0 if self.remote else len(self._files)
-    _allow_open(self.num_open, sum(x.num_open for x in _alive), dataset)
+    if self.num_open:
+      _allow_open(self.num_open, sum(x.num_open for x in _alive), dataset)
     _alive.add(self)
     self._ends = np.cumsum([f.take for f in instructions])
     # From a record's index in the sequence to its index in the file.
-    self._shifts = (
-      np.array([f.skip + f.take for f in instructions]) - self._ends
-    )
+    self._shifts = [f.skip + f.take for f in instructions] - self._ends
     self._readers = [None] * len(self._files)
     # Reading an index takes as much memory again, of each thread that does. A
     # bucket wants to be asked for many at a time, a disk does not.
@@ -129,26 +127,20 @@ def _check_there(files, dataset):
 
 
 def _allow_open(count, others, dataset):
-  """Raises the limit of open files, as far as the system allows.
+  """Raises the limit of open files to `count` more, if the system allows that.
 
-  Args:
-    count: files of a data set.
-    others: those of the data sets that this process has opened before.
-    dataset: its name.
-
-  Raises:
-    UserError: they are more than the system allows.
+  `others` are those of the data sets that this process has opened before.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   limit = 2**20 if hard == resource.RLIM_INFINITY else hard
-  if count and count + others + _SPARE_FILES > limit:
-    wanted = 2 * (count + others + _SPARE_FILES)
+  wanted = count + others + _SPARE_FILES
+  if wanted > limit:
     raise UserError(
       f"data set {dataset!r} has {count:,} files"
       f"{f' and those before it {others:,}' if others else ''}, all of them "
       f"open at once; this process may open {limit:,}, its hard limit: raise "
-      f"it, as root with `ulimit -n {wanted}`, in Docker with `--ulimit nofile="
-      f"{wanted}`, in limits.conf with `* hard nofile {wanted}`"
+      f"it, as root with `ulimit -n {2 * wanted}`, in Docker with `--ulimit "
+      f"nofile={2 * wanted}`, in limits.conf with `* hard nofile {2 * wanted}`"
     )
   if soft != resource.RLIM_INFINITY:
     new = max(soft, min(soft + count, limit))

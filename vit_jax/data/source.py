@@ -1,7 +1,6 @@
 """Sources: index -> bytes -> (encoded image, labels), whatever the format."""
 
 import abc
-import copy
 import functools
 import hashlib
 import json
@@ -12,14 +11,11 @@ import tensorflow as tf
 from vit_jax.data import ops
 from vit_jax.errors import UserError
 
-BAD_LABEL = -2
+_CHECKED_LABELS = 1000  # before a run starts; the others as they are read
 
 
 class BadExample(UserError):
   """An example that no training can use, wherever it is read."""
-
-
-_CHECKED_LABELS = 1000  # before a run starts; the others as they are read
 
 
 class Source(abc.ABC):
@@ -58,25 +54,26 @@ class Source(abc.ABC):
     """Returns (file, first, end) of the examples, for `count_shared`."""
     return []
 
-  def parse(self, record: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor]:
+  def parse(
+    self, record: tf.Tensor | bytes, length: int | None = None
+  ) -> tuple[tf.Tensor, tf.Tensor]:
     """Parses one record that `read` returns, in a graph or eagerly.
 
     Returns:
-      (encoded image: scalar string, labels: int32[max_labels]), padded with -1.
-      Invalid labels are all BAD_LABEL; `check_example` raises their error,
-      because it knows which example it is.
+      (encoded image: scalar string, labels: int32[length]), padded with -1;
+      None: `max_labels`.
+
+    Raises:
+      tf.errors.OpError: invalid labels; `check_example` says which.
     """
     labels = self.parse_labels(record)
     usable = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
-    usable &= tf.size(labels) <= self.max_labels
-    if not self.multilabel:
-      usable &= tf.size(labels) == 1
-    labels = labels[: self.max_labels]
-    padding = [[0, self.max_labels - tf.size(labels)]]
-    padded = tf.pad(labels, padding, constant_values=-1)
-    bad = tf.fill([self.max_labels], BAD_LABEL)
-    labels = tf.ensure_shape(tf.where(usable, padded, bad), [self.max_labels])
-    return self.parse_image(record), labels
+    count = tf.size(labels)
+    usable &= (count <= self.max_labels) & (self.multilabel | (count == 1))
+    tf.debugging.Assert(usable, [labels])
+    length = length or self.max_labels
+    labels = tf.pad(labels, [[0, length - count]], constant_values=-1)
+    return self.parse_image(record), tf.ensure_shape(labels, [length])
 
   def describe(self, index: int) -> str:
     """Returns the name of an example for messages."""
@@ -101,10 +98,10 @@ class Source(abc.ABC):
     if self.remote:  # each would be a request, and these are one
       indices = np.arange(count // 10 + 1)
     records = tf.data.Dataset.from_tensor_slices(self.read(indices))
-    labels = records.map(lambda record: self.parse(record)[1]).batch(2**10)
-    bad = (labels.get_single_element() == BAD_LABEL).numpy().any(axis=1)
-    if bad.any():
-      self.check_example(int(indices[bad.argmax()]))
+    labels = records.map(self.parse_labels).ragged_batch(count)
+    found = labels.get_single_element().numpy()  # dense or ragged
+    for index, labels in zip(indices.tolist(), found, strict=True):
+      self._check_labels(index, labels)
 
   def read_example(self, index: int) -> tuple[bytes, list[int]]:
     """Returns an example's encoded image and its labels, unchecked."""
@@ -124,6 +121,17 @@ class Source(abc.ABC):
       encoded, labels = self.read_example(index)
     except OSError as e:
       raise UserError(f"{what}: cannot be read: {e.strerror or e}") from e
+    self._check_labels(index, labels)
+    try:
+      pixels = ops.decode(tf.constant(encoded), precise=False).numpy()
+    except tf.errors.OpError as e:
+      raise BadExample(
+        f"{what}: not a readable image; repair or remove it"
+      ) from e
+    return encoded, labels, pixels
+
+  def _check_labels(self, index, labels):
+    what = self.describe(index)
     for label in labels:
       if not 0 <= label < self.num_classes:
         hint = "; the split has no labels" if label == -1 else ""
@@ -137,33 +145,6 @@ class Source(abc.ABC):
         f"{what}: {len(labels)} labels, but the data set declares at most "
         f"{self.max_labels}; prepare it again"
       )
-    try:
-      pixels = ops.decode(tf.constant(encoded), precise=False).numpy()
-    except tf.errors.OpError as e:
-      raise BadExample(
-        f"{what}: not a readable image; repair or remove it"
-      ) from e
-    return encoded, labels, pixels
-
-
-def replace_examples(source: Source, others: dict[int, int]) -> Source:
-  """Returns a source that reads other examples in the place of some.
-
-  Args:
-    source: the data set.
-    others: {example: the one in its place}, which may grow.
-  """
-
-  def read(indices):
-    records = source.read(indices)
-    for i, example in enumerate(np.asarray(indices).tolist()):
-      if example in others:
-        [records[i]] = source.read(np.array([others[example]]))
-    return records
-
-  found = copy.copy(source)
-  found.read = read
-  return found
 
 
 def count_shared(source: Source, other: Source) -> int:

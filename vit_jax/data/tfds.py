@@ -24,7 +24,7 @@ class TfdsSource(Source):
   """A split of a TFDS data set in ArrayRecord files."""
 
   def __init__(self, dataset: str, split: str, data_dir: str | None):
-    builder = _open_prepared(dataset, data_dir)
+    builder = open_prepared(dataset, data_dir)
     self.dataset, self.split = dataset, split
     self._task = task = find_task(dataset)
     splits = builder.info.splits
@@ -43,14 +43,11 @@ class TfdsSource(Source):
     self.multilabel = hasattr(label, "feature") and not (task and task.derive)
     self.max_labels = 1
     if self.multilabel:
-      # A builder may declare it in its `tfds.core.MetadataDict`.
-      declared = (builder.info.metadata or {}).get("max_labels")
+      command = _command("check", dataset, data_dir)
       self.max_labels = (
         (task and task.max_labels)
-        or declared
-        or find_max_labels(
-          self, builder.data_path, _command("check", dataset, data_dir)
-        )
+        or (builder.info.metadata or {}).get("max_labels")
+        or find_max_labels(self, builder.data_path, command)
       )
 
   def identity(self):
@@ -79,12 +76,6 @@ class TfdsSource(Source):
     if self._task and self._task.derive:
       labels = self._task.derive(labels)
     return tf.reshape(tf.cast(labels, tf.int32), [-1])
-
-
-def list_splits(dataset: str, data_dir: str | None) -> dict[str, int]:
-  """Returns {split: number of examples}; see `catalog.list_splits`."""
-  splits = _open_prepared(dataset, data_dir).info.splits
-  return {name: info.num_examples for name, info in splits.items()}
 
 
 def find_builder(
@@ -133,7 +124,12 @@ def open_folder(builder):
   return builder, tfds.core.FileFormat.ARRAY_RECORD in formats
 
 
-def _open_prepared(dataset, data_dir):
+def open_prepared(dataset: str, data_dir: str | None):
+  """Returns the builder of a data set that is there, in ArrayRecord files.
+
+  Raises:
+    UserError: as `find_builder`; it is not there, or in another format.
+  """
   builder = find_builder(dataset, data_dir)
   command = _command("prepare", dataset, data_dir)
   if not builder.is_prepared():

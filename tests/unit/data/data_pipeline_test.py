@@ -246,6 +246,16 @@ def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
   assert "example 5 of numbers all: label 10 is out" in caplog.text
 
 
+def test_bad_neighbours_are_replaced_whichever_is_shown_first():
+  source = Numbers(20)
+  source.images[13] = source.images[14] = b"nothing"
+  options = {"batch_size": 1, "num_steps": 40, "on_bad_example": "replace"}
+  for seed in range(4):
+    seen = _colours(_train(source, [0], **options, seed=seed))
+    assert not {13, 14} & {*seen}
+    assert seen.count(15) == 6  # twice for itself, in two epochs
+
+
 def test_no_example_is_shown_if_all_are_bad():
   source = Numbers(3)
   source.images = [b"nothing"] * 3

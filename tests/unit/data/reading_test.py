@@ -1,6 +1,7 @@
 """What is read of a bucket: whole blocks, ahead of time, within a budget."""
 
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +18,14 @@ class Bucket:
 
   remote, num_examples, num_bytes = True, SIZE, SIZE * BYTES
 
-  def __init__(self):
+  def __init__(self, latency=0):
     self.requests, self.lock = [], threading.Lock()
+    self.latency = latency  # seconds
 
   def read(self, indices):
     with self.lock:
       self.requests.append(indices)
+    time.sleep(self.latency)
     return [b"%d" % i for i in indices]
 
   def count(self):
@@ -58,7 +61,18 @@ def test_a_host_reads_no_more_than_its_streams():
   fetcher = make_fetcher([source], order)
   steps = range(20, SIZE // BATCH)
   list(_fetch(fetcher, order, steps, np.arange(BATCH // 4)))
-  assert source.count() < SIZE / 4 + 2 * 2 * 50
+  assert source.count() < SIZE / 4 + 2 * 4 * 2 * 50
+  fetcher.close()
+
+
+def test_a_host_that_waits_reads_further_ahead():
+  source, shuffle = Bucket(0.1), Shuffle(blocks=[10], window=2, streams=8)
+  order = BlockOrder(shuffle, 0, [SIZE], [1.0], BATCH)
+  fetcher, rows, ahead = make_fetcher([source], order), np.arange(2), []
+  for step in _fetch(fetcher, order, range(200), rows):
+    ahead.append(source.count() - 2 * (step + 1))
+  # At first two windows of 20; at most what all 8 streams may hold.
+  assert max(ahead[:10]) <= 2 * 20 < 3 * 20 < max(ahead) <= 8 * 2 * 20
   fetcher.close()
 
 
