@@ -168,9 +168,9 @@ _FAULTS = {
     "integration/train_test.py",
   ),
   "queries in the place of keys": Fault(
-    "pretrained/timm.py",
-    "fused, part=(i, 3))",
-    "fused, part=((i + 1) % 3, 3))",
+    "pretrained/torch_folders.py",
+    "(inputs[0], (i, 3)) if joined",
+    "(inputs[0], ((i + 1) % 3, 3)) if joined",
     "parity/timm_test.py::test_logits",
   ),
 }

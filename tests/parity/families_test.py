@@ -20,6 +20,7 @@ from torch_formats import make_weights
 
 import vit_jax
 from vit_jax import models, pretrained
+from vit_jax.pretrained import families
 
 # Of a standard deviation.
 TOLERANCE = 1e-5
@@ -420,3 +421,25 @@ def test_ours_to_transformers(libraries, tmp_path, name):
   names = ("logits", "image_embeds", "pooler_output")
   expected = next(found[x] for x in names if x in found)
   assert _difference([kept], [expected.numpy()]) <= TOLERANCE
+
+
+_CONFIGS = {
+  "ViTConfig": families.VIT,
+  "DeiTConfig": families.DEIT,
+  "ViTMAEConfig": families.MAE,
+  "Dinov2Config": families.DINOV2,
+  "Dinov2WithRegistersConfig": families.DINOV2_REGISTERS,
+  "DINOv3ViTConfig": families.DINOV3,
+  "SiglipVisionConfig": families.SIGLIP,
+  "CLIPVisionConfig": families.CLIP,
+  "MetaClip2VisionConfig": families.CLIP,
+}
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_defaults_are_those_of_transformers(libraries, name):
+  """A config.json may leave out what it has of them."""
+  config = getattr(libraries.transformers, name)()
+  for field, value in _CONFIGS[name].fields.items():
+    assert getattr(config, field) == value, field
+  assert config.model_type in families.BY_TYPE

@@ -115,7 +115,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
     return _open_safetensors(path)
   arrays = {}
   index = files.read_json(path, "fetch it again")
-  parts = index.get("weight_map") if isinstance(index, dict) else None
+  parts = index.get("weight_map")
   if not isinstance(parts, dict) or not parts:
     raise UserError(f"{path}: its weight_map names no files; fetch it again")
   for name in sorted(set(map(str, parts.values()))):

@@ -461,8 +461,8 @@ def _find_problems(weights, family, layout) -> list[str]:
     problems.append("a pre_logits layer")
   problems += [
     f"{name} {options[name]!r}"
-    for name in choices.keys() - _FREE
-    if options[name] not in choices[name]
+    for name, values in choices.items()
+    if name not in _FREE and options[name] not in values
   ]
   height, width = weights.image_size
   if family.square and height != width:
