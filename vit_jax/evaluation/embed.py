@@ -164,8 +164,11 @@ def _join(path, parts):
   """Writes all parts as one file."""
   with files.atomic_file(path) as partial, open(partial, "wb") as f:
     if path.suffix == ".npz":
-      names = ("images", "features")
-      np.savez(f, **{n: np.concatenate([p[n] for p in parts]) for n in names})
+      images, features = (
+        np.concatenate([part[name] for part in parts])
+        for name in ("images", "features")
+      )
+      np.savez(f, images=images, features=features)
       return
     import pyarrow as pa
     from pyarrow import parquet
