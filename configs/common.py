@@ -76,7 +76,8 @@ def get_config() -> Any:
   config.model.qk_norm = False  # a LayerNorm of each head's queries and keys
   config.model.mlp = "plain"  # "gated": SwiGLU, with the activation "silu"
   config.model.layer_scale_init = 0.0  # of LayerScale; 0: none
-  # "pooled": the last LayerNorm comes after the pooling, as in MAE.
+  # "pooled": the last LayerNorm comes after the pooling, as in MAE; "none": it
+  # is left out, as in transformers' classifiers of CLIP.
   config.model.final_norm = "tokens"
   config.model.map_heads = 0  # of "map"; 0: as many as the encoder's
   config.model.projection_size = 0  # of CLIP's matrix after pooling; 0: none

@@ -6,6 +6,7 @@ differences that docs/differences.md has.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -308,26 +309,47 @@ def _difference(found, expected):
   )
 
 
+# In the default tests: the most different ones.
+_DEFAULT = (
+  *("DINOv2, registers, classes", "DINOv3, gated", "SigLIP, whole"),
+  *("CLIP, whole", "DeiT, one head"),
+)
+
+
 def _list_cases():
-  """Each class at each size; in the default tests the most different ones."""
-  default = {"DINOv2, registers, classes", "DINOv3, gated", "SigLIP, whole"}
-  default |= {"CLIP, whole"}
+  """Each class at each size; in CI at two, of which "wide" is both ways."""
+  marks = {"native": pytest.mark.ci, "wide": pytest.mark.ci}
   for name in CASES:
     for size in SIZES:
-      mark = () if name in default and size == "wide" else pytest.mark.ci
-      yield pytest.param(name, size, marks=mark)
+      mark = marks.get(size, pytest.mark.nightly)
+      is_default = name in _DEFAULT and size == "wide"
+      yield pytest.param(name, size, marks=() if is_default else mark)
 
 
 @pytest.mark.parametrize(("name", "size"), list(_list_cases()))
 def test_tokens_and_features(libraries, tmp_path, name, size):
   case, images = CASES[name], _make_images(SIZES[size])
   model = _make(libraries, case)
-  folder = _save(model, tmp_path)
+  found = _run_ours(_save(model, tmp_path), images)
   expected = _run_theirs(libraries, model, case, images)
-  difference = _difference(_run_ours(folder, images), expected)
-  rough = _difference(_run_ours(folder, images, "bfloat16"), expected)
-  print(f"| {name} | {size} | {difference:.1e} | {rough:.1e} |")
+  difference = _difference(found, expected)
+  print(f"| {name} | {size} | float32 | {difference:.1e} |")
   assert difference <= TOLERANCE
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+  ("name", "size"), list(itertools.product(CASES, SIZES))
+)
+def test_bfloat16(libraries, tmp_path, name, size):
+  """Eight bits of a number in two blocks, the largest of thousands of them."""
+  case, images = CASES[name], _make_images(SIZES[size])
+  model = _make(libraries, case)
+  found = _run_ours(_save(model, tmp_path), images, "bfloat16")
+  expected = _run_theirs(libraries, model, case, images)
+  difference = _difference(found, expected)
+  print(f"| {name} | {size} | bfloat16 | {difference:.1e} |")
+  assert difference <= 0.2
 
 
 def _read_back(libraries, case, folder):
@@ -339,7 +361,13 @@ def _read_back(libraries, case, folder):
   return model.eval()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in _DEFAULT else pytest.mark.ci)
+    for name in CASES
+  ],
+)
 def test_back_to_transformers(libraries, tmp_path, name):
   """Reading and writing changes no value that an output depends on."""
   case, images = CASES[name], _make_images(NATIVE)

@@ -236,7 +236,8 @@ CLIP = {"pre_norm": True, "patch_bias": False}
 
 def _write(folder, **options):
   """Writes random weights; returns the folder."""
-  pretrained.write(make_weights(**options), str(folder / "out"), "hf")
+  weights = torch_formats.make_weights(**options)
+  pretrained.write(weights, str(folder / "out"), "hf")
   return folder / "out"
 
 

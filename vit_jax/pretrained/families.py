@@ -253,8 +253,8 @@ DINOV2_REGISTERS = DINOV2._replace(
     ),
     Layout("Dinov2WithRegistersModel", "dinov2_with_registers", "token"),
   ),
-  fields=DINOV2.fields | {"patch_size": 16, "num_register_tokens": 4},
-  options=DINOV2.options | {"registers": POSITIVE},
+  fields={**DINOV2.fields, "patch_size": 16, "num_register_tokens": 4},
+  options={**DINOV2.options, "registers": POSITIVE},
   resize="timm",
 )
 DINOV3 = Family(

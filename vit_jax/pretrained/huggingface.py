@@ -537,7 +537,7 @@ def _make_config(weights, family, layout):
     "rope_theta": options["rope_base"],
     "vision_use_head": options["classifier"] == "map",
   }
-  encoder = {"num_channels": 3}
+  encoder: dict[str, Any] = {"num_channels": 3}
   encoder |= {k: values.get(k, v) for k, v in family.fields.items()}
   if family is families.MAE:
     encoder["mask_ratio"] = 0.0  # or features are of some patches
