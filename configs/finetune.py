@@ -34,21 +34,18 @@ is not the paper's gets 2,500 steps with 200 of warm-up, as a task of VTAB does,
 the learning rate 0.01 and the splits `train` and `test`; `held_out` takes the
 last tenth of `train`.
 
-  # needs a download
-  vit-jax train --workdir=runs/dinov2_beans \
-    --config=configs/finetune.py:hf:facebook/dinov2-small,beans,224,adamw
+  vit-jax train --workdir=runs/photos_adamw \
+    --config=configs/finetune.py:ViT-N_8-digits,folder:photos,adamw
+
+From the Hugging Face hub it is `hf:facebook/dinov2-small,beans,224,adamw`. A
+path or a mixture with a comma in it goes in double quotes:
+`"runs/a,b","cifar10=0.7,cifar100=0.3"`.
 
 `adamw` is the recipe of MAE (arXiv 2111.06377, Table 9; learning rate and layer
 decay as its code has them for ViT-B), for encoders that were trained without
 labels: AdamW, layer-wise learning-rate decay, drop-path, label smoothing, mixup
 and CutMix, RandAugment, 5 % of the steps for warm-up, no clipping. It has no
 random erasing, and the steps above instead of 100 epochs.
-
-Commas separate; a path or a mixture that has one goes in double quotes:
-
-  # needs a download
-  vit-jax train --workdir=runs/mixed \
-    --config='configs/finetune.py:"runs/a,b","cifar10=0.7,cifar100=0.3"'
 """
 
 import csv

@@ -259,7 +259,7 @@ def test_large_patches_are_whole():
 def foreign(tmp_path):
   """A folder of Hugging Face's with a comma and a colon in its name."""
   weights = torch_formats.make_weights(
-    5, (32, 48), representation_size=-1, activation="gelu_erf"
+    0, (32, 48), representation_size=-1, activation="gelu_erf"
   )
   pretrained.write(weights, str(tmp_path / "a,b:c"), "hf")
   return tmp_path / "a,b:c"
@@ -274,7 +274,7 @@ def test_finetuning_starts_from_any_weights(foreign):
   assert (config.eval.split, config.schedule.base_lr) == ("test", 0.01)
   assert config.image_size == (32, 48)
   weights = pretrained.read(str(foreign))
-  assert weights.model["representation_size"] == -1
+  assert weights.model["representation_size"] == 24
   pretrained.check_numerics(weights, config.model)
   changed = {
     key
