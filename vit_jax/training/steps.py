@@ -132,12 +132,12 @@ def cutmix(key, images, targets, alpha):
   """
   area_key, *keys = jax.random.split(key, 3)
   side = jnp.sqrt(1 - jax.random.beta(area_key, alpha, alpha))
-  inside = True
+  within = []
   for axis, size in enumerate(images.shape[1:3]):
     half = jnp.int32(size * side) // 2
     distance = jnp.arange(size) - jax.random.randint(keys[axis], (), 0, size)
-    within = (distance >= -half) & (distance < half)
-    inside &= jnp.expand_dims(within, 1 - axis)
+    within.append((distance >= -half) & (distance < half))
+  inside = within[0][:, None] & within[1]
   kept = 1 - inside.mean()
   targets = kept * targets + (1 - kept) * jnp.roll(targets, 1, axis=0)
   other = jnp.roll(images, 1, axis=0)

@@ -398,23 +398,25 @@ def test_layers_learn_by_depth_or_not_at_all(name, layer_decay, frozen):
 
 def test_every_parameter_has_the_depth_of_its_place():
   options = {"variant": "ViT-w16d2m32h2_4", "num_classes": 3, "image_size": 8}
-  for classifier in ("token", "gap", "map"):
-    model = models.create(
-      **options, classifier=classifier, representation_size=-1
-    )
+  more = {"pre_norm": True, "registers": 2, "representation_size": -1}
+  for changes in (
+    {"classifier": "token", "distillation_token": True, **more},
+    {"classifier": "gap", "final_norm": "pooled", "class_token": True, **more},
+    {"classifier": "map", "projection_size": 8, **more},
+  ):
+    model = models.create(**options, **changes)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     factors = optim.find_factors(shapes, (), 0.5, 0)
-    after = {
-      *("Transformer/encoder_norm/scale", "Transformer/encoder_norm/bias"),
-      *("pre_logits/kernel", "pre_logits/bias", "head/kernel", "head/bias"),
-      *(path for path in flatten(shapes) if path.startswith("MAPHead_0/")),
-    }
-    assert {path for path, x in factors.items() if x == 1} == after
     before = {path for path, x in factors.items() if x == 0.5**3}
-    assert before == flatten(shapes).keys() - after - {
-      path for path in factors if "/encoderblock_" in path
-    }
-    assert "embedding/kernel" in before
+    position = "Transformer/posembed_input/pos_embedding"
+    norm = {f"Transformer/pre_norm/{name}" for name in ("scale", "bias")}
+    start = {"embedding/kernel", "embedding/bias", "registers", position, *norm}
+    assert before - {"cls", "dist"} == start
+    assert before >= {"cls", "dist"} & flatten(shapes).keys()
+    blocks = {path for path in factors if "/encoderblock_" in path}
+    after = {path for path, x in factors.items() if x == 1}
+    assert after == factors.keys() - before - blocks
+    assert "head/kernel" in after
 
 
 @pytest.mark.parametrize(
