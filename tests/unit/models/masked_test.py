@@ -378,10 +378,11 @@ def test_models_that_cannot_be_had(options, words):
   ],
 )
 def test_configurations_that_cannot_be_run(overrides, words, runs):
-  config = configuration.load(
-    str(runs.config), {"objective": "masked_patches", **overrides}
-  )
+  given = {"objective": "masked_patches", "loss.name": "sigmoid", **overrides}
+  config = configuration.load(str(runs.config), given)
   with named(words):
+    configuration.check_ranges(config)
+    configuration.check_unused(config)
     objectives.create(config, ["a", "b"])
 
 
