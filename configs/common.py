@@ -57,7 +57,9 @@ def get_config() -> Any:
   config.model.layer_norm_epsilon = 1e-6  # see above
   config.model.dropout_rate = 0.0  # where the paper has it; 0: off
   config.model.attention_dropout_rate = 0.0  # of the attention weights
-  config.model.stochastic_depth_rate = 0.0  # of the last block; linear in depth
+  # Drop-path by depth: the rate of the last block; the others have it linearly
+  # from 0 in the first one.
+  config.model.stochastic_depth_rate = 0.0
   config.model.head_bias_init = 0.0  # every class's logit at the beginning
   # What other encoders have and the paper's do not (docs/encoders.md). More
   # tokens: a class token that the classifier ignores, DeiT's distillation
@@ -106,6 +108,9 @@ def get_config() -> Any:
   # name; "replace" shows the next one in its place, names it and counts such.
   config.train.on_bad_example = "stop"
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
+  # A box of another image, 1 - Beta(alpha, alpha) of the area; 0: off. With
+  # mixup on as well each batch gets one of the two, by chance.
+  config.train.cutmix_alpha = 0.0
   config.eval = ml_collections.ConfigDict()
   config.eval.dataset = placeholder(str)  # unset: the training data set
   config.eval.split = "validation"  # held-out images, or the test set
@@ -154,6 +159,21 @@ def get_config() -> Any:
   config.optimizer.clip_norm = 0.0  # global gradient norm; 0: no clipping
   # "regex=factor" pairs, first match wins; factor 0 freezes.
   config.optimizer.lr_multipliers = ()
+  # Layer-wise decay: the last block learns at this times the learning rate, the
+  # one before it at its square, and so on down to the patch embedding. 1: off.
+  config.optimizer.layer_decay = 1.0
+  # Freezes the first n blocks and all before them, such as the patch and
+  # position embeddings. 0: nothing. `model.scan` then saves no time.
+  config.optimizer.freeze_blocks = 0
+  # Low-rank updates (LoRA): kernels get alpha / rank * A B added; A, B and the
+  # head alone are trained, but for what `lr_multipliers` says. Who reads the
+  # run gets plain weights, with the products added.
+  config.lora = ml_collections.ConfigDict()
+  config.lora.rank = 0  # columns of A, rows of B; 0: off
+  config.lora.alpha = 16.0  # see above
+  # Regular expression: the kernels whose whole path matches; all projections of
+  # the attention. ".*/(query|value)/kernel" is the LoRA paper's choice.
+  config.lora.params = ".*/MultiHeadDotProductAttention_0/.*/kernel"
   config.schedule = ml_collections.ConfigDict()
   config.schedule.base_lr = 1e-3  # the learning rate after the warm-up
   config.schedule.decay = "linear"  # "linear", "cosine", "rsqrt", "constant"

@@ -1,33 +1,59 @@
-r"""Fine-tuning as in the paper's Table 4: `finetune.py:VARIANT,DATASET`.
+r"""Fine-tuning as in the paper's Table 4: `finetune.py:MODEL,DATASET`.
 
   # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/finetune.py:ViT-B_16,cifar100 \
     --workdir=gs://BUCKET/b16_cifar100 \
     --config.init_from=gs://BUCKET/b16_i21k
 
-DATASET is imagenet2012, cifar10, cifar100, oxford_iiit_pet or
-oxford_flowers102. Common to all: SGD with momentum 0.9 kept in bfloat16, batch
-512, no weight decay, gradients clipped to norm 1, cosine decay, 384 px, a new
-zero-initialised head, no tanh layer. The paper tries the learning rates in
-`LEARNING_RATES` on a part held out of the training set, then trains on all of
-it and reports the test set, which is looked at once, at the end. One of the
-middle rates is set here. To try another one on the held-out part:
+DATASET is one of the paper's: imagenet2012, cifar10, cifar100, oxford_iiit_pet
+or oxford_flowers102; others are below. Common to all: SGD with momentum 0.9
+kept in bfloat16, batch 512, no weight decay, gradients clipped to norm 1,
+cosine decay, 384 px, a new zero-initialised head, no tanh layer. The paper
+tries the learning rates in `LEARNING_RATES` on a part held out of the training
+set, then trains on all of it and reports the test set, which is looked at once,
+at the end. One of the middle rates is set here. To try another one on the held-
+out part:
 
   # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/finetune.py:ViT-B_16,cifar100,held_out \
     --workdir=gs://BUCKET/b16_cifar100_lr001 \
     --config.init_from=gs://BUCKET/b16_i21k --config.schedule.base_lr=0.01
 
-A number after the data set is an image size. On ImageNet more than 384 goes
+A number behind the data set is an image size. On ImageNet more than 384 goes
 with the Polyak averaging of the paper's Table 2: `ViT-L_16,imagenet2012,512`,
 `ViT-H_14,imagenet2012,518`.
 
 Expected with the weights of 90 epochs of ImageNet-21k (the paper's Table 5):
 ViT-B/16 91.67 % on CIFAR-100, 98.95 % on CIFAR-10, 83.97 % on ImageNet, 94.43 %
 on Pets, 99.38 % on Flowers. `vit-jax tables` has the rest.
+
+MODEL may also be weights, whatever `vit_jax.load` takes. The model is then what
+they are, without a tanh layer; the run starts from them; their image size is
+the default. DATASET may be any name of TFDS, `folder:PATH` or a mixture. What
+is not the paper's gets 2,500 steps with 200 of warm-up, as a task of VTAB does,
+the learning rate 0.01 and the splits `train` and `test`; `held_out` takes the
+last tenth of `train`.
+
+  vit-jax train --workdir=runs/photos_adamw \
+    --config=configs/finetune.py:ViT-N_8-digits,folder:photos,adamw
+
+From the Hugging Face hub it is `hf:facebook/dinov2-small,beans,224,adamw`. A
+path or a mixture with a comma in it goes in double quotes:
+`"runs/a,b","cifar10=0.7,cifar100=0.3"`.
+
+`adamw` is the recipe of MAE (arXiv 2111.06377, Table 9; learning rate and layer
+decay as its code has them for ViT-B), for encoders that were trained without
+labels: AdamW, layer-wise learning-rate decay, drop-path, label smoothing, mixup
+and CutMix, RandAugment, 5 % of the steps for warm-up, no clipping. It has no
+random erasing, and the steps above instead of 100 epochs.
 """
 
+import csv
+
 from common import get_config as get_common_config
+
+from vit_jax.errors import UserError
+from vit_jax.models import variants
 
 # Data set -> steps, warm-up steps, test split. Warm-up is not in the paper:
 # 500 steps, and 100 where there are but 500, are what the public code uses.
@@ -45,7 +71,9 @@ LEARNING_RATES = {
   "oxford_iiit_pet": (0.001, 0.003, 0.01, 0.03),
   "oxford_flowers102": (0.001, 0.003, 0.01, 0.03),
 }
-# Where the held-out part of the training set begins.
+# Of any other data set.
+OTHERS = (2_500, 200, "test")
+# Where the held-out part of the training set begins; of any other at 90 %.
 HOLD_OUT = {
   "imagenet2012": "99%",
   "cifar10": "98%",
@@ -55,31 +83,30 @@ HOLD_OUT = {
 }
 
 
+# What a new run chooses, whatever run its weights are of.
+NOT_TAKEN = (
+  *("representation_size", "head_bias_init", "dtype", "scan", "remat"),
+  *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
+)
+
+
 def get_config(arg="ViT-B_16,cifar10"):
-  """Returns the configuration of "VARIANT,DATASET[,SIZE][,held_out]"."""
-  variant, dataset, *options = [*arg.split(","), ""]
-  if ":" in dataset:
-    path = dataset.removeprefix("folder:")
+  """Returns the configuration of "MODEL,DATASET[,SIZE][,held_out][,adamw]"."""
+  model, dataset, *options = [*next(csv.reader([arg])), ""]
+  if not dataset:
     raise ValueError(
-      f"finetune.py:{arg}: {dataset} is no data set of the paper's Table 4; "
-      f"for a folder of images: --config=configs/photos.py:{path},{variant}"
-    )
-  if dataset not in TABLE_4:
-    raise ValueError(
-      f"finetune.py:{arg} has no data set of the paper's Table 4; choices: "
-      f"VARIANT,DATASET with DATASET one of {', '.join(TABLE_4)}"
+      f"finetune.py:{arg} has no data set; give MODEL,DATASET with DATASET one "
+      f"of the paper's ({', '.join(TABLE_4)}), of TFDS or folder:PATH"
     )
   config = get_common_config()
   config.unlock()
-  config.model.variant = variant
-  # H/14 has no whole patch in the last 6 of 384 pixels.
-  config.image_size = 378 if variant.endswith("_14") else 384
+  set_model(config, model, arg)
   config.batch_size = 512
-  steps, warmup_steps, test = TABLE_4[dataset]
+  steps, warmup_steps, test = TABLE_4.get(dataset, OTHERS)
   config.total_steps = steps
   config.schedule.warmup_steps = warmup_steps
   config.schedule.decay = "cosine"
-  config.schedule.base_lr = LEARNING_RATES[dataset][2]
+  config.schedule.base_lr = LEARNING_RATES.get(dataset, (0, 0, 0.01))[2]
   config.train.dataset = dataset
   config.eval.split = test
   # The test images are squeezed to a square, not cropped.
@@ -95,18 +122,66 @@ def get_config(arg="ViT-B_16,cifar10"):
   return config.lock()
 
 
+def set_model(config, model, arg):
+  """Sets what a variant, or weights, decide."""
+  try:
+    variants.parse(model)
+  except UserError:
+    from vit_jax import pretrained  # a second more
+
+    try:
+      weights = pretrained.read(model, arrays=False)
+    except UserError as e:
+      raise ValueError(
+        f"finetune.py:{arg}: {model!r} is no variant such as ViT-B_16, and no "
+        f'weights: {e}; a name with a comma goes in double quotes, "..."'
+      ) from e
+    config.init_from = model
+    config.model.update(
+      {k: v for k, v in weights.model.items() if k not in NOT_TAKEN}
+    )
+    height, width = (
+      side - cut
+      for side, cut in zip(weights.image_size, weights.cut_off(), strict=True)
+    )
+    config.image_size = height if height == width else (height, width)
+    return
+  config.model.variant = model
+  # H/14 has no whole patch in the last 6 of 384 pixels.
+  config.image_size = 378 if model.endswith("_14") else 384
+
+
 def change(config, option, arg):
   """Applies what stands behind the data set."""
   dataset = config.train.dataset
   if option == "held_out":
-    config.train.split = f"train[:{HOLD_OUT[dataset]}]"
-    config.eval.split = f"train[{HOLD_OUT[dataset]}:]"
+    begin = HOLD_OUT.get(dataset, "90%")
+    config.train.split = f"train[:{begin}]"
+    config.eval.split = f"train[{begin}:]"
   elif option.isdigit():
     config.image_size = int(option)
     if dataset == "imagenet2012" and config.image_size > 384:
       config.ema_decay = 0.9999
+  elif option == "adamw":
+    use_adamw(config)
   else:
     raise ValueError(
       f"finetune.py:{arg} has {option!r}, which is neither an image size nor "
-      "held_out"
+      'held_out nor adamw; a name with a comma goes in double quotes, "..."'
     )
+
+
+def use_adamw(config):
+  """Sets the recipe of MAE's fine-tuning."""
+  config.optimizer.name = "adam"
+  config.optimizer.accumulator_dtype = "float32"
+  config.optimizer.clip_norm = 0.0
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.layer_decay = 0.65
+  config.schedule.base_lr = 5e-4 * config.batch_size / 256
+  config.schedule.warmup_steps = config.total_steps // 20
+  config.model.stochastic_depth_rate = 0.1
+  config.loss.label_smoothing = 0.1
+  config.train.mixup_alpha = 0.8
+  config.train.cutmix_alpha = 1.0
+  config.train.preprocess = "inception_crop(size)|flip_lr|randaug(2, 9)"

@@ -63,6 +63,12 @@ ADDED: dict[str, Any] = {
   "train.shuffle": "auto",
   "train.buffer_gib": 4.0,
   "train.on_bad_example": "stop",
+  "train.cutmix_alpha": 0.0,
+  "optimizer.layer_decay": 1.0,
+  "optimizer.freeze_blocks": 0,
+  "lora.rank": 0,
+  "lora.alpha": 16.0,
+  "lora.params": ".*/MultiHeadDotProductAttention_0/.*/kernel",
   "wandb": "",
 }
 RENAMED: dict[str, str] = {}
@@ -345,7 +351,8 @@ CHOICES = {
 }
 _FRACTIONS = ("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
 _AMOUNTS = (
-  *("train.buffer_gib", "train.mixup_alpha", "eval.batch_size"),
+  *("train.buffer_gib", "train.mixup_alpha", "train.cutmix_alpha"),
+  *("optimizer.freeze_blocks", "lora.rank", "eval.batch_size"),
   *("optimizer.eps", "optimizer.clip_norm", "optimizer.weight_decay"),
   *("schedule.base_lr", "schedule.linear_end", "schedule.warmup_steps"),
   *("schedule.cooldown_steps", "eval_every", "checkpoint_every"),
@@ -386,6 +393,7 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "model.map_heads": ((0,), "model.classifier", "map"),
   "model.prefix_positions": (("tokens",), "model.pos_embedding", "learned"),
   "train.mixup_alpha": ((0.0,), "objective", "classification"),
+  "train.cutmix_alpha": ((0.0,), "objective", "classification"),
   "loss.name": (("sigmoid",), "objective", "classification"),
   "loss.label_smoothing": ((0.0,), "objective", "classification"),
   "optimizer.b1": ((0.9,), "optimizer.name", "adam"),
@@ -394,6 +402,8 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "optimizer.momentum": ((0.9,), "optimizer.name", "sgd"),
   "optimizer.weight_decay_scaling": (("lr",), _DECAY, None),
   "optimizer.weight_decay_params": ((".*/kernel",), _DECAY, None),
+  "lora.alpha": ((16.0,), "lora.rank", None),
+  "lora.params": ((ADDED["lora.params"],), "lora.rank", None),
   "schedule.linear_end": ((1e-5,), "schedule.decay", "linear"),
   "schedule.rsqrt_timescale": ((10_000,), "schedule.decay", "rsqrt"),
   "eval.dataset": ((None, ""), "eval.split", None),

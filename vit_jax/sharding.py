@@ -35,6 +35,7 @@ RULES = (
   # One vector a layer: the gather would cost more than the memory is worth.
   (r"bias|scale|cls|dist|registers|mask_token|probe|relative_embedding", P()),
   (r"pos_embedding(_x|_y)?", P()),
+  (r"lora_[ab]", P()),  # [d r] and [r d], small beside their kernel
   (r"step|rng|count", P()),
 )
 

@@ -120,11 +120,12 @@ def check_configuration(config, workdir) -> dict | None:
 def make_step(config, objective: objectives.Objective, total_steps: int):
   """Returns train_step(state, batch) and init_state(key), both pure."""
   schedule = optim.make_schedule(**config.schedule, total_steps=total_steps)
+  params = jax.eval_shape(objective.model.init, jax.random.key(0))
   optimizer = optim.make_optimizer(
     **config.optimizer,
     schedule=schedule,
     base_lr=config.schedule.base_lr,
-    params=jax.eval_shape(objective.model.init, jax.random.key(0)),
+    params=params,
   )
   both = {"optimizer": optimizer, "ema_decay": config.ema_decay}
   train_step = functools.partial(
@@ -133,6 +134,7 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
     schedule=schedule,
     micro_batches=config.micro_batches,
     **both,
+    frozen=optim.list_frozen(params, **config.optimizer),
   )
   init_state = functools.partial(
     steps.init_state, model=objective.model, **both

@@ -60,6 +60,7 @@ _DIGITS = (
 _ADDED = {
   "vit-jax train --config=configs/quickstart_": _DIGITS,
   "vit-jax train --config=configs/photos.py:photos,ViT-N_8": _SHORT,
+  "vit-jax train --workdir=runs/photos_adamw": _SHORT,
   "vit-jax train --config=configs/photos.py:photos ": (
     *_SHORT,
     "--config.model.variant=ViT-w32d1m64h2_16",

@@ -30,6 +30,7 @@ _LAYERS = (
   ("models", "data", "sharding", "training.optim"),
   (
     "training.steps",
+    "training.lora",
     "checkpoint",
     "config",
     "training.metrics",
@@ -123,6 +124,7 @@ _BARE = (
   "state",
   "models",
   "sharding",
+  "training.lora",
   "training.losses",
   "training.masked",
   "training.objectives",

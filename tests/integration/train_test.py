@@ -35,11 +35,13 @@ from tiny_runs import (
   read_batches,
   read_losses,
   read_metrics,
+  read_state,
   saved_steps,
   snapshot,
   wait_until_gone,
 )
 
+import vit_jax
 from vit_jax import checkpoint, data, train
 from vit_jax import config as configuration
 from vit_jax.__main__ import main
@@ -936,6 +938,50 @@ def test_fine_tuning_reports_what_it_took(whole, tuned):
     assert line in lines
   # A new head is zero: the first loss is that of a guess.
   assert read_losses(workdir)[1] == pytest.approx(np.log(3), rel=1e-5)
+
+
+@pytest.mark.ci
+def test_low_rank_updates_resume_and_are_merged(runs, whole, tmp_path, capsys):
+  options = (
+    *SHORT,
+    f"init_from={whole[0]}",
+    "fsdp=2",
+    "micro_batches=2",
+    "ema_decay=0.5",
+    "lora.rank=2",
+    "optimizer.layer_decay=0.8",
+    "train.mixup_alpha=0.2",
+    "train.cutmix_alpha=1.0",
+  )
+  workdir = tmp_path / "run"
+  assert main(runs.train_args(workdir, *options)) == 0
+  # From step 4 to 6 again, to the bit.
+  resumed = shutil.copytree(workdir, tmp_path / "resumed")
+  files = (resumed / "checkpoints" / "6").glob("state/d/*")
+  os.truncate(max(files, key=lambda f: f.stat().st_size), 10)
+  assert main(runs.train_args(resumed, *options)) == 0
+  assert_same_run(resumed, workdir)
+  # Of the base nothing has moved.
+  _, base = read_state(whole[0], best_step(whole[0]))
+  _, found = read_state(workdir)
+  block = "params/Transformer/encoderblock"
+  assert (found[f"{block}/MultiHeadDotProductAttention_0/out/lora_b"]).any()
+  for path, x in base.items():
+    if path.startswith("params/") and "/head/" not in f"/{path}":
+      assert found[path].tobytes() == x.tobytes(), path
+  capsys.readouterr()
+  # What reads it sees the plain model.
+  assert main(["evaluate", f"--workdir={workdir}", "--json"]) == 0
+  assert_same_evaluation(json.loads(capsys.readouterr().out), workdir)
+  copy = tmp_path / "copy"
+  assert main(["convert", str(workdir), str(copy), "--to=timm"]) == 0
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3))
+  logits = [
+    vit_jax.load(str(path))(images.astype("f4")) for path in (workdir, copy)
+  ]
+  np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-6)
+  args = runs.train_args(tmp_path / "next", *SHORT, f"init_from={workdir}")
+  assert main([*args, "--config.total_steps=2"]) == 0
 
 
 @pytest.mark.ci

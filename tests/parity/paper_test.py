@@ -2,6 +2,8 @@
 
 import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import covering
@@ -9,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch_formats
 
 from vit_jax import config as configuration
-from vit_jax import sharding
+from vit_jax import files, pretrained, sharding
 from vit_jax.data import benchmarks as data_tasks
 from vit_jax.errors import UserError
 from vit_jax.state import flatten
@@ -167,9 +170,11 @@ def test_every_model_of_the_tables_has_a_pretraining():
   [
     ("pretrain.py:ViT-B_8,jft", "ViT-B_16,jft,7"),
     ("pretrain.py:ViT-B_16", "ViT-B_16,imagenet21k,90"),
-    ("finetune.py:ViT-B_16,mnist", "oxford_flowers102"),
+    ("finetune.py:ViT-B_16", "oxford_flowers102"),
     ("finetune.py:ViT-B_16,cifar10,big", "'big'"),
-    ("finetune.py:ViT-B_16,folder:a/b", "configs/photos.py:a/b,ViT-B_16"),
+    ("finetune.py:ViT-B_16,folder:a,b", "'b', .* in double quotes"),
+    ("finetune.py:ViT-X_16,cifar10", "'ViT-X_16' is no variant .*; did you"),
+    ("finetune.py:no/such/run,cifar10", "no weights: no checkpoint at no/such"),
     ("photos.py:a/b,ViT-B_61", "ViT-B_16"),
     ("photos.py", "photos.py:FOLDER"),
     ("vtab.py:ViT-B_16,clevr_coun", "did you mean 'vtab:clevr_count'"),
@@ -248,6 +253,93 @@ def test_large_patches_are_whole():
   # 384 pixels hold 27 patches of 14; the paper's convolution drops the rest.
   for file in ("finetune.py:ViT-H_14,cifar10", "vtab.py:ViT-H_14,dtd"):
     assert _load(file).image_size == 384 // 14 * 14 == 378
+
+
+@pytest.fixture
+def foreign(tmp_path):
+  """A folder of Hugging Face's with a comma and a colon in its name."""
+  weights = torch_formats.make_weights(
+    0, (32, 48), representation_size=-1, activation="gelu_erf"
+  )
+  pretrained.write(weights, str(tmp_path / "a,b:c"), "hf")
+  return tmp_path / "a,b:c"
+
+
+def test_finetuning_starts_from_any_weights(foreign):
+  spec = f'finetune.py:"{foreign}","cifar10=0.7,beans=0.3"'
+  config, plain = _load(spec), _load("finetune.py:ViT-B_16,cifar10")
+  assert config.init_from == str(foreign)
+  assert config.train.dataset == "cifar10=0.7,beans=0.3"
+  assert (config.total_steps, config.schedule.warmup_steps) == (2500, 200)
+  assert (config.eval.split, config.schedule.base_lr) == ("test", 0.01)
+  assert config.image_size == (32, 48)
+  weights = pretrained.read(str(foreign))
+  assert weights.model["representation_size"] == 24
+  pretrained.check_numerics(weights, config.model)
+  changed = {
+    key
+    for key, x in configuration.flatten(config).items()
+    if x != configuration.flatten(plain)[key]
+  }
+  assert {key for key in changed if key.startswith("model.")} == {
+    "model.variant",
+    "model.activation",
+  }
+  assert changed >= {"init_from", "total_steps", "train.dataset"}
+  config = _load(f"{spec},64,held_out")
+  assert (config.image_size, config.eval.split) == (64, "train[90%:]")
+  # The paper's data sets keep their numbers.
+  config = _load(f'finetune.py:"{foreign}",cifar100')
+  assert config.total_steps == 10_000
+  assert config.schedule.base_lr == plain.schedule.base_lr
+
+
+def test_finetuning_starts_from_a_run_without_reading_it(tmp_path):
+  """A run's own choices, such as dropout, are not taken over."""
+  given = {
+    "model.variant": "ViT-S_16",
+    "model.classifier": "gap",
+    "model.dropout_rate": "0.1",
+    "model.scan": "True",
+    "image_size": "160",
+  }
+  config = configuration.load(str(_CONFIGS / "common.py"), given)
+  (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+  run = {"config": configuration.to_dict(config), "class_names": ["a"]}
+  files.write_json(tmp_path / "config.json", run)
+  found = _load(f"finetune.py:{tmp_path},beans")
+  assert found.model.variant == "ViT-S_16"
+  assert found.model.classifier == "gap"
+  assert found.model.dropout_rate == 0
+  assert not found.model.scan
+  assert found.image_size == 160
+
+
+def test_the_recipe_of_mae():
+  """arXiv 2111.06377, Table 9, and its code's numbers for ViT-B."""
+  config = _load("finetune.py:ViT-B_16,imagenet2012,224,adamw")
+  configuration.check_unused(config)
+  optimizer, blr = config.optimizer, 5e-4
+  assert (optimizer.name, optimizer.weight_decay) == ("adam", 0.05)
+  assert (optimizer.b1, optimizer.b2) == (0.9, 0.999)
+  assert optimizer.weight_decay_scaling == "lr"
+  assert (optimizer.layer_decay, optimizer.clip_norm) == (0.65, 0)
+  assert config.schedule.base_lr == blr * config.batch_size / 256
+  assert config.schedule.warmup_steps / config.total_steps == 5 / 100
+  assert config.schedule.decay == "cosine"
+  assert (config.train.mixup_alpha, config.train.cutmix_alpha) == (0.8, 1)
+  assert config.model.stochastic_depth_rate == config.loss.label_smoothing
+  assert config.loss.label_smoothing == 0.1
+
+
+def test_a_configuration_leaves_the_devices_alone():
+  """Several processes connect after they have read it."""
+  code = (
+    "from jax._src import xla_bridge; from vit_jax import config; "
+    "config.load('finetune.py:ViT-N_8-digits,beans'); "
+    "assert not xla_bridge.backends_are_initialized()"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_vtab_is_the_same_for_every_task():

@@ -10,7 +10,7 @@ from vit_jax import models, sharding
 from vit_jax.errors import UserError
 from vit_jax.evaluation.devices import replicate
 from vit_jax.state import TrainState, flatten
-from vit_jax.training import optim
+from vit_jax.training import lora, optim
 
 _OPTIMIZER = {
   "b1": 0.9,
@@ -22,6 +22,8 @@ _OPTIMIZER = {
   "weight_decay_scaling": "lr",
   "weight_decay_params": ".*/kernel",
   "clip_norm": 1.0,
+  "layer_decay": 1.0,
+  "freeze_blocks": 0,
   "base_lr": 1e-3,
   "schedule": lambda step: 1e-3,
 }
@@ -110,6 +112,22 @@ def _check_rules(shapes, fsdp=8):
       assert spec == specs[f"params/{owner}"], path
       mirrored += 1
   assert mirrored >= 3 * len(params)  # params, ema and at least one moment
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_rules_cover_low_rank_updates(scan):
+  """A and B are whole on each device, as their moments are."""
+  options = {"variant": "ViT-w16d2m32h2_4", "num_classes": 10, "image_size": 8}
+  model = lora.adapt(
+    models.create(**options, scan=scan),
+    rank=2,
+    alpha=4.0,
+    params=".*/encoderblock.*/kernel",
+  )
+  for path, x in flatten(jax.eval_shape(model.init, jax.random.key(0))).items():
+    for prefix in ("params", "opt_state/1/0/mu"):
+      spec = sharding.partition_spec(f"{prefix}/{path}", x.shape, 8)
+      assert any(spec) == path.endswith("/kernel")
 
 
 def test_rules_cover_frozen_parameters():

@@ -78,7 +78,9 @@ def load(
   )
 
 
-def read(source: str, resize: str | None = None) -> Weights:
+def read(
+  source: str, resize: str | None = None, *, arrays: bool = True
+) -> Weights:
   """Returns what there is at `source`, lazily.
 
   Args:
@@ -87,13 +89,14 @@ def read(source: str, resize: str | None = None) -> Weights:
       "corner_aligned" (the paper's code), "timm", "huggingface", "dinov2"
       (Meta's without registers), "bilinear", "bilinear_antialiased" or "cpe"
       (C-RADIO); unset: as the file's authors do.
+    arrays: False leaves out those of a run, which are read at once.
 
   Raises:
     UserError: nothing there, damaged, or of no known format.
   """
   if resize is not None:
     check_choice("resize", resize, positions.METHODS)
-  weights = _read(source)
+  weights = _read(source, arrays)
   weights = weights._replace(resize=resize or weights.resize)
   if any(weights.cut_off()):
     note = (
@@ -104,10 +107,10 @@ def read(source: str, resize: str | None = None) -> Weights:
   return weights
 
 
-def _read(source):
+def _read(source, arrays):
   where = fetch.locate(str(source))
   if runs.matches(where.path):
-    return runs.read(where.path)
+    return runs.read(where.path, arrays=arrays)
   path = pathlib.Path(where.path)
   if path.is_dir():
     return _read_safetensors(_find_safetensors(path))

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 
+import numpy as np
 from etils import epath
 
 from vit_jax import checkpoint, files
@@ -12,6 +13,7 @@ from vit_jax.errors import RunStopped, UserError, one_line
 from vit_jax.pretrained import tables
 from vit_jax.pretrained.weights import Weights, as_lazy
 from vit_jax.state import unflatten
+from vit_jax.training import lora
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +60,19 @@ def locate(path) -> tuple[epath.Path, list[epath.Path]]:
   return path, found
 
 
-def read(source: str) -> Weights:
+def read(source: str, *, arrays: bool = True) -> Weights:
   """Returns the weights of a run: its best checkpoint, else its newest.
 
-  Corrupt checkpoints are skipped.
+  Without `arrays` only what config.json says. Corrupt checkpoints are skipped.
 
   Raises:
     UserError: no checkpoint there, or all of them are corrupt.
     RunStopped: a checkpoint could not be read.
   """
   workdir, candidates = locate(source)
+  if not arrays:
+    run = files.read_json(workdir / "config.json")
+    return _as_weights({}, run, workdir)
   for folder in candidates:
     try:
       params = checkpoint.read_params(folder)
@@ -82,8 +87,11 @@ def read(source: str) -> Weights:
 
 
 def _as_weights(params, run, folder) -> Weights:
-  config = run["config"]
-  params = {path: as_lazy(x) for path, x in params.items()}
+  config = {**run["config"]}
+  if adapted := config.pop("lora", None):  # what is read is the plain model
+    params = lora.merge(params, **adapted)
+    run = {**run, "config": config}
+  params = {path: as_lazy(np.asarray(x)) for path, x in params.items()}
   return Weights(
     ORIGIN,
     str(folder),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from vit_jax import pretrained
 from vit_jax.pretrained.warmstart import warm_start
 from vit_jax.state import TrainState, flatten, unflatten
+from vit_jax.training import lora
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def start_from(source: str, state: TrainState, objective, config) -> TrainState:
   pretrained.check_numerics(weights, config)
   params = flatten(state.params)
   given, changes = warm_start(
-    params,
+    {path: x for path, x in params.items() if not lora.is_update(path)},
     weights.params,
     old_grid=weights.create_model().grid,
     new_grid=objective.model.grid,

@@ -120,4 +120,6 @@ class Weights(NamedTuple):
   def shapes(self) -> dict[str, Any]:
     """Returns {path: shape and dtype} of the model's parameters."""
     model = self.create_model()
-    return flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    # A key outside would initialise the devices, and a run's processes connect
+    # after its configuration has been read.
+    return flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))

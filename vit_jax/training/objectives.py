@@ -12,15 +12,17 @@ An objective is a frozen dataclass of pure functions, with no input or output:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
 from vit_jax import models
+from vit_jax.training.lora import adapt
 from vit_jax.training.losses import get_loss, multi_hot
 from vit_jax.training.masked import MaskedPatches
-from vit_jax.training.steps import mixup, normalize
+from vit_jax.training.steps import cutmix, mixup, normalize
 
 _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
@@ -33,13 +35,21 @@ class Classification:
   class_names: list[str]
   loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
   mixup_alpha: float = 0.0  # of `mixup`; 0 for none
+  cutmix_alpha: float = 0.0  # of `cutmix`; 0 for none
 
   def prepare(self, batch, key):
     images = normalize(batch["image"])
     targets = multi_hot(batch["labels"], len(self.class_names))
-    if self.mixup_alpha:
-      images, targets = mixup(key, images, targets, self.mixup_alpha)
-    return images, targets
+    mixes = [
+      functools.partial(mix, alpha=alpha)
+      for mix, alpha in ((mixup, self.mixup_alpha), (cutmix, self.cutmix_alpha))
+      if alpha
+    ]
+    if len(mixes) > 1:  # one of the two a batch, as timm does
+      key, choice = jax.random.split(key)
+      use_mixup = jax.random.bernoulli(choice)
+      return jax.lax.cond(use_mixup, *mixes, key, images, targets)
+    return mixes[0](key, images, targets) if mixes else (images, targets)
 
   def loss(self, params, examples, key):
     images, targets = examples
@@ -125,12 +135,18 @@ def create(config, class_names: list[str]) -> Objective:
     UserError: a model or loss that cannot be had.
   """
   options = {"image_size": config.image_size, **config.model}
+  # Runs from before have none of the two.
+  lora = config.get("lora", {})
+  cutmix_alpha = config.train.get("cutmix_alpha", 0.0)
   if config.objective == "classification":
+    model = models.create(num_classes=len(class_names), **options)
     return Classification(
-      model=models.create(num_classes=len(class_names), **options),
+      model=adapt(model, **lora),
       class_names=class_names,
       loss_fn=get_loss(**config.loss),
       mixup_alpha=config.train.mixup_alpha,
+      cutmix_alpha=cutmix_alpha,
     )
   target = config.masked_target
-  return MaskedPatches(models.create_masked(target=target, **options), target)
+  model = models.create_masked(target=target, **options)
+  return MaskedPatches(adapt(model, **lora), target)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vit_jax.errors import UserError, check_choice, suggest
@@ -103,6 +104,8 @@ def make_optimizer(
   weight_decay_params: str,
   clip_norm: float,
   lr_multipliers: Iterable[str],
+  layer_decay: float,
+  freeze_blocks: int,
   schedule: Schedule,
   base_lr: float,
   params: Any,
@@ -115,24 +118,24 @@ def make_optimizer(
     d <- Adam(g), or momentum d + g     no Nesterov; eps outside the root
     p <- p - factor lr(t) (d + decay p)
 
-  where lr is `schedule`, factor is the parameter's learning-rate multiplier,
-  and decay is `weight_decay` (scaling "lr", the paper) or `weight_decay /
-  base_lr` (scaling "schedule", big_vision) for parameters that match
-  `weight_decay_params`, else 0. A factor of 0 freezes a parameter: it has no
-  gradient, in the norm either, no decay and no moments. The moments mirror the
-  parameters: their paths end in the parameter's path.
+  where lr is `schedule`, factor is that of `find_factors`, and decay is
+  `weight_decay` (scaling "lr", the paper) or `weight_decay / base_lr` (scaling
+  "schedule", big_vision) for parameters that match `weight_decay_params`, else
+  0. A factor of 0 freezes: no gradient, in the norm either, no decay and, but
+  for some blocks of a stack, no moments. Their paths end in the parameter's.
 
   Args: the keys of `config.optimizer`, as `config.check_ranges` lets them pass;
-  the schedule and its base rate; the parameters or their shapes, of which only
-  paths are read.
+  the schedule and its base rate; the parameters or their shapes.
 
   Raises:
     UserError: regular expressions that do not compile or match no parameter,
       nothing left to train.
   """
   paths = list(flatten(params))
-  factors = _parse_multipliers(lr_multipliers, paths)
+  factors = find_factors(params, lr_multipliers, layer_decay, freeze_blocks)
   parts = []
+  if any(np.ndim(x) and 0 in x for x in factors.values()):
+    parts.append(_multiply({p: np.sign(x) for p, x in factors.items()}))
   if clip_norm:
     parts.append(optax.clip_by_global_norm(clip_norm))
   if name == "adam":
@@ -147,26 +150,41 @@ def make_optimizer(
           "a positive base_lr, or weight_decay 0"
         )
       weight_decay /= base_lr
-    decayed = _match("weight_decay_params", weight_decay_params, paths)
+    decayed = match("weight_decay_params", weight_decay_params, paths)
     mask = _map_paths(lambda path, _: path in decayed)
     parts.append(optax.add_decayed_weights(weight_decay, mask))
-  if any(factor != 1 for factor in factors.values()):
-    scale = _map_paths(lambda path, update: factors[path] * update)
-    parts.append(optax.stateless(lambda updates, _: scale(updates)))
+  if any(np.any(factor != 1) for factor in factors.values()):
+    parts.append(_multiply(factors))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _freeze(optax.chain(*parts), factors)
 
 
-def _freeze(optimizer, factors: dict[str, float]):
+def _multiply(factors: dict[str, Any]):
+  """Returns the transformation of updates that multiplies them by factors."""
+
+  def multiply(path, update):
+    factor = factors[path]
+    if not np.ndim(factor):
+      return factor * update
+    factor = np.reshape(factor, (-1, *[1] * (update.ndim - 1)))
+    # What is not finite stays out of frozen blocks.
+    return jnp.where(factor > 0, factor * update, 0)
+
+  multiply_all = _map_paths(multiply)
+  return optax.stateless(lambda updates, _: multiply_all(updates))
+
+
+def _freeze(optimizer, factors: dict[str, Any]):
   """Hides the parameters of factor 0 from the optimizer."""
-  if all(factors.values()):
+  frozen = {path for path, factor in factors.items() if not np.any(factor)}
+  if not frozen:
     return optimizer
-  if not any(factors.values()):
+  if len(frozen) == len(factors):
     raise UserError(
       "lr_multipliers freeze every parameter; leave something to train, for "
       "instance with 'head/.*=1' in front"
     )
-  label = _map_paths(lambda path, _: "trained" if factors[path] else "frozen")
+  label = _map_paths(lambda path, _: "frozen" if path in frozen else "trained")
   return optax.partition(
     {"trained": optimizer, "frozen": optax.set_to_zero()}, label
   )
@@ -182,10 +200,87 @@ def _map_paths(function: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
   )
 
 
+def list_frozen(
+  params, *, lr_multipliers, layer_decay, freeze_blocks, **_
+) -> frozenset[str]:
+  """Returns the paths of what is not trained; arguments as `make_optimizer`."""
+  factors = find_factors(params, lr_multipliers, layer_decay, freeze_blocks)
+  return frozenset(path for path, x in factors.items() if not np.any(x))
+
+
+# What comes after the blocks, and so learns at the full rate.
+_AFTER = re.compile(
+  "(Transformer/encoder_norm|fc_norm|MAPHead_0|projection|pre_logits|head|"
+  "head_dist|mpp_head)/.*"
+)
+# What is trained beside a low-rank update, unless other rules come first.
+_LORA = (r"(.*/lora_[ab]|(pre_logits|head|head_dist|mpp_head)/.*)=1", ".*=0")
+
+
+def find_factors(
+  params, lr_multipliers, layer_decay: float, freeze_blocks: int
+) -> dict[str, Any]:
+  """Returns what the learning rate of each parameter is multiplied by.
+
+  It is the factor of the first matching rule of `lr_multipliers` (of none: 1,
+  but 0 where there are low-rank updates, see `lora`), times layer_decay^(L + 1
+  - depth), where L is the number of blocks. The depth is 0 before the blocks,
+  i + 1 in block i and L + 1 after them, as in BEiT's code (arXiv 2106.08254)
+  and MAE's (arXiv 2111.06377). Up to depth `freeze_blocks` it is 0, if that is
+  not 0.
+
+  Returns:
+    {path: float, or f32[L] of stacked blocks}.
+
+  Raises:
+    UserError: values out of range, rules that are none or match no parameter,
+      no blocks.
+  """
+  flat = flatten(params)
+  rules = (
+    [lr_multipliers] if isinstance(lr_multipliers, str) else lr_multipliers
+  )
+  if any(path.endswith("/lora_a") for path in flat):
+    rules = (*rules, *_LORA)
+  factors: dict[str, Any] = _parse_multipliers(rules, list(flat))
+  if layer_decay == 1 and not freeze_blocks:
+    return factors
+  depths, blocks = _find_depths(flat)
+  if not 0 < layer_decay <= 1:
+    raise UserError(f"optimizer.layer_decay {layer_decay} is not in (0, 1]")
+  if not blocks or not 0 <= freeze_blocks <= blocks:
+    raise UserError(
+      f"optimizer.layer_decay is {layer_decay} and freeze_blocks "
+      f"{freeze_blocks}, but this model has {blocks} blocks; leave them at 1 "
+      "and 0, or freeze at most so many"
+    )
+  for path, depth in depths.items():
+    factor = factors[path] * layer_decay ** (blocks + 1.0 - depth)
+    if freeze_blocks:
+      factor = factor * (depth > freeze_blocks)
+    factors[path] = np.float32(factor) if np.ndim(factor) else float(factor)
+  return factors
+
+
+def _find_depths(flat) -> tuple[dict[str, Any], int]:
+  """Returns {path: depth, or those of stacked blocks}, and how many blocks."""
+  depths: dict[str, Any] = {}
+  blocks = 0
+  for path, x in flat.items():
+    block = re.match(r"Transformer/encoderblock(?:_(\d+))?/", path)
+    if not block:
+      continue
+    depths[path] = 1 + (int(block[1]) if block[1] else np.arange(x.shape[0]))
+    blocks = max(blocks, np.max(depths[path]))
+  for path in flat.keys() - depths.keys():
+    depths[path] = blocks + 1 if _AFTER.fullmatch(path) else 0
+  return depths, int(blocks)
+
+
 def _parse_multipliers(rules, paths: list[str]) -> dict[str, float]:
   """Returns each parameter's factor from "regex=factor" rules."""
   factors: dict[str, float] = {}
-  for rule in [rules] if isinstance(rules, str) else rules:
+  for rule in rules:
     pattern, _, text = str(rule).rpartition("=")
     try:
       factor = float(text)
@@ -196,12 +291,12 @@ def _parse_multipliers(rules, paths: list[str]) -> dict[str, float]:
         f"lr_multipliers has {rule!r}, which is not 'regex=factor' with a "
         "factor of at least 0; write for instance 'head/.*=10'"
       )
-    for path in _match("lr_multipliers", pattern, paths):
+    for path in match("lr_multipliers", pattern, paths):
       factors.setdefault(path, factor)
   return {path: factors.get(path, 1.0) for path in paths}
 
 
-def _match(key: str, pattern: str, paths: list[str]) -> set[str]:
+def match(key: str, pattern: str, paths: list[str]) -> set[str]:
   """Returns the paths of which all matches; at least one."""
   try:
     regex = re.compile(pattern)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.state import KEY_IMPL, TrainState
+from vit_jax.state import KEY_IMPL, TrainState, flatten, unflatten
 
 
 def train_step(
@@ -16,6 +16,7 @@ def train_step(
   schedule,
   micro_batches: int = 1,
   ema_decay: float = 0.0,
+  frozen: frozenset[str] = frozenset(),
 ):
   """Returns (the next state, metrics); random in (state.rng, state.step) alone.
 
@@ -26,15 +27,24 @@ def train_step(
     optimizer, schedule: of optax; the schedule is for the metrics alone.
     micro_batches: the gradient is the mean over that many pieces.
     ema_decay: of the Polyak average; 0 for none.
+    frozen: paths of parameters that the optimizer leaves alone; no gradient of
+      these is computed.
   """
   key = jax.random.wrap_key_data(state.rng, impl=KEY_IMPL)
   key = jax.random.fold_in(key, state.step)
   loss_key, prepare_key = jax.random.split(key)
   examples = objective.prepare(batch, prepare_key)
+  loss_fn, trained = objective.loss, state.params
+  if frozen:
+    loss_fn, trained = split_frozen(loss_fn, state.params, frozen)
   loss, gradient = mean_gradient(
-    objective.loss, state.params, examples, loss_key, micro_batches
+    loss_fn, trained, examples, loss_key, micro_batches
   )
-  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  given = gradient
+  if frozen:
+    zeros = jax.tree.map(jnp.zeros_like, flatten(state.params))
+    given = unflatten(zeros | gradient)
+  updates, opt_state = optimizer.update(given, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = None
   if ema_decay:
@@ -47,6 +57,16 @@ def train_step(
   if "replaced" in batch:
     metrics["replaced"] = batch["replaced"].sum()
   return TrainState(state.step + 1, params, opt_state, ema, state.rng), metrics
+
+
+def split_frozen(loss_fn, params, frozen):
+  """Returns the loss as a function of what is not frozen, and that."""
+  flat = flatten(params)
+
+  def loss(trained, examples, key):
+    return loss_fn(unflatten(flat | trained), examples, key)
+
+  return loss, {path: x for path, x in flat.items() if path not in frozen}
 
 
 def mean_gradient(loss_fn, params, examples, key, micro_batches: int):
@@ -101,3 +121,24 @@ def mixup(key, images, targets, alpha):
   a = jnp.maximum(a, 1 - a)
   mixed = (images, targets)
   return tuple(a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in mixed)
+
+
+def cutmix(key, images, targets, alpha):
+  """Pastes a box of its neighbour in the global batch into each example.
+
+  One box a batch (arXiv 1905.04899): 1 - a of the area with a ~ Beta(alpha,
+  alpha), in the image's proportions, at a uniform centre, cut off at the
+  borders. The targets are mixed by the area that remains.
+  """
+  area_key, *keys = jax.random.split(key, 3)
+  side = jnp.sqrt(1 - jax.random.beta(area_key, alpha, alpha))
+  within = []
+  for axis, size in enumerate(images.shape[1:3]):
+    half = jnp.int32(size * side) // 2
+    distance = jnp.arange(size) - jax.random.randint(keys[axis], (), 0, size)
+    within.append((distance >= -half) & (distance < half))
+  inside = within[0][:, None] & within[1]
+  kept = 1 - inside.mean()
+  targets = kept * targets + (1 - kept) * jnp.roll(targets, 1, axis=0)
+  other = jnp.roll(images, 1, axis=0)
+  return jnp.where(inside[..., None], other, images), targets

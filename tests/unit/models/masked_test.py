@@ -374,13 +374,15 @@ def test_models_that_cannot_be_had(options, words):
     ({"objective": "masked"}, "did you mean 'masked_patches'?"),
     ({"masked_target": "colours"}, "mean_colour, colour_grid, pixels"),
     ({"train.mixup_alpha": "0.2"}, "train.mixup_alpha is 0.2"),
+    ({"train.cutmix_alpha": "1"}, "train.cutmix_alpha is 1.0"),
   ],
 )
 def test_configurations_that_cannot_be_run(overrides, words, runs):
-  config = configuration.load(
-    str(runs.config), {"objective": "masked_patches", **overrides}
-  )
+  given = {"objective": "masked_patches", "loss.name": "sigmoid", **overrides}
+  config = configuration.load(str(runs.config), given)
   with named(words):
+    configuration.check_ranges(config)
+    configuration.check_unused(config)
     objectives.create(config, ["a", "b"])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.state import flatten, unflatten
 from vit_jax.training import optim
@@ -46,6 +47,8 @@ _OPTIMIZER = {
   "weight_decay_params": ".*/kernel",
   "clip_norm": 0.0,
   "lr_multipliers": (),
+  "layer_decay": 1.0,
+  "freeze_blocks": 0,
 }
 
 
@@ -321,9 +324,107 @@ def test_frozen_gradients_may_be_anything():
   assert all(np.isfinite(x).all() for x in flatten(updates).values())
 
 
+def _stack_blocks(flat):
+  """{path: array} of two unrolled blocks -> of stacked ones."""
+  first, second = "encoderblock_0/", "encoderblock_1/"
+  stacked = {}
+  for path, x in flat.items():
+    if first in path:
+      pair = (x, flat[path.replace(first, second)])
+      stacked[path.replace(first, "encoderblock/")] = np.stack(pair)
+    elif second not in path:
+      stacked[path] = x
+  return stacked
+
+
+# By hand, for two blocks and a decay of 0.65: decay^(blocks + 1 - depth).
+_BY_DEPTH = {
+  "cls": 0.65**3,
+  "Transformer/encoderblock_0/": 0.65**2,
+  "Transformer/encoderblock_1/": 0.65,
+  "head/": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+  ("layer_decay", "frozen"), [(0.65, 0), (0.65, 1), (1.0, 1), (1.0, 2)]
+)
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_layers_learn_by_depth_or_not_at_all(name, layer_decay, frozen):
+  """Unrolled as the formula, stacked as unrolled."""
+
+  def factor(path):
+    depth = [path.startswith(start) for start in _BY_DEPTH].index(True)
+    if depth <= frozen and frozen:
+      return 0.0
+    by_depth = [*_BY_DEPTH.values()][depth] if layer_decay < 1 else 1.0
+    return by_depth * (0.5 if path == "head/bias" else 1.0)
+
+  options = {"name": name, "weight_decay": 0.3, "clip_norm": 1.0}
+  expected = _reference(factor=factor, **options)
+  rules = ("head/bias=0.5",)
+  options |= {"lr_multipliers": rules, "layer_decay": layer_decay}
+  options |= {"freeze_blocks": frozen}
+  params = _params()
+  optimizer = _make(_to_tree(params), **options)
+  trajectory, state = _run(optimizer)
+  _assert_same(trajectory, expected, rtol=1e-4, atol=1e-5)
+  # Frozen to the bit, and no moments kept for them.
+  for p, start in params.items():
+    moments = [x for x in flatten(state) if x.endswith(f"/{p}")]
+    assert bool(moments) == bool(factor(p))
+    if not factor(p):
+      np.testing.assert_array_equal(trajectory[-1][p], start.astype("f4"))
+
+  stacked = _to_tree(_stack_blocks(params))
+  optimizer = _make(stacked, **options)
+  state = _init(optimizer, stacked)
+  update = jax.jit(optimizer.update)
+  for step in range(_STEPS):
+    grads = _stack_blocks(_grads(step))
+    if frozen:  # of what is frozen anything may be
+      for p, x in grads.items():
+        if "encoderblock" in p:
+          x[:frozen] = np.nan
+    updates, state = update(_to_tree(grads), state, stacked)
+    stacked = optax.apply_updates(stacked, updates)
+  found, expected = flatten(stacked), _stack_blocks(trajectory[-1])
+  for p, x in expected.items():
+    np.testing.assert_allclose(found[p], x, rtol=1e-5, atol=1e-6, err_msg=p)
+    if "encoderblock" in p:
+      start = _stack_blocks(params)[p][:frozen].astype("f4")
+      np.testing.assert_array_equal(found[p][:frozen], start)
+
+
+def test_every_parameter_has_the_depth_of_its_place():
+  options = {"variant": "ViT-w16d2m32h2_4", "num_classes": 3, "image_size": 8}
+  more = {"pre_norm": True, "registers": 2, "representation_size": -1}
+  for changes in (
+    {"classifier": "token", "distillation_token": True, **more},
+    {"classifier": "gap", "final_norm": "pooled", "class_token": True, **more},
+    {"classifier": "map", "projection_size": 8, **more},
+  ):
+    model = models.create(**options, **changes)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    factors = optim.find_factors(shapes, (), 0.5, 0)
+    before = {path for path, x in factors.items() if x == 0.5**3}
+    position = "Transformer/posembed_input/pos_embedding"
+    norm = {f"Transformer/pre_norm/{name}" for name in ("scale", "bias")}
+    start = {"embedding/kernel", "embedding/bias", "registers", position, *norm}
+    assert before - {"cls", "dist"} == start
+    assert before >= {"cls", "dist"} & flatten(shapes).keys()
+    blocks = {path for path in factors if "/encoderblock_" in path}
+    after = {path for path, x in factors.items() if x == 1}
+    assert after == factors.keys() - before - blocks
+    assert "head/kernel" in after
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"layer_decay": 0.0}, r"layer_decay 0.0 is not in \(0, 1\]"),
+    ({"layer_decay": 1.5}, "layer_decay 1.5"),
+    ({"freeze_blocks": 3}, "freeze_blocks 3, but this model has 2 blocks"),
     (
       {"weight_decay": 0.1, "weight_decay_params": "kernel"},
       "weight_decay_params 'kernel' matches no parameter",

@@ -1,6 +1,8 @@
-"""The steps: gradients in pieces, averages, mixup, sums, layouts."""
+"""The steps: gradients in pieces, averages, mixup, cutmix, sums, layouts."""
 
 import functools
+import importlib.util
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -56,22 +58,31 @@ def _as_model(apply):
   return models.Model(lambda key: None, apply, (8, 8), (1, 1), 0)
 
 
-def _make_objective(apply=_apply_linear, loss="softmax", mixup_alpha=0.0):
+def _make_objective(
+  apply=_apply_linear, loss="softmax", mixup_alpha=0.0, cutmix_alpha=0.0
+):
   return objectives.Classification(
     model=_as_model(apply),
     class_names=[str(k) for k in range(_CLASSES)],
     loss_fn=losses.get_loss(loss),
     mixup_alpha=mixup_alpha,
+    cutmix_alpha=cutmix_alpha,
   )
 
 
 def _make_step(
-  optimizer, *, apply=_apply_linear, loss="softmax", mixup_alpha=0.0, **kwargs
+  optimizer,
+  *,
+  apply=_apply_linear,
+  loss="softmax",
+  mixup_alpha=0.0,
+  cutmix_alpha=0.0,
+  **kwargs,
 ):
   return jax.jit(
     functools.partial(
       steps.train_step,
-      objective=_make_objective(apply, loss, mixup_alpha),
+      objective=_make_objective(apply, loss, mixup_alpha, cutmix_alpha),
       optimizer=optimizer,
       schedule=lambda step: 0.1 * step,
       **kwargs,
@@ -122,16 +133,14 @@ def test_a_step_equals_its_formula():
 
 
 @pytest.mark.parametrize(
-  ("count", "loss", "mixup_alpha"),
-  [(3, "softmax", 0.0), (24, "sigmoid", 0.4)],
+  ("count", "loss", "alphas"),
+  [(3, "softmax", (0.0, 0.0)), (24, "sigmoid", (0.4, 1.0))],
 )
-def test_micro_batches_give_the_update_of_the_large_batch(
-  count, loss, mixup_alpha
-):
+def test_micro_batches_give_the_update_of_the_large_batch(count, loss, alphas):
   optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
   batch = _make_batch(labels=3)
   whole = pieces = _make_state(_linear_params(), optimizer)
-  options = {"loss": loss, "mixup_alpha": mixup_alpha}
+  options = {"loss": loss, "mixup_alpha": alphas[0], "cutmix_alpha": alphas[1]}
   step = _make_step(optimizer, **options)
   step_in_pieces = _make_step(optimizer, micro_batches=count, **options)
   for _ in range(3):
@@ -143,6 +152,29 @@ def test_micro_batches_give_the_update_of_the_large_batch(
     np.testing.assert_allclose(
       flatten(pieces.params)[path], x, rtol=1e-4, atol=1e-6, err_msg=path
     )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_frozen_parameters_get_no_gradient(count):
+  """The others are updated as ever; the norm is theirs."""
+  optimizer = optax.partition(
+    {"trained": optax.sgd(0.1), "frozen": optax.set_to_zero()},
+    {"kernel": "frozen", "bias": "trained"},
+  )
+  state, batch = _make_state(_linear_params(), optimizer), _make_batch()
+  expected, _ = _make_step(optimizer)(state, batch)
+  step = _make_step(
+    optimizer, micro_batches=count, frozen=frozenset({"kernel"})
+  )
+  found, values = step(state, batch)
+  np.testing.assert_array_equal(found.params["kernel"], state.params["kernel"])
+  np.testing.assert_allclose(
+    found.params["bias"], expected.params["bias"], rtol=1e-5
+  )
+  moved = (state.params["bias"] - expected.params["bias"]) / 0.1
+  np.testing.assert_allclose(
+    values["gradient_norm"], np.linalg.norm(moved), rtol=1e-4
+  )
 
 
 def test_micro_batches_hold_each_row_once():
@@ -244,6 +276,64 @@ def test_mixup_weights_follow_the_beta_distribution():
     np.testing.assert_allclose(
       np.quantile(weights, q), np.quantile(drawn, q), atol=0.02
     )
+
+
+def test_cutmix_pastes_a_box_and_mixes_targets_by_its_area():
+  """Each pixel is of one of two images; the targets are their shares."""
+  batch = _make_batch(6, size=16)
+  images = np.asarray(steps.normalize(batch["image"]))
+  targets = np.asarray(losses.multi_hot(batch["labels"], _CLASSES))
+  other = np.roll(images, 1, axis=0)
+  mix = jax.jit(functools.partial(steps.cutmix, alpha=1.0))
+  areas = []
+  for i in range(40):
+    mixed, mixed_targets = map(
+      np.asarray, mix(jax.random.key(i), images, targets)
+    )
+    pasted = (mixed != images).any(-1)
+    np.testing.assert_array_equal(mixed[pasted], other[pasted])
+    np.testing.assert_array_equal(pasted, pasted[:1].repeat(6, 0))
+    rows, columns = pasted[0].any(1), pasted[0].any(0)
+    np.testing.assert_array_equal(pasted[0], np.outer(rows, columns))
+    for line in (rows, columns):  # without a gap
+      assert np.diff(np.flatnonzero(line)).max(initial=1) == 1
+    area = pasted[0].mean()
+    areas.append(area)
+    expected = (1 - area) * targets + area * np.roll(targets, 1, axis=0)
+    np.testing.assert_allclose(mixed_targets, expected, rtol=1e-6)
+  assert 0 <= min(areas) < 0.1 < 0.5 < max(areas) <= 1
+
+
+def test_cutmix_boxes_are_distributed_as_timms():
+  images, targets = jnp.zeros((2, 32, 48, 3)), jnp.eye(2)
+  mix = jax.vmap(lambda key: steps.cutmix(key, images, targets, 1.0)[1][0, 0])
+  kept = np.asarray(jax.jit(mix)(jax.random.split(jax.random.key(0), 4000)))
+  # All of timm would take seconds.
+  [folder] = importlib.util.find_spec("timm").submodule_search_locations
+  draw_box = runpy.run_path(f"{folder}/data/mixup.py")["cutmix_bbox_and_lam"]
+  np.random.seed(0)  # timm draws from the global generator
+  expected = [
+    draw_box((3, 32, 48), np.random.beta(1, 1))[1] for _ in range(20_000)
+  ]
+  for q in (0.1, 0.25, 0.5, 0.75, 0.9):
+    np.testing.assert_allclose(
+      np.quantile(kept, q), np.quantile(expected, q), atol=0.025
+    )
+
+
+def test_half_of_the_batches_get_mixup_half_cutmix():
+  batch = _make_batch(size=8)
+  images = np.asarray(steps.normalize(batch["image"]))
+  other = np.roll(images, 1, axis=0)
+  objective = _make_objective(mixup_alpha=5.0, cutmix_alpha=5.0)
+  prepare = jax.jit(objective.prepare)
+  pasted = 0
+  for i in range(200):
+    mixed, targets = prepare(batch, jax.random.key(i))
+    np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-6)
+    distance = np.minimum(abs(mixed - images), abs(mixed - other))
+    pasted += distance.max() < 1e-5
+  assert 75 < pasted < 125
 
 
 # --- the evaluation step ---
