@@ -56,7 +56,7 @@ WRONG_VALUES = {
   "fsdp=3": "fsdp 3 does not divide 8 devices; valid: 1, 2, 4, 8",
   "image_size=20": "20 is not divisible by the patch size 8",
   "model.variant=ViT-Ty_8": "did you mean 'ViT-Ti_16'?",
-  "model.classifier=tokn": "token, gap, map; did you mean 'token'?",
+  "model.classifier=tokn": "map, token+gap; did you mean 'token'?",
   "train.dataset=digit": "did you mean 'digits'?",
   "train.dataset=jft_like": "run `vit-jax data prepare jft_like --data_dir=",
   "train.split=trian": "train (1,000)",
