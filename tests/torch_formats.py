@@ -57,6 +57,15 @@ def make_images(size=(16, 24)):
   return np.random.default_rng(1).uniform(-1, 1, shape).astype(np.float32)
 
 
+def largest_difference(found, expected):
+  """Of several arrays, each relative to its standard deviation."""
+  for x, y in zip(found, expected, strict=True):
+    assert x.shape == y.shape
+  return max(
+    np.abs(x - y).max() / y.std() for x, y in zip(found, expected, strict=True)
+  )
+
+
 def huggingface(params, *, prefix="vit."):
   """ViTForImageClassification, or with no prefix ViTModel."""
   out = {

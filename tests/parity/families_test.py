@@ -17,7 +17,7 @@ import pytest
 from random_models import (
   models_are_kept,  # noqa: F401 - a fixture
 )
-from torch_formats import make_weights
+from torch_formats import largest_difference, make_weights
 
 import vit_jax
 from vit_jax import models, pretrained
@@ -300,22 +300,6 @@ def _run_ours(folder, images, dtype="float32"):
   return np.asarray(out["encoded"], np.float32), np.asarray(last)
 
 
-def _difference(found, expected):
-  """The largest one, relative to the standard deviation."""
-  for x, y in zip(found, expected, strict=True):
-    assert x.shape == y.shape
-  return max(
-    np.abs(x - y).max() / y.std() for x, y in zip(found, expected, strict=True)
-  )
-
-
-# In the default tests: the most different ones.
-_DEFAULT = (
-  *("DINOv2, registers, classes", "DINOv3, gated", "SigLIP, whole"),
-  *("CLIP, whole", "DeiT, one head"),
-)
-
-
 def _list_cases():
   """Each class at each size; in CI at two, of which "wide" is both ways."""
   marks = {"native": pytest.mark.ci, "wide": pytest.mark.ci}
@@ -332,7 +316,7 @@ def test_tokens_and_features(libraries, tmp_path, name, size):
   model = _make(libraries, case)
   found = _run_ours(_save(model, tmp_path), images)
   expected = _run_theirs(libraries, model, case, images)
-  difference = _difference(found, expected)
+  difference = largest_difference(found, expected)
   print(f"| {name} | {size} | float32 | {difference:.1e} |")
   assert difference <= TOLERANCE
 
@@ -347,7 +331,7 @@ def test_bfloat16(libraries, tmp_path, name, size):
   model = _make(libraries, case)
   found = _run_ours(_save(model, tmp_path), images, "bfloat16")
   expected = _run_theirs(libraries, model, case, images)
-  difference = _difference(found, expected)
+  difference = largest_difference(found, expected)
   print(f"| {name} | {size} | bfloat16 | {difference:.1e} |")
   assert difference <= 0.2
 
@@ -448,7 +432,7 @@ def test_ours_to_transformers(libraries, tmp_path, name):
   _, kept = _run_ours(out, images)
   names = ("logits", "image_embeds", "pooler_output")
   expected = next(found[x] for x in names if x in found)
-  assert _difference([kept], [expected.numpy()]) <= TOLERANCE
+  assert largest_difference([kept], [expected.numpy()]) <= TOLERANCE
 
 
 _CONFIGS = {

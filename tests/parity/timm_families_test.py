@@ -10,7 +10,7 @@ import pytest
 from random_models import (
   models_are_kept,  # noqa: F401 - a fixture
 )
-from torch_formats import make_weights, run
+from torch_formats import largest_difference, make_weights, run
 
 import vit_jax
 from vit_jax import models, pretrained
@@ -113,15 +113,6 @@ def _run_ours(folder, images, dtype="float32"):
   return np.asarray(out["encoded"], np.float32), np.asarray(last)
 
 
-def _difference(found, expected):
-  """The largest one, relative to the standard deviation."""
-  for x, y in zip(found, expected, strict=True):
-    assert x.shape == y.shape
-  return max(
-    np.abs(x - y).max() / y.std() for x, y in zip(found, expected, strict=True)
-  )
-
-
 def _list_cases():
   """Each architecture at each size; the default tests have a few."""
   for name in CASES:
@@ -137,8 +128,8 @@ def test_tokens_and_logits(libraries, tmp_path, name, size):
   folder = _save(libraries, model, name, tmp_path)
   model.set_input_size(SIZES[size])
   expected = _run_theirs(libraries, model, images)
-  difference = _difference(_run_ours(folder, images), expected)
-  rough = _difference(_run_ours(folder, images, "bfloat16"), expected)
+  difference = largest_difference(_run_ours(folder, images), expected)
+  rough = largest_difference(_run_ours(folder, images, "bfloat16"), expected)
   print(f"| {name} | {size} | {difference:.1e} | {rough:.1e} |")
   assert difference <= TOLERANCE
 
@@ -153,7 +144,7 @@ def test_back_to_timm(libraries, tmp_path, name):
   pretrained.write(weights, str(out), "timm")
   found = libraries.timm.create_model(f"local-dir:{out}", pretrained=True)
   expected = _run_theirs(libraries, model, images)
-  difference = _difference(
+  difference = largest_difference(
     _run_theirs(libraries, found.eval(), images), expected
   )
   assert difference <= 1e-6
@@ -175,4 +166,7 @@ def test_a_class_token_takes_its_position_along(libraries, tmp_path):
   images = _make_images((24, 24))
   _, found = run(weights, images)
   expected = _run_theirs(libraries, model.eval(), images)
-  assert _difference((found["encoded"], found["pooled"]), expected) <= TOLERANCE
+  assert (
+    largest_difference((found["encoded"], found["pooled"]), expected)
+    <= TOLERANCE
+  )
