@@ -300,6 +300,13 @@ def _run_ours(folder, images, dtype="float32"):
   return np.asarray(out["encoded"], np.float32), np.asarray(last)
 
 
+# In the default tests: the most different ones.
+_DEFAULT = (
+  *("DINOv2, registers, classes", "DINOv3, gated", "SigLIP, whole"),
+  *("CLIP, whole", "DeiT, one head"),
+)
+
+
 def _list_cases():
   """Each class at each size; in CI at two, of which "wide" is both ways."""
   marks = {"native": pytest.mark.ci, "wide": pytest.mark.ci}

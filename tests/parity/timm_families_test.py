@@ -117,8 +117,9 @@ def _list_cases():
   """Each architecture at each size; the default tests have a few."""
   for name in CASES:
     for size in SIZES:
-      mark = () if name in _DEFAULT and size == "wide" else pytest.mark.ci
-      yield pytest.param(name, size, marks=mark)
+      mark = pytest.mark.ci if size == "wide" else pytest.mark.nightly
+      is_default = name in _DEFAULT and size == "wide"
+      yield pytest.param(name, size, marks=() if is_default else mark)
 
 
 @pytest.mark.parametrize(("name", "size"), list(_list_cases()))
@@ -134,6 +135,7 @@ def test_tokens_and_logits(libraries, tmp_path, name, size):
   assert difference <= TOLERANCE
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", CASES)
 def test_back_to_timm(libraries, tmp_path, name):
   """What timm reads of what is written gives the same tokens and logits."""
