@@ -39,7 +39,9 @@ def onnx_file(tmp_path_factory):
 def source(onnx_file, tmp_path_factory):
   """The weights as a folder, by the notebook's cell."""
   notebook = nbformat.read(REPO / "notebooks" / "features.ipynb", 4)
-  (cell,) = (x for x in notebook.cells if "extract" in x.metadata.get("tags", ()))
+  (cell,) = (
+    x for x in notebook.cells if "extract" in x.metadata.get("tags", ())
+  )
   names = {}
   exec(compile(cell.source, "features.ipynb", "exec"), names)
   folder = tmp_path_factory.mktemp("dinov2-small")
@@ -123,9 +125,11 @@ def test_fine_tuning_survives_a_kill(source, runs, tmp_path):
   workdir = tmp_path / "killed"
   process = runs.train(workdir, *overrides)
   assert process.wait_until(
-    lambda: (workdir / "checkpoints").exists()
-    and saved_steps(workdir)
-    and process.steps()[-1] > saved_steps(workdir)[-1]
+    lambda: (
+      (workdir / "checkpoints").exists()
+      and saved_steps(workdir)
+      and process.steps()[-1] > saved_steps(workdir)[-1]
+    )
   )
   process.send(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
