@@ -4,12 +4,12 @@ It is in that package's ONNX file, which onnxruntime runs. The code that takes
 it out is a cell of notebooks/features.ipynb.
 """
 
+import json
 import pathlib
 import signal
 import subprocess
 import sys
 
-import nbformat
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -38,12 +38,14 @@ def onnx_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def source(onnx_file, tmp_path_factory):
   """The weights as a folder, by the notebook's cell."""
-  notebook = nbformat.read(REPO / "notebooks" / "features.ipynb", 4)
-  (cell,) = (
-    x for x in notebook.cells if "extract" in x.metadata.get("tags", ())
+  notebook = json.loads((REPO / "notebooks" / "features.ipynb").read_text())
+  (code,) = (
+    "".join(cell["source"])
+    for cell in notebook["cells"]
+    if "extract" in cell["metadata"].get("tags", ())
   )
   names = {}
-  exec(compile(cell.source, "features.ipynb", "exec"), names)
+  exec(compile(code, "features.ipynb", "exec"), names)
   folder = tmp_path_factory.mktemp("dinov2-small")
   names["extract"](onnx_file, folder)
   return str(folder)
