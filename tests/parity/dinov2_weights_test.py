@@ -118,8 +118,9 @@ def test_fine_tuning_survives_a_kill(source, runs, tmp_path):
     "model.variant=ViT-S_14",
     "model.activation=gelu_erf",
     "model.layer_scale_init=1.0",
-    "batch_size=8",
-    "total_steps=6",
+    "batch_size=4",
+    "eval.split=test[:8]",
+    "total_steps=4",
     "schedule.base_lr=1e-4",
     "keep_checkpoints=2",
   )
@@ -138,5 +139,5 @@ def test_fine_tuning_survives_a_kill(source, runs, tmp_path):
   killed_at = process.steps()[-1]
   resumed = runs.train_to_end(workdir, *overrides)
   print(f"killed after step {killed_at}, resumed with {resumed.steps()[0]}")
-  assert 1 < resumed.steps()[0] <= killed_at + 1 < 6
+  assert 1 < resumed.steps()[0] <= killed_at
   assert_same_run(workdir, tmp_path / "whole")
