@@ -123,25 +123,25 @@ def test_fine_tuning_survives_a_kill(source, runs, tmp_path):
     "checkpoint_every=2",
     "log_every=1",
   )
-  whole = runs.start(
-    runs.train_args(tmp_path / "whole", *overrides, config=config)
-  )
-  assert whole.wait() == 0, whole.stderr()
-  workdir = tmp_path / "killed"
-  command = runs.train_args(workdir, *overrides, config=config)
-  process = runs.start(command)
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+  def start(workdir):
+    return runs.start(runs.train_args(workdir, *overrides, config=config))
+
+  assert start(whole).wait() == 0
+  process = start(killed)
   assert process.wait_until(
     lambda: (
-      (workdir / "checkpoints").exists()
-      and saved_steps(workdir)
-      and process.steps()[-1] > saved_steps(workdir)[-1]
+      (killed / "checkpoints").exists()
+      and saved_steps(killed)
+      and max(process.steps(), default=0) > saved_steps(killed)[-1]
     )
   )
   process.send(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   killed_at = process.steps()[-1]
-  resumed = runs.start(command)
+  resumed = start(killed)
   assert resumed.wait() == 0, resumed.stderr()
   print(f"killed after step {killed_at}, resumed with {resumed.steps()[0]}")
   assert 1 < resumed.steps()[0] <= killed_at
-  assert_same_run(workdir, tmp_path / "whole")
+  assert_same_run(killed, whole)
