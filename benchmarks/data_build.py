@@ -1,4 +1,4 @@
-"""Measures `vit-jax data build`: what README says of it comes from here.
+"""Measures `vit-jax data build`: docs/your_images.md has its numbers.
 
   python benchmarks/data_build.py
 

@@ -1,4 +1,4 @@
-"""Measures `vit-jax figures`: seconds and memory, as the README has them.
+"""Measures `vit-jax figures`: seconds and memory, as in docs/look.md.
 
   .venv/bin/python benchmarks/figures.py
 

@@ -38,7 +38,7 @@ def test_accuracy_is_that_of_the_float32_run():
   ]
   logits = model(np.stack(images).astype(np.float32) / 127.5 - 1)
   right = (np.argmax(logits, axis=1) == labels).sum()
-  assert (right, len(labels)) == (748, 797)  # 93.9 %, as in the README
+  assert (right, len(labels)) == (748, 797)  # 93.9 %: docs/first_steps.md
 
 
 def test_predict_needs_nothing_but_the_name(tmp_path, monkeypatch, capsys):

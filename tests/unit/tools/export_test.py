@@ -258,7 +258,7 @@ def test_other_models_as_onnx(options, tmp_path, monkeypatch):
 @pytest.mark.nightly
 @pytest.mark.parametrize("to", FORMATS)
 def test_vit_b_costs(to, tmp_path):
-  """Prints README's table, with `pytest -s`."""
+  """Prints the table of docs/export.md, with `pytest -s`."""
   options, size = {"variant": "ViT-B_16", "dtype": "float32"}, (224, 224)
   model = models.create(num_classes=1000, image_size=size, **options)
   flat = flatten(jax.jit(model.init)(jax.random.key(0)))

@@ -270,8 +270,8 @@ def _read_records(root, **options):
 
 
 @pytest.mark.nightly
-def test_the_figures_of_the_readme_in_small(tmp_path):
-  """`python benchmarks/data_build.py` makes those in README."""
+def test_the_documented_figures_in_small(tmp_path):
+  """`python benchmarks/data_build.py` makes those of docs/your_images.md."""
   found = data_build.measure(tmp_path, 3000, tests=200, workers=2)
   assert found["listed"] == found["ruined"] == found["unreadable"] == 10
   for kind, (right, count) in found["found"].items():

@@ -24,7 +24,7 @@ SIDE = 16  # pixels of a signature's side
 THUMBNAIL = 48  # pixels of the images that are laid over each other
 _FIT = 24  # pixels at which they are compared
 CANDIDATE = 0.75  # similarity of signatures that is worth a second look
-THRESHOLD = 0.98  # of the colour images; README has what it finds and claims
+THRESHOLD = 0.98  # of the colour images; docs/your_images.md: its errors
 _MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
 
 
