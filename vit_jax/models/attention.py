@@ -21,9 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.models import posemb
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import ROWS, Dense, Dropout, LayerNorm
+from vit_jax.models.layers import LANES, ROWS, Dense, Dropout, LayerNorm
 
-LANES = 128  # of a vector register
 _UNROLL = 4  # images that the compiler may interleave: their steps wait less
 _MAX_TOKENS = 640  # beyond them an image's scores do not fit on the chip
 _BLOCK = 2**19  # bytes of an array that one program of the kernel has

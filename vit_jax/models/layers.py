@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.models.config import ViTConfig
 
-ROWS = 8  # of a vector register
+ROWS, LANES = 8, 128  # of a vector register
 
 
 def drop_path(x, rate, key):

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.models.layers import LANES
+
 
 def join_axes(rows, columns):
   """[h d/2] and [w d/2] -> [h*w d]: the column's half first, then the row's."""
@@ -36,14 +38,27 @@ def rotate(x, angles: np.ndarray, num_heads: int):
     angles: f64[n h/2]; 0 for a token that has no place in the image.
     num_heads: d / h.
   """
-  half = angles.shape[1]
+  half, width = angles.shape[1], x.shape[-1]
   cos = np.tile(np.cos(angles), 2 * num_heads).astype(np.float32)
   sin = np.concatenate([-np.sin(angles), np.sin(angles)], axis=1)
   sin = np.tile(sin, num_heads).astype(np.float32)
-  y = x.astype(jnp.float32)
-  is_first = np.arange(x.shape[-1]) % (2 * half) < half
-  other = jnp.where(is_first, jnp.roll(y, -half, -1), jnp.roll(y, half, -1))
-  return (y * cos + other * sin).astype(x.dtype)
+  # TPUs exchange channels of a register slowly, but a product with a
+  # permutation matrix is exact in bfloat16 and a third of the cycles.
+  if x.dtype == jnp.bfloat16 and width % LANES == LANES % (2 * half) == 0:
+    swap = np.eye(LANES).reshape(-1, 2, half, LANES)[:, ::-1]
+    swap = swap.reshape(LANES, LANES)
+    other = jnp.concatenate(
+      [
+        jnp.matmul(piece, swap.astype(x.dtype))
+        for piece in jnp.split(x, width // LANES, axis=-1)
+      ],
+      axis=-1,
+    )
+  else:
+    is_first = np.arange(width) % (2 * half) < half
+    other = jnp.where(is_first, jnp.roll(x, -half, -1), jnp.roll(x, half, -1))
+  y = x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
+  return y.astype(x.dtype)
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:

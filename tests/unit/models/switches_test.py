@@ -9,6 +9,7 @@ from random_models import assert_close, jit, random_images, random_params
 
 from vit_jax import models, sharding
 from vit_jax.errors import UserError
+from vit_jax.models import posemb
 from vit_jax.state import flatten, unflatten
 from vit_jax.training import steps
 
@@ -171,6 +172,20 @@ def test_the_tpu_layout_in_bfloat16_is_close(name):
   found = jit(model)(params, images)
   assert found.dtype == jnp.float32
   assert np.abs(found - expected).max() <= 0.06 * np.std(expected)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(4, 64), (2, 128), (3, 64)])
+def test_rotations_in_bfloat16_are_those_of_complex_numbers(heads, width):
+  """By a product where heads fill registers, else by moving channels."""
+  angles = posemb.dinov3_angles((3, 4), width, 100.0)
+  x = np.random.default_rng(0).normal(size=(2, 12, heads * width))
+  x = jnp.asarray(x, jnp.bfloat16)
+  found = np.asarray(posemb.rotate(x, angles, heads), np.float64)
+  pairs = np.asarray(x, np.float64).reshape(2, 12, heads, 2, width // 2)
+  turned = pairs[..., 0, :] + 1j * pairs[..., 1, :]
+  turned = turned * np.exp(1j * angles)[:, None]
+  expected = np.stack([turned.real, turned.imag], -2).reshape(found.shape)
+  np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize(
