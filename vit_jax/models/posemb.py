@@ -42,23 +42,22 @@ def rotate(x, angles: np.ndarray, num_heads: int):
   cos = np.tile(np.cos(angles), 2 * num_heads).astype(np.float32)
   sin = np.concatenate([-np.sin(angles), np.sin(angles)], axis=1)
   sin = np.tile(sin, num_heads).astype(np.float32)
-  # TPUs exchange channels of a register slowly, but a product with a
-  # permutation matrix is exact in bfloat16 and a third of the cycles.
-  if x.dtype == jnp.bfloat16 and width % LANES == LANES % (2 * half) == 0:
-    swap = np.eye(LANES).reshape(-1, 2, half, LANES)[:, ::-1]
-    swap = swap.reshape(LANES, LANES)
-    other = jnp.concatenate(
-      [
-        jnp.matmul(piece, swap.astype(x.dtype))
-        for piece in jnp.split(x, width // LANES, axis=-1)
-      ],
-      axis=-1,
-    )
-  else:
+  if x.dtype != jnp.bfloat16 or width % LANES or LANES % (2 * half):
     is_first = np.arange(width) % (2 * half) < half
     other = jnp.where(is_first, jnp.roll(x, -half, -1), jnp.roll(x, half, -1))
-  y = x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
-  return y.astype(x.dtype)
+    y = x.astype(jnp.float32) * cos + other.astype(jnp.float32) * sin
+    return y.astype(x.dtype)
+  # XLA exchanges channels through a TPU's memory. A product with a permutation
+  # matrix is exact in bfloat16, and takes a quarter of the cycles (RESULTS.md).
+  swap = np.eye(LANES, dtype=x.dtype).reshape(-1, 2, half, LANES)[:, ::-1]
+  swap = swap.reshape(LANES, LANES)
+  pieces = []
+  for i in range(0, width, LANES):
+    at = slice(i, i + LANES)
+    piece = x[..., at]
+    other = jnp.matmul(piece, swap, preferred_element_type=jnp.float32)
+    pieces.append(piece.astype(jnp.float32) * cos[:, at] + other * sin[:, at])
+  return jnp.concatenate([y.astype(x.dtype) for y in pieces], axis=-1)
 
 
 def sincos_2d(grid: tuple[int, int], width: int) -> np.ndarray:
