@@ -314,6 +314,7 @@ def test_timm_at_another_resolution(libraries, tmp_path, size, pooling):
       {"size": (16, 16)},
       {"classifier": "gap"},
       {"classifier": "map"},
+      {"classifier": "map", "registers": 2, "class_token": True},
       {"pos_embedding": "none"},
       {"num_classes": 0},
     ],

@@ -379,6 +379,17 @@ def test_orbax_keeps_what_other_formats_cannot_say(tmp_path):
     np.testing.assert_array_equal(back.params[path].read(), x)
 
 
+def test_orbax_has_the_pixels_of_the_file(tmp_path):
+  weights = _weights()._replace(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+  notes = pretrained.write(weights, str(tmp_path / "out"), "orbax")
+  assert any("mean and standard deviation" in note for note in notes)
+  images = _images()
+  _assert_logits(
+    vit_jax.load(str(tmp_path / "out"))(images),
+    np.asarray(pretrained.assemble(weights)(images)),
+  )
+
+
 @pytest.mark.parametrize(
   ("to", "variant", "options", "word"),
   [

@@ -300,6 +300,7 @@ def test_what_there_is_no_place_for(tmp_path, name, message):
     ({"norm_layer": "rmsnorm"}, "model argument norm_layer='rmsnorm'"),
     ({"attn_layer": "diff"}, "model argument attn_layer='diff'"),
     ({"global_pool": "map"}, "global_pool is 'map', its arrays are for"),
+    ({"pool_include_prefix": True}, "pool_include_prefix is True"),
     ({"num_heads": 5}, "5 attention heads do not divide the hidden size 24"),
     ({"num_heads": "3"}, "num_heads is '3'"),
     ({"img_size": "big"}, "img_size is 'big'"),

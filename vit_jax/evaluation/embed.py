@@ -3,6 +3,8 @@
 import concurrent.futures
 import hashlib
 import logging
+import math
+import os
 import pathlib
 import shutil
 import time
@@ -62,16 +64,19 @@ def embed(
   path = pathlib.Path(out)
   if path.suffix not in SUFFIXES:
     raise UserError(f"--out is {out}; it must end in {' or '.join(SUFFIXES)}")
+  if files.is_remote(out):
+    raise UserError(f"--out is {out}; give a local file, and copy it there")
   check_free(path)
   paths = list_images(images)
-  model = pretrained.load(source, image_size=image_size, resize=resize)
+  weights = pretrained.read(source, resize)
+  model = pretrained.assemble(weights, image_size=image_size)
   run = _make_run(model, what, layers, batch_size)
   parts = path.with_name(path.name + ".parts")
   _check_parts(
     parts,
     {
-      "checkpoint": source,
-      "images": hashlib.sha256("\n".join(paths).encode()).hexdigest(),
+      "checkpoint": weights.source,
+      "images": _identify(paths),
       "what": [what, *layers],
       "image_size": list(model.config.image_size),
       "resize": model.config.resize,
@@ -84,6 +89,16 @@ def embed(
   shutil.rmtree(parts)
   count = sum(shape[0] for shape in shapes)
   return {"images": count, "shape": [count, *shapes[0][1:]], "errors": errors}
+
+
+def _identify(paths) -> str:
+  """Returns a hash of files' names, sizes and times of change."""
+  digest = hashlib.sha256()
+  for path in paths:
+    about = os.stat(path) if os.path.exists(path) else None
+    changed = (about.st_size, about.st_mtime_ns) if about else ()
+    digest.update(repr((path, changed)).encode())
+  return digest.hexdigest()
 
 
 def _write_parts(folder, paths, run):
@@ -160,6 +175,11 @@ def _make_run(model, what, layers, batch_size):
   return run
 
 
+def _flatten(x):
+  """[n ...] -> [n d], also where n is 0."""
+  return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
 def _join(path, parts):
   """Writes all parts as one file."""
   with files.atomic_file(path) as partial, open(partial, "wb") as f:
@@ -177,7 +197,7 @@ def _join(path, parts):
       pa.table(
         {
           "image": part["images"],
-          "features": list(part["features"].reshape(len(part["images"]), -1)),
+          "features": list(_flatten(part["features"])),
         },
         pa.schema(
           [("image", pa.string()), ("features", pa.list_(pa.float32()))]

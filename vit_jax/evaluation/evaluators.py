@@ -8,6 +8,7 @@ from vit_jax.config import list_evals
 from vit_jax.errors import check_choice
 from vit_jax.evaluation import fewshot
 from vit_jax.evaluation.sums import add_up, make_sums
+from vit_jax.training.lora import adapt
 from vit_jax.training.objectives import Classification, Objective
 
 
@@ -62,7 +63,9 @@ def _make_own(config, e, sources, objective, **where):
 def _make_fewshot(config, e, sources, objective, **where):
   # Without a head, so that any model will do; its parameters may have one.
   options = {"image_size": config.image_size, **config.model}
-  model = models.create(num_classes=0, **options)
+  model = adapt(
+    models.create(num_classes=0, **options), **config.get("lora", {})
+  )
   train, test = sources
   metrics = tuple(f"{count}shot" for count in e.shots)
   return metrics, fewshot.make_evaluate(model, train, test, e.shots, **where)

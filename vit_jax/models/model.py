@@ -98,8 +98,9 @@ def make_features(
     model: whatever its head is.
     what: "pooled", what the head would get, [b d]; "cls", the class token;
       "mean" of the patches; "cls+mean", side by side; "patches", [b h w d].
-    layers: blocks whose tokens are taken, -1 the last one; each through the
-      last LayerNorm, side by side along d. Not of "pooled".
+    layers: blocks whose tokens are taken, -1 the last one, side by side along
+      d; each through the last LayerNorm where that is before the pooling
+      (`final_norm` "tokens"). Not of "pooled".
 
   Raises:
     UserError: what the model does not have.

@@ -179,8 +179,9 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
       raise UserError(f"{e}; --to=orbax keeps everything") from e
   try:
     if to == "orbax":
+      weights, notes = _fold(weights, to)
       runs.write(weights, out)
-      return list(weights.notes)
+      return notes
     if not files.is_remote(path):
       return _write_file(weights, path, to)
     with tempfile.TemporaryDirectory() as folder:
@@ -235,17 +236,22 @@ def _is_resnet(weights):
   return variants.parse(weights.model["variant"]).encoder is None
 
 
+def _fold(weights, to):
+  """Returns weights for pixels in [-1, 1], and notes."""
+  standard, notes = fold_normalization(weights), list(weights.notes)
+  if standard is not weights:
+    notes.append(
+      f"{to} has no mean and standard deviation of pixels: they went into the "
+      "patch embedding"
+    )
+  return standard, notes
+
+
 def _write_file(weights, path, to):
   """Writes what is no run folder, and reads it again; returns notes."""
   notes = list(weights.notes)
   if to not in ("hf", "timm"):
-    standard = fold_normalization(weights)
-    if standard is not weights:
-      notes.append(
-        f"{to} has no mean and standard deviation of pixels: they went into "
-        "the patch embedding"
-      )
-      weights = standard
+    weights, notes = _fold(weights, to)
   params = match_layout(weights.params, scan=False)
   model = {**weights.model, "scan": False}
   weights = weights._replace(params=params, model=model)

@@ -15,7 +15,12 @@ from vit_jax.data import preprocess as preprocessing
 from vit_jax.data.sizes import as_pair, scale_side
 from vit_jax.errors import UserError
 from vit_jax.models import variants
-from vit_jax.pretrained.warmstart import POS_EMBEDDING, Report, warm_start
+from vit_jax.pretrained.warmstart import (
+  HEADS,
+  POS_EMBEDDING,
+  Report,
+  warm_start,
+)
 from vit_jax.pretrained.weights import LazyArray, Weights
 from vit_jax.state import flatten, unflatten
 
@@ -109,8 +114,9 @@ class Pretrained:
       images: of the size that the model takes.
       what: "pooled", what the head would get, [b d]; "cls", the class token;
         "mean" of the patches; "cls+mean", side by side; "patches", [b h w d].
-      layers: blocks whose tokens are taken, -1 the last one; each through the
-        last LayerNorm, side by side along d. Not of "pooled".
+      layers: blocks whose tokens are taken, -1 the last one, side by side
+        along d; through the last LayerNorm where that is before the pooling.
+        Not of "pooled".
 
     Raises:
       UserError: what the model does not have, or images that it does not take.
@@ -230,7 +236,7 @@ def assemble(
     notes.append(HEAD_OF_ZEROS)
   for path in shapes.keys() - given.keys():
     # All but the head is made as the file has it.
-    assert path.startswith("head/"), path
+    assert path.startswith(HEADS), path
     flat[path] = jnp.zeros(shapes[path].shape, jnp.float32)
   for note in notes:
     log.warning("%s: %s", weights.source, note)

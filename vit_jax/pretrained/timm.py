@@ -73,7 +73,7 @@ _HARMLESS = {
   *("fix_init", "dynamic_img_size", "strict_img_size"),
   *("reg_tokens", "init_values", "pre_norm", "qkv_bias", "qk_norm"),
   *("num_reg_tokens", "swiglu_mlp", "use_fc_norm", "use_abs_pos_emb"),
-  *("rope_temperature", "swiglu_align_to"),
+  *("rope_temperature", "swiglu_align_to", "pool_include_prefix"),
 }
 
 
@@ -313,6 +313,14 @@ def _describe_pooling(fields, arguments, arrays):
     raise arguments.error(
       f"global_pool is {said!r}, its arrays are for {pooled!r}"
     )
+  # timm's attention pooling leaves these out unless it is told to.
+  prefix = {"cls_token", "reg_token"} & arrays.keys()
+  includes = arguments.values.get("pool_include_prefix", False)
+  if bool(includes) != (said == "map" and bool(prefix)):
+    raise arguments.error(
+      f"pool_include_prefix is {includes} and global_pool {said!r}; ours takes "
+      "the tokens before the patches along in attention pooling, and only there"
+    )
   return _POOLING[said]
 
 
@@ -518,6 +526,8 @@ def _make_config(weights, options, with_token):
       or (options["registers"] > 0 and options["prefix_positions"] != "all"),
       "fc_norm": options["final_norm"] == "pooled",
       "final_norm": True,
+      "pool_include_prefix": pool == "map"
+      and (options["class_token"] or options["registers"] > 0),
       "pos_embed": positions,
       "pre_norm": options["pre_norm"],
       "qk_norm": options["qk_norm"],

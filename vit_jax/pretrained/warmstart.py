@@ -12,11 +12,12 @@ from vit_jax.pretrained import positions
 from vit_jax.pretrained.weights import LazyArray
 
 POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
+HEADS = ("head/", "head_dist/")  # of the class and the distillation token
 # What a new task or a new way of pooling may replace. Everything else must be
 # there on both sides, in the same shape. Position embeddings may differ in
 # shape alone.
 REPLACEABLE = (
-  "head/",
+  *HEADS,
   "pre_logits/",
   "cls",
   "dist",
@@ -89,7 +90,7 @@ def warm_start(
     if there is not None and _POSITIONS.fullmatch(path):
       there = _fit_positions(path, there, x.shape, old_grid, new_grid, resize)
       resized = old_grid != new_grid
-    is_new_head = path.startswith("head/") and not keep_head
+    is_new_head = path.startswith(HEADS) and not keep_head
     if there is None or there.shape != x.shape or is_new_head:
       report.new.append(f"{path} {by(x.shape)}")
       continue

@@ -68,7 +68,8 @@ def test_a_killed_command_resumes(pictures, tmp_path, monkeypatch):
   assert arrays["images"].tolist() == names
   np.testing.assert_allclose(arrays["features"], features, atol=1e-5)
   assert found["shape"] == [9, 256]
-  assert [str(pictures / "broken.png") in line for line in found["errors"]]
+  (line,) = found["errors"]
+  assert str(pictures / "broken.png") in line
   assert sorted(p.name for p in tmp_path.iterdir()) == [out.name, "pictures"]
   with named("features.npz exists"):
     embedding.embed(_SOURCE, [str(pictures)], str(out))
@@ -86,9 +87,37 @@ def test_parquet_has_a_row_an_image(pictures, tmp_path):
   )
 
 
-def test_another_ending_is_named(pictures, tmp_path):
-  with named("features.csv", ".npz or .parquet"):
-    embedding.embed(_SOURCE, [str(pictures)], str(tmp_path / "features.csv"))
+def test_parquet_of_no_image_at_all(pictures, tmp_path):
+  out = tmp_path / "features.parquet"
+  broken = str(pictures / "broken.png")
+  found = embedding.embed(_SOURCE, [broken], str(out))
+  assert found["shape"] == [0, 128]
+  assert parquet.read_table(out).num_rows == 0
+
+
+def test_images_that_changed_are_not_joined_with_others(
+  pictures, tmp_path, monkeypatch
+):
+  out = str(tmp_path / "features.npz")
+  with monkeypatch.context() as patch:
+    patch.setattr(embedding, "_join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      embedding.embed(_SOURCE, [str(pictures)], out)
+  (pictures / "3.png").write_bytes((pictures / "4.png").read_bytes())
+  with named("features.npz.parts", "other images"):
+    embedding.embed(_SOURCE, [str(pictures)], out)
+
+
+@pytest.mark.parametrize(
+  ("out", "words"),
+  [
+    ("features.csv", ".npz or .parquet"),
+    ("gs://bucket/features.npz", "give a local file"),
+  ],
+)
+def test_another_place_is_named(pictures, out, words):
+  with named(out, words):
+    embedding.embed(_SOURCE, [str(pictures)], out)
 
 
 # --- which features ---

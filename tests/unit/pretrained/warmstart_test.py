@@ -86,6 +86,18 @@ def test_the_same_model_takes_everything():
 
 
 @pytest.mark.parametrize("num_classes", [5, 7])
+def test_other_classes_get_two_new_heads(num_classes):
+  """DeiT's distillation token has one of its own."""
+  *_, report = _start(
+    _create(distillation_token=True, num_classes=num_classes),
+    _create(distillation_token=True),
+    same_classes=False,
+  )
+  names = {line.split("/")[0] for line in report.new}
+  assert names == {"head", "head_dist"}
+
+
+@pytest.mark.parametrize("num_classes", [5, 7])
 def test_other_classes_get_a_new_head(num_classes):
   before, weights, after, report = _start(
     _create(num_classes=num_classes), _create(), same_classes=False

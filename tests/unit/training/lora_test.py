@@ -14,6 +14,7 @@ import vit_jax
 from vit_jax import checkpoint, files, models, pretrained, sharding
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
+from vit_jax.evaluation import evaluators
 from vit_jax.state import flatten, make_key, unflatten
 from vit_jax.train import make_step
 from vit_jax.training import lora, objectives
@@ -256,3 +257,34 @@ def test_what_cannot_be_adapted(changes, message):
   with pytest.raises(UserError, match=message) as e:
     lora.adapt(_make()[0], **_LORA | changes)
   assert "\n" not in str(e.value)
+
+
+def test_few_shot_features_are_those_of_the_merged_model(monkeypatch):
+  """An evaluation in a run sees what has been trained."""
+  _, adapted = _make()
+  flat = flatten(random_params(adapted))
+  config = configuration.load("common")
+  with config.unlocked():
+    config.image_size = 16
+    config.model.variant = _OPTIONS["variant"]
+    config.model.dtype = "float32"
+    config.lora.update(_LORA)
+  entry = configuration.Eval(
+    "few", "fewshot", None, "test", "resize(size)", 8, 0, "train", (1,)
+  )
+  made = []
+  monkeypatch.setattr(
+    evaluators.fewshot,
+    "make_evaluate",
+    lambda model, *_, **__: made.append(model),
+  )
+  evaluators.OTHERS["fewshot"](config, entry, (None, None), None)
+  images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3))
+  images = images.astype(np.float32)
+  plain = models.create(**{**_OPTIONS, "num_classes": 0})
+  np.testing.assert_allclose(
+    made[0].apply(unflatten(flat), images),
+    plain.apply(unflatten(lora.merge(flat, **_LORA)), images),
+    rtol=1e-4,
+    atol=1e-5,
+  )
