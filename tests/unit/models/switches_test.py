@@ -62,6 +62,16 @@ FAMILIES = {
   },
 }
 _of_each_family = pytest.mark.parametrize("name", FAMILIES)
+# Those that have most of the switches between them, and in CI the others.
+_of_some = pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name, marks=() if name in ("DINOv3", "so150m") else pytest.mark.ci
+    )
+    for name in FAMILIES
+  ],
+)
 
 
 def _create(name, **kwargs):
@@ -112,7 +122,7 @@ def _differentiate(model, params, images):
   return jax.value_and_grad(loss)(params)
 
 
-@_of_each_family
+@_of_some
 def test_scanned_and_recomputed_gradients_are_the_plain_ones(name):
   model = _create(name)
   params, images = random_params(model), random_images(model)
@@ -159,7 +169,7 @@ def test_sharded_micro_batches_have_the_plain_gradient(name):
     assert any(x.sharding.spec) == path.endswith("/kernel"), path
 
 
-@_of_each_family
+@_of_some
 def test_the_tpu_layout_in_bfloat16_is_close(name):
   model = _create(name, dtype="bfloat16", variant="ViT-w64d2m96h4_4")
   params, images = random_params(model), random_images(model, batch=16)
