@@ -196,6 +196,10 @@ def test_rotations_in_bfloat16_are_those_of_complex_numbers(heads, width):
   turned = turned * np.exp(1j * angles)[:, None]
   expected = np.stack([turned.real, turned.imag], -2).reshape(found.shape)
   np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-4)
+  # A gradient is turned back.
+  _, pull = jax.vjp(lambda x: posemb.rotate(x, angles, heads), x)
+  (back,) = pull(jnp.asarray(found, jnp.bfloat16))
+  np.testing.assert_allclose(np.float64(back), np.float64(x), atol=0.03)
 
 
 @pytest.mark.parametrize(
