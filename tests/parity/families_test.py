@@ -300,21 +300,12 @@ def _run_ours(folder, images, dtype="float32"):
   return np.asarray(out["encoded"], np.float32), np.asarray(last)
 
 
-# In the default tests: the most different ones.
-_DEFAULT = (
-  *("DINOv2, registers, classes", "DINOv3, gated", "SigLIP, whole"),
-  *("CLIP, whole", "DeiT, one head"),
-)
-
-
 def _list_cases():
   """Each class at each size; in CI at two, of which "wide" is both ways."""
   marks = {"native": pytest.mark.ci, "wide": pytest.mark.ci}
   for name in CASES:
     for size in SIZES:
-      mark = marks.get(size, pytest.mark.nightly)
-      is_default = name in _DEFAULT and size == "wide"
-      yield pytest.param(name, size, marks=() if is_default else mark)
+      yield pytest.param(name, size, marks=marks.get(size, pytest.mark.nightly))
 
 
 @pytest.mark.parametrize(("name", "size"), list(_list_cases()))
@@ -352,13 +343,8 @@ def _read_back(libraries, case, folder):
   return model.eval()
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=() if name in _DEFAULT else pytest.mark.ci)
-    for name in CASES
-  ],
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("name", CASES)
 def test_back_to_transformers(libraries, tmp_path, name):
   """Reading and writing changes no value that an output depends on."""
   case, images = CASES[name], _make_images(NATIVE)
@@ -455,6 +441,7 @@ _CONFIGS = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", _CONFIGS)
 def test_defaults_are_those_of_transformers(libraries, name):
   """A config.json may leave out what it has of them."""

@@ -44,11 +44,6 @@ CASES = {
   "vit_so150m2_patch16_reg1_gap_256": {},
   "vit_medium_patch16_gap_256": {"qk_norm": True},
 }
-_DEFAULT = {
-  "vit_base_patch14_reg4_dinov2",
-  "vit_small_plus_patch16_dinov3_qkvb",
-  "vit_base_patch32_clip_quickgelu_224",
-}
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +109,11 @@ def _run_ours(folder, images, dtype="float32"):
 
 
 def _list_cases():
-  """Each architecture at each size; the default tests have a few."""
+  """Each architecture at each size."""
   for name in CASES:
     for size in SIZES:
       mark = pytest.mark.ci if size == "wide" else pytest.mark.nightly
-      is_default = name in _DEFAULT and size == "wide"
-      yield pytest.param(name, size, marks=() if is_default else mark)
+      yield pytest.param(name, size, marks=mark)
 
 
 @pytest.mark.parametrize(("name", "size"), list(_list_cases()))
@@ -152,6 +146,7 @@ def test_back_to_timm(libraries, tmp_path, name):
   assert difference <= 1e-6
 
 
+@pytest.mark.ci
 def test_a_class_token_takes_its_position_along(libraries, tmp_path):
   """With registers timm has no entry for it, and Hugging Face has one."""
   weights = make_weights(

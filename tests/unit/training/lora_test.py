@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-import torch
 from random_models import random_params
 
 import vit_jax
@@ -60,8 +59,11 @@ def test_kernels_get_the_product_added():
   assert not [path for path in merged if "lora" in path]
 
 
+@pytest.mark.ci
 def test_gradients_are_those_of_torch():
   """Of a projection W x + alpha / r B (A x), in the paper's order."""
+  import torch
+
   _, adapted = _make()
   flat = flatten(random_params(adapted))
   place = f"{_ATTENTION}/query"

@@ -304,6 +304,7 @@ def test_cutmix_pastes_a_box_and_mixes_targets_by_its_area():
   assert 0 <= min(areas) < 0.1 < 0.5 < max(areas) <= 1
 
 
+@pytest.mark.ci
 def test_cutmix_boxes_are_distributed_as_timms():
   images, targets = jnp.zeros((2, 32, 48, 3)), jnp.eye(2)
   mix = jax.vmap(lambda key: steps.cutmix(key, images, targets, 1.0)[1][0, 0])
