@@ -1,6 +1,5 @@
 """`vit-jax embed`: write the features of image files."""
 
-import json
 import sys
 
 from vit_jax.commands import flags
@@ -27,11 +26,12 @@ def run(args):
   from vit_jax.evaluation.embed import embed
 
   found = embed(**flags.options(args))
-  if args.json:
-    print(json.dumps(found))
-  else:
+
+  def describe(found):
     shape = "x".join(map(str, found["shape"]))
-    print(f"{args.out}: {shape} features of {found['images']} images")
+    return f"{args.out}: {shape} features of {found['images']} images"
+
+  flags.print_result(args, found, describe)
   for error in found["errors"]:
     print(f"error: {error}", file=sys.stderr)
   return 2 if found["errors"] else 0

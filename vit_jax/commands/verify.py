@@ -1,7 +1,5 @@
 """`vit-jax verify`: compare features with published ones."""
 
-import json
-
 from vit_jax.commands import flags
 
 
@@ -20,17 +18,19 @@ def run(args):
   from vit_jax.evaluation import verify
 
   found = verify.verify(args.source, args.image)
-  if args.json:
-    print(json.dumps(found))
-  else:
-    print(found["model"])
-    for row in found["rows"]:
-      for name in ("published", "found"):
-        numbers = " ".join(f"{x:9.5f}" for x in row[name])
-        print(f"  {row['token']:<12} {name:<10} {numbers}")
-    verdict = "the same" if found["equal"] else "NOT the same"
-    print(
-      f"{verdict}: they differ by {found['difference']:.5f} at most, up to "
-      f"{verify.TOLERANCE} is expected"
-    )
+  flags.print_result(args, found, lambda x: _format(x, verify.TOLERANCE))
   return 0 if found["equal"] else 1
+
+
+def _format(found, tolerance):
+  lines = [found["model"]]
+  for row in found["rows"]:
+    for name in ("published", "found"):
+      numbers = " ".join(f"{x:9.5f}" for x in row[name])
+      lines.append(f"  {row['token']:<12} {name:<10} {numbers}")
+  verdict = "the same" if found["equal"] else "NOT the same"
+  lines.append(
+    f"{verdict}: they differ by {found['difference']:.5f} at most, up to "
+    f"{tolerance} is expected"
+  )
+  return "\n".join(lines)

@@ -193,21 +193,10 @@ def _join(path, parts):
     import pyarrow as pa
     from pyarrow import parquet
 
-    tables = (
-      pa.table(
-        {
-          "image": part["images"],
-          "features": list(_flatten(part["features"])),
-        },
-        pa.schema(
-          [("image", pa.string()), ("features", pa.list_(pa.float32()))]
-        ),
-      )
-      for part in parts
-    )
-    writer = None
-    for table in tables:
-      writer = writer or parquet.ParquetWriter(f, table.schema)
-      writer.write_table(table)
-    assert writer is not None
-    writer.close()
+    fields = [("image", pa.string()), ("features", pa.list_(pa.float32()))]
+    schema = pa.schema(fields)
+    with parquet.ParquetWriter(f, schema) as writer:
+      for part in parts:
+        features = list(_flatten(part["features"]))
+        columns = {"image": part["images"], "features": features}
+        writer.write_table(pa.table(columns, schema))
