@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -539,7 +540,7 @@ def test_the_profiler_traces_what_is_left_of_its_window(
     monkeypatch.setattr(
       jax.profiler,
       f"{name}_trace",
-      lambda *_, name=name: found.append((name, now[0])),
+      lambda *_, name=name, **__: found.append((name, now[0])),
     )
   config = configuration.load(str(CONFIGS / "common.py"))
   with config.unlocked():
@@ -550,6 +551,15 @@ def test_the_profiler_traces_what_is_left_of_its_window(
   now[0] = end
   window.close((), end)
   assert found == traced
+
+
+def test_the_profiler_leaves_new_threads_alone(tmp_path):
+  config = configuration.load(str(CONFIGS / "common.py"), {"profile_step": "1"})
+  window = profiler.Profiler(config, tmp_path)
+  window.before(1, ())
+  assert threading.getprofile() is None  # JAX's default hooks every thread
+  window.close((), 2)
+  assert list(tmp_path.rglob("*.xplane.pb"))
 
 
 def test_a_profiler_window_past_the_end_is_refused():

@@ -31,7 +31,10 @@ class Profiler:
     """Starts or ends the trace before a step runs."""
     if self._first <= step < self._end and self._started is None:
       jax.block_until_ready(state)
-      jax.profiler.start_trace(str(self._folder))
+      options = jax.profiler.ProfileOptions()
+      # Its hook ends threads that start meanwhile: a save's, for instance.
+      options.python_tracer_level = 0
+      jax.profiler.start_trace(str(self._folder), profiler_options=options)
       self._started = step
     elif step >= self._end:
       self.close(state, step)
