@@ -29,6 +29,9 @@ class Model(NamedTuple):
     num_layers: the encoder's blocks, 0 for a ResNet.
     num_prefix: tokens before those of the patches.
     has_class_token: whether the first of these is a class token.
+    has_statistics: whether some of `params` are running statistics, see
+      `state.is_statistic`. In training these are replaced by what `apply` with
+      `statistics=True` returns beside its result, {path: new value}.
   """
 
   init: Callable[..., Any]
@@ -38,6 +41,7 @@ class Model(NamedTuple):
   num_layers: int
   num_prefix: int = 0
   has_class_token: bool = False
+  has_statistics: bool = False
 
 
 @contextlib.contextmanager
