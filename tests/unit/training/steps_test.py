@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow as tf
 from sklearn import metrics
 
 from vit_jax import models, sharding
@@ -275,6 +276,27 @@ def test_polyak_average_equals_its_formula():
     for name, x in state.params.items():
       expected[name] = 0.8 * expected[name] + 0.2 * np.asarray(x, float)
       np.testing.assert_allclose(state.ema[name], expected[name], rtol=1e-5)
+
+
+def test_average_that_warms_up_equals_tensorflows():
+  """tf.train.ExponentialMovingAverage with `num_updates`."""
+  optimizer = optax.sgd(0.5)
+  state = _make_state(_linear_params(), optimizer, ema=True)
+  step = _make_step(optimizer, ema_decay=0.4, ema_warmup=True)
+  count = tf.Variable(0.0)
+  average = tf.train.ExponentialMovingAverage(0.4, num_updates=count)
+  variables = {n: tf.Variable(x) for n, x in state.params.items()}
+  average.apply(variables.values())  # begins with the first values
+  for i in range(8):  # of which the sixth has 7 / 16 > 0.4
+    state, _ = step(state, _make_batch(seed=i))
+    count.assign_add(1)
+    for name, x in state.params.items():
+      variables[name].assign(x)
+    average.apply(variables.values())
+    for name, x in variables.items():
+      np.testing.assert_allclose(
+        state.ema[name], average.average(x), rtol=1e-5, atol=1e-7
+      )
 
 
 def test_randomness_is_a_function_of_key_and_step():
