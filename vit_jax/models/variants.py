@@ -34,7 +34,7 @@ class Variant(NamedTuple):
 
   @property
   def kind(self) -> str:
-    """ "ViT", "hybrid", "ResNet" or "EfficientNet"."""
+    """Returns "ViT", "hybrid", "ResNet" or "EfficientNet"."""
     if self.encoder:
       return "ViT" if self.units is None else "hybrid"
     return "EfficientNet" if self.scaling else "ResNet"
@@ -96,8 +96,8 @@ def parse(name: str) -> Variant:
   """Returns what a name stands for.
 
   "ViT-B_16": size and patch; "R50+ViT-B_16": a hybrid; "R50x1": a ResNet and
-  its width; "EfficientNet-B0". An encoder that is in no table is written out as hidden size,
-  depth, MLP and heads: "ViT-w192d12m768h3_16".
+  its width; "EfficientNet-B0". An encoder that is in no table is written out as
+  hidden size, depth, MLP and heads: "ViT-w192d12m768h3_16".
 
   Raises:
     UserError: none of these.
