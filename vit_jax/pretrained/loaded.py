@@ -95,8 +95,8 @@ class Pretrained:
     """
     if not self.config.num_classes:
       raise UserError(
-        "there is no head: vit_jax.load(..., num_classes=K) makes a new one, "
-        ".features(images) gives what comes before it"
+        "the model has no head: vit_jax.load(..., num_classes=K) makes a new "
+        "one, .features(images) gives what comes before it"
       )
     return self._call(self._forward, images)
 
@@ -207,7 +207,7 @@ def assemble(
     raise UserError(f"num_classes is {num_classes}; it must be 0 or more")
   if "mpp_head/kernel" in weights.params and not num_classes:
     raise UserError(
-      f"{weights.source} was trained on masked patches and knows no classes; "
+      f"{weights.source} was trained on masked patches and has no classes; "
       "fine-tune it: vit-jax train --config.init_from="
     )
   model = weights.create_model(

@@ -163,7 +163,7 @@ def _check(trial):
   wanted = name if slash else "eval"
   if wanted not in [e.name for e in configuration.list_evals(loaded)]:
     raise UserError(
-      f"a sweep compares evaluations, and there is no {wanted!r}; set "
+      f"a sweep compares evaluations, and {wanted!r} is missing; set "
       "--config.eval.split to a held-out part"
     )
 
@@ -292,7 +292,7 @@ def run_trials(
     _run_all(every, executor)
   except KeyboardInterrupt:
     log.info(
-      "stopped: runs of this machine save, jobs of Slurm go on; the same "
+      "stopped: runs on this machine save, Slurm jobs continue; the same "
       "command resumes the sweep"
     )
     raise

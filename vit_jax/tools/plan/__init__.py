@@ -185,7 +185,7 @@ def find_sizes(config, num_classes, num_examples) -> tuple[int, int | None]:
     num_classes = task.num_classes
   if not num_classes and config.objective == "classification":
     raise UserError(
-      f"plan reads no data, and does not know {name!r}; say --num_classes=N"
+      f"plan reads no data, and {name!r} is unknown; give --num_classes=N"
     )
   return num_classes or 0, num_examples
 
