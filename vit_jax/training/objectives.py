@@ -36,12 +36,13 @@ class Classification:
   loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
   mixup_alpha: float = 0.0  # of `mixup`; 0 for none
   cutmix_alpha: float = 0.0  # of `cutmix`; 0 for none
+  repeats: int = 1  # of an image in a row; it is mixed with another one
 
   def prepare(self, batch, key):
     images = normalize(batch["image"])
     targets = multi_hot(batch["labels"], len(self.class_names))
     mixes = [
-      functools.partial(mix, alpha=alpha)
+      functools.partial(mix, alpha=alpha, distance=self.repeats)
       for mix, alpha in ((mixup, self.mixup_alpha), (cutmix, self.cutmix_alpha))
       if alpha
     ]
@@ -142,7 +143,7 @@ def create(config, class_names: list[str]) -> Objective:
     UserError: a model or loss that cannot be had.
   """
   options = {"image_size": config.image_size, **config.model}
-  # Runs from before have none of the two.
+  # Runs from before have none of these.
   lora = config.get("lora", {})
   cutmix_alpha = config.train.get("cutmix_alpha", 0.0)
   if config.objective == "classification":
@@ -153,6 +154,7 @@ def create(config, class_names: list[str]) -> Objective:
       loss_fn=get_loss(**config.loss),
       mixup_alpha=config.train.mixup_alpha,
       cutmix_alpha=cutmix_alpha,
+      repeats=config.train.get("repeats", 1),
     )
   target = config.masked_target
   model = models.create_masked(target=target, **options)
