@@ -148,6 +148,17 @@ def get_config() -> Any:
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
   config.loss.label_smoothing = 0.0  # 0: off
+  # Knowledge distillation (docs/distillation.md). The source is whatever
+  # `vit_jax.load` takes: a run folder, a file, a name; "": no teacher. It sees
+  # the images that the model sees, the same crops, mixed in the same way.
+  config.teacher = ml_collections.ConfigDict()
+  config.teacher.source = ""
+  # "kl" and "cross_entropy" with the teacher's softmax (the same gradient), or
+  # "hard", cross-entropy with its best class.
+  config.teacher.loss = "kl"
+  # Divides the logits of both; the loss is multiplied by its square.
+  config.teacher.temperature = 1.0
+  config.teacher.weight = 0.5  # of that loss; the labels' has the rest
   config.optimizer = ml_collections.ConfigDict()
   # "adam", "sgd", "rmsprop" (TensorFlow 1's) or "lamb" (arXiv 1904.00962), see
   # training/optim.py.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -196,11 +196,14 @@ def assemble(
   image_size=None,
   num_classes=None,
   dtype=None,
+  place: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> Pretrained:
   """Returns the model of `weights`; the other arguments are those of `load`.
 
   Each array is read, put on the device and forgotten before the next one.
+  `place(path, x)` puts it elsewhere than on the first device.
   """
+  place = place or (lambda _, x: jnp.asarray(x))
   if num_classes is None:
     num_classes = weights.num_classes
   if num_classes < 0:
@@ -229,7 +232,7 @@ def assemble(
   # One after the other: copies that wait for their turn would hold the arrays
   # that they are made of.
   flat = {
-    path: jnp.asarray(x.read(), jnp.float32).block_until_ready()
+    path: place(path, x.read().astype(np.float32)).block_until_ready()
     for path, x in given.items()
   }
   notes = list(weights.notes)

@@ -174,11 +174,12 @@ def check_sources(trials: Sequence[Trial]) -> None:
   for trial in trials:
     loaded = configuration.load(trial.config, trial.overrides)
     train = (loaded.train.dataset, loaded.train.split, loaded.data_dir)
-    sources = (*train, *configuration.list_evals(loaded), loaded.init_from)
+    weights = (loaded.init_from, loaded.teacher.source)
+    sources = (*train, *configuration.list_evals(loaded), *weights)
     if sources not in seen:
       inputs.open_inputs(loaded)
-      if loaded.init_from:
-        pretrained.read(loaded.init_from)
+      for source in filter(None, weights):
+        pretrained.read(source)
     seen.add(sources)
 
 

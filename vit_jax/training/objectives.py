@@ -28,6 +28,7 @@ from vit_jax.training.losses import (
 )
 from vit_jax.training.masked import MaskedPatches
 from vit_jax.training.steps import cutmix, mixup, normalize
+from vit_jax.training.teacher import Teacher
 
 _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
@@ -44,8 +45,16 @@ class Classification:
   repeats: int = 1  # of an image in a row; it is mixed with another one
   # Of soft targets, which the loss is not to smooth: `losses.sharpen`.
   sharpen: Callable = lambda targets: targets
+  teacher: Teacher | None = None  # its parameters are batch["teacher"]
+  two_heads: bool = False  # the model has one for the distillation token
 
   def prepare(self, batch, key):
+    examples = self._mix(batch, key)
+    if self.teacher is None:
+      return examples
+    return *examples, self.teacher.predict(batch["teacher"], examples[0])
+
+  def _mix(self, batch, key):
     images = normalize(batch["image"])
     targets = multi_hot(batch["labels"], len(self.class_names))
     if "probabilities" in batch:
@@ -65,16 +74,25 @@ class Classification:
     return mixes[0](key, images, targets) if mixes else (images, targets)
 
   def loss(self, params, examples, key):
-    images, targets = examples
+    images, targets, *taught = examples
     options = {"train": True, "key": key}
-    statistics = {}
+    statistics, out = {}, {}
     if self.model.has_statistics:
       logits, statistics = self.model.apply(
         params, images, statistics=True, **options
       )
+    elif self.teacher and self.two_heads:
+      _, out = self.model.apply(
+        params, images, intermediates="tokens", **options
+      )
+      logits = out["logits_cls"]
     else:
       logits = self.model.apply(params, images, **options)
-    return jnp.mean(self.loss_fn(logits, targets)), statistics
+    loss = self.loss_fn(logits, targets)
+    if self.teacher:
+      distilled = out.get("logits_dist", logits)
+      loss = self.teacher.mix(loss, distilled, *taught)
+    return jnp.mean(loss), statistics
 
   def eval_step(self, params, batch):
     """Returns sums over the unmasked examples.
@@ -148,8 +166,12 @@ def ranking_precision(logits, labels):
 Objective = Classification | MaskedPatches
 
 
-def create(config, class_names: list[str]) -> Objective:
+def create(
+  config, class_names: list[str], teacher: Teacher | None = None
+) -> Objective:
   """Returns what `config.objective` names, for these classes.
+
+  `teacher` is that of a classification, for a training step.
 
   Raises:
     UserError: a model or loss that cannot be had.
@@ -168,6 +190,8 @@ def create(config, class_names: list[str]) -> Objective:
       mixup_alpha=config.train.mixup_alpha,
       cutmix_alpha=cutmix_alpha,
       repeats=config.train.get("repeats", 1),
+      teacher=teacher,
+      two_heads=config.model.get("distillation_token", False),
     )
   target = config.masked_target
   model = models.create_masked(target=target, **options)

@@ -23,7 +23,8 @@ def train_step(
 
   Args:
     state: the step begins with it.
-    batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label.
+    batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label; for
+      an objective with a teacher its parameters as "teacher", too.
     objective: what to minimise, see `objectives`. What its loss returns beside
       it, {path: running statistic}, replaces that of the parameters.
     optimizer, schedule: of optax; the schedule is for the metrics alone.

@@ -121,6 +121,11 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   config = configuration.load(spec, overrides)
   configuration.check_ranges(config)
   configuration.check_unused(config)
+  if config.teacher.source:
+    raise UserError(
+      f"plan cannot estimate the teacher {config.teacher.source}; give "
+      "--config.teacher.source= for what the run takes without one"
+    )
   num_classes, num_examples = find_sizes(config, *sizes)
   total_steps = None
   if num_examples or not config.total_epochs:
