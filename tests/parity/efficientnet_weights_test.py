@@ -146,6 +146,8 @@ def test_logits_of_a_folder_of_timm_and_back(libraries, tmp_path, size):
   sides = {"b0": (224, 256), "b4": (380, 412)}[size]
   assert loaded.config.image_size == (sides[0],) * 2
   assert f"resize_small({sides[1]}" in loaded.config.preprocess
+  if size != "b0":
+    return
   assert pretrained.write(pretrained.read(theirs), ours, "timm") == []
   again = timm.create_model(f"local-dir:{ours}", pretrained=True)
   assert _difference(_run_theirs(libraries, again, images), expected) < 1e-9
@@ -396,10 +398,12 @@ def _save_small(monkeypatch, tmp_path, **changes):
 def test_writing_and_reading_keeps_everything(monkeypatch, tmp_path):
   monkeypatch.setattr(efficientnet, "_ARCHITECTURE", "tf_efficientnet_n")
   weights, folder = _save_small(monkeypatch, tmp_path)
-  again = pretrained.read(str(folder))
-  assert again.params.keys() == weights.params.keys()
-  for path, x in again.params.items():
-    np.testing.assert_array_equal(x.read(), weights.params[path].read(), path)
+  run = str(tmp_path / "run")
+  pretrained.write(weights, run, "orbax")
+  for again in map(pretrained.read, (str(folder), run)):
+    assert again.params.keys() == weights.params.keys()
+    for path, x in again.params.items():
+      np.testing.assert_array_equal(x.read(), weights.params[path].read(), path)
   (folder / "config.json").unlink()
   (note,) = pretrained.read(str(folder)).notes
   assert "no config.json" in note
