@@ -150,8 +150,8 @@ def cutmix(key, images, targets, alpha, distance=1):
   within = []
   for axis, size in enumerate(images.shape[1:3]):
     half = jnp.int32(size * side) // 2
-    distance = jnp.arange(size) - jax.random.randint(keys[axis], (), 0, size)
-    within.append((distance >= -half) & (distance < half))
+    offset = jnp.arange(size) - jax.random.randint(keys[axis], (), 0, size)
+    within.append((offset >= -half) & (offset < half))
   inside = within[0][:, None] & within[1]
   kept = 1 - inside.mean()
   targets = kept * targets + (1 - kept) * jnp.roll(targets, distance, axis=0)

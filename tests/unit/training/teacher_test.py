@@ -203,7 +203,7 @@ def test_each_head_of_a_distilled_student_has_its_loss(weight):
   objective = _make_objective(teacher, model, two_heads=True)
   batch = {**_make_batch(), "teacher": _linear_params(1)}
   examples = objective.prepare(batch, jax.random.key(0))
-  gradient = jax.jit(jax.grad(objective.loss))(
+  gradient, _ = jax.jit(jax.grad(objective.loss, has_aux=True))(
     params, examples, jax.random.key(0)
   )
   taught = np.float64(examples[2])
