@@ -165,6 +165,40 @@ def test_augmentation_differs_by_row_step_and_seed():
   )
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_repeats_are_the_same_image_and_other_windows(blocks):
+  """On any hosts, also such that share an image, and after any restart."""
+  mixture = [(Numbers(40), 0.7), (Numbers(30), 0.3)]
+  shuffle = BLOCKS._replace(blocks=[3, 4]) if blocks else Shuffle()
+  options = {"batch_size": 12, "repeats": 3, "shuffle": shuffle}
+  whole = _train(mixture, range(12), **options)
+  order = make_order(shuffle, 5, [40, 30], [0.7, 0.3], 4)
+  _, expected = order(np.arange(24))
+  assert _colours(whole) == np.repeat(expected, 3).tolist()
+  for rows in ([0, 1], range(2, 12), range(1, 12, 4)):
+    part = _train(mixture, rows, start_step=2, num_steps=4, **options)
+    for ours, batch in zip(part, whole[2:], strict=True):
+      _assert_same(ours, {key: v[list(rows)] for key, v in batch.items()})
+
+
+def test_each_repeat_is_read_once_and_augmented_on_its_own(monkeypatch):
+  source, read = Numbers(50), []
+  noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)
+  source.images = [encode(np.roll(noise, i), "PNG") for i in range(50)]
+  records = source.read
+  monkeypatch.setattr(source, "read", lambda x: (read.extend(x), records(x))[1])
+  options = {"batch_size": 12, "preprocess": "inception_crop(size)"}
+  batches = _train(source, range(12), num_steps=2, repeats=3, **options)
+  assert len(set(read)) == len(read) == 8
+  images = np.concatenate([b["image"] for b in batches])
+  assert len({image.tobytes() for image in images}) == 24
+  # Row 5 of a step draws what it draws without repeats.
+  plain = _train(source, range(12), num_steps=2, **options)
+  shown = [x["labels"][0] for x in (batches[0], plain[0])]
+  np.testing.assert_array_equal(*shown)
+  np.testing.assert_array_equal(batches[0]["image"][0], plain[0]["image"][0])
+
+
 def test_seed_may_be_any_integer():
   for seed in (0, -1, 2**31, 2**64 + 3):
     assert len(_train(Numbers(5), range(8), seed=seed, num_steps=1)) == 1
@@ -223,8 +257,12 @@ def test_undecodable_image_names_the_example():
 BLOCKS = Shuffle(blocks=[3], window=2, streams=4)
 
 
-@pytest.mark.parametrize("shuffle", [Shuffle(), BLOCKS])
-def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
+@pytest.mark.parametrize(
+  ("shuffle", "repeats"), [(Shuffle(), 1), (BLOCKS, 1), (Shuffle(), 2)]
+)
+def test_the_next_example_is_shown_in_the_place_of_a_bad_one(
+  shuffle, repeats, caplog
+):
   source, mended = Numbers(20), Numbers(20)
   for i, other in {13: 15, 14: 15, 19: 0, 5: 6}.items():
     source.images[i] = b"\xff\xd8\xff nothing more"
@@ -232,13 +270,14 @@ def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
     mended.labels[i] = mended.labels[other]
   source.images[5], source.labels[5] = mended.images[5], [10]
   options = {"preprocess": CROPPED, "num_steps": 9, "shuffle": shuffle}
+  options["repeats"] = repeats
   expected = _train(mended, range(8), **options)
   for first, rows in ((0, range(8)), (3, range(8)), (0, range(4, 8))):
     options |= {"start_step": first, "num_steps": 9 - first}
     found = _train(source, rows, **options, on_bad_example="replace")
-    order = make_order(shuffle, 5, [20], [1.0], 8)
+    order = make_order(shuffle, 5, [20], [1.0], 8 // repeats)
     for k, batch in enumerate(found, first):
-      _, examples = order(8 * k + np.array(rows))
+      _, examples = order((8 * k + np.array(rows)) // repeats)
       replaced = batch.pop("replaced").tolist()
       assert replaced == [int(i in (13, 14, 19, 5)) for i in examples]
       _assert_same(batch, {n: x[list(rows)] for n, x in expected[k].items()})
