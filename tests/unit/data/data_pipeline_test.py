@@ -257,12 +257,8 @@ def test_undecodable_image_names_the_example():
 BLOCKS = Shuffle(blocks=[3], window=2, streams=4)
 
 
-@pytest.mark.parametrize(
-  ("shuffle", "repeats"), [(Shuffle(), 1), (BLOCKS, 1), (Shuffle(), 2)]
-)
-def test_the_next_example_is_shown_in_the_place_of_a_bad_one(
-  shuffle, repeats, caplog
-):
+@pytest.mark.parametrize("shuffle", [Shuffle(), BLOCKS])
+def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
   source, mended = Numbers(20), Numbers(20)
   for i, other in {13: 15, 14: 15, 19: 0, 5: 6}.items():
     source.images[i] = b"\xff\xd8\xff nothing more"
@@ -270,19 +266,30 @@ def test_the_next_example_is_shown_in_the_place_of_a_bad_one(
     mended.labels[i] = mended.labels[other]
   source.images[5], source.labels[5] = mended.images[5], [10]
   options = {"preprocess": CROPPED, "num_steps": 9, "shuffle": shuffle}
-  options["repeats"] = repeats
   expected = _train(mended, range(8), **options)
   for first, rows in ((0, range(8)), (3, range(8)), (0, range(4, 8))):
     options |= {"start_step": first, "num_steps": 9 - first}
     found = _train(source, rows, **options, on_bad_example="replace")
-    order = make_order(shuffle, 5, [20], [1.0], 8 // repeats)
+    order = make_order(shuffle, 5, [20], [1.0], 8)
     for k, batch in enumerate(found, first):
-      _, examples = order((8 * k + np.array(rows)) // repeats)
+      _, examples = order(8 * k + np.array(rows))
       replaced = batch.pop("replaced").tolist()
       assert replaced == [int(i in (13, 14, 19, 5)) for i in examples]
       _assert_same(batch, {n: x[list(rows)] for n, x in expected[k].items()})
   assert "example 13 of numbers all: not a readable image" in caplog.text
   assert "example 5 of numbers all: label 10 is out" in caplog.text
+
+
+def test_each_repeat_of_a_bad_example_is_replaced():
+  source = Numbers(8)
+  source.images[5] = b"nothing"
+  options = {"num_steps": 2, "on_bad_example": "replace", "repeats": 2}
+  batches = _train(source, range(8), **options)
+  seen = _colours(batches)
+  assert 5 not in seen
+  assert seen.count(6) == 4
+  assert seen[::2] == seen[1::2]
+  assert sum(batch["replaced"].sum() for batch in batches) == 2
 
 
 def test_bad_neighbours_are_replaced_whichever_is_shown_first():
