@@ -64,7 +64,7 @@ _FAULTS = {
   ),
   "a dropped EMA": Fault(
     "training/steps.py",
-    "ema = optax.incremental_update(params, state.ema, 1 - ema_decay)",
+    "ema = optax.incremental_update(params, state.ema, new)",
     "ema = state.ema",
     "unit/training/steps_test.py::test_polyak_average_equals_its_formula",
   ),
@@ -95,8 +95,8 @@ _FAULTS = {
   ),
   "weight decay of every parameter": Fault(
     "training/optim.py",
-    "add_decayed_weights(weight_decay, mask)",
-    "add_decayed_weights(weight_decay)",
+    "add_decayed_weights(decay, mask)",
+    "add_decayed_weights(decay)",
     "unit/training/optim_test.py::test_optimizer_equals_formula_at_every_step",
   ),
   "no gradient clipping": Fault(

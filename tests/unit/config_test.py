@@ -341,11 +341,12 @@ def test_micro_batches_are_a_difference_where_they_draw():
     ("schedule.base_lr", "-0.001", "-0.001; it must be at least 0"),
     ("micro_batches", "0", "must be at least 1"),
     ("schedule.rsqrt_timescale", "0", "must be at least 1"),
+    ("train.repeats", "3", "divide batch_size 4096"),
     ("objective", "masks", "choose from classification, masked_patches"),
   ],
 )
 def test_values_out_of_range_are_refused(key, text, words):
-  with named(f"config.{key} is ", words):
+  with named(f"config.{key} ", words):
     configuration.check_ranges(configuration.load(_COMMON, {key: text}))
 
 
@@ -358,7 +359,15 @@ def test_values_out_of_range_are_refused(key, text, words):
     ({}, "masked_target", "pixels", "objective to be 'masked_patches'"),
     ({}, "optimizer.momentum", "0.8", "optimizer.name to be 'sgd'"),
     ({"optimizer.name": "sgd"}, "optimizer.b1", "0.8", "name to be 'adam'"),
+    (
+      {"optimizer.name": "lamb"},
+      "optimizer.momentum",
+      "0",
+      "'sgd' or 'rmsprop'",
+    ),
     ({"schedule.decay": "cosine"}, "schedule.linear_end", "0", "be 'linear'"),
+    ({}, "schedule.exponential_steps", "7", "decay to be 'exponential'"),
+    ({}, "ema_warmup", "true", "config.ema_decay to be set"),
     ({"eval.split": ""}, "eval.dataset", "cifar10", "eval.split to be set"),
     ({"objective": "masked_patches"}, "loss.name", "softmax", "classification"),
   ],

@@ -63,7 +63,7 @@ class Classification:
       is_soft = (given > 0).any(-1, keepdims=True)
       targets = jnp.where(is_soft, self.sharpen(soft), targets)
     mixes = [
-      functools.partial(mix, alpha=alpha, distance=self.repeats)
+      functools.partial(mix, alpha=alpha, shift=self.repeats)
       for mix, alpha in ((mixup, self.mixup_alpha), (cutmix, self.cutmix_alpha))
       if alpha
     ]

@@ -45,13 +45,13 @@ def make_schedule(
     constant:     base_lr
     exponential:  base_lr exponential_rate^floor(t / exponential_steps)
 
-  all times min(1, t / w) and min(1, (T - t) / c), where w and c are not 0. But
-  the exponential rate is base_lr t / w until w, in EfficientNet's code
-  (arXiv 1905.11946): its steps down are counted from 0, and may begin earlier.
-  Steps count from 0: with warm-up the first update changes nothing, and the
-  last one is taken at T - 1. `linear_end` is a learning rate, not a fraction.
-  The rsqrt curve (Zhai et al., "Scaling Vision Transformers") is base_lr at
-  the end of the warm-up whatever s is, and halves after another 3 s steps.
+  all times min(1, t / w) and min(1, (T - t) / c), where w and c are not 0;
+  the exponential power is 1 while t < w, as in EfficientNet's code (arXiv
+  1905.11946). Steps count from 0: with warm-up the first update changes
+  nothing, and the last one is taken at T - 1. `linear_end` is a learning rate,
+  not a fraction. The rsqrt curve (Zhai et al., "Scaling Vision Transformers")
+  is base_lr at the end of the warm-up whatever s is, and halves after another
+  3 s steps.
   The step is an integer, traced or not; the rate is f32[].
 
   Raises:

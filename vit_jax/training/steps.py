@@ -56,6 +56,7 @@ def train_step(
   if ema_decay:
     new = 1 - ema_decay
     if ema_warmup:
+      # Of t = step + 1: 1 - (1 + t) / (10 + t).
       new = jnp.maximum(new, 9 / (11 + state.step))
     ema = optax.incremental_update(params, state.ema, new)
   metrics = {
@@ -126,8 +127,8 @@ def normalize(images):
   return (images.astype(jnp.float32) - 127.5) / 127.5
 
 
-def mixup(key, images, targets, alpha, distance=1):
-  """Mixes each example with the one `distance` before it in the global batch.
+def mixup(key, images, targets, alpha, shift=1):
+  """Mixes each example with the one `shift` before it in the global batch.
 
   One weight a ~ Beta(alpha, alpha) a batch, the larger of a and 1 - a, so that
   the first image dominates (arXiv 1710.09412; AugReg, arXiv 2106.10270).
@@ -135,11 +136,11 @@ def mixup(key, images, targets, alpha, distance=1):
   a = jax.random.beta(key, alpha, alpha)
   a = jnp.maximum(a, 1 - a)
   mixed = (images, targets)
-  return tuple(a * x + (1 - a) * jnp.roll(x, distance, axis=0) for x in mixed)
+  return tuple(a * x + (1 - a) * jnp.roll(x, shift, axis=0) for x in mixed)
 
 
-def cutmix(key, images, targets, alpha, distance=1):
-  """Pastes a box of the example `distance` before it into each of the batch.
+def cutmix(key, images, targets, alpha, shift=1):
+  """Pastes a box of the example `shift` before it into each of the batch.
 
   One box a batch (arXiv 1905.04899): 1 - a of the area with a ~ Beta(alpha,
   alpha), in the image's proportions, at a uniform centre, cut off at the
@@ -154,6 +155,6 @@ def cutmix(key, images, targets, alpha, distance=1):
     within.append((offset >= -half) & (offset < half))
   inside = within[0][:, None] & within[1]
   kept = 1 - inside.mean()
-  targets = kept * targets + (1 - kept) * jnp.roll(targets, distance, axis=0)
-  other = jnp.roll(images, distance, axis=0)
+  targets = kept * targets + (1 - kept) * jnp.roll(targets, shift, axis=0)
+  other = jnp.roll(images, shift, axis=0)
   return jnp.where(inside[..., None], other, images), targets

@@ -165,6 +165,40 @@ def test_augmentation_differs_by_row_step_and_seed():
   )
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_repeats_are_the_same_image_and_other_windows(blocks):
+  """On any hosts, also such that share an image, and after any restart."""
+  mixture = [(Numbers(40), 0.7), (Numbers(30), 0.3)]
+  shuffle = BLOCKS._replace(blocks=[3, 4]) if blocks else Shuffle()
+  options = {"batch_size": 12, "repeats": 3, "shuffle": shuffle}
+  whole = _train(mixture, range(12), **options)
+  order = make_order(shuffle, 5, [40, 30], [0.7, 0.3], 4)
+  _, expected = order(np.arange(24))
+  assert _colours(whole) == np.repeat(expected, 3).tolist()
+  for rows in ([0, 1], range(2, 12), range(1, 12, 4)):
+    part = _train(mixture, rows, start_step=2, num_steps=4, **options)
+    for ours, batch in zip(part, whole[2:], strict=True):
+      _assert_same(ours, {key: v[list(rows)] for key, v in batch.items()})
+
+
+def test_each_repeat_is_read_once_and_augmented_on_its_own(monkeypatch):
+  source, read = Numbers(50), []
+  noise = np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)
+  source.images = [encode(np.roll(noise, i), "PNG") for i in range(50)]
+  records = source.read
+  monkeypatch.setattr(source, "read", lambda x: (read.extend(x), records(x))[1])
+  options = {"batch_size": 12, "preprocess": "inception_crop(size)"}
+  batches = _train(source, range(12), num_steps=2, repeats=3, **options)
+  assert len(set(read)) == len(read) == 8
+  images = np.concatenate([b["image"] for b in batches])
+  assert len({image.tobytes() for image in images}) == 24
+  # Row 5 of a step draws what it draws without repeats.
+  plain = _train(source, range(12), num_steps=2, **options)
+  shown = [x["labels"][0] for x in (batches[0], plain[0])]
+  np.testing.assert_array_equal(*shown)
+  np.testing.assert_array_equal(batches[0]["image"][0], plain[0]["image"][0])
+
+
 def test_seed_may_be_any_integer():
   for seed in (0, -1, 2**31, 2**64 + 3):
     assert len(_train(Numbers(5), range(8), seed=seed, num_steps=1)) == 1
@@ -244,6 +278,18 @@ def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
       _assert_same(batch, {n: x[list(rows)] for n, x in expected[k].items()})
   assert "example 13 of numbers all: not a readable image" in caplog.text
   assert "example 5 of numbers all: label 10 is out" in caplog.text
+
+
+def test_each_repeat_of_a_bad_example_is_replaced():
+  source = Numbers(8)
+  source.images[5] = b"nothing"
+  options = {"num_steps": 2, "on_bad_example": "replace", "repeats": 2}
+  batches = _train(source, range(8), **options)
+  seen = _colours(batches)
+  assert 5 not in seen
+  assert seen.count(6) == 4
+  assert seen[::2] == seen[1::2]
+  assert sum(batch["replaced"].sum() for batch in batches) == 2
 
 
 def test_bad_neighbours_are_replaced_whichever_is_shown_first():

@@ -324,22 +324,24 @@ def test_randomness_is_a_function_of_key_and_step():
 # --- mixup ---
 
 
-def test_mixup_mixes_each_row_with_its_neighbour():
+@pytest.mark.parametrize("shift", [1, 3])
+def test_mixup_mixes_each_row_with_its_neighbour(shift):
   batch = _make_batch()
   images = np.asarray(steps.normalize(batch["image"]))
   targets = np.asarray(losses.multi_hot(batch["labels"], _CLASSES))
-  mix = jax.jit(functools.partial(steps.mixup, alpha=0.4))
+  options = {"alpha": 0.4, "shift": shift}
+  mix = jax.jit(functools.partial(steps.mixup, **options))
   weights = []
   for i in range(40):
     mixed, mixed_targets = mix(jax.random.key(i), images, targets)
     # a x0 + (1 - a) x1, so a follows from any pixel; it is one a batch.
-    x0, x1 = images, np.roll(images, 1, axis=0)
+    x0, x1 = images, np.roll(images, shift, axis=0)
     a = float(((mixed - x1) * (x0 - x1)).sum() / ((x0 - x1) ** 2).sum())
     weights.append(a)
     np.testing.assert_allclose(mixed, a * x0 + (1 - a) * x1, atol=1e-5)
     np.testing.assert_allclose(
       mixed_targets,
-      a * targets + (1 - a) * np.roll(targets, 1, axis=0),
+      a * targets + (1 - a) * np.roll(targets, shift, axis=0),
       atol=1e-5,
     )
     np.testing.assert_allclose(mixed_targets.sum(-1), 1, rtol=1e-6)
@@ -387,6 +389,22 @@ def test_cutmix_pastes_a_box_and_mixes_targets_by_its_area():
     expected = (1 - area) * targets + area * np.roll(targets, 1, axis=0)
     np.testing.assert_allclose(mixed_targets, expected, rtol=1e-6)
   assert 0 <= min(areas) < 0.1 < 0.5 < max(areas) <= 1
+
+
+@pytest.mark.parametrize("mix", ["mixup_alpha", "cutmix_alpha"])
+def test_repeats_are_mixed_with_other_images(mix):
+  """Not with another view of the same one, of which the next rows are."""
+  batch = {
+    "image": np.arange(12, dtype="uint8")[:, None, None, None].repeat(3, -1),
+    "labels": np.arange(12, dtype="int32").repeat(3)[:12, None] % 4,
+  }
+  batch["image"] = batch["image"].repeat(8, 1).repeat(8, 2)
+  objective = dataclasses.replace(
+    _make_objective(**{mix: 1.0}), repeats=3, class_names=list("0123")
+  )
+  _, targets = jax.jit(objective.prepare)(batch, jax.random.key(0))
+  for i, row in enumerate(targets):
+    assert set(np.flatnonzero(row)) == {i // 3, (i // 3 - 1) % 4}
 
 
 @pytest.mark.ci
