@@ -107,6 +107,10 @@ def get_config() -> Any:
   # What a training image that cannot be used does: "stop" ends the run with its
   # name; "replace" shows the next one in its place, names it and counts such.
   config.train.on_bad_example = "stop"
+  # Repeated augmentation (arXiv 1902.05509): each image so many times in a
+  # batch, each time augmented on its own. Steps and epochs count all of these,
+  # so that an epoch shows 1 / repeats of the images, as timm's does.
+  config.train.repeats = 1
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
   # A box of another image, 1 - Beta(alpha, alpha) of the area; 0: off. With
   # mixup on as well each batch gets one of the two, by chance.
@@ -143,16 +147,21 @@ def get_config() -> Any:
   config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
   config.loss.label_smoothing = 0.0  # 0: off
   config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "adam"  # "adam" or "sgd"
-  config.optimizer.b1 = 0.9  # Adam
-  config.optimizer.b2 = 0.999  # Adam
-  config.optimizer.eps = 1e-8  # Adam
-  config.optimizer.momentum = 0.9  # SGD
-  # dtype of Adam's first moment or SGD's momentum: "float32" or "bfloat16".
+  # "adam", "sgd", "rmsprop" (TensorFlow 1's) or "lamb" (arXiv 1904.00962), see
+  # training/optim.py.
+  config.optimizer.name = "adam"
+  config.optimizer.b1 = 0.9  # Adam, LAMB
+  config.optimizer.b2 = 0.999  # Adam, LAMB; RMSProp: of the mean square
+  # Adam and LAMB add it to the root, RMSProp to the mean square in the root.
+  config.optimizer.eps = 1e-8
+  config.optimizer.momentum = 0.9  # SGD, RMSProp
+  # dtype of the first moment of Adam and LAMB, or of the momentum: "float32" or
+  # "bfloat16".
   config.optimizer.accumulator_dtype = "float32"
-  config.optimizer.weight_decay = 0.0  # decoupled; 0: none
+  config.optimizer.weight_decay = 0.0  # 0: none
   # "lr": decay * lr(t), as in the paper; "schedule": decay * lr(t)/base_lr, as
-  # in big_vision (0.1 there = 0.1 / base_lr here).
+  # in big_vision (0.1 there = 0.1 / base_lr here). These two are decoupled;
+  # "gradient" is L2 regularisation, decay / 2 * |p|^2 added to the loss.
   config.optimizer.weight_decay_scaling = "lr"
   # Regular expression: parameters whose whole path matches are decayed.
   config.optimizer.weight_decay_params = ".*/kernel"
@@ -176,15 +185,22 @@ def get_config() -> Any:
   config.lora.params = ".*/MultiHeadDotProductAttention_0/.*/kernel"
   config.schedule = ml_collections.ConfigDict()
   config.schedule.base_lr = 1e-3  # the learning rate after the warm-up
-  config.schedule.decay = "linear"  # "linear", "cosine", "rsqrt", "constant"
+  # "linear", "cosine", "rsqrt", "exponential" (in steps) or "constant".
+  config.schedule.decay = "linear"
   config.schedule.warmup_steps = 10_000  # from 0 in a straight line
   config.schedule.linear_end = 1e-5  # learning rate at the end of linear decay
   config.schedule.rsqrt_timescale = 10_000  # steps
+  # Exponential decay: times the rate every so many steps, warm-up included.
+  config.schedule.exponential_rate = 0.97
+  config.schedule.exponential_steps = 10_000.0
   config.schedule.cooldown_steps = 0  # linear to 0 at the end
   # Gradient accumulation: less memory and the same result, but for the draws of
   # dropout and stochastic depth.
   config.micro_batches = 1
   config.ema_decay = 0.0  # Polyak averaging of the parameters; 0: off
+  # A decay of at most (1 + t) / (10 + t) after t updates, TensorFlow's
+  # `num_updates`: the average forgets the initialisation early.
+  config.ema_warmup = False
 
   # --- machines ---
   # Devices over which parameters and optimizer are sharded; the others hold

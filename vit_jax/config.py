@@ -64,6 +64,10 @@ ADDED: dict[str, Any] = {
   "train.buffer_gib": 4.0,
   "train.on_bad_example": "stop",
   "train.cutmix_alpha": 0.0,
+  "train.repeats": 1,
+  "ema_warmup": False,
+  "schedule.exponential_rate": 0.97,
+  "schedule.exponential_steps": 10_000.0,
   "optimizer.layer_decay": 1.0,
   "optimizer.freeze_blocks": 0,
   "lora.rank": 0,
@@ -345,11 +349,14 @@ CHOICES = {
   "objective": ("classification", "masked_patches"),
   "train.shuffle": ("auto", "all", "blocks"),
   "train.on_bad_example": ("stop", "replace"),
-  "optimizer.name": ("adam", "sgd"),
+  "optimizer.name": ("adam", "sgd", "rmsprop", "lamb"),
   "optimizer.accumulator_dtype": ("float32", "bfloat16"),
-  "optimizer.weight_decay_scaling": ("lr", "schedule"),
+  "optimizer.weight_decay_scaling": ("lr", "schedule", "gradient"),
 }
-_FRACTIONS = ("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum")
+_FRACTIONS = (
+  *("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum"),
+  "schedule.exponential_rate",
+)
 _AMOUNTS = (
   *("train.buffer_gib", "train.mixup_alpha", "train.cutmix_alpha"),
   *("optimizer.freeze_blocks", "lora.rank", "eval.batch_size"),
@@ -359,8 +366,9 @@ _AMOUNTS = (
   "profile_step",
 )
 _COUNTS = (
-  *("schedule.rsqrt_timescale", "micro_batches", "log_every"),
-  *("keep_checkpoints", "profile_steps"),
+  *("schedule.rsqrt_timescale", "schedule.exponential_steps"),
+  *("micro_batches", "log_every", "keep_checkpoints", "profile_steps"),
+  "train.repeats",
 )
 # Key -> its least value, and the first that is too large.
 RANGES = {
@@ -382,10 +390,16 @@ def check_ranges(config) -> None:
       raise UserError(
         f"config.{key} is {values[key]}; it must be at least {least}{below}"
       )
+  if config.batch_size % config.train.repeats:
+    raise UserError(
+      f"config.train.repeats {config.train.repeats} does not divide batch_size "
+      f"{config.batch_size}, and a batch has all repeats of an image; change "
+      "one of the two"
+    )
 
 
 # Key -> its default (and what else says "off"), and the key that it needs with
-# the value that this has to have; None: any but 0, "" or unset.
+# the value or values that this has to have; None: any but 0, "" or unset.
 _DECAY = "optimizer.weight_decay"
 NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "masked_target": (("mean_colour",), "objective", "masked_patches"),
@@ -396,16 +410,19 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "train.cutmix_alpha": ((0.0,), "objective", "classification"),
   "loss.name": (("sigmoid",), "objective", "classification"),
   "loss.label_smoothing": ((0.0,), "objective", "classification"),
-  "optimizer.b1": ((0.9,), "optimizer.name", "adam"),
-  "optimizer.b2": ((0.999,), "optimizer.name", "adam"),
-  "optimizer.eps": ((1e-8,), "optimizer.name", "adam"),
-  "optimizer.momentum": ((0.9,), "optimizer.name", "sgd"),
+  "optimizer.b1": ((0.9,), "optimizer.name", ("adam", "lamb")),
+  "optimizer.b2": ((0.999,), "optimizer.name", ("adam", "lamb", "rmsprop")),
+  "optimizer.eps": ((1e-8,), "optimizer.name", ("adam", "lamb", "rmsprop")),
+  "optimizer.momentum": ((0.9,), "optimizer.name", ("sgd", "rmsprop")),
   "optimizer.weight_decay_scaling": (("lr",), _DECAY, None),
   "optimizer.weight_decay_params": ((".*/kernel",), _DECAY, None),
   "lora.alpha": ((16.0,), "lora.rank", None),
   "lora.params": ((ADDED["lora.params"],), "lora.rank", None),
   "schedule.linear_end": ((1e-5,), "schedule.decay", "linear"),
   "schedule.rsqrt_timescale": ((10_000,), "schedule.decay", "rsqrt"),
+  "schedule.exponential_rate": ((0.97,), "schedule.decay", "exponential"),
+  "schedule.exponential_steps": ((10_000,), "schedule.decay", "exponential"),
+  "ema_warmup": ((False,), "ema_decay", None),
   "eval.dataset": ((None, ""), "eval.split", None),
   "eval.batch_size": ((0,), "eval.split", None),
   "eval_every": ((5000, 0), "eval.split", None),
@@ -417,12 +434,21 @@ def find_unused(values: dict[str, Any]) -> list[str]:
   """Returns the keys of `NEEDS` that have no effect in a flat configuration."""
   # Those of `eval` are also what the entries of `evals` do not say.
   meant = {"eval.split"} if any(k.startswith("evals.") for k in values) else {}
+
+  def is_met(needed, wanted):
+    value = values[needed]
+    return bool(value) if wanted is None else value in _as_tuple(wanted)
+
   return [
     key
     for key, (_, needed, wanted) in NEEDS.items()
     if key in values and needed in values and needed not in meant
-    if (not values[needed] if wanted is None else values[needed] != wanted)
+    if not is_met(needed, wanted)
   ]
+
+
+def _as_tuple(wanted: Any) -> tuple[Any, ...]:
+  return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 def check_unused(config) -> None:
@@ -431,7 +457,9 @@ def check_unused(config) -> None:
   for key in find_unused(values):
     harmless, needed, wanted = NEEDS[key]
     if values[key] not in harmless:
-      needs = "to be set" if wanted is None else f"to be {wanted!r}"
+      needs = "to be set"
+      if wanted is not None:
+        needs = f"to be {' or '.join(map(repr, _as_tuple(wanted)))}"
       default = "its default" if harmless[0] is None else repr(harmless[0])
       raise UserError(
         f"config.{key} is {values[key]!r} and has no effect: it needs "

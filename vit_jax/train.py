@@ -133,6 +133,7 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
     objective=objective,
     schedule=schedule,
     micro_batches=config.micro_batches,
+    ema_warmup=config.ema_warmup,
     **both,
     frozen=optim.list_frozen(params, **config.optimizer),
   )

@@ -29,6 +29,8 @@ def make_schedule(
   warmup_steps: int,
   linear_end: float,
   rsqrt_timescale: float,
+  exponential_rate: float,
+  exponential_steps: float,
   cooldown_steps: int,
   total_steps: int,
 ) -> Schedule:
@@ -37,12 +39,15 @@ def make_schedule(
   With t the step, w `warmup_steps`, T `total_steps`, c `cooldown_steps`, s
   `rsqrt_timescale` and p = clip((t - w) / (T - w), 0, 1):
 
-    linear:    linear_end + (base_lr - linear_end) (1 - p)
-    cosine:    base_lr (1 + cos(pi p)) / 2
-    rsqrt:     base_lr / sqrt(1 + max(0, t - w) / s)
-    constant:  base_lr
+    linear:       linear_end + (base_lr - linear_end) (1 - p)
+    cosine:       base_lr (1 + cos(pi p)) / 2
+    rsqrt:        base_lr / sqrt(1 + max(0, t - w) / s)
+    constant:     base_lr
+    exponential:  base_lr exponential_rate^floor(t / exponential_steps)
 
-  all times min(1, t / w) and min(1, (T - t) / c), where w and c are not 0.
+  all times min(1, t / w) and min(1, (T - t) / c), where w and c are not 0. But
+  the exponential rate is base_lr t / w until w, in EfficientNet's code
+  (arXiv 1905.11946): its steps down are counted from 0, and may begin earlier.
   Steps count from 0: with warm-up the first update changes nothing, and the
   last one is taken at T - 1. `linear_end` is a learning rate, not a fraction.
   The rsqrt curve (Zhai et al., "Scaling Vision Transformers") is base_lr at
@@ -58,13 +63,16 @@ def make_schedule(
       f"warmup_steps {warmup_steps} and cooldown_steps {cooldown_steps} do not "
       f"fit in a run of {total_steps} steps; shorten them or train for longer"
     )
-  curve = _make_curve(decay, base_lr, linear_end, rsqrt_timescale)
+  curve = _make_curve(
+    *(decay, base_lr, warmup_steps, linear_end, rsqrt_timescale),
+    *(exponential_rate, exponential_steps),
+  )
   decay_steps = max(1, total_steps - warmup_steps)
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     t = jnp.asarray(step, jnp.float32)
     progress = jnp.clip((t - warmup_steps) / decay_steps, 0, 1)
-    lr = curve(progress, jnp.maximum(0, t - warmup_steps))
+    lr = curve(progress, t)
     if warmup_steps:
       lr *= jnp.minimum(1, t / warmup_steps)
     if cooldown_steps:
@@ -74,12 +82,22 @@ def make_schedule(
   return schedule
 
 
-def _make_curve(decay, base_lr, linear_end, rsqrt_timescale):
-  """Returns (p, max(0, t - w)) -> the rate without warm-up and cooldown."""
+def _make_curve(decay, base_lr, warmup, linear_end, timescale, rate, steps):
+  """Returns (p, t) -> the learning rate without warm-up and cooldown."""
+
+  def rsqrt(p, t):
+    return base_lr * jax.lax.rsqrt(1 + jnp.maximum(0, t - warmup) / timescale)
+
+  def exponential(p, t):
+    # XLA may multiply by the reciprocal of the steps, which is rounded.
+    stairs = jnp.floor(t / steps * (1 + 2**-22))
+    return base_lr * jnp.where(t < warmup, 1, rate**stairs)
+
   curves = {
     "linear": lambda p, _: linear_end + (base_lr - linear_end) * (1 - p),
     "cosine": lambda p, _: base_lr * 0.5 * (1 + jnp.cos(jnp.pi * p)),
-    "rsqrt": lambda _, t: base_lr * jax.lax.rsqrt(1 + t / rsqrt_timescale),
+    "rsqrt": rsqrt,
+    "exponential": exponential,
     "constant": lambda p, _: jnp.full_like(p, base_lr),
   }
   check_choice("config.schedule.decay", decay, curves)
@@ -114,12 +132,13 @@ def make_optimizer(
 
   One update of a parameter p, in this order:
 
+    g <- g + decay p                    scaling "gradient": L2 in the loss
     g <- g min(1, clip_norm / norm)     norm over all parameters not frozen
-    d <- Adam(g), or momentum d + g     no Nesterov; eps outside the root
-    p <- p - factor lr(t) (d + decay p)
+    d <- the rule of `name`, with decoupled decay, see `_make_rule`
+    p <- p - factor d
 
-  where lr is `schedule`, factor is that of `find_factors`, and decay is
-  `weight_decay` (scaling "lr", the paper) or `weight_decay / base_lr` (scaling
+  where factor is that of `find_factors`, and decay is `weight_decay` (scaling
+  "lr", the paper, and "gradient") or `weight_decay / base_lr` (scaling
   "schedule", big_vision) for parameters that match `weight_decay_params`, else
   0. A factor of 0 freezes: no gradient, in the norm either, no decay and, but
   for some blocks of a stack, no moments. Their paths end in the parameter's.
@@ -129,34 +148,105 @@ def make_optimizer(
 
   Raises:
     UserError: regular expressions that do not compile or match no parameter,
-      nothing left to train.
+      nothing left to train, LAMB without decay.
   """
-  paths = list(flatten(params))
   factors = find_factors(params, lr_multipliers, layer_decay, freeze_blocks)
+  decayed: set[str] = set()
+  if weight_decay:
+    paths = list(flatten(params))
+    decayed = match("weight_decay_params", weight_decay_params, paths)
   parts = []
+  if weight_decay and weight_decay_scaling == "gradient":
+    parts.append(_add_decay(weight_decay, decayed))
   if any(np.ndim(x) and 0 in x for x in factors.values()):
     parts.append(_multiply({p: np.sign(x) for p, x in factors.items()}))
   if clip_norm:
     parts.append(optax.clip_by_global_norm(clip_norm))
-  if name == "adam":
-    parts.append(optax.scale_by_adam(b1, b2, eps, mu_dtype=accumulator_dtype))
-  else:
-    parts.append(optax.trace(momentum, accumulator_dtype=accumulator_dtype))
-  if weight_decay:
-    if weight_decay_scaling == "schedule":
-      if not base_lr:
-        raise UserError(
-          "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
-          "a positive base_lr, or weight_decay 0"
-        )
-      weight_decay /= base_lr
-    decayed = match("weight_decay_params", weight_decay_params, paths)
-    mask = _map_paths(lambda path, _: path in decayed)
-    parts.append(optax.add_decayed_weights(weight_decay, mask))
+  decay = _scale_decay(weight_decay, weight_decay_scaling, base_lr)
+  numbers = (b1, b2, eps, momentum, accumulator_dtype)
+  rule, rate = _make_rule(name, *numbers, schedule, decay, decayed)
+  parts += rule
   if any(np.any(factor != 1) for factor in factors.values()):
     parts.append(_multiply(factors))
-  parts.append(optax.scale_by_learning_rate(schedule))
+  parts.append(optax.scale_by_learning_rate(rate))
   return _freeze(optax.chain(*parts), factors)
+
+
+def _scale_decay(decay, scaling, base_lr):
+  """Returns the decoupled decay, a multiple of the learning rate."""
+  if decay and scaling == "schedule":
+    if not base_lr:
+      raise UserError(
+        "weight_decay_scaling 'schedule' divides by base_lr, which is 0; use "
+        "a positive base_lr, or weight_decay 0"
+      )
+    return decay / base_lr
+  return 0.0 if scaling == "gradient" else decay
+
+
+def _make_rule(
+  name, b1, b2, eps, momentum, dtype, schedule, decay, decayed
+) -> tuple[list[optax.GradientTransformation], Any]:
+  """Returns the transformations of g to d / rate, and the rate.
+
+    adam:     d <- lr(t) (Adam(g) + decay p)              eps outside the root
+    lamb:     d <- lr(t) ratio (Adam(g) + decay p)
+    sgd:      d <- lr(t) (m + decay p)                    m <- momentum m + g
+    rmsprop:  d <- m + lr(t) decay p
+              m <- momentum m + lr(t) g / sqrt(s + eps)
+              s <- b2 s + (1 - b2) g^2                    s = 1 at first
+
+  LAMB is arXiv 1904.00962, see `_adapt` for the ratio. RMSProp is TensorFlow
+  1's RMSPropOptimizer, of which EfficientNet's numbers are: the rate is in the
+  momentum, which the decay is not. `dtype` is that of m, or of Adam's first
+  moment. No momentum is Nesterov's.
+  """
+  decay_part = [_add_decay(decay, decayed)] if decay else []
+  trace = optax.trace(momentum, accumulator_dtype=dtype)
+  if name == "sgd":
+    return [trace, *decay_part], schedule
+  if name == "rmsprop":
+    rms = optax.scale_by_rms(b2, eps, initial_scale=1.0)
+    if decay:
+      decay_part = [_add_decay(lambda t: decay * schedule(t), decayed)]
+    return [rms, optax.scale_by_schedule(schedule), trace, *decay_part], 1.0
+  adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=dtype)
+  if name == "adam":
+    return [adam, *decay_part], schedule
+  if not decayed:
+    raise UserError(
+      "optimizer.name 'lamb' adapts what is decayed, and weight_decay is 0; "
+      "set weight_decay, or choose 'adam'"
+    )
+  return [adam, *decay_part, _adapt(decayed)], schedule
+
+
+def _add_decay(decay, decayed: set[str]):
+  """Adds `decay`, a number or a schedule, times the parameters `decayed`."""
+  mask = _map_paths(lambda path, _: path in decayed)
+  return optax.add_decayed_weights(decay, mask)
+
+
+def _adapt(decayed: set[str]):
+  """Returns LAMB's scaling of updates u: by |p| / |u| of what is decayed.
+
+  By 1 for other parameters and where either norm is 0, as apex and timm do. Of
+  stacked blocks each has its own ratio, as unstacked; and so have queries, keys
+  and values, which are one array in timm.
+  """
+
+  def adapt(path, update, param):
+    if path not in decayed:
+      return update
+    axes = tuple(range("/encoderblock/" in path, update.ndim))
+    lengths = [
+      jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True))
+      for x in (param, update)
+    ]
+    ratio = lengths[0] / jnp.where(lengths[1] > 0, lengths[1], 1)
+    return update * jnp.where((lengths[0] > 0) & (lengths[1] > 0), ratio, 1)
+
+  return optax.stateless(_map_paths(adapt))
 
 
 def _multiply(factors: dict[str, Any]):
@@ -190,13 +280,13 @@ def _freeze(optimizer, factors: dict[str, Any]):
   )
 
 
-def _map_paths(function: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
-  """Returns tree -> the tree of function(path, leaf).
+def _map_paths(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns trees -> the tree of function(path, leaf of each).
 
-  Not of the parameters, because the tree may lack the frozen ones.
+  Not of the parameters, because the trees may lack the frozen ones.
   """
-  return lambda tree: jax.tree_util.tree_map_with_path(
-    lambda path, x: function(path_str(path), x), tree
+  return lambda *trees: jax.tree_util.tree_map_with_path(
+    lambda path, *x: function(path_str(path), *x), *trees
   )
 
 

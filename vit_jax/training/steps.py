@@ -16,6 +16,7 @@ def train_step(
   schedule,
   micro_batches: int = 1,
   ema_decay: float = 0.0,
+  ema_warmup: bool = False,
   frozen: frozenset[str] = frozenset(),
 ):
   """Returns (the next state, metrics); random in (state.rng, state.step) alone.
@@ -27,6 +28,7 @@ def train_step(
     optimizer, schedule: of optax; the schedule is for the metrics alone.
     micro_batches: the gradient is the mean over that many pieces.
     ema_decay: of the Polyak average; 0 for none.
+    ema_warmup: the decay is at most (1 + t) / (10 + t) after update t = 1, ...
     frozen: paths of parameters that the optimizer leaves alone; no gradient of
       these is computed.
   """
@@ -48,7 +50,10 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   ema = None
   if ema_decay:
-    ema = optax.incremental_update(params, state.ema, 1 - ema_decay)
+    new = 1 - ema_decay
+    if ema_warmup:
+      new = jnp.maximum(new, 9 / (11 + state.step))
+    ema = optax.incremental_update(params, state.ema, new)
   metrics = {
     "loss": loss,
     "gradient_norm": optax.tree.norm(gradient),

@@ -32,6 +32,8 @@ _SCHEDULE = {
   "warmup_steps": 5,
   "linear_end": 1e-5,
   "rsqrt_timescale": 7,
+  "exponential_rate": 0.9,
+  "exponential_steps": 3,
   "cooldown_steps": 0,
   "total_steps": _STEPS,
 }
