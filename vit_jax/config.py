@@ -304,14 +304,17 @@ def differences(old: dict, new: dict) -> list[str]:
   """Returns "key: old -> new" for what a resumed run may not change.
 
   That is all but `RESUMABLE` and the evaluations of `config.evals` that do not
-  pick the best checkpoint; and `micro_batches` where something is drawn.
+  pick the best checkpoint; and `micro_batches` where they change the result.
   """
   old, new = modernize(flatten(old)), flatten(new)
   best = str(new.get("best_metric")).partition("/")[0]
 
   def may_differ(key):
     if key == "micro_batches":
-      return not any(new.get(f"model.{rate}") for rate in _RATES)
+      # BatchNorm has the statistics of each micro-batch.
+      has_statistics = new["model.variant"].startswith("EfficientNet")
+      draws = any(new.get(f"model.{rate}") for rate in _RATES)
+      return not (draws or has_statistics)
     group, _, rest = key.partition(".")
     is_free = not rest.startswith(f"{best}.") or rest == f"{best}.every"
     return key in RESUMABLE or (group == "evals" and is_free)

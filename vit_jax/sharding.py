@@ -30,9 +30,11 @@ RULES = (
   (r"(Dense_0|gate)/kernel", P("fsdp", None)),  # [d m]
   (r"Dense_1/kernel", P(None, "fsdp")),  # [m d]
   (r"embedding/kernel", P(None, None, None, "fsdp")),  # [p p 3 d]
-  (r"conv(_root|_proj|\d)/kernel", P(None, None, None, "fsdp")),  # [h w i o]
+  (r"(depthwise_conv|se_reduce|se_expand)/kernel", P()),  # small ones
+  (r"(\w+_)?conv(_root|_proj|\d)?/kernel", P(None, None, None, "fsdp")),
   (r"(projection|pre_logits|(mpp_)?head(_dist)?)/kernel", P("fsdp", None)),
   # One vector a layer: the gather would cost more than the memory is worth.
+  (r"mean|var|std", P()),  # running statistics
   (r"bias|scale|cls|dist|registers|mask_token|probe|relative_embedding", P()),
   (r"pos_embedding(_x|_y)?", P()),
   (r"lora_[ab]", P()),  # [d r] and [r d], small beside their kernel

@@ -1,5 +1,6 @@
 """The training state, and parameters as a flat {path: array} dictionary."""
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ class TrainState(NamedTuple):
   """Everything that a run carries from step to step."""
 
   step: jax.Array  # int32[], the number of updates done
-  params: Any  # nested dictionary of float32 arrays
+  params: Any  # nested dictionary of float32 arrays, running statistics too
   opt_state: Any  # of the optimizer; its moments mirror `params`
   ema: Any  # the Polyak average of `params`, or None when averaging is off
   rng: jax.Array  # the key that every step folds its number into
@@ -27,6 +28,15 @@ def make_key(seed: int) -> jax.Array:
 def path_str(key_path) -> str:
   """Returns a JAX key path as "Transformer/encoder_norm/scale"."""
   return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def is_statistic(path: str) -> bool:
+  """Returns whether the array at a path of `params` is no parameter.
+
+  It is a running statistic of a BatchNorm, or a constant of the pixels: it has
+  no gradient, and the optimizer leaves it alone.
+  """
+  return re.search(r"/(mean|var|std)$", path) is not None
 
 
 def flatten(tree) -> dict[str, Any]:

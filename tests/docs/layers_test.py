@@ -92,6 +92,7 @@ _CONTAINED = {
     "tools.build_data",
     "tools.bench",
     "tools.export",  # writes its format
+    "pretrained",  # reads its checkpoints, if asked to
   },
   "jax2onnx": {"tools.export"},
   "onnxruntime": {"tools.export"},

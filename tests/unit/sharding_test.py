@@ -57,14 +57,15 @@ def _state_shapes(optimizer="adam", lr_multipliers=(), **kwargs):
   return jax.eval_shape(init, jax.random.key(0))
 
 
-# Each value of an option with each value of every other one.
+# Each value of an option with each value of every other one, but that not each
+# optimizer has each classifier.
 _FORMS = [
   ("token", 0, False, "adam"),
   ("token", -1, True, "sgd"),
-  ("gap", 0, True, "adam"),
-  ("gap", -1, False, "sgd"),
-  ("map", 0, True, "sgd"),
-  ("map", -1, False, "adam"),
+  ("gap", 0, True, "rmsprop"),
+  ("gap", -1, False, "lamb"),
+  ("map", 0, True, "lamb"),
+  ("map", -1, False, "rmsprop"),
 ]
 
 

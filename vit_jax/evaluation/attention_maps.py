@@ -92,8 +92,7 @@ def capture(model: Pretrained, images) -> list[jax.Array]:
 def _check_attends(model):
   if not model.model.num_layers:
     raise UserError(
-      f"{model.config.variant} is a ResNet and has no attention; give a ViT or "
-      "a hybrid"
+      f"{model.config.variant} has no attention; give a ViT or a hybrid"
     )
 
 

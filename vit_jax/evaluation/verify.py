@@ -76,7 +76,7 @@ def verify(source: str, image: str) -> dict[str, Any]:
   if about.switches.get("rope") != "dinov3" or key not in PUBLISHED:
     known = ", ".join(name for name, *_ in PUBLISHED.values())
     raise UserError(
-      f"{source} is a {about.variant}, of which no values were published; "
+      f"{source} is {about.variant}, of which no values were published; "
       f"there are some of {known}"
     )
   name, *published = PUBLISHED[key]

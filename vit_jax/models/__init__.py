@@ -6,8 +6,8 @@
 
 from typing import Any
 
+from vit_jax.models import efficientnet, resnet, variants, vit
 from vit_jax.models import layers as layers
-from vit_jax.models import resnet, variants, vit
 from vit_jax.models.config import DEFAULTS as DEFAULTS
 from vit_jax.models.config import SWITCHES as SWITCHES
 from vit_jax.models.config import make as make_config
@@ -19,6 +19,9 @@ from vit_jax.models.model import representation as representation
 from vit_jax.models.model import stack_blocks as stack_blocks
 from vit_jax.models.mpp import create_masked as create_masked
 from vit_jax.models.variants import ENCODERS as ENCODERS
+from vit_jax.state import is_statistic as is_statistic
+
+_MODULES = {"ResNet": resnet.BiT, "EfficientNet": efficientnet.EfficientNet}
 
 
 def create(
@@ -27,8 +30,10 @@ def create(
   """Returns the model of a variant name such as "ViT-B_16".
 
   Args:
-    variant: "ViT-B_16", "R50+ViT-B_16" or "R50x1", see `models/variants.py`.
-      A ResNet takes only `head_bias_init`, `dtype` and `remat` of the options.
+    variant: "ViT-B_16", "R50+ViT-B_16", "R50x1" or "EfficientNet-B0", see
+      `models/variants.py`. A ResNet takes only `head_bias_init`, `dtype` and
+      `remat` of the options, an EfficientNet also `dropout_rate` and
+      `stochastic_depth_rate`.
     num_classes: k, the width of the head; 0 for none.
     image_size: pixels, an integer or (h, w); divisible by the patch.
     **options: keys of `config.model`, see configs/common.py.
@@ -39,10 +44,7 @@ def create(
   """
   config = make_config(variant, num_classes, options)
   sizes = variants.parse(variant)
-  make = vit.VisionTransformer
-  if sizes.encoder is None:
-    make = resnet.BiT
-    resnet.check_options(variant, config)
+  make = _MODULES.get(sizes.kind, vit.VisionTransformer)
   height_width = check_image_size(image_size, sizes)
   grid = tuple(-(-side // sizes.stride) for side in height_width)
   return as_model(make, config, height_width, grid)

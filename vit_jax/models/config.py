@@ -13,14 +13,19 @@ from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 
 
-def _option(default, *choices, rate=False, resnet=False):
+def _option(default, *choices, rate=False, also=()):
   """Declares a key of `config.model`: its default and its other choices.
 
-  A `rate` is a probability below 1; `resnet`: it has a meaning there too.
+  A `rate` is a probability below 1; `also`: the kinds of convolutional networks
+  for which it has a meaning, see `Variant.kind`.
   """
   choices = (default, *choices) if choices else ()
-  metadata = {"choices": choices, "rate": rate, "resnet": resnet}
+  metadata = {"choices": choices, "rate": rate, "also": also}
   return dataclasses.field(default=default, metadata=metadata)
+
+
+_EFFICIENTNET = ("EfficientNet",)
+_CONVOLUTIONAL = ("ResNet", "EfficientNet")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,7 @@ class ViTConfig:
   patch_size: int = 0  # of the patches that the encoder sees
   units: tuple[int, ...] | None = None  # of a ResNet's stages, see `Variant`
   width: int = 0  # of a ResNet, times 64
+  scaling: variants.Scaling | None = None  # of an EfficientNet
   classifier: str = _option("token", "gap", "map", "token+gap")
   class_token: bool = _option(False)  # also where the classifier ignores it
   distillation_token: bool = _option(False)
@@ -60,13 +66,13 @@ class ViTConfig:
   activation: str = _option("gelu_tanh", "gelu_erf", "gelu_quick", "silu")
   layer_scale_init: float = _option(0.0)
   layer_norm_epsilon: float = _option(1e-6)
-  dropout_rate: float = _option(0.0, rate=True)
+  dropout_rate: float = _option(0.0, rate=True, also=_EFFICIENTNET)
   attention_dropout_rate: float = _option(0.0, rate=True)
-  stochastic_depth_rate: float = _option(0.0, rate=True)
-  head_bias_init: float = _option(0.0, resnet=True)
-  dtype: str = _option("bfloat16", "float32", resnet=True)
+  stochastic_depth_rate: float = _option(0.0, rate=True, also=_EFFICIENTNET)
+  head_bias_init: float = _option(0.0, also=_CONVOLUTIONAL)
+  dtype: str = _option("bfloat16", "float32", also=_CONVOLUTIONAL)
   scan: bool = _option(False)
-  remat: str = _option("none", "dots", "full", resnet=True)
+  remat: str = _option("none", "dots", "full", also=_CONVOLUTIONAL)
 
   @property
   def use_tpu_layout(self) -> bool:
@@ -118,7 +124,8 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
   Raises:
     UserError: an unknown variant, or a value that an option cannot have.
   """
-  sizes = variants.parse(variant)._asdict()
+  parsed = variants.parse(variant)
+  sizes = parsed._asdict()
   encoder, _ = sizes.pop("encoder"), sizes.pop("stride")
   sizes |= encoder._asdict() if encoder else {}
   config = ViTConfig(num_classes=num_classes, **sizes, **options)
@@ -139,7 +146,26 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
   if encoder:
     _check_positions(variant, config)
     _check_tokens(config)
+  else:
+    _check_convolutional(variant, parsed.kind, config)
   return config
+
+
+def _check_convolutional(variant, kind, config):
+  """Raises a UserError for an option that means nothing without an encoder."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    known = not field.metadata or kind in field.metadata["also"]
+    if not known and value != field.default:
+      raise UserError(
+        f"model.{field.name} is {value!r}, which means nothing for the "
+        f"convolutions of {variant}; leave it at {field.default!r}"
+      )
+  if config.remat == "dots":
+    raise UserError(
+      f"model.remat 'dots' keeps nothing of {variant}, which is all "
+      "convolutions; use 'full' or 'none'"
+    )
 
 
 def _check_tokens(config):

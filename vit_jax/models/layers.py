@@ -17,11 +17,12 @@ ROWS, LANES = 8, 128  # of a vector register
 
 
 def drop_path(x, rate, key):
-  """Drops whole examples of a residual branch [b n d] (arXiv 1603.09382).
+  """Drops whole examples of a residual branch [b ...] (arXiv 1603.09382).
 
   `rate` is the probability of dropping, which may be traced.
   """
-  keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+  shape = (x.shape[0], *[1] * (x.ndim - 1))
+  keep = jax.random.bernoulli(key, 1 - rate, shape)
   return jnp.where(keep, x / (1 - rate).astype(x.dtype), 0)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError, check_choice
 from vit_jax.models.variants import Variant
+from vit_jax.state import flatten
 
 
 class Model(NamedTuple):
@@ -18,17 +19,21 @@ class Model(NamedTuple):
   Attributes:
     init: key -> params, a nested dictionary of float32 arrays. The same key
       gives the same values, scanned or not.
-    apply: `(params, images, *, train=False, key=None, intermediates=False)` ->
-      logits f32[b k], or (logits, {name: array}). Images are f32[b h w 3] in
-      [-1, 1]. Training needs the `key`, for dropout and stochastic depth. With
-      0 classes the representation f32[b d] takes the logits' place.
-      `intermediates` "tokens" gives each block's tokens f32[b n d] as
-      "block00/encoded", ..., and no attention weights.
+    apply: `(params, images, *, train=False, key=None, intermediates=False,
+      statistics=False)` -> logits f32[b k], or (logits, {name: array}). Images
+      are f32[b h w 3] in [-1, 1]. Training needs the `key`, for dropout and
+      stochastic depth. With 0 classes the representation f32[b d] takes the
+      logits' place. `intermediates` "tokens" gives each block's tokens
+      f32[b n d] as "block00/encoded", ..., and no attention weights. With
+      `statistics` it returns a pair: what it returns without, and the new
+      values of running statistics, {path: f32 array}, which only `train` has.
     image_size: (h, w) in pixels.
-    grid: (h, w) in tokens, or in cells of a ResNet's output.
-    num_layers: the encoder's blocks, 0 for a ResNet.
+    grid: (h, w) in tokens, or in cells of the last convolution's output.
+    num_layers: the encoder's blocks, 0 for a ResNet or an EfficientNet.
     num_prefix: tokens before those of the patches.
     has_class_token: whether the first of these is a class token.
+    has_statistics: whether some of `params` are running statistics, see
+      `state.is_statistic`.
   """
 
   init: Callable[..., Any]
@@ -38,6 +43,7 @@ class Model(NamedTuple):
   num_layers: int
   num_prefix: int = 0
   has_class_token: bool = False
+  has_statistics: bool = False
 
 
 @contextlib.contextmanager
@@ -66,17 +72,29 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
 
   @_promoting()
   def apply(
-    params, images, *inputs, train=False, key=None, intermediates=False
+    params,
+    images,
+    *inputs,
+    train=False,
+    key=None,
+    intermediates=False,
+    statistics=False,
   ):
     assert key is not None or not train, "training needs a key"
     rngs = {} if key is None else {"dropout": key}
     options = {"train": train, "intermediates": intermediates, "rngs": rngs}
-    logits, out = module.apply({"params": params}, images, *inputs, **options)
-    return (logits, out) if intermediates else logits
+    options["mutable"] = ["statistics"] if statistics else False
+    found = module.apply({"params": params}, images, *inputs, **options)
+    (logits, out), updated = found if statistics else (found, {})
+    result = (logits, out) if intermediates else logits
+    if not statistics:
+      return result
+    return result, flatten(updated.get("statistics", {}))
 
   depth = config.num_layers
   tokens = (config.num_prefix, config.has_class_token) if depth else (0, False)
-  return Model(init, apply, image_size, grid, depth, *tokens)
+  has_statistics = config.scaling is not None
+  return Model(init, apply, image_size, grid, depth, *tokens, has_statistics)
 
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
@@ -114,7 +132,9 @@ def make_features(
         "one; take 'cls', 'mean', 'cls+mean' or 'patches'"
       )
   elif not depth:
-    raise UserError(f"a ResNet has no {what!r} features; take 'pooled'")
+    raise UserError(
+      f"a convolutional network has no {what!r} features; take 'pooled'"
+    )
   elif what.startswith("cls") and not model.has_class_token:
     raise UserError(
       f"this model has no class token for {what!r}; take 'pooled', 'mean' or "
@@ -148,7 +168,7 @@ def check_image_size(image_size, sizes: Variant) -> tuple[int, int]:
   """Returns (h, w) in pixels; a UserError unless the model can take them.
 
   An encoder needs whole patches: its convolution would drop the pixels of a
-  part of one. A ResNet takes any image of at least one cell.
+  part of one. Convolutions take any image of at least one cell.
   """
   pair = (image_size,) * 2 if isinstance(image_size, int) else image_size
   is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2

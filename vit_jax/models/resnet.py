@@ -12,7 +12,6 @@ Kernels are standardised and groups normalised in float32; convolutions run in
 `dtype`. Parameter names are those of the published files.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -20,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.layers import make_head
 
@@ -230,20 +228,3 @@ class BiT(nn.Module):
     if config.num_classes:
       x = out["logits"] = make_head(config)(x)
     return x, out
-
-
-def check_options(variant: str, config: ViTConfig) -> None:
-  """Raises a UserError for an option that means nothing for a ResNet."""
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    known = not field.metadata or field.metadata["resnet"]
-    if not known and value != field.default:
-      raise UserError(
-        f"model.{field.name} is {value!r}, which means nothing for the ResNet "
-        f"{variant}; leave it at {field.default!r}"
-      )
-  if config.remat == "dots":
-    raise UserError(
-      f"model.remat 'dots' keeps nothing of {variant}, which is all "
-      "convolutions; use 'full' or 'none'"
-    )

@@ -15,14 +15,29 @@ class Encoder(NamedTuple):
   num_heads: int
 
 
+class Scaling(NamedTuple):
+  """What B0's widths and numbers of blocks are multiplied by."""
+
+  width: float
+  depth: float
+
+
 class Variant(NamedTuple):
   """What a name stands for."""
 
-  encoder: Encoder | None  # None for a ResNet
+  encoder: Encoder | None  # None for a ResNet or an EfficientNet
   patch_size: int  # in pixels, or a hybrid's cells of the ResNet's output; or 0
   units: tuple[int, ...] | None  # of the ResNet's stages; (): its root alone
   width: int  # of the ResNet, times 64
   stride: int  # pixels along a side of a token, or of a cell of the output
+  scaling: Scaling | None = None  # of an EfficientNet
+
+  @property
+  def kind(self) -> str:
+    """Returns "ViT", "hybrid", "ResNet" or "EfficientNet"."""
+    if self.encoder:
+      return "ViT" if self.units is None else "hybrid"
+    return "EfficientNet" if self.scaling else "ResNet"
 
 
 # N ("nano") is ours, for the quickstart and for tests. Ti and S are DeiT's
@@ -49,6 +64,21 @@ RESNETS = {
   "R200": (3, 24, 36, 3),
 }
 
+# Of arXiv 1905.11946 and the authors' code (B8), arXiv 1911.04252 (L2).
+EFFICIENTNET = "EfficientNet-"  # before their sizes
+EFFICIENTNETS = {
+  "B0": Scaling(1.0, 1.0),
+  "B1": Scaling(1.0, 1.1),
+  "B2": Scaling(1.1, 1.2),
+  "B3": Scaling(1.2, 1.4),
+  "B4": Scaling(1.4, 1.8),
+  "B5": Scaling(1.6, 2.2),
+  "B6": Scaling(1.8, 2.6),
+  "B7": Scaling(2.0, 3.1),
+  "B8": Scaling(2.2, 3.6),
+  "L2": Scaling(4.3, 5.3),
+}
+
 # The hybrids: (ResNet, patch in the name) -> its stages, the encoder's patch.
 # At 16 pixels a token, stage 4's units have moved to stage 3 (the paper,
 # Section 4.1). R+ViT-Ti_16 takes 8x8 patches of the root's output, so its
@@ -66,8 +96,8 @@ def parse(name: str) -> Variant:
   """Returns what a name stands for.
 
   "ViT-B_16": size and patch; "R50+ViT-B_16": a hybrid; "R50x1": a ResNet and
-  its width. An encoder that is in no table is written out as hidden size,
-  depth, MLP and heads: "ViT-w192d12m768h3_16".
+  its width; "EfficientNet-B0". An encoder that is in no table is written out as
+  hidden size, depth, MLP and heads: "ViT-w192d12m768h3_16".
 
   Raises:
     UserError: none of these.
@@ -76,6 +106,9 @@ def parse(name: str) -> Variant:
   if match and match[1] in RESNETS:
     units = RESNETS[match[1]]
     return Variant(None, 0, units, int(match[2]), 2 ** (len(units) + 1))
+  scaling = EFFICIENTNETS.get(name.removeprefix(EFFICIENTNET))
+  if scaling and name.startswith(EFFICIENTNET):
+    return Variant(None, 0, None, 0, 32, scaling)
   match = re.fullmatch(r"(?:(R\w*)\+)?ViT-(\w+)[_/]([1-9]\d*)", name)
   if match:
     encoder, patch = _parse_encoder(match[2]), int(match[3])
@@ -88,10 +121,12 @@ def parse(name: str) -> Variant:
   hybrids = ", ".join(f"{resnet}+ViT-SIZE_{p}" for resnet, p in HYBRIDS)
   known = [f"ViT-{size}_16" for size in ENCODERS]
   known += [f"R50+ViT-{size}_16" for size in ENCODERS]
+  known += [f"{EFFICIENTNET}{size}" for size in EFFICIENTNETS]
   raise UserError(
     f"unknown model variant {name!r}; it is ViT-SIZE_PATCH with SIZE one of "
-    f"{', '.join(ENCODERS)} and any patch size, a hybrid ({hybrids}), or "
-    f"a ResNet xWIDTH ({', '.join(RESNETS)}, as in R50x1)"
+    f"{', '.join(ENCODERS)} and any patch size, a hybrid ({hybrids}), "
+    f"a ResNet xWIDTH ({', '.join(RESNETS)}, as in R50x1), or "
+    f"{EFFICIENTNET}SIZE ({', '.join(EFFICIENTNETS)})"
     f"{suggest(name, known)}"
   )
 

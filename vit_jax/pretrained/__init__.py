@@ -15,6 +15,7 @@ from vit_jax.pretrained import (
   archives,
   big_vision,
   bit,
+  efficientnet,
   embedded,
   fetch,
   hub,
@@ -57,7 +58,8 @@ def load(
 
   Args:
     source: a file (npz, safetensors), a folder (Hugging Face, timm, a run or
-      checkpoint of ours), a gs:// or https:// address, a published name, or a
+      checkpoint of ours), the prefix or folder of a TensorFlow checkpoint (of
+      an EfficientNet), a gs:// or https:// address, a published name, or a
       model of the Hugging Face hub: "google/vit-base-patch16-224",
       "hf:OWNER/NAME@REVISION", "timm:vit_base_patch16_224.augreg_in21k".
     image_size: pixels, an integer or (h, w); unset: the file's own. Position
@@ -112,6 +114,8 @@ def _read(source, arrays):
   if runs.matches(where.path):
     return runs.read(where.path, arrays=arrays)
   path = pathlib.Path(where.path)
+  if checkpoint := archives.find_tensorflow(path):
+    return efficientnet.read_tensorflow(checkpoint)
   if path.is_dir():
     return _read_safetensors(_find_safetensors(path))
   if _sniff(path) == "npz":
@@ -226,14 +230,18 @@ def _check(weights, to):
       f"{weights.source} was trained on masked patches: {to} has no place for "
       "its head; fine-tune it first"
     )
-  if not _is_resnet(weights):
-    _MODULES[to].check(weights)
-  elif to != "npz":
-    raise UserError(f"{to} has no ResNets such as {weights.model['variant']}")
+  module = _find_module(weights, to)
+  if module is not bit:
+    module.check(weights)
 
 
-def _is_resnet(weights):
-  return variants.parse(weights.model["variant"]).encoder is None
+def _find_module(weights, to):
+  """Returns what writes these weights in a format; a UserError for nothing."""
+  kind = variants.parse(weights.model["variant"]).kind
+  only, module = _CONVOLUTIONAL.get(kind, (to, _MODULES[to]))
+  if to != only:
+    raise UserError(f"{to} has no {kind}s such as {weights.model['variant']}")
+  return module
 
 
 def _fold(weights, to):
@@ -255,7 +263,7 @@ def _write_file(weights, path, to):
   params = match_layout(weights.params, scan=False)
   model = {**weights.model, "scan": False}
   weights = weights._replace(params=params, model=model)
-  (bit if _is_resnet(weights) else _MODULES[to]).write(weights, path)
+  _find_module(weights, to).write(weights, path)
   try:
     return notes + _compare(weights, read(str(path)), to)
   except UserError as e:
@@ -280,7 +288,7 @@ def _compare(weights, found, to) -> list[str]:
   """
   old, new = describe(weights)._asdict(), describe(found)._asdict()
   ignored = {"origin"}
-  if _is_resnet(weights):  # it has no size of its own
+  if _find_module(weights, to) is bit:  # which does not have the size
     ignored |= {"grid", "image_size"}
   elif old["image_size"] == new["image_size"]:
     for about in (old, new):  # with numbers where it says `size`
@@ -301,12 +309,16 @@ def _compare(weights, found, to) -> list[str]:
   return notes
 
 
-# "npz" of a ResNet is `bit`.
 _MODULES = {
   "npz": vision_transformer,
   "big_vision": big_vision,
   "hf": huggingface,
   "timm": timm,
+}
+# The only format of these, and its module.
+_CONVOLUTIONAL = {
+  "ResNet": ("npz", bit),
+  "EfficientNet": ("timm", efficientnet),
 }
 FORMATS = (*_MODULES, "orbax")
 
@@ -341,6 +353,8 @@ def _read_safetensors(path):
   )
   if huggingface.matches(arrays, config):
     return huggingface.read(str(path), arrays, config, preprocessor)
+  if efficientnet.matches(arrays, config):
+    return efficientnet.read(str(path), arrays, config)
   if timm.matches(arrays, config):
     return timm.read(str(path), arrays, config)
   raise _unknown(path, arrays, "the ViTs of Hugging Face and timm")

@@ -1,4 +1,4 @@
-"""npz and safetensors files as {name: LazyArray}, and back.
+"""npz, safetensors, TensorFlow's checkpoints as {name: LazyArray}, and back.
 
 Files are hostile until checked: nothing is unpickled, no name leaves the
 archive, and every error names the file and what is wrong with it.
@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 
 from vit_jax import files
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, needs_extra, one_line
 from vit_jax.pretrained.weights import LazyArray
 
 # np.savez writes bfloat16, which NumPy does not know, as two raw bytes.
@@ -152,8 +152,9 @@ def _open_safetensors(path):
   return arrays
 
 
-# Integers 0, 1, 2, ..., which older versions of transformers wrote.
-_COUNTERS = ("embeddings.position_ids",)
+# Integers: 0, 1, 2, ..., which older versions of transformers wrote; how often
+# PyTorch has updated a BatchNorm.
+_COUNTERS = ("embeddings.position_ids", ".num_batches_tracked")
 _SAFETENSORS_DTYPES = {
   "F64": np.dtype(np.float64),
   "F32": np.dtype(np.float32),
@@ -174,3 +175,60 @@ def write_safetensors(
       )
   except safetensors.SafetensorError as e:  # the disk is full, say
     raise OSError(str(e)) from e
+
+
+def find_tensorflow(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the prefix of a TensorFlow checkpoint, None if there is none.
+
+  A checkpoint is the files PREFIX.index and PREFIX.data-...
+
+  Args:
+    path: the prefix, PREFIX.index, or a folder with one checkpoint.
+
+  Raises:
+    UserError: a folder with several.
+  """
+  if path.is_dir():
+    found = sorted(path.glob("*.index"))
+    if len(found) > 1:
+      raise UserError(
+        f"{path} holds {len(found)} checkpoints of TensorFlow; give one, such "
+        f"as {found[-1]}"
+      )
+    return found[0].with_suffix("") if found else None
+  if path.suffix == ".index" and path.exists():
+    return path.with_suffix("")
+  return path if path.with_name(f"{path.name}.index").exists() else None
+
+
+def open_tensorflow(prefix: pathlib.Path) -> dict[str, LazyArray]:
+  """Returns {name: LazyArray} of the variables of a TensorFlow checkpoint.
+
+  Raises:
+    UserError: damaged, a part of it is missing, or TensorFlow is.
+  """
+  try:
+    import tensorflow as tf
+  except ImportError as e:
+    raise needs_extra("a checkpoint of TensorFlow", "tensorflow") from e
+  try:
+    reader = tf.train.load_checkpoint(str(prefix))
+    shapes = reader.get_variable_to_shape_map()
+    dtypes = reader.get_variable_to_dtype_map()
+  except (tf.errors.OpError, ValueError, RuntimeError) as e:
+    raise _damaged(prefix, "the checkpoint", one_line(e)) from e
+
+  def read(name):
+    try:
+      return reader.get_tensor(name)
+    except (tf.errors.OpError, ValueError, RuntimeError) as e:
+      raise _damaged(prefix, name, one_line(e)) from e
+
+  return {
+    name: LazyArray(
+      tuple(shape),
+      np.dtype(dtypes[name].as_numpy_dtype),
+      lambda name=name: read(name),
+    )
+    for name, shape in shapes.items()
+  }

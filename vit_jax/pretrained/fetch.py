@@ -46,7 +46,7 @@ def locate(source: str | os.PathLike[str]) -> Source:
 
   Args:
     source: one of
-      - a local file or folder;
+      - a local file or folder, or the prefix of a TensorFlow checkpoint;
       - https:// or http:// and a file .npz or .safetensors; beside a
         .safetensors its config.json is fetched as well, if there is one;
       - gs:// and such a file, which must be public, or a folder;
@@ -60,7 +60,7 @@ def locate(source: str | os.PathLike[str]) -> Source:
       digest is another one.
   """
   source = os.fspath(source)
-  if os.path.exists(source):
+  if os.path.exists(source) or os.path.exists(f"{source}.index"):
     return Source(source)
   address, part, digest = _split(source)
   known = PUBLISHED | embedded.MODELS

@@ -92,11 +92,12 @@ def _make_card(name, to, weights) -> str:
   The hub shows the code of the library beside it.
   """
   height, width = weights.image_size
+  is_vit = weights.model["variant"].rpartition("+")[2].startswith("ViT-")
   return f"""---
 library_name: {"transformers" if to == "hf" else "timm"}
 tags:
 - image-classification
-- vision-transformer
+- {"vision-transformer" if is_vit else "efficientnet"}
 - vit_jax
 # license: add one here
 ---

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import pretrained
+from vit_jax import models, pretrained
 from vit_jax.pretrained.loaded import HEAD_OF_ZEROS
 
 
@@ -41,7 +41,9 @@ def inspect(source: str) -> dict[str, Any]:
     "std": weights.std,
     "head": head,
     "num_parameters": sum(
-      int(np.prod(x.shape)) for x in weights.params.values()
+      int(np.prod(x.shape))
+      for path, x in weights.params.items()
+      if not models.is_statistic(path)
     ),
     "parameters": parameters,
     "notes": notes,

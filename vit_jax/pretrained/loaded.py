@@ -33,14 +33,15 @@ class Config(NamedTuple):
   Attributes:
     origin: whose format it was read from.
     variant: such as "ViT-B_16".
-    patch: pixels along a side of a token, or of a cell of a ResNet's output.
+    patch: pixels along a side of a token, or of a cell of the last convolution.
     grid: (h, w) in tokens or cells.
     image_size: (h, w) in pixels.
     num_classes: 0 for no head.
-    classifier: "token", "gap", "map" or "token+gap"; a ResNet has "gap".
+    classifier: "token", "gap", "map" or "token+gap"; convolutions have "gap".
     representation_size: width of the tanh layer before the head, 0 for none.
     pos_embedding: its kind.
-    activation: such as "gelu_tanh"; a ResNet has "relu".
+    activation: such as "gelu_tanh"; a ResNet has "relu", an EfficientNet
+      "silu".
     layer_norm_epsilon: added to variances.
     switches: {option of `models.create`: value} of what the paper's models do
       not have, such as {"registers": 4}.
@@ -168,7 +169,7 @@ class Pretrained:
     """
     height, width = self.model.image_size
     shape = np.shape(images)
-    # A ResNet has no positions, and so no size of its own.
+    # Convolutions have no positions, and so no size of their own.
     size = shape[1:3] if not self.model.num_layers else (height, width)
     if len(shape) != 4 or shape[1:] != (*size, 3):
       raise UserError(
@@ -259,7 +260,8 @@ def describe(weights: Weights) -> Config:
   model, options = weights.create_model(), weights.options()
   if sizes.encoder is None:
     options |= {"classifier": "gap", "pos_embedding": "none"}
-    options |= {"activation": "relu", "layer_norm_epsilon": 0.0}
+    options["activation"] = "silu" if sizes.scaling else "relu"
+    options["layer_norm_epsilon"] = 0.0
   names = ("classifier", "pos_embedding", "activation", "layer_norm_epsilon")
   pre_logits = weights.params.get("pre_logits/bias")
   return Config(

@@ -202,7 +202,7 @@ def read(
   if not config:
     weights = folders.assume_pixels(weights, "config.json")
   else:
-    weights = _read_preparation(weights, pretrained)
+    weights = read_preparation(weights, pretrained)
   rules = (rule, *_make_rules(is_dinov3, gated))
   return tables.translate(rules, weights, arrays)
 
@@ -354,8 +354,8 @@ def _describe_grid(arrays, arguments, pretrained, patch, is_dinov3):
   return image_size, count - num_patches
 
 
-def _read_preparation(weights, fields):
-  """Adds what the configuration says of pixels to the weights."""
+def read_preparation(weights: Weights, fields: folders.Fields) -> Weights:
+  """Returns the weights with what a "pretrained_cfg" says of pixels."""
   notes = list(weights.notes)
   crop = fields.get("crop_pct", 0.875)
   if not 0 < crop <= 1:
@@ -483,7 +483,7 @@ def check(weights: Weights) -> None:
     *folders.find_problems(weights),
     **_KINDS[_find_kind(options)],
   )
-  _make_pretrained(weights)
+  make_pretrained(weights)
 
 
 def _make_config(weights, options, with_token):
@@ -539,7 +539,7 @@ def _make_config(weights, options, with_token):
     "num_features": encoder.hidden_size,
     "global_pool": pool,
     "model_args": arguments,
-    "pretrained_cfg": _make_pretrained(weights),
+    "pretrained_cfg": make_pretrained(weights),
   }
   if weights.class_names:
     config["label_names"] = list(weights.class_names)
@@ -554,16 +554,21 @@ def _find_ratio(mlp_dim, hidden_size):
   return ratio
 
 
-def _make_pretrained(weights):
+def make_pretrained(weights: Weights, name: str = _NAME) -> dict[str, Any]:
+  """Returns the "pretrained_cfg" of a model with this name for messages.
+
+  Raises:
+    UserError: preprocessing that it cannot represent.
+  """
   squash, resized, method = folders.parse_preparation(
-    weights.preprocess, weights.image_size, _NAME
+    weights.preprocess, weights.image_size, name
   )
   side = min(weights.image_size)
   crop = _find_crop(side, resized[weights.image_size.index(side)])
   aimed = tuple(math.floor(s / crop) for s in weights.image_size)
   if crop > 1 or (squash and aimed != resized):
     raise UserError(
-      f"timm's ViT cannot represent the preprocessing {weights.preprocess!r}: "
+      f"{name} cannot represent the preprocessing {weights.preprocess!r}: "
       "there height and width are enlarged by one factor, then cropped"
     )
   return {

@@ -272,7 +272,7 @@ def find_problems(weights: Weights, with_head: bool = True) -> list[str]:
   """Returns what is in the weights and in neither library's ViT."""
   problems = []
   sizes = variants.parse(weights.model["variant"])
-  if sizes.encoder is None or sizes.units is not None:
+  if sizes.units is not None:
     problems.append(f"the ResNet of {weights.model['variant']}")
   if with_head and "pre_logits/kernel" in weights.params:
     problems.append("a pre_logits layer before a head")

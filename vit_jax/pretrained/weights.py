@@ -112,7 +112,7 @@ class Weights(NamedTuple):
     leaves these pixels out.
     """
     sizes = variants.parse(self.model["variant"])
-    if sizes.encoder is None:  # a ResNet pads them
+    if sizes.encoder is None:  # convolutions pad them
       return 0, 0
     height, width = self.image_size
     return height % sizes.stride, width % sizes.stride

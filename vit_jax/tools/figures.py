@@ -36,8 +36,8 @@ BATCH_SIZE = 8
 NUM_FILTERS = 28  # that the paper shows
 _MOST_PICTURES = 16  # of a rollout; its CSV has all
 _DPI = 150
-_LOOKING = "images, and a model with attention; a ResNet has none"
-_MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s"}
+_LOOKING = "images, and a model with attention; convolutions have none"
+_MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s", "EfficientNet": "D"}
 
 
 # A figure of matplotlib's, and the columns and rows of its numbers.
@@ -158,7 +158,7 @@ def _read(source, label, images, image_size, resize) -> Checkpoint:
       name = about.class_names[best] if about.class_names else f"class {best}"
       titles[i] += f"\n{name} {row[best]:.0%}"
   params = flatten(model.params)
-  is_plain = _kind(about.variant) == "ViT"
+  is_plain = variants.parse(about.variant).kind == "ViT"
   filters = params["embedding/kernel"] if is_plain else None
   positions = read_positions(params, about)
   return Checkpoint(
@@ -394,7 +394,14 @@ def _place_run(run, runs):
     return None
   variant = origin.config["model.variant"]
   dataset = plain_name(run.config["train.dataset"])
-  return dataset, "ours", _kind(variant), variant, exaflops, 100 * accuracy
+  return (
+    dataset,
+    "ours",
+    variants.parse(variant).kind,
+    variant,
+    exaflops,
+    100 * accuracy,
+  )
 
 
 def _list_paper():
@@ -403,15 +410,8 @@ def _list_paper():
     variant = data.variant_of(row["name"])
     for name, value in row["values"].items():
       dataset = data.load()["measures"][name]["dataset"]
-      kind = _kind(variant)
+      kind = variants.parse(variant).kind
       yield dataset, "the paper", kind, variant, row["exaflops"], value
-
-
-def _kind(variant):
-  sizes = variants.parse(variant)
-  if sizes.encoder is None:
-    return "ResNet"
-  return "ViT" if sizes.units is None else "hybrid"
 
 
 # Functions of checkpoints and of runs.

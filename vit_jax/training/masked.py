@@ -38,7 +38,8 @@ class MaskedPatches:
     predictions = self.model.apply(
       params, images, corruption, train=True, key=key
     )
-    return jnp.mean(masking.prediction_loss(predictions, targets, self.target))
+    loss = masking.prediction_loss(predictions, targets, self.target)
+    return jnp.mean(loss), {}
 
   def eval_step(self, params, batch):
     """Returns sums over the unmasked examples.

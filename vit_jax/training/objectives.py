@@ -4,8 +4,8 @@ An objective is a frozen dataclass of pure functions, with no input or output:
 
   prepare(batch, key): the examples of a batch, a pytree of arrays [b ...]. What
     it draws is drawn for the whole batch, before that is split.
-  loss(params, examples, key): f32[], a mean over the examples. The key feeds
-    dropout and stochastic depth.
+  loss(params, examples, key): (f32[], a mean over the examples; {path: running
+    statistic after them}). The key feeds dropout and stochastic depth.
   eval_step(params, batch): sums over the examples whose mask is set.
   summarize(totals, multilabel): yields (metric, value) from the sums of a whole
     test set, which has one label an image or several; what is not in them is 0.
@@ -53,8 +53,15 @@ class Classification:
 
   def loss(self, params, examples, key):
     images, targets = examples
-    logits = self.model.apply(params, images, train=True, key=key)
-    return jnp.mean(self.loss_fn(logits, targets))
+    options = {"train": True, "key": key}
+    statistics = {}
+    if self.model.has_statistics:
+      logits, statistics = self.model.apply(
+        params, images, statistics=True, **options
+      )
+    else:
+      logits = self.model.apply(params, images, **options)
+    return jnp.mean(self.loss_fn(logits, targets)), statistics
 
   def eval_step(self, params, batch):
     """Returns sums over the unmasked examples.

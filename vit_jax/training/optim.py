@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from vit_jax.errors import UserError, check_choice, suggest
-from vit_jax.state import flatten, path_str
+from vit_jax.state import flatten, is_statistic, path_str
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -312,8 +312,9 @@ def find_factors(
 ) -> dict[str, Any]:
   """Returns what the learning rate of each parameter is multiplied by.
 
-  It is the factor of the first matching rule of `lr_multipliers` (of none: 1,
-  but 0 where there are low-rank updates, see `lora`), times layer_decay^(L + 1
+  It is 0 for what is no parameter (`state.is_statistic`); else the factor of
+  the first matching rule of `lr_multipliers` (of none: 1, but 0 where there are
+  low-rank updates, see `lora`), times layer_decay^(L + 1
   - depth), where L is the number of blocks. The depth is 0 before the blocks,
   i + 1 in block i and L + 1 after them, as in BEiT's code (arXiv 2106.08254)
   and MAE's (arXiv 2111.06377). Up to depth `freeze_blocks` it is 0, if that is
@@ -383,7 +384,10 @@ def _parse_multipliers(rules, paths: list[str]) -> dict[str, float]:
       )
     for path in match("lr_multipliers", pattern, paths):
       factors.setdefault(path, factor)
-  return {path: factors.get(path, 1.0) for path in paths}
+  return {
+    path: 0.0 if is_statistic(path) else factors.get(path, 1.0)
+    for path in paths
+  }
 
 
 def match(key: str, pattern: str, paths: list[str]) -> set[str]:

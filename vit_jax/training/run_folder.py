@@ -10,6 +10,7 @@ from vit_jax import checkpoint, distributed, files, sharding
 from vit_jax import config as configuration
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_folder
+from vit_jax.state import flatten, is_statistic
 from vit_jax.training import lock
 from vit_jax.training.inputs import Inputs
 
@@ -132,7 +133,8 @@ def write(config, workdir, about, objective, opened: Inputs, state):
   )
   files.write_atomically(workdir / "parameters.txt", overview)
   files.write_json(workdir / "config.json", run)
-  millions = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+  sizes = {path: x.size for path, x in flatten(state.params).items()}
+  millions = sum(n for path, n in sizes.items() if not is_statistic(path)) / 1e6
   gib = sharding.bytes_per_device(state) / 2**30
   log.info(
     f"{config.model.variant}: {millions:.2f} M parameters (parameters.txt), "

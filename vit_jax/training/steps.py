@@ -24,7 +24,8 @@ def train_step(
   Args:
     state: the step begins with it.
     batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label.
-    objective: what to minimise, see `objectives`.
+    objective: what to minimise, see `objectives`. What its loss returns beside
+      it, {path: running statistic}, replaces that of the parameters.
     optimizer, schedule: of optax; the schedule is for the metrics alone.
     micro_batches: the gradient is the mean over that many pieces.
     ema_decay: of the Polyak average; 0 for none.
@@ -39,7 +40,7 @@ def train_step(
   loss_fn, trained = objective.loss, state.params
   if frozen:
     loss_fn, trained = split_frozen(loss_fn, state.params, frozen)
-  loss, gradient = mean_gradient(
+  (loss, statistics), gradient = mean_gradient(
     loss_fn, trained, examples, loss_key, micro_batches
   )
   given = gradient
@@ -48,6 +49,8 @@ def train_step(
     given = unflatten(zeros | gradient)
   updates, opt_state = optimizer.update(given, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  if statistics:
+    params = unflatten(flatten(params) | statistics)
   ema = None
   if ema_decay:
     new = 1 - ema_decay
@@ -75,19 +78,25 @@ def split_frozen(loss_fn, params, frozen):
 
 
 def mean_gradient(loss_fn, params, examples, key, micro_batches: int):
-  """Returns mean loss and gradient over the batch, a micro-batch at a time."""
-  gradient = jax.value_and_grad(loss_fn)
+  """Returns means over the batch, a micro-batch at a time.
+
+  They are those of what `loss_fn` returns, (loss, statistics), and of the
+  gradient of the loss.
+  """
+  gradient = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_batches == 1:
     return gradient(params, examples, key)
   pieces = split_micro_batches(examples, micro_batches)
   keys = jax.random.split(key, micro_batches)
 
   def add(total, piece):
-    return jax.tree.map(jnp.add, total, gradient(params, *piece)), None
+    (loss, statistics), found = gradient(params, *piece)
+    return jax.tree.map(jnp.add, total, (loss, found)), statistics
 
   zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-  total, _ = jax.lax.scan(add, zero, (pieces, keys))
-  return jax.tree.map(lambda x: x / micro_batches, total)
+  total, statistics = jax.lax.scan(add, zero, (pieces, keys))
+  loss, mean = jax.tree.map(lambda x: x / micro_batches, total)
+  return (loss, jax.tree.map(lambda x: x.mean(0), statistics)), mean
 
 
 def split_micro_batches(tree, count):

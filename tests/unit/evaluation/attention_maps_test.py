@@ -124,5 +124,5 @@ def test_an_overlay_is_darkest_where_nothing_is_seen():
 
 def test_a_resnet_has_no_attention():
   weights = random_models.random_weights("RNx1", image_size=32)
-  with pytest.raises(UserError, match=r"RNx1 is a ResNet and has no attention"):
+  with pytest.raises(UserError, match=r"RNx1 has no attention"):
     attention_maps.make_look(pretrained.assemble(weights))

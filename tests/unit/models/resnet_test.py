@@ -361,7 +361,11 @@ def test_what_no_name_stands_for():
 @pytest.mark.parametrize(
   ("variant", "options", "words"),
   [
-    (_BIT, {"classifier": "gap"}, ["model.classifier is 'gap'", "ResNet R2x1"]),
+    (
+      _BIT,
+      {"classifier": "gap"},
+      ["model.classifier is 'gap'", "convolutions of R2x1"],
+    ),
     (_BIT, {"remat": "dots"}, ["model.remat 'dots'", "'full' or 'none'"]),
     (_BIT, {"scan": True}, ["model.scan is True", "leave it at False"]),
     (_BIT, {"pos_embedding": "2d"}, ["model.pos_embedding is '2d'"]),

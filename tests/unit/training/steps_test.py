@@ -1,5 +1,6 @@
 """The steps: gradients in pieces, averages, mixup, cutmix, sums, layouts."""
 
+import dataclasses
 import functools
 import importlib.util
 import runpy
@@ -9,14 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow as tf
 from sklearn import metrics
 
 from vit_jax import models, sharding
 from vit_jax.evaluation.sums import add_up
 from vit_jax.state import TrainState, flatten
-from vit_jax.training import losses, objectives, steps
+from vit_jax.training import losses, objectives, optim, steps
 
 _CLASSES = 5
+_OPTIMIZER = {
+  "name": "sgd",
+  "b1": 0.9,
+  "b2": 0.999,
+  "eps": 1e-8,
+  "momentum": 0.9,
+  "accumulator_dtype": "float32",
+  "weight_decay": 0.0,
+  "weight_decay_scaling": "lr",
+  "weight_decay_params": ".*/kernel",
+  "clip_norm": 0.0,
+  "lr_multipliers": (),
+  "layer_decay": 1.0,
+  "freeze_blocks": 0,
+  "schedule": lambda step: 0.1,
+  "base_lr": 0.1,
+}
 
 
 def _apply_linear(params, images, *, train=False, key=None):
@@ -177,6 +196,51 @@ def test_frozen_parameters_get_no_gradient(count):
   )
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_running_statistics_are_replaced_averaged_and_not_trained(count):
+  """A linear model of centred colours; decay touches all that it may."""
+
+  def apply(params, images, *, train=False, key=None, statistics=False):
+    x = images.mean((1, 2))
+    mean = x.mean(0) if train else params["norm"]["mean"]
+    logits = (x - mean) @ params["kernel"] + params["bias"]
+    new = {"norm/mean": 0.9 * params["norm"]["mean"] + 0.1 * mean}
+    return (logits, new) if statistics else logits
+
+  old = np.array([0.1, 0.2, 0.3], np.float32)
+  params = {**_linear_params(), "norm": {"mean": jnp.asarray(old)}}
+  batch, model = _make_batch(), _as_model(apply)
+  options = {**_OPTIMIZER, "weight_decay": 0.1, "weight_decay_params": ".*"}
+  optimizer = optim.make_optimizer(**options, params=params)
+  state = _make_state(params, optimizer, ema=True)
+  step = functools.partial(
+    steps.train_step,
+    objective=dataclasses.replace(
+      _make_objective(), model=model._replace(has_statistics=True)
+    ),
+    optimizer=optimizer,
+    schedule=lambda step: 0.1,
+    micro_batches=count,
+    ema_decay=0.8,
+    frozen=optim.list_frozen(params, **options),
+  )
+  found, _ = jax.jit(step)(state, batch)
+
+  colours = (batch["image"].astype(float) / 127.5 - 1).mean((1, 2))
+  mean = 0.9 * old + 0.1 * colours.mean(0)  # micro-batches are of one size
+  np.testing.assert_allclose(found.params["norm"]["mean"], mean, rtol=1e-5)
+  ema = 0.8 * old + 0.2 * mean
+  np.testing.assert_allclose(found.ema["norm"]["mean"], ema, rtol=1e-5)
+  assert not any(path.endswith("mean") for path in flatten(found.opt_state))
+  assert np.abs(found.params["kernel"] - params["kernel"]).max() > 0.01
+  images = steps.normalize(batch["image"])
+  np.testing.assert_allclose(  # an evaluation has the running statistics
+    apply(found.params, images),
+    (colours - mean) @ found.params["kernel"] + found.params["bias"],
+    rtol=1e-4,
+  )
+
+
 def test_micro_batches_hold_each_row_once():
   x = jnp.arange(24).reshape(12, 2)
   pieces = steps.split_micro_batches({"x": x}, 3)["x"]
@@ -212,6 +276,27 @@ def test_polyak_average_equals_its_formula():
     for name, x in state.params.items():
       expected[name] = 0.8 * expected[name] + 0.2 * np.asarray(x, float)
       np.testing.assert_allclose(state.ema[name], expected[name], rtol=1e-5)
+
+
+def test_average_that_warms_up_equals_tensorflows():
+  """tf.train.ExponentialMovingAverage with `num_updates`."""
+  optimizer = optax.sgd(0.5)
+  state = _make_state(_linear_params(), optimizer, ema=True)
+  step = _make_step(optimizer, ema_decay=0.4, ema_warmup=True)
+  count = tf.Variable(0.0)
+  average = tf.train.ExponentialMovingAverage(0.4, num_updates=count)
+  variables = {n: tf.Variable(x) for n, x in state.params.items()}
+  average.apply(variables.values())  # begins with the first values
+  for i in range(8):  # of which the sixth has 7 / 16 > 0.4
+    state, _ = step(state, _make_batch(seed=i))
+    count.assign_add(1)
+    for name, x in state.params.items():
+      variables[name].assign(x)
+    average.apply(variables.values())
+    for name, x in variables.items():
+      np.testing.assert_allclose(
+        state.ema[name], average.average(x), rtol=1e-5, atol=1e-7
+      )
 
 
 def test_randomness_is_a_function_of_key_and_step():

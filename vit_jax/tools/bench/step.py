@@ -78,7 +78,7 @@ def _run_timm(ours):
   result = {"code": "timm", "variant": ours["variant"], **given}
   sizes = variants.parse(ours["variant"])
   if sizes.encoder is None or sizes.units is not None:
-    return result | {"error": f"timm has no {ours['variant']} as ours is"}
+    return result | {"error": "of timm's, only plain ViTs are measured"}
   if ours["remat"] != "none":
     return result | {"error": "measured without --remat"}
   size = sizes.encoder
