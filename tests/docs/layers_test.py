@@ -65,6 +65,7 @@ _LAYERS = (
     "tools.export",
     "tools.bench",
     "tools.plan",
+    "tools.pseudo_label",
     "tools.report",
   ),
   # These run or read the tools of the line before.
