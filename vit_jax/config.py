@@ -341,10 +341,14 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
 
 
 def find_test_set(config) -> str:
-  """Returns `eval.dataset` of a configuration, or its first training set."""
+  """Returns `eval.dataset` of a configuration, or its first training set.
+
+  One with pseudo-labels only if there is no other.
+  """
   flat = flatten(config)
-  train = data.parse_mixture(flat["train.dataset"])
-  return flat["eval.dataset"] or train[0][0]
+  train = [name for name, _ in data.parse_mixture(flat["train.dataset"])]
+  train.sort(key=lambda name: name.startswith(data.PSEUDO))  # stable
+  return flat["eval.dataset"] or train[0]
 
 
 # Key -> its values.

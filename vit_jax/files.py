@@ -110,6 +110,30 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
   return value
 
 
+def open_parts(folder, about: dict[str, Any], what: str) -> None:
+  """Makes the folder of a command's unfinished parts, or checks whose they are.
+
+  Args:
+    folder: beside the command's --out.
+    about: what they depend on, of JSON's types.
+    what: the parts are of, for the message.
+
+  Raises:
+    UserError: it has parts that depend on something else.
+  """
+  file = folder / "about.json"
+  if not file.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, about)
+  old = read_json(file, "remove the folder")
+  other = [key for key in about if old.get(key) != about[key]]
+  if other:
+    raise UserError(
+      f"{folder} has unfinished {what} with other {', '.join(other)}; finish "
+      "them with the same command, remove the folder, or choose another --out"
+    )
+
+
 def has_run(folder) -> bool:
   """Returns whether a folder has a config.json, as run folders do.
 

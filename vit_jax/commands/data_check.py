@@ -19,7 +19,7 @@ def run(args):
   from vit_jax.tools import datasets
 
   name = args.name
-  if not name.startswith((data.FOLDER, data.OBJECTNET)):
+  if not name.startswith(data.BY_PATH):
     _print_needs(data.find_needs(name, args.data_dir))
   faults = []
   checked = datasets.check(name, args.split, args.data_dir, args.examples)
@@ -53,6 +53,9 @@ def _print_needs(needs):
 def _print_source(name, source):
   labels = f"up to {source.max_labels} labels" if source.multilabel else "1"
   names = source.class_names
+  if not names:
+    print(f"{name}: images without labels")
+    return
   more = ", ..." if len(names) > 5 else ""
   print(
     f"{name}: {source.num_classes:,} classes ({', '.join(names[:5])}{more}), "
@@ -63,17 +66,19 @@ def _print_source(name, source):
 
 
 def _print_summary(summary, source):
-  counts = summary["label_counts"]
-  rarest, commonest = int(counts.argmin()), int(counts.argmax())
-  names = source.class_names
   print(
     f"  {summary['split']}: {summary['examples']:,} examples, "
     f"{summary['checked']:,} checked and sound\n"
     f"    height {_range(summary['height'])}, width "
-    f"{_range(summary['width'])} pixels\n"
-    f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
-    f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
+    f"{_range(summary['width'])} pixels"
   )
+  if names := source.class_names:
+    counts = summary["label_counts"]
+    rarest, commonest = int(counts.argmin()), int(counts.argmax())
+    print(
+      f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
+      f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
+    )
   for trait, count in summary["traits"].most_common():
     print(f"    {count:,} {trait}")
 

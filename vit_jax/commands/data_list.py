@@ -26,7 +26,8 @@ def run(args):
     if name not in there:
       print(f"built in: {name}  ({_describe_state(name, name, set())})")
   _print_tasks({r["name"] for r in prepared if r["format"] == "array_record"})
-  print("folders of images by class: folder:PATH")
+  print("folders of images by class: folder:PATH; without classes: images:PATH")
+  print("images that a model has labelled: pseudo:PATH")
   print("ObjectNet, as it was unpacked: objectnet:PATH/images")
   print("to download: any image data set of tensorflow.org/datasets/catalog")
 

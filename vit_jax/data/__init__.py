@@ -12,8 +12,8 @@ with _epy.lazy_api_imports(globals()):
   from vit_jax.data.benchmarks import Task as Task
   from vit_jax.data.benchmarks import find_task as find_task
   from vit_jax.data.benchmarks import list_tasks as list_tasks
-  from vit_jax.data.catalog import FOLDER as FOLDER
-  from vit_jax.data.catalog import OBJECTNET as OBJECTNET
+  from vit_jax.data.catalog import BY_PATH as BY_PATH
+  from vit_jax.data.catalog import PSEUDO as PSEUDO
   from vit_jax.data.catalog import get_source as get_source
   from vit_jax.data.catalog import parse_mixture as parse_mixture
   from vit_jax.data.order import Shuffle as Shuffle

@@ -1,13 +1,17 @@
 """Data sets by name: the forms of a name, and how it is opened."""
 
+import functools
 import math
 from pathlib import Path
 
 from vit_jax.data import tfds
-from vit_jax.data.folder import FOLDER, FolderSource
+from vit_jax.data.folder import FOLDER, IMAGES, FolderSource, ImagesSource
 from vit_jax.data.objectnet import OBJECTNET, ObjectNetSource
+from vit_jax.data.pseudo import PSEUDO, PseudoLabelled
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
+
+BY_PATH = (FOLDER, IMAGES, OBJECTNET, PSEUDO)  # a path follows
 
 
 def get_source(
@@ -20,9 +24,10 @@ def get_source(
 
   Args:
     dataset: a TFDS name, `name/config:version`, a task of `benchmarks.py`
-      (`vtab:clevr_count`), `folder:PATH` or `objectnet:PATH`.
+      (`vtab:clevr_count`), `folder:PATH`, `objectnet:PATH`, `images:PATH`,
+      which has no labels, or `pseudo:PATH`, what a model has labelled.
     split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`;
-      of a task also its names: `train800`.
+      of a task also its names: `train800`. `pseudo:PATH` is always whole.
     data_dir: where TFDS data sets are; None for TFDS's own choice.
     faults: of a folder, takes a line for each file that is not a whole image,
       and the file is left out; None: no file is looked at before it is read.
@@ -33,8 +38,14 @@ def get_source(
   """
   if dataset.startswith(FOLDER):
     return FolderSource(dataset, split, faults)
+  if dataset.startswith(IMAGES):
+    return ImagesSource(dataset, split, faults)
   if dataset.startswith(OBJECTNET):
     return ObjectNetSource(dataset, split)
+  if dataset.startswith(PSEUDO):
+    return PseudoLabelled(
+      dataset, functools.partial(get_source, data_dir=data_dir)
+    )
   return tfds.TfdsSource(dataset, split, data_dir)
 
 
@@ -52,7 +63,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
   # A folder's path may hold commas and equal signs.
   weighs = _parse_weight(text.rpartition("=")[2])
   path = Path(text.partition(":")[2]).expanduser()
-  if text.startswith((FOLDER, OBJECTNET)) and (not weighs or path.is_dir()):
+  if text.startswith(BY_PATH) and (not weighs or path.is_dir()):
     return [(text, 1.0)]
   if not {"=", ","} & {*text}:
     return [(text, 1.0)]

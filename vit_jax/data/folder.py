@@ -1,4 +1,4 @@
-"""Folders of images, a sub-folder a class."""
+"""Folders of images: a sub-folder a class, or without labels."""
 
 import concurrent.futures
 import functools
@@ -23,7 +23,7 @@ from vit_jax.files import walk
 
 log = logging.getLogger(__name__)
 
-FOLDER = "folder:"
+FOLDER, IMAGES = "folder:", "images:"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # What TensorFlow decodes, as Pillow calls it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -54,11 +54,11 @@ class FolderSource(Source):
   multilabel = False
   max_labels = 1
   _advice = ""  # at an image that cannot be used
+  _where = " in the folders of classes"  # images are
 
   def __init__(self, dataset: str, split: str, faults: list[str] | None = None):
     self.dataset, self.split = dataset, split
-    root = find_folder(dataset)
-    self.class_names, splits, self.left_out = _find_splits(root)
+    self.class_names, splits, self.left_out = self._find_splits(dataset)
     self.num_classes = len(self.class_names)
     self._files = take_split(splits, dataset, split)
     if faults is None:
@@ -69,6 +69,9 @@ class FolderSource(Source):
     else:
       self._leave_out_broken(faults)
     self.num_examples = len(self._files)
+
+  def _find_splits(self, dataset):
+    return _find_splits(find_folder(dataset))
 
   def _leave_out_broken(self, faults):
     """Leaves out files that are not whole images, and says why in `faults`."""
@@ -95,7 +98,7 @@ class FolderSource(Source):
     counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
     return (
       f"left out: {counts}, such as {self.left_out[0]}; what is read are "
-      f"{', '.join(_SUFFIXES)} files in the folders of classes"
+      f"{', '.join(_SUFFIXES)} files{self._where}"
     )
 
   def read(self, indices):
@@ -131,6 +134,39 @@ class FolderSource(Source):
     return self._files[index][0]
 
 
+class ImagesSource(FolderSource):
+  """The images in a folder, at any depth, without labels: `images:PATH`.
+
+  They can be pseudo-labelled. The only split is `train`, in the order of their
+  names. Links are followed. A record is four bytes and the file.
+  """
+
+  multilabel = True  # an image has none
+  _where = ""
+
+  def _find_splits(self, dataset):
+    root = find_folder(dataset, IMAGES)
+    images, left_out = _walk_images(root)
+    if not images:
+      raise UserError(
+        f"{dataset!r} has no images ({', '.join(_SUFFIXES)}); give a folder "
+        "with some in it, at any depth"
+      )
+    self._start = _find_start(root)
+    files = [(path, 0) for path in sorted(images)]
+    return [], {"train": files}, left_out
+
+  @functools.cached_property
+  def _identity(self):
+    return digest(
+      [(path[self._start :], os.stat(path).st_size) for path, _ in self._files]
+    )
+
+  def parse_labels(self, record):
+    del record
+    return tf.zeros([0], tf.int32)
+
+
 def list_splits(dataset: str) -> dict[str, int]:
   """Returns {split: number of files}; see `preparation.list_splits`."""
   _, splits, _ = _find_splits(find_folder(dataset))
@@ -145,9 +181,9 @@ def find_folder(dataset: str, prefix: str = FOLDER) -> Path:
   """
   root = Path(dataset.removeprefix(prefix)).expanduser()
   if not root.is_dir():
+    each = "" if prefix == IMAGES else "a sub-folder for each class of "
     raise UserError(
-      f"{dataset!r}: {root} is not a folder; give one with a sub-folder of "
-      "images for each class"
+      f"{dataset!r}: {root} is not a folder; give one with {each}images"
     )
   return root
 
@@ -252,16 +288,8 @@ def find_images(
   """
   files, left_out = [], []
   for label, name in enumerate(classes):
-    paths = [
-      path
-      for path in walk(str(root / name))
-      if os.path.basename(path)[0] != "."
-      # A link to nothing is found when it is read.
-      and (os.path.isfile(path) or os.path.islink(path))
-    ]
-    images = [path for path in paths if path.lower().endswith(_SUFFIXES)]
-    others = {*paths}.difference(images)
-    left_out += sorted(map(Path, others))
+    images, others = _walk_images(root / name)
+    left_out += others
     if not images:
       raise UserError(
         f"{root / name}: class {name!r} has no images ({', '.join(_SUFFIXES)});"
@@ -269,6 +297,22 @@ def find_images(
       )
     files += [(path, label) for path in images]
   return files, left_out
+
+
+def _walk_images(root):
+  """Returns the images at any depth below a folder, and the other files.
+
+  Hidden ones are not counted.
+  """
+  paths = [
+    path
+    for path in walk(str(root))
+    if os.path.basename(path)[0] != "."
+    # A link to nothing is found when it is read.
+    and (os.path.isfile(path) or os.path.islink(path))
+  ]
+  images = [path for path in paths if path.lower().endswith(_SUFFIXES)]
+  return images, sorted(map(Path, {*paths}.difference(images)))
 
 
 def _find_start(root):

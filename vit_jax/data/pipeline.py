@@ -66,7 +66,8 @@ def train_batches(
 
   Yields:
     {"image": uint8[b h w 3], "labels": int32[b l], padded with -1}; l is the
-    largest `max_labels` of the sources.
+    largest `max_labels` of the sources. If one of these is soft, also
+    "probabilities": f32[b l] of the labels, rows of 0 for hard ones.
 
   Raises:
     UserError: bad string or weights; while iterating, an example that cannot
@@ -80,8 +81,9 @@ def train_batches(
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
   fetcher = make_fetcher(sources, order, memory)
   replaces = on_bad_example == "replace"
+  soft = any(source.soft for source in sources)
   reader = _Reader(
-    *(sources, order, fetcher, batch_size, rows, process, seed, replaces)
+    *(sources, order, fetcher, batch_size, rows, process, seed, replaces, soft)
   )
   return _iterate(reader, range(start_step, start_step + num_steps))
 
@@ -93,11 +95,13 @@ def eval_batches(
   rows: np.ndarray,
   preprocess: str,
   image_size: int | tuple[int, int],
+  start_step: int = 0,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of every example once, in order.
 
-  Every host gets ceil(num_examples / batch_size) batches; rows beyond the end
-  are padding: black, labels -1, mask False.
+  Every host gets ceil(num_examples / batch_size) batches, less those before
+  `start_step`; rows beyond the end are padding: black, labels -1, mask False.
+  The label of a soft set is the likeliest.
 
   Args: as `train_batches`.
 
@@ -114,6 +118,8 @@ def eval_batches(
     return np.zeros_like(positions), np.minimum(positions, size - 1)
 
   def mask(step, batch):
+    if source.soft:
+      batch["labels"] = batch["labels"][:, :1]
     there = step * batch_size + rows < size
     if not there.all():
       images = batch["image"] * there[:, None, None, None]
@@ -123,8 +129,10 @@ def eval_batches(
 
   fetcher = make_fetcher([source], order)
   reader = _Reader([source], order, fetcher, batch_size, rows, process)
-  batches = _iterate(reader, range(-(-size // batch_size)))
-  return (mask(step, batch) for step, batch in enumerate(batches))
+  steps = range(start_step, -(-size // batch_size))
+  batches = _iterate(reader, steps)
+  pairs = zip(batches, steps, strict=True)
+  return (mask(step, batch) for batch, step in pairs)
 
 
 @dataclasses.dataclass
@@ -139,6 +147,7 @@ class _Reader:
   process: Callable
   seed: int = 0
   replaces: bool = False
+  soft: bool = False  # whether batches have probabilities
   # {(data set, example): which is shown in its place}
   _others: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
@@ -234,15 +243,20 @@ def _start(reader, steps):
 
   @tf.autograph.experimental.do_not_convert
   def make_example(record, which, seed, replaced):
-    parsers = [
-      functools.partial(source.parse, record, max_labels)
-      for source in reader.sources
-    ]
+    def parse(source):
+      parsed = source.parse(record, max_labels)
+      if reader.soft:
+        parsed += (source.parse_probabilities(record, max_labels),)
+      return parsed
+
+    parsers = [functools.partial(parse, source) for source in reader.sources]
     # A `switch_case` of one would be evaluated for each image all the same.
-    encoded, labels = (
+    encoded, labels, *probabilities = (
       tf.switch_case(which, parsers) if len(parsers) > 1 else parsers[0]()
     )
     example = {"image": reader.process(encoded, seed), "labels": labels}
+    if reader.soft:
+      [example["probabilities"]] = probabilities
     return example | ({"replaced": replaced} if reader.replaces else {})
 
   cpus = count_cpus()

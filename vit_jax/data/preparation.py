@@ -18,7 +18,8 @@ from tensorflow_datasets.core.download import downloader
 
 from vit_jax.data import folder
 from vit_jax.data.benchmarks import BY_HAND
-from vit_jax.data.catalog import FOLDER, OBJECTNET, get_source
+from vit_jax.data.catalog import BY_PATH, get_source
+from vit_jax.data.objectnet import OBJECTNET
 from vit_jax.data.tfds import find_builder, open_folder, open_prepared
 from vit_jax.errors import UserError, one_line
 from vit_jax.files import (
@@ -56,7 +57,7 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
   Raises:
     UserError: unknown data set, or it could not be had (why).
   """
-  if name.startswith((FOLDER, OBJECTNET)):
+  if name.startswith(BY_PATH):
     raise UserError(f"{name!r} needs no preparation; use it as it is")
   builder = find_builder(name, data_dir)
   if builder.is_prepared():
@@ -217,9 +218,11 @@ def list_splits(dataset: str, data_dir: str | None = None) -> dict[str, int]:
   Raises:
     UserError: as `catalog.get_source`.
   """
-  if dataset.startswith(FOLDER):
+  if dataset.startswith(folder.FOLDER):
     return folder.list_splits(dataset)
-  if dataset.startswith(OBJECTNET):
-    return {"test": get_source(dataset, "test").num_examples}
+  if dataset.startswith(BY_PATH):  # has one split
+    only = "test" if dataset.startswith(OBJECTNET) else "train"
+    source = get_source(dataset, only, data_dir)
+    return {source.split: source.num_examples}
   splits = open_prepared(dataset, data_dir).info.splits
   return {name: info.num_examples for name, info in splits.items()}

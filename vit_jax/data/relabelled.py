@@ -17,12 +17,14 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
   """Returns a source with labels in the order of `class_names`.
 
   Classes that only `class_names` has never occur, and giving them is wrong.
-  None unless these are all different and have all classes of the source.
+  None unless these are all different and have all classes of the source, which
+  has some.
   """
   names = source.class_names
   if names == class_names:
     return source
-  if len({*class_names}) < len(class_names) or not {*names} <= {*class_names}:
+  unique = len({*class_names}) == len(class_names)
+  if not names or not unique or not {*names} <= {*class_names}:
     return None
   new = [class_names.index(name) for name in names]
   # At both ends: labels that the source should not have stay out of range.
@@ -36,6 +38,25 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
   vars(found).pop("_parse_unchecked", None)  # traced with the old labels
   found.class_names, found.num_classes = class_names, len(class_names)
   found.parse_labels = parse_labels
+  return found
+
+
+def allow_unlabelled(source: Source, class_names: list[str]) -> Source:
+  """Returns a source that has only the labels it can be compared by.
+
+  They are those of `relabel`: of other classes it has none, and where a label
+  is missing, as -1 in test sets says, that is no error.
+  """
+  relabelled = relabel(source, class_names)
+  parse = (relabelled or source).parse_labels
+
+  def parse_labels(record):
+    labels = parse(record) if relabelled else tf.zeros([0], tf.int32)
+    return labels[(labels >= 0) & (labels < len(class_names))]
+
+  found = copy.copy(relabelled or source)
+  vars(found).pop("_parse_unchecked", None)
+  found.multilabel, found.parse_labels = True, parse_labels
   return found
 
 

@@ -28,6 +28,7 @@ class Source(abc.ABC):
   class_names: list[str]
   multilabel: bool  # whether an image may have several labels, or none
   max_labels: int  # of one image; 1 for single-label sets
+  soft: bool = False  # one label an image, as the likeliest with probabilities
   num_bytes: int = 0  # of all records; 0: unknown
   remote: bool = False  # in a bucket: slow to answer, quick to deliver
 
@@ -45,6 +46,16 @@ class Source(abc.ABC):
   @abc.abstractmethod
   def parse_image(self, record: tf.Tensor | bytes) -> tf.Tensor:
     """Returns the encoded image of a record, a scalar string."""
+
+  def parse_probabilities(
+    self, record: tf.Tensor | bytes, length: int
+  ) -> tf.Tensor:
+    """Returns those of a record's labels, then 0: f32[length].
+
+    They are all 0 where labels are hard.
+    """
+    del record
+    return tf.zeros([length])
 
   def identity(self) -> str:
     """Returns text that changes when the examples do; not with the folder."""
@@ -69,7 +80,8 @@ class Source(abc.ABC):
     labels = self.parse_labels(record)
     usable = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
     count = tf.size(labels)
-    usable &= (count <= self.max_labels) & (self.multilabel | (count == 1))
+    several = self.multilabel or self.soft
+    usable &= (count <= self.max_labels) & (several | (count == 1))
     tf.debugging.Assert(usable, [labels])
     length = length or self.max_labels
     labels = tf.pad(labels, [[0, length - count]], constant_values=-1)

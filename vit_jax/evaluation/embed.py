@@ -72,16 +72,14 @@ def embed(
   model = pretrained.assemble(weights, image_size=image_size)
   run = _make_run(model, what, layers, batch_size)
   parts = path.with_name(path.name + ".parts")
-  _check_parts(
-    parts,
-    {
-      "checkpoint": weights.source,
-      "images": _identify(paths),
-      "what": [what, *layers],
-      "image_size": list(model.config.image_size),
-      "resize": model.config.resize,
-    },
-  )
+  about = {
+    "checkpoint": weights.source,
+    "images": _identify(paths),
+    "what": [what, *layers],
+    "image_size": list(model.config.image_size),
+    "resize": model.config.resize,
+  }
+  files.open_parts(parts, about, "features")
   found = _write_parts(parts, paths, run)
   _join(path, found)
   errors = [str(line) for part in found for line in part["errors"]]
@@ -117,21 +115,6 @@ def _write_parts(folder, paths, run):
       *(start + len(chosen), len(paths), done / (time.monotonic() - begun)),
     )
   return [np.load(part) for part in parts]
-
-
-def _check_parts(parts, about):
-  """Makes the folder of unfinished parts, or checks that they are of these."""
-  file = parts / "about.json"
-  if not file.exists():
-    parts.mkdir(parents=True, exist_ok=True)
-    files.write_json(file, about)
-  old = files.read_json(file, "remove the folder")
-  other = [key for key in about if old.get(key) != about[key]]
-  if other:
-    raise UserError(
-      f"{parts} has unfinished features with other {', '.join(other)}; finish "
-      "them with the same command, remove the folder, or choose another --out"
-    )
 
 
 def _make_run(model, what, layers, batch_size):

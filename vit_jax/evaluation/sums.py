@@ -22,6 +22,7 @@ def make_sums(
   batch_size: int,
   preprocess: str,
   before_batch: Callable[[], None] = lambda: None,
+  start_step: int = 0,
 ) -> Callable:
   """Returns params -> iterator of the results of one batch after the other.
 
@@ -37,6 +38,7 @@ def make_sums(
     mesh, batch_size: where to compute, and how many over all devices.
     preprocess: evaluation preprocessing.
     before_batch: may raise, to end an evaluation between two batches.
+    start_step: the first batch.
 
   Raises:
     UserError: the batch size is not divisible, or the preprocessing is random.
@@ -51,9 +53,13 @@ def make_sums(
 
   def run(params):
     batches = data.eval_batches(
-      source, batch_size=batch_size, rows=rows, **options
+      source,
+      batch_size=batch_size,
+      rows=rows,
+      start_step=start_step,
+      **options,
     )
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(batches, start_step):
       before_batch()
       batch["index"] = (i * batch_size + rows).astype(np.int32)
       yield step(params, sharding.put_batch(mesh, batch, batch_size))

@@ -101,7 +101,8 @@ def _check_split(source, num_examples, faults):
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     checked = [x for x in pool.map(check_example, indices.tolist()) if x]
-  labels = np.array([label for ls, *_ in checked for label in ls], int)
+  most = 1 if source.soft else None  # the likeliest
+  labels = np.array([label for ls, *_ in checked for label in ls[:most]], int)
   sizes = [size for _, size, _ in checked] or [(0, 0)]
   heights, widths = zip(*sizes, strict=True)
   return {
@@ -171,8 +172,9 @@ def show(
     num_steps=1,
   )
   batch = next(batches)
+  most = 1 if source.soft else None  # the likeliest
   captions = [
-    ", ".join(source.class_names[k] for k in labels if k >= 0)
+    ", ".join(source.class_names[k] for k in labels[:most] if k >= 0)
     for labels in batch["labels"]
   ]
   grid = _draw_grid(batch["image"], captions)

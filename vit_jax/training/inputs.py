@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vit_jax import data, sharding
 from vit_jax.config import Eval, list_evals
 from vit_jax.data.relabelled import class_error, relabel
-from vit_jax.errors import RunStopped, one_line
+from vit_jax.errors import RunStopped, UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,11 @@ def open_inputs(config) -> Inputs:
 
 def _open(config, name, split, check=True) -> data.Source:
   source = data.get_source(name, split, config.data_dir)
+  if not source.class_names:
+    raise UserError(
+      f"{name!r} has no labels; label it with vit-jax pseudo-label, and take "
+      "the set pseudo:PATH that it writes"
+    )
   if check:
     source.check_labels()
   return source

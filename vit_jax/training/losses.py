@@ -27,6 +27,25 @@ def multi_hot(labels: jax.Array, num_classes: int) -> jax.Array:
   return (labels[..., None] == classes).any(axis=-2).astype(jnp.float32)
 
 
+def soft_targets(
+  labels: jax.Array, probabilities: jax.Array, num_classes: int
+) -> jax.Array:
+  """Returns the distribution f32[b k] of which some probabilities are known.
+
+  What these lack of 1 is spread evenly over the other classes.
+
+  Args:
+    labels: i32[b l], classes, none twice in a row, padded with -1.
+    probabilities: f32[b l], theirs; 0 where there is no label.
+    num_classes: k.
+  """
+  at = labels[..., None] == jnp.arange(num_classes)
+  known = jnp.where(at, probabilities[..., None], 0).sum(-2)
+  others = num_classes - (labels >= 0).sum(-1)
+  rest = jnp.maximum(1 - probabilities.sum(-1), 0) / jnp.maximum(others, 1)
+  return jnp.where(at.any(-2), known, rest[:, None])
+
+
 def sigmoid_cross_entropy(
   logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
@@ -67,6 +86,20 @@ def softmax_cross_entropy(
   targets = optax.smooth_labels(targets, label_smoothing)
   targets = jnp.where(labelled, targets, 0)
   return -(targets * jax.nn.log_softmax(logits)).sum(axis=-1)
+
+
+def sharpen(
+  targets: jax.Array, name: str, label_smoothing: float = 0.0
+) -> jax.Array:
+  """Returns targets that the loss of `get_loss` smooths to the given ones.
+
+  For those that are not to be smoothed in a batch with others that are. They
+  may be negative. Softmax targets [b k] have to sum to 1.
+  """
+  s = label_smoothing
+  if name == "sigmoid":
+    return (targets - s) / (1 - 2 * s)
+  return (targets - s / targets.shape[-1]) / (1 - s)
 
 
 def get_loss(name: str, label_smoothing: float = 0.0) -> LossFn:

@@ -20,7 +20,12 @@ import jax.numpy as jnp
 
 from vit_jax import models
 from vit_jax.training.lora import adapt
-from vit_jax.training.losses import get_loss, multi_hot
+from vit_jax.training.losses import (
+  get_loss,
+  multi_hot,
+  sharpen,
+  soft_targets,
+)
 from vit_jax.training.masked import MaskedPatches
 from vit_jax.training.steps import cutmix, mixup, normalize
 
@@ -36,10 +41,17 @@ class Classification:
   loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
   mixup_alpha: float = 0.0  # of `mixup`; 0 for none
   cutmix_alpha: float = 0.0  # of `cutmix`; 0 for none
+  # Of soft targets, which the loss is not to smooth: `losses.sharpen`.
+  sharpen: Callable = lambda targets: targets
 
   def prepare(self, batch, key):
     images = normalize(batch["image"])
     targets = multi_hot(batch["labels"], len(self.class_names))
+    if "probabilities" in batch:
+      given = batch["probabilities"]
+      soft = soft_targets(batch["labels"], given, len(self.class_names))
+      is_soft = (given > 0).any(-1, keepdims=True)
+      targets = jnp.where(is_soft, self.sharpen(soft), targets)
     mixes = [
       functools.partial(mix, alpha=alpha)
       for mix, alpha in ((mixup, self.mixup_alpha), (cutmix, self.cutmix_alpha))
@@ -151,6 +163,7 @@ def create(config, class_names: list[str]) -> Objective:
       model=adapt(model, **lora),
       class_names=class_names,
       loss_fn=get_loss(**config.loss),
+      sharpen=functools.partial(sharpen, **config.loss),
       mixup_alpha=config.train.mixup_alpha,
       cutmix_alpha=cutmix_alpha,
     )

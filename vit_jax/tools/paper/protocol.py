@@ -59,7 +59,7 @@ def plain_name(dataset: str) -> str:
   "imagenet21k_clean", that is freed of test images, is "imagenet21k": as the
   paper's are.
   """
-  if dataset.startswith(("vtab:", "mini:", "folder:")):
+  if dataset.startswith(("vtab:", "mini:", "folder:", "pseudo:")):
     return dataset
   return dataset.partition(":")[0].partition("/")[0].removesuffix("_clean")
 
