@@ -59,9 +59,10 @@ DATASETS = ("imagenet2012", "imagenet21k")
 def get_config(arg="ViT-B_16,imagenet21k"):
   """Returns the configuration of "VARIANT,DATASET[,AUGMENTATION]"."""
   variant, dataset, name, *more = [*arg.split(","), "", ""][:4]
-  if variant in USUAL and dataset in DATASETS:
-    name = name or USUAL[variant][DATASETS.index(dataset)]
-  if name not in AUGMENTATIONS or any(more):
+  known = variant in USUAL and dataset in DATASETS
+  if known and not name:
+    name = USUAL[variant][DATASETS.index(dataset)]
+  if not known or name not in AUGMENTATIONS or any(more):
     raise ValueError(
       f"augreg.py:{arg} is not VARIANT,DATASET[,AUGMENTATION] with VARIANT one "
       f"of {', '.join(USUAL)}, DATASET {' or '.join(DATASETS)} and AUGMENTATION "

@@ -27,7 +27,8 @@ the rate in the last one (there all have the rate); under binary cross-entropy
 the labels of mixed images keep their weights (there both are 1); learning rates
 begin and end at 0 (1e-6 and 1e-5); crops are bilinear (bicubic); RandAugment of
 the fine-tuning has this project's operations and a fixed magnitude; pixels are
-in [-1, 1]; initial weights are those of the paper's ViT, the head zero; H sees
+in [-1, 1]; initial weights are those of the paper's ViT, the head zero; batches
+from scratch on ImageNet have 2112 images, which 3 divides (2048); H sees
 154 and 126 pixels (160 and 128, of which the last fill no patch); of
 ImageNet-21k 102,400 images are held out, and the new head begins at zero.
 """
@@ -106,7 +107,7 @@ def set_data(config, dataset):
 
 
 def use_lamb(config, base_lr, weight_decay):
-  """Batches of 2048, gradients clipped to 1 as in apex's FusedLAMB."""
+  """LAMB, with gradients clipped to 1 as in apex's FusedLAMB."""
   config.batch_size = 2048
   config.optimizer.name = "lamb"
   config.optimizer.weight_decay = weight_decay
@@ -135,6 +136,7 @@ def pretrain(config, size, source):
   use_lamb(config, base_lr, weight_decay=0.05)
   config.train.preprocess = _CROP + _THREE_AUGMENT
   config.train.repeats = 3
+  config.batch_size = 2112  # 3 and 64 divide it, and 2048 is not much less
   config.train.mixup_alpha = 0.8
   config.train.cutmix_alpha = 1.0
   # The loss is the sum over 1,000 classes, the authors' is the mean: so are the

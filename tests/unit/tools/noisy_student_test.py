@@ -91,12 +91,20 @@ def test_stages_get_their_data_and_weights(write, tmp_path):
     ("stages=('teacher', 'student2')", "stages are teacher, student2; they"),
     ("stages=('teacher', 'student1', 'last')", "student1, last; they are"),
     ("ratio=0.0", "a ratio above 0"),
+    ("ratio=(1.0,)", r"ratio \(1.0,\) has 1 values for 2 students"),
   ],
 )
 def test_a_loop_that_cannot_be(change, words, write, tmp_path):
   with pytest.raises(UserError, match=words):
     loop, configs = noisy_student.load(write(change), {})
     noisy_student.plan(loop, configs, tmp_path)
+
+
+def test_each_student_may_have_a_ratio(write, tmp_path):
+  loop, configs = noisy_student.load(write("ratio=(3.0, 7.0)"), {})
+  stages = noisy_student.plan(loop, configs, tmp_path)
+  mixtures = [stage.config.train.dataset for stage in stages if stage.labels]
+  assert [text.rpartition("=")[2] for text in mixtures] == ["3.0", "7.0"]
 
 
 def test_paths_that_no_mixture_has(write, tmp_path):
