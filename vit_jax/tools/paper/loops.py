@@ -6,7 +6,6 @@ is none the last student.
 
 import re
 
-from vit_jax import config as configuration
 from vit_jax.tools.paper import cells, protocol
 from vit_jax.tools.paper.cells import Found, Plan
 from vit_jax.tools.runs import Run, find_origin
@@ -46,7 +45,10 @@ def plan(model: str, dataset: str, runs: list[Run], folder: str) -> Plan:
     paths = [f"{workdir}/{loop['stages'][-1]}"]
     config = f"--config=configs/{_FILE}:{model}"
     words = ("noisy-student", config, f"--workdir={workdir}")
-    commands, datasets = [cells.make_command(*words)], [_LABELLED, loop["dataset"]]
+    commands, datasets = (
+      [cells.make_command(*words)],
+      [_LABELLED, loop["dataset"]],
+    )
     images = loop["images"]
   if dataset != _LABELLED:
     commands += [cells.evaluate_run(path, dataset) for path in paths]
