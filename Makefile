@@ -16,8 +16,9 @@ INSTALLED_BEAM := .venv-beam/installed
 # what they set up.
 TESTS := -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
-# Shows only what went wrong; the versions are those of constraints.txt.
-INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# Shows only what went wrong. CONSTRAINTS has the versions that are installed.
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 .PHONY: help setup setup-dev quickstart test test-ci test-nightly test-newest \
   test-beam notebooks docs lint format hooks clean
@@ -76,7 +77,7 @@ clean:  ## remove .venv and caches; runs/ and data sets stay
 	rm -rf .venv .venv-newest .venv-beam build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are older than setup.py or constraints.txt when those have changed:
+# The stamps are older than setup.py or the constraints when those have changed:
 # then pip brings the same .venv up to date.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -87,18 +88,18 @@ clean:  ## remove .venv and caches; runs/ and data sets stay
 	@$(PYTHON) -m venv .venv
 	@echo "Installing vit_jax into .venv; the first time takes some minutes."
 
-$(INSTALLED): setup.py constraints.txt | .venv/bin/python
+$(INSTALLED): setup.py $(CONSTRAINTS) | .venv/bin/python
 	@$(INSTALL) --editable '.[test]'
 	@touch $@
 
-$(INSTALLED_LINT): setup.py constraints.txt | .venv/bin/python
+$(INSTALLED_LINT): setup.py $(CONSTRAINTS) | .venv/bin/python
 	@$(INSTALL) --editable '.[lint]'
 	@touch $@
 
 # On Linux the package index has PyTorch with CUDA, some gigabytes; a build
 # without is enough, if PIP_FIND_LINKS or PIP_INDEX_URL leads to one. For timm
 # without torchvision see tests/torch_libraries.py.
-$(INSTALLED_DEV): setup.py constraints.txt | .venv/bin/python
+$(INSTALLED_DEV): setup.py $(CONSTRAINTS) | .venv/bin/python
 	@$(INSTALL) --editable '.[dev]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
 	@touch $@ $(INSTALLED) $(INSTALLED_LINT)

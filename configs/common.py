@@ -94,9 +94,11 @@ def get_config() -> Any:
   config.data_dir = placeholder(str)
   config.train = ml_collections.ConfigDict()
   # A TFDS name, a task (`vtab:clevr_count`, with splits `train800`, ..., see
-  # `vit-jax data list`), `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
+  # `vit-jax data list`), `folder:/path`, `pseudo:/path` (of `vit-jax
+  # pseudo-label`), or a weighted mixture `a=0.7,b=0.3`.
   config.train.dataset = "imagenet21k"
-  config.train.split = "train"  # as TFDS writes it: "train[:98%]"
+  # As TFDS writes it: "train[:98%]"; `pseudo:` sets are always whole.
+  config.train.split = "train"
   # Operations joined by "|", see `vit_jax.data.preprocess`.
   config.train.preprocess = "inception_crop(size)|flip_lr"
   # "all": an epoch is a permutation of all examples, each read by itself.
@@ -146,6 +148,17 @@ def get_config() -> Any:
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
   config.loss.label_smoothing = 0.0  # 0: off
+  # Knowledge distillation (docs/distillation.md). The source is whatever
+  # `vit_jax.load` takes: a run folder, a file, a name; "": no teacher. It sees
+  # the images that the model sees, the same crops, mixed in the same way.
+  config.teacher = ml_collections.ConfigDict()
+  config.teacher.source = ""
+  # "kl" and "cross_entropy" with the teacher's softmax (the same gradient), or
+  # "hard", cross-entropy with its best class.
+  config.teacher.loss = "kl"
+  # Divides the logits of both; the loss is multiplied by its square.
+  config.teacher.temperature = 1.0
+  config.teacher.weight = 0.5  # of that loss; the labels' has the rest
   config.optimizer = ml_collections.ConfigDict()
   # "adam", "sgd", "rmsprop" (TensorFlow 1's) or "lamb" (arXiv 1904.00962), see
   # training/optim.py.

@@ -133,7 +133,7 @@ def set_model(config, model, arg):
       weights = pretrained.read(model, arrays=False)
     except UserError as e:
       raise ValueError(
-        f"finetune.py:{arg}: {model!r} is no variant such as ViT-B_16, and no "
+        f"finetune.py:{arg}: {model!r} is not a variant such as ViT-B_16, nor "
         f'weights: {e}; a name with a comma goes in double quotes, "..."'
       ) from e
     config.init_from = model

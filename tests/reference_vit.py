@@ -107,7 +107,9 @@ def apply(
     x = out["pre_logits"] = np.tanh(_dense(_sub(p, "pre_logits"), x))
   x = _dense(_sub(p, "head"), x)
   if "head_dist/kernel" in p:
-    x = (x + _dense(_sub(p, "head_dist"), tokens[:, 1])) / 2
+    second = _dense(_sub(p, "head_dist"), tokens[:, 1])
+    out |= {"logits_cls": x, "logits_dist": second}
+    x = (x + second) / 2
   out["logits"] = x
   return out
 

@@ -73,6 +73,10 @@ ADDED: dict[str, Any] = {
   "lora.rank": 0,
   "lora.alpha": 16.0,
   "lora.params": ".*/MultiHeadDotProductAttention_0/.*/kernel",
+  "teacher.source": "",
+  "teacher.loss": "kl",
+  "teacher.temperature": 1.0,
+  "teacher.weight": 0.5,
   "wandb": "",
 }
 RENAMED: dict[str, str] = {}
@@ -359,6 +363,7 @@ CHOICES = {
   "optimizer.name": ("adam", "sgd", "rmsprop", "lamb"),
   "optimizer.accumulator_dtype": ("float32", "bfloat16"),
   "optimizer.weight_decay_scaling": ("lr", "schedule", "gradient"),
+  "teacher.loss": ("kl", "cross_entropy", "hard"),
 }
 _FRACTIONS = (
   *("ema_decay", "optimizer.b1", "optimizer.b2", "optimizer.momentum"),
@@ -417,6 +422,10 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "train.cutmix_alpha": ((0.0,), "objective", "classification"),
   "loss.name": (("sigmoid",), "objective", "classification"),
   "loss.label_smoothing": ((0.0,), "objective", "classification"),
+  "teacher.source": (("",), "objective", "classification"),
+  "teacher.loss": (("kl",), "teacher.source", None),
+  "teacher.temperature": ((1.0,), "teacher.source", None),
+  "teacher.weight": ((0.5,), "teacher.source", None),
   "optimizer.b1": ((0.9,), "optimizer.name", ("adam", "lamb")),
   "optimizer.b2": ((0.999,), "optimizer.name", ("adam", "lamb", "rmsprop")),
   "optimizer.eps": ((1e-8,), "optimizer.name", ("adam", "lamb", "rmsprop")),

@@ -14,6 +14,7 @@ from vit_jax import config as configuration
 from vit_jax.errors import RunStopped, one_line
 from vit_jax.evaluation import evaluators as evaluation
 from vit_jax.pretrained.start import start_from
+from vit_jax.pretrained.teacher import read_teacher
 from vit_jax.state import make_key
 from vit_jax.training import (
   inputs,
@@ -57,7 +58,9 @@ def train(config, workdir) -> dict[str, float] | None:
     opened = inputs.open_inputs(config)
     total_steps = run_folder.count_steps(config, run, opened, workdir)
     check_profile(config, total_steps)
-    objective = objectives.create(config, opened.first.class_names)
+    names = opened.first.class_names
+    teaching = read_teacher(config, mesh, names, run)
+    objective = objectives.create(config, names, teaching.teacher)
     train_step, init_state = make_step(config, objective, total_steps)
     evaluators = evaluation.make_evaluators(
       config, opened.evals, objective, mesh=mesh, before_batch=stop.check
@@ -80,11 +83,13 @@ def train(config, workdir) -> dict[str, float] | None:
     batches = inputs.read_batches(
       config, mesh, opened, shuffle, step, total_steps
     )
+    batches = teaching.add_to(batches)
     if run:
       checkpoints.open()
       log.info("resuming from step %d of %d", step, total_steps)
     else:
       about = {"total_steps": total_steps, "shuffle": shuffle._asdict()}
+      about |= teaching.about
       run_folder.write(config, workdir, about, objective, opened, state)
     step_program = sharding.jit_train_step(mesh, train_step, layout)
     loop = Loop(

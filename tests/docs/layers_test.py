@@ -31,6 +31,7 @@ _LAYERS = (
   (
     "training.steps",
     "training.lora",
+    "training.teacher",
     "checkpoint",
     "config",
     "training.metrics",
@@ -138,6 +139,7 @@ _BARE = (
   "training.objectives",
   "training.optim",
   "training.steps",
+  "training.teacher",
 )
 _BARE_LIBRARIES = {"jax", "flax", "optax", "numpy"}
 

@@ -273,7 +273,7 @@ def test_evaluate_needs_to_know_the_data(reference, runs, run, tmp_path):
   _write(source, f"ViT-{SMALL}_8")
   code, _, err = run("evaluate", f"--checkpoint={source}")
   assert code == 2
-  assert "does not say on which data; give --dataset=NAME and --split" in err
+  assert "does not name its data; give --dataset=NAME and --split" in err
 
 
 def test_another_arithmetic_is_refused(runs, run, tmp_path):

@@ -813,7 +813,7 @@ def assert_same_evaluation(results, workdir):
 
 
 @pytest.mark.ci  # every file and kind of damage: checkpoint_test.py
-def test_a_damaged_checkpoint_is_passed_over(runs, whole, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_skipped(runs, whole, tmp_path, caplog):
   workdir = shutil.copytree(whole[0], tmp_path / "run")
   folder = workdir / "checkpoints" / "6"
   file = max(folder.glob("state/d/*"), key=lambda f: f.stat().st_size)

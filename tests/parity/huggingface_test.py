@@ -136,7 +136,7 @@ def test_files_in_parts(tmp_path):
   assert_identical(pretrained.read(str(tmp_path)), whole)
   part = tmp_path / "1.safetensors"
   part.write_bytes(part.read_bytes()[:-1])
-  assert_refused(tmp_path, "1.safetensors: the file is damaged")
+  assert_refused(tmp_path, "1.safetensors: the file is corrupt")
   part.unlink()
   assert_refused(tmp_path, "its part 1.safetensors is missing; fetch it")
   for text in ("{}", '{"weight_map": []}'):
@@ -376,7 +376,7 @@ def test_what_cannot_be_said(tmp_path, options, message):
     ({"num_attention_heads": 0}, "(24, 2, 40, 0)"),
     ({"intermediate_size": 41}, "intermediate.dense.bias is 40, 41 is needed"),
     ({"num_hidden_layers": 3}, "more are missing"),
-    ({"id2label": {"a": "cat"}}, "id2label has keys that are no numbers"),
+    ({"id2label": {"a": "cat"}}, "id2label has keys that are not numbers"),
     ({"problem_type": "regression"}, "problem_type is 'regression'"),
   ],
 )

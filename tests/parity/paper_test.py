@@ -173,7 +173,7 @@ def test_every_model_of_the_tables_has_a_pretraining():
     ("finetune.py:ViT-B_16", "oxford_flowers102"),
     ("finetune.py:ViT-B_16,cifar10,big", "'big'"),
     ("finetune.py:ViT-B_16,folder:a,b", "'b', .* in double quotes"),
-    ("finetune.py:ViT-X_16,cifar10", "'ViT-X_16' is no variant .*; did you"),
+    ("finetune.py:ViT-X_16,cifar10", "'ViT-X_16' is not a variant .*; did you"),
     ("finetune.py:no/such/run,cifar10", "no weights: no checkpoint at no/such"),
     ("photos.py:a/b,ViT-B_61", "ViT-B_16"),
     ("photos.py", "photos.py:FOLDER"),

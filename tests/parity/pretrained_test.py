@@ -188,7 +188,7 @@ def test_one_of_several_models(tmp_path):
   images = _images()
   found = vit_jax.load(f"{source}:b")(images)
   _assert_logits(found, _vit_logits(params, images))
-  with pytest.raises(UserError, match=r"holds the models a, b; say which"):
+  with pytest.raises(UserError, match=r"holds the models a, b; choose one"):
     vit_jax.load(source)
 
 
@@ -256,7 +256,7 @@ def test_no_head(tmp_path):
   images = _images()
   expected = reference_vit.apply(params, images, patch=8, classifier="token")
   _assert_logits(model.features(images), expected["pre_logits"])
-  with pytest.raises(UserError, match="there is no head"):
+  with pytest.raises(UserError, match="has no head"):
     model(images)
 
 
@@ -500,7 +500,7 @@ def test_a_flipped_bit(tmp_path):
     byte = f.read(1)[0]
     f.seek(5000)
     f.write(bytes([byte ^ 1]))
-  _assert_refused(source, "is damaged", "CRC")
+  _assert_refused(source, "is corrupt", "CRC")
 
 
 def test_no_archive(tmp_path):

@@ -323,7 +323,7 @@ def test_other_architectures(tmp_path, name):
 @pytest.mark.parametrize(
   ("variant", "message"),
   [
-    ("ViT-w64d2m40h1_8", "has 6 patches, which is no square"),
+    ("ViT-w64d2m40h1_8", "has 6 patches, which is not"),
     (VARIANT, "the hidden size 24 is no multiple of 64; put its"),
   ],
 )

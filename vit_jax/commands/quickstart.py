@@ -26,5 +26,5 @@ def run(args):
   if is_old:
     print(f"This is from an earlier run; to run it again: rm -r {quoted}")
   print(f"Written to {folder / quickstart.REPORT}.")
-  print(f"Where the model looks: {folder / 'figures' / 'rollout.png'}")
+  print(f"Attention maps: {folder / 'figures' / 'rollout.png'}")
   print(f"A page on the runs: vit-jax report {quoted} --out=report.html")

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from vit_jax.data import preprocess
+from vit_jax.data.augment import color_jitter, three_augment
 from vit_jax.data.pillow import resize_averaging
 from vit_jax.data.randaug import draw_integer, height_width, randaug
 
@@ -250,6 +251,18 @@ def random_crop(image, size, *, seed):
   return _crop(image, size, lambda largest: draw_integer(place, largest))
 
 
+def simple_crop(image, size, *, seed):
+  """Crops `size` anywhere from an image of about that size: DeiT III's.
+
+  The shorter side is resized to it, bicubic and as Pillow, and 4 pixels are
+  added by reflection at each border.
+  """
+  side = max(preprocess.as_pair(size))
+  image = resize_small(image, side, method="bicubic", antialias=True)
+  image = tf.pad(image, [[4, 4], [4, 4], [0, 0]], "REFLECT")
+  return random_crop(image, size, seed=seed)
+
+
 def _crop(image, size, choose):
   """Crops `size`; `choose` maps the largest (top, left) to those taken."""
   size = preprocess.as_pair(size)
@@ -302,6 +315,7 @@ _OPS = {
   f.__name__: f
   for f in (
     *(resize, resize_small, central_crop),
-    *(random_crop, inception_crop, flip_lr, randaug),
+    *(random_crop, simple_crop, inception_crop, flip_lr, randaug),
+    *(three_augment, color_jitter),
   )
 }

@@ -9,7 +9,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFilter
 
 from vit_jax.data.sizes import MAX_PIXELS
 from vit_jax.errors import UserError
@@ -89,6 +89,12 @@ def resize_averaging(pixels: np.ndarray, size, method: str) -> np.ndarray:
   height, width = map(int, size)
   resample = Image.Resampling[method.upper()]
   return np.array(Image.fromarray(pixels).resize((width, height), resample))
+
+
+def blur(pixels: np.ndarray, sigma) -> np.ndarray:
+  """Blurs uint8[h w 3] by a Gaussian, which Pillow approximates by boxes."""
+  gaussian = ImageFilter.GaussianBlur(float(sigma))
+  return np.array(Image.fromarray(pixels).filter(gaussian))
 
 
 def _array_to_rgb(array, name):

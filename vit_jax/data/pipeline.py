@@ -50,6 +50,7 @@ def train_batches(
   shuffle: Shuffle = ALL,
   memory: int = 0,
   on_bad_example: str = "stop",
+  repeats: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields this host's rows of the batches of `num_steps` steps.
 
@@ -63,6 +64,11 @@ def train_batches(
     start_step: of the first batch; batch k holds the positions
       k * batch_size .. (k + 1) * batch_size - 1 of the stream.
     num_steps: how many batches.
+    shuffle, memory, on_bad_example: see `config.train`, `make_order` and
+      `make_fetcher`.
+    repeats: of each image one after the other in a batch, which it divides;
+      each is augmented on its own. The order is that of batches with as many
+      fewer rows.
 
   Yields:
     {"image": uint8[b h w 3], "labels": int32[b l], padded with -1}; l is the
@@ -77,13 +83,15 @@ def train_batches(
   sources, weights = zip(*sources_and_weights, strict=True)
   seed = int(seed) % 2**63  # SeedSequence and TensorFlow take no others
   sizes = [source.num_examples for source in sources]
-  order = make_order(shuffle, seed, sizes, weights, batch_size)
+  assert batch_size % repeats == 0
+  order = make_order(shuffle, seed, sizes, weights, batch_size // repeats)
   process = ops.make_preprocess(preprocess, image_size, evaluation=False)
   fetcher = make_fetcher(sources, order, memory)
   replaces = on_bad_example == "replace"
-  soft = any(source.soft for source in sources)
   reader = _Reader(
-    *(sources, order, fetcher, batch_size, rows, process, seed, replaces, soft)
+    *(sources, order, fetcher, batch_size, rows, process, seed, replaces),
+    repeats=repeats,
+    soft=any(source.soft for source in sources),
   )
   return _iterate(reader, range(start_step, start_step + num_steps))
 
@@ -147,13 +155,16 @@ class _Reader:
   process: Callable
   seed: int = 0
   replaces: bool = False
+  repeats: int = 1
   soft: bool = False  # whether batches have probabilities
   # {(data set, example): which is shown in its place}
   _others: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
   def read(self, step):
     """Returns (record object[b], data set int64[b], replaced int32[b])."""
-    records, which = self.fetcher.fetch(step * self.batch_size + self.rows)
+    positions, copies = np.unique(self._positions(step), return_inverse=True)
+    records, which = self.fetcher.fetch(positions)
+    records, which = records[copies], which[copies]
     replaced = np.zeros(len(records), np.int32)
     for row, place in enumerate(self._locate(step) if self._others else ()):
       if place in self._others:
@@ -162,9 +173,13 @@ class _Reader:
         replaced[row] = 1
     return records, which, replaced
 
+  def _positions(self, step):
+    """Returns int64[b]: of the order, for this host's rows."""
+    return (step * self.batch_size + self.rows) // self.repeats
+
   def _locate(self, step):
     """Returns [(data set, example)] of this host's rows."""
-    which, examples = self.order(step * self.batch_size + self.rows)
+    which, examples = self.order(self._positions(step))
     return [*zip(which.tolist(), examples.tolist(), strict=True)]
 
   def find_faults(self, step) -> bool:

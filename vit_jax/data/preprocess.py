@@ -54,6 +54,7 @@ _ANTIALIAS = ("True or False", lambda x: type(x) is bool)
 _PERCENT = ("a percentage above 0", lambda x: _is_number(x, 1e-9, 100))
 _COUNT = ("an integer, 0 or more", lambda x: _is_count(x, 0))
 _MAGNITUDE = ("between 0 and 30", lambda x: _is_number(x, 0, 30))
+_STRENGTH = ("a number, 0 or more", lambda x: _is_number(x, 0, math.inf))
 _CONTRAST = ("'mean' or 'augreg'", ("mean", "augreg").__contains__)
 
 # Operation -> its arguments, in their order; a size comes first, and is needed.
@@ -69,12 +70,15 @@ EVALUATION_OPS = {
 TRAINING_OPS = {
   "inception_crop": {"size": _SIZE, "area_min": _PERCENT, "area_max": _PERCENT},
   "random_crop": {"size": _SIZE},
+  "simple_crop": {"size": _SIZE},
   "flip_lr": {},
   "randaug": {
     "num_ops": _COUNT,
     "magnitude": _MAGNITUDE,
     "contrast": _CONTRAST,
   },
+  "three_augment": {},
+  "color_jitter": {"strength": _STRENGTH},
 }
 _OPS = EVALUATION_OPS | TRAINING_OPS
 

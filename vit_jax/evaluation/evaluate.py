@@ -53,7 +53,7 @@ def evaluate(
     data_dir = data_dir or config.data_dir
   if not dataset or not split:
     raise UserError(
-      f"{weights.source} does not say on which data; give --dataset=NAME and "
+      f"{weights.source} does not name its data; give --dataset=NAME and "
       "--split=test"
     )
   test = data.get_source(dataset, split, data_dir)

@@ -306,7 +306,9 @@ class VisionTransformer(nn.Module):
 
     Without classes the representation f32[b d] takes the logits' place.
     `intermediates` "tokens" leaves attention weights out, so that kernels may
-    be used, and has each block's tokens as the last LayerNorm makes them.
+    be used, and has each block's tokens as the last LayerNorm makes them. With
+    a distillation token the logits are the mean of two heads', "logits_cls" and
+    "logits_dist".
     """
     config = self.config
     x, out = self.embed(images)
@@ -333,7 +335,9 @@ class VisionTransformer(nn.Module):
       x = layers.make_head(config)(x)
       if config.distillation_token:
         second = layers.make_head(config, "head_dist")
-        x = (x + second(tokens[:, 1].astype(jnp.float32))) / 2
+        second = second(tokens[:, 1].astype(jnp.float32))
+        out |= {"logits_cls": x, "logits_dist": second}
+        x = (x + second) / 2
       out["logits"] = x
     return x, out
 

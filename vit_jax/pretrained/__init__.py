@@ -102,8 +102,8 @@ def read(
   weights = weights._replace(resize=resize or weights.resize)
   if any(weights.cut_off()):
     note = (
-      "images {}x{} are no whole patches: {} pixels at the bottom and {} to "
-      "the right are cut off, as by its authors"
+      "images of {}x{} are not a whole number of patches: {} pixels at the "
+      "bottom and {} to the right are cut off, as by its authors"
     ).format(*weights.image_size, *weights.cut_off())
     weights = weights._replace(notes=(*weights.notes, note))
   return weights
@@ -334,11 +334,11 @@ def _sniff(path) -> str:
     return "safetensors"
   if start.startswith(b"\x80"):
     raise UserError(
-      f"{path} is a pickle, which runs whatever it says when it is read; give "
+      f"{path} is a pickle, which can run any code when it is read; give "
       "npz or safetensors"
     )
   raise UserError(
-    f"{path} is neither npz nor safetensors, or it is damaged; fetch it again"
+    f"{path} is neither npz nor safetensors, or it is corrupt; fetch it again"
   )
 
 
@@ -382,7 +382,7 @@ def _read_npz(path, part):
   )
   if parts:
     raise UserError(
-      f"{path} holds the models {', '.join(parts)}; say which: "
+      f"{path} holds the models {', '.join(parts)}; choose one: "
       f"{path}:{parts[0]}"
     )
   raise _unknown(path, arrays, "ViT, big_vision and BiT")

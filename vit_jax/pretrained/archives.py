@@ -37,7 +37,7 @@ def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
     name = info.filename.removesuffix(".npy")
     if name == info.filename:
       raise UserError(
-        f"{path}: its member {info.filename} is no NumPy array; PyTorch's "
+        f"{path}: its member {info.filename} is not a NumPy array; PyTorch's "
         "pickles are not read here, give npz or safetensors"
       )
     shape, dtype = _read_header(path, archive, info)
@@ -50,7 +50,7 @@ def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
 
 
 def _damaged(path, what, error) -> UserError:
-  return UserError(f"{path}: {what} is damaged ({error}); fetch it again")
+  return UserError(f"{path}: {what} is corrupt ({error}); fetch it again")
 
 
 def _read_header(path, archive, info):
@@ -65,11 +65,11 @@ def _read_header(path, archive, info):
   except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as e:
     raise _damaged(path, info.filename, e) from e
   except (ValueError, KeyError) as e:
-    raise UserError(f"{path}: {info.filename} is no NumPy array") from e
+    raise UserError(f"{path}: {info.filename} is not a NumPy array") from e
   if dtype.hasobject:
     raise UserError(
-      f"{path}: {info.filename} holds pickled Python objects; those are never "
-      "unpickled, as that runs whatever the file says"
+      f"{path}: {info.filename} holds pickled Python objects, which are "
+      "never unpickled, because that could run any code"
     )
   return shape, dtype
 

@@ -166,7 +166,7 @@ def _download(url: str, path: pathlib.Path, digest: str | None):
     ) from e
   except ValueError as e:  # the digest
     raise UserError(
-      f"{_shown(url)} does not have the SHA-256 {digest}: damaged, or another "
+      f"{_shown(url)} does not have the SHA-256 {digest}: corrupt, or another "
       "version; nothing is kept: run again, or correct the digest"
     ) from e
 
@@ -204,6 +204,6 @@ def _check_digest(path: str | pathlib.Path, digest: str | None):
     found = hashlib.file_digest(file, "sha256").hexdigest()
   if found != digest:
     raise UserError(
-      f"{path} has SHA-256 {found}, not {digest}: damaged, or another version; "
+      f"{path} has SHA-256 {found}, not {digest}: corrupt, or another version; "
       "delete it, or correct the digest"
     )

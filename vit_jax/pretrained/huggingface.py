@@ -308,7 +308,7 @@ def _read_names(fields, num_classes):
   try:
     names = [labels[i] for i in sorted(labels, key=int)]
   except ValueError as e:
-    raise fields.error("id2label has keys that are no numbers") from e
+    raise fields.error("id2label has keys that are not numbers") from e
   if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
     return None, ()
   return folders.get_names(names, num_classes)

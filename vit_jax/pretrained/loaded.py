@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,8 +95,8 @@ class Pretrained:
     """
     if not self.config.num_classes:
       raise UserError(
-        "there is no head: vit_jax.load(..., num_classes=K) makes a new one, "
-        ".features(images) gives what comes before it"
+        "the model has no head: vit_jax.load(..., num_classes=K) makes a new "
+        "one, .features(images) gives what comes before it"
       )
     return self._call(self._forward, images)
 
@@ -196,18 +196,21 @@ def assemble(
   image_size=None,
   num_classes=None,
   dtype=None,
+  place: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> Pretrained:
   """Returns the model of `weights`; the other arguments are those of `load`.
 
   Each array is read, put on the device and forgotten before the next one.
+  `place(path, x)` puts it elsewhere than on the first device.
   """
+  place = place or (lambda _, x: jnp.asarray(x))
   if num_classes is None:
     num_classes = weights.num_classes
   if num_classes < 0:
     raise UserError(f"num_classes is {num_classes}; it must be 0 or more")
   if "mpp_head/kernel" in weights.params and not num_classes:
     raise UserError(
-      f"{weights.source} was trained on masked patches and knows no classes; "
+      f"{weights.source} was trained on masked patches and has no classes; "
       "fine-tune it: vit-jax train --config.init_from="
     )
   model = weights.create_model(
@@ -229,7 +232,7 @@ def assemble(
   # One after the other: copies that wait for their turn would hold the arrays
   # that they are made of.
   flat = {
-    path: jnp.asarray(x.read(), jnp.float32).block_until_ready()
+    path: place(path, x.read().astype(np.float32)).block_until_ready()
     for path, x in given.items()
   }
   notes = list(weights.notes)

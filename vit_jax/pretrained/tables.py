@@ -178,7 +178,7 @@ def _read_entry(entry, array, source):
   if not np.isfinite(x.astype(np.float32, copy=False)).all():
     raise UserError(
       f"{source}: {entry.name} holds values that are not finite; the file is "
-      "damaged or its training had diverged"
+      "corrupt or its training had diverged"
     )
   if entry.rule.part:
     i, n = entry.rule.part
@@ -258,8 +258,8 @@ def square_grid(source: str, num_tokens: int) -> tuple[int, int]:
   side = math.isqrt(num_tokens)
   if side * side != num_tokens:
     raise UserError(
-      f"{source}: its position embedding has {num_tokens} patches, which is no "
-      "square; the file does not say how they lie"
+      f"{source}: its position embedding has {num_tokens} patches, which is "
+      "not a square number; the file does not give the grid"
     )
   return side, side
 

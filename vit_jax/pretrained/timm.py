@@ -255,12 +255,12 @@ def _describe(arrays, architecture, arguments):
     heads = known[0]
   elif width % 64:
     raise arguments.error(
-      "nothing says the number of attention heads, and the hidden size "
-      f"{width} is no multiple of 64; put its config.json beside it"
+      "the number of attention heads is unknown, and the hidden size "
+      f"{width} is not a multiple of 64; put its config.json beside it"
     )
   else:
     heads = width // 64
-    notes = (f"nothing says the number of heads; {heads} are taken, 64 wide",)
+    notes = (f"the number of heads is unknown; {heads} are assumed, 64 wide",)
   if heads < 1 or width % heads:
     raise arguments.error(
       f"{heads} attention heads do not divide the hidden size {width}"
@@ -340,7 +340,7 @@ def _describe_grid(arrays, arguments, pretrained, patch, is_dinov3):
   if "pos_embed" not in arrays:
     if not is_dinov3 and arguments.values.get("pos_embed") not in ("", "none"):
       raise arguments.error(
-        "pos_embed is missing, and its config.json does not say 'none'"
+        "pos_embed is missing, and its config.json does not have 'none'"
       )
     return image_size, prefix
   count = tables.shape_of(source, arrays, "pos_embed", 3)[1]

@@ -257,8 +257,8 @@ def assume_pixels(
 ) -> Weights:
   """Returns weights whose configuration says nothing of pixels."""
   note = (
-    f"there is no {file}; pixels are taken to be {pixels.name}, of images that "
-    "were resized whole"
+    f"{file} is missing; pixels are assumed to be {pixels.name}, of images "
+    "that were resized whole"
   )
   return weights._replace(
     mean=pixels.mean, std=pixels.std, notes=(*weights.notes, note)

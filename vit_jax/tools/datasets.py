@@ -127,7 +127,7 @@ def _find_traits(encoded, pixels):
     if image.has_transparency_data:
       traits.append("with transparency, put on white")
     if preprocess.read_turn(image).any():
-      traits.append("turned upright as their EXIF says")
+      traits.append("rotated upright by their EXIF orientation")
     if image.mode.startswith("I") and np.asarray(image).max() < 4096:
       traits.append("16-bit with values below 4,096, so nearly black")
   return traits

@@ -221,11 +221,11 @@ def _make_page(gradio, viewer):
       with gradio.Column():
         classes = gradio.Label(label="Classes")
         seen = gradio.Image(
-          label="Where the model looks",
+          label="Attention map",
           format="png",
           interactive=False,
           buttons=["fullscreen"],
-          alt_text="What the model is given, dark where it does not look",
+          alt_text="The preprocessed image, darkened by the attention map",
           visible=viewer.attends,
         )
     gradio.on(

@@ -113,7 +113,7 @@ def check_accelerator() -> Found:
   asked = os.environ.get("JAX_PLATFORMS")
   if devices[0].platform == "cpu" and chips and not asked:
     text = f"JAX has none of {chips} TPU chips; has another process? Try"
-    return Found(FAILED, f"{text} JAX_PLATFORMS=tpu, which says more")
+    return Found(FAILED, f"{text} JAX_PLATFORMS=tpu, which prints more")
   return Found(OK, f"{len(devices)} x {devices[0].device_kind}")
 
 
@@ -132,7 +132,7 @@ def check_folder(config, workdir: str) -> Found:
     why = one_line(e)
     advice = "choose another --workdir, or mend the rights there"
     return Found(FAILED, f"{here} cannot be written: {why}; {advice}")
-  text = f"{folder}, {'goes on with its run' if resuming else 'a new run'}"
+  text = f"{folder}, {'resumes its run' if resuming else 'a new run'}"
   if jax.process_count() == 1 or is_bucket:
     return Found(OK, text)
   return Found(WARNING, f"{text}: must be the same folder on all hosts (NFS)")

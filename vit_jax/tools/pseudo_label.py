@@ -305,7 +305,7 @@ def _finish(path, parts, about) -> dict[str, Any]:
     raise UserError(
       f"none of the {len(labels):,} images has a class with a probability of "
       f"{options['min_confidence']} or more, the highest is "
-      f"{confidence.max():.3f}; lower --min_confidence"
+      f"{confidence.max():.6g}; lower --min_confidence"
     )
   agrees = np.concatenate([part["agrees"] for part in scores])
   report = _report(chosen, labels, confidence, agrees, about)

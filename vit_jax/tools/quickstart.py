@@ -75,7 +75,7 @@ def quickstart(folder: Path) -> dict | None:
       for p, name in zip(predictions, names, strict=True)
     ],
   }
-  say("Where the model looks")
+  say("Attention maps")
   figures, source = folder / "figures", str(folder / "finetune")
   if not figures.exists():  # as after an interruption
     with files.atomic_folder(figures) as partial:

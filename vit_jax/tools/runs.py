@@ -164,7 +164,7 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
   for folder in folders:
     root = checkpoint.absolute(folder)
     if not root.is_dir():
-      raise UserError(f"{folder}: there is no such folder")
+      raise UserError(f"{folder}: no such folder")
     inside = [path for path in _walk(root, set()) if _has_run(path)]
     if not inside:
       raise UserError(

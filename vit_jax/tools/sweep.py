@@ -163,7 +163,7 @@ def _check(trial):
   wanted = name if slash else "eval"
   if wanted not in [e.name for e in configuration.list_evals(loaded)]:
     raise UserError(
-      f"a sweep compares evaluations, and there is no {wanted!r}; set "
+      f"a sweep compares evaluations, and {wanted!r} is missing; set "
       "--config.eval.split to a held-out part"
     )
 
@@ -174,11 +174,12 @@ def check_sources(trials: Sequence[Trial]) -> None:
   for trial in trials:
     loaded = configuration.load(trial.config, trial.overrides)
     train = (loaded.train.dataset, loaded.train.split, loaded.data_dir)
-    sources = (*train, *configuration.list_evals(loaded), loaded.init_from)
+    weights = (loaded.init_from, loaded.teacher.source)
+    sources = (*train, *configuration.list_evals(loaded), *weights)
     if sources not in seen:
       inputs.open_inputs(loaded)
-      if loaded.init_from:
-        pretrained.read(loaded.init_from)
+      for source in filter(None, weights):
+        pretrained.read(source)
     seen.add(sources)
 
 
@@ -292,7 +293,7 @@ def run_trials(
     _run_all(every, executor)
   except KeyboardInterrupt:
     log.info(
-      "stopped: runs of this machine save, jobs of Slurm go on; the same "
+      "stopped: runs on this machine save, Slurm jobs continue; the same "
       "command resumes the sweep"
     )
     raise

@@ -102,7 +102,10 @@ def choose_shuffle(config, inputs: Inputs, run: dict | None) -> data.Shuffle:
     return data.Shuffle(**{"rounds": 4, **run.get("shuffle", {})})
   sources = [source for source, _ in inputs.train]
   return data.choose_shuffle(
-    config.train.shuffle, sources, config.batch_size, count_memory(config)
+    config.train.shuffle,
+    sources,
+    config.batch_size // config.train.repeats,
+    count_memory(config),
   )
 
 
@@ -145,6 +148,7 @@ def read_rows(config, inputs, shuffle, rows, start_step, num_steps) -> Iterator:
     shuffle=shuffle,
     memory=count_memory(config),
     on_bad_example=config.train.on_bad_example,
+    repeats=config.train.repeats,
   )
 
 

@@ -28,6 +28,7 @@ from vit_jax.training.losses import (
 )
 from vit_jax.training.masked import MaskedPatches
 from vit_jax.training.steps import cutmix, mixup, normalize
+from vit_jax.training.teacher import Teacher
 
 _TOP_5_CLASSES = 10  # of fewer, five are no achievement
 
@@ -41,10 +42,19 @@ class Classification:
   loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
   mixup_alpha: float = 0.0  # of `mixup`; 0 for none
   cutmix_alpha: float = 0.0  # of `cutmix`; 0 for none
+  repeats: int = 1  # of an image in a row; it is mixed with another one
   # Of soft targets, which the loss is not to smooth: `losses.sharpen`.
   sharpen: Callable = lambda targets: targets
+  teacher: Teacher | None = None  # its parameters are batch["teacher"]
+  two_heads: bool = False  # the model has one for the distillation token
 
   def prepare(self, batch, key):
+    examples = self._mix(batch, key)
+    if self.teacher is None:
+      return examples
+    return *examples, self.teacher.predict(batch["teacher"], examples[0])
+
+  def _mix(self, batch, key):
     images = normalize(batch["image"])
     targets = multi_hot(batch["labels"], len(self.class_names))
     if "probabilities" in batch:
@@ -53,7 +63,7 @@ class Classification:
       is_soft = (given > 0).any(-1, keepdims=True)
       targets = jnp.where(is_soft, self.sharpen(soft), targets)
     mixes = [
-      functools.partial(mix, alpha=alpha)
+      functools.partial(mix, alpha=alpha, distance=self.repeats)
       for mix, alpha in ((mixup, self.mixup_alpha), (cutmix, self.cutmix_alpha))
       if alpha
     ]
@@ -64,16 +74,25 @@ class Classification:
     return mixes[0](key, images, targets) if mixes else (images, targets)
 
   def loss(self, params, examples, key):
-    images, targets = examples
+    images, targets, *taught = examples
     options = {"train": True, "key": key}
-    statistics = {}
+    statistics, out = {}, {}
     if self.model.has_statistics:
       logits, statistics = self.model.apply(
         params, images, statistics=True, **options
       )
+    elif self.teacher and self.two_heads:
+      _, out = self.model.apply(
+        params, images, intermediates="tokens", **options
+      )
+      logits = out["logits_cls"]
     else:
       logits = self.model.apply(params, images, **options)
-    return jnp.mean(self.loss_fn(logits, targets)), statistics
+    loss = self.loss_fn(logits, targets)
+    if self.teacher:
+      distilled = out.get("logits_dist", logits)
+      loss = self.teacher.mix(loss, distilled, *taught)
+    return jnp.mean(loss), statistics
 
   def eval_step(self, params, batch):
     """Returns sums over the unmasked examples.
@@ -147,14 +166,18 @@ def ranking_precision(logits, labels):
 Objective = Classification | MaskedPatches
 
 
-def create(config, class_names: list[str]) -> Objective:
+def create(
+  config, class_names: list[str], teacher: Teacher | None = None
+) -> Objective:
   """Returns what `config.objective` names, for these classes.
+
+  `teacher` is that of a classification, for a training step.
 
   Raises:
     UserError: a model or loss that cannot be had.
   """
   options = {"image_size": config.image_size, **config.model}
-  # Runs from before have none of the two.
+  # Runs from before have none of these.
   lora = config.get("lora", {})
   cutmix_alpha = config.train.get("cutmix_alpha", 0.0)
   if config.objective == "classification":
@@ -166,6 +189,9 @@ def create(config, class_names: list[str]) -> Objective:
       sharpen=functools.partial(sharpen, **config.loss),
       mixup_alpha=config.train.mixup_alpha,
       cutmix_alpha=cutmix_alpha,
+      repeats=config.train.get("repeats", 1),
+      teacher=teacher,
+      two_heads=config.model.get("distillation_token", False),
     )
   target = config.masked_target
   model = models.create_masked(target=target, **options)

@@ -55,8 +55,8 @@ def check(config, workdir) -> dict | None:
   if not files.has_run(workdir):
     if checkpoint.list_steps(workdir):
       raise UserError(
-        f"{workdir} has checkpoints and no config.json, which says what run "
-        "they are of; restore it, or choose another --workdir"
+        f"{workdir} has checkpoints and no config.json, which describes "
+        "their run; restore it, or choose another --workdir"
       )
     texts = {e.preprocess for e in configuration.list_evals(config)}
     for text in (config.train.preprocess, *sorted(texts)):

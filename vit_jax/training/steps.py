@@ -23,7 +23,8 @@ def train_step(
 
   Args:
     state: the step begins with it.
-    batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label.
+    batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label; for
+      an objective with a teacher its parameters as "teacher", too.
     objective: what to minimise, see `objectives`. What its loss returns beside
       it, {path: running statistic}, replaces that of the parameters.
     optimizer, schedule: of optax; the schedule is for the metrics alone.
@@ -125,8 +126,8 @@ def normalize(images):
   return (images.astype(jnp.float32) - 127.5) / 127.5
 
 
-def mixup(key, images, targets, alpha):
-  """Mixes each example with its neighbour in the global batch.
+def mixup(key, images, targets, alpha, distance=1):
+  """Mixes each example with the one `distance` before it in the global batch.
 
   One weight a ~ Beta(alpha, alpha) a batch, the larger of a and 1 - a, so that
   the first image dominates (arXiv 1710.09412; AugReg, arXiv 2106.10270).
@@ -134,11 +135,11 @@ def mixup(key, images, targets, alpha):
   a = jax.random.beta(key, alpha, alpha)
   a = jnp.maximum(a, 1 - a)
   mixed = (images, targets)
-  return tuple(a * x + (1 - a) * jnp.roll(x, 1, axis=0) for x in mixed)
+  return tuple(a * x + (1 - a) * jnp.roll(x, distance, axis=0) for x in mixed)
 
 
-def cutmix(key, images, targets, alpha):
-  """Pastes a box of its neighbour in the global batch into each example.
+def cutmix(key, images, targets, alpha, distance=1):
+  """Pastes a box of the example `distance` before it into each of the batch.
 
   One box a batch (arXiv 1905.04899): 1 - a of the area with a ~ Beta(alpha,
   alpha), in the image's proportions, at a uniform centre, cut off at the
@@ -153,6 +154,6 @@ def cutmix(key, images, targets, alpha):
     within.append((distance >= -half) & (distance < half))
   inside = within[0][:, None] & within[1]
   kept = 1 - inside.mean()
-  targets = kept * targets + (1 - kept) * jnp.roll(targets, 1, axis=0)
-  other = jnp.roll(images, 1, axis=0)
+  targets = kept * targets + (1 - kept) * jnp.roll(targets, distance, axis=0)
+  other = jnp.roll(images, distance, axis=0)
   return jnp.where(inside[..., None], other, images), targets

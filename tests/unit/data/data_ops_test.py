@@ -1,6 +1,7 @@
 """Training operations: crops against their definitions, RandAugment's
 operations against Pillow's."""
 
+import collections
 import functools
 import io
 
@@ -9,8 +10,9 @@ import pictures
 import pytest
 import tensorflow as tf
 from PIL import Image, ImageEnhance, ImageOps
+from scipy import ndimage
 
-from vit_jax.data import ops, pillow, randaug
+from vit_jax.data import augment, ops, pillow, randaug
 
 
 def _image(shape=(24, 40), seed=0):
@@ -38,6 +40,7 @@ def _distance(a, b):
     "resize_small(36)|random_crop(size)|flip_lr",
     "random_crop(size)",
     "resize(40)|inception_crop(size, area_min=50)|randaug(1, 10)",
+    "simple_crop(size)|flip_lr|three_augment|color_jitter(0.3)",
   ],
 )
 def test_training_strings_on_any_size(text):
@@ -280,3 +283,129 @@ def test_randaug_draws_every_operation_and_is_stateless():
   assert len(randaug.AUGMENTATIONS) == 16
   unchanged = randaug.randaug(image, 0, 10, seed=_seed(0))
   np.testing.assert_array_equal(unchanged, image)
+
+
+# --- DeiT III's ---
+
+
+def _blur(image, sigma):
+  """Three box blurs as wide as the Gaussian, edges repeated, in float64.
+
+  The box of width w covers its outermost pixels in part: P. Gwosdek et al.,
+  "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering".
+  """
+  width = np.sqrt(12 * sigma**2 / 3 + 1)
+  whole = int((width - 1) / 2)
+  variance = sigma**2 / 3
+  sides = 2 * whole + 1
+  # Of the pixel beyond the whole ones, so that the variance is right.
+  part = sides * (whole * (whole + 1) - 3 * variance)
+  part /= 6 * (variance - (whole + 1) ** 2)
+  kernel = np.r_[part, np.ones(sides), part] / (sides + 2 * part)
+  blurred = image.astype(float)
+  for _ in range(3):
+    for axis in (0, 1):
+      blurred = ndimage.correlate1d(blurred, kernel, axis, mode="nearest")
+  return blurred
+
+
+def test_one_of_three_augmentations_each_as_often(monkeypatch):
+  image, sigmas = _image((48, 64)), []
+
+  def blur(image, sigma):
+    sigmas.append(sigma)
+    return 255 - image
+
+  monkeypatch.setattr(augment, "blur", blur)
+  run = tf.function(lambda seed: augment.three_augment(image, seed=seed))
+  expected = (
+    np.array(Image.fromarray(image).convert("L").convert("RGB")),
+    np.array(ImageOps.solarize(Image.fromarray(image), 128)),
+    255 - image,
+  )
+  counts = np.zeros(3, int)
+  for i in range(300):
+    found = run(_seed(i)).numpy()
+    counts += [np.array_equal(found, x) for x in expected]
+  assert counts.sum() == 300
+  assert all(75 < count < 125 for count in counts), counts
+  assert 0.1 <= min(sigmas) < 0.2 < 1.9 < max(sigmas) < 2
+  assert abs(np.mean(sigmas) - 1.05) < 0.15
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.4, 1.0, 2.0])
+def test_blur_is_three_box_blurs(sigma):
+  noise = np.random.RandomState(0).randint(0, 256, (40, 30, 3)).astype("uint8")
+  found = pillow.blur(noise, sigma)
+  # Each of the six passes rounds.
+  assert np.abs(found - _blur(noise, sigma)).max() <= 3
+
+
+def test_color_jitter_equals_pillows_in_a_random_order(monkeypatch):
+  """With the factors and the order that were drawn, which are uniform."""
+  image, calls = _image(), []
+  enhancers = {
+    "_brightness": ImageEnhance.Brightness,
+    "_contrast": ImageEnhance.Contrast,
+    "_saturation": ImageEnhance.Color,
+  }
+
+  def record(name, operation, image, factor):
+    calls.append((name, float(factor)))
+    return operation(image, factor)
+
+  for name in enhancers:
+    operation = functools.partial(record, name, getattr(augment, name))
+    monkeypatch.setattr(augment, name, operation)
+  worst, orders, factors = 0, collections.Counter(), []
+  for i in range(120):
+    calls.clear()
+    found = augment.color_jitter(tf.constant(image), 0.4, seed=_seed(i))
+    expected = Image.fromarray(image)
+    for name, factor in calls:
+      expected = enhancers[name](expected).enhance(factor)
+    worst = max(worst, _distance(found, expected))
+    orders[tuple(name for name, _ in calls)] += 1
+    factors.append([dict(calls)[name] for name in enhancers])
+  assert worst <= 1
+  assert len(orders) == 6
+  assert all(6 < count < 40 for count in orders.values()), orders
+  factors = np.array(factors)
+  assert ((factors >= 0.6) & (factors <= 1.4)).all()
+  assert (np.abs(factors.mean(0) - 1) < 0.07).all()
+  assert (factors.min(0) < 0.65).all()
+  assert (factors.max(0) > 1.35).all()
+  assert (np.abs(np.corrcoef(factors.T) - np.eye(3)) < 0.3).all()
+
+
+def test_color_jitter_inverts_nothing():
+  calls = [
+    augment.color_jitter(tf.constant(_image()), 3.0, seed=_seed(i)).numpy()
+    for i in range(20)
+  ]
+  # A quarter of the brightnesses would be negative, and their images black.
+  assert all(found.max() > 0 for found in calls)
+  unchanged = augment.color_jitter(tf.constant(_image()), 0.0, seed=_seed(0))
+  np.testing.assert_array_equal(unchanged, _image())
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (200, 100), (20, 20)])
+def test_windows_of_the_simple_crop(shape):
+  image = _image(shape)
+  scale = 32 / min(shape)
+  size = [round(side * scale) for side in shape]
+  resized = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+  padded = np.pad(resized, [(4, 4), (4, 4), (0, 0)], "reflect")
+  windows = {
+    padded[y : y + 32, x : x + 32].tobytes(): (y, x)
+    for y in range(size[0] - 32 + 9)
+    for x in range(size[1] - 32 + 9)
+  }
+  run = tf.function(lambda seed: ops.simple_crop(image, 32, seed=seed))
+  found = [windows[run(_seed(i)).numpy().tobytes()] for i in range(150)]
+  for axis in (0, 1):
+    places = {place[axis] for place in found}
+    largest = size[axis] - 32 + 8
+    assert min(places) <= largest / 8
+    assert max(places) >= largest * 7 / 8
+    assert len(places) > largest / 2

@@ -229,7 +229,7 @@ def test_bad_archives_are_explained(images, tmp_path):
     (_pack({"n01440764.tar": b"x" * 2000}), "read, in or after n01440764"),
     (
       _pack({"n00004475.tar": tars["n00004475.tar"], "n99999999.tar": b"x"}),
-      "has n99999999, which is no class",
+      "has n99999999, which is not a class",
     ),
   ):
     (_manual(tmp_path) / "fall11_whole.tar").write_bytes(content)

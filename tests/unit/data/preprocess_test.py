@@ -74,6 +74,8 @@ def test_parse(text, expected):
     ("inception_crop(size, area_min=0)", "percentage"),
     ("resize(size)|randaug(2, 99)", "between 0 and 30"),
     ("resize(size)|randaug(contrast='pil')", "'mean' or 'augreg', not 'pil'"),
+    ("resize(size)|color_jitter(-0.3)", "strength must be a number, 0 or more"),
+    ("simple_crop()", "a size is missing"),
     ("resize(size)|resize_small(256)", "differing sizes"),
     ("flip_lr", "differing sizes"),
     ("os.system('x')", "not an operation"),
@@ -113,6 +115,9 @@ def test_evaluation_takes_no_random_operation():
     preprocess.preprocess_image(_photo((9, 9)), "inception_crop(size)", 8)
   with pytest.raises(UserError, match="flip_lr is random"):
     ops.make_preprocess("resize(size)|flip_lr", 8, evaluation=True)
+  for text in ("three_augment", "color_jitter(0.3)", "simple_crop(size)"):
+    with pytest.raises(UserError, match=rf"{text[:8]}.* is random"):
+      preprocess.parse(f"resize(size)|{text}", 8, evaluation=True)
 
 
 @pytest.mark.parametrize("text", STRINGS)

@@ -187,4 +187,4 @@ def test_input_needs_jpegs(tmp_path, capsys):
     for i in range(4):
       Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
   assert main(["bench", "input", f"--dataset=folder:{tmp_path}"]) == 2
-  assert "is no JPEG" in capsys.readouterr().err
+  assert "is not a JPEG" in capsys.readouterr().err

@@ -246,6 +246,6 @@ def test_phone_in_the_dark(open_demo, tmp_path):
     'radio "32 x 32 px" [checked]',
     'meter "crane"',
     'img "The picture that was given"',
-    'img "What the model is given, dark where it does not look"',
+    'img "The preprocessed image, darkened by the attention map"',
   ):
     assert line in told, line

@@ -276,7 +276,7 @@ def test_a_disk_without_room_leaves_nothing(run, tmp_path, monkeypatch):
     (["--only=rolout"], "did you mean 'rollout'?"),
     ([], "nothing to draw from; give --checkpoint=SOURCE or --runs="),
     (["--checkpoint=/no/such"], "/no/such"),
-    (["--runs=/no/such"], "there is no such folder"),
+    (["--runs=/no/such"], "no such folder"),
     (["--runs=/no/such", "a.png"], "give --checkpoint=SOURCE"),
     # All that was asked for, or nothing.
     (["--only=filters,rollout", "--checkpoint="], "rollout: it takes images"),

@@ -164,6 +164,12 @@ def test_sizes_of_known_data():
     plan.find_sizes(config, None, None)
 
 
+def test_a_teacher_is_not_estimated(monkeypatch):
+  monkeypatch.setattr(plan, "find_slice", lambda topology: _FOUR)
+  with pytest.raises(UserError, match="cannot estimate the teacher runs/big;"):
+    plan.plan("common", "v5e:2x2", overrides={"teacher.source": "runs/big"})
+
+
 def test_the_first_fallback_that_fits_is_taken(monkeypatch):
   monkeypatch.setattr(plan, "find_slice", lambda topology: _FOUR)
 

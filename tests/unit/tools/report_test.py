@@ -225,7 +225,7 @@ def test_the_page_shows_what_was_counted(text):
   [
     ({"objective": "masked_patches"}, "predicts masked patches"),
     ({"eval__split": ""}, "has no test set"),
-    ({}, "There is no checkpoint in the run&#39;s folder yet"),
+    ({}, "The run has no checkpoint yet"),
   ],
 )
 def test_what_cannot_be_evaluated_is_said(tmp_path, overrides, words):

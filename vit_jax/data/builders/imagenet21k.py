@@ -190,8 +190,8 @@ def _parse_synset(path, archive, known):
   match = re.fullmatch(r"(n\d{8})(\.tar)?", Path(path).name)
   if match and match[1] not in known:
     raise UserError(
-      f"{archive} has {match[1]}, which is no class of ImageNet-21k; fetch one "
-      "of ImageNet's archives, or unpack this one and remove it"
+      f"{archive} has {match[1]}, which is not a class of ImageNet-21k; fetch "
+      "one of ImageNet's archives, or unpack this one and remove it"
     )
   return match and match[1]
 

@@ -227,8 +227,8 @@ def _write_records(source, file):
   for i, encoded in enumerate(images.as_numpy_iterator()):
     if encoded[:3] != b"\xff\xd8\xff":
       raise UserError(
-        f"{source.describe(i)} is no JPEG; bench input compares the decoding "
-        "of JPEGs, so give a data set of those, or none"
+        f"{source.describe(i)} is not a JPEG; bench input compares the "
+        "decoding of JPEGs, so give a data set of those, or none"
       )
     sizes.append(len(encoded))
   with tf.io.TFRecordWriter(str(file)) as writer:

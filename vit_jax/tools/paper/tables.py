@@ -404,7 +404,7 @@ def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
     which = " | ".join(fits[:3]) + (" | ..." if len(fits) > 3 else "")
     raise UserError(
       f"--only={only} fits {len(fits)} cells"
-      + (f": {which}; say which" if fits else suggest(only, found))
+      + (f": {which}; choose one" if fits else suggest(only, found))
     )
   cell = found[fits[0]]
   if "commands" not in cell:

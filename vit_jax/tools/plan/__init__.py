@@ -121,6 +121,11 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   config = configuration.load(spec, overrides)
   configuration.check_ranges(config)
   configuration.check_unused(config)
+  if config.teacher.source:
+    raise UserError(
+      f"plan cannot estimate the teacher {config.teacher.source}; give "
+      "--config.teacher.source= for what the run takes without one"
+    )
   num_classes, num_examples = find_sizes(config, *sizes)
   total_steps = None
   if num_examples or not config.total_epochs:
@@ -185,7 +190,7 @@ def find_sizes(config, num_classes, num_examples) -> tuple[int, int | None]:
     num_classes = task.num_classes
   if not num_classes and config.objective == "classification":
     raise UserError(
-      f"plan reads no data, and does not know {name!r}; say --num_classes=N"
+      f"plan reads no data, and {name!r} is unknown; give --num_classes=N"
     )
   return num_classes or 0, num_examples
 

@@ -73,7 +73,7 @@ def find_slice(topology: str) -> Slice:
   name, colon, size = topology.partition(":")
   if name not in CHIPS or not colon:
     raise UserError(
-      f"--topology={topology} is no CHIP:SIZE such as v5e:4x4; the chips are "
+      f"--topology={topology} is not CHIP:SIZE such as v5e:4x4; the chips are "
       f"{', '.join(CHIPS)}{suggest(name, CHIPS)}"
     )
   if importlib.util.find_spec("libtpu") is None:
@@ -88,7 +88,7 @@ def find_slice(topology: str) -> Slice:
   except (jax.errors.JaxRuntimeError, ValueError) as e:
     line = str(e).splitlines()[0][:200]
     raise UserError(
-      f"--topology={topology} is none that the compiler knows ({line}); give "
+      f"--topology={topology} is unknown to the compiler ({line}); give "
       "CHIP:SIZE such as v5e:4x4 or v5p:2x2x4"
     ) from e
   chips = math.prod(map(int, size.split("x")))

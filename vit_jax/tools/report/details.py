@@ -43,13 +43,13 @@ def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
     mistakes: how many to show.
   """
   if run.config["objective"] != "classification":
-    return "The run predicts masked patches: there are no classes to count."
+    return "The run predicts masked patches: it has no classes to count."
   if not run.config["eval.split"]:
     return "The run has no test set: its eval.split is empty."
   try:
     locate(run.path)
   except UserError:
-    return "There is no checkpoint in the run's folder yet."
+    return "The run has no checkpoint yet."
   try:
     return _evaluate(run, data_dir, mistakes)
   except Exception as e:  # the other runs and the curves are still of use
