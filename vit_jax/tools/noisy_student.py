@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 REPORT = "noisy_student.json"
 FINETUNE = "finetune"
 # What get_config("loop") returns: the stages, the ratio of pseudo-labelled to
-# labelled images in a student's batches, and arguments of `pseudo_label`.
+# labelled images in a student's batches (a number, or one for each student),
+# and arguments of `pseudo_label`.
 _LABELLING = (
   *("dataset", "split", "soft", "min_confidence", "per_class", "balance"),
 )
@@ -105,6 +106,19 @@ def _list_stages(loop):
   return stages
 
 
+def _list_ratios(loop):
+  """Returns the ratio of each student."""
+  count = sum(stage.startswith("student") for stage in loop.stages)
+  given = loop.ratio
+  ratios = given if isinstance(given, tuple | list) else (given,) * count
+  if len(ratios) != count:
+    raise UserError(
+      f"ratio is {given} and there are {count} students; give one number, or "
+      "as many"
+    )
+  return ratios
+
+
 def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
   """Returns the stages, checked as far as that goes before they are run.
 
@@ -118,6 +132,7 @@ def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
       mixture can have.
   """
   stages, teacher = [], None
+  ratios = iter(_list_ratios(loop))
   for name in _list_stages(loop):
     workdir, labels = folder / name, None
     config = configs[name].copy_and_resolve_references().unlock()
@@ -125,7 +140,7 @@ def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
       config.init_from = str(teacher)
     elif name != "teacher":
       labels = folder / f"labels_{name}"
-      config.train.dataset = _mix(config.train.dataset, labels, loop.ratio)
+      config.train.dataset = _mix(config.train.dataset, labels, next(ratios))
     stages.append(Stage(name, config.lock(), workdir, teacher, labels))
     early.check(config)
     if not run_folder.check(config, workdir):

@@ -91,6 +91,7 @@ def test_stages_get_their_data_and_weights(write, tmp_path):
     ("stages=('teacher', 'student2')", "stages are teacher, student2; they"),
     ("stages=('teacher', 'student1', 'last')", "student1, last; they are"),
     ("ratio=0.0", "a ratio above 0"),
+    ("ratio=(1.0,)", "there are 2 students; give one number"),
   ],
 )
 def test_a_loop_that_cannot_be(change, words, write, tmp_path):
@@ -100,6 +101,15 @@ def test_a_loop_that_cannot_be(change, words, write, tmp_path):
 
   with pytest.raises(UserError, match=words):
     plan()
+
+
+def test_each_student_has_its_ratio(write, tmp_path):
+  loop, configs = noisy_student.load(write("ratio=(14, 28.5)"), {})
+  _, *students, _ = noisy_student.plan(loop, configs, tmp_path)
+  weights = [
+    data.parse_mixture(stage.config.train.dataset)[1][1] for stage in students
+  ]
+  assert weights == [14, 28.5]
 
 
 def test_paths_that_no_mixture_has(write, tmp_path):
