@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 REPORT = "noisy_student.json"
 FINETUNE = "finetune"
 # What get_config("loop") returns: the stages, the ratio of pseudo-labelled to
-# labelled images in a student's batches (a tuple has one for each student), and
-# arguments of `pseudo_label`.
+# labelled images in a student's batches (a number, or one for each student),
+# and arguments of `pseudo_label`.
 _LABELLING = (
   *("dataset", "split", "soft", "min_confidence", "per_class", "balance"),
 )
@@ -106,6 +106,19 @@ def _list_stages(loop):
   return stages
 
 
+def _list_ratios(loop):
+  """Returns the ratio of each student."""
+  count = sum(stage.startswith("student") for stage in loop.stages)
+  given = loop.ratio
+  ratios = given if isinstance(given, tuple | list) else (given,) * count
+  if len(ratios) != count:
+    raise UserError(
+      f"ratio is {given} and there are {count} students; give one number, or "
+      "as many"
+    )
+  return ratios
+
+
 def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
   """Returns the stages, checked as far as that goes before they are run.
 
@@ -118,7 +131,8 @@ def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
     UserError: a configuration that cannot be run, or names of data sets that no
       mixture can have.
   """
-  stages, teacher, ratios = [], None, _list_ratios(loop)
+  stages, teacher = [], None
+  ratios = iter(_list_ratios(loop))
   for name in _list_stages(loop):
     workdir, labels = folder / name, None
     config = configs[name].copy_and_resolve_references().unlock()
@@ -126,26 +140,13 @@ def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
       config.init_from = str(teacher)
     elif name != "teacher":
       labels = folder / f"labels_{name}"
-      config.train.dataset = _mix(config.train.dataset, labels, ratios.pop(0))
+      config.train.dataset = _mix(config.train.dataset, labels, next(ratios))
     stages.append(Stage(name, config.lock(), workdir, teacher, labels))
     early.check(config)
     if not run_folder.check(config, workdir):
       configuration.check_unused(config)
     teacher = workdir
   return stages
-
-
-def _list_ratios(loop) -> list[float]:
-  """Returns the ratio of each student."""
-  students = [name for name in loop.stages if name.startswith("student")]
-  if not isinstance(loop.ratio, tuple):
-    return [loop.ratio] * len(students)
-  if len(loop.ratio) != len(students):
-    raise UserError(
-      f"ratio {loop.ratio} has {len(loop.ratio)} values for {len(students)} "
-      "students; give one number, or one for each student"
-    )
-  return list(loop.ratio)
 
 
 def _mix(labelled, labels, ratio) -> str:

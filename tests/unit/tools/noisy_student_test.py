@@ -12,7 +12,7 @@ from vit_jax.tools import noisy_student
 
 _REPO = Path(__file__).parents[3]
 # A configuration file; {} becomes what the loop says otherwise.
-_CONFIG = '''
+_CONFIG = """
 from tiny_config import get_config as get_tiny_config
 import ml_collections
 
@@ -26,13 +26,13 @@ LOOP = dict(
 def get_config(arg):
   prefix, _, stage = arg.rpartition(",")
   if stage == "loop":
-    return ml_collections.ConfigDict({{**LOOP, {}}})
+    return ml_collections.ConfigDict({{**LOOP, **dict({})}})
   config = get_tiny_config()
   config.train.split = prefix or "train[:50]"
   if stage == "student2":
     config.init_from = "elsewhere"
   return config
-'''
+"""
 
 
 @pytest.fixture
@@ -91,20 +91,25 @@ def test_stages_get_their_data_and_weights(write, tmp_path):
     ("stages=('teacher', 'student2')", "stages are teacher, student2; they"),
     ("stages=('teacher', 'student1', 'last')", "student1, last; they are"),
     ("ratio=0.0", "a ratio above 0"),
-    ("ratio=(1.0,)", r"ratio \(1.0,\) has 1 values for 2 students"),
+    ("ratio=(1.0,)", "there are 2 students; give one number"),
   ],
 )
 def test_a_loop_that_cannot_be(change, words, write, tmp_path):
-  with pytest.raises(UserError, match=words):
+  def plan():
     loop, configs = noisy_student.load(write(change), {})
     noisy_student.plan(loop, configs, tmp_path)
 
+  with pytest.raises(UserError, match=words):
+    plan()
 
-def test_each_student_may_have_a_ratio(write, tmp_path):
-  loop, configs = noisy_student.load(write("ratio=(3.0, 7.0)"), {})
-  stages = noisy_student.plan(loop, configs, tmp_path)
-  mixtures = [stage.config.train.dataset for stage in stages if stage.labels]
-  assert [text.rpartition("=")[2] for text in mixtures] == ["3.0", "7.0"]
+
+def test_each_student_has_its_ratio(write, tmp_path):
+  loop, configs = noisy_student.load(write("ratio=(14, 28.5)"), {})
+  _, *students, _ = noisy_student.plan(loop, configs, tmp_path)
+  weights = [
+    data.parse_mixture(stage.config.train.dataset)[1][1] for stage in students
+  ]
+  assert weights == [14, 28.5]
 
 
 def test_paths_that_no_mixture_has(write, tmp_path):
@@ -146,9 +151,9 @@ def test_table():
     ]
   }
   assert noisy_student.format_table(result).splitlines() == [
-    "stage     model     size  labelled  pseudo-labels  right    loss  "
+    "stage     model     size  labelled   pseudo-labels  right    loss  "
     "accuracy  test images",
-    "teacher   ViT-N_8     24        50              -      -  0.5000    "
+    "teacher   ViT-N_8     24        50               -      -  0.5000    "
     "0.8125          797",
     "student1  ViT-N_8  24x32        50  1,234 of 5,000  75.0%  0.5000    "
     "0.8125          797",
