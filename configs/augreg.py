@@ -25,9 +25,9 @@ model.dropout_rate and model.stochastic_depth_rate):
   ViT-B_16   79.2  strong2, wd, do, sd 0.1    84.5  medium1, wd 0.1
   ViT-L_16                                    85.8  medium1, wd, do, sd 0.1
 
-Cost: not published. Different from big_vision: on ImageNet-21k the class token,
-as in the public files, where vit_i21k.py has the mean over the patches; shuffling
-is of the whole set; and docs/differences.md.
+Cost: not published. Different from big_vision: on ImageNet-21k the class token
+as in the public files, where vit_i21k.py has the mean over the patches; the
+whole set is shuffled; and docs/differences.md.
 """
 
 from common import get_config as get_common_config
@@ -65,8 +65,8 @@ def get_config(arg="ViT-B_16,imagenet21k"):
   if not known or name not in AUGMENTATIONS or any(more):
     raise ValueError(
       f"augreg.py:{arg} is not VARIANT,DATASET[,AUGMENTATION] with VARIANT one "
-      f"of {', '.join(USUAL)}, DATASET {' or '.join(DATASETS)} and AUGMENTATION "
-      f"one of {', '.join(AUGMENTATIONS)}"
+      f"of {', '.join(USUAL)}, DATASET {' or '.join(DATASETS)} and "
+      f"AUGMENTATION one of {', '.join(AUGMENTATIONS)}"
     )
   config = get_common_config()
   config.unlock()

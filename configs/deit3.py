@@ -8,9 +8,10 @@ Training from scratch at a low resolution, then a short fine-tuning:
     --workdir=gs://BUCKET/b16_224 --config.init_from=gs://BUCKET/b16_192
 
 SIZE is S, B, L (patches of 16 pixels) or H (14). `B,imagenet21k` pre-trains on
-ImageNet-21k, and `B,imagenet21k,finetune` fine-tunes that on ImageNet. Published
-accuracy on ImageNet (the authors' README_revenge.md), and the hours and minutes
-on a TPU v4-64 of those that github.com/affjljoo3581/deit3-jax has trained:
+ImageNet-21k, and `B,imagenet21k,finetune` fine-tunes that on ImageNet.
+Published accuracy on ImageNet (the authors' README_revenge.md), and the hours
+and minutes on a TPU v4-64 of those that github.com/affjljoo3581/deit3-jax has
+trained:
 
       ImageNet, 800 epochs        ImageNet-21k, 240 epochs
   S   224 px           81.4  5:19   224 px           83.1  20:06

@@ -1,12 +1,14 @@
 r"""Fine-tuning MAE's encoders on ImageNet: `mae.py:SIZE[,MODEL]`.
 
-  # needs a Google Cloud account, a download, the data, TPUs
-  vit-jax train --config=configs/mae.py:B,hf:facebook/vit-mae-base \
-    --workdir=gs://BUCKET/mae_b16
+  # needs a download, the data, a Google Cloud account, TPUs
+  vit-jax train --config=configs/mae.py:B --workdir=gs://BUCKET/mae_b16 \
+    --config.init_from=hf:facebook/vit-mae-base \
+    --config.model.layer_norm_epsilon=1e-12
 
 SIZE is B, L (patches of 16 pixels) or H (14). MODEL is whatever `vit_jax.load`
-takes, and the run starts from it; without one give --config.init_from. Published
-accuracy, from weights of 1,600 epochs, and cost (the FINETUNE.md of
+takes; it stands for the last two lines, as in `mae.py:B,hf:facebook/vit-mae-base`,
+and is read where the run starts. The authors' epsilon is 1e-6, Hugging Face's
+1e-12. Published accuracy, from weights of 1,600 epochs, and cost (the FINETUNE.md of
 github.com/facebookresearch/mae; arXiv 2111.06377):
 
   B   83.66   100 epochs, 7:11 hours on 32 V100

@@ -1,47 +1,48 @@
-r"""Noisy Student (arXiv 1911.04252): `noisy_student.py:[MODEL[,UNLABELLED],]STAGE`.
+r"""Noisy Student on ImageNet: `noisy_student.py:[MODEL[,UNLABELLED],]STAGE`.
 
-The whole loop, whose command takes the argument without the stage:
+The paper's settings (arXiv 1911.04252). The command that runs all stages takes
+the argument without one:
 
   # needs a Google Cloud account, the data, TPUs
   vit-jax noisy-student --config=configs/noisy_student.py:L2 \
     --workdir=gs://BUCKET/noisy_student
 
 MODEL is B0 to B7 (a teacher and a student of this size) or L2 (a B7 teaches an
-L2, this the next one, and this the last one, which is fine-tuned at 800 px). A
-STAGE is "loop", "teacher", "student1" and so on, "finetune". Labelled are
-ImageNet's images; UNLABELLED is a data set's name, without one jft. JFT-300M is
-private: any TFDS data set of that name in --config.data_dir will do, and
-`images:FOLDER` or another name may stand there.
+L2, this the next one and that the last one, which is fine-tuned at 800 px).
+STAGE is loop, teacher, student1 and so on, or finetune. The labelled images are
+ImageNet's. UNLABELLED is a data set, without it jft: JFT-300M is private, and
+any TFDS data set of that name in --config.data_dir will do. jft_like, which is
+drawn, tries the loop; imagenet21k or images:FOLDER are real images.
 
-Published accuracy on ImageNet, of Google's files with labels from JFT-300M: what
-the README of github.com/tensorflow/tpu says and what timm measures; then what of
-this the paper's models differ in (crop and flip alone for B0 and B1; images of
-JFT for each one of ImageNet; epochs of ImageNet):
+Published accuracy on ImageNet of Google's files, which had JFT-300M: what the
+README of EfficientNet in github.com/tensorflow/tpu says, what timm measures;
+then the paper's image size, magnitude of RandAugment (none: crop and flip
+alone), unlabelled images for a labelled one, epochs of the labelled ones:
 
-  B0  78.8  78.68   224 px   no RandAugment   1   700
-  B1  81.5  81.39   240 px   no RandAugment   3   700
-  B2  82.4  82.41   260 px   magnitude 6      3   700
-  B3  84.1  84.05   300 px   magnitude 12     3   700
-  B4  85.3  85.16   380 px   magnitude 15     3   700
-  B5  86.1  86.10   456 px   magnitude 18     3   350
-  B6  86.4  86.48   528 px   magnitude 24     3   350
-  B7  86.9  86.85   600 px   magnitude 27     3   350
-  L2  87.6, 88.1, 88.4 (three students)   475, then 800 px   27   14, 14, 28   350
+  B0  78.8  78.68   224 px  none   1  700
+  B1  81.5  81.39   240 px  none   3  700
+  B2  82.4  82.41   260 px     6   3  700
+  B3  84.1  84.05   300 px    12   3  700
+  B4  85.3  85.16   380 px    15   3  700
+  B5  86.1  86.10   456 px    18   3  350
+  B6  86.4  86.48   528 px    24   3  350
+  B7  86.9  86.85   600 px    27   3  350
+  L2  88.4  88.36   475 px    27  14  350; 14, 28 of the next students, 800 px
 
-Cost of an L2: 6 days on 2,048 cores of a TPU v3 pod. Without JFT-300M nobody has
-had these numbers, and nobody has run this configuration with this code.
+The three students of L2 have 87.6, 88.1 and 88.4. Cost: 6 days on a TPU v3 pod
+of 2,048 cores for an L2.
 
-Sources: the paper and github.com/google-research/noisystudent. Different from
-their code: the loss is a mean over labelled and unlabelled images together, so
-that gradients are 1 / (1 + ratio) of theirs, and with them RMSProp's epsilon
-and the weight decay, after which the updates are theirs but for the first; labels are computed once and
-stored; batch normalisation is over the global batch (theirs over groups of 8
-cores or more); RandAugment has the same operations, Cutout among them, but
-distances grow with the image (theirs are 100 and 40 pixels at any size); crops
-are bilinear (bicubic); a teacher of B0 to B7 is trained as the student, for 350
-epochs without pseudo-labels. The paper does not say which layers its
-fine-tuning fixes: here the stem and the first 28 of 88 blocks, with 1/8 of the
-resolution and more; nor the rate: here that of the last epochs before.
+Different from github.com/google-research/noisystudent: the loss is the mean
+over labelled and unlabelled images together, 1 / (1 + ratio) of theirs, and so
+are RMSProp's epsilon (squared) and the weight decay, after which updates are
+theirs but for the first; labels are stored, not computed in the step, and keep
+10 classes; batch normalisation is over the global batch (groups of 8 cores or
+more); distances in RandAugment, which has their operations, Cutout among them,
+grow with the image (100 and 40 pixels at any size); crops are bilinear
+(bicubic); the teacher of B0 to B7 is trained as the student is, for 350 epochs.
+Of the fine-tuning the paper says neither which layers it fixes nor the rate:
+here the stem and the first 28 of 88 blocks, whose outputs are the largest, but
+not their running statistics, and the rate of the last epochs before.
 """
 
 import ml_collections
@@ -109,8 +110,8 @@ def split(arg):
     model, stage = stage, "loop"
   if model not in MODELS or stage not in ("loop", *list_stages(model)):
     raise ValueError(
-      f"noisy_student.py:{arg} is not [MODEL[,UNLABELLED],]STAGE with MODEL one "
-      f"of {', '.join(MODELS)} and STAGE loop or one of "
+      f"noisy_student.py:{arg} is not [MODEL[,UNLABELLED],]STAGE with MODEL "
+      f"one of {', '.join(MODELS)} and STAGE loop or one of "
       f"{', '.join(list_stages('L2'))}; only L2 has more than one student and "
       "a finetune"
     )

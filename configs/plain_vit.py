@@ -12,7 +12,7 @@ the run logs as val/accuracy, and cost, both from big_vision's vit_s16_i1k.py:
 
 Against the first ViT: the mean over the patches instead of the class token,
 fixed 2-D positions, batch 1024, no dropout, RandAugment and mixup. Different
-from big_vision: shuffling is of the whole set, and docs/differences.md.
+from big_vision: the whole set is shuffled, and docs/differences.md.
 """
 
 from augreg import get_config as get_augreg_config

@@ -18,6 +18,7 @@ from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 from vit_jax.state import flatten
+from vit_jax.tools import noisy_student
 from vit_jax.train import make_step
 from vit_jax.training import objectives, optim
 
@@ -433,6 +434,16 @@ def test_the_loop_of_l2_is_the_papers():
     "block([01]\\d|2[0-7]))/.*=0"
   )
   assert sum(math.ceil(5.3 * repeats) for repeats in (1, 2, 2)) == 28
+
+
+def test_the_command_takes_the_loop(tmp_path):
+  """Every stage passes the checks before a run, with its data put in."""
+  spec = f"{_CONFIGS}/noisy_student.py:L2"
+  loop, configs = noisy_student.load(spec, {})
+  *_, student, last = noisy_student.plan(loop, configs, tmp_path)
+  labels = f"pseudo:{tmp_path}/labels_student3"
+  assert student.config.train.dataset == f"imagenet2012=1,{labels}=28.0"
+  assert last.config.init_from == str(tmp_path / "student3")
 
 
 def _load_loop(arg):
