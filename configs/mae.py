@@ -5,11 +5,11 @@ r"""Fine-tuning MAE's encoders on ImageNet: `mae.py:SIZE[,MODEL]`.
     --config.init_from=hf:facebook/vit-mae-base \
     --config.model.layer_norm_epsilon=1e-12
 
-SIZE is B, L (patches of 16 pixels) or H (14). MODEL is whatever `vit_jax.load`
-takes; it stands for the last two lines, as in `mae.py:B,hf:facebook/vit-mae-base`,
-and is read where the run starts. The authors' epsilon is 1e-6, Hugging Face's
-1e-12. Published accuracy, from weights of 1,600 epochs, and cost (the FINETUNE.md of
-github.com/facebookresearch/mae; arXiv 2111.06377):
+SIZE is B, L (patches of 16 pixels) or H (14). With MODEL, whatever
+`vit_jax.load` takes, as in mae.py:B,hf:facebook/vit-mae-base, the last two
+lines are not needed: it is read at once. The epsilon is that of Hugging Face's
+files, the authors' is 1e-6. Published accuracy, from weights of 1,600 epochs,
+and cost (the FINETUNE.md of github.com/facebookresearch/mae; arXiv 2111.06377):
 
   B   83.66   100 epochs, 7:11 hours on 32 V100
   L   85.95   50 epochs, 8:52 hours on 32 V100

@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_weights
 
 from vit_jax import config as configuration
+from vit_jax import pretrained
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.models import variants
+from vit_jax.pretrained.warmstart import warm_start
 from vit_jax.state import flatten
 from vit_jax.tools import noisy_student
 from vit_jax.train import make_step
@@ -331,6 +334,33 @@ def test_mae_is_finetune_md(size, patch, epochs, blr, layer_decay, drop_path):
   }
   _check(config, values)
   _check_rates(config, _cosine(blr * 1024 / 256, round(5 * _IMAGENET / 1024)))
+
+
+def test_mae_starts_from_its_files_with_a_norm_after_the_mean(tmp_path):
+  file = tmp_path / "mae"
+  pretrained.write(
+    random_weights(
+      "ViT-w32d2m64h2_16", image_size=224, classifier="gap", num_classes=0,
+      class_token=True, activation="gelu_erf",
+    ),
+    str(file), "hf",
+  )  # fmt: skip
+  config = _load(f"mae.py:B,{file}")
+  assert config.init_from == str(file)
+  assert config.model.class_token
+  weights = pretrained.read(str(file))
+  pretrained.check_numerics(weights, config.model)
+  model = objectives.create(config, ["a", "b"]).model
+  target = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  _, report = warm_start(
+    target, weights.params, old_grid=model.grid, new_grid=model.grid,
+    same_classes=False, source="the file",
+  )  # fmt: skip
+  norm = [f"{name} 32" for name in ("fc_norm/bias", "fc_norm/scale")]
+  heads = ["head/bias 2", "head/kernel 32x2"]
+  assert sorted(report.new) == [*norm, *heads]
+  names = [path.partition(" ")[0] for path in report.dropped]
+  assert names == [f"Transformer/encoder_norm/{x}" for x in ("bias", "scale")]
 
 
 # --- Noisy Student ---
