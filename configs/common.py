@@ -38,7 +38,8 @@ def get_config() -> Any:
 
   # --- model: the arguments of `vit_jax.models.create` ---
   config.model = ml_collections.ConfigDict()
-  # "ViT-B_16", the hybrid "R50+ViT-B_16", the ResNet "R50x1", ...
+  # "ViT-B_16", the hybrid "R50+ViT-B_16", the ResNet "R50x1",
+  # "EfficientNet-B0", ...; convolutional ones have few of the options below.
   config.model.variant = "ViT-B_16"
   # What becomes the image's vector: the class "token", "gap" (the mean over the
   # patches), "token+gap" (both, side by side) or "map" (attention).
@@ -55,7 +56,8 @@ def get_config() -> Any:
   # which.
   config.model.activation = "gelu_tanh"
   config.model.layer_norm_epsilon = 1e-6  # see above
-  config.model.dropout_rate = 0.0  # where the paper has it; 0: off
+  # Where the paper has it; of an EfficientNet before the head. 0: off.
+  config.model.dropout_rate = 0.0
   config.model.attention_dropout_rate = 0.0  # of the attention weights
   # Drop-path by depth: the rate of the last block; the others have it linearly
   # from 0 in the first one.

@@ -18,8 +18,8 @@ The other targets did about as well there, pixels a little worse:
   --config.masked_target=colour_grid
 
 Expected with ViT-B/16 on JFT: 79.9 % on ImageNet after fine-tuning, 2 points
-above training from scratch and 4 below pre-training with labels. Nobody has run
-this configuration with this code.
+above training from scratch and 4 below pre-training with labels. This
+configuration has not been run with this code.
 """
 
 from common import get_config as get_common_config

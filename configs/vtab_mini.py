@@ -1,4 +1,4 @@
-r"""VTAB in small, without a download, on a CPU: `vtab_mini.py:VARIANT,TASK`.
+r"""Miniature VTAB, without a download, on a CPU: `vtab_mini.py:VARIANT,TASK`.
 
   vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini \
     --tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data

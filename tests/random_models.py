@@ -34,7 +34,10 @@ def random_params(model, seed=0):
   flat = flatten(jax.eval_shape(model.init, jax.random.key(0)))
   for path, x in flat.items():
     center, spread = (1, 0.2) if path.endswith("scale") else (0, 0.3)
-    flat[path] = rng.normal(center, spread, x.shape).astype(np.float32)
+    values = rng.normal(center, spread, x.shape)
+    if path.endswith(("/var", "/std")):  # of data
+      values = 0.5 + np.abs(values)
+    flat[path] = values.astype(np.float32)
   return unflatten(flat)
 
 

@@ -1,6 +1,6 @@
 """Vision Transformers in JAX: pre-train, fine-tune at high resolution, use.
 
-`vit_jax.load(source)` returns a model with published weights or one's own, see
+`vit_jax.load(source)` returns a model with published weights or your own, see
 `vit_jax.pretrained.load`. All else is in the modules.
 """
 

@@ -1,8 +1,9 @@
 """Checkpoints: Orbax saves, restores and deletes; this file says what and when.
 
 Orbax writes checkpoints/STEP/ of a run folder under a temporary name, then
-renames it. Later damage is noticed by a fingerprint beside the state: a number
-for each array, computed where the array lives and again from what was read.
+renames it. Later corruption is detected by a fingerprint beside the state: a
+number for each array, computed where the array lives and again from what was
+read.
 
 A checkpoint that does not decode or match its fingerprint is corrupt. It is
 skipped and moved to damaged/, never deleted. Any other failure ends the run and
@@ -211,7 +212,7 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self, when=""):
-    """Makes of what goes wrong one line that says what is safe."""
+    """Turns an exception into one line that names what is safe."""
     try:
       yield
     except Exception as e:
@@ -224,7 +225,7 @@ class Checkpoints:
 
 
 def _agree(folder, error):
-  """Returns the worst error that any process has met, None for none."""
+  """Returns the worst error of all processes, None for none."""
   kind = sum(i for i, k in enumerate(_KINDS, 1) if isinstance(error, k))
   worst = max(gather(kind))
   if worst == kind:
@@ -275,14 +276,14 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
 
 
 def _is_of_storage(e) -> bool:
-  """Returns whether an error says that a disk, a server or a network failed."""
+  """Returns whether an error means that a disk, server or network failed."""
   numbered = isinstance(e, OSError) and e.errno not in (None, errno.ENOENT)
   network = isinstance(e, (ConnectionError, TimeoutError))
   return numbered or network or bool(_STORAGE_ERRORS.search(str(e)))
 
 
 def _is_of_contents(e) -> bool:
-  """Returns whether an error says that bytes are not what they should be."""
+  """Returns whether an error means that the bytes are corrupt."""
   wrong = (json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)
   worded = isinstance(e, ValueError) and _CONTENT_ERRORS.search(str(e))
   return isinstance(e, wrong) or bool(worded)
@@ -362,7 +363,7 @@ def read_params(folder) -> dict[str, np.ndarray]:
 
 
 def _load(folder, tree, restore_args, **options) -> dict[str, Any]:
-  """Returns {path: array} of a checkpoint, as its fingerprint says."""
+  """Returns {path: array} of a checkpoint, checked against its fingerprint."""
   expected = _read_meta(folder)["fingerprint"]
   args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, **options)
   # A Checkpointer would wait for other processes, one of which may have failed.

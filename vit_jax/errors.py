@@ -14,7 +14,7 @@ class UserError(ValueError):
 
 
 class RunStopped(RuntimeError):
-  """A run cannot go on: the disk is full, ...; commands exit with code 1.
+  """A run cannot continue: the disk is full, ...; commands exit with code 1.
 
   One line as well: what happened, at which step, what is safe, what to do.
   """

@@ -31,7 +31,7 @@ def path_str(key_path) -> str:
 
 
 def is_statistic(path: str) -> bool:
-  """Returns whether the array at a path of `params` is no parameter.
+  """Returns whether the array at a path of `params` is not a parameter.
 
   It is a running statistic of a BatchNorm, or a constant of the pixels: it has
   no gradient, and the optimizer leaves it alone.

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config, workdir) -> dict[str, float] | None:
-  """Trains as `config` says, in `workdir`; resumes where a run stopped.
+  """Trains a configuration in `workdir`; resumes where a run stopped.
 
   Args:
     config: a locked ConfigDict with the keys of configs/common.py.
@@ -41,7 +41,7 @@ def train(config, workdir) -> dict[str, float] | None:
 
   Returns:
     The metrics of the last evaluation, those of `config.evals` as NAME/METRIC;
-    {} without one; None if the run was told to stop, and is to be resumed.
+    {} without one; None if a signal stopped the run, which is to be resumed.
 
   Raises:
     UserError: a configuration that cannot be run; nothing has been written.
@@ -149,7 +149,7 @@ def make_step(config, objective: objectives.Objective, total_steps: int):
 
 
 def make_state(config, mesh, objective, init_state, checkpoints):
-  """Returns the state to go on from, and how it lies on the devices.
+  """Returns the state to start from, and its shardings.
 
   `checkpoints` are those of the run, None for a new one.
   """

@@ -86,16 +86,16 @@ def start(
 
   JAX aborts (exit code 134) with the number of a process that has had no
   heartbeat for `lost_timeout` seconds. Without all processes in time it would
-  abort as well and name nobody (JAX 0.10 to 0.12), so a timer ends this one
+  abort as well without naming it (JAX 0.10 to 0.12), so a timer ends this one
   before, with one line and exit code 1.
 
   Args:
-    coordinator: "host:port" of process 0. None: the TPU pod or Slurm says.
+    coordinator: "host:port" of process 0. None: from the TPU pod or Slurm.
     num_processes, process_id: how many, and which this is, from 0; likewise.
     start_timeout, lost_timeout: seconds.
 
   Raises:
-    UserError: neither the arguments nor the cluster say who is who.
+    UserError: neither the arguments nor the cluster number the processes.
     RunStopped: the port is taken, or the cluster's answer is not usable.
   """
   import jax

@@ -17,7 +17,7 @@ def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
   0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
   a signal, and saved). 1: the run cannot continue.
   2: something that was given cannot be used. 134: JAX has aborted, because
-  another process of the run is lost or has failed. 141: the output's reader is
+  another process of the run is dead or has failed. 141: the output's reader is
   gone, as after `| head`; shells give that code, too.
   """
   for stream in (sys.stdout, sys.stderr):
@@ -76,7 +76,7 @@ def _run_or_report(parser, argv):
 
 
 def _quiet_libraries():
-  """Logs what this package says to stderr, and little of what others say."""
+  """Logs this package's messages to stderr, and few of other packages'."""
   # TensorFlow only reads and decodes images here.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -94,7 +94,7 @@ def _quiet_libraries():
 
 
 def _print_unless_stray(unraisable):
-  """Prints what nobody can catch, unless it comes from TensorStore's threads.
+  """Prints exceptions that nothing catches, but TensorStore's threads'.
 
   They call back into an event loop that the failure of a save, which is
   reported, has closed.

@@ -74,7 +74,7 @@ class FolderSource(Source):
     return _find_splits(find_folder(dataset))
 
   def _leave_out_broken(self, faults):
-    """Leaves out files that are not whole images, and says why in `faults`."""
+    """Leaves out files that are not whole images; `faults` takes reasons."""
     Image.init()  # Pillow's list of formats; not thread-safe
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       found = list(pool.map(_find_fault, [path for path, _ in self._files]))
@@ -357,7 +357,7 @@ def _find_fault(path) -> str | None:
   """Returns what is wrong with a file that is not a whole image.
 
   Cheap: headers, PNG's check sums, and whether the end is there. Only what
-  looks odd is decoded.
+  is suspicious is decoded.
   """
   try:
     data = Path(path).read_bytes()

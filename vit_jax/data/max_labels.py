@@ -32,7 +32,7 @@ def find_max_labels(source: Source, folder, command: str) -> int:
   Args:
     source: the split.
     folder: where the data set is; its dataset_info.json changes with it.
-    command: opens it, and so counts beforehand.
+    command: opens it, and so counts in advance.
   """
   folder = epath.Path(folder)
   info = (folder / "dataset_info.json").read_text()

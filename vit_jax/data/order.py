@@ -205,7 +205,7 @@ class BlockOrder(Order):
     return ranges
 
   def next_window(self, window: Window) -> Window:
-    """Returns the window that its stream goes on with."""
+    """Returns the next window of its stream."""
     _, end, stop = self._find_bounds(window)
     if end < stop:
       return window._replace(number=window.number + 1)

@@ -1,7 +1,8 @@
 """Batches: the tf.data that reads, decodes and augments the rows of a step.
 
-The pipeline is stateless given the step number: `order.py` says which example
-row r of batch k is, and the augmentation is keyed by the step and the row.
+The pipeline is stateless given the step number: `order.py` decides which
+example row r of batch k is, and the augmentation is keyed by the step and the
+row.
 """
 
 # TensorFlow's annotations do not know tf.random.experimental.
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def count_cpus() -> int:
-  """Returns the cores of this process, where the system says (not on a Mac)."""
+  """Returns the cores this process may use, on a Mac those of the machine."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1

@@ -138,7 +138,7 @@ class Needs:
     folder: where it is, or would be.
     manual_folder: where files that are fetched by hand go; None for no such.
     manual_files: {name: whether it is there}; a name may be "a or b".
-    instructions: what TFDS says on how to get them, in one line.
+    instructions: TFDS's instructions for getting them, in one line.
   """
 
   state: str

@@ -75,7 +75,7 @@ class Source(abc.ABC):
       None: `max_labels`.
 
     Raises:
-      tf.errors.OpError: invalid labels; `check_example` says which.
+      tf.errors.OpError: invalid labels; `check_example` names it.
     """
     labels = self.parse_labels(record)
     usable = tf.reduce_all((labels >= 0) & (labels < self.num_classes))

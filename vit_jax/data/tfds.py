@@ -117,7 +117,7 @@ def find_builder(
 def open_folder(builder):
   """Returns the builder of a prepared folder, and whether it has ArrayRecord.
 
-  The folder knows of formats added since; the builder's code does not.
+  The folder lists formats added since; the builder's code does not.
   """
   builder = tfds.builder_from_directory(builder.data_path)
   formats = builder.info.available_file_formats()

@@ -1,4 +1,4 @@
-"""Where a model looks: attention rolled out, and how far it reaches.
+"""Attention maps by rollout, and attention distances.
 
 The pictures of the paper's Figures 6, 7 (right), 11 and 14, as numbers.
 """
@@ -40,8 +40,8 @@ def make_look(model: Pretrained) -> Callable[[Any], Looks]:
   """Returns images f32[b h w 3] in [-1, 1] -> `Looks`, compiled once a shape.
 
   The weights of all layers and heads stay on the device, where they are reduced
-  to what is in `Looks`. Attention is computed plainly for it, whatever kernel a
-  forward pass uses otherwise.
+  to what is in `Looks`. Attention is computed without a kernel, whatever kernel
+  a forward pass uses otherwise.
 
   Raises:
     UserError: a ResNet, which has no attention.
@@ -129,7 +129,7 @@ def roll_out(weights: Sequence) -> jax.Array:
 def attention_distance(
   weights: Sequence, grid: tuple[int, int], patch: int
 ) -> jax.Array:
-  """Returns how far each head looks, in pixels: f[layers b a].
+  """Returns each head's mean attention distance, in pixels: f[layers b a].
 
   The distance between the centres of the query's and the key's patch, weighted
   by attention, mean over the queries (the paper, Figure 7, right). The class
@@ -154,7 +154,7 @@ def attention_distance(
 
 
 def overlay(pixels: np.ndarray, seen) -> np.ndarray:
-  """Returns a picture u8[h w 3] that is dark where the model does not look.
+  """Returns a picture u8[h w 3], dark where attention is low.
 
   Args:
     pixels: u8[h w 3].

@@ -55,7 +55,7 @@ def embed(
 
   Returns:
     {"images": how many, "shape": of the features, "errors": a line for each
-    file that is no image and so left out}.
+    file that is not an image and so left out}.
 
   Raises:
     UserError: no checkpoint or images, `out` exists, or other features are

@@ -32,7 +32,7 @@ def evaluate(
     source: whatever `vit_jax.load` reads; of a run folder its best checkpoint
       if it kept one, else its newest.
     dataset: another data set than the run's own, see `match_classes`. Weights
-      that are no run of ours have none and need it.
+      that are not a run folder have none and need it.
     split: another split than the run's own; as `dataset`.
     data_dir: where the TFDS data sets are, if not where they were.
     batch_size: images at once, on all devices; rounded up to a multiple of

@@ -2,9 +2,9 @@
 
 The paper's few-shot accuracy (its Section 4.1): regularised least squares from
 the representation of an image to {-1, 1}^k. Its constants are those of the
-published evaluation: features to mean 0 and deviation 1, a constant feature of
-100, which leaves the bias almost free of the penalty, and l2 = 2^10. With all
-the training labels the same is a linear probe.
+published evaluation: features to mean 0 and standard deviation 1, a constant
+feature of 100, which leaves the bias almost free of the penalty, and l2 = 2^10.
+With all the training labels the same is a linear probe.
 
 The features come from the devices; the rest is NumPy in float64, since the
 normal equations square the condition number.
@@ -31,7 +31,7 @@ class Classifier(NamedTuple):
   """What a regression found.
 
   Attributes:
-    mean, deviation: f64[d], of the training features.
+    mean, deviation: f64[d], the training features' mean and standard deviation.
     kernel: f64[d+1 k]; the last row belongs to the constant.
   """
 

@@ -36,8 +36,8 @@ def predict(
 
   Returns:
     [{"image": path, "classes": [{"name", "probability"}, ...]}], the most
-    probable class first. Probabilities are a softmax, or independent
-    sigmoids where the run was trained with the sigmoid loss. A file that is no
+    probable class first. Probabilities are a softmax, or independent sigmoids
+    where the run was trained with the sigmoid loss. A file that is not an
     image has "error", a line, in place of "classes".
 
   Raises:

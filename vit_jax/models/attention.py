@@ -102,7 +102,7 @@ def _forward(q_ref, k_ref, v_ref, o_ref, *, head_dim, valid):
 def _backward(
   q_ref, k_ref, v_ref, do_ref, dq_ref, dk_ref, dv_ref, *, head_dim, valid
 ):
-  """Scores are [keys queries], so that only one product needs a transpose."""
+  """Scores are [keys queries], so that only one matmul needs a transpose."""
   images, _, lanes = q_ref.shape
   dtype = q_ref.dtype
 
@@ -268,7 +268,7 @@ def attend_plainly(
   """Returns what `attend` does, and the weights f32[b a q n].
 
   `offsets`, f32[b a q n], are added to the scores; `drop` is a function of the
-  weights, applied before the product with the values.
+  weights, applied before the matmul with the values.
   """
   query, key, value = (split_heads(x, num_heads) for x in (query, key, value))
   query = query / jnp.sqrt(query.shape[-1]).astype(query.dtype)
@@ -314,7 +314,7 @@ attend.defvjp(_attend_forward, _attend_backward)
 class MultiHeadDotProductAttention(nn.Module):
   """Multi-head attention with a float32 softmax.
 
-  Query, key and value are three projections: one fused product costs layout
+  Query, key and value are three projections: one fused matmul costs layout
   copies on TPU, and the published files keep them apart.
   """
 

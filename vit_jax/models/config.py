@@ -79,7 +79,7 @@ class ViTConfig:
     """Whether to compute in the way that suits TPUs best: in bfloat16.
 
     Tokens are padded, attention is a kernel, LayerNorm's scale and bias become
-    part of the next product. Float32 is as the paper has it, and the reference.
+    part of the next matmul. Float32 is as the paper has it, and the reference.
     """
     return jnp.dtype(self.dtype) == jnp.bfloat16
 

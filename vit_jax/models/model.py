@@ -14,7 +14,7 @@ from vit_jax.state import flatten
 
 
 class Model(NamedTuple):
-  """A model as two pure functions and what others need to know of it.
+  """A model as two pure functions, with its sizes.
 
   Attributes:
     init: key -> params, a nested dictionary of float32 arrays. The same key

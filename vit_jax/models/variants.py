@@ -64,9 +64,11 @@ RESNETS = {
   "R200": (3, 24, 36, 3),
 }
 
-# Of arXiv 1905.11946 and the authors' code (B8), arXiv 1911.04252 (L2).
+# Of arXiv 1905.11946 and the authors' code (B8), arXiv 1911.04252 (L2). N is
+# ours, for tests.
 EFFICIENTNET = "EfficientNet-"  # before their sizes
 EFFICIENTNETS = {
+  "N": Scaling(0.25, 0.4),
   "B0": Scaling(1.0, 1.0),
   "B1": Scaling(1.0, 1.1),
   "B2": Scaling(1.1, 1.2),

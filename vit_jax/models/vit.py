@@ -68,7 +68,7 @@ class PositionEmbs(nn.Module):
   "learned" (1-D): one for each token, the class token included. "2d": one
   half-vector for each row and each column. "sincos2d": fixed waves. These two
   add nothing to the tokens before the patches, which have no place in the
-  image; "learned" does as far as `prefix_positions` says.
+  image; "learned" does as `prefix_positions` specifies.
   """
 
   config: ViTConfig

@@ -1,6 +1,6 @@
 """Other people's weights: found, read, and written back in their formats.
 
-`read` says by the content of a file what it is and returns its arrays under our
+`read` detects a file's format by its content and returns its arrays under our
 names, unread; `load` makes a model of them that can be called.
 """
 
@@ -49,7 +49,7 @@ def load(
   dtype: str | None = None,
   resize: str | None = None,
 ) -> Pretrained:
-  """Returns a model with published, converted or one's own weights.
+  """Returns a model with published, converted or your own weights.
 
   Example::
 
@@ -66,11 +66,11 @@ def load(
       embeddings are resized.
     num_classes: unset: the file's own; another number gets a new head of
       zeros, 0 none.
-    dtype: of the matrix products; unset: float32, or as the run was trained.
+    dtype: of the matmuls; unset: float32, or as the run was trained.
     resize: how position embeddings are resized, see `read`.
 
   Raises:
-    UserError: nothing there, damaged, unknown, or not for this model.
+    UserError: nothing there, corrupt, unknown, or not for this model.
   """
   return assemble(
     read(source, resize),
@@ -94,7 +94,7 @@ def read(
     arrays: False leaves out those of a run, which are read at once.
 
   Raises:
-    UserError: nothing there, damaged, or of no known format.
+    UserError: nothing there, corrupt, or of an unknown format.
   """
   if resize is not None:
     check_choice("resize", resize, positions.METHODS)
@@ -256,7 +256,7 @@ def _fold(weights, to):
 
 
 def _write_file(weights, path, to):
-  """Writes what is no run folder, and reads it again; returns notes."""
+  """Writes a file or folder of weights and reads it again; returns notes."""
   notes = list(weights.notes)
   if to not in ("hf", "timm"):
     weights, notes = _fold(weights, to)

@@ -109,7 +109,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
     path: a .safetensors file, or a model.safetensors.index.json.
 
   Raises:
-    UserError: damaged, or a part of it is missing.
+    UserError: corrupt, or a part of it is missing.
   """
   if path.suffix != ".json":
     return _open_safetensors(path)
@@ -205,7 +205,7 @@ def open_tensorflow(prefix: pathlib.Path) -> dict[str, LazyArray]:
   """Returns {name: LazyArray} of the variables of a TensorFlow checkpoint.
 
   Raises:
-    UserError: damaged, a part of it is missing, or TensorFlow is.
+    UserError: corrupt, a part of it is missing, or TensorFlow is.
   """
   try:
     import tensorflow as tf

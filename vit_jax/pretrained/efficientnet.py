@@ -151,14 +151,15 @@ def _find_size(source, arrays, stem, head, num_blocks) -> str:
     *tables.shape_of(source, arrays, stem, 1),
     *tables.shape_of(source, arrays, head, 1),
   )
-  for size, scaling in variants.EFFICIENTNETS.items():
+  for size in _SIZES:
+    scaling = variants.EFFICIENTNETS[size]
     widths = scale_width(32, scaling), scale_width(1280, scaling)
     if found == (len(list_blocks(scaling)), *widths):
       return size
   raise UserError(
     f"{source}: an EfficientNet of {found[0]} blocks, {found[1]} channels at "
     f"its beginning and {found[2]} at its end; known are "
-    f"{', '.join(variants.EFFICIENTNETS)}"
+    f"{', '.join(_SIZES)}"
   )
 
 
@@ -281,6 +282,9 @@ def _number_blocks(weights) -> dict[str, int]:
 def check(weights: Weights) -> None:
   """Raises a UserError that names what timm's format cannot represent."""
   weights.create_model()  # checks the configuration
+  variant = weights.model["variant"]
+  if variant.removeprefix(variants.EFFICIENTNET) not in _SIZES:
+    raise UserError(f"timm has no {variant}")
   timm.make_pretrained(weights, _NAME)
 
 

@@ -56,7 +56,7 @@ def locate(source: str | os.PathLike[str]) -> Source:
       A file may be followed by ":PART" (npz only) and then by "#sha256=HEX".
 
   Raises:
-    UserError: there is no such thing, it cannot be downloaded or stored, or its
+    UserError: it does not exist, it cannot be downloaded or stored, or its
       digest is another one.
   """
   source = os.fspath(source)

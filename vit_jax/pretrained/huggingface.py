@@ -217,7 +217,7 @@ def _drop_unused(arrays, prefix, layout):
 
 
 def _read_model(fields, family, layout) -> dict[str, Any]:
-  """Returns the arguments of `models.create` that config.json says."""
+  """Returns the arguments of `models.create` in config.json."""
 
   def get(name):
     return fields.get(name, family.fields[name])
@@ -315,7 +315,7 @@ def _read_names(fields, num_classes):
 
 
 def _read_preprocessor(weights, preprocessor, family):
-  """Adds what preprocessor_config.json says to the weights."""
+  """Adds the preprocessing of preprocessor_config.json to the weights."""
   if preprocessor is None:
     file = "preprocessor_config.json"
     return folders.assume_pixels(weights, file, family.pixels)

@@ -10,7 +10,7 @@ from vit_jax.pretrained.loaded import HEAD_OF_ZEROS
 
 
 def inspect(source: str) -> dict[str, Any]:
-  """Reads weights and says what they are.
+  """Reads weights and describes them.
 
   Args:
     source: whatever `vit_jax.load` reads.
@@ -21,7 +21,7 @@ def inspect(source: str) -> dict[str, Any]:
     "std"}], "notes"}. "head" is "none", "zeros" or "trained".
 
   Raises:
-    UserError: nothing there, damaged, or of no known format.
+    UserError: nothing there, corrupt, or of an unknown format.
   """
   weights = pretrained.read(source)
   parameters = [

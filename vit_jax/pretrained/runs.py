@@ -37,7 +37,7 @@ def locate(path) -> tuple[epath.Path, list[epath.Path]]:
       checkpoint's folder, such as RUN/checkpoints/1000.
 
   Raises:
-    UserError: there is no checkpoint at `path`.
+    UserError: no checkpoint at `path`.
   """
   path = checkpoint.absolute(path)
   if not path.exists():
@@ -63,7 +63,8 @@ def locate(path) -> tuple[epath.Path, list[epath.Path]]:
 def read(source: str, *, arrays: bool = True) -> Weights:
   """Returns the weights of a run: its best checkpoint, else its newest.
 
-  Without `arrays` only what config.json says. Corrupt checkpoints are skipped.
+  Without `arrays` only the contents of config.json. Corrupt checkpoints are
+  skipped.
 
   Raises:
     UserError: no checkpoint there, or all of them are corrupt.

@@ -1,4 +1,4 @@
-"""How a file's arrays become ours: what shapes say, and tables of names.
+"""From a file's arrays to ours: sizes from shapes, and tables of names.
 
 A format is a table of rules: a pattern for our parameter's path, the name that
 it has in the file, and the kind of rearrangement between the two. The same
@@ -253,7 +253,7 @@ def square_grid(source: str, num_tokens: int) -> tuple[int, int]:
   """Returns the (h, w) of a format that has square images only.
 
   Raises:
-    UserError: the number of tokens is no square.
+    UserError: the number of tokens is not a square.
   """
   side = math.isqrt(num_tokens)
   if side * side != num_tokens:

@@ -355,7 +355,7 @@ def _describe_grid(arrays, arguments, pretrained, patch, is_dinov3):
 
 
 def read_preparation(weights: Weights, fields: folders.Fields) -> Weights:
-  """Returns the weights with what a "pretrained_cfg" says of pixels."""
+  """Returns the weights with the preprocessing of a "pretrained_cfg"."""
   notes = list(weights.notes)
   crop = fields.get("crop_pct", 0.875)
   if not 0 < crop <= 1:

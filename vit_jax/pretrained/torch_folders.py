@@ -255,7 +255,7 @@ CLIP = Pixels(
 def assume_pixels(
   weights: Weights, file: str, pixels: Pixels = HALF
 ) -> Weights:
-  """Returns weights whose configuration says nothing of pixels."""
+  """Returns weights whose configuration has no preprocessing."""
   note = (
     f"{file} is missing; pixels are assumed to be {pixels.name}, of images "
     "that were resized whole"

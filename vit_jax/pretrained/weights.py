@@ -46,7 +46,7 @@ class Weights(NamedTuple):
       which is 0.5 and 0.5.
     loss: "softmax" or "sigmoid": what turns logits into probabilities.
     resize: how its authors resize position embeddings, see `positions`.
-    params: {path: LazyArray}, blocks stacked if `model` says `scan`.
+    params: {path: LazyArray}, blocks stacked if `model` has `scan`.
     notes: what a user should know, one line each.
     run: the contents of config.json, for a run of ours; else None.
   """
@@ -67,7 +67,7 @@ class Weights(NamedTuple):
   run: dict[str, Any] | None = None
 
   def create_model(self, **changes) -> models.Model:
-    """Returns the model; `changes` override what the file says.
+    """Returns the model; `changes` override the file's options.
 
     In float32 unless it was trained here with another dtype. The file's own
     image size may be no multiple of the patch, see `cut_off`.

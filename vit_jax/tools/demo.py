@@ -74,7 +74,7 @@ class Viewer:
 
     Returns:
       The classes, as those of `predict.predict`; and u8[h w 3], the pixels that
-      the model gets, enlarged and dark where it does not look, or None.
+      the model gets, enlarged and dark where attention is low, or None.
 
     Raises:
       UserError: not an image, or too large a one.

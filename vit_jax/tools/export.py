@@ -122,7 +122,7 @@ def _apply(model, params, images):
 
 
 def describe(model: pretrained.Pretrained) -> dict[str, Any]:
-  """Returns what a caller must know of a model: its input and its outputs."""
+  """Returns the description of a model's input and outputs for its callers."""
   config = model.config
   output = {"dtype": "float32", "shape": ["batch", config.num_classes]}
   steps = []

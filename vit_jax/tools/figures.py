@@ -283,7 +283,7 @@ def _draw_positions(seen: list[Checkpoint]) -> Drawing:
 
 
 def _draw_distances(seen: list[Checkpoint]) -> Drawing:
-  """Figures 7, right, and 11: how far heads look, by depth."""
+  """Figures 7, right, and 11: attention distance by depth."""
   seen = _choose(seen, "looks", _LOOKING)
   figure, axes = _make_grid(1, len(seen), 3.6, 3, pictures=False)
   distances = [c.looks.distances for c in seen if c.looks]

@@ -1,6 +1,6 @@
 """Checks in advance for problems that would fail or stall a run.
 
-Every process of the run examines its own host, and all are told what the others
+Every process of the run examines its own host, and all receive what the others
 found, so all end alike.
 """
 
@@ -118,7 +118,7 @@ def check_accelerator() -> Found:
 
 
 def check_folder(config, workdir: str) -> Found:
-  """Checks that the run folder can be written, and is no other run's."""
+  """Checks that the run folder is writable, and not another run's."""
   folder = checkpoint.absolute(workdir)
   resuming = run_folder.check(config, folder)
   is_bucket = "://" in str(folder)  # which has no folders that must be there
@@ -156,7 +156,7 @@ def check_data(config) -> Found:
 def check_plan(
   spec: str, overrides: dict[str, str] | None, topology: str | None
 ) -> tuple[dict | None, Found]:
-  """Returns what `plan` says, if it is asked, and whether the step fits.
+  """Returns `plan`'s estimate, if it is wanted, and whether the step fits.
 
   It runs in a process of its own, because the TPU's compiler is set up before
   JAX starts.
@@ -190,7 +190,7 @@ def check_input(rates: list[float], plan: dict | None) -> Found:
 
   Args:
     rates: images a second that each host prepares; 0: it has no data.
-    plan: what `plan` says of a step that fits, if it was asked.
+    plan: `plan`'s estimate of a step that fits, if it was wanted.
   """
   if not all(rates):
     return Found(SKIPPED, "not measured without data")

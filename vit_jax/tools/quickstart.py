@@ -96,7 +96,7 @@ def load(name, data_dir, **overrides):
 
 
 def describe(c):
-  """Returns what the report says of a configuration."""
+  """Returns the report's entry of a configuration."""
   examples = open_set(c, c.train.split).num_examples
   steps = config.count_steps(c, examples)
   return {
@@ -159,7 +159,7 @@ def write_test_images(folder, c):
 
 
 def make_table(result: dict) -> str:
-  """Returns the result as lines for people."""
+  """Returns the result as text."""
   pre, fine = result["pretrain"], result["finetune"]
   texts = [
     (f"{x['prec@1']:.3f}", f"{x['lrap']:.3f}", f"{x['loss']:.2f}")

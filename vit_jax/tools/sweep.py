@@ -184,7 +184,7 @@ def check_sources(trials: Sequence[Trial]) -> None:
 
 
 def find_folder(workdir: str):
-  """Returns an absolute path; raises a UserError for what is no folder."""
+  """Returns an absolute path; raises a UserError if it is not a folder."""
   folder = checkpoint.absolute(workdir)
   if not files.is_remote(folder):
     check_folder(folder)

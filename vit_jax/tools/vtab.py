@@ -1,9 +1,10 @@
 """The `vtab` command: VTAB-1k, from a checkpoint to the mean of its tasks.
 
-Two sweeps. The first tries a few settings on 800 images of each task and looks
-at 200 others; one setting is chosen, by default as in the paper (Appendix
-B.1.1): the same for all tasks, that with the best mean. The second trains with
-it on all 1,000 images, and reports the test set, which nothing else looks at.
+Two sweeps. The first tries a few settings on 800 images of each task and
+evaluates on 200 others; one setting is chosen, by default as in the paper
+(Appendix B.1.1): the same for all tasks, that with the best mean. The second
+trains with it on all 1,000 images, and reports the test set, which nothing else
+uses.
 
   WORKDIR/TASK/select/SETTING,seed=0    WORKDIR/TASK/final/seed=0
   WORKDIR/TASK/{select,final}/sweep.json    WORKDIR/vtab.json
@@ -104,7 +105,7 @@ def parse_tasks(text: str) -> list[data.Task]:
   """Returns the tasks of "all", "mini" or "caltech101,dtd".
 
   Raises:
-    UserError: there is no such task, or tasks of both kinds.
+    UserError: no such task, or tasks of both kinds.
   """
   for word, prefix in (("all", data.VTAB), ("mini", data.MINI)):
     if text == word:

@@ -96,7 +96,7 @@ def _open_eval(config, e: Eval, train: Sequence[data.Source]):
 
 
 def choose_shuffle(config, inputs: Inputs, run: dict | None) -> data.Shuffle:
-  """Returns how a run shuffles: as config.json says, if it is resumed."""
+  """Returns how a run shuffles: as in config.json, if it is resumed."""
   if run:
     # Runs from before the key have permutations of 4 rounds.
     return data.Shuffle(**{"rounds": 4, **run.get("shuffle", {})})

@@ -114,7 +114,7 @@ class Lock:
 
 
 def read_owner(file) -> dict | None:
-  """Returns who holds or held the lock of this file, None for nobody."""
+  """Returns the present or past owner of this file's lock, or None."""
   try:
     return json.loads(file.read_text()) or None
   except (FileNotFoundError, ValueError):  # an empty one names nobody

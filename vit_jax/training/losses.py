@@ -71,7 +71,7 @@ def softmax_cross_entropy(
 ) -> jax.Array:
   """Cross-entropy between targets and softmax(logits): f32[b], in nats.
 
-  It is 0 for an image without any label, which says nothing.
+  It is 0 for an image without any label.
 
   Args:
     logits: [b k], any float dtype.

@@ -80,7 +80,7 @@ class MaskedPatches:
   def summarize(self, totals, multilabel) -> Iterator[tuple[str, float]]:
     """Turns the sums of `eval_step` over a test set into metrics.
 
-    The trivial predictor says the same of every patch: the most frequent colour
+    The trivial predictor is the same for every patch: the most frequent colour
     (its loss is that of the colours' frequencies), or the mean pixels. They are
     those of the very patches that are evaluated: no constant does better.
 

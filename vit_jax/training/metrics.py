@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, TensorBoard, W&B, a line for people."""
+"""What a run writes down: JSON lines, TensorBoard, W&B, log lines."""
 
 import contextlib
 import json

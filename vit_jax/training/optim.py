@@ -312,7 +312,7 @@ def find_factors(
 ) -> dict[str, Any]:
   """Returns what the learning rate of each parameter is multiplied by.
 
-  It is 0 for what is no parameter (`state.is_statistic`); else the factor of
+  It is 0 for what is not a parameter (`state.is_statistic`); else the factor of
   the first matching rule of `lr_multipliers` (of none: 1, but 0 where there are
   low-rank updates, see `lora`), times layer_decay^(L + 1
   - depth), where L is the number of blocks. The depth is 0 before the blocks,

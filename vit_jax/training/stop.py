@@ -1,4 +1,4 @@
-"""Told to stop: a run saves its state and ends, on every process alike."""
+"""Stop signals: a run saves its state and ends, on every process alike."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopping(Exception):
-  """The run was told to stop."""
+  """The run received a stop signal."""
 
 
 class StopSignal:

@@ -19,8 +19,8 @@ def check(config) -> None:
 def start(config, workdir) -> Any:
   """Returns a run in the project `config.wandb`; None for none.
 
-  Process 0 alone has one. A resumed run goes on in the same one, which ignores
-  the steps that it has.
+  Process 0 alone has one. A resumed run continues in the same one, which
+  ignores the steps that it has.
 
   Raises:
     RunStopped: no login, no network.

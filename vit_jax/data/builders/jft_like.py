@@ -4,7 +4,7 @@ Its world has invented letters (`glyph_017`), plane shapes, textures and
 colours. An image shows one or two glyphs, often over a shape, on a coloured
 and textured ground, and has a label for everything that it shows: it is
 multi-label, and long-tailed, since glyphs, shapes, textures and colours are
-drawn by Zipf-like laws. There are no digits and no fonts in it.
+drawn by Zipf-like laws. It has neither digits nor fonts.
 The images never change; see `vit_jax.data.drawn`.
 """
 

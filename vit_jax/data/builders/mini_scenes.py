@@ -1,6 +1,6 @@
 """Balls on a floor, seen in perspective, made by a program.
 
-32 x 32 pixels, one to six balls of one size: `label_count` says how many there
+32 x 32 pixels, one to six balls of one size: `label_count` is how many there
 are, `label_distance` how near the nearest is. A stand-in for VTAB's structured
 tasks that needs no download.
 

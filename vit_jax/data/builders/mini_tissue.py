@@ -1,6 +1,6 @@
 """Pictures in the manner of stained tissue, made by a program.
 
-Cells on a slide, 32 x 32 pixels; the class is how they look and lie together.
+Cells on a slide, 32 x 32 pixels; the class is their look and arrangement.
 A stand-in for VTAB's specialized tasks that needs no download.
 
 Image i is a pure function of i, see `vit_jax.data.drawn`.
@@ -81,7 +81,7 @@ def _draw_cells(draws, labels):
 
 
 class MiniTissue(DrawnBuilder):
-  """Cells on a slide; the class is how they look and lie together."""
+  """Cells on a slide; the class is their look and arrangement."""
 
   LABELS: ClassVar = {"label": tfds.features.ClassLabel(names=list(CLASSES))}
 

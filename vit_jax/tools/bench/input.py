@@ -78,7 +78,7 @@ def bench(
     "hosts", which is how many such hosts read that much.
 
   Raises:
-    UserError: no such data set, images that are no JPEGs, a number that is not
+    UserError: no such data set, images that are not JPEGs, a number that is not
       positive.
   """
   sizes = {"image_size": min(as_pair(image_size)), "batch_size": batch_size}
@@ -157,7 +157,7 @@ def _compare(times):
 
 
 def format_report(found: dict[str, Any]) -> str:
-  """Returns what `bench` found, for people."""
+  """Returns the results of `bench` as text."""
   rows = [["", "images/s", "CPU ms", "pipeline is, by time", "by CPU"]]
   for name, rate in found["images_per_second"].items():
     ratios = [found[key].get(name) for key in ("ratio", "cpu_ratio")]

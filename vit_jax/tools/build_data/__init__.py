@@ -1,1 +1,1 @@
-"""Data sets of one's own images."""
+"""Data sets of your own images."""

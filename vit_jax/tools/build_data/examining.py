@@ -29,7 +29,7 @@ def run(
   index: str,
   data_dir: str,
 ) -> list[tuple[str, str, Any]]:
-  """Reads images, and looks for them among the test images.
+  """Reads images, and searches for them among the test images.
 
   Args:
     images: (name, place, labels); None: the labels are a data set's own.

@@ -173,7 +173,7 @@ def _list_work(images, labels, classes, min_confidence, data_dir):
 
 
 class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """The TFDS builder of a data set of one's own images.
+  """The TFDS builder of a data set of your own images.
 
   Attributes:
     report: the content of report.json; whole when the set is.

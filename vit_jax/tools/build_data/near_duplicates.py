@@ -51,7 +51,7 @@ def _unit(x):
 
 
 class Index(NamedTuple):
-  """The test images, to be asked for twins.
+  """The test images, to be searched for near-duplicates.
 
   Attributes:
     names: str[n].
@@ -86,7 +86,7 @@ class Index(NamedTuple):
     return cls(*(np.load(file, mmap_mode="r") for file in files))
 
   def find(self, thumbnails: np.ndarray) -> list[tuple[str, float] | None]:
-    """Returns (name, similarity) of each image's twin, None if it has none.
+    """Returns (name, similarity) of each image's near-duplicate, or None.
 
     Args:
       thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. Several at once are faster by an

@@ -2,7 +2,7 @@
 
 Images are files of a folder, members of tar files, rows of Parquet files, or
 the examples of a data set that is there already, on a disk or in a bucket. A
-name belongs to each, and by name a table says what it shows.
+name belongs to each, and a table has its label by name.
 """
 
 import csv
@@ -171,7 +171,7 @@ def open_set(images: str, data_dir: str | None):
   """Returns the `data.Source` of "tfds:DATASET:SPLIT".
 
   Raises:
-    UserError: as `get_source`, or there is no SPLIT.
+    UserError: as `get_source`, or no such SPLIT.
   """
   from vit_jax.data.catalog import get_source  # seconds, only needed here
 

@@ -1,4 +1,4 @@
-"""A cell of a results table: what runs say of it, and what it takes to fill.
+"""A cell of a results table: its runs' results, and what it takes to fill.
 
 A cell is one model, pre-trained in one way, measured in one way.
 """
@@ -55,7 +55,7 @@ class Cell(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What runs say of a cell."""
+  """The results of a cell's runs."""
 
   values: list[float]  # percent, of each run
   runs: list[str]  # their folders
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
 
 
 def measure(cell: Cell, runs: list[Run]) -> Found:
-  """Returns what finished runs say of a cell."""
+  """Returns the results of a cell's finished runs."""
   if cell.kind == "vtab_mean":
     tasks = [measure(task, runs) for task in _list_tasks(cell)]
     # Of as many runs as each task has.

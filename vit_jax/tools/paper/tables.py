@@ -164,7 +164,7 @@ def _make_loop(row, runs, folder):
 
 
 def _fill_row(name, row, runs, folder):
-  """Returns a row with what runs say of its cells."""
+  """Returns a row with the results of its cells' runs."""
   made = {}
   for column, paper in row["values"].items():
     if column == "Average":  # the last one

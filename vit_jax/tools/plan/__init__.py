@@ -1,7 +1,7 @@
 """The `plan` command: memory, speed and cost of a run on TPUs, estimated.
 
 The run's own steps are compiled ahead of time for a TPU topology, from shapes
-alone; no TPU is needed. `report.LEFT_OUT` says what the estimate leaves out.
+alone; no TPU is needed. `report.LEFT_OUT` lists what the estimate leaves out.
 """
 
 import logging
@@ -46,7 +46,7 @@ def plan(
     spec: "CONFIG[:ARG]" of a configuration.
     topology: "CHIP:SIZE", such as "v5e:16x16".
     overrides: {"fsdp": "16"} as typed by the user.
-    num_classes, num_examples: of a data set that the project does not know;
+    num_classes, num_examples: of a data set that is not in the catalogue;
       without examples the length of a run of epochs is left out.
     price: of a chip-hour, in dollars.
     dump_hlo: a file for the text of the compiled train step.
@@ -170,7 +170,7 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
 
 
 def read_need(message: str) -> float | None:
-  """Returns the GiB that the compiler's error says a device would need."""
+  """Returns the GiB that a device would need, from the compiler's error."""
   found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", message)
   return found and float(found[1]) / {"G": 1, "M": 1024}[found[2]]
 
@@ -179,7 +179,7 @@ def find_sizes(config, num_classes, num_examples) -> tuple[int, int | None]:
   """Returns the classes of a config's data set, and its images if known.
 
   Raises:
-    UserError: nobody knows how many classes it has.
+    UserError: its number of classes is unknown.
   """
   name = parse_mixture(config.train.dataset)[0][0]
   for row in paper.load()["pretraining"].values():

@@ -25,7 +25,7 @@ _COLLECTIVE = re.compile(
 
 
 def read(text: str) -> dict[str, Any]:
-  """Returns what a compiled executable's text says of a step.
+  """Returns the costs of a step from a compiled executable's text.
 
   Returns:
     "estimated_cycles", which collectives and copies in the background have

@@ -35,7 +35,7 @@ class Details(NamedTuple):
 
 
 def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
-  """Evaluates a run's best checkpoint on its test set; or says why not.
+  """Evaluates a run's best checkpoint on its test set; or returns why not.
 
   Args:
     run: the run.

@@ -1,4 +1,4 @@
-"""What the page says: tables and charts for `page.html`."""
+"""The page's contents: tables and charts for `page.html`."""
 
 import collections
 import datetime
