@@ -291,7 +291,7 @@ def _move(options, rate, start, gradients):
     tree = {"head": {"kernel": gradient, "bias": jnp.zeros(())}}
     updates, opt_state = optimizer.update(tree, opt_state, params)
     params = jax.tree.map(jnp.add, params, updates)
-    return (params, opt_state), updates["head"]["kernel"]
+    return (params, opt_state), flatten(updates)["head/kernel"]
 
   state = (params, optimizer.init(params))
   gradients = jnp.asarray(gradients, jnp.float32)
@@ -428,7 +428,7 @@ def test_noisy_student_is_the_papers(model):
   assert resize[1]["smaller_size"] == size + 32
   # Its teacher: a model of the same size, and the first one of L2 a B7.
   teacher = _load(f"noisy_student.py:{model},teacher")
-  of_teacher = {"L2": "B7"}.get(model, model)
+  of_teacher = "B7" if model == "L2" else model
   values |= {
     "model__variant": f"EfficientNet-{of_teacher}",
     "image_size": _STUDENTS[of_teacher][0],
