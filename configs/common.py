@@ -94,9 +94,11 @@ def get_config() -> Any:
   config.data_dir = placeholder(str)
   config.train = ml_collections.ConfigDict()
   # A TFDS name, a task (`vtab:clevr_count`, with splits `train800`, ..., see
-  # `vit-jax data list`), `folder:/path`, or a weighted mixture `a=0.7,b=0.3`.
+  # `vit-jax data list`), `folder:/path`, `pseudo:/path` (of `vit-jax
+  # pseudo-label`), or a weighted mixture `a=0.7,b=0.3`.
   config.train.dataset = "imagenet21k"
-  config.train.split = "train"  # as TFDS writes it: "train[:98%]"
+  # As TFDS writes it: "train[:98%]"; `pseudo:` sets are always whole.
+  config.train.split = "train"
   # Operations joined by "|", see `vit_jax.data.preprocess`.
   config.train.preprocess = "inception_crop(size)|flip_lr"
   # "all": an epoch is a permutation of all examples, each read by itself.

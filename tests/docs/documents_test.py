@@ -346,7 +346,8 @@ def _list_run() -> list[str]:
     if command.text.startswith("vit-jax ") and command.text not in _SET_UP
     if not command.text.startswith(_ELSEWHERE)
   )
-  first = ("vit-jax data prepare", "vit-jax data build", "vit-jax train")
+  first = ("vit-jax data prepare", "vit-jax data build")
+  first += ("vit-jax pseudo-label", "vit-jax train")
   return sorted(texts, key=lambda text: not text.startswith(first))
 
 

@@ -6,10 +6,11 @@ import re
 import shutil
 
 import fake_gcs
+import numpy as np
 import pytest
 from tiny_runs import assert_same_run, saved_steps
 
-from vit_jax import pretrained
+from vit_jax import data, pretrained
 from vit_jax.__main__ import main
 
 pytestmark = pytest.mark.ci
@@ -162,3 +163,27 @@ def test_a_sweep(runs, server, tmp_path, monkeypatch):
   server.reset()
   assert main(["sweep", *rest, *grid]) == 0  # nothing is left to do
   assert not [r for r in server.requests if "checkpoints" in r and "POST" in r]
+
+
+def test_pseudo_labels_in_a_bucket(server, runs, tmp_path, capsys):
+  def label(out):
+    model = ["--checkpoint=ViT-N_8-digits", f"--data_dir={runs.data_dir}"]
+    data_set = ["--dataset=digits", "--split=train[:50]", f"--out={out}"]
+    return main(["pseudo-label", *model, *data_set, "--soft", "--json"])
+
+  assert label(tmp_path / "set") == label("gs://bucket/set") == 0
+  first, second = capsys.readouterr().out.splitlines()
+  assert json.loads(first) == json.loads(second)
+  folder = server.folder / "bucket" / "set"
+  files = ["about.json", "index.npy", "labels.npy", "probabilities.npy"]
+  assert sorted(path.name for path in folder.iterdir()) == files
+  for name in files:
+    assert (folder / name).read_bytes() == (
+      tmp_path / "set" / name
+    ).read_bytes()
+  assert not (folder.parent / "set.parts").exists()
+  names = (f"pseudo:{tmp_path}/set", "pseudo:gs://bucket/set")
+  here, there = (data.get_source(x, "", str(runs.data_dir)) for x in names)
+  assert here.read(np.arange(9)) == there.read(np.arange(9))
+  assert here.identity() == there.identity()
+  assert label("gs://bucket/set") == 0  # complete

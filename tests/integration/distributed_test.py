@@ -226,6 +226,31 @@ def test_two_processes_count_each_test_example_once(train_whole, capsys):
   assert found["eval/loss"] == pytest.approx(results["loss"], rel=1e-5)
 
 
+@pytest.mark.ci
+def test_two_processes_pseudo_label_as_one(runs, tmp_path):
+  def label(out, split="train[:100]"):
+    flags = [f"--split={split}", f"--out={tmp_path / out}", "--batch_size=10"]
+    where = [f"--data_dir={runs.data_dir}", "--soft", "--min_confidence=0.9"]
+    model = "--checkpoint=ViT-N_8-digits"
+    return ["pseudo-label", model, "--dataset=digits", *where, *flags]
+
+  def read(out):
+    return {f.name: f.read_bytes() for f in (tmp_path / out).iterdir()}
+
+  one = runs.start(label("one"), devices=2)
+  pair = runs.pair([*label("two"), *_SOON], devices=1)
+  codes = [p.wait() for p in (one, *pair)]
+  assert codes == [0, 0, 0], [p.stderr() for p in (one, *pair)]
+  assert read("one") == read("two")
+  assert "agree with the data set" in pair[0].stdout()
+  assert "agree" not in pair[1].stdout()  # one of them speaks
+  # What only the first process looks at is an error of both.
+  pair = runs.pair([*label("two", "train[:90]"), *_SOON], devices=1)
+  assert [p.wait() for p in pair] == [2, 2]
+  for process in pair:
+    assert "pseudo-labels with other split" in process.stderr()
+
+
 @pytest.mark.nightly
 def test_a_notice_during_a_save_stops_all_four(
   train_together, train_whole, tmp_path

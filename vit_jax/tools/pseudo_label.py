@@ -77,20 +77,33 @@ def pseudo_label(
     UserError: no classes, no images, none confident enough, or another set at
       `out`.
   """
+  if not 0 <= min_confidence <= 1:
+    raise UserError(
+      f"min_confidence is {min_confidence}; it must be from 0 to 1"
+    )
+  if per_class < 1:
+    raise UserError(f"per_class is {per_class}; it must be 1 or more")
   options = {"soft": soft, "min_confidence": min_confidence}
   options |= {"per_class": per_class, "balance": balance}
-  _check(**options)
-  path = checkpoint.absolute(out)
   weights = pretrained.read(source)
   images = data.get_source(dataset, split, data_dir)
-  scored = {
+  about = {
     "dataset": dataset,
     "split": split,
     "identity": images.identity(),
     "teacher": weights.source,
     "class_names": _name_classes(weights, images),
+    "options": options,
   }
-  about = {**scored, "options": options}
+  return _label(out, weights, images, about, batch_size, before_batch)
+
+
+def _label(out, weights, images, about, batch_size, before_batch):
+  """Does what is left to do of `pseudo_label`; returns the report.
+
+  `about` is about.json without the report.
+  """
+  path, soft = checkpoint.absolute(out), about["options"]["soft"]
   distributed.check_same({**about, "--out": str(path)})
   done = _on_first(lambda: _find_report(path, about))
   if done:
@@ -99,23 +112,13 @@ def pseudo_label(
   parts = path.with_name(path.name + ".parts")
   mesh = sharding.make_mesh()
   size = devices.round_up(batch_size, mesh)
+  scored = {k: x for k, x in about.items() if k != "options"}
   scored |= {"soft": soft, "batch_size": size}
   first = _on_first(lambda: _count_parts(parts, scored))
   images = allow_unlabelled(images, about["class_names"])
   where = {"source": images, "mesh": mesh, "batch_size": size}
   _score(weights, soft, parts, first, before_batch=before_batch, **where)
   return _on_first(lambda: _finish(path, parts, about))
-
-
-def _check(soft, min_confidence, per_class, balance):
-  """Raises a UserError for numbers out of range."""
-  del soft, balance
-  if not 0 <= min_confidence <= 1:
-    raise UserError(
-      f"min_confidence is {min_confidence}; it must be from 0 to 1"
-    )
-  if per_class < 1:
-    raise UserError(f"per_class is {per_class}; it must be 1 or more")
 
 
 def _name_classes(weights, images) -> list[str]:
@@ -223,7 +226,7 @@ def _score(weights, soft, parts, first, *, source, mesh, batch_size, **where):
     if not jax.process_index():
       file = _part(parts, number)
       with files.atomic_file(file) as partial, open(partial, "wb") as f:
-        np.savez(f, **arrays)
+        np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
     log.info("%d of %d images", start + len(arrays["labels"]), total)
 
 
@@ -305,7 +308,7 @@ def _finish(path, parts, about) -> dict[str, Any]:
     raise UserError(
       f"none of the {len(labels):,} images has a class with a probability of "
       f"{options['min_confidence']} or more, the highest is "
-      f"{confidence.max():.3f}; lower --min_confidence"
+      f"{confidence.max():.6g}; lower --min_confidence"
     )
   agrees = np.concatenate([part["agrees"] for part in scores])
   report = _report(chosen, labels, confidence, agrees, about)

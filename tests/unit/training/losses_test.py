@@ -9,6 +9,7 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.training import losses
+from vit_jax.training.objectives import Classification
 
 
 def _random_case(seed, batch=6, classes=11):
@@ -148,3 +149,75 @@ def test_multi_hot():
 def test_errors(name, smoothing, message):
   with pytest.raises(UserError, match=message):
     losses.get_loss(name, smoothing)
+
+
+def _spread(labels, values, classes):
+  """Soft targets, one number after the other."""
+  rows = np.zeros((len(labels), classes))
+  for row, ks, ps in zip(rows, labels, values, strict=True):
+    known = {k: p for k, p in zip(ks, ps, strict=True) if k >= 0}
+    rest = max(0, 1 - sum(known.values()))
+    for k in range(classes):
+      row[k] = known.get(k, rest / max(1, classes - len(known)))
+  return rows
+
+
+def test_soft_targets_spread_what_is_left():
+  rng = np.random.default_rng(1)
+  labels = np.argsort(rng.random((6, 11)))[:, :3]
+  values = np.float32(rng.dirichlet([1] * 4, 6)[:, :3])
+  labels[5, 2], values[5, 2] = -1, 0  # of a mixture with a longer set
+  found = losses.soft_targets(labels, values, 11)
+  expected = _spread(labels, values.astype(float), 11)
+  np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8)
+  np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+  # All classes: exactly what is given.
+  labels = np.argsort(rng.random((6, 3)))
+  values = np.float32(rng.dirichlet([1] * 3, 6))
+  found = np.take_along_axis(losses.soft_targets(labels, values, 3), labels, 1)
+  np.testing.assert_array_equal(found, values)
+
+
+@pytest.mark.parametrize("name", list(_REFERENCES))
+def test_only_hard_labels_are_smoothed(name):
+  """Also of mixup's neighbours, one of which may be soft."""
+  rng = np.random.default_rng(2)
+  logits = rng.normal(size=(6, 11)) * 4
+  labels = np.argsort(rng.random((6, 11)))[:, :2]
+  values = np.float32(rng.dirichlet([1] * 3, 6)[:, :2])
+  hard = [0, 3, 4]
+  labels[hard, 1], values[hard] = -1, 0
+  loss = {"name": name, "label_smoothing": 0.1}
+  objective = Classification(
+    model=None,
+    class_names=[str(k) for k in range(11)],
+    loss_fn=losses.get_loss(**loss),
+    sharpen=functools.partial(losses.sharpen, **loss),
+  )
+  batch = {"image": np.zeros((6, 2, 2, 3), np.uint8), "labels": labels}
+  key = jax.random.key(0)
+  _, targets = objective.prepare({**batch, "probabilities": values}, key)
+  smoothed = np.where(
+    np.isin(np.arange(6), hard)[:, None],
+    _smooth(name, np.eye(11)[labels[:, 0]], 0.1),
+    _spread(labels, values.astype(float), 11),
+  )
+  for mixed, expected in (
+    (targets, smoothed),
+    (
+      0.7 * targets + 0.3 * jnp.roll(targets, 1, 0),
+      0.7 * smoothed + 0.3 * np.roll(smoothed, 1, 0),
+    ),
+  ):
+    found = objective.loss_fn(np.float32(logits), mixed)
+    expected = _REFERENCES[name](logits, expected, 0)
+    np.testing.assert_allclose(found, expected, rtol=3e-6)
+  # The step of a run without soft labels is what it was.
+  _, targets = objective.prepare(batch, key)
+  np.testing.assert_array_equal(targets, losses.multi_hot(labels, 11))
+
+
+def _smooth(name, targets, s):
+  if name == "sigmoid":
+    return targets * (1 - s) + (1 - targets) * s
+  return (1 - s) * targets + s / targets.shape[-1]
