@@ -21,7 +21,7 @@ from vit_jax import config as configuration
 from vit_jax.data.sizes import as_pair
 from vit_jax.errors import UserError
 from vit_jax.tools import runs
-from vit_jax.tools.pseudo_label import pseudo_label
+from vit_jax.tools.pseudo_label import check_options, pseudo_label
 from vit_jax.tools.text import format_columns
 from vit_jax.train import train
 from vit_jax.training import early, lock, run_folder
@@ -131,6 +131,7 @@ def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
     UserError: a configuration that cannot be run, or names of data sets that no
       mixture can have.
   """
+  check_options(loop.min_confidence, loop.per_class)
   stages, teacher = [], None
   ratios = iter(_list_ratios(loop))
   for name in _list_stages(loop):
@@ -189,6 +190,8 @@ def noisy_student(
   """
   folder = checkpoint.absolute(workdir)
   stages = plan(loop, configs, folder)
+  # The teacher's images are opened at once, these only after its training.
+  data.get_source(loop.dataset, loop.split, stages[0].config.data_dir)
   with contextlib.ExitStack() as stack:
     if not jax.process_index():
       stack.enter_context(lock.hold(folder))
