@@ -12,6 +12,7 @@ may fine-tune the last student on the labelled images.
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -255,7 +256,7 @@ def format_table(result: dict[str, Any]) -> str:
   rows = result["stages"]
   names = [n for n in rows[0]["results"] if n.split("/")[-1] not in runs.COUNTS]
   header = ("stage", "model", "size", "labelled", "pseudo-labels", "right")
-  lines = [(*header, *names, "test images")]
+  lines: list[Sequence[str]] = [(*header, *names, "test images")]
   for row in rows:
     height, width = row["image_size"]
     pseudo, right = row["pseudo"], None
