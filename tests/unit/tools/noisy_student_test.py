@@ -129,7 +129,6 @@ def test_paths_that_no_mixture_has(write, tmp_path):
     (["--config=quickstart_finetune"], "TypeError"),
     (["--config.per_class=many"], "config.per_class is int"),
     (["--config.schedule.base_lr=x"], "config.schedule.base_lr is float"),
-    (["--config.split=tests"], "digits has no split 'tests'"),
     (["--config.model.variant=ViT"], "unknown model variant 'ViT'"),
   ],
 )
