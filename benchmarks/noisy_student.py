@@ -55,8 +55,9 @@ def run(name, seed, variant, changes, given) -> dict[str, float] | None:
       whole = FOLDER / name / f"seed={seed}" / "as_configured"
       shutil.copytree(whole / TEACHER, folder / TEACHER)
   result = noisy_student.noisy_student(loop, configs, str(folder))
-  rows = result and result["stages"]
-  return rows and {row["stage"]: row["results"]["accuracy"] for row in rows}
+  if result is None:
+    return None
+  return {row["stage"]: row["results"]["accuracy"] for row in result["stages"]}
 
 
 def make_table(found) -> str:
@@ -86,7 +87,8 @@ def main():
   given = {"eval.split": VALIDATION} if args.validation else {}
   seeds = [*map(int, args.seeds.split(","))]
   for name in args.data.split(","):
-    data.prepare({"tissue": "mini_tissue"}.get(name, name), str(DATA_DIR))
+    loop, _ = noisy_student.load(f"{CONFIG}:{name}", {})
+    data.prepare(loop.dataset, str(DATA_DIR))
     found = {}
     for variant, changes in VARIANTS.items():
       for seed in seeds:

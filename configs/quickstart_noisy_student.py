@@ -88,12 +88,13 @@ def get_training(about, stage):
     config.optimizer.clip_norm = 1.0
     # Initialised at 0.02, it is too small to matter for hundreds of steps.
     config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
-    config.schedule.base_lr = 1e-3
+    config.schedule.base_lr = 3e-3
     config.schedule.decay = "cosine"
     config.schedule.warmup_steps = 20
 
     if is_student:
       config.batch_size = 64  # 16 of them labelled
+      config.total_steps = 400
       config.model.dropout_rate = 0.1
       config.model.stochastic_depth_rate = 0.1
 

@@ -108,6 +108,15 @@ def test_a_complete_loop_stays_as_it_is(args, whole, capsys, monkeypatch):
   assert {n for n in after if after[n] != before.get(n)} <= changing
 
 
+def test_images_that_are_not_there_are_noticed_first(args, tmp_path, capsys):
+  workdir = tmp_path / "loop"
+  words = [*args, f"--workdir={workdir}", "--config.split=others"]
+  assert main(words) == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert "others" in line
+  assert not workdir.exists()
+
+
 def test_stopped_in_each_stage_it_ends_the_same(
   args, runs, whole, tmp_path, monkeypatch, capsys
 ):

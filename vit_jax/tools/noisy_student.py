@@ -12,6 +12,7 @@ may fine-tune the last student on the labelled images.
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from vit_jax import config as configuration
 from vit_jax.data.sizes import as_pair
 from vit_jax.errors import UserError
 from vit_jax.tools import runs
-from vit_jax.tools.pseudo_label import pseudo_label
+from vit_jax.tools.pseudo_label import check_options, pseudo_label
 from vit_jax.tools.text import format_columns
 from vit_jax.train import train
 from vit_jax.training import early, lock, run_folder
@@ -131,6 +132,7 @@ def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
     UserError: a configuration that cannot be run, or names of data sets that no
       mixture can have.
   """
+  check_options(loop.min_confidence, loop.per_class)
   stages, teacher = [], None
   ratios = iter(_list_ratios(loop))
   for name in _list_stages(loop):
@@ -189,6 +191,8 @@ def noisy_student(
   """
   folder = checkpoint.absolute(workdir)
   stages = plan(loop, configs, folder)
+  # The teacher's images are opened at once, these only after its training.
+  data.get_source(loop.dataset, loop.split, stages[0].config.data_dir)
   with contextlib.ExitStack() as stack:
     if not jax.process_index():
       stack.enter_context(lock.hold(folder))
@@ -252,7 +256,7 @@ def format_table(result: dict[str, Any]) -> str:
   rows = result["stages"]
   names = [n for n in rows[0]["results"] if n.split("/")[-1] not in runs.COUNTS]
   header = ("stage", "model", "size", "labelled", "pseudo-labels", "right")
-  lines = [(*header, *names, "test images")]
+  lines: list[Sequence[str]] = [(*header, *names, "test images")]
   for row in rows:
     height, width = row["image_size"]
     pseudo, right = row["pseudo"], None
