@@ -79,10 +79,12 @@ _SET_UP = (
 )
 # Run although it says that it needs a download, since the weights lie there.
 _ALSO = "vit-jax train --config=configs/photos.py:photos --workdir=runs/photos"
-# What other tests run: of sweep, vtab, bench, demo, export, data_tasks.
+# What other tests run: of sweep, vtab, noisy_student, bench, demo, export,
+# data_tasks.
 _ELSEWHERE = (
   "vit-jax sweep ",
   "vit-jax vtab ",
+  "vit-jax noisy-student ",
   "vit-jax bench ",
   "vit-jax demo ",
   "vit-jax export ",

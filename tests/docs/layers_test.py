@@ -70,7 +70,13 @@ _LAYERS = (
     "tools.report",
   ),
   # These run or read the tools of the line before.
-  ("tools.quickstart", "tools.jobs", "tools.preflight", "tools.demo"),
+  (
+    "tools.quickstart",
+    "tools.jobs",
+    "tools.preflight",
+    "tools.demo",
+    "tools.noisy_student",
+  ),
   ("tools.sweep",),
   ("tools.vtab",),
   # The command line: what neither the core nor the tools import.

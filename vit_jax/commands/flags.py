@@ -106,6 +106,16 @@ def add_workdir(parser, help="the run folder"):
   parser.add_argument("--workdir", required=True, help=help)
 
 
+def add_stopped_exit_code(parser):
+  parser.add_argument(
+    "--stopped_exit_code",
+    type=int,
+    default=0,
+    metavar="CODE",
+    help="of a run that a signal stopped after it was saved (default: 0)",
+  )
+
+
 def add_checkpoint(parser):
   parser.add_argument(
     "--checkpoint", required=True, metavar="SOURCE", help=SOURCE

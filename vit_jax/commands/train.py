@@ -6,13 +6,7 @@ from vit_jax.commands import distributed, flags
 def add_flags(parser):
   flags.add_config(parser)
   flags.add_workdir(parser)
-  parser.add_argument(
-    "--stopped_exit_code",
-    type=int,
-    default=0,
-    metavar="CODE",
-    help="of a run that a signal stopped after it was saved (default: 0)",
-  )
+  flags.add_stopped_exit_code(parser)
   distributed.add_flags(parser)
 
 

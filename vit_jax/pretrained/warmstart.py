@@ -28,6 +28,8 @@ REPLACEABLE = (
   "mpp_head/",
   POS_EMBEDDING,
 )
+# In MAE's fine-tuning a new norm after the pooling takes its place.
+_LAST_NORM = "Transformer/encoder_norm/"
 _POSITIONS = re.compile(r".*/pos_embedding(_y|_x)?")
 
 
@@ -159,9 +161,11 @@ def _unstack(weights):
 
 
 def _check_architecture(target, weights, source):
-  problems = []
+  problems, replaceable = [], REPLACEABLE
+  if "fc_norm/scale" in target:
+    replaceable = (*replaceable, _LAST_NORM)
   for path in sorted(target.keys() | weights.keys()):
-    if path.startswith(REPLACEABLE):
+    if path.startswith(replaceable):
       continue
     there, here = (
       by(tree[path].shape) if path in tree else "absent"

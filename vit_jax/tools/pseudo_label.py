@@ -77,12 +77,7 @@ def pseudo_label(
     UserError: no classes, no images, none confident enough, or another set at
       `out`.
   """
-  if not 0 <= min_confidence <= 1:
-    raise UserError(
-      f"min_confidence is {min_confidence}; it must be from 0 to 1"
-    )
-  if per_class < 1:
-    raise UserError(f"per_class is {per_class}; it must be 1 or more")
+  check_options(min_confidence, per_class)
   options = {"soft": soft, "min_confidence": min_confidence}
   options |= {"per_class": per_class, "balance": balance}
   weights = pretrained.read(source)
@@ -96,6 +91,16 @@ def pseudo_label(
     "options": options,
   }
   return _label(out, weights, images, about, batch_size, before_batch)
+
+
+def check_options(min_confidence: float, per_class: int) -> None:
+  """Raises a UserError for options of `pseudo_label` that are out of range."""
+  if not 0 <= min_confidence <= 1:
+    raise UserError(
+      f"min_confidence is {min_confidence}; it must be from 0 to 1"
+    )
+  if per_class < 1:
+    raise UserError(f"per_class is {per_class}; it must be 1 or more")
 
 
 def _label(out, weights, images, about, batch_size, before_batch):

@@ -277,6 +277,74 @@ def test_the_average_of_table_7(tmp_path):
   assert sgd["ours"] is None
 
 
+def _write_loop(runs, students=3, **overrides):
+  """Makes what `vit-jax noisy-student` leaves, with fewer students maybe."""
+  spec = "noisy_student.py:L2,"
+  _write_run(runs / "teacher", f"{spec}teacher", 0.85)
+  for i in range(1, students + 1):
+    labels = f"pseudo:{runs}/labels_student{i}={28.0 if i == 3 else 14.0}"
+    data = {"train__dataset": f"imagenet2012=1,{labels}"}
+    path, spec_i = runs / f"student{i}", f"{spec}student{i}"
+    _write_run(path, spec_i, 0.87 + i / 1000, **data, **overrides)
+  return runs / f"student{students}"
+
+
+_NOISY = "Noisy Student EfficientNet-L2"
+
+
+def _loop_cell(runs, column="ImageNet"):
+  rows = tables.make_table("table2", str(runs))
+  (row,) = (row for row in rows if row["name"] == _NOISY)
+  return row["cells"][column]
+
+
+def test_the_last_of_a_loop_fills_the_column_of_noisy_student(tmp_path):
+  student = _write_loop(tmp_path)
+  # A B7 of the same data is not an L2; a plain L2 is not of a loop.
+  spec = "noisy_student.py:L2,finetune"
+  _write_run(tmp_path / "plain", spec, 0.8)
+  cell = _loop_cell(tmp_path)
+  assert cell["ours"] == pytest.approx(87.3)
+  assert cell["differs"] == ["no finetune"]
+  assert cell["runs"] == [str(student)]
+  last = tmp_path / "finetune"
+  _write_run(last, spec, 0.884, init_from=student)
+  _write_run(tmp_path / "early", spec, 0.9, init_from=tmp_path / "student2")
+  cell = _loop_cell(tmp_path)
+  assert (cell["paper"], cell["runs"]) == (88.4, [str(last)])
+  assert cell["difference"] == pytest.approx(0)
+  assert not cell["differs"]
+  assert "commands" not in cell
+  (command,) = _loop_cell(tmp_path, "ImageNet ReaL")["commands"]
+  assert f"--workdir={last} " in command
+  (last / "imagenet2012_real.json").write_text('{"prec@1": 0.905}')
+  real = _loop_cell(tmp_path, "ImageNet ReaL")
+  assert (real["paper"], real["ours"]) == (90.55, pytest.approx(90.5))
+  # It fills nothing else.
+  made = tables._list_cells(tables.make_table("table2", str(tmp_path)))
+  filled = [title for title, x in made if x.get("ours") is not None]
+  expected = [f"{_NOISY}; ImageNet{x}" for x in ("", " ReaL")]
+  assert filled == expected
+
+
+def test_another_loop_is_named(tmp_path):
+  student = _write_loop(tmp_path, students=2, ema_decay=0.999)
+  spec = "noisy_student.py:L2,finetune"
+  _write_run(tmp_path / "finetune", spec, 0.88, init_from=student, steps=938)
+  _write_run(tmp_path / "other", spec, 0.88, init_from=student, batch_size=8)
+  _write_run(tmp_path / "o2", spec, 0.87, init_from=student, batch_size=8,
+             seed=1)  # fmt: skip
+  cell = _loop_cell(tmp_path)
+  # Of two settings the one with most runs.
+  assert cell["ours"] == pytest.approx(87.5)
+  assert "batch_size 8 (protocol: 2048)" in cell["differs"]
+  assert "student2 is the last (protocol: student3)" in cell["differs"]
+  assert "student3: ema_decay 0.999 (protocol: 0.9999)" in cell["differs"]
+  assert any(
+    x.startswith("student3: batch_size 30720") for x in cell["differs"]
+  )
+
+
 # --- what would fill the cells ---
 
 

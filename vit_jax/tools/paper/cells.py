@@ -186,7 +186,8 @@ def plan(cell: Cell, runs: list[Run], folder: str) -> Plan:
       parts.append(_plan_sweep(cell, source, sweep))
       paths = [f"{sweep}/final/seed={seed}" for seed in range(cell.seeds)]
     if cell.kind == "real":
-      parts += [_plan_real(cell, path) for path in paths]
+      commands = [evaluate_run(path, cell.dataset) for path in paths]
+      parts.append(Plan(commands, 0, [cell.dataset]))
   return Plan(
     [command for part in parts for command in part.commands],
     sum(part.images for part in parts),
@@ -199,7 +200,7 @@ def prepare(datasets: Iterable[str]) -> list[str]:
   return [
     f"# {name} is private: see docs/questions.md"
     if data.find_set(name).get("private")
-    else _command("data", "prepare", name)
+    else make_command("data", "prepare", name)
     for name in datasets
   ]
 
@@ -223,7 +224,7 @@ def _name_folder(wanted, folder):
 
 def plan_pretraining(wanted: Pretraining, folder: str) -> Plan:
   """Returns what a pre-training takes."""
-  command = _command(
+  command = make_command(
     "train",
     f"--config=configs/{wanted.spec}",
     f"--workdir={_name_folder(wanted, folder)}",
@@ -245,7 +246,7 @@ def count_exaflops(wanted: Pretraining) -> float:
 def _plan_sweep(cell, source, workdir):
   """Returns the selection of a learning rate, and the final runs with it."""
   row = _row_of_table_4(cell)
-  command = _command(
+  command = make_command(
     "sweep",
     f"--config=configs/{cell.spec},held_out",
     f"--final=configs/{cell.spec}",
@@ -258,12 +259,12 @@ def _plan_sweep(cell, source, workdir):
   return Plan([command], images, [cell.training_set])
 
 
-def _plan_real(cell, path):
-  """Returns the evaluation of a fine-tuned run on other labels."""
-  words = [f"--workdir={path}", f"--dataset={cell.dataset}"]
-  command = _command("evaluate", *words, "--split=validation", "--json")
-  output = shlex.quote(f"{path}/{cell.dataset}.json")
-  return Plan([f"{command} > {output}"], 0, [cell.dataset])
+def evaluate_run(path: str, dataset: str) -> str:
+  """Returns the command that evaluates a fine-tuned run on other labels."""
+  words = [f"--workdir={path}", f"--dataset={dataset}"]
+  command = make_command("evaluate", *words, "--split=validation", "--json")
+  output = shlex.quote(f"{path}/{dataset}.json")
+  return f"{command} > {output}"
 
 
 def _plan_vtab(cell, runs, source, folder):
@@ -277,7 +278,7 @@ def _plan_vtab(cell, runs, source, folder):
     kind, (rates, steps), tasks = "vtab", _VTAB_GRID, _list_tasks(cell)
     tasks = [t for t in tasks if len(measure(t, runs).values) < cell.seeds]
   names = [task.dataset for task in tasks]
-  command = _command(
+  command = make_command(
     "vtab",
     f"--init_from={source}",
     f"--workdir={_name_folder(cell.pretraining, folder)}-{kind}",
@@ -293,7 +294,7 @@ def _plan_vtab(cell, runs, source, folder):
 
 def _plan_linear(cell, source):
   """Returns the few-shot evaluation: features, and a small linear system."""
-  command = _command(
+  command = make_command(
     "linear",
     f"--checkpoint={source}",
     f"--dataset={cell.dataset}",
@@ -314,5 +315,6 @@ def _grid(key, values):
   return f"--grid={key}={','.join(map(str, values))}"
 
 
-def _command(*words):
+def make_command(*words: str) -> str:
+  """Returns a command as a shell takes it."""
   return shlex.join(["vit-jax", *words])

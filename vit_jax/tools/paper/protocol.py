@@ -101,7 +101,7 @@ def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
 
   Its evaluation does not matter: the weights are the same.
   """
-  expected = {**_load(wanted.spec), **dict(wanted.overrides)}
+  expected = {**load(wanted.spec), **dict(wanted.overrides)}
   del expected["eval.preprocess"], expected["total_steps"]
   return _compare(run, {key: [x] for key, x in expected.items()})
 
@@ -116,12 +116,22 @@ def compare_finetuning(
     spec: "finetune.py:ViT-B_16,cifar100".
     base_lrs: the learning rates that the protocol selects among.
   """
-  choices = {key: [x] for key, x in _load(spec).items()}
+  choices = {key: [x] for key, x in load(spec).items()}
   return _compare(run, choices | {"schedule.base_lr": [*base_lrs]})
 
 
+def compare(run: Run, spec: str) -> list[str]:
+  """Returns in what a run differs from a configuration of configs/.
+
+  Args:
+    run: the training.
+    spec: "noisy_student.py:L2,finetune".
+  """
+  return _compare(run, {key: [x] for key, x in load(spec).items()})
+
+
 @functools.cache
-def _load(spec: str) -> Mapping[str, Any]:
+def load(spec: str) -> Mapping[str, Any]:
   """Returns a configuration of configs/, flat, as config.json has it."""
   config = configuration.load(spec.replace(".py:", ":", 1))
   return configuration.flatten(configuration.to_dict(config))

@@ -12,7 +12,7 @@ from typing import Any
 
 from vit_jax.errors import UserError, check_choice, suggest
 from vit_jax.models import variants
-from vit_jax.tools.paper import cells, data, flops, protocol
+from vit_jax.tools.paper import cells, data, flops, loops, protocol
 from vit_jax.tools.paper.cells import Cell
 from vit_jax.tools.paper.protocol import Pretraining
 from vit_jax.tools.runs import find_runs
@@ -130,6 +130,8 @@ def _make_transfer(row, runs):
 
 def _make_row(name, row, runs, folder):
   """Returns a row of a results table."""
+  if row.get("loop"):
+    return _make_loop(row, runs, folder)
   if row.get("reference"):
     values = {key: _show_paper(value) for key, value in row["values"].items()}
     return {"name": row["name"], "note": row["note"], "cells": values}
@@ -145,6 +147,20 @@ def _make_row(name, row, runs, folder):
     made["exaflops"] = round(cells.count_exaflops(_find_pretraining(row)), 2)
     made["paper_exaflops"] = row["exaflops"]
   return made
+
+
+def _make_loop(row, runs, folder):
+  """Returns the row of a model that `vit-jax noisy-student` trains."""
+  made = {}
+  for column, paper in row["values"].items():
+    dataset = data.load()["measures"][column]["dataset"]
+    found = loops.measure(row["loop"], dataset, runs)
+    made[column] = found._asdict() | _compare(found.values, paper)
+    if not found.values:
+      plan = loops.plan(row["loop"], dataset, runs, folder)
+      made[column] |= plan._asdict()
+  kept = {key: row[key] for key in ("name", "note", "tpuv3_core_days")}
+  return {**kept, "private": True, "cells": made}
 
 
 def _fill_row(name, row, runs, folder):

@@ -1,0 +1,32 @@
+"""`vit-jax noisy-student`: teacher, pseudo-labels, student, and again."""
+
+from vit_jax.commands import distributed, flags
+
+EXTRA = "train"
+
+
+def add_flags(parser):
+  flags.add_config(
+    parser,
+    "its get_config takes [ARG,]loop and [ARG,]STAGE; --config.key=value "
+    "changes a key of the loop, or one of all stages",
+  )
+  flags.add_workdir(parser, "one folder a stage in it")
+  flags.add_stopped_exit_code(parser)
+  flags.add_json(parser)
+  distributed.add_flags(parser)
+
+
+def run(args):
+  import jax
+
+  from vit_jax.tools import noisy_student
+
+  loop, configs = noisy_student.load(args.config, args.overrides)
+  distributed.connect(args)
+  result = noisy_student.noisy_student(loop, configs, args.workdir)
+  if result is None:
+    return args.stopped_exit_code
+  if not jax.process_index():
+    flags.print_result(args, result, noisy_student.format_table)
+  return 0

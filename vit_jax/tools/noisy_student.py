@@ -1,0 +1,278 @@
+"""The `noisy-student` command: a loop of trainings (arXiv 1911.04252).
+
+A teacher learns from labelled images. Each student learns from these and from
+images that the network before it has labelled, with noise (augmentation,
+dropout, stochastic depth), and labels those of the next student. A last stage
+may fine-tune the last student on the labelled images.
+
+  WORKDIR/STAGE                 runs: teacher, student1, student2, ..., finetune
+  WORKDIR/labels_STAGE          the pseudo-labels that a student learns from
+  WORKDIR/noisy_student.json    the results
+"""
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from vit_jax import checkpoint, data, files
+from vit_jax import config as configuration
+from vit_jax.data.sizes import as_pair
+from vit_jax.errors import UserError
+from vit_jax.tools import runs
+from vit_jax.tools.pseudo_label import check_options, pseudo_label
+from vit_jax.tools.text import format_columns
+from vit_jax.train import train
+from vit_jax.training import early, lock, run_folder
+from vit_jax.training.stop import Stopping, StopSignal
+
+log = logging.getLogger(__name__)
+
+REPORT = "noisy_student.json"
+FINETUNE = "finetune"
+# What get_config("loop") returns: the stages, the ratio of pseudo-labelled to
+# labelled images in a student's batches (a number, or one for each student),
+# and arguments of `pseudo_label`.
+_LABELLING = (
+  *("dataset", "split", "soft", "min_confidence", "per_class", "balance"),
+)
+_LOOP = {"stages", "ratio", *_LABELLING}
+
+
+class Stage(NamedTuple):
+  """One training of the loop.
+
+  Attributes:
+    name: "teacher", "student1", ..., or "finetune".
+    config: of the run, with its data sets.
+    workdir: the run folder.
+    teacher: the run folder of the stage before.
+    labels: the folder of a student's pseudo-labels, None for others.
+  """
+
+  name: str
+  config: Any
+  workdir: Any
+  teacher: Any
+  labels: Any
+
+
+# --- what is run ---
+
+
+def load(spec: str, overrides: dict[str, str]) -> tuple[Any, dict[str, Any]]:
+  """Returns the configuration of the loop, and {stage: its configuration}.
+
+  Args:
+    spec: "CONFIG" or "CONFIG:ARG" of a file whose get_config takes "[ARG,]loop"
+      and "[ARG,]STAGE".
+    overrides: {key: text}; those of the loop's keys are its own, all others are
+      of every stage.
+
+  Raises:
+    UserError: as `config.load`; the loop lacks a key, or its stages are not
+      what `_list_stages` says.
+  """
+
+  def load_one(stage, given):
+    between = "," if ":" in spec else ":"
+    return configuration.load(f"{spec}{between}{stage}", given)
+
+  loop = load_one("loop", {})
+  if missing := sorted(_LOOP - {*loop}):
+    raise UserError(
+      f"{spec} is no configuration of noisy-student: what its get_config "
+      f"returns for 'loop' has no {', '.join(missing)}; see "
+      "configs/quickstart_noisy_student.py"
+    )
+  for key in overrides.keys() & _LOOP:
+    configuration.override(loop, key, overrides[key])
+  rest = {k: x for k, x in overrides.items() if k not in _LOOP}
+  return loop, {stage: load_one(stage, rest) for stage in _list_stages(loop)}
+
+
+def _list_stages(loop):
+  """Returns the stages of a loop: a teacher, students, maybe a fine-tuning."""
+  stages = tuple(loop.stages)
+  students = tuple(s for s in stages if s not in ("teacher", FINETUNE))
+  known = tuple(f"student{i + 1}" for i in range(len(students)))
+  full = ("teacher", *known, FINETUNE)
+  if not students or stages not in (full, full[:-1]):
+    raise UserError(
+      f"stages are {', '.join(map(str, stages)) or 'none'}; they are teacher, "
+      f"student1, student2 and so on, and {FINETUNE} where there is one"
+    )
+  return stages
+
+
+def _list_ratios(loop):
+  """Returns the ratio of each student."""
+  count = sum(stage.startswith("student") for stage in loop.stages)
+  given = loop.ratio
+  ratios = given if isinstance(given, tuple | list) else (given,) * count
+  if len(ratios) != count:
+    raise UserError(
+      f"ratio is {given} and there are {count} students; give one number, or "
+      "as many"
+    )
+  return ratios
+
+
+def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
+  """Returns the stages, checked as far as that goes before they are run.
+
+  Args:
+    loop: what get_config("loop") returns.
+    configs: {stage: its configuration}, with the labelled images alone.
+    folder: the absolute path of the loop.
+
+  Raises:
+    UserError: a configuration that cannot be run, or names of data sets that no
+      mixture can have.
+  """
+  check_options(loop.min_confidence, loop.per_class)
+  stages, teacher = [], None
+  ratios = iter(_list_ratios(loop))
+  for name in _list_stages(loop):
+    workdir, labels = folder / name, None
+    config = configs[name].copy_and_resolve_references().unlock()
+    if name == FINETUNE:
+      config.init_from = str(teacher)
+    elif name != "teacher":
+      labels = folder / f"labels_{name}"
+      config.train.dataset = _mix(config.train.dataset, labels, next(ratios))
+    stages.append(Stage(name, config.lock(), workdir, teacher, labels))
+    early.check(config)
+    if not run_folder.check(config, workdir):
+      configuration.check_unused(config)
+    teacher = workdir
+  return stages
+
+
+def _mix(labelled, labels, ratio) -> str:
+  """Returns a student's mixture; raises a UserError if it would not parse."""
+  pseudo = f"{data.PSEUDO}{labels}"
+  text = f"{labelled}=1,{pseudo}={ratio}"
+  try:
+    found = data.parse_mixture(text)
+  except UserError:
+    found = None
+  if found != [(labelled, 1.0), (pseudo, ratio)]:
+    raise UserError(
+      f"students learn from a mixture, and {text!r} is none; it needs one data "
+      "set of labelled images, no comma in its name or in --workdir, and a "
+      "ratio above 0"
+    )
+  return text
+
+
+# --- running it ---
+
+
+def noisy_student(
+  loop, configs: dict[str, Any], workdir: str
+) -> dict[str, Any] | None:
+  """Runs the loop, or what is left of it, and writes `workdir`/REPORT.
+
+  Args:
+    loop, configs: see `load`.
+    workdir: the folder of all runs; a local path or a gs:// address.
+
+  Returns:
+    {"stages": a list of {"stage", "workdir", "model", "image_size", "labelled":
+    how many images, "pseudo": the report of `pseudo_label` or None,
+    "results": as `train` returns}}; None if it was told to stop.
+
+  Raises:
+    UserError: see `plan`, `train` and `pseudo_label`.
+    RunStopped: a stage failed.
+  """
+  folder = checkpoint.absolute(workdir)
+  stages = plan(loop, configs, folder)
+  # The teacher's images are opened at once, these only after its training.
+  data.get_source(loop.dataset, loop.split, stages[0].config.data_dir)
+  with contextlib.ExitStack() as stack:
+    if not jax.process_index():
+      stack.enter_context(lock.hold(folder))
+    rows = _run(loop, stages)
+    if rows is None:
+      return None
+    result = {"stages": rows}
+    if not jax.process_index():
+      files.write_json(folder / REPORT, result)
+    return result
+
+
+def _run(loop, stages) -> list[dict[str, Any]] | None:
+  """Returns what the report says of each stage, None if told to stop."""
+  rows = []
+  with StopSignal() as stop:  # between the trainings
+    for stage in stages:
+      pseudo = None
+      try:
+        stop.check()
+        if stage.labels:
+          log.info("%s: pseudo-labels by %s", stage.name, stage.teacher.name)
+          pseudo = pseudo_label(
+            str(stage.teacher),
+            out=str(stage.labels),
+            data_dir=stage.config.data_dir,
+            before_batch=stop.check,
+            **{key: loop[key] for key in _LABELLING},
+          )
+          stop.check()
+      except Stopping:
+        return None
+      log.info("%s: training", stage.name)
+      results = train(stage.config, stage.workdir)
+      if results is None:
+        return None
+      rows.append(_describe(stage, pseudo, results))
+  return rows
+
+
+def _describe(stage, pseudo, results):
+  """Returns what the report says of a stage that is complete."""
+  labelled = files.read_run(stage.workdir)["data"]["train"][0]
+  return {
+    "stage": stage.name,
+    "workdir": str(stage.workdir),
+    "model": stage.config.model.variant,
+    "image_size": list(as_pair(stage.config.image_size)),
+    "labelled": labelled["examples"],
+    "pseudo": pseudo,
+    "results": results,
+  }
+
+
+def format_table(result: dict[str, Any]) -> str:
+  """Returns the result as a table, a row a stage.
+
+  Pseudo-labels are the images that are kept, each counted once; "right" is the
+  part of them whose label is the one that the data set has for them, if any.
+  """
+  rows = result["stages"]
+  names = [n for n in rows[0]["results"] if n.split("/")[-1] not in runs.COUNTS]
+  header = ("stage", "model", "size", "labelled", "pseudo-labels", "right")
+  lines: list[Sequence[str]] = [(*header, *names, "test images")]
+  for row in rows:
+    height, width = row["image_size"]
+    pseudo, right = row["pseudo"], None
+    if pseudo:
+      right = pseudo["agreement"]
+      pseudo = f"{pseudo['distinct']:,} of {pseudo['examples']:,}"
+    lines.append(
+      (
+        row["stage"],
+        row["model"],
+        str(height) if height == width else f"{height}x{width}",
+        f"{row['labelled']:,}",
+        pseudo or "-",
+        "-" if right is None else f"{right:.1%}",
+        *(f"{row['results'][name]:.4f}" for name in names),
+        f"{row['results'].get('examples', 0):,}",
+      )
+    )
+  return "\n".join(format_columns(lines, "<<>"))
