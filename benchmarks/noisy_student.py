@@ -11,8 +11,9 @@ student anew, from the same teacher, with one thing left out:
 
 All of it in runs/noisy_student_benchmark/DATA/seed=N/VARIANT, a run a stage:
 stopped, it resumes. The data sets are prepared where that is needed. Settings
-were chosen with --validation and seeds from 10 on: its test images are 200
-training images, which no network here learns from.
+were chosen with seeds 10 and 11 and --validation: instead of the test set it
+evaluates 200 training images, which no network here learns from. As these are
+few, the labels of the 750 unlabelled images counted as well.
 """
 
 import argparse

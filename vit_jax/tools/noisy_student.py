@@ -259,7 +259,7 @@ def format_table(result: dict[str, Any]) -> str:
   lines: list[Sequence[str]] = [(*header, *names, "test images")]
   for row in rows:
     height, width = row["image_size"]
-    pseudo, right = row["pseudo"], None
+    pseudo, right, results = row["pseudo"], None, row["results"]
     if pseudo:
       right = pseudo["agreement"]
       pseudo = f"{pseudo['distinct']:,} of {pseudo['examples']:,}"
@@ -271,8 +271,8 @@ def format_table(result: dict[str, Any]) -> str:
         f"{row['labelled']:,}",
         pseudo or "-",
         "-" if right is None else f"{right:.1%}",
-        *(f"{row['results'][name]:.4f}" for name in names),
-        f"{row['results'].get('examples', 0):,}",
+        *(f"{results[n]:.4f}" if n in results else "-" for n in names),
+        f"{results.get('examples', 0):,}",
       )
     )
   return "\n".join(format_columns(lines, "<<>"))
