@@ -7,8 +7,9 @@ from vit_jax.errors import UserError, suggest
 
 SOURCE = (
   "a run folder or checkpoint, an npz or safetensors file, a Hugging Face or "
-  "timm folder, a TensorFlow checkpoint (EfficientNet), a gs:// or https:// address, a published name, or a model of "
-  "the Hugging Face hub (OWNER/NAME, hf:OWNER/NAME@REVISION, timm:NAME)"
+  "timm folder, a TensorFlow checkpoint (EfficientNet), a gs:// or https:// "
+  "address, a published name, or a model of the Hugging Face hub (OWNER/NAME, "
+  "hf:OWNER/NAME@REVISION, timm:NAME)"
 )
 
 
