@@ -89,9 +89,7 @@ def _make_curve(decay, base_lr, warmup, linear_end, timescale, rate, steps):
     return base_lr * jax.lax.rsqrt(1 + jnp.maximum(0, t - warmup) / timescale)
 
   def exponential(p, t):
-    # XLA may multiply by the reciprocal of the steps, which is rounded.
-    stairs = jnp.floor(t / steps * (1 + 2**-22))
-    return base_lr * jnp.where(t < warmup, 1, rate**stairs)
+    return base_lr * jnp.where(t < warmup, 1, rate ** jnp.floor(t / steps))
 
   curves = {
     "linear": lambda p, _: linear_end + (base_lr - linear_end) * (1 - p),

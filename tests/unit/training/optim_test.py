@@ -105,7 +105,7 @@ def test_schedule_equals_formula_at_every_step(decay, warmup, cooldown):
     (0, 3, range(46)),
     (5, 3, range(46)),  # down while it warms up, which only shows later
     (7, 4.7, range(46)),
-    # To the step, where XLA divides by 2,401 as well as it can.
+    # Down at the very step, however many there are.
     (12_000, 2401, [2401 * k + i for k in range(140) for i in (-1, 0)][1:]),
   ],
 )
