@@ -258,11 +258,11 @@ def _make_score(teacher, soft):
   return score
 
 
-def _read(part) -> Any:
-  """Returns the arrays of a part, each read when it is used."""
-  return np.load(
-    io.BytesIO(part.read_bytes()) if files.is_remote(part) else part
-  )
+def _read(part, name) -> np.ndarray:
+  """Returns an array of a part."""
+  remote = files.is_remote(part)
+  with np.load(io.BytesIO(part.read_bytes()) if remote else part) as arrays:
+    return arrays[name]
 
 
 # --- selection ---
@@ -303,10 +303,11 @@ def select(
 def _finish(path, parts, about) -> dict[str, Any]:
   """Writes the set from all scores; returns its report."""
   options = about["options"]
-  count = _count_parts(parts, {})
-  scores = [_read(_part(parts, i)) for i in range(count)]
-  labels = np.concatenate([part["labels"][:, 0] for part in scores])
-  confidence = np.concatenate([part["probabilities"][:, 0] for part in scores])
+  scores = [_part(parts, i) for i in range(_count_parts(parts, {}))]
+  labels, confidence = (
+    np.concatenate([_read(part, name)[:, 0] for part in scores])
+    for name in ("labels", "probabilities")
+  )
   choice = {k: x for k, x in options.items() if k != "soft"}
   chosen = select(labels, confidence, len(about["class_names"]), **choice)
   if not len(chosen):
@@ -315,7 +316,7 @@ def _finish(path, parts, about) -> dict[str, Any]:
       f"{options['min_confidence']} or more, the highest is "
       f"{confidence.max():.6g}; lower --min_confidence"
     )
-  agrees = np.concatenate([part["agrees"] for part in scores])
+  agrees = np.concatenate([_read(part, "agrees") for part in scores])
   report = _report(chosen, labels, confidence, agrees, about)
   arrays = [_take(scores, chosen, "labels")]
   if options["soft"]:
@@ -329,7 +330,7 @@ def _take(scores, chosen, name):
   """Returns rows of an array that is in parts: of `chosen`, which rises."""
   found, first = [], 0
   for part in scores:
-    array = part[name]
+    array = _read(part, name)
     i, j = np.searchsorted(chosen, [first, first + len(array)])
     found.append(array[chosen[i:j] - first])
     first += len(array)
