@@ -23,7 +23,7 @@ def get_config():
   config = get_common_config()
   with config.unlocked():
     config.objective = "masked_patches"
-    # Strokes are finer than a patch: its mean colour says little of them.
+    # Strokes are finer than a patch: its mean colour hardly depends on them.
     config.masked_target = "colour_grid"
     config.image_size = 24
 

@@ -216,7 +216,7 @@ def add_eval(config, name: str, **values: Any) -> None:
     config.evals[name].update(values)
 
 
-# Of an entry of `config.evals`; what they mean unset says `list_evals`.
+# Of an entry of `config.evals`; `list_evals` has their defaults.
 _EVAL_KEYS: dict[str, type] = {
   **dict.fromkeys(("type", "dataset", "split", "preprocess"), str),
   **{"batch_size": int, "every": int, "train_split": str, "shots": tuple},
@@ -410,8 +410,9 @@ def check_ranges(config) -> None:
     )
 
 
-# Key -> its default (and what else says "off"), and the key that it needs with
-# the value or values that this has to have; None: any but 0, "" or unset.
+# Key -> its default (and other values that mean "off"), and the key that it
+# needs with the value or values that this has to have; None: any but 0, "" or
+# unset.
 _DECAY = "optimizer.weight_decay"
 NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "masked_target": (("mean_colour",), "objective", "masked_patches"),
@@ -448,7 +449,7 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
 
 def find_unused(values: dict[str, Any]) -> list[str]:
   """Returns the keys of `NEEDS` that have no effect in a flat configuration."""
-  # Those of `eval` are also what the entries of `evals` do not say.
+  # Those of `eval` are also the defaults of the entries of `evals`.
   meant = {"eval.split"} if any(k.startswith("evals.") for k in values) else {}
 
   def is_met(needed, wanted):

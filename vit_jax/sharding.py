@@ -33,7 +33,7 @@ RULES = (
   (r"(depthwise_conv|se_reduce|se_expand)/kernel", P()),  # small ones
   (r"(\w+_)?conv(_root|_proj|\d)?/kernel", P(None, None, None, "fsdp")),
   (r"(projection|pre_logits|(mpp_)?head(_dist)?)/kernel", P("fsdp", None)),
-  # One vector a layer: the gather would cost more than the memory is worth.
+  # One vector a layer: the all-gather would cost more than the memory is worth.
   (r"mean|var|std", P()),  # running statistics
   (r"bias|scale|cls|dist|registers|mask_token|probe|relative_embedding", P()),
   (r"pos_embedding(_x|_y)?", P()),

@@ -28,4 +28,4 @@ def run(args):
   given = flags.options(args, "checkpoint")
   with demo.serve(args.checkpoint, **given) as url:
     print(f"{url} shows the demo; Ctrl-C ends it", flush=True)
-    threading.Event().wait()  # which nobody sets
+    threading.Event().wait()  # which is never set

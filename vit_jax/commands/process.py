@@ -28,7 +28,7 @@ def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
     try:
       return _run_or_report(parser, argv)
     finally:
-      sys.stdout.flush()  # the interpreter would do it where nobody can catch
+      sys.stdout.flush()  # the interpreter would do it too late to catch
   except BrokenPipeError:
     if not _is_unread(sys.stdout) and not _is_unread(sys.stderr):
       raise  # another pipe of the program
@@ -120,7 +120,7 @@ def _run(args):
   except (UserError, RunStopped):
     raise
   except ImportError as e:
-    # epath says it in its own words.
+    # epath has a message of its own.
     library = "gcsfs" if "gcsfs" in str(e) else (e.name or "").partition(".")[0]
     if library not in EXTRAS:
       raise

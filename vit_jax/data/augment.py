@@ -7,7 +7,7 @@ Its training string is
 with `simple_crop(size)` in place of the first on ImageNet-21k.
 """
 
-# TensorFlow's annotations do not know tf.random.experimental.
+# TensorFlow's annotations lack tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
 import functools

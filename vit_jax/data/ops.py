@@ -6,7 +6,7 @@ would be up to one off. Random operations take a stateless seed, so that an
 image's augmentation depends on (seed, step, row) and nothing else.
 """
 
-# TensorFlow's annotations do not know tf.random.experimental.
+# TensorFlow's annotations lack tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
 import contextlib

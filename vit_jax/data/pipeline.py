@@ -5,7 +5,7 @@ example row r of batch k is, and the augmentation is keyed by the step and the
 row.
 """
 
-# TensorFlow's annotations do not know tf.random.experimental.
+# TensorFlow's annotations lack tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
 import atexit

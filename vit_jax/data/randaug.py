@@ -4,7 +4,7 @@ The constants are those of AugReg: distances of 100 and 40 pixels at 224, grey
 filling.
 """
 
-# TensorFlow's annotations do not know tf.random.experimental.
+# TensorFlow's annotations lack tf.random.experimental.
 # pyright: reportAttributeAccessIssue=false
 
 import functools

@@ -22,7 +22,7 @@ BLOCK_BYTES, _LEAST_BLOCK = 2**21, 2**18
 _LEAST_WINDOW = 16  # blocks
 _STREAMS = 64  # at most: as many as hosts, or a multiple of them
 _THREADS = 128  # requests under way, at most
-_RECORD_BYTES = 100_000  # where a data set does not say
+_RECORD_BYTES = 100_000  # where a data set does not have its size
 
 
 def make_fetcher(

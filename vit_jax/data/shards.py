@@ -62,7 +62,7 @@ class Shards:
     self._shifts = [f.skip + f.take for f in instructions] - self._ends
     self._readers = [None] * len(self._files)
     # Reading an index takes as much memory again, of each thread that does. A
-    # bucket wants to be asked for many at a time, a disk does not.
+    # bucket needs many requests at a time, a disk does not.
     locks = len(self._files) if self.remote else 1
     self._locks = [threading.Lock() for _ in range(locks)]
     self._threads = ThreadPoolExecutor(_NUM_THREADS)

@@ -1,6 +1,6 @@
 """TFDS data sets in ArrayRecord files, which have random access."""
 
-# What TFDS says to return is a union of everything that it might.
+# TFDS's annotated return type is a union of everything that it might.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -34,7 +34,7 @@ class TfdsSource(Source):
     self._files = Shards(dataset, self._shards)
     self.remote = self._files.remote
     image, key, label = _select_features(builder.info.features, dataset, task)
-    # Only these two are parsed: others, masks say, would cost decoding time.
+    # Only these two are parsed: others, such as masks, cost decoding time.
     self._image = tfds.features.FeaturesDict({"image": image})
     self._labels = tfds.features.FeaturesDict({key: label})
     self._labels_key = key

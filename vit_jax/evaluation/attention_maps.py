@@ -17,7 +17,7 @@ from vit_jax.pretrained import Pretrained
 
 # Of a sum that is divided by: nothing at all is 0 and not NaN.
 _LEAST = np.finfo(np.float32).tiny
-# What is left of a picture's light where the model does not look at all.
+# The picture's brightness where there is no attention.
 _DARKEST = 0.15
 
 

@@ -22,7 +22,7 @@ from vit_jax.training import steps
 
 L2 = 2.0**10
 _CONSTANT = 100.0  # the feature that stands for a bias
-_EPSILON = 1e-5  # added to deviations
+_EPSILON = 1e-5  # added to standard deviations
 _CHUNK = 16_384  # examples that are in float64 at a time
 _QUERIES = 1024  # images whose neighbours are looked for at a time
 

@@ -27,7 +27,7 @@ _UNROLL = 4  # images that the compiler may interleave: their steps wait less
 _MAX_TOKENS = 640  # beyond them an image's scores do not fit on the chip
 _BLOCK = 2**19  # bytes of an array that one program of the kernel has
 _MINUS = -1e30  # a score that no softmax sees
-# For these the compiler of kernels knows no products of bfloat16.
+# For these the kernel compiler has no bfloat16 matmuls.
 _OLD_TPUS = ("TPU v2", "TPU v3")
 _AMPERE = 8  # compute capability of the first GPUs that cuDNN's is for
 

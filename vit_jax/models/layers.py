@@ -105,7 +105,7 @@ def add_bias(x, bias):
 
 def _add_bias_backward(_, gradient):
   if gradient.dtype != jnp.bfloat16:
-    # Products of float32 are rounded to bfloat16 on TPUs; sums are not.
+    # Float32 matmuls are rounded to bfloat16 on TPUs; sums are not.
     return gradient, gradient.sum(0)
   ones = jnp.ones((ROWS, gradient.shape[0]), gradient.dtype)
   # One row would be enough, but XLA would make a sum of it again.

@@ -84,7 +84,7 @@ EFFICIENTNETS = {
 # The hybrids: (ResNet, patch in the name) -> its stages, the encoder's patch.
 # At 16 pixels a token, stage 4's units have moved to stage 3 (the paper,
 # Section 4.1). R+ViT-Ti_16 takes 8x8 patches of the root's output, so its
-# tokens are 32 pixels wide, whatever its published name says.
+# tokens are 32 pixels wide, in spite of its published name.
 HYBRIDS = {
   ("R", 16): ((), 8),
   ("RN", 8): ((1, 1), 1),

@@ -30,7 +30,7 @@ ACTIVATIONS = {
   "silu": nn.silu,
 }
 
-# "dots" recomputes attention's own products.
+# "dots" recomputes attention's own matmuls.
 REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -49,7 +49,7 @@ class MlpBlock(nn.Module):
     config, width, inner = self.config, x.shape[-1], self.config.mlp_dim
     init = nn.initializers.normal(1e-6)
     dense = functools.partial(Dense, config, bias_init=init)
-    # XLA sums this bias's gradient where it makes it, beside a product.
+    # XLA sums this bias's gradient where it is computed, beside a matmul.
     widen = functools.partial(dense, (width, inner), sum_by_product=False)
     activate = ACTIVATIONS[config.activation]
     if config.mlp == "gated":

@@ -291,7 +291,7 @@ def _compare(weights, found, to) -> list[str]:
   if _find_module(weights, to) is bit:  # which does not have the size
     ignored |= {"grid", "image_size"}
   elif old["image_size"] == new["image_size"]:
-    for about in (old, new):  # with numbers where it says `size`
+    for about in (old, new):  # with numbers in place of `size`
       size = about["image_size"]
       about["preprocess"] = rescale(about["preprocess"], size, size)
   if old["pos_embedding"] != "learned":

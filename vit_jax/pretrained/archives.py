@@ -18,7 +18,7 @@ from vit_jax import files
 from vit_jax.errors import UserError, needs_extra, one_line
 from vit_jax.pretrained.weights import LazyArray
 
-# np.savez writes bfloat16, which NumPy does not know, as two raw bytes.
+# np.savez writes bfloat16, which NumPy lacks, as two raw bytes.
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -168,7 +168,7 @@ def write_safetensors(
 ) -> None:
   """Writes the file; it appears when it is complete."""
   try:
-    # "pt": other libraries refuse files that do not say who wrote them.
+    # "pt": other libraries refuse files without the framework that wrote them.
     with files.atomic_file(path) as partial:
       safetensors.numpy.save_file(
         dict(arrays), partial, metadata={"format": "pt"}

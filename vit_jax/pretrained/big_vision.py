@@ -57,7 +57,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   patch = tables.shape_of(source, arrays, "embedding/kernel", 4)[0]
   learned = "pos_embedding" in arrays
   token = "cls" in arrays
-  # Fixed waves say nothing of the resolution; theirs is 224.
+  # Fixed waves do not depend on the resolution; theirs is 224.
   grid = (round(224 / patch),) * 2
   if learned:
     grid = tables.square_grid(

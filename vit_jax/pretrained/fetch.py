@@ -115,7 +115,7 @@ def _fetch(address: str, digest: str | None) -> pathlib.Path:
     _check_digest(path, digest)
     return path
   if path.suffix == ".safetensors":
-    # First, because the weights' presence says that all is there.
+    # First, because the weights' presence means that all is there.
     split = urllib.parse.urlsplit(url)
     folder = split.path.rpartition("/")[0]
     config = split._replace(path=f"{folder}/config.json").geturl()
@@ -188,7 +188,7 @@ def _cached_path(url: str) -> pathlib.Path:
   root = os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax"
   split = urllib.parse.urlsplit(url)
   folder, _, name = split.path.rpartition("/")
-  # The hash keeps apart what differs; the words are for who looks inside.
+  # The hash keeps apart what differs; the words are for human readers.
   key = split._replace(path=folder).geturl()
   words = re.sub(r"[^\w.-]+", "_", urllib.parse.unquote(split.netloc + folder))
   folder = f"{words[-80:]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

@@ -16,7 +16,7 @@ PREFIXES = ("hf:", "timm:")
 FORMATS = ("hf", "timm")  # that are uploaded
 _REVISION = r"(?:@(?P<revision>[\w./-]+))?"
 _NAME = r"[A-Za-z0-9][\w.-]*"
-# JSON files first: the presence of weights says that all is there.
+# JSON files first: the presence of weights means that all is there.
 _PATTERNS = (
   ["config.json", "preprocessor_config.json", "model.safetensors.index.json"],
   ["model.safetensors", "model-*.safetensors"],

@@ -21,7 +21,7 @@ def _list_plain() -> dict[str, str]:
     "imagenet21k": (
       "ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32 ViT-H_14 R50+ViT-B_16"
     ),
-    # At 384, or at 224 where the name says so.
+    # At 384, or at 224 where the name has it.
     "imagenet21k+imagenet2012": (
       "ViT-B_16 ViT-B_16-224 ViT-B_32 ViT-L_16 ViT-L_16-224 ViT-L_32"
       " R50+ViT-B_16"

@@ -139,6 +139,6 @@ def write(weights: Weights, out) -> None:
       checkpoints.close()
     except RunStopped as e:
       time.sleep(1)  # TensorStore may still write into the folder
-      # Of a run it says that the same command resumes.
+      # Of a run its advice is that the same command resumes.
       raise OSError(one_line(e.__cause__ or e)) from e
     files.write_json(partial / "config.json", run)

@@ -39,7 +39,7 @@ _ACTIVATIONS = {
 }
 _POOLING = {"token": "token", "avg": "gap", "map": "map"}
 
-# Architectures are told apart by their arrays, but for these: heads that are
+# Architectures are distinguished by their arrays, but for these: heads that are
 # not 64 wide, activations and epsilons. From timm's vision_transformer.py.
 _SIXTEEN_HEADS = (
   r"vit_(base_patch16_gap_224|huge_(?!plus)|giant_(?!.*dinov2)|giantopt_"
@@ -313,7 +313,7 @@ def _describe_pooling(fields, arguments, arrays):
     raise arguments.error(
       f"global_pool is {said!r}, its arrays are for {pooled!r}"
     )
-  # timm's attention pooling leaves these out unless it is told to.
+  # timm's attention pooling leaves these out by default.
   prefix = {"cls_token", "reg_token"} & arrays.keys()
   includes = arguments.values.get("pool_include_prefix", False)
   if bool(includes) != (said == "map" and bool(prefix)):
@@ -346,7 +346,7 @@ def _describe_grid(arrays, arguments, pretrained, patch, is_dinov3):
   count = tables.shape_of(source, arrays, "pos_embed", 3)[1]
   num_patches = (image_size[0] // patch) * (image_size[1] // patch)
   if not given or count not in (num_patches, num_patches + prefix):
-    # Nobody says the size, or not this embedding's.
+    # The size is not given, or is not this embedding's.
     is_square = math.isqrt(count) ** 2 == count
     num_patches = count if is_square else count - prefix
     grid = tables.square_grid(source, num_patches)
@@ -407,7 +407,7 @@ def write(weights: Weights, out: pathlib.Path) -> None:
 
 
 # What models of these architectures may be; their names stand for classes and
-# an epsilon that config.json cannot hold. The arguments say all else.
+# an epsilon that config.json cannot hold. The arguments have all else.
 _ANY = {
   "pos_embedding": ("learned", "none"),
   "pos_embedding_at": ("input",),

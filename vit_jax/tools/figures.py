@@ -317,7 +317,7 @@ def _make_grid(down, across, width, height=None, pictures=True):
 
 
 def _set_title(axis, text):
-  # A name may have "$" in it, which is no formula.
+  # A name may have "$" in it, which is not a formula.
   axis.set_title(text, fontsize=8, parse_math=False)
 
 

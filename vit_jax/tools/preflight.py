@@ -100,7 +100,7 @@ def merge(by_host: list) -> dict[str, Found]:
     if len(texts) > 1 and name in _SAME:
       worst = FAILED
     lines = [f"{', '.join(at)}: {text}" for text, at in texts.items()]
-    if [*texts.values()] == [[host for host, _ in each]]:  # said by all
+    if [*texts.values()] == [[host for host, _ in each]]:  # the same of all
       lines = [*texts]
     merged[name] = Found(worst, "; ".join(lines))
   return merged

@@ -341,7 +341,7 @@ def _find_error(workdir):
   run = runs.read_run(workdir)
   where = f"step {run.step} of {run.total_steps}" if run else "the start"
   lines = ["no output"]
-  # What submitit says counts where there is nothing else.
+  # submitit's message counts where there is no other.
   folder = jobs.find_folder(workdir)
   for file in (*folder.glob("job/*.err"), folder / jobs.LOG):
     if file.exists():

@@ -65,7 +65,7 @@ class Lock:
         log.debug("no flock on %s: %s", file, e)
     if owner := read_owner(file):
       process = owner["process"]
-      # On this machine the flock, or else the process, says whether it lives.
+      # On this machine the flock, or else the process, shows whether it lives.
       if owner["host"] != socket.gethostname() or not (
         is_flocked or process == os.getpid() or not is_alive(process)
       ):
@@ -98,7 +98,7 @@ class Lock:
     owner |= {"token": self.token, "beat": self._beats}
     if self._descriptor is None:
       self._file.write_text(json.dumps(owner))
-    else:  # in place and of one length: nobody reads half of it
+    else:  # in place and of one length: no reader gets half of it
       os.pwrite(self._descriptor, json.dumps(owner).ljust(512).encode(), 0)
 
   def _beat(self):
@@ -117,7 +117,7 @@ def read_owner(file) -> dict | None:
   """Returns the present or past owner of this file's lock, or None."""
   try:
     return json.loads(file.read_text()) or None
-  except (FileNotFoundError, ValueError):  # an empty one names nobody
+  except (FileNotFoundError, ValueError):  # an empty one has no owner
     return None
 
 

@@ -34,7 +34,7 @@ def take(config, workdir, run, opened: Inputs, stack) -> lock.Lock | None:
   if check(config, workdir) != run:
     raise UserError(f"another run has just ended in {workdir}; start again")
   distributed.check_same({"config.json": run, "the data": opened.describe()})
-  # After that exchange process 0 has the lock: none reads that of a dead owner.
+  # After that all-gather process 0 has the lock: none reads a dead owner's.
   token = own.token if own else lock.read_token(workdir)
   distributed.check_same({"the lock in --workdir": token})
   return own

@@ -177,7 +177,7 @@ def _open_folder(folder, known):
 
 
 def _open_tar(archive, known):
-  # As a stream: nobody seeks in a compressed file of a terabyte.
+  # As a stream: seeking in a compressed file of a terabyte takes hours.
   with tarfile.open(archive, "r|*", bufsize=_BUFFER) as outer:
     for member in outer:
       synset = _parse_synset(member.name, archive, known)

@@ -12,7 +12,7 @@ it for all of them.
     the same distribution with the same decoder, so none can exceed this.
 """
 
-# TensorFlow's annotations do not know what `iter` of a data set gives.
+# TensorFlow's annotations lack the type of `iter` of a data set.
 # pyright: reportAttributeAccessIssue=false
 
 import functools

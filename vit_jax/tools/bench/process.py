@@ -12,7 +12,7 @@ from vit_jax.errors import one_line
 
 def call(run: Callable[..., dict], spec: dict[str, Any]) -> dict[str, Any]:
   """Returns `run(**spec)`, {"error": one line} if something went wrong."""
-  # JAX takes three quarters of a GPU's memory for itself unless told otherwise.
+  # JAX takes three quarters of a GPU's memory for itself by default.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   context = multiprocessing.get_context("spawn")
   with ProcessPoolExecutor(1, mp_context=context) as pool:

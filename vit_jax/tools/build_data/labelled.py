@@ -283,7 +283,7 @@ def _make_index(sources) -> near_duplicates.Index:
 def _open_pool(workers):
   if workers == 1:
     return concurrent.futures.ThreadPoolExecutor(1)
-  # As many workers as cores need no more threads for matrix products.
+  # As many workers as cores need no more threads for matmuls.
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   # Not forked: TensorFlow's threads do not survive that.
   context = multiprocessing.get_context("spawn")

@@ -46,7 +46,7 @@ def _unit(x):
   x = x.astype(np.float32).ravel()
   x -= x.mean()
   length = np.linalg.norm(x)
-  # A grey level of noise on a flat image is no content.
+  # A grey level of noise on a flat image is not content.
   return x / length if length > np.sqrt(x.size) else np.zeros_like(x)
 
 

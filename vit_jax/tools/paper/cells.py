@@ -70,7 +70,7 @@ class Plan(NamedTuple):
   datasets: list[str]  # that the commands read
 
 
-# --- what runs say ---
+# --- results of runs ---
 
 
 def measure(cell: Cell, runs: list[Run]) -> Found:
@@ -211,7 +211,7 @@ def _find_weights(cell, runs, folder):
   for run in runs:
     if run.finished and protocol.is_pretraining(run, wanted):
       return str(run.path), []
-  # `linear` writes beside the weights, so it wants a folder.
+  # `linear` writes beside the weights, so it needs a folder.
   if wanted.published and cell.kind != "linear":
     return wanted.published, []
   return _name_folder(wanted, folder), [plan_pretraining(wanted, folder)]

@@ -220,7 +220,7 @@ def _describe_test(run, found):
   tally = found.tally
   rows = _count_classes(tally.pairs, names, multilabel)
   if len(rows) > _FEW_CLASSES:
-    # Of equally bad classes those with more images say more.
+    # Of equally bad classes those with more images come first.
     rows.sort(key=lambda row: (row[1] / row[2], -row[2]))
   mixed = [
     (names[label], names[given], n)
