@@ -373,7 +373,7 @@ def test_other_checkpoints_of_tensorflow(tmp_path):
   with named("holds 2 checkpoints", "give one, such as", "two.index"):
     pretrained.read(str(tmp_path))
   (tmp_path / "one.index").write_bytes(b"x" * 100)
-  with named("one: the checkpoint is damaged"):
+  with named("one: the checkpoint is corrupt"):
     pretrained.read(str(tmp_path / "one"))
 
 
