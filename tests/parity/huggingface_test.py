@@ -250,7 +250,9 @@ def test_pixels_without_a_preprocessor(tmp_path, options, mean):
   (folder / "preprocessor_config.json").unlink()
   weights = pretrained.read(str(folder))
   assert weights.mean[0] == mean
-  assert any("no preprocessor_config.json" in note for note in weights.notes)
+  assert any(
+    "preprocessor_config.json is missing" in note for note in weights.notes
+  )
 
 
 def test_images_of_another_size_than_the_position_embedding(tmp_path):

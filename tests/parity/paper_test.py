@@ -174,7 +174,10 @@ def test_every_model_of_the_tables_has_a_pretraining():
     ("finetune.py:ViT-B_16,cifar10,big", "'big'"),
     ("finetune.py:ViT-B_16,folder:a,b", "'b', .* in double quotes"),
     ("finetune.py:ViT-X_16,cifar10", "'ViT-X_16' is not a variant .*; did you"),
-    ("finetune.py:no/such/run,cifar10", "no weights: no checkpoint at no/such"),
+    (
+      "finetune.py:no/such/run,cifar10",
+      "nor weights: no checkpoint at no/such",
+    ),
     ("photos.py:a/b,ViT-B_61", "ViT-B_16"),
     ("photos.py", "photos.py:FOLDER"),
     ("vtab.py:ViT-B_16,clevr_coun", "did you mean 'vtab:clevr_count'"),

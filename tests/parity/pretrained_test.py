@@ -568,7 +568,7 @@ def test_no_square_grid(tmp_path):
   arrays = file_formats.published_npz(_random(VIT))
   path = "Transformer/posembed_input/pos_embedding"
   arrays[path] = arrays[path][:, :-1]
-  _assert_refused(_save(tmp_path, arrays), "15 patches", "no square")
+  _assert_refused(_save(tmp_path, arrays), "15 patches", "not a square")
 
 
 def test_another_kind_of_file(tmp_path):

@@ -116,8 +116,8 @@ def test_a_file_alone(tmp_path):
   assert weights.image_size == (24, 24)
   assert (weights.mean, weights.std) == ((0.5,) * 3, (0.5,) * 3)
   heads, pixels = weights.notes
-  assert "2 are taken, 64 wide" in heads
-  assert "no config.json" in pixels
+  assert "2 are assumed, 64 wide" in heads
+  assert "config.json is missing" in pixels
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_other_architectures(tmp_path, name):
   ("variant", "message"),
   [
     ("ViT-w64d2m40h1_8", "has 6 patches, which is not"),
-    (VARIANT, "the hidden size 24 is no multiple of 64; put its"),
+    (VARIANT, "the hidden size 24 is not a multiple of 64; put"),
   ],
 )
 def test_what_a_file_alone_does_not_say(tmp_path, variant, message):

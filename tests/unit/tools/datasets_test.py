@@ -173,7 +173,7 @@ def test_check_lists_every_fault_and_counts_what_is_odd(tmp_path, capsys):
   traits = sum((s["traits"] for s in summaries), Counter())
   assert {trait.partition(" ")[0]: n for trait, n in traits.items()} == {
     "with": 7,
-    "turned": 4,
+    "rotated": 4,
     "16-bit": 1,
     "of": 1,
   }

@@ -104,7 +104,7 @@ def test_devices_are_divided():
     ("--grid=batch_size=8,many", "config.batch_size is int"),
     ("--config.schedule.base_lr=0.1", "is in --grid and in --config."),
     ("--config.eval.split=", "--config.eval.split"),
-    ("--select=small/accuracy", "there is no 'small'"),
+    ("--select=small/accuracy", "'small' is missing"),
     ("--seeds=0", "--seeds is 0"),
     ("--jobs=0", "--jobs is 0"),
     ("--config.train.dataset=jft_like", "data prepare jft_like"),
