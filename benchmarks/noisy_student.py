@@ -77,7 +77,7 @@ def make_table(found) -> str:
     str(sum(column[seed] > teacher[seed] for seed in seeds))
     for column in found.values()
   )
-  lines.append(["better than its teacher", *wins])
+  lines.append(["better than the first teacher", *wins])
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
