@@ -56,7 +56,9 @@ def run(name, seed, variant, changes, given) -> dict[str, float] | None:
     configs = {**changed, TEACHER: configs[TEACHER]}
     if not (folder / TEACHER).exists():
       whole = FOLDER / name / f"seed={seed}" / "as_configured"
-      shutil.copytree(whole / TEACHER, folder / TEACHER)
+      shutil.rmtree(folder / "copy", ignore_errors=True)
+      shutil.copytree(whole / TEACHER, folder / "copy")
+      (folder / "copy").rename(folder / TEACHER)
   result = noisy_student.noisy_student(loop, configs, str(folder))
   if result is None:
     return None

@@ -39,7 +39,8 @@ theirs but for the first; labels are stored, not computed in the step, and keep
 10 classes; batch normalisation is over the global batch (groups of 8 cores or
 more); distances in RandAugment, which has their operations, Cutout among them,
 grow with the image (100 and 40 pixels at any size); crops are bilinear
-(bicubic); the teacher of B0 to B7 is trained as the student is, for 350 epochs.
+(bicubic); classes are filled up to the largest one (130,000 images); the
+teacher of B0 to B7 is trained as the student is, for 350 epochs.
 Of the fine-tuning the paper says neither which layers it fixes nor the rate:
 here the stem and the first 28 of 88 blocks, whose outputs are the largest, but
 not their running statistics, and the rate of the last epochs before.

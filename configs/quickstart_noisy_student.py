@@ -13,8 +13,9 @@ knowledge of other images than the 800. The teacher is trained as the students
 are, for as long and with the same noise (crops, RandAugment of tissue, dropout,
 stochastic depth): they differ in what pseudo-labels add. Crops of tissue keep
 the scale, because that tells its classes apart. The settings were chosen with
-other seeds, on training images that no network learns from, see
-benchmarks/noisy_student.py. Measured on the test images: docs/noisy_student.md.
+other seeds, on training images that no network learns from and on the labels of
+the 750, see benchmarks/noisy_student.py. Measured on the test images:
+docs/noisy_student.md.
 """
 
 import ml_collections

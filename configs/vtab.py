@@ -9,7 +9,7 @@ in the same form that need no download, `mini:count`. All of them have 1,000
 training images and the same hyper-parameters: SGD, 2,500 steps of 512 images,
 base learning rate 0.01, cosine decay, gradients clipped to norm 1, 384 px, and
 BiT's preprocessing, which crops and flips only what keeps its label so. To tune
-on 800 images and evaluates on the other 200:
+on 800 images and evaluate on the other 200:
 
   --config.train.split=train800 --config.eval.split=val200
 

@@ -314,6 +314,8 @@ def differences(old: dict, new: dict) -> list[str]:
   best = str(new.get("best_metric")).partition("/")[0]
 
   def may_differ(key):
+    if key == "teacher.source":  # config.json has a digest of the weights
+      return bool(old.get(key)) and bool(new.get(key))
     if key == "micro_batches":
       # BatchNorm has the statistics of each micro-batch.
       has_statistics = new["model.variant"].startswith("EfficientNet")
@@ -347,12 +349,12 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
 def find_test_set(config) -> str:
   """Returns `eval.dataset` of a configuration, or its first training set.
 
-  One with pseudo-labels only if there is no other.
+  Not one with pseudo-labels, which has no test images: "" without another.
   """
   flat = flatten(config)
   train = [name for name, _ in data.parse_mixture(flat["train.dataset"])]
-  train.sort(key=lambda name: name.startswith(data.PSEUDO))  # stable
-  return flat["eval.dataset"] or train[0]
+  labelled = [name for name in train if not name.startswith(data.PSEUDO)]
+  return flat["eval.dataset"] or next(iter(labelled), "")
 
 
 # Key -> its values.

@@ -124,6 +124,11 @@ def open_parts(folder, about: dict[str, Any], what: str) -> None:
   file = folder / "about.json"
   if not file.exists():
     folder.mkdir(parents=True, exist_ok=True)
+    if any(path.suffix == ".npz" for path in folder.iterdir()):
+      raise UserError(
+        f"{folder} has unfinished {what} without about.json, which describes "
+        "them; remove the folder"
+      )
     write_json(file, about)
   old = read_json(file, "remove the folder")
   other = [key for key in about if old.get(key) != about[key]]

@@ -187,3 +187,13 @@ def test_pseudo_labels_in_a_bucket(server, runs, tmp_path, capsys):
   assert here.read(np.arange(9)) == there.read(np.arange(9))
   assert here.identity() == there.identity()
   assert label("gs://bucket/set") == 0  # complete
+  (folder / "about.json").unlink()  # killed while it was uploaded
+  (folder / "labels.npy").write_bytes(b"half")
+  assert label("gs://bucket/set") == 0
+  for name in files:
+    assert (folder / name).read_bytes() == (
+      tmp_path / "set" / name
+    ).read_bytes()
+  (folder / "about.json").unlink()
+  (folder / "else").touch()
+  assert label("gs://bucket/set") == 2  # not only such arrays

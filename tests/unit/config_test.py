@@ -320,9 +320,24 @@ def test_resumable_keys_are_no_differences_and_exist():
     assert configuration.differences(old, new) == [], key
 
 
-def test_micro_batches_are_a_difference_where_they_draw():
-  for key in ("dropout", "attention_dropout", "stochastic_depth"):
-    given = {f"model.{key}_rate": "0.1"}
+def test_a_teacher_may_be_moved():
+  """A digest of its weights is compared later, see `pretrained.teacher`."""
+  old, moved, without = (
+    configuration.to_dict(configuration.load(_COMMON, {"teacher.source": x}))
+    for x in ("here", "there", "")
+  )
+  assert configuration.differences(old, moved) == []
+  assert configuration.differences(old, without)
+  assert configuration.differences(without, old)
+
+
+def test_micro_batches_are_a_difference_where_they_count():
+  for given in (
+    {"model.dropout_rate": "0.1"},
+    {"model.attention_dropout_rate": "0.1"},
+    {"model.stochastic_depth_rate": "0.1"},
+    {"model.variant": "EfficientNet-B0"},  # normalised over each
+  ):
     old, new = (
       configuration.to_dict(configuration.load(_COMMON, given | more))
       for more in ({}, {"micro_batches": "2", "fsdp": "2"})

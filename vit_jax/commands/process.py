@@ -14,8 +14,8 @@ from vit_jax.errors import EXTRAS, RunStopped, UserError, needs_extra
 def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
-  0: done (also, unless train's --stopped_exit_code says otherwise: stopped by
-  a signal, and saved). 1: the run cannot continue.
+  0: done (also, unless --stopped_exit_code is given: stopped by a signal, and
+  saved). 1: the run cannot continue.
   2: something that was given cannot be used. 134: JAX has aborted, because
   another process of the run is dead or has failed. 141: the output's reader is
   gone, as after `| head`; shells give that code, too.

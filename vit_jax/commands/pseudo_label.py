@@ -59,7 +59,7 @@ def run(args):
       found = pseudo_label(args.checkpoint, before_batch=stop.check, **given)
   except Stopping as e:
     raise RunStopped(
-      f"what {args.out}.parts has of the scores is kept; run the same command "
+      "stopped; the scores so far are saved beside --out: run the same command "
       "again to resume"
     ) from e
   if not jax.process_index():

@@ -223,7 +223,7 @@ def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
     crop = size = as_pair(size)
     if before == "resize_small":
       crop = min(size), min(size)
-    crops = name in ("central_crop", "random_crop")
+    crops = name in ("central_crop", "random_crop", "simple_crop")
     if crops and (sides[0] < crop[0] or sides[1] < crop[1]):
       right = math.floor(max(image_size) * 8 / 7 + 0.5)
       raise UserError(

@@ -25,6 +25,8 @@ from vit_jax.errors import UserError, os_errors
 PSEUDO = "pseudo:"
 ABOUT = "about.json"
 _INDEX, _LABELS, _PROBABILITIES = "index", "labels", "probabilities"
+# In a bucket these are written one by one, before ABOUT.
+ARRAYS = tuple(f"{x}.npy" for x in (_INDEX, _LABELS, _PROBABILITIES))
 # In a bucket it is quicker to read this many records that are not needed than
 # to send another request.
 _GAP = 16
@@ -61,16 +63,20 @@ class PseudoLabelled(Source):
     self._digest = about["digest"]
     names = [_INDEX, _LABELS] + [_PROBABILITIES] * self.soft
     self._index, *self._values = [_load(folder, name) for name in names]
-    self.num_examples, self.max_labels = self._values[0].shape
-    self._bytes = 4 * self.max_labels  # of one array in a record
     self._images = images = _open_images(dataset, about, open_images)
-    if any(len(x) != len(self._index) for x in self._values) or (
-      self._index[-1] >= images.num_examples
+    shape = (len(self._index), *self._values[0].shape[1:])
+    if (
+      len(shape) != 2
+      or any(x.shape != shape for x in self._values)
+      or not shape[0]
+      or self._index[-1] >= images.num_examples  # they rise
     ):
       raise UserError(
         f"{dataset!r} is corrupt: its arrays are not of one length, or of "
         "other images; restore it from a copy, or write it again"
       )
+    self.num_examples, self.max_labels = shape
+    self._bytes = 4 * self.max_labels  # of one array in a record
     share = self.num_examples / images.num_examples
     self.num_bytes, self.remote = int(share * images.num_bytes), images.remote
 
@@ -153,7 +159,7 @@ def read_about(folder) -> dict:
   """
   file = folder / ABOUT
   about = files.read_json(file, "give a folder of vit-jax pseudo-label")
-  if "digest" not in about:
+  if not {"digest", "options"} <= about.keys():
     raise UserError(
       f"{file} is not of pseudo-labels; give a folder of vit-jax pseudo-label"
     )
@@ -168,7 +174,7 @@ def _load(folder, name):
       if files.is_remote(file):
         return np.load(io.BytesIO(file.read_bytes()))
       return np.load(file, mmap_mode="r")
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, EOFError) as e:
     raise UserError(
       f"{file} cannot be read: {e}; restore it from a copy, or label again"
     ) from e

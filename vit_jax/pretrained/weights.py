@@ -4,6 +4,7 @@ Arrays are lazy: nothing is in memory until it is asked for, so that reading
 needs little more than the model itself.
 """
 
+import hashlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -87,6 +88,14 @@ class Weights(NamedTuple):
     bottom, right = self.cut_off()
     options["image_size"] = (height - bottom, width - right)
     return models.create(**options)._replace(image_size=self.image_size)
+
+  def digest(self) -> str:
+    """Returns sixteen hexadecimal digits that change with any array."""
+    digest = hashlib.sha256()
+    for path, x in sorted(self.params.items()):
+      digest.update(f"{path} {x.shape} {x.dtype}".encode())
+      digest.update(x.read().tobytes())
+    return digest.hexdigest()[:16]
 
   def options(self) -> dict[str, Any]:
     """Returns the arguments of `models.create`, defaults included.

@@ -22,7 +22,7 @@ from vit_jax import config as configuration
 from vit_jax.data.sizes import as_pair
 from vit_jax.errors import UserError
 from vit_jax.tools import runs
-from vit_jax.tools.pseudo_label import check_options, pseudo_label
+from vit_jax.tools.pseudo_label import check_options, on_first, pseudo_label
 from vit_jax.tools.text import format_columns
 from vit_jax.train import train
 from vit_jax.training import early, lock, run_folder
@@ -183,7 +183,7 @@ def noisy_student(
   Returns:
     {"stages": a list of {"stage", "workdir", "model", "image_size", "labelled":
     how many images, "pseudo": the report of `pseudo_label` or None,
-    "results": as `train` returns}}; None if it was told to stop.
+    "results": as `train` returns}}; None after a stop signal.
 
   Raises:
     UserError: see `plan`, `train` and `pseudo_label`.
@@ -194,8 +194,7 @@ def noisy_student(
   # The teacher's images are opened at once, these only after its training.
   data.get_source(loop.dataset, loop.split, stages[0].config.data_dir)
   with contextlib.ExitStack() as stack:
-    if not jax.process_index():
-      stack.enter_context(lock.hold(folder))
+    on_first(lambda: stack.enter_context(lock.hold(folder)) and None)
     rows = _run(loop, stages)
     if rows is None:
       return None
@@ -206,7 +205,7 @@ def noisy_student(
 
 
 def _run(loop, stages) -> list[dict[str, Any]] | None:
-  """Returns what the report says of each stage, None if told to stop."""
+  """Returns the report's entry of each stage, None after a stop signal."""
   rows = []
   with StopSignal() as stop:  # between the trainings
     for stage in stages:
@@ -234,7 +233,7 @@ def _run(loop, stages) -> list[dict[str, Any]] | None:
 
 
 def _describe(stage, pseudo, results):
-  """Returns what the report says of a stage that is complete."""
+  """Returns the report's entry of a complete stage."""
   labelled = files.read_run(stage.workdir)["data"]["train"][0]
   return {
     "stage": stage.name,

@@ -18,7 +18,13 @@ import numpy as np
 from vit_jax import checkpoint, data, distributed, files, pretrained, sharding
 from vit_jax.data import pseudo
 from vit_jax.data.relabelled import allow_unlabelled
-from vit_jax.errors import UserError, check_folder, check_free
+from vit_jax.errors import (
+  RunStopped,
+  UserError,
+  check_folder,
+  check_free,
+  one_line,
+)
 from vit_jax.evaluation import devices
 from vit_jax.evaluation.sums import fetch, make_sums
 from vit_jax.training.steps import normalize
@@ -87,6 +93,7 @@ def pseudo_label(
     "split": split,
     "identity": images.identity(),
     "teacher": weights.source,
+    "teacher_digest": weights.digest(),
     "class_names": _name_classes(weights, images),
     "options": options,
   }
@@ -110,7 +117,7 @@ def _label(out, weights, images, about, batch_size, before_batch):
   """
   path, soft = checkpoint.absolute(out), about["options"]["soft"]
   distributed.check_same({**about, "--out": str(path)})
-  done = _on_first(lambda: _find_report(path, about))
+  done = on_first(lambda: _find_report(path, about))
   if done:
     log.info("%s is complete", path)
     return done
@@ -118,12 +125,12 @@ def _label(out, weights, images, about, batch_size, before_batch):
   mesh = sharding.make_mesh()
   size = devices.round_up(batch_size, mesh)
   scored = {k: x for k, x in about.items() if k != "options"}
-  scored |= {"soft": soft, "batch_size": size}
-  first = _on_first(lambda: _count_parts(parts, scored))
+  scored |= {"soft": soft, "images_a_part": max(1, _PART // size) * size}
+  first = on_first(lambda: _count_parts(parts, scored))
   images = allow_unlabelled(images, about["class_names"])
   where = {"source": images, "mesh": mesh, "batch_size": size}
   _score(weights, soft, parts, first, before_batch=before_batch, **where)
-  return _on_first(lambda: _finish(path, parts, about))
+  return on_first(lambda: _finish(path, parts, about))
 
 
 def _name_classes(weights, images) -> list[str]:
@@ -147,18 +154,21 @@ def _name_classes(weights, images) -> list[str]:
   )
 
 
-def _on_first(run: Callable) -> Any:
+def on_first(run: Callable) -> Any:
   """Runs a function on the first process; all get what it returns.
 
-  It is of JSON's types. All raise its UserError.
+  It is of JSON's types. All raise its UserError, and a RunStopped where it
+  cannot write.
   """
-  found, error = None, None
+  found, error, is_disk = None, None, False
   if not jax.process_index():
     try:
       found = run()
-    except UserError as e:
-      error = str(e)
-  found, error = distributed.gather([found, error])[0]
+    except (UserError, OSError) as e:
+      error, is_disk = one_line(e), isinstance(e, OSError)
+  found, error, is_disk = distributed.gather([found, error, is_disk])[0]
+  if is_disk:
+    raise RunStopped(f"cannot write: {error}; the same command resumes")
   if error:
     raise UserError(error)
   return found
@@ -171,8 +181,10 @@ def _find_report(path, about):
     UserError: there is something else.
   """
   if not (path / pseudo.ABOUT).exists():
-    check_free(path)
-    if not files.is_remote(path):
+    is_remote = files.is_remote(path)
+    if not (is_remote and path.exists() and _is_half_written(path)):
+      check_free(path)
+    if not is_remote:
       check_folder(path, "--out")
     return None
   old = pseudo.read_about(path)
@@ -184,6 +196,11 @@ def _find_report(path, about):
       "overwritten, choose another --out"
     )
   return old["report"]
+
+
+def _is_half_written(path) -> bool:
+  """Returns whether a folder has nothing but arrays of such a set."""
+  return {file.name for file in path.iterdir()} <= {*pseudo.ARRAYS}
 
 
 # --- scores ---
@@ -228,11 +245,13 @@ def _score(weights, soft, parts, first, *, source, mesh, batch_size, **where):
         f"{weights.source} gives probabilities that are not finite; choose "
         "another checkpoint"
       )
-    if not jax.process_index():
-      file = _part(parts, number)
-      with files.atomic_file(file) as partial, open(partial, "wb") as f:
-        np.savez(f, **arrays)  # pyright: ignore[reportArgumentType]
+    on_first(lambda: _write(_part(parts, number), arrays))  # noqa: B023
     log.info("%d of %d images", start + len(arrays["labels"]), total)
+
+
+def _write(part, arrays):
+  with files.atomic_file(part) as partial, open(partial, "wb") as f:
+    np.savez(f, **arrays)
 
 
 def _make_score(teacher, soft):

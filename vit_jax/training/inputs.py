@@ -61,8 +61,13 @@ def open_inputs(config) -> Inputs:
 
 
 def _open(config, name, split, check=True) -> data.Source:
+  if not name:
+    raise UserError(
+      "the training images are pseudo-labelled: set config.eval.dataset (and "
+      "that of config.evals), or config.eval.split='' for no evaluation"
+    )
   source = data.get_source(name, split, config.data_dir)
-  if not source.class_names:
+  if not source.class_names and config.objective == "classification":
     raise UserError(
       f"{name!r} has no labels; label it with vit-jax pseudo-label, and take "
       "the set pseudo:PATH that it writes"

@@ -1,5 +1,6 @@
 """Stop signals: a run saves its state and ends, on every process alike."""
 
+import itertools
 import logging
 import os
 import signal
@@ -9,6 +10,9 @@ import jax
 from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
+
+# Of all signals of a process, in JAX's service: its numbers only rise.
+_polls = itertools.count(1)
 
 
 class Stopping(Exception):
@@ -25,7 +29,7 @@ class StopSignal:
   """
 
   def __enter__(self):
-    self._since, self._stops, self._polls = None, False, 0
+    self._since, self._stops = None, False
     self._alone = jax.process_count() == 1
     signals = [signal.SIGINT] + [signal.SIGTERM] * self._alone
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
@@ -36,6 +40,10 @@ class StopSignal:
   def __exit__(self, *_):
     for number, handler in self._previous.items():
       signal.signal(number, handler)
+    # One that came after the last check stops what this was a part of.
+    outer = getattr(self._previous[signal.SIGINT], "__self__", None)
+    if isinstance(outer, StopSignal) and outer._since is None:
+      outer._since = self._since
 
   def _handle(self, number, _):
     now = time.monotonic()
@@ -55,7 +63,7 @@ class StopSignal:
     if self._alone:
       self._stops = self._since is not None
     else:
-      self._polls += 1
-      self._stops |= multihost_utils.reached_preemption_sync_point(self._polls)
+      number = next(_polls)
+      self._stops |= multihost_utils.reached_preemption_sync_point(number)
     if self._stops:
       raise Stopping

@@ -239,8 +239,11 @@ def test_the_test_set_is_not_the_pseudo_labelled_one(root):
   ):
     config = _get_config(root, text)
     assert configuration.find_test_set(config) == "digits"
+  _write(root, soft=True)
   config = _get_config(root, f"pseudo:{root}/soft")
-  assert configuration.find_test_set(config) == f"pseudo:{root}/soft"
+  assert configuration.find_test_set(config) == ""
+  with named("pseudo-labelled", "set config.eval.dataset"):
+    inputs.open_inputs(config)
 
 
 def test_what_cannot_be_opened_is_explained(root):
@@ -265,6 +268,12 @@ def test_what_cannot_be_opened_is_explained(root):
   with named("labels.npy cannot be read"):
     data.get_source(name, "train")
   np.save(folder / "labels.npy", np.zeros((9, 2), np.int32))
+  with named(name, "is corrupt"):
+    data.get_source(name, "train")
+  (folder / "labels.npy").write_bytes(b"")
+  with named("labels.npy cannot be read"):
+    data.get_source(name, "train")
+  np.save(folder / "labels.npy", np.zeros(100, np.int32))
   with named(name, "is corrupt"):
     data.get_source(name, "train")
   (folder / "labels.npy").write_bytes(array)

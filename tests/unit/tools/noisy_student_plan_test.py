@@ -49,6 +49,17 @@ def write(tmp_path):
   return write
 
 
+@pytest.mark.parametrize("name", ["digits", "tissue"])
+def test_the_quickstart_is_such_a_loop(name, tmp_path):
+  config = _REPO / "configs" / "quickstart_noisy_student.py"
+  loop, configs = noisy_student.load(f"{config}:{name}", {})
+  stages = noisy_student.plan(loop, configs, tmp_path)
+  assert [stage.name for stage in stages] == ["teacher", "student1", "student2"]
+  assert stages[0].config.train.dataset == loop.dataset
+  labelled = {stage.config.train.split for stage in stages}
+  assert (labelled, loop.split) == ({"train[:50]"}, "train[250:]")
+
+
 def test_stages_get_their_data_and_weights(write, tmp_path):
   overrides = {"ratio": "14", "seed": "3"}
   loop, configs = noisy_student.load(f"{write()}:train[:40]", overrides)

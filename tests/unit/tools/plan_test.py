@@ -183,6 +183,9 @@ def test_the_first_fallback_that_fits_is_taken(monkeypatch):
   full = {"model.remat": "full"}
   assert (found["fits"], found["then"]["fits"]) == (False, True)
   assert found["fallback"] == full | {"fsdp": "2"}
+  network = {"batch_size": "16", "model.variant": "EfficientNet-B0"}
+  found = plan.plan(*given, overrides=network)
+  assert {"model.remat": "dots"} not in [x["overrides"] for x in found["tried"]]
   need = "8"
   found = plan.plan(*given, overrides={"batch_size": "16"})
   assert found["fallback"] is None

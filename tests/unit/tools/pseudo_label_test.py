@@ -185,7 +185,7 @@ def test_a_killed_command_resumes(digits, tmp_path, monkeypatch):
     assert not (tmp_path / "killed").exists()
     done.append(len([*parts.glob("*.npz")]))
   assert done == [0, 2, 3], "of those before it four are under way"
-  with named("killed.parts", "other batch_size"):
+  with named("killed.parts", "other images_a_part"):
     label("killed", batch_size=32)
   with named("killed.parts", "other soft"):
     label("killed", soft=False)

@@ -16,6 +16,7 @@ from vit_jax import config as configuration
 from vit_jax import sharding
 from vit_jax.data import find_task, parse_mixture
 from vit_jax.errors import UserError
+from vit_jax.models import variants
 from vit_jax.tools.paper import data as paper
 from vit_jax.tools.paper.flops import OPERATIONS, count_in_jaxpr
 from vit_jax.tools.plan import hlo
@@ -88,7 +89,8 @@ def list_fallbacks(config, devices: int) -> Iterator[dict[str, str]]:
   Rematerialisation first, which costs a third of the time at most; then fsdp,
   which costs communication; then micro-batches, which make matmuls small.
   """
-  policies = ("none", "dots", "full")
+  encoder = variants.parse(config.model.variant).encoder
+  policies = ("none", "dots", "full") if encoder else ("none", "full")
   options = {
     "model.remat": policies[policies.index(config.model.remat) + 1 :],
     "fsdp": _double(config.fsdp, devices),
