@@ -8,6 +8,7 @@ import shutil
 import fake_gcs
 import numpy as np
 import pytest
+from etils import epath
 from tiny_runs import assert_same_run, saved_steps
 
 from vit_jax import data, pretrained
@@ -187,13 +188,14 @@ def test_pseudo_labels_in_a_bucket(server, runs, tmp_path, capsys):
   assert here.read(np.arange(9)) == there.read(np.arange(9))
   assert here.identity() == there.identity()
   assert label("gs://bucket/set") == 0  # complete
-  (folder / "about.json").unlink()  # killed while it was uploaded
+  about = epath.Path("gs://bucket/set/about.json")
+  about.unlink()  # killed while it was uploaded
   (folder / "labels.npy").write_bytes(b"half")
   assert label("gs://bucket/set") == 0
   for name in files:
     assert (folder / name).read_bytes() == (
       tmp_path / "set" / name
     ).read_bytes()
-  (folder / "about.json").unlink()
+  about.unlink()
   (folder / "else").touch()
   assert label("gs://bucket/set") == 2  # not only such arrays
