@@ -164,8 +164,10 @@ def on_first(run: Callable) -> Any:
   if not jax.process_index():
     try:
       found = run()
-    except (UserError, OSError) as e:
-      error, is_disk = one_line(e), isinstance(e, OSError)
+    except UserError as e:
+      error = str(e)
+    except OSError as e:
+      error, is_disk = one_line(e), True
   found, error, is_disk = distributed.gather([found, error, is_disk])[0]
   if is_disk:
     raise RunStopped(f"cannot write: {error}; the same command resumes")
