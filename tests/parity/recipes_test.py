@@ -262,6 +262,7 @@ def test_deit3_is_the_readmes(arg):
   _check_rates(config, rate_at, images)
 
 
+@pytest.mark.ci
 def test_a_sum_over_the_classes_moves_lamb_as_the_mean_does():
   """Clipped and not, for 5 steps, with gradients of the sum 1,000 times."""
   config = _load("deit3.py:B")
@@ -336,6 +337,7 @@ def test_mae_is_finetune_md(size, patch, epochs, blr, layer_decay, drop_path):
   _check_rates(config, _cosine(blr * 1024 / 256, round(5 * _IMAGENET / 1024)))
 
 
+@pytest.mark.ci
 def test_mae_starts_from_its_files_with_a_norm_after_the_mean(tmp_path):
   file = tmp_path / "mae"
   pretrained.write(
@@ -537,17 +539,17 @@ def test_what_no_recipe_has_is_refused(spec, words):
 def _list_specs():
   """Returns one recipe of each kind; larger models run nightly."""
   quick = ["plain_vit.py:90", "deit3.py:S", "mae.py:B"]
-  ci = ["augreg.py:ViT-B_32,imagenet21k", "noisy_student.py:B0,student1"]
+  quick += ["augreg.py:ViT-B_32,imagenet21k", "noisy_student.py:B0,student1"]
   rest = [f"deit3.py:{x}" for x in _DEIT3] + ["mae.py:L", "mae.py:H"]
   rest += [f"noisy_student.py:{x},student1" for x in _STUDENTS]
   rest += ["noisy_student.py:L2,finetune", "augreg.py:ViT-L_16,imagenet2012"]
   return [
     *quick,
-    *(pytest.param(x, marks=pytest.mark.ci) for x in ci),
-    *covering.nightly(*(x for x in rest if x not in quick + ci)),
+    *covering.nightly(*(x for x in rest if x not in quick)),
   ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("spec", _list_specs())
 def test_every_recipe_traces(spec):
   """Traces the whole step of a recipe, at its size."""

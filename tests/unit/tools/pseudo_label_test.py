@@ -206,6 +206,7 @@ def test_a_killed_command_resumes(digits, tmp_path, monkeypatch):
     label("killed", split="test")
 
 
+@pytest.mark.ci
 def test_agreement_is_of_labels_with_the_same_names(digits, score, tmp_path):
   name = f"folder:{digits}"
   report = pseudo_label(
@@ -228,6 +229,7 @@ def test_agreement_is_of_labels_with_the_same_names(digits, score, tmp_path):
   assert again["agreement"] == 1
 
 
+@pytest.mark.ci
 def test_sigmoids_are_divided_by_their_sum(
   digits, logits, tmp_path, monkeypatch
 ):

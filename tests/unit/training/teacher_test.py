@@ -196,6 +196,7 @@ def _deit():
   return model, params, logits
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
 def test_each_head_of_a_distilled_student_has_its_loss(weight):
   model, params, logits = _deit()
@@ -274,6 +275,7 @@ def _read(source, run=None, devices=1, **overrides):
   return config, mesh, read_teacher(config, mesh, _NAMES, run)
 
 
+@pytest.mark.ci
 def test_a_file_becomes_the_teacher_at_the_size_of_the_images():
   *_, teaching = _read(_EMBEDDED)
   expected = vit_jax.load(_EMBEDDED, image_size=16)
@@ -304,6 +306,7 @@ def _train(source, devices, **overrides):
   return jax.device_get(flatten(state.params)), seen, flatten(teaching.params)
 
 
+@pytest.mark.ci
 def test_with_sharded_parameters_it_is_the_same(files):
   expected, losses_before, _ = _train(files["unnamed"], 1)
   found, losses_after, teacher = _train(files["unnamed"], 4, fsdp="2")
@@ -385,6 +388,7 @@ def test_keys_without_effect(key, text, others, needs):
 # --- whole runs ---
 
 
+@pytest.mark.ci
 def test_a_run_with_a_teacher_that_is_killed_leaves_no_trace(
   runs, sharing, files, tmp_path
 ):
