@@ -45,7 +45,7 @@ TEACHER = "teacher"
 
 
 def run(name, seed, variant, changes, given) -> dict[str, float] | None:
-  """Returns {stage: accuracy} of one loop, None if told to stop."""
+  """Returns {stage: accuracy} of one loop, None after a stop signal."""
   folder = FOLDER / name / f"seed={seed}" / variant.replace(" ", "_")
   given = {"seed": str(seed), "data_dir": str(DATA_DIR), **given}
   spec = f"{CONFIG}:{name}"

@@ -13,29 +13,13 @@ import pytest
 import tensorflow as tf
 from sklearn import metrics
 
+from vit_jax import config as configuration
 from vit_jax import models, sharding
 from vit_jax.evaluation.sums import add_up
 from vit_jax.state import TrainState, flatten
 from vit_jax.training import losses, objectives, optim, steps
 
 _CLASSES = 5
-_OPTIMIZER = {
-  "name": "sgd",
-  "b1": 0.9,
-  "b2": 0.999,
-  "eps": 1e-8,
-  "momentum": 0.9,
-  "accumulator_dtype": "float32",
-  "weight_decay": 0.0,
-  "weight_decay_scaling": "lr",
-  "weight_decay_params": ".*/kernel",
-  "clip_norm": 0.0,
-  "lr_multipliers": (),
-  "layer_decay": 1.0,
-  "freeze_blocks": 0,
-  "schedule": lambda step: 0.1,
-  "base_lr": 0.1,
-}
 
 
 def _apply_linear(params, images, *, train=False, key=None):
@@ -210,8 +194,13 @@ def test_running_statistics_are_replaced_averaged_and_not_trained(count):
   old = np.array([0.1, 0.2, 0.3], np.float32)
   params = {**_linear_params(), "norm": {"mean": jnp.asarray(old)}}
   batch, model = _make_batch(), _as_model(apply)
-  options = {**_OPTIMIZER, "weight_decay": 0.1, "weight_decay_params": ".*"}
-  optimizer = optim.make_optimizer(**options, params=params)
+  options = {
+    **configuration.load("common").optimizer,
+    **{"name": "sgd", "weight_decay": 0.1, "weight_decay_params": ".*"},
+  }
+  optimizer = optim.make_optimizer(
+    **options, schedule=lambda step: 0.1, base_lr=0.1, params=params
+  )
   state = _make_state(params, optimizer, ema=True)
   step = functools.partial(
     steps.train_step,
