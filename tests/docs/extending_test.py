@@ -64,7 +64,7 @@ def test_the_table_says_what_is_touched(tmp_path):
   }
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_the_additions_run(tmp_path):
   _add(tmp_path)
   commands = re.findall(r"^vit-jax (.+)$", _TEXT, re.M)

@@ -78,11 +78,11 @@ def test_a_run_in_a_bucket_ends_as_on_a_disk(server, moments, whole):
 @pytest.mark.parametrize(
   "operation",
   [
-    "PUT .*config.json",
+    pytest.param("PUT .*config.json", marks=pytest.mark.nightly),
     "PUT .*checkpoints%2F4%2Fcommit_success.txt",
-    "PUT .*best.json",
+    pytest.param("PUT .*best.json", marks=pytest.mark.nightly),
     "DELETE .*checkpoints%2F2%2F.*manifest",
-    "PUT .*metrics.jsonl",
+    pytest.param("PUT .*metrics.jsonl", marks=pytest.mark.nightly),
   ],
 )
 def test_a_run_killed_here_ends_as_if_it_had_not_been(

@@ -256,6 +256,7 @@ def test_evaluate_without_what_it_needs(runs, reference, fails, tmp_path):
   assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.ci
 def test_predict_without_what_it_needs(reference, fails, tmp_path):
   text = tmp_path / "text.jpg"
   text.write_text("not an image")
@@ -400,6 +401,7 @@ def test_a_mistake_in_a_real_process(runs, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ci
 def test_a_platform_that_is_not_there(fork_server, tmp_path):
   image = make_folder(tmp_path) / "cat" / "1.png"
   given = ["-m", "vit_jax", "predict", "--checkpoint=ViT-N_8-digits", image]

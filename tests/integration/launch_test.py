@@ -211,7 +211,7 @@ def test_slurm_requeues_by_the_exit_code(
   assert (tmp_path / "scontrol").exists() == requeued
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_slurm_trains_and_is_requeued_when_time_is_up(runs, cluster, tmp_path):
   write_script(tmp_path / "bin" / "srun", _SRUN)
   fork = f"{sys.executable} {REPO / 'tests' / 'forks.py'}"

@@ -117,6 +117,7 @@ def test_images_that_are_not_there_are_noticed_first(args, tmp_path, capsys):
   assert not workdir.exists()
 
 
+@pytest.mark.nightly
 def test_stopped_in_each_stage_it_ends_the_same(
   args, runs, whole, tmp_path, monkeypatch, capsys
 ):

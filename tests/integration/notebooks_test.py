@@ -20,6 +20,8 @@ _REPO = Path(__file__).parents[2]
 _FILES = sorted((_REPO / "notebooks").glob("*.ipynb"))
 _HOME = "github.com/vit-jax/vit_jax"
 _COLAB = f"https://colab.research.google.com/{_HOME.replace('.com', '', 1)}"
+# They take minutes in all.
+_LONG = ("features", "plan_a_pod", "reproduce_tables")
 # Folders that there are on one machine and not on the next.
 _ABSOLUTE = (
   r"(?<![\w.:/~-])/(tmp|home|root|usr|opt|var|mnt|work|content|Users)/"
@@ -93,7 +95,13 @@ def _run(file, **env):
 
 
 @pytest.mark.ci
-@each
+@pytest.mark.parametrize(
+  "file",
+  [
+    pytest.param(x, id=x.stem, marks=[pytest.mark.nightly] * (x.stem in _LONG))
+    for x in _FILES
+  ],
+)
 def test_runs(file, tmp_path):
   copy = tmp_path / file.name
   copy.write_bytes(file.read_bytes())

@@ -180,7 +180,7 @@ def resume(runs, moment, workdir, whole):
   assert_same_run(workdir, whole)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_three_real_kills_leave_no_trace(runs, sharing, tmp_path):
   longer = (*SHORT, "total_steps=40", "eval_every=16", "checkpoint_every=4")
   hits = kill_and_resume(
@@ -332,6 +332,7 @@ def test_a_stop_outside_the_steps_is_served_at_once(
   assert_same_run(workdir, whole[0])
 
 
+@pytest.mark.ci
 def test_a_signal_after_the_last_step_is_no_stop(
   runs, whole, tmp_path, monkeypatch
 ):
@@ -376,6 +377,7 @@ def test_an_evaluation_that_fails_costs_nothing(
   assert_same_run(workdir, whole[0])
 
 
+@pytest.mark.ci
 def test_training_data_that_vanish_cost_nothing(
   runs, whole, tmp_path, capsys, monkeypatch
 ):
@@ -950,7 +952,7 @@ def test_fine_tuning_reports_what_it_took(whole, tuned):
   assert read_losses(workdir)[1] == pytest.approx(np.log(3), rel=1e-5)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_low_rank_updates_resume_and_are_merged(runs, whole, tmp_path, capsys):
   options = (
     *SHORT,

@@ -395,6 +395,7 @@ def _save_small(monkeypatch, tmp_path, **changes):
   return weights, folder
 
 
+@pytest.mark.ci
 def test_writing_and_reading_keeps_everything(monkeypatch, tmp_path):
   monkeypatch.setattr(efficientnet, "_ARCHITECTURE", "tf_efficientnet_n")
   weights, folder = _save_small(monkeypatch, tmp_path)

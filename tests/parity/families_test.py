@@ -301,11 +301,11 @@ def _run_ours(folder, images, dtype="float32"):
 
 
 def _list_cases():
-  """Each class at each size; in CI at two, of which "wide" is both ways."""
-  marks = {"native": pytest.mark.ci, "wide": pytest.mark.ci}
+  """Each class at each size; in CI at "wide", which is both ways."""
   for name in CASES:
     for size in SIZES:
-      yield pytest.param(name, size, marks=marks.get(size, pytest.mark.nightly))
+      mark = pytest.mark.ci if size == "wide" else pytest.mark.nightly
+      yield pytest.param(name, size, marks=mark)
 
 
 @pytest.mark.parametrize(("name", "size"), list(_list_cases()))

@@ -375,7 +375,6 @@ _QUICK = {
   "quickstart_pretrain.py",
   "quickstart_finetune.py",
   "quickstart_masked.py",
-  "pretrain.py:R50x1,jft",
   "finetune.py:ViT-B_32,oxford_iiit_pet",
   "vtab_mini.py:ViT-N_8,mini:count",
 }

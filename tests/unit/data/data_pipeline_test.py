@@ -111,7 +111,7 @@ def test_training_batches():
 @pytest.mark.parametrize(
   ("text", "hosts"),
   [
-    (AUGMENTED, [range(4), range(4, 8)]),
+    pytest.param(AUGMENTED, [range(4), range(4, 8)], marks=pytest.mark.ci),
     (CROPPED, [range(i, 8, 4) for i in range(4)]),  # interleaved
   ],
 )
@@ -138,7 +138,8 @@ def test_blocks_recombine_and_go_on_the_same():
 
 
 @pytest.mark.parametrize(
-  ("text", "starts"), [(CROPPED, [1, 5]), (AUGMENTED, [4])]
+  ("text", "starts"),
+  [(CROPPED, [1, 5]), pytest.param(AUGMENTED, [4], marks=pytest.mark.ci)],
 )
 def test_restart_at_any_step_goes_on_the_same(text, starts):
   source = Numbers(21)
@@ -257,7 +258,9 @@ def test_undecodable_image_names_the_example():
 BLOCKS = Shuffle(blocks=[3], window=2, streams=4)
 
 
-@pytest.mark.parametrize("shuffle", [Shuffle(), BLOCKS])
+@pytest.mark.parametrize(
+  "shuffle", [Shuffle(), pytest.param(BLOCKS, marks=pytest.mark.ci)]
+)
 def test_the_next_example_is_shown_in_the_place_of_a_bad_one(shuffle, caplog):
   source, mended = Numbers(20), Numbers(20)
   for i, other in {13: 15, 14: 15, 19: 0, 5: 6}.items():
@@ -292,6 +295,7 @@ def test_each_repeat_of_a_bad_example_is_replaced():
   assert sum(batch["replaced"].sum() for batch in batches) == 2
 
 
+@pytest.mark.ci
 def test_bad_neighbours_are_replaced_whichever_is_shown_first():
   source = Numbers(20)
   source.images[13] = source.images[14] = b"nothing"
@@ -309,6 +313,7 @@ def test_no_example_is_shown_if_all_are_bad():
     _train(source, range(8), on_bad_example="replace")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "text", ["resize_small(256)|central_crop(size)", "central_crop(size)"]
 )
@@ -327,6 +332,7 @@ def _count_iterators():
   return sum(isinstance(x, OwnedIterator) for x in gc.get_objects())
 
 
+@pytest.mark.ci
 def test_no_iterator_outlives_its_batches():
   """One that lives when Python ends may wait for ever, for its reader."""
   source = Numbers(20)

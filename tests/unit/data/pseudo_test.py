@@ -99,6 +99,7 @@ def _assert_right(batches, arrays):
     )
 
 
+@pytest.mark.ci
 def test_a_mixture_has_its_proportions_and_probabilities(root):
   arrays = _write(root, soft=True)
   batches = _train(_mix(root), range(500), batch_size=500, num_steps=20)
@@ -114,7 +115,13 @@ def test_a_mixture_has_its_proportions_and_probabilities(root):
 
 
 @pytest.mark.parametrize(
-  "shuffle", [Shuffle(), Shuffle(blocks=[3, 7], window=2, streams=4)]
+  "shuffle",
+  [
+    Shuffle(),
+    pytest.param(
+      Shuffle(blocks=[3, 7], window=2, streams=4), marks=pytest.mark.ci
+    ),
+  ],
 )
 def test_hosts_recombine_and_bad_images_are_replaced(root, shuffle, caplog):
   # Before it is labelled: the set is of these files.

@@ -218,6 +218,7 @@ print((count_bytes() - before) / 6e6)
 """
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("fork_server")
 def test_memory_of_an_index(tmp_path):
   """8 bytes a record, and what was needed to read it that is not given back."""

@@ -54,9 +54,9 @@ def measure_by_numpy(heads, grid, patch):
   ("classifier", "variant"),
   [
     ("token", "ViT-w8d3m12h2_4"),
-    ("gap", "ViT-w8d3m12h2_4"),
-    ("map", "ViT-w8d3m12h2_4"),
-    ("token", _HYBRID),
+    pytest.param("gap", "ViT-w8d3m12h2_4", marks=pytest.mark.ci),
+    pytest.param("map", "ViT-w8d3m12h2_4", marks=pytest.mark.ci),
+    pytest.param("token", _HYBRID, marks=pytest.mark.ci),
   ],
 )
 def test_look_equals_numpy_on_captured_weights(classifier, variant):

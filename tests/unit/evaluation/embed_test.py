@@ -41,6 +41,7 @@ def _expect(pictures, **choice):
   return names, np.asarray(model.features(images, **choice))
 
 
+@pytest.mark.ci
 def test_a_killed_command_resumes(pictures, tmp_path, monkeypatch):
   monkeypatch.setattr(embedding, "_PART", 4)
   out = tmp_path / "features.npz"

@@ -161,6 +161,7 @@ def _linear_args(weights, runs, *more):
   ]
 
 
+@pytest.mark.ci
 def test_the_command(weights, runs, capsys):
   args = _linear_args(weights, runs, "--shots=2,5,all")
   assert main([*args, "--json"]) == 0

@@ -180,7 +180,9 @@ def _create(dtype, variant="ViT-w128d1m256h2_8", **options):
   return model, random_params(model), random_images(model)
 
 
-@pytest.mark.parametrize("classifier", ["token", "map"])
+@pytest.mark.parametrize(
+  "classifier", ["token", pytest.param("map", marks=pytest.mark.ci)]
+)
 def test_the_fast_way_is_the_plain_one(monkeypatch, classifier):
   # Both in float32, which is else always the plain one: so they may differ by
   # rounding alone. 17 tokens are padded to 24.
@@ -225,7 +227,8 @@ def test_padding_is_not_seen():
 
 
 @pytest.mark.parametrize(
-  ("pos_embedding", "fast"), [("learned", True), ("relative", False)]
+  ("pos_embedding", "fast"),
+  [("learned", True), pytest.param("relative", False, marks=pytest.mark.ci)],
 )
 def test_tokens_that_nobody_reads_change_nothing(
   monkeypatch, pos_embedding, fast

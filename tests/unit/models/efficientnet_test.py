@@ -175,6 +175,7 @@ def test_values_and_statistics_equal_numpy(case, train):
     assert not train or np.abs(x - params[path]).max() > 1e-4
 
 
+@pytest.mark.ci
 def test_statistics_are_those_of_the_batch_on_all_devices(case):
   model, params, images, expected = case
   mesh = sharding.make_mesh(fsdp=2)
@@ -209,6 +210,7 @@ def test_bfloat16_is_close_with_float32_statistics(case):
     np.testing.assert_allclose(x, statistics[path], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.ci
 def test_what_is_dropped():
   """Branches by the depth of their block, then channels of what is pooled."""
   rate, count, width = 0.9, 128, 320
@@ -242,6 +244,7 @@ def test_what_is_dropped():
   np.testing.assert_allclose(logits[kept], 4 * pooled[kept], rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_initial_values():
   """Normal by what goes out, as the authors' code, depthwise kernels too."""
   names = {

@@ -238,6 +238,7 @@ def test_scan_and_remat_change_no_value_and_no_gradient(scan, remat, plain):
     assert difference <= 1e-6 * scale, path
 
 
+@pytest.mark.ci
 def test_remat_recomputes_the_same_dropout():
   rates = {"dropout_rate": 0.3, "stochastic_depth_rate": 0.3}
   params = _random_params(_create(scan=True))
@@ -270,6 +271,7 @@ def test_stacking_keeps_the_order_of_more_than_ten_blocks():
     )
 
 
+@pytest.mark.ci
 def test_a_key_gives_the_same_parameters_in_both_forms():
   key = jax.random.key(7)
   init = jax.jit(_create().init)

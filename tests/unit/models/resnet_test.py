@@ -67,7 +67,9 @@ def _reference(variant, params, images, classifier="token"):
 # --- values ---
 
 _CASES = [
-  (_HYBRID, {"classifier": "map", "scan": True}),
+  pytest.param(
+    _HYBRID, {"classifier": "map", "scan": True}, marks=pytest.mark.ci
+  ),
   (_BIT, {"image_size": (30, 41), "remat": "full"}),
   (_BIT, {"num_classes": 0}),
   # Plain ones, of which small values are compared below.

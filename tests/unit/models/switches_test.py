@@ -61,14 +61,20 @@ FAMILIES = {
     "prefix_positions": "none",
   },
 }
-_of_each_family = pytest.mark.parametrize("name", FAMILIES)
+_of_each_family = pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name, marks=() if name in ("DINOv3", "CLIP") else pytest.mark.ci
+    )
+    for name in FAMILIES
+  ],
+)
 # Those that have most of the switches between them, and in CI the others.
 _of_some = pytest.mark.parametrize(
   "name",
   [
-    pytest.param(
-      name, marks=() if name in ("DINOv3", "so150m") else pytest.mark.ci
-    )
+    pytest.param(name, marks=() if name == "DINOv3" else pytest.mark.ci)
     for name in FAMILIES
   ],
 )

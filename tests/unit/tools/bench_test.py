@@ -41,6 +41,7 @@ FOUND = {
 # --- the step ---
 
 
+@pytest.mark.ci
 def test_figures_follow_from_the_time_of_a_step(monkeypatch):
   monkeypatch.setattr(step, "_CPU_SIDES", (64,))
   one = jax.devices()[:1]  # which takes half the time to compile for

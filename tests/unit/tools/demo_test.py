@@ -73,6 +73,7 @@ def test_sizes_are_whole_patches_and_not_too_many():
   assert list_sizes(huge)[-1] == (896, 896)
 
 
+@pytest.mark.ci
 def test_heads_and_attention(tmp_path):
   zeros = {"head/kernel": np.zeros((16, 5), np.float32)}
   with pytest.raises(UserError, match="has no trained head"):

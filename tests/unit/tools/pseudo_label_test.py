@@ -155,6 +155,7 @@ def _read(folder):
   return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.mark.ci
 def test_a_killed_command_resumes(digits, tmp_path, monkeypatch):
   """With the same arrays; and with another choice from the same scores."""
   monkeypatch.setattr(pseudo_labels, "_PART", 8)  # a batch

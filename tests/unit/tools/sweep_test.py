@@ -285,10 +285,10 @@ class Machine:
 @pytest.mark.parametrize(
   ("executor", "how"),
   [
-    ("local", "all"),
+    pytest.param("local", "all", marks=pytest.mark.nightly),
     ("local", signal.SIGINT),
     ("slurm", "all"),
-    ("slurm", signal.SIGKILL),
+    pytest.param("slurm", signal.SIGKILL, marks=pytest.mark.nightly),
   ],
 )
 def test_stopped_it_goes_on_without_repeating_a_run(

@@ -87,6 +87,7 @@ def test_gradients_are_those_of_torch():
     )
 
 
+@pytest.mark.ci
 def test_it_starts_as_the_model_scanned_or_not():
   images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3))
   images = images.astype("f4")
@@ -213,7 +214,7 @@ def test_a_and_b_and_the_head_are_trained():
 @pytest.mark.parametrize(
   ("devices", "overrides"),
   [
-    (1, {"micro_batches": "2"}),
+    pytest.param(1, {"micro_batches": "2"}, marks=pytest.mark.ci),
     pytest.param(4, {"fsdp": "2"}, marks=pytest.mark.ci),
   ],
 )
@@ -227,6 +228,7 @@ def test_in_pieces_and_on_devices_it_is_the_same(devices, overrides):
       )
 
 
+@pytest.mark.ci
 def test_rules_come_first():
   """What they name is trained as well, or not; A and B are as deep as W."""
   _, after = _train(
@@ -261,6 +263,7 @@ def test_what_cannot_be_adapted(changes, message):
   assert "\n" not in str(e.value)
 
 
+@pytest.mark.ci
 def test_few_shot_features_are_those_of_the_merged_model(monkeypatch):
   """An evaluation in a run sees what has been trained."""
   _, adapted = _make()

@@ -114,7 +114,10 @@ def test_the_losses_are_finite_for_a_certain_teacher():
 # --- in the objective and the step ---
 
 
-@pytest.mark.parametrize("mixes", [(0.0, 0.0), (1.0, 0.0), (0.5, 0.5)])
+@pytest.mark.parametrize(
+  "mixes",
+  [(0.0, 0.0), (1.0, 0.0), pytest.param((0.5, 0.5), marks=pytest.mark.ci)],
+)
 def test_a_teacher_sees_the_pixels_of_the_student(mixes):
   """The same as without a teacher, mixed in the same way."""
 
