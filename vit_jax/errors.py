@@ -54,7 +54,7 @@ def check_free(path) -> None:
   """Raises a UserError if an output path exists already."""
   if os.path.islink(path) and not os.path.exists(path):
     raise UserError(
-      f"{path} is a link to {os.readlink(path)}, which is not there; remove "
+      f"{path} is a link to {os.readlink(path)}, which does not exist; remove "
       "the link, or choose another"
     )
   # Paths in buckets are epath.Paths.
@@ -66,7 +66,7 @@ def check_folder(path, option: str = "--workdir") -> None:
   """Raises a UserError if a local path cannot be or become a folder."""
   for part in (path, *path.parents):
     if os.path.lexists(part) and not os.path.isdir(part):
-      what = "link to nothing" if os.path.islink(part) else "file"
+      what = "broken link" if os.path.islink(part) else "file"
       raise UserError(
         f"{part} is a {what}, not a folder; choose another {option}"
       )

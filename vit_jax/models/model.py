@@ -128,7 +128,7 @@ def make_features(
   if what == "pooled":
     if tuple(layers) != (-1,):
       raise UserError(
-        f"layers {tuple(layers)} are of tokens, and 'pooled' is of the last "
+        f"layers {tuple(layers)} select blocks, but 'pooled' is of the last "
         "one; take 'cls', 'mean', 'cls+mean' or 'patches'"
       )
   elif not depth:

@@ -45,7 +45,7 @@ def adapt(model, *, rank: int = 0, alpha: float = 0.0, params: str = ""):
         f"{path}; choose for instance 8"
       )
   if not alpha > 0:
-    raise UserError(f"lora.alpha {alpha} is not positive; choose such as 16.0")
+    raise UserError(f"lora.alpha {alpha} is not positive; try 16.0")
 
   def init(key):
     flat = flatten(model.init(key))
