@@ -16,7 +16,7 @@ class TrainState(NamedTuple):
   rng: jax.Array  # the key that every step folds its number into
 
 
-# Of every key, so that no run depends on JAX_DEFAULT_PRNG_IMPL.
+# Used for every key, so that no run depends on JAX_DEFAULT_PRNG_IMPL.
 KEY_IMPL = "threefry2x32"
 
 

@@ -143,7 +143,7 @@ def _make_run(model, what, layers, batch_size):
     found = []
     for start in range(0, max(len(good), 1), size):
       rows = good[start : start + size]
-      # Of a fixed shape, so that the model is compiled once.
+      # A fixed shape, so that the model is compiled once.
       batch = np.zeros((size, *about.image_size, 3), np.uint8)
       for row, i in enumerate(rows):
         batch[row] = pixels[i]

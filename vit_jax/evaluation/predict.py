@@ -50,7 +50,7 @@ def predict(
   names = read_names(class_names, about)
   files = list_images(images)
   size = min(len(files), BATCH_SIZE)
-  # Of a fixed shape, so that the model is compiled once.
+  # A fixed shape, so that the model is compiled once.
   batch = np.zeros((size, *about.image_size, 3), np.uint8)
   results: list[dict[str, Any]] = [{"image": file} for file in files]
   for start in range(0, len(files), size):

@@ -195,8 +195,8 @@ def _check_positions(variant, config):
   head_dim = config.hidden_size // config.num_heads
   if config.rope != "none" and head_dim % 4:
     raise UserError(
-      f"model.rope {config.rope!r} needs heads whose width 4 divides; those of "
-      f"{variant} are {head_dim} wide"
+      f"model.rope {config.rope!r} needs a head width divisible by 4; that of "
+      f"{variant} is {head_dim}"
     )
   parts = {"2d": 2, "sincos2d": 4}.get(kind, 1)
   if config.hidden_size % parts:

@@ -23,7 +23,7 @@ from vit_jax.models.variants import Scaling
 
 _MOMENTUM = 0.99  # of the running statistics
 _EPSILON = 1e-3
-# Of ImageNet's pixels in [0, 1].
+# ImageNet's statistics, for pixels in [0, 1].
 _PIXEL_MEAN = (0.485, 0.456, 0.406)
 _PIXEL_STD = (0.229, 0.224, 0.225)
 

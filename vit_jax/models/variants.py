@@ -64,7 +64,7 @@ RESNETS = {
   "R200": (3, 24, 36, 3),
 }
 
-# Of arXiv 1905.11946 and the authors' code (B8), arXiv 1911.04252 (L2). N is
+# From arXiv 1905.11946, the authors' code (B8) and arXiv 1911.04252 (L2). N is
 # ours, for tests.
 EFFICIENTNET = "EfficientNet-"  # prefix of their names
 EFFICIENTNETS = {

@@ -43,7 +43,7 @@ class Classification:
   mixup_alpha: float = 0.0  # of `mixup`; 0 for none
   cutmix_alpha: float = 0.0  # of `cutmix`; 0 for none
   repeats: int = 1  # of an image in a row; mixing skips over them
-  # Of soft targets, which are not to be smoothed, see `losses.sharpen`.
+  # Undoes the smoothing of soft targets, see `losses.sharpen`.
   sharpen: Callable = lambda targets: targets
   teacher: Teacher | None = None  # its parameters are batch["teacher"]
   two_heads: bool = False  # the model has one for the distillation token

@@ -32,7 +32,7 @@ class Profiler:
     if self._first <= step < self._end and self._started is None:
       jax.block_until_ready(state)
       options = jax.profiler.ProfileOptions()
-      # Its hook ends threads that start meanwhile, such as those of a save.
+      # Python's tracer ends threads that start meanwhile, such as a save's.
       options.python_tracer_level = 0
       jax.profiler.start_trace(str(self._folder), profiler_options=options)
       self._started = step

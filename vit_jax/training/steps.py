@@ -56,7 +56,7 @@ def train_step(
   if ema_decay:
     new = 1 - ema_decay
     if ema_warmup:
-      # Of t = step + 1: 1 - (1 + t) / (10 + t).
+      # 1 - (1 + t) / (10 + t), with t = step + 1.
       new = jnp.maximum(new, 9 / (11 + state.step))
     ema = optax.incremental_update(params, state.ema, new)
   metrics = {
