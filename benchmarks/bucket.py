@@ -1,12 +1,11 @@
-"""Training from a bucket beside training from the local disk.
+"""Training speed from a bucket, compared with the local disk.
 
   make quickstart
   python benchmarks/bucket.py
 
-Pre-trains as the quickstart does, for fewer steps, in turns: from its folder,
-and from a stand-in for Cloud Storage on this machine (tests/fake_gcs.py) that
-waits before each answer. Prints images a second, and of the bucket its requests
-and the bytes that it sent.
+Pre-trains as the quickstart does, for fewer steps, alternately from its folder
+and from a fake of Cloud Storage on this machine (tests/fake_gcs.py) that waits
+before each answer. Prints images/s, and the fake's requests and bytes sent.
 """
 
 import argparse
@@ -31,7 +30,7 @@ SHUFFLES = {
 
 
 def train(data_dir, steps, flags, environment=None):
-  """Returns the images a second of the second half of a run."""
+  """Returns the median images/s of the second half of a run."""
   with tempfile.TemporaryDirectory() as workdir:
     command = [
       *(sys.executable, "-m", "vit_jax", "train"),

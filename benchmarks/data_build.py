@@ -1,13 +1,12 @@
-"""Measures `vit-jax data build`: docs/your_images.md has its numbers.
+"""Measures `vit-jax data build`; docs/your_images.md has the results.
 
   python benchmarks/data_build.py
 
-draws a test set and 20,000 images, hides copies of test images among them,
-changed in known ways, builds the set, and prints a table. If apache-beam is
-installed, it builds the set with that too; if scikit-image is, it looks for
-copies of the photographs that it and scikit-learn ship (PHOTOS=1: no
-more).
-tests/unit/tools/labelled_test.py does it with fewer images.
+draws a test set and 20,000 images, some of which are altered copies of test
+images, builds the set, and prints a table. If apache-beam is installed, it also
+builds the set with Beam. If scikit-image is installed, it also searches for
+altered copies of photographs from scikit-image and scikit-learn (PHOTOS=1 runs
+only this part). tests/unit/tools/labelled_test.py uses fewer images.
 """
 
 import os
@@ -37,10 +36,10 @@ from vit_jax.tools.build_data import near_duplicates
 
 _REPO = Path(__file__).parents[1]
 _CHUNK = 250  # images that a process draws or decodes at a time
-_MOST = 8  # pixels that are cropped off a side
+_MOST = 8  # pixels cropped off a side, at most
 _INDEX = 50_000  # test images of ImageNet
 
-# Of copies; there are equally many of each.
+# Changes of copies, all equally frequent.
 KINDS = (
   *(f"resized by {x}" for x in (0.4, 0.7, 1.5, 2)),
   *(f"encoded anew, JPEG quality {x}" for x in (30, 60, 90)),
@@ -93,7 +92,7 @@ def draw(seed: int) -> Image.Image:
 
 
 def change(image: Image.Image, kind: str, seed: int) -> tuple[Image.Image, int]:
-  """Returns a copy, changed in a way of KINDS, and the JPEG quality for it."""
+  """Returns a copy, changed as one of KINDS, and its JPEG quality."""
   rng = np.random.default_rng(seed)
   quality, scale = 92, 1.0
   if "cropped" in kind:
@@ -175,7 +174,7 @@ def _make_some(job):
 
 
 def build(root: Path, name: str, source: str, *options: str) -> np.ndarray:
-  """Runs the command; returns the seconds that it took, and those of CPU."""
+  """Runs the command; returns its wall-clock and CPU seconds."""
   command = [sys.executable, "-m", "vit_jax", "data", "build", name]
   command += [f"--images={root / source}", f"--labels={root / source}.csv"]
   command += [f"--data_dir={root / 'data'}", *options]
@@ -191,13 +190,13 @@ def _read_clocks():
 
 
 def read_report(root: Path, name: str) -> dict:
-  """Returns what a build has left out."""
+  """Returns the report of a build, which lists skipped images."""
   file = root / "data" / name / "1.0.0" / "report.json"
   return json.loads(file.read_text())
 
 
 def count_differences(root: Path, name: str, other: str) -> int:
-  """Returns how many examples of two data sets are in one of them alone."""
+  """Returns how many examples are in only one of two data sets."""
   one, two = (Counter(read_all(root, x, "train")) for x in (name, other))
   return ((one - two) + (two - one)).total()
 
@@ -205,8 +204,8 @@ def count_differences(root: Path, name: str, other: str) -> int:
 def read_all(root: Path, name: str, split: str) -> list[tuple[str, str]]:
   """Returns (digest of the encoded image, labels) of a split's examples.
 
-  The bytes of a record also depend on the order of its features, which
-  Protocol Buffers leave open.
+  Bytes of records are not compared, because Protocol Buffers do not specify the
+  order of features.
   """
   source = get_source(name, split, str(root / "data"))
   examples = map(source.read_example, range(source.num_examples))
@@ -219,11 +218,11 @@ def read_all(root: Path, name: str, split: str) -> list[tuple[str, str]]:
 
 
 def measure_decoding(folder: Path, workers: int) -> float:
-  """Returns images/s of decoding alone, by as many processes."""
+  """Returns images/s of decoding alone, with this many processes."""
   files = sorted(folder.rglob("*.jpg"))
   chunks = [files[i : i + _CHUNK] for i in range(0, len(files), _CHUNK)]
   with _open_pool(workers) as pool:
-    list(pool.map(_decode_some, [[]] * workers))  # all are there
+    list(pool.map(_decode_some, [[]] * workers))  # all have started
     start = time.monotonic()
     list(pool.map(_decode_some, chunks))
     return len(files) / (time.monotonic() - start)
@@ -233,12 +232,12 @@ def _decode_some(files):
   for file in files:
     try:
       Image.open(file).convert("RGB")
-    except Exception:  # the ruined ones
+    except Exception:  # of corrupt files
       continue
 
 
 def measure_comparing(folder: Path, tests: int) -> float:
-  """Returns images/s of looking for twins alone, in one process."""
+  """Returns images/s of near-duplicate search alone, in one process."""
   rng = np.random.default_rng(0)
 
   def make_one():
@@ -261,10 +260,10 @@ def _is_whole(file):
 
 
 def count_digits() -> tuple[int, int]:
-  """Asks for half of the digits among the other half.
+  """Searches for near-duplicates of half of the digits in the other half.
 
   Returns:
-    How many are said to be twins, and of how many.
+    How many are found, and of how many.
   """
   pixels = (sklearn_datasets.load_digits().images * 255 / 16).astype(np.uint8)
   thumbnails = np.stack(
@@ -282,7 +281,7 @@ def count_digits() -> tuple[int, int]:
 def list_photos() -> list[tuple[str, Image.Image]]:
   """Returns photographs of scikit-image and scikit-learn, and their quarters.
 
-  Each with its key in PHOTOS. A quarter is not a copy of the whole.
+  Each comes with its key in PHOTOS. A quarter is not a copy of the whole.
   """
   import skimage
 
@@ -305,10 +304,10 @@ def list_photos() -> list[tuple[str, Image.Image]]:
 
 
 def measure_photos() -> dict:
-  """Looks for changed copies of photographs, among them and among others.
+  """Searches for altered copies of photographs, among them and among others.
 
   Returns:
-    {kind: {group of PHOTOS: [found, of]}}; "false": others said to be twins.
+    {kind: {group of PHOTOS: [found, of]}}; "false": others that were found.
   """
   photos = list_photos()
   originals = [near_duplicates.make_thumbnail(photo) for _, photo in photos]
@@ -334,7 +333,7 @@ def measure_photos() -> dict:
 
 
 def measure(root: Path, images: int, tests: int, workers: int) -> dict:
-  """Returns the figures; see `format_tables`."""
+  """Returns all measurements; see `format_tables`."""
   planted = make_files(root, images, tests, workers)
   own = f"--workers={workers}"
   build(root, "tests", "tests", own)
@@ -376,7 +375,7 @@ def measure_beam(root: Path, images: int, workers: int) -> dict:
   beam = (_BEAM[0], f"{_BEAM[1]}{workers}", "--against=tests:train")
   seconds = build(root, "beam", "images", *beam)
   same = read_report(root, "beam") == read_report(root, "whole")
-  assert same, "Beam's report is another one"
+  assert same, "Beam's report differs"
   different = count_differences(root, "beam", "whole")
   return {"beam": seconds / images, "different": different}
 

@@ -2,8 +2,8 @@
 
   .venv/bin/python benchmarks/figures.py
 
-Of the quickstart's fine-tuned run, if there is one, and of a ViT-B_16 whose
-weights are a formula (350 MB in a temporary folder).
+Uses the quickstart's fine-tuned run, if there is one, and a ViT-B_16 with
+weights from a formula (350 MB in a temporary folder).
 """
 
 import os
@@ -53,7 +53,7 @@ def write_pictures(folder, count=8):
 
 
 def measure(*args):
-  """Runs `vit-jax figures`; returns (seconds, GiB at the most)."""
+  """Runs `vit-jax figures`; returns (seconds, peak GiB)."""
   begin = time.monotonic()
   process = subprocess.Popen(
     [sys.executable, "-m", "vit_jax", "figures", *map(str, args)],

@@ -1,21 +1,21 @@
-"""Whether a student beats its teacher: the tables of docs/noisy_student.md.
+"""Accuracy of teachers and students: the tables of docs/noisy_student.md.
 
   python benchmarks/noisy_student.py [--data=digits,tissue] [--seeds=0,1,2,3,4]
 
-For each seed configs/quickstart_noisy_student.py runs as it is. Its teacher is
-trained as the students are, on the labelled images alone: the difference is
-what pseudo-labels add. Then the first student is trained anew, from the same
-teacher, with one thing left out:
+Runs configs/quickstart_noisy_student.py for each seed. Its teacher is trained
+like the students, but only on the labelled images, so that the difference is
+the effect of the pseudo-labels. Then the first student is trained again, from
+the same teacher, with one part left out:
 
   no noise: no dropout, no stochastic depth, images as in the evaluation;
-  no filter: min_confidence 0, so that all images are taken;
-  no balance: classes with few images do not repeat theirs.
+  no filter: min_confidence 0, so that all images are used;
+  no balance: images of rare classes are not repeated.
 
-All of it in runs/noisy_student_benchmark/DATA/seed=N/VARIANT, a run a stage:
-stopped, it resumes. The data sets are prepared where that is needed. Settings
-were chosen with seeds 10 and 11 and --validation: instead of the test set it
-evaluates 200 training images, which no network here learns from. As these are
-few, the labels of the 750 unlabelled images counted as well.
+Each stage is a run in runs/noisy_student_benchmark/DATA/seed=N/VARIANT, so that
+a stopped benchmark resumes. Missing data sets are prepared. Settings were
+chosen with seeds 10 and 11 and --validation, which replaces the test set by 200
+training images that no network here learns from. As these are few, the labels
+of the 750 unlabelled images were used as well.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def run(name, seed, variant, changes, given) -> dict[str, float] | None:
 
 
 def make_table(found) -> str:
-  """Returns the accuracies in Markdown: {column: {seed: accuracy}}."""
+  """Formats {column: {seed: accuracy}} as a Markdown table."""
   seeds = sorted({seed for column in found.values() for seed in column})
   lines = [["", *found], ["---"] * (len(found) + 1)]
   for seed in seeds:

@@ -1,15 +1,15 @@
-"""How well training examples are shuffled, beside NumPy's permutation.
+"""Quality of shuffling, compared with NumPy's permutation.
 
   python benchmarks/shuffling.py [--examples=1281167] [--gib=4]
 
 For a set of ImageNet's size and batches of 4,096, over two epochs:
 
-  spread: chi2 / df of a batch over 64 equal parts of the set; 1 if drawn.
-  lag: the largest correlation of an example's place in the set with that of the
-    one any number of positions later, within an eighth of an epoch.
-  together: how often two examples of a batch are in one batch again in the next
-    epoch, in parts of what chance has.
-  classes: how many of 1,000 a batch has, where the set is stored by class.
+  spread: chi2 / df of a batch over 64 equal parts of the set; 1 if random.
+  lag: the largest autocorrelation of examples' positions in the set, over lags
+    of up to an eighth of an epoch.
+  together: how often two examples of a batch share a batch again in the next
+    epoch, relative to chance.
+  classes: how many of 1,000 a batch has, if the set is stored by class.
 """
 
 import argparse
@@ -24,11 +24,11 @@ BATCH = 4096
 PARTS = 64
 CLASSES = 1000
 BYTES = 110_000  # of a record
-BUFFER, SHARDS, CYCLE = 250_000, 1024, 16  # of tf.data as it is usually written
+BUFFER, SHARDS, CYCLE = 250_000, 1024, 16  # of a usual tf.data pipeline
 
 
 class Bucket:
-  """What `choose_shuffle` asks a data set for."""
+  """The attributes of a data set that `choose_shuffle` uses."""
 
   remote = True
 
@@ -41,7 +41,7 @@ def permute(size, rng):
 
 
 def buffer(size, rng):
-  """A shuffle buffer over shards of which some are read in turns."""
+  """Returns the order of a shuffle buffer over interleaved shards."""
   shards = np.array_split(np.arange(size), SHARDS)
   shards = [shards[i] for i in rng.permutation(SHARDS)]
   stream = []
@@ -63,7 +63,7 @@ def by_order(shuffle, size):
 
 
 def measure(epochs):
-  """Returns the figures of examples int[2 size], epoch by epoch."""
+  """Returns the four metrics of examples int[2 size] of two epochs."""
   size = epochs.shape[1]
   count = size // BATCH
   batches = epochs[0, : count * BATCH].reshape(count, BATCH)
@@ -82,7 +82,7 @@ def measure(epochs):
 
 
 def correlate(examples):
-  """Returns the correlation of the lag that has the largest."""
+  """Returns the autocorrelation with the largest magnitude."""
   size = len(examples)
   x = (examples - examples.mean()) / examples.std()
   spectrum = np.fft.rfft(x, 2 * size)

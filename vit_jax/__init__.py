@@ -1,7 +1,7 @@
-"""Vision Transformers in JAX: pre-train, fine-tune at high resolution, use.
+"""Vision Transformers in JAX: pre-training, fine-tuning and inference.
 
 `vit_jax.load(source)` returns a model with published weights or your own, see
-`vit_jax.pretrained.load`. All else is in the modules.
+`vit_jax.pretrained.load`. Import everything else from its module.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name):
-  # Imported when it is asked for: `import vit_jax` does not wait for JAX.
+  # Imported lazily, so that `import vit_jax` does not import JAX.
   if name == "load":
     from vit_jax.pretrained import load
 

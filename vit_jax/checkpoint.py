@@ -1,13 +1,13 @@
-"""Checkpoints: Orbax saves, restores and deletes; this file says what and when.
+"""Checkpoints, saved and restored by Orbax, with detection of corruption.
 
 Orbax writes checkpoints/STEP/ of a run folder under a temporary name, then
-renames it. Later corruption is detected by a fingerprint beside the state: a
-number for each array, computed where the array lives and again from what was
-read.
+renames it. A fingerprint beside the state detects later corruption. It has one
+number for each array, computed on the devices before saving and again from what
+was read.
 
 A checkpoint that does not decode or match its fingerprint is corrupt. It is
-skipped and moved to damaged/, never deleted. Any other failure ends the run and
-changes nothing: a full memory, a server that does not answer, another version.
+skipped and moved to damaged/, never deleted. Any other failure, such as a lack
+of memory or an unreachable server, ends the run and changes nothing.
 """
 
 import contextlib
@@ -45,9 +45,9 @@ def _digest(x):
     stride = math.prod(x.shape[axis + 1 :]) % 2**32
     index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     position += index * jnp.uint32(stride)
-  # Each value is scrambled with its position (the finalizer of MurmurHash3, a
-  # bijection): a single change cannot cancel out, several do in one of 2**32
-  # cases. Sums of integers do not depend on their order, nor on the devices.
+  # Each value is hashed with its position (the finalizer of MurmurHash3, a
+  # bijection), so that a single change always shows; several cancel out in one
+  # of 2**32 cases. Integer sums do not depend on their order or the devices.
   h = bits.astype(jnp.uint32) ^ (position * jnp.uint32(0x9E3779B9))
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     h = (h ^ (h >> shift)) * jnp.uint32(factor)
@@ -65,10 +65,10 @@ def fingerprint(tree) -> dict[str, int]:
 
 
 class Corrupt(Exception):
-  """The data of a checkpoint do not decode, or not to what was saved."""
+  """The data of a checkpoint do not decode, or differ from what was saved."""
 
 
-# What reading one may raise, the worst last.
+# Exceptions of reading a checkpoint, the most severe last.
 _KINDS = (Corrupt, UserError, RunStopped)
 
 
@@ -76,9 +76,9 @@ class Checkpoints:
   """The checkpoints of one run folder."""
 
   def __init__(self, workdir, keep: int):
-    """Keeps the newest `keep` of a run folder, and the best beside them."""
+    """Keeps the newest `keep` checkpoints of a run folder, and the best."""
     self.workdir = absolute(workdir)
-    # The steps of the second are set by `keep_best`.
+    # `keep_best` sets the steps of the second.
     latest, best = _policies.LatestN(keep), _policies.CustomSteps([])
     self._preserved: list[Any] = [latest, best]
     self._manager: Any = None
@@ -89,9 +89,9 @@ class Checkpoints:
     return list_steps(self.workdir)
 
   def open(self) -> None:
-    """Prepares to save; all processes do so together.
+    """Prepares to save; all processes must call it.
 
-    What a killed process left half-written, whole states, is deleted in the
+    Checkpoints that a killed process left incomplete are deleted in the
     background.
 
     Raises:
@@ -112,10 +112,10 @@ class Checkpoints:
       )
 
   def save(self, step: int, state) -> None:
-    """Starts to save the state; returns once it is off the devices.
+    """Starts saving the state; returns once it is copied off the devices.
 
     Raises:
-      RunStopped: this or the save before it could not be written.
+      RunStopped: this or the previous checkpoint could not be written.
     """
     self.wait()
     # Plain nested dictionaries: any reader can take one subtree by name.
@@ -135,8 +135,8 @@ class Checkpoints:
     return gather(best is None or bool(metric > best[1]))[0]
 
   def keep_best(self, step: int, metric: float) -> None:
-    """Has a step that was saved kept as the best one."""
-    # Named on the disk once it is there, see `wait`.
+    """Keeps the checkpoint of a saved step as the best one."""
+    # `wait` writes best.json once the checkpoint is on the disk.
     self._best = {"step": step, "metric": metric}
     self._preserved[1] = _policies.CustomSteps([step])
 
@@ -180,7 +180,7 @@ class Checkpoints:
     return None
 
   def wait(self) -> None:
-    """Returns when everything that was saved is on disk, the best named."""
+    """Waits until all saves are on the disk, then writes best.json."""
     if self._manager is not None:
       with self._writing():
         try:
@@ -195,13 +195,13 @@ class Checkpoints:
     self._best = None
 
   def close(self) -> None:
-    """Waits, and releases the folder."""
+    """Waits for the last save, and releases the folder."""
     self.wait()
     if self._manager is not None:
       self._manager.close()
 
   def _set_aside(self, folders):
-    """Moves corrupt checkpoints away: their steps will be saved again."""
+    """Moves corrupt checkpoints away, because their steps are saved again."""
     for folder in folders:
       target = self.workdir / "damaged" / f"checkpoints-{folder.name}"
       while target.exists():
@@ -212,20 +212,19 @@ class Checkpoints:
 
   @contextlib.contextmanager
   def _writing(self, when=""):
-    """Turns an exception into one line that names what is safe."""
+    """Raises any exception as a RunStopped that lists intact checkpoints."""
     try:
       yield
     except Exception as e:
       intact = ", ".join(map(str, self.steps())) or "none"
       raise RunStopped(
         f"could not write a checkpoint to {self.workdir}{when}: {one_line(e)}; "
-        f"intact checkpoints: {intact}; mend that, then the same command "
-        "resumes"
+        f"intact checkpoints: {intact}; fix that, then the same command resumes"
       ) from e
 
 
 def _agree(folder, error):
-  """Returns the worst error of all processes, None for none."""
+  """Returns the most severe error of all processes, or None."""
   kind = sum(i for i, k in enumerate(_KINDS, 1) if isinstance(error, k))
   worst = max(gather(kind))
   if worst == kind:
@@ -233,13 +232,13 @@ def _agree(folder, error):
   return _KINDS[worst - 1](f"another process could not read {folder}")
 
 
-# Seconds before a read is tried again that a disk or a network failed.
+# Seconds to wait before a read is retried after a disk or network error.
 _PAUSES = (0.5, 2.0, 8.0)
-# That one failed; the number 2 is that of a file that is not there.
+# Messages of such errors; error code 2 is that of a missing file.
 _STORAGE_ERRORS = re.compile(
   r"UNAVAILABLE|DEADLINE_EXCEEDED|HTTP\D*(429|50[0-4])|os_error_code='(?!2')"
 )
-# That bytes were read and are wrong, in the words of TensorStore and Orbax.
+# Messages of TensorStore and Orbax for bytes that were read but are wrong.
 _CONTENT_ERRORS = re.compile(
   r"DATA_LOSS|FAILED_PRECONDITION|NOT_FOUND|OUT_OF_RANGE|decod|pars|checksum"
   r"|CRC-?32|corrupt|truncated",
@@ -248,10 +247,10 @@ _CONTENT_ERRORS = re.compile(
 
 
 def _read(folder, read: Callable[[Any], Any]) -> Any:
-  """Returns what `read` returns of one checkpoint.
+  """Returns `read(folder)`; retries after disk and network errors.
 
   Raises:
-    Corrupt: its data do not decode, or not to what was saved.
+    Corrupt: its data do not decode, or differ from what was saved.
     RunStopped: it could not be read.
   """
   for pause in (*_PAUSES, None):
@@ -268,7 +267,7 @@ def _read(folder, read: Callable[[Any], Any]) -> Any:
         raise Corrupt(one_line(e)) from e
       if pause is None or not is_storage:
         raise RunStopped(
-          f"could not read {folder}: {one_line(e)}; nothing was changed; mend "
+          f"could not read {folder}: {one_line(e)}; nothing was changed; fix "
           "that, then the same command resumes"
         ) from e
       log.warning("could not read: %s; trying again", one_line(e))
@@ -290,7 +289,7 @@ def _is_of_contents(e) -> bool:
 
 
 def check_address(workdir) -> None:
-  """Raises a UserError if checkpoints at a gs:// address need a library."""
+  """Raises a UserError if the library for a gs:// address is missing."""
   if str(workdir).startswith("gs://"):
     try:  # Orbax imports it when it lists or deletes checkpoints there
       importlib.import_module("google.cloud.storage")
@@ -324,7 +323,7 @@ def read_best(workdir) -> tuple[epath.Path, float] | None:
     best = files.read_json(file, "restore it from a copy, or delete it")
     folder = file.parent / "checkpoints" / str(best["step"])
     return (folder, best["metric"]) if folder.exists() else None
-  # Runs from before 2026-12 had the best one in a folder of its own.
+  # Runs from before 2026-12 have the best one in a separate folder.
   for step in reversed(list_steps(workdir, "best")):
     folder = file.parent / "best" / str(step)
     with contextlib.suppress(Corrupt):
@@ -344,10 +343,10 @@ def _restore(folder, abstract_state):
 
 
 def read_params(folder) -> dict[str, np.ndarray]:
-  """Returns {path: array} of a checkpoint: its parameters, or their average.
+  """Returns {path: array} of a checkpoint's parameters, or of their average.
 
   Raises:
-    Corrupt: they do not decode, or not to what was saved.
+    Corrupt: they do not decode, or differ from what was saved.
     RunStopped: they could not be read.
   """
 

@@ -1,7 +1,7 @@
-"""Configuration files: loaded, overridden, checked, compared, kept.
+"""Configuration files: loading, overrides, checks and comparison.
 
-`configs/` is read as files, not imported as a package: a configuration lives
-beside the user's other files as well as it does in this project.
+Configurations are run as files, not imported as a package, so that they may
+also lie outside this project.
 """
 
 import ast
@@ -23,8 +23,8 @@ from vit_jax import data
 from vit_jax.data import preprocess
 from vit_jax.errors import UserError, check_choice, suggest
 
-# What may differ when a run is resumed: none of these changes which parameters
-# come out, other than by the rounding of sums in another order.
+# Keys that may change when a run is resumed. They change the trained parameters
+# at most by the rounding of sums in another order.
 RESUMABLE = (
   "data_dir",
   "fsdp",
@@ -41,8 +41,8 @@ RESUMABLE = (
   "wandb",
 )
 
-# Keys that are newer than the first release: {key: what runs from before did},
-# and new names of keys, {old: new}. Without an entry no such run is resumed.
+# Keys added since the first release, {key: its value in older runs}; and
+# new names of keys, {old: new}. Without an entry, older runs cannot be resumed.
 ADDED: dict[str, Any] = {
   "best_metric": None,
   "model.class_token": False,
@@ -90,7 +90,7 @@ def load(spec: str, overrides: dict[str, str] | None = None):
     overrides: {"schedule.base_lr": "3e-4"} as typed by the user.
 
   Raises:
-    UserError: no such file, one that fails or refuses its argument, an
+    UserError: no such file, one that fails or rejects its argument, an
       unknown key, a value of the wrong type.
   """
   file, _, arg = spec.partition(":")
@@ -102,7 +102,7 @@ def load(spec: str, overrides: dict[str, str] | None = None):
   except ValueError as e:
     raise UserError(str(e)) from e
   except Exception as e:
-    # ConfigDict lists every key, line breaks quoted, before it suggests one.
+    # ConfigDict lists every key, with escaped line breaks, before its hint.
     words = str(e).replace("\\n", "\n").strip(" \n'") or "no message"
     line = words.splitlines()[-1][-300:]
     raise UserError(f"{file} failed: {type(e).__name__}: {line}") from e
@@ -137,9 +137,9 @@ def find(file: str) -> Path:
 
 @contextlib.contextmanager
 def _importing_from(folder):
-  """Lets a configuration import its neighbours; none stays imported.
+  """Lets a configuration import modules beside it, then unloads them.
 
-  Those of another folder may have the same names.
+  Modules of another folder may have the same names.
   """
   names = {path.stem for path in folder.glob("*.py")} - sys.stdlib_module_names
   hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
@@ -174,8 +174,8 @@ def override(config, key: str, text: str) -> None:
     node = node[parent]
   kind = node.get_type(name)
   value = parse_value(text, kind)
-  # ConfigDict alone would take None for anything and True for an integer. A
-  # key of type object checks its value where it is used.
+  # ConfigDict alone would accept None for anything and True for an integer.
+  # Values of keys of type object are checked where they are used.
   if kind is not object and type(value) is not kind:
     example = "" if known[key] is None else f", such as {known[key]!r}"
     raise UserError(
@@ -187,7 +187,7 @@ def override(config, key: str, text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-  """One evaluation of a run, with nothing left to a default."""
+  """One evaluation of a run, with all defaults filled in."""
 
   name: str  # "eval" for `config.eval`, else that of an entry of `config.evals`
   type: str  # the run's objective, or one of `evaluators.OTHERS`
@@ -196,17 +196,17 @@ class Eval:
   preprocess: str  # of all its images
   batch_size: int  # over all hosts and devices
   every: int  # steps; 0: at the end only
-  train_split: str  # of the images that "fewshot" learns from
-  shots: tuple[int, ...]  # how many of each class
+  train_split: str  # of the training images of "fewshot"
+  shots: tuple[int, ...]  # training images of each class
 
   @property
   def key(self) -> str:
-    """Where the configuration has it."""
+    """The configuration's key of this evaluation."""
     return "eval" if self.name == "eval" else f"evals.{self.name}"
 
 
 def add_eval(config, name: str, **values: Any) -> None:
-  """Adds an entry to `config.evals`; what is not given stays at its default.
+  """Adds an entry to `config.evals`; missing values keep their defaults.
 
   `list_evals` checks the name and the values.
   """
@@ -216,12 +216,12 @@ def add_eval(config, name: str, **values: Any) -> None:
     config.evals[name].update(values)
 
 
-# Of an entry of `config.evals`; `list_evals` has their defaults.
+# Keys of an entry of `config.evals`; `list_evals` has their defaults.
 _EVAL_KEYS: dict[str, type] = {
   **dict.fromkeys(("type", "dataset", "split", "preprocess"), str),
   **{"batch_size": int, "every": int, "train_split": str, "shots": tuple},
 }
-# What else stands before the "/" of a logged name.
+# Other prefixes of logged names, before the "/".
 LOGGED = ("eval", "train", "speed")
 
 
@@ -229,7 +229,7 @@ def list_evals(config) -> list[Eval]:
   """Returns the evaluations of a run; that of `config.eval` is the first.
 
   Raises:
-    UserError: a name, key or number that cannot be, or no split.
+    UserError: an invalid name, key or number, or no split.
   """
   usual = {
     "type": config.objective,
@@ -268,7 +268,7 @@ def list_evals(config) -> list[Eval]:
 
 
 def parse_value(text: str, kind: type):
-  """Reads a value typed by a user: Python where it parses, text where not."""
+  """Parses a user's value as a Python literal; if it is not one, as text."""
   if kind is str:
     return text
   if text.lower() in ("true", "false"):
@@ -296,19 +296,20 @@ def flatten(config) -> dict[str, Any]:
 
 
 def to_dict(config) -> dict[str, Any]:
-  """Returns the configuration as plain nested dictionaries, as JSON has it."""
+  """Returns the configuration as nested dictionaries of JSON types."""
   return json.loads(json.dumps(config.to_dict()))
 
 
-# What a training step draws in the model, each micro-batch on its own.
+# Rates of the model's random operations, drawn for each micro-batch.
 _RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
 
 
 def differences(old: dict, new: dict) -> list[str]:
-  """Returns "key: old -> new" for what a resumed run may not change.
+  """Returns "key: old -> new" for changes that a resumed run may not have.
 
-  That is all but `RESUMABLE` and the evaluations of `config.evals` that do not
-  pick the best checkpoint; and `micro_batches` where they change the result.
+  Changes are allowed of `RESUMABLE` keys and of evaluations in `config.evals`
+  that do not pick the best checkpoint, but not of `micro_batches` where that
+  changes the result.
   """
   old, new = modernize(flatten(old)), flatten(new)
   best = str(new.get("best_metric")).partition("/")[0]
@@ -317,7 +318,7 @@ def differences(old: dict, new: dict) -> list[str]:
     if key == "teacher.source":  # config.json has a digest of the weights
       return bool(old.get(key)) and bool(new.get(key))
     if key == "micro_batches":
-      # BatchNorm has the statistics of each micro-batch.
+      # BatchNorm uses the statistics of each micro-batch.
       has_statistics = new["model.variant"].startswith("EfficientNet")
       draws = any(new.get(f"model.{rate}") for rate in _RATES)
       return not (draws or has_statistics)
@@ -333,12 +334,12 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def modernize(flat: dict[str, Any]) -> dict[str, Any]:
-  """Returns a flat configuration of any version with today's keys."""
+  """Returns a flat configuration of any version with current keys."""
   return ADDED | {RENAMED.get(key, key): value for key, value in flat.items()}
 
 
 def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
-  """Returns a value; preprocessing that is written differently is the same."""
+  """Returns a value for comparison; preprocessing is parsed first."""
   value = flat.get(key)
   if key.endswith(".preprocess") and value:
     with contextlib.suppress(UserError):
@@ -349,7 +350,8 @@ def find_meaning(flat: Mapping[str, Any], key: str) -> Any:
 def find_test_set(config) -> str:
   """Returns `eval.dataset` of a configuration, or its first training set.
 
-  Not one with pseudo-labels, which has no test images: "" without another.
+  Pseudo-labelled sets are skipped, because they have no test images. Returns ""
+  if there is no other.
   """
   flat = flatten(config)
   train = [name for name, _ in data.parse_mixture(flat["train.dataset"])]
@@ -357,7 +359,7 @@ def find_test_set(config) -> str:
   return flat["eval.dataset"] or next(iter(labelled), "")
 
 
-# Key -> its values.
+# Key -> its choices.
 CHOICES = {
   "objective": ("classification", "masked_patches"),
   "train.shuffle": ("auto", "all", "blocks"),
@@ -384,9 +386,9 @@ _COUNTS = (
   *("micro_batches", "log_every", "keep_checkpoints", "profile_steps"),
   "train.repeats",
 )
-# Key -> its least value, and the first that is too large.
+# Key -> (its least value, the limit that it must stay below).
 RANGES = {
-  "seed": (-(2**63), 2**63),  # what JAX's keys take
+  "seed": (-(2**63), 2**63),  # the range that JAX's keys accept
   **dict.fromkeys(_FRACTIONS, (0, 1)),
   **dict.fromkeys(_AMOUNTS, (0, math.inf)),
   **dict.fromkeys(_COUNTS, (1, math.inf)),
@@ -394,7 +396,7 @@ RANGES = {
 
 
 def check_ranges(config) -> None:
-  """Raises a UserError for a value that no other part of a run checks."""
+  """Raises a UserError for a value outside its choices or its range."""
   values = flatten(config)
   for key, choices in CHOICES.items():
     check_choice(f"config.{key}", values[key], choices)
@@ -412,9 +414,8 @@ def check_ranges(config) -> None:
     )
 
 
-# Key -> its default (and other values that mean "off"), and the key that it
-# needs with the value or values that this has to have; None: any but 0, "" or
-# unset.
+# Key -> (its default and other values that mean "off", the key that it needs,
+# the value or values that this must have; None for any but 0, "" or unset).
 _DECAY = "optimizer.weight_decay"
 NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
   "masked_target": (("mean_colour",), "objective", "masked_patches"),
@@ -451,7 +452,7 @@ NEEDS: dict[str, tuple[tuple[Any, ...], str, Any]] = {
 
 def find_unused(values: dict[str, Any]) -> list[str]:
   """Returns the keys of `NEEDS` that have no effect in a flat configuration."""
-  # Those of `eval` are also the defaults of the entries of `evals`.
+  # Keys of `eval` are also the defaults of entries of `evals`.
   meant = {"eval.split"} if any(k.startswith("evals.") for k in values) else {}
 
   def is_met(needed, wanted):
@@ -488,7 +489,7 @@ def check_unused(config) -> None:
 
 
 def count_steps(config, num_examples: int) -> int:
-  """Returns the run's steps, for `num_examples` an epoch.
+  """Returns the steps of a run whose epochs have `num_examples`.
 
   Raises:
     UserError: not exactly one duration is set.
@@ -503,5 +504,5 @@ def count_steps(config, num_examples: int) -> int:
   if config.total_steps:
     return config.total_steps
   examples = config.total_examples or config.total_epochs * num_examples
-  # As many whole batches as come closest, and at least one.
+  # The nearest number of whole batches, at least one.
   return max(1, round(examples / config.batch_size))

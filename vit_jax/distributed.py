@@ -1,7 +1,6 @@
-"""What all processes of a run must have in common, and how they compare it.
+"""Checks that all processes of a run have the same settings, code and data.
 
-With other settings, code or data on one of them they would train a wrong model,
-or wait for each other for ever.
+Otherwise they would train a wrong model, or deadlock.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ _PACKAGES = ("vit_jax", "jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def check_same(facts: dict[str, Any]) -> None:
-  """Raises unless all processes give the same facts; all have to call it.
+  """Raises unless all processes pass the same facts; all must call it.
 
   `facts` are {name: value}, compared by their `repr`.
 
@@ -61,7 +60,7 @@ def digest_package() -> str:
 
 
 def read_versions() -> dict[str, str]:
-  """Returns {package: version} of what has to be the same everywhere."""
+  """Returns {name: version} of Python and of `_PACKAGES`."""
   versions = {"python": platform.python_version()}
   for name in _PACKAGES:
     try:
@@ -72,7 +71,7 @@ def read_versions() -> dict[str, str]:
 
 
 def gather(value) -> list:
-  """Returns the values of all processes, of JSON's types, by process."""
+  """All-gathers a value of JSON types; returns one for each process."""
   if jax.process_count() == 1:
     return [value]
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""The exceptions that become one clear line for the person at the terminal."""
+"""Exceptions whose message is one line for the user, and checks of input."""
 
 import contextlib
 import difflib
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
-  """Something the user gave cannot be used; commands exit with code 2.
+  """Invalid input from the user; commands exit with code 2.
 
   The message is one line: what was given, what is needed, what to do.
   """
 
 
 class RunStopped(RuntimeError):
-  """A run cannot continue: the disk is full, ...; commands exit with code 1.
+  """A run cannot continue, as on a full disk; commands exit with code 1.
 
-  One line as well: what happened, at which step, what is safe, what to do.
+  The message is one line: what happened, when, what is safe, what to do.
   """
 
 
@@ -35,14 +35,14 @@ EXTRAS = {
   **dict.fromkeys(("flatbuffers", "jax2onnx", "onnx", "onnxruntime"), "export"),
   "libtpu": "plan",
   "wandb": "wandb",
-  "gcsfs": "train",  # TensorFlow reads buckets as well
+  "gcsfs": "train",  # TensorFlow also reads buckets
 }
 
 
 def needs_extra(what: str, library: str, extra: str | None = None) -> UserError:
   """Returns the error for a library of `EXTRAS` that is not installed.
 
-  `extra` has it and all else that `what` needs; unset: see `EXTRAS`.
+  `extra` installs it and all else that `what` needs; default: see `EXTRAS`.
   """
   return UserError(
     f"{what} needs {library}, which is not installed: "
@@ -51,22 +51,22 @@ def needs_extra(what: str, library: str, extra: str | None = None) -> UserError:
 
 
 def check_free(path) -> None:
-  """Raises a UserError if there is anything at a path that is to be written."""
+  """Raises a UserError if an output path exists already."""
   if os.path.islink(path) and not os.path.exists(path):
     raise UserError(
-      f"{path} is a link to {os.readlink(path)}, which is not there; remove "
+      f"{path} is a link to {os.readlink(path)}, which does not exist; remove "
       "the link, or choose another"
     )
-  # What is in a bucket is an epath.Path.
+  # Paths in buckets are epath.Paths.
   if os.path.lexists(path) or ("://" in str(path) and path.exists()):
     raise UserError(f"{path} exists; nothing is overwritten, choose another")
 
 
 def check_folder(path, option: str = "--workdir") -> None:
-  """Raises a UserError if a folder cannot be, or be made, at a local path."""
+  """Raises a UserError if a local path cannot be or become a folder."""
   for part in (path, *path.parents):
     if os.path.lexists(part) and not os.path.isdir(part):
-      what = "link to nothing" if os.path.islink(part) else "file"
+      what = "broken link" if os.path.islink(part) else "file"
       raise UserError(
         f"{part} is a {what}, not a folder; choose another {option}"
       )
@@ -89,9 +89,9 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-  """Returns an exception's words in one line of at most `limit` characters.
+  """Returns an exception's message as one line of at most `limit` characters.
 
-  A long one loses its middle, where the paths are.
+  Long messages lose their middle, where paths usually are.
   """
   words = " ".join(str(error).split()) or type(error).__name__
   if len(words) <= limit:
@@ -102,7 +102,7 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 @contextlib.contextmanager
 def os_errors() -> Iterator[None]:
-  """Raises TensorFlow's errors, which a bucket's paths have, as OSErrors."""
+  """Converts TensorFlow's errors, which paths in buckets raise, to OSErrors."""
   try:
     yield
   except Exception as e:

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files whose errors name file and line, and run folders.
+"""Atomic writes, JSON files and run folders.
 
 Paths are pathlib's, or epath's for buckets.
 """
@@ -19,10 +19,10 @@ from vit_jax.errors import UserError, os_errors
 
 @contextlib.contextmanager
 def atomic_file(path) -> Iterator[Any]:
-  """Yields a path beside `path`; what is written there then replaces `path`.
+  """Yields a temporary path, whose file then replaces `path`.
 
-  If the block raises, `path` stays as it was. For a file in a bucket the path
-  is a local one, and is uploaded.
+  If the block raises, `path` stays as it was. For a file in a bucket the
+  temporary path is local, and its file is uploaded.
   """
   if is_remote(path):
     with tempfile.TemporaryDirectory(prefix="vit_jax-") as folder:
@@ -45,8 +45,8 @@ def atomic_folder(path) -> Iterator[Any]:
   """Yields a new folder beside `path`, which is then renamed to `path`.
 
   If the block raises, nothing is left. For a folder in a bucket it yields a
-  local one, and uploads its files in the order in which they were written:
-  write last what makes the folder complete.
+  local one, and uploads its files in the order in which they were written.
+  Write last the file that marks the folder as complete.
   """
   if is_remote(path):
     with tempfile.TemporaryDirectory(prefix="vit_jax-") as folder:
@@ -69,7 +69,7 @@ def atomic_folder(path) -> Iterator[Any]:
 def upload(source, target) -> None:
   """Copies a local file, or the files in a folder, to an epath in a bucket.
 
-  An object appears when it is complete; what was written last is copied last.
+  Objects appear only when complete; the file written last is copied last.
   """
   inside = [p for p in pathlib.Path(source).rglob("*") if p.is_file()]
   for file in sorted(inside, key=lambda p: p.stat().st_mtime_ns) or [source]:
@@ -80,7 +80,7 @@ def upload(source, target) -> None:
 
 
 def write_atomically(path, text: str) -> None:
-  """Writes a UTF-8 file so that it is there whole or not at all."""
+  """Writes a UTF-8 file atomically."""
   with atomic_file(path) as partial:
     partial.write_text(text, encoding="utf-8")
 
@@ -94,8 +94,8 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
   """Returns the object in a JSON file.
 
   Raises:
-    UserError: it cannot be read, or holds no JSON object. It ends in `advice`,
-      what a user can do.
+    UserError: it cannot be read, or holds no JSON object. The message ends in
+      `advice`.
   """
   try:
     with os_errors():
@@ -103,7 +103,7 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
   except OSError as e:
     words = e.strerror or e
     raise UserError(f"{path} cannot be read: {words}; {advice}") from e
-  except ValueError as e:  # with the line and the column
+  except ValueError as e:  # which names line and column
     raise UserError(f"{path} is corrupt: {e}; {advice}") from e
   if not isinstance(value, dict):
     raise UserError(f"{path} is corrupt: it holds no JSON object; {advice}")
@@ -111,15 +111,15 @@ def read_json(path, advice: str = "restore it from a copy") -> dict[str, Any]:
 
 
 def open_parts(folder, about: dict[str, Any], what: str) -> None:
-  """Makes the folder of a command's unfinished parts, or checks whose they are.
+  """Makes the folder of a command's unfinished parts, or checks existing parts.
 
   Args:
     folder: beside the command's --out.
-    about: what they depend on, of JSON's types.
-    what: the parts are of, for the message.
+    about: the settings that the parts depend on, of JSON types.
+    what: the content of the parts, for the message.
 
   Raises:
-    UserError: it has parts that depend on something else.
+    UserError: it has parts with other settings.
   """
   file = folder / "about.json"
   if not file.exists():
@@ -150,13 +150,13 @@ def has_run(folder) -> bool:
       return (folder / "config.json").exists()
   except OSError as e:
     raise UserError(
-      f"{folder} cannot be read: {e.strerror or e}; mend that, or choose "
+      f"{folder} cannot be read: {e.strerror or e}; fix that, or choose "
       "another folder"
     ) from e
 
 
 class NotOfARun(UserError):
-  """A config.json that something else than this package has written."""
+  """A config.json that was not written by this package."""
 
 
 def read_run(folder, advice: str = "restore it from a copy") -> dict[str, Any]:
@@ -176,9 +176,9 @@ def read_run(folder, advice: str = "restore it from a copy") -> dict[str, Any]:
 def read_metrics(folder) -> tuple[list[dict[str, Any]], int]:
   """Returns the lines of a run's metrics.jsonl, and how many are corrupt.
 
-  Each has an integer "step", by which they are sorted, and numbers. A last line
-  without a line break is ignored: it is being written, or a kill has cut it
-  off. A file that does not exist has no lines.
+  Each line has numbers and an integer "step", by which they are sorted. A last
+  line without a line break is ignored, because it is still being written or was
+  cut off by a kill. A missing file has no lines.
   """
   file = folder / "metrics.jsonl"
   text = file.read_bytes().decode(errors="replace") if file.exists() else ""
@@ -195,10 +195,10 @@ def read_metrics(folder) -> tuple[list[dict[str, Any]], int]:
 
 
 def walk(root: str) -> Iterator[str]:
-  """Yields the paths of files; of a million in seconds, with no stat of any.
+  """Yields the paths of all files below a folder, without a stat of each.
 
   Raises:
-    UserError: a folder that cannot be read, or a link to one that it is in.
+    UserError: a folder that cannot be read, or a link to a folder around it.
   """
 
   def fail(error):
@@ -233,6 +233,6 @@ def is_remote(path) -> bool:
 
 
 def _sync(file):
-  """Has a local file's contents on the disk before its name is."""
+  """Flushes a local file to the disk, before it is renamed."""
   with open(file, "rb") as f:
     os.fsync(f.fileno())

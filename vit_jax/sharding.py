@@ -1,8 +1,8 @@
-"""The mesh, and one table of the layout of each array on it.
+"""The device mesh, and a table of the sharding of every array on it.
 
 Both axes of the mesh split the batch; "fsdp" also splits parameters and
-optimizer moments, so that a device holds 1/fsdp of them. Communication is not
-written anywhere: jit inserts what these layouts make necessary.
+optimizer moments, so that a device holds 1/fsdp of them. `jax.jit` inserts the
+collectives that these shardings require.
 """
 
 import functools
@@ -17,13 +17,13 @@ from jax.sharding import PartitionSpec as P
 from vit_jax.errors import UserError
 from vit_jax.state import flatten, path_str
 
-# How many steps the host may run ahead of the devices: each holds a batch in
-# device memory.
+# Steps that the host may run ahead of the devices; each holds a batch in device
+# memory.
 RUN_AHEAD = 4
 
 # First match wins; each pattern must match the path's last names. Optimizer
-# moments end in the path of their parameter and so have its layout. The spec
-# is of the last axes: scanned parameters have a depth axis before them.
+# moments end in the path of their parameter and so share its sharding. The spec
+# is of the last axes, because scanned parameters have a depth axis before them.
 RULES = (
   (r"(query|key|value)/kernel", P("fsdp", None, None)),  # [d a d/a]
   (r"out/kernel", P(None, None, "fsdp")),  # [a d/a d]
@@ -61,10 +61,10 @@ def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
 
 
 def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
-  """Returns the layout of the array at `path`, for which there is a rule.
+  """Returns the sharding of the array at `path`, for which there is a rule.
 
   Raises:
-    UserError: the table splits an axis that `fsdp` does not divide.
+    UserError: the rule splits an axis that `fsdp` does not divide.
   """
   matches = [s for names, s in RULES if re.search(rf"(^|/)({names})$", path)]
   assert matches, f"no sharding rule covers {path}; add one to RULES"
@@ -90,14 +90,14 @@ def tree_shardings(mesh, tree):
 
 
 def batch_sharding(mesh) -> NamedSharding:
-  """Returns the layout of a batch: its first axis over every device."""
+  """Returns the sharding of a batch: its first axis over all devices."""
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def on_mesh(mesh, function: Callable) -> Callable:
   """Returns the function, to be jitted, with the mesh set while it is traced.
 
-  Kernels split themselves over it, see `models/attention.py`.
+  Pallas kernels are sharded over that mesh, see `models/attention.py`.
   """
 
   @functools.wraps(getattr(function, "func", function))  # of a partial
@@ -109,7 +109,7 @@ def on_mesh(mesh, function: Callable) -> Callable:
 
 
 def jit_train_step(mesh, train_step: Callable, layout) -> Callable:
-  """Returns the jitted step; the new state takes the old one's memory.
+  """Returns the jitted step, to which the old state is donated.
 
   `layout` has the shardings of the state, before and after.
   """
@@ -138,7 +138,7 @@ def local_rows(mesh, batch_size: int) -> np.ndarray:
 
 
 def put_batch(mesh, batch: dict, batch_size: int) -> dict:
-  """Makes global arrays of this process's rows; copies run in the background.
+  """Makes global arrays from this process's rows; copies are asynchronous.
 
   `batch` is {name: array[r ...]}, the rows of `local_rows`.
   """
@@ -152,7 +152,7 @@ def put_batch(mesh, batch: dict, batch_size: int) -> dict:
 
 
 def bytes_per_device(tree) -> int:
-  """Returns the bytes that one device holds of a tree of placed arrays."""
+  """Returns the bytes that one device holds of a tree of sharded arrays."""
   return sum(
     int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
     for x in flatten(tree).values()

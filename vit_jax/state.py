@@ -10,13 +10,13 @@ class TrainState(NamedTuple):
   """Everything that a run carries from step to step."""
 
   step: jax.Array  # int32[], the number of updates done
-  params: Any  # nested dictionary of float32 arrays, running statistics too
+  params: Any  # nested dictionary of float32 arrays, with running statistics
   opt_state: Any  # of the optimizer; its moments mirror `params`
   ema: Any  # the Polyak average of `params`, or None when averaging is off
   rng: jax.Array  # the key that every step folds its number into
 
 
-# Of every key: a run must not depend on JAX_DEFAULT_PRNG_IMPL.
+# Used for every key, so that no run depends on JAX_DEFAULT_PRNG_IMPL.
 KEY_IMPL = "threefry2x32"
 
 
@@ -33,8 +33,8 @@ def path_str(key_path) -> str:
 def is_statistic(path: str) -> bool:
   """Returns whether the array at a path of `params` is not a parameter.
 
-  It is a running statistic of a BatchNorm, or a constant of the pixels: it has
-  no gradient, and the optimizer leaves it alone.
+  It is then a running statistic of BatchNorm, or a constant that normalises
+  pixels. Both have no gradient, and the optimizer does not change them.
   """
   return re.search(r"/(mean|var|std)$", path) is not None
 

@@ -1,4 +1,4 @@
-"""Training, in reading order: from a configuration to a run folder."""
+"""Training, from a configuration to a run folder."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config, workdir) -> dict[str, float] | None:
-  """Trains a configuration in `workdir`; resumes where a run stopped.
+  """Trains a configuration in `workdir`, or resumes the run there.
 
   Args:
     config: a locked ConfigDict with the keys of configs/common.py.
@@ -41,10 +41,10 @@ def train(config, workdir) -> dict[str, float] | None:
 
   Returns:
     The metrics of the last evaluation, those of `config.evals` as NAME/METRIC;
-    {} without one; None if a signal stopped the run, which is to be resumed.
+    {} without one; None if a signal stopped the run before its end.
 
   Raises:
-    UserError: a configuration that cannot be run; nothing has been written.
+    UserError: an invalid configuration; nothing has been written.
     RunStopped: the loss is not finite, a checkpoint or the data could not be
       read or written, or an evaluation failed.
   """
@@ -54,7 +54,7 @@ def train(config, workdir) -> dict[str, float] | None:
     mesh = sharding.make_mesh(config.fsdp)
     sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
 
-    # Data, and what is learnt from it.
+    # Data, objective and evaluators.
     opened = inputs.open_inputs(config)
     total_steps = run_folder.count_steps(config, run, opened, workdir)
     check_profile(config, total_steps)
@@ -67,7 +67,7 @@ def train(config, workdir) -> dict[str, float] | None:
     )
     best = evaluation.find_best(config, evaluators)
 
-    # State: resumed, from other weights, or random, in that order.
+    # State: resumed, else from other weights, else random.
     own = run_folder.take(config, workdir, run, opened, stack)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     state, layout = make_state(
@@ -102,8 +102,8 @@ def check_configuration(config, workdir) -> dict | None:
   """Returns config.json of the run in `workdir`, None for a new one.
 
   Raises:
-    UserError: a configuration that cannot be, or that is not that run's, or
-      another one on another process.
+    UserError: an invalid configuration, one that differs from that run's, or
+      different ones on different processes.
   """
   distributed.check_same(
     {
@@ -117,7 +117,7 @@ def check_configuration(config, workdir) -> dict | None:
   wandb_run.check(config)
   evaluation.check_types(config)
   run = run_folder.check(config, workdir)
-  if not run:  # what older versions took is resumed
+  if not run:  # older versions accepted unused keys
     configuration.check_unused(config)
   return run
 
@@ -169,24 +169,24 @@ def make_state(config, mesh, objective, init_state, checkpoints):
 
 @dataclasses.dataclass
 class Loop:
-  """A run under way: its state, and what happens between the steps."""
+  """The training loop: its state, and the work between steps."""
 
   config: Any
   total_steps: int
   evaluators: list[evaluation.Evaluator]
   best: str | None  # the EVALUATION/METRIC that picks the best checkpoint
   checkpoints: checkpoint.Checkpoints
-  own: lock.Lock | None  # of the run folder; None but on the first process
+  own: lock.Lock | None  # of the run folder; None except on process 0
   stop: StopSignal
-  step: int  # the last one that was taken
+  step: int  # the last one taken
   state: Any  # after it
 
   def run(self, train_step, batches: Iterator, done):
-    """Takes the steps that are left; returns as `train`.
+    """Takes the remaining steps; returns as `train`.
 
-    Nothing in a step waits for the devices: metrics are fetched one log
-    interval late, or before something is saved. A state is saved before it is
-    evaluated, so that no evaluation can cost it. `train_step` is jitted;
+    Steps do not wait for the devices, because metrics are fetched one log
+    interval late, or before a save. A state is saved before it is evaluated,
+    so that a failed evaluation does not lose it. `train_step` is jitted;
     `done` has the results of this step that are in the run folder.
     """
     config, workdir = self.config, self.checkpoints.workdir
@@ -197,7 +197,7 @@ class Loop:
     )
     profiler = Profiler(config, workdir)
     try:
-      self.evaluate(done)  # the run may have stopped before it, or in it
+      self.evaluate(done)  # the run may have stopped before or during it
       self.stop.check()
       for batch in batches:
         self.step += 1
@@ -222,7 +222,7 @@ class Loop:
       return None
     except (NotFinite, inputs.DataFailed, EvaluationFailed) as e:
       advice = (
-        "mend that and run the same command again, or evaluate what is saved "
+        "fix that and run the same command again, or evaluate what is saved "
         "with vit-jax evaluate"
       )
       if isinstance(e, NotFinite):
@@ -230,7 +230,7 @@ class Loop:
           "try in a new workdir: a lower schedule.base_lr, more "
           "schedule.warmup_steps, optimizer.clip_norm=1, or model.dtype=float32"
         )
-      elif jax.process_count() == 1:  # others may not have failed, nor save now
+      elif jax.process_count() == 1:  # others may not fail or save now
         self.save()
       self.checkpoints.wait()
       saved = "no checkpoint had been saved yet"
@@ -238,7 +238,7 @@ class Loop:
         saved = f"the last checkpoint is {workdir}/checkpoints/{newest[0]}"
       raise RunStopped(f"{e}; {saved}; {advice}") from e
     except BaseException:
-      with contextlib.suppress(RunStopped):  # another error is on its way
+      with contextlib.suppress(RunStopped):  # keep the first error
         self.checkpoints.wait()
       raise
     finally:
@@ -246,12 +246,12 @@ class Loop:
     return report_end(workdir, self.step, self.results)
 
   def is_due(self, every: int) -> bool:
-    """Returns whether something done `every` steps, and last, is done now."""
+    """Returns whether this step is a multiple of `every`, or the last one."""
     due = bool(every) and self.step % every == 0
     return self.step > 0 and (due or self.step == self.total_steps)
 
   def save(self):
-    """Saves the state, unless it has been."""
+    """Saves the state, unless it is saved already."""
     if self.saved == self.step:
       return
     if self.own:
@@ -263,7 +263,7 @@ class Loop:
     self.saved = self.step
 
   def evaluate(self, done):
-    """Runs what is due and not `done`, and keeps the best state."""
+    """Runs evaluations that are due and not `done`; keeps the best state."""
     for evaluator in self.evaluators:
       if not self.is_due(evaluator.every):
         continue
@@ -287,7 +287,7 @@ class EvaluationFailed(RunStopped):
 
 
 def run_evaluation(evaluator, params, step) -> dict[str, float]:
-  """Returns {NAME/METRIC: value}; what goes wrong names the step."""
+  """Returns {NAME/METRIC: value}; errors name the step."""
   name = evaluator.name
   try:
     return {f"{name}/{metric}": x for metric, x in evaluator.run(params)}
@@ -301,6 +301,6 @@ def run_evaluation(evaluator, params, step) -> dict[str, float]:
 
 
 def report_end(workdir, step, results) -> dict[str, float]:
-  """Returns the results of a complete run as `train` does."""
+  """Logs the end of a run; returns its results as `train` does."""
   log.info("the run is complete: %d steps in %s", step, workdir)
   return {key.removeprefix("eval/"): x for key, x in results.items()}

@@ -1,1 +1,1 @@
-"""Evaluators: functions that yield (name, value) pairs."""
+"""Evaluators, which yield (name, value) pairs, and uses of saved weights."""

@@ -1,6 +1,6 @@
 """Attention maps by rollout, and attention distances.
 
-The pictures of the paper's Figures 6, 7 (right), 11 and 14, as numbers.
+The numbers behind the paper's Figures 6, 7 (right), 11 and 14.
 """
 
 import functools
@@ -15,19 +15,19 @@ from PIL import Image
 from vit_jax.errors import UserError
 from vit_jax.pretrained import Pretrained
 
-# Of a sum that is divided by: nothing at all is 0 and not NaN.
+# The least divisor, so that 0 / 0 is 0 and not NaN.
 _LEAST = np.finfo(np.float32).tiny
 # The picture's brightness where there is no attention.
 _DARKEST = 0.15
 
 
 class Looks(NamedTuple):
-  """What a model makes of images, and of which part of them.
+  """A model's probabilities, attention maps and distances for images.
 
   Attributes:
     probabilities: f32[b k]; of a model without a head f32[b 0].
-    maps: f32[b h w], a number for each patch; those of an image sum to 1, or
-      are 0 where nothing of it reaches the output.
+    maps: f32[b h w], a number for each patch. They sum to 1 for an image, or
+      are 0 if no patch reaches the output.
     distances: f32[b layers heads], in pixels, see `attention_distance`.
   """
 
@@ -39,9 +39,8 @@ class Looks(NamedTuple):
 def make_look(model: Pretrained) -> Callable[[Any], Looks]:
   """Returns images f32[b h w 3] in [-1, 1] -> `Looks`, compiled once a shape.
 
-  The weights of all layers and heads stay on the device, where they are reduced
-  to what is in `Looks`. Attention is computed without a kernel, whatever kernel
-  a forward pass uses otherwise.
+  The attention weights are reduced on the device. Attention is computed without
+  a fused kernel.
 
   Raises:
     UserError: a ResNet, which has no attention.
@@ -105,10 +104,10 @@ def _apply(model, params, images):
 
 
 def roll_out(weights: Sequence) -> jax.Array:
-  """Rolls attention out over all layers (arXiv 2005.00928).
+  """Computes attention rollout over all layers (arXiv 2005.00928).
 
-  Of each layer the mean of the heads, plus the identity for the residual
-  connection, rows scaled to 1; then the product of all layers.
+  It averages each layer's heads, adds the identity for the residual connection,
+  scales rows to sum to 1, and multiplies the matrices of all layers.
 
   Args:
     weights: [b a n n] of each layer, the first one first.
@@ -133,8 +132,8 @@ def attention_distance(
 
   The distance between the centres of the query's and the key's patch, weighted
   by attention, mean over the queries (the paper, Figure 7, right). The class
-  token has no place: it is left out, and what remains is scaled to 1; where
-  nothing remains the distance is 0.
+  token has no position and is left out; the remaining weights are scaled to sum
+  to 1. Without any the distance is 0.
 
   Args:
     weights: [b a n n] of each layer; the patches are the last of the n tokens.

@@ -1,4 +1,4 @@
-"""Saved weights on all devices, and batches that these can share."""
+"""Replication of saved weights, and batch sizes for all devices."""
 
 import jax
 from jax.sharding import NamedSharding

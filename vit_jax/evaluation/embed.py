@@ -23,8 +23,8 @@ from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
 
-_PART = 1024  # images that are kept at once; what a killed command repeats
-_THREADS = 8  # that decode images, which Pillow does outside Python's lock
+_PART = 1024  # images of a part; a killed command repeats at most one
+_THREADS = 8  # that decode images; Pillow releases the GIL for that
 SUFFIXES = (".npz", ".parquet")
 
 
@@ -41,7 +41,7 @@ def embed(
 ) -> dict[str, Any]:
   """Writes the features of image files.
 
-  Done parts are kept beside `out` until the last one: the same command resumes.
+  Finished parts are kept beside `out`, so that the same command resumes.
 
   Args:
     source: whatever `vit_jax.load` reads.
@@ -55,11 +55,11 @@ def embed(
 
   Returns:
     {"images": how many, "shape": of the features, "errors": a line for each
-    file that is not an image and so left out}.
+    file that was skipped because it is not an image}.
 
   Raises:
-    UserError: no checkpoint or images, `out` exists, or other features are
-      there unfinished.
+    UserError: no checkpoint or images, `out` exists, or it has unfinished
+      parts of other features.
   """
   path = pathlib.Path(out)
   if path.suffix not in SUFFIXES:
@@ -90,7 +90,7 @@ def embed(
 
 
 def _identify(paths) -> str:
-  """Returns a hash of files' names, sizes and times of change."""
+  """Returns a hash of files' names, sizes and modification times."""
   digest = hashlib.sha256()
   for path in paths:
     about = os.stat(path) if os.path.exists(path) else None
@@ -100,7 +100,7 @@ def _identify(paths) -> str:
 
 
 def _write_parts(folder, paths, run):
-  """Writes what is not there yet of the parts; returns all, unread."""
+  """Writes the missing parts; returns all of them, loaded lazily."""
   begun, done, parts = time.monotonic(), 0, []
   for start in range(0, len(paths), _PART):
     part, chosen = folder / f"{start:012}.npz", paths[start : start + _PART]
@@ -143,7 +143,7 @@ def _make_run(model, what, layers, batch_size):
     found = []
     for start in range(0, max(len(good), 1), size):
       rows = good[start : start + size]
-      # Always of one shape, for which the model is compiled once.
+      # A fixed shape, so that the model is compiled once.
       batch = np.zeros((size, *about.image_size, 3), np.uint8)
       for row, i in enumerate(rows):
         batch[row] = pixels[i]

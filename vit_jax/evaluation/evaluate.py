@@ -1,4 +1,4 @@
-"""The `evaluate` command: the whole test set through saved weights."""
+"""The `evaluate` command: metrics of saved weights on a test set."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from vit_jax.state import unflatten
 from vit_jax.training import losses, objectives
 from vit_jax.training.objectives import Classification
 
-# Of weights that come without a training configuration.
+# Default for weights without a training configuration.
 _BATCH_SIZE = 64
 
 
@@ -31,10 +31,10 @@ def evaluate(
   Args:
     source: whatever `vit_jax.load` reads; of a run folder its best checkpoint
       if it kept one, else its newest.
-    dataset: another data set than the run's own, see `match_classes`. Weights
-      that are not a run folder have none and need it.
-    split: another split than the run's own; as `dataset`.
-    data_dir: where the TFDS data sets are, if not where they were.
+    dataset: the data set, see `match_classes`; unset: the run's own. Weights
+      that are not a run folder need it.
+    split: as `dataset`.
+    data_dir: where the TFDS data sets are; unset: the run's own.
     batch_size: images at once, on all devices; rounded up to a multiple of
       these. Unset: the run's, or 64.
 
@@ -91,9 +91,9 @@ def evaluate(
 
 
 def _training_config(weights) -> Any:
-  """Returns the configuration of a run of ours, None without one.
+  """Returns the configuration that weights were trained with, or None.
 
-  A converted checkpoint has a config.json as well, but was never trained here.
+  A converted checkpoint has a config.json as well, but no training in it.
   """
   if not weights.run or "train" not in weights.run["config"]:
     return None

@@ -16,13 +16,13 @@ class Evaluator(NamedTuple):
   """One evaluation of a run."""
 
   name: str  # "eval", or that of an entry of config.evals
-  every: int  # so many steps, and at the end; 0: at the end only
-  # What checkpoints can be compared by, more is better; the first is usual.
+  every: int  # steps between evaluations; 0: at the end only
+  # To choose the best checkpoint by, higher is better; the first by default.
   metrics: tuple[str, ...]
   run: Callable  # params -> iterator of (metric, value)
 
   def find(self, results: dict[str, float]) -> dict[str, float]:
-    """Returns its own of {NAME/METRIC: value}."""
+    """Returns this evaluation's entries of {NAME/METRIC: value}."""
     mine = f"{self.name}/"
     return {key: x for key, x in results.items() if key.startswith(mine)}
 
@@ -61,7 +61,7 @@ def _make_own(config, e, sources, objective, **where):
 
 
 def _make_fewshot(config, e, sources, objective, **where):
-  # Without a head, so that any model will do; its parameters may have one.
+  # Without a head, which the features do not need; parameters may have one.
   options = {"image_size": config.image_size, **config.model}
   model = adapt(
     models.create(num_classes=0, **options), **config.get("lora", {})
@@ -71,8 +71,8 @@ def _make_fewshot(config, e, sources, objective, **where):
   return metrics, fewshot.make_evaluate(model, train, test, e.shots, **where)
 
 
-# Types of evaluations beside the objective's own, and what makes the `metrics`
-# and `run` of their `Evaluator`.
+# Other types of evaluations than the objective's own -> the function that makes
+# the `metrics` and `run` of their `Evaluator`.
 OTHERS = {"fewshot": _make_fewshot}
 
 

@@ -1,10 +1,10 @@
 """Linear evaluation in closed form: a ridge regression on frozen features.
 
 The paper's few-shot accuracy (its Section 4.1): regularised least squares from
-the representation of an image to {-1, 1}^k. Its constants are those of the
-published evaluation: features to mean 0 and standard deviation 1, a constant
-feature of 100, which leaves the bias almost free of the penalty, and l2 = 2^10.
-With all the training labels the same is a linear probe.
+the representation of an image to {-1, 1}^k. As in the published evaluation,
+features are scaled to mean 0 and standard deviation 1, l2 is 2^10, and a
+constant feature of 100 leaves the bias almost free of the penalty. With all
+training labels this is a linear probe.
 
 The features come from the devices; the rest is NumPy in float64, since the
 normal equations square the condition number.
@@ -24,11 +24,11 @@ L2 = 2.0**10
 _CONSTANT = 100.0  # the feature that stands for a bias
 _EPSILON = 1e-5  # added to standard deviations
 _CHUNK = 16_384  # examples that are in float64 at a time
-_QUERIES = 1024  # images whose neighbours are looked for at a time
+_QUERIES = 1024  # images of one nearest-neighbour search
 
 
 class Classifier(NamedTuple):
-  """What a regression found.
+  """The solution of a regression.
 
   Attributes:
     mean, deviation: f64[d], the training features' mean and standard deviation.
@@ -57,7 +57,7 @@ def fit(
 ) -> Classifier:
   """Solves min_W ||X W - Y||^2 + l2 ||W||^2, Y in {-1, 1}.
 
-  Beside the features it has a chunk of X and Y in memory.
+  In addition to the features, one chunk of X and Y is in memory.
 
   Args:
     features: f32[n d].
@@ -83,9 +83,9 @@ def fit(
 def sample(
   labels: np.ndarray, class_names: Sequence[str], shots: int, seed: int
 ) -> np.ndarray:
-  """Returns which examples int64[shots * k] train, `shots` of each class.
+  """Returns the indices int64[shots * k] of `shots` examples of each class.
 
-  More shots of the same seed contain the fewer.
+  With the same seed, more shots include the fewer.
 
   Raises:
     UserError: a class has fewer.
@@ -121,7 +121,7 @@ def make_evaluate(
     **where: the other arguments of `make_sums`.
 
   Raises:
-    UserError: other classes there, several labels, fewer images than shots.
+    UserError: different classes, several labels, fewer images than shots.
   """
   names = check_classes(train, test)
   extractors = [
@@ -140,10 +140,10 @@ def make_evaluate(
 
 
 def check_classes(train: data.Source, test: data.Source) -> list[str]:
-  """Returns the names of the classes, which both splits have.
+  """Returns the names of the classes, which both splits must share.
 
   Raises:
-    UserError: they have others.
+    UserError: they differ.
   """
   if train.class_names != test.class_names:
     raise UserError(
@@ -162,8 +162,8 @@ def make_extract(
 ) -> Callable:
   """Returns params -> (features f32[n d], labels int32[n]) of all of `source`.
 
-  Of every image, once and in order, on any number of devices; every process has
-  all of them.
+  Every image is in them once and in order, on any number of devices. Every
+  process gets all of them.
 
   Args:
     model: the model; its head does not matter.
@@ -210,13 +210,13 @@ def evaluate(
   seed: int,
   l2: float = L2,
 ) -> float:
-  """Returns the accuracy on `test` of what is learnt from `shots` of `train`.
+  """Returns the accuracy on `test` after a fit to `shots` of `train`.
 
   Args:
     train, test: (features f32[n d], labels int[n]).
     class_names: a name for each class.
-    shots: of each class; None for all there are.
-    seed: decides which.
+    shots: training images of each class; None for all.
+    seed: of their choice.
     l2: the penalty's factor.
 
   Raises:
@@ -238,7 +238,7 @@ def evaluate_neighbours(
   count: int,
   temperature: float = 0.07,
 ) -> float:
-  """Returns the accuracy of a vote of the nearest training images.
+  """Returns the accuracy of a weighted k-nearest-neighbour classifier.
 
   Each of the `count` nearest by cosine similarity s votes for its class with
   exp(s / temperature), as in the evaluations of DINO (arXiv 2104.14294).
@@ -246,7 +246,7 @@ def evaluate_neighbours(
   Args:
     train, test: (features f32[n d], labels int[n]).
     num_classes: k.
-    count: of neighbours; at most all there are.
+    count: k; at most all training images are used.
     temperature: see above.
   """
   keys, queries = (

@@ -1,8 +1,8 @@
-"""The `linear` command: what a frozen representation is worth.
+"""The `linear` command: evaluation of frozen representations.
 
-Few-shot accuracy and the linear probe, in closed form: no learning rate, no
-steps, the same numbers every time. And a vote of nearest neighbours, which
-learns nothing.
+Few-shot accuracy and the linear probe are solved in closed form, without a
+learning rate or steps, so that they are reproducible. k-nearest neighbours need
+no training.
 """
 
 import statistics
@@ -40,13 +40,13 @@ def linear(
   Args:
     source: whatever `vit_jax.load` reads; its head does not matter.
     dataset, train_split, test_split: data with one label an image.
-    shots: training images of each class; None for all there are.
+    shots: training images of each class; None for all.
     seeds: how many draws of the shots.
     l2: the penalty's factor.
-    neighbours: how many vote, see `fewshot.evaluate_neighbours`; 0: none.
+    neighbours: k, see `fewshot.evaluate_neighbours`; 0 for no k-NN.
     what, layers: which features, see `models.make_features`.
     image_size, resize: as of `vit_jax.load`.
-    preprocess: of all images; unset: the checkpoint's own, of evaluation.
+    preprocess: of all images; unset: the checkpoint's, for evaluation.
     data_dir: where the TFDS data sets are.
     batch_size: images at once, rounded up to a multiple of the devices.
 
@@ -66,7 +66,7 @@ def linear(
     for split in (train_split, test_split)
   ]
   names = fewshot.check_classes(*splits)
-  # A head of one class: it is not used, but every origin can have it.
+  # A head of one class, which is not used but possible for all weights.
   loaded = pretrained.load(
     source, image_size=image_size, num_classes=1, resize=resize
   )
@@ -93,7 +93,7 @@ def _evaluate(train, test, names, shots, seeds, l2, neighbours):
   """Returns "results" and, with `neighbours`, "knn" of `linear`."""
   results = []
   for count in shots:
-    draws = range(1 if count is None else seeds)  # all there are is one draw
+    draws = range(1 if count is None else seeds)  # all images: one draw
     accuracies = [
       fewshot.evaluate(train, test, names, shots=count, seed=seed, l2=l2)
       for seed in draws

@@ -13,7 +13,7 @@ from vit_jax.errors import UserError
 from vit_jax.training.steps import normalize
 
 BATCH_SIZE = 32
-# What is taken of a folder.
+# Files that are read in a folder.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
@@ -25,12 +25,12 @@ def predict(
 ) -> list[dict[str, Any]]:
   """Classifies image files with saved weights.
 
-  The images are prepared as the run prepared its test images, or as the
-  authors of other weights do.
+  The images are preprocessed like the run's test images, or as the authors of
+  other weights do.
 
   Args:
     source: whatever `vit_jax.load` reads.
-    images: paths of image files, and of folders: of those every image below.
+    images: paths of image files, and of folders with images below them.
     top: how many classes to return for each.
     class_names: a text file with a name a line, for weights that have none.
 
@@ -50,7 +50,7 @@ def predict(
   names = read_names(class_names, about)
   files = list_images(images)
   size = min(len(files), BATCH_SIZE)
-  # Always of one shape, for which the model is compiled once.
+  # A fixed shape, so that the model is compiled once.
   batch = np.zeros((size, *about.image_size, 3), np.uint8)
   results: list[dict[str, Any]] = [{"image": file} for file in files]
   for start in range(0, len(files), size):
@@ -70,7 +70,7 @@ def predict(
 
 
 def list_images(paths: Sequence[str]) -> list[str]:
-  """Returns the paths, with the images below a folder in place of it.
+  """Returns the paths, with folders replaced by the images below them.
 
   Raises:
     UserError: a folder without images.
@@ -105,7 +105,7 @@ def classify(
   Args:
     model: with a head.
     pixels: u8[b h w 3], from `preprocess.preprocess_image`.
-    names: of the classes; None: they are numbered.
+    names: of the classes; None to number them.
     top: how many classes for each.
   """
   probabilities = np.asarray(model.probabilities(normalize(pixels)))
@@ -124,15 +124,15 @@ def classify(
 def read_names(
   file: str | None, about: pretrained.Config
 ) -> Sequence[str] | None:
-  """Returns the lines of a file; for None the names that came with weights.
+  """Returns the lines of a file; without one, the names of the weights.
 
   Raises:
-    UserError: it cannot be read, or has not a line for each class.
+    UserError: it cannot be read, or does not have one line per class.
   """
   if file is None:
     return about.class_names
   try:
-    with open(file, encoding="utf-8-sig") as f:  # editors write a mark
+    with open(file, encoding="utf-8-sig") as f:  # may have a BOM
       names = [line.strip() for line in f.read().splitlines()]
   except (OSError, ValueError) as e:
     raise UserError(f"--class_names {file}: cannot be read: {e}") from e

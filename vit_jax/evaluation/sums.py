@@ -1,4 +1,4 @@
-"""A whole test set through a step that returns sums."""
+"""Evaluation of a whole test set, batch by batch."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -24,18 +24,18 @@ def make_sums(
   before_batch: Callable[[], None] = lambda: None,
   start_step: int = 0,
 ) -> Callable:
-  """Returns params -> iterator of the results of one batch after the other.
+  """Returns params -> iterator of the results of each batch.
 
-  Every process gets all of them, and every example counts once, on any number
+  Every process gets all results, and every example counts once, on any number
   of devices.
 
   Args:
     eval_step: (params, batch) -> sums over the examples whose mask is set, or
-      something of each. The batch is that of `data.eval_batches`, and "index"
-      i32[b], the place of each example in the data set.
-    model: whose image size it is.
+      values of each. The batch is that of `data.eval_batches` with "index"
+      i32[b], the index of each example in the data set.
+    model: has the image size.
     source: the data set.
-    mesh, batch_size: where to compute, and how many over all devices.
+    mesh, batch_size: the devices, and the images at once on all of them.
     preprocess: evaluation preprocessing.
     before_batch: may raise, to end an evaluation between two batches.
     start_step: the first batch.
@@ -44,7 +44,7 @@ def make_sums(
     UserError: the batch size is not divisible, or the preprocessing is random.
   """
   sharding.check_batch_size(batch_size, mesh)
-  # A mistake shows now, not at the first evaluation.
+  # Mistakes are reported now, not at the first evaluation.
   preprocessing.parse(preprocess, model.image_size, evaluation=True)
   step = sharding.on_mesh(mesh, eval_step)
   step = jax.jit(step, out_shardings=NamedSharding(mesh, P()))
@@ -77,5 +77,5 @@ def add_up(sums: Iterable[dict]) -> dict:
 
 
 def fetch(results: Iterable) -> Iterator:
-  """Returns results of the devices on the host, a few behind their start."""
+  """Yields results on the host, a few batches after they are dispatched."""
   return map(jax.device_get, prefetch(results, sharding.RUN_AHEAD))

@@ -1,8 +1,8 @@
-"""The `verify` command: published values, beside those of weights.
+"""The `verify` command: comparison of features with published values.
 
-The values are Meta's own, as transformers' conversion script of DINOv3 has
-them: the first five numbers of the class token and of the first patch, both
-after the last LayerNorm, of one photograph at 224 pixels.
+The values are Meta's, from the conversion script of DINOv3 in transformers.
+They are the first five numbers of the class token and of the first patch, both
+after the last LayerNorm, for one photograph at 224 pixels.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ PICTURE = "http://images.cocodataset.org/val2017/000000039769.jpg"
 _SIZE = 224
 _PREPROCESS = "resize(size, method='bilinear', antialias=True)"
 # Pixels are rounded to 1/255 here, which moves features this much at most
-# (estimated: none of these models could be run where this was written).
+# (an estimate, because none of these models was available for tests).
 TOLERANCE = 0.05
 
 # (variant, MLP) -> name, the class token's and the first patch's first numbers.
@@ -76,8 +76,8 @@ def verify(source: str, image: str) -> dict[str, Any]:
   if about.switches.get("rope") != "dinov3" or key not in PUBLISHED:
     known = ", ".join(name for name, *_ in PUBLISHED.values())
     raise UserError(
-      f"{source} is {about.variant}, of which no values were published; "
-      f"there are some of {known}"
+      f"{source} is {about.variant}, for which no values are published; "
+      f"there are values for {known}"
     )
   name, *published = PUBLISHED[key]
   pixels = preprocess.preprocess_image(image, _PREPROCESS, _SIZE)

@@ -1,7 +1,7 @@
-"""Models: by name, and outside this package nothing but pure functions.
+"""Models by name, as pure functions.
 
-`create(...)` checks what it is given and returns a `Model`, whose `init` and
-`apply` map plain nested dictionaries of arrays; Flax stays in this package.
+`create(...)` checks its arguments and returns a `Model`, whose `init` and
+`apply` use plain nested dictionaries of arrays; Flax stays in this package.
 """
 
 from typing import Any

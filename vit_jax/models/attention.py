@@ -1,9 +1,10 @@
-"""Multi-head attention; in bfloat16 fused, with no [n n] array in memory.
+"""Multi-head attention; fused in bfloat16, with no [n n] array in memory.
 
-On GPUs cuDNN's kernel is used, on TPUs that of this module. Without it, XLA
+GPUs use cuDNN's kernel, TPUs the Pallas kernel of this module. Without it, XLA
 writes every head's [n n] scores to memory and reads them again, several times.
-The kernel keeps them on the chip: it takes some images and as many heads as
-fill the lanes, all their tokens at once. The backward pass computes them again.
+The kernel keeps them on the chip. Each of its programs takes some images and as
+many heads as fill the lanes, with all their tokens. The backward pass
+recomputes the scores.
 """
 
 import functools
@@ -23,17 +24,17 @@ from vit_jax.models import posemb
 from vit_jax.models.config import ViTConfig
 from vit_jax.models.layers import LANES, ROWS, Dense, Dropout, LayerNorm
 
-_UNROLL = 4  # images that the compiler may interleave: their steps wait less
-_MAX_TOKENS = 640  # beyond them an image's scores do not fit on the chip
-_BLOCK = 2**19  # bytes of an array that one program of the kernel has
-_MINUS = -1e30  # a score that no softmax sees
-# For these the kernel compiler has no bfloat16 matmuls.
+_UNROLL = 4  # images that the compiler may interleave to hide latency
+_MAX_TOKENS = 640  # the scores of more do not fit on the chip
+_BLOCK = 2**19  # bytes of each array in one program of the kernel
+_MINUS = -1e30  # the score of padding
+# The kernel compiler has no bfloat16 matmuls for these.
 _OLD_TPUS = ("TPU v2", "TPU v3")
-_AMPERE = 8  # compute capability of the first GPUs that cuDNN's is for
+_AMPERE = 8  # compute capability of the first GPUs with cuDNN's kernel
 
 
 def _tiles(head, head_dim):
-  """Yields (offset, first, last) of the lane tiles that a head is on."""
+  """Yields (offset, first, last) of the lane tiles that a head occupies."""
   start, end = head * head_dim, (head + 1) * head_dim
   for tile in range(start // LANES, -(-end // LANES)):
     offset = tile * LANES
@@ -60,7 +61,7 @@ _TN = ((0,), (0,))
 
 
 def _scores(x_ref, y_ref, i, head, head_dim):
-  """[n n] products of one head's rows of x with those of y."""
+  """Returns the dot products [n n] of one head's rows of x and y."""
   total: Any = 0.0
   for offset, first, last in _tiles(head, head_dim):
     at = (i, slice(None), pl.ds(offset, LANES))
@@ -141,8 +142,8 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
     which: "forward" of query [b q d], key and value [b n d]; "backward" of
       these and the result's gradient [b q d], whose padding is zero.
     head_dim, valid: width of a head; how many tokens are not padding.
-    *arrays: of these.
-    interpret: whether to compute it without a TPU, for tests.
+    *arrays: the inputs, see `which`.
+    interpret: whether to interpret it without a TPU, for tests.
 
   Returns:
     [the result], or the gradients of query, key and value.
@@ -178,19 +179,19 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
 
 _KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
 
-# Instructions for each register of scores, as the compiler schedules them for
-# v5e (its dump of the final bundles, libtpu 0.0.52): of eight heads that keep
-# to their registers 2,493 and 5,631 with 200 tokens, of others 6,251 and 12,809
-# with 264; with as many keys but eight queries 471 and 3,469, 886 and 5,902.
+# Instructions for each register of scores, forward and backward, if heads keep
+# to their registers or straddle two. From the compiler's final bundles for v5e
+# (libtpu 0.0.52), of eight heads: 2,493 and 5,631 with 200 tokens; straddling,
+# 6,251 and 12,809 with 264. With eight queries 471 and 3,469; 886 and 5,902.
 _CYCLES = {1: (6.3, 7.9), 3: (14.1, 16.2)}
 _CYCLES_OF_FEW = {1: (29.4, 36.9), 3: (17.3, 22.4)}
 
 
 def _count_cost(arrays, outputs, head_dim):
-  """Returns (cost, cycles) of a kernel, for which the compiler has none."""
+  """Returns (cost, cycles) of a kernel, which the compiler cannot estimate."""
   (b, q, d), n = arrays[0].shape, arrays[1].shape[1]
   heads = b * (d // head_dim)
-  # Forward the keys are side by side, backward the queries.
+  # Lanes hold the keys in the forward pass, the queries in the backward.
   rows, lanes = (q, n) if len(outputs) == 1 else (n, q)
   registers = heads * (-(-rows // ROWS)) * (-(-lanes // LANES))
   cost = pl.CostEstimate(
@@ -206,7 +207,7 @@ def _count_cost(arrays, outputs, head_dim):
 # Jitted so that a model's layers share one trace.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(which, head_dim, valid, *arrays):
-  """Runs a kernel on each device's images, which the compiler cannot split."""
+  """Runs a kernel on each device's images; XLA cannot partition the call."""
   call = functools.partial(run_kernel, which, head_dim, valid)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -217,9 +218,9 @@ def _run(which, head_dim, valid, *arrays):
 
 
 def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
-  """Returns a function like `attend` for the devices that are traced for.
+  """Returns a fused function like `attend` for the devices that are traced for.
 
-  None if they have none for as many `tokens`, with padding, and this `width` d.
+  None if they have no kernel for as many `tokens`, padded, and this `width` d.
   """
   head_dim = width // num_heads
   device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -235,7 +236,7 @@ def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
 
 
 def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
-  """As `attend`, for bfloat16 on NVIDIA's GPUs."""
+  """Computes `attend` with cuDNN, for bfloat16 on NVIDIA GPUs."""
   b, n, _ = key.shape
   arrays = (split_heads(x, num_heads) for x in (query, key, value))
   lengths = jnp.full(b, valid, jnp.int32) if valid < n else None
@@ -247,7 +248,7 @@ def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attend(query, key, value, num_heads: int, valid: int):
-  """softmax(query key^T / sqrt(d/a)) value of each head: [b q d].
+  """Returns softmax(query key^T / sqrt(d/a)) value of each head, [b q d].
 
   Args:
     query, key, value: [b q d] and [b n d], of which rows from `valid` on are
@@ -265,7 +266,7 @@ def attend(query, key, value, num_heads: int, valid: int):
 def attend_plainly(
   query, key, value, num_heads: int, valid: int, offsets=None, drop=None
 ):
-  """Returns what `attend` does, and the weights f32[b a q n].
+  """Returns `attend`'s result, without a kernel, and the weights f32[b a q n].
 
   `offsets`, f32[b a q n], are added to the scores; `drop` is a function of the
   weights, applied before the matmul with the values.
@@ -314,8 +315,8 @@ attend.defvjp(_attend_forward, _attend_backward)
 class MultiHeadDotProductAttention(nn.Module):
   """Multi-head attention with a float32 softmax.
 
-  Query, key and value are three projections: one fused matmul costs layout
-  copies on TPU, and the published files keep them apart.
+  Query, key and value have separate projections, because one fused matmul costs
+  layout copies on TPUs and published files store them separately.
   """
 
   config: ViTConfig
@@ -328,14 +329,14 @@ class MultiHeadDotProductAttention(nn.Module):
   def __call__(self, inputs_q, inputs_kv, valid, weights=False, affine=None):
     """[b q d] attends to [b n d] -> [b q d] and the weights f32[b a q n].
 
-    Rows of `inputs_kv` from `valid` on are padding. None takes the place of
-    `weights` that are not asked for. `affine` of both inputs: see `LayerNorm`.
+    Rows of `inputs_kv` from `valid` on are padding. The returned weights may be
+    None unless `weights` is set. `affine` of both inputs: see `LayerNorm`.
     """
     width, num_heads = inputs_q.shape[-1], self.config.num_heads
     heads = (num_heads, width // num_heads)
 
-    # In rows, so that the three gradients are added where LayerNorm's begins:
-    # a change of shape between them costs XLA one more pass.
+    # In rows, so that XLA adds the three gradients in LayerNorm's backward
+    # pass; a reshape in between costs one more pass.
     rows_q = rows_kv = inputs_q.reshape(-1, width)
     if inputs_q is not inputs_kv:
       rows_kv = inputs_kv.reshape(-1, width)
@@ -376,10 +377,10 @@ class MultiHeadDotProductAttention(nn.Module):
     return x
 
   def score_offsets(self, query, num_keys, valid):
-    """[b q d] -> f32[b a q n]: the query against each offset's embedding.
+    """[b q d] -> f32[b a q n]: the query times each offset's embedding.
 
     One-dimensional relative attention (the paper, Appendix D.4): the offset is
-    the distance in the sequence, the class token's place included.
+    the distance in the sequence, which includes the class token.
     """
     num_queries, n = query.shape[1], valid
     query = split_heads(query[:, :n], self.config.num_heads)

@@ -16,8 +16,8 @@ from vit_jax.models import variants
 def _option(default, *choices, rate=False, also=()):
   """Declares a key of `config.model`: its default and its other choices.
 
-  A `rate` is a probability below 1; `also`: the kinds of convolutional networks
-  for which it has a meaning, see `Variant.kind`.
+  A `rate` is a probability below 1; `also` lists the kinds of convolutional
+  networks that use it, see `Variant.kind`.
   """
   choices = (default, *choices) if choices else ()
   metadata = {"choices": choices, "rate": rate, "also": also}
@@ -30,10 +30,10 @@ _CONVOLUTIONAL = ("ResNet", "EfficientNet")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-  """Everything that decides a model, but for the size of its images.
+  """All hyper-parameters of a model except the size of its images.
 
-  Sizes come from the variant's name, 0 for what it does not have; the options
-  are the keys of `config.model`, which configs/common.py explains.
+  Sizes come from the variant's name, 0 for missing parts; the options are the
+  keys of `config.model`, which configs/common.py explains.
   """
 
   num_classes: int  # k, the width of the head; 0 for none
@@ -41,7 +41,7 @@ class ViTConfig:
   num_layers: int = 0
   mlp_dim: int = 0
   num_heads: int = 0
-  patch_size: int = 0  # of the patches that the encoder sees
+  patch_size: int = 0  # of the encoder's patches
   units: tuple[int, ...] | None = None  # of a ResNet's stages, see `Variant`
   width: int = 0  # of a ResNet, times 64
   scaling: variants.Scaling | None = None  # of an EfficientNet
@@ -76,10 +76,10 @@ class ViTConfig:
 
   @property
   def use_tpu_layout(self) -> bool:
-    """Whether to compute in the way that suits TPUs best: in bfloat16.
+    """Whether to use the layout that suits TPUs, as in bfloat16.
 
-    Tokens are padded, attention is a kernel, LayerNorm's scale and bias become
-    part of the next matmul. Float32 is as the paper has it, and the reference.
+    Tokens are padded, attention is fused, LayerNorm's scale and bias are folded
+    into the next matmul. Float32 follows the paper and is the reference.
     """
     return jnp.dtype(self.dtype) == jnp.bfloat16
 
@@ -95,7 +95,7 @@ class ViTConfig:
 
   @property
   def num_prefix_positions(self) -> int:
-    """The number of these that have learned position embeddings."""
+    """The number of prefix tokens with learned position embeddings."""
     rows = {"all": self.num_prefix, "none": 0}
     return rows.get(self.prefix_positions, self.num_prefix - self.registers)
 
@@ -107,14 +107,14 @@ class ViTConfig:
 
 
 _OPTIONS = {f.name: f for f in dataclasses.fields(ViTConfig) if f.metadata}
-# Those that the paper's models do not have: other encoders' architecture.
+# Options for other architectures than the paper's.
 SWITCHES = (
   *("class_token", "distillation_token", "registers", "map_heads"),
   *("final_norm", "projection_size", "patch_bias", "pre_norm"),
   *("prefix_positions", "rope", "rope_base", "qkv_bias", "qk_norm"),
   *("mlp", "layer_scale_init"),
 )
-# What a model is made with if nothing else is given.
+# The defaults of all options.
 DEFAULTS: dict[str, Any] = {name: f.default for name, f in _OPTIONS.items()}
 
 
@@ -122,7 +122,7 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
   """Returns the hyper-parameters of a variant with some options.
 
   Raises:
-    UserError: an unknown variant, or a value that an option cannot have.
+    UserError: an unknown variant, or an invalid option.
   """
   parsed = variants.parse(variant)
   sizes = parsed._asdict()
@@ -152,18 +152,18 @@ def make(variant: str, num_classes: int, options: dict[str, Any]) -> ViTConfig:
 
 
 def _check_convolutional(variant, kind, config):
-  """Raises a UserError for an option that means nothing without an encoder."""
+  """Raises a UserError for an option that has no effect without an encoder."""
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
     known = not field.metadata or kind in field.metadata["also"]
     if not known and value != field.default:
       raise UserError(
-        f"model.{field.name} is {value!r}, which means nothing for the "
+        f"model.{field.name} is {value!r}, which has no effect on the "
         f"convolutions of {variant}; leave it at {field.default!r}"
       )
   if config.remat == "dots":
     raise UserError(
-      f"model.remat 'dots' keeps nothing of {variant}, which is all "
+      f"model.remat 'dots' saves nothing of {variant}, which is all "
       "convolutions; use 'full' or 'none'"
     )
 
@@ -195,8 +195,8 @@ def _check_positions(variant, config):
   head_dim = config.hidden_size // config.num_heads
   if config.rope != "none" and head_dim % 4:
     raise UserError(
-      f"model.rope {config.rope!r} needs heads whose width 4 divides; those of "
-      f"{variant} are {head_dim} wide"
+      f"model.rope {config.rope!r} needs a head width divisible by 4; that of "
+      f"{variant} is {head_dim}"
     )
   parts = {"2d": 2, "sincos2d": 4}.get(kind, 1)
   if config.hidden_size % parts:

@@ -1,6 +1,6 @@
-"""EfficientNets (arXiv 1905.11946), as the authors' TensorFlow code has them.
+"""EfficientNets (arXiv 1905.11946), as in the authors' TensorFlow code.
 
-B0's widths and numbers of blocks are scaled by a factor each; L2 is that of
+One factor scales B0's widths, another its numbers of blocks. L2 is from
 "Noisy Student" (arXiv 1911.04252). Convolutions run in `dtype`, with
 TensorFlow's "SAME" padding; batch normalisation computes in float32.
 
@@ -23,11 +23,11 @@ from vit_jax.models.variants import Scaling
 
 _MOMENTUM = 0.99  # of the running statistics
 _EPSILON = 1e-3
-# Of ImageNet's pixels in [0, 1].
+# ImageNet's statistics, for pixels in [0, 1].
 _PIXEL_MEAN = (0.485, 0.456, 0.406)
 _PIXEL_STD = (0.229, 0.224, 0.225)
 
-# Of B0's stages: blocks, kernel size, strides, expansion, width.
+# B0's stages: blocks, kernel size, strides, expansion, width.
 _STAGES = (
   (1, 3, 1, 1, 16),
   (2, 3, 2, 6, 24),
@@ -42,7 +42,7 @@ _STEM, _HEAD = 32, 1280  # B0's widths
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What distinguishes one block from another."""
+  """The sizes of one block."""
 
   stage: int
   kernel_size: int
@@ -53,7 +53,7 @@ class Sizes:
 
 
 def scale_width(width: int, scaling: Scaling) -> int:
-  """Returns a scaled width: a multiple of 8, not below 90 % of the product."""
+  """Returns a scaled width, rounded to a multiple of 8, at most 10 % down."""
   scaled = width * scaling.width
   rounded = max(8, int(scaled + 4) // 8 * 8)
   return rounded + 8 * (rounded < 0.9 * scaled)
@@ -87,7 +87,7 @@ class Pixels(nn.Module):
 
 
 class Conv(nn.Module):
-  """Convolution without bias, of all channels or of each by itself."""
+  """Convolution without bias, full or depthwise."""
 
   features: int
   kernel_size: int = 1
@@ -115,8 +115,8 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
   """Batch normalisation (arXiv 1502.03167), over the global batch.
 
-  In training with the batch's mean and biased variance, from which the new
-  running statistics follow; these are stored as "statistics" for `Model.apply`.
+  Training uses the batch's mean and biased variance, and updates the running
+  statistics with them; these are stored as "statistics" for `Model.apply`.
   """
 
   train: bool
@@ -152,13 +152,13 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   def _convolve(self, x, name, features, **options):
-    """Convolution and batch normalisation."""
+    """Applies a convolution and batch normalisation."""
     conv = Conv(features, dtype=self.dtype, name=f"{name}_conv", **options)
     norm = BatchNorm(self.train, self.dtype, name=f"{name}_norm")
     return norm(conv(x))
 
   def _excite(self, x):
-    """Squeeze and excitation (arXiv 1709.01507), relative to the input."""
+    """Applies squeeze-and-excitation (arXiv 1709.01507)."""
     width = max(1, int(0.25 * self.sizes.inputs))
     gate = x.mean((1, 2), dtype=jnp.float32)
     for name, features in (("se_reduce", width), ("se_expand", x.shape[-1])):
@@ -230,7 +230,7 @@ class EfficientNet(nn.Module):
 
 
 def _make_head(config):
-  """Returns the layer that gives the logits; its kernel as the authors'."""
+  """Returns the logits' layer, with the authors' kernel initialisation."""
   limit = config.num_classes**-0.5
   return nn.Dense(
     config.num_classes,

@@ -1,6 +1,6 @@
 """Dense layer, LayerNorm and dropout, in the layout that suits TPUs.
 
-The plain form, in float32, is what the other is tested against.
+The plain form, in float32, is the reference in tests.
 """
 
 import math
@@ -29,8 +29,8 @@ def drop_path(x, rate, key):
 class Dropout(nn.Module):
   """Dropout (arXiv 1207.0580).
 
-  The barrier keeps XLA from drawing the mask anew in each product that reads
-  it, forward and backward: that would take as long as these (RESULTS.md).
+  The barrier keeps XLA from drawing the mask again for each matmul that uses
+  it, forward and backward, which would take as long as these (RESULTS.md).
   """
 
   rate: float
@@ -52,23 +52,23 @@ def dropout(config: ViTConfig, deterministic: bool) -> Dropout:
 
 
 def count_rows(config: ViTConfig, n: int) -> int:
-  """Returns the rows of `pad_tokens`: 200 for 197 tokens."""
+  """Returns the number of rows after `pad_tokens`, 200 for 197 tokens."""
   return n + -n % ROWS if config.use_tpu_layout else n
 
 
 def pad_tokens(config: ViTConfig, x):
   """Appends zeros to [b n d], so that n fills the rows of TPU registers.
 
-  Then it has the memory layout of [b*n d], and XLA copies nothing in between.
+  The result has the memory layout of [b*n d], so that reshapes need no copy.
   """
   n = x.shape[1]
   return jnp.pad(x, ((0, 0), (0, count_rows(config, n) - n), (0, 0)))
 
 
 def gather(kernel):
-  """Constrains a kernel that is sharded by fsdp to be whole on each device.
+  """Constrains a kernel that is sharded by fsdp to be replicated.
 
-  Else XLA's partitioner makes a loop of small products of a product with it.
+  Otherwise XLA's partitioner splits its matmul into a loop of small ones.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
@@ -79,7 +79,7 @@ def gather(kernel):
 def spread(x):
   """Constrains [b*n d] to stay sharded by images over all devices.
 
-  Else the partitioner may all-gather them, where kernels are sharded by fsdp.
+  Otherwise the partitioner may all-gather x where kernels are sharded by fsdp.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
@@ -88,17 +88,17 @@ def spread(x):
 
 
 def convolve(x, kernel, *args, **kwargs):
-  """Returns a convolution with a kernel that `gather` gathers."""
+  """Returns a convolution whose kernel is all-gathered by `gather`."""
   return jax.lax.conv_general_dilated(x, gather(kernel), *args, **kwargs)
 
 
 @jax.custom_vjp
 def add_bias(x, bias):
-  """[r o] + [o]; the bias's gradient is a product with ones, where it may be.
+  """[r o] + [o]; in bfloat16 the bias's gradient is a matmul with ones.
 
-  It sums over all tokens, for which XLA's estimate on v5e is 256,000 cycles for
-  B/16's keys alone: as much as for two of their matmuls. A product with ones
-  also adds in float32 and costs one pass through memory.
+  It is a sum over all tokens, which XLA estimates on v5e at 256,000 cycles for
+  B/16's keys alone, as much as two of their matmuls. A matmul with ones also
+  adds in float32 and costs one pass through memory.
   """
   return x + bias
 
@@ -108,7 +108,7 @@ def _add_bias_backward(_, gradient):
     # Float32 matmuls are rounded to bfloat16 on TPUs; sums are not.
     return gradient, gradient.sum(0)
   ones = jnp.ones((ROWS, gradient.shape[0]), gradient.dtype)
-  # One row would be enough, but XLA would make a sum of it again.
+  # One row would be enough, but XLA would turn its matmul into a sum.
   sums = jnp.matmul(ones, gradient, preferred_element_type=jnp.float32)
   return gradient, sums[0].astype(gradient.dtype)
 
@@ -117,9 +117,9 @@ add_bias.defvjp(lambda x, bias: (x + bias, None), _add_bias_backward)
 
 
 class Dense(nn.Module):
-  """A dense layer, whose kernel may be stored with the heads apart.
+  """A dense layer, whose kernel may have a separate axis for heads.
 
-  The product is that of the flattened kernel: its result has the heads side by
+  The matmul uses the flattened kernel, so that its result has the heads side by
   side, as `attention.attend` takes them, without a copy.
   """
 
@@ -135,7 +135,7 @@ class Dense(nn.Module):
     """[... i] -> [... o]; `affine` see `LayerNorm`."""
     shape, dtype = self.kernel_shape, self.config.dtype
     flat = math.prod(shape[: self.in_axes]), math.prod(shape[self.in_axes :])
-    # Xavier's of the flattened shape, not of one head's.
+    # Xavier initialisation of the flattened shape, not of one head's.
     init = nn.initializers.xavier_uniform()
     kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))
     kernel, bias = kernel.reshape(flat), jnp.zeros(flat[1])
@@ -143,8 +143,8 @@ class Dense(nn.Module):
       bias = self.param("bias", self.bias_init, shape[self.in_axes :])
       bias = bias.reshape(-1)
     if affine:
-      # (x scale + shift) kernel + bias, with as much of it as possible done
-      # once, not for each token: then gradients need no sums over tokens.
+      # (x scale + shift) kernel + bias, with scale and shift folded into kernel
+      # and bias, so that their gradients need no sums over tokens.
       scale, shift = affine
       moved = jnp.broadcast_to(shift, (ROWS, flat[0]))
       moved = moved.astype(dtype) @ kernel.astype(dtype)
@@ -152,8 +152,8 @@ class Dense(nn.Module):
     kernel, bias = (y.astype(dtype) for y in (kernel, bias))
     kernel = gather(kernel)
     if len(shape) > 2:
-      # Else the kernel's gradient is computed in the layout of what is stored,
-      # for which XLA transposes the tokens: 117,000 cycles for each of B/16's.
+      # Otherwise the kernel's gradient is computed in the stored layout, for
+      # which XLA transposes the tokens: 117,000 cycles for each kernel of B/16.
       kernel = jax.lax.optimization_barrier(kernel)
     y = x.astype(dtype).reshape(-1, flat[0]) @ kernel
     if not (self.use_bias or affine):
@@ -165,9 +165,9 @@ class Dense(nn.Module):
 class LayerNorm(nn.Module):
   """LayerNorm for the `Dense` layers that follow.
 
-  In the TPU layout the scale and bias are left to them: their gradients are
-  sums over all tokens, which cost as much as a product, unless they follow from
-  the kernel's gradient, as they do there. With `whole` they are applied here.
+  In the TPU layout these layers apply the scale and bias, whose gradients then
+  follow from the kernel's. Here they would be sums over all tokens, which cost
+  as much as a matmul. With `whole` they are applied here.
   """
 
   config: ViTConfig
@@ -175,7 +175,7 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """[... d] -> [... d], and (scale f32[d], bias f32[d]) if still to do."""
+    """[... d] -> [... d], and (scale f32[d], bias f32[d]) if not applied."""
     shape, dtype = x.shape[-1:], self.config.dtype
     scale = self.param("scale", nn.initializers.ones, shape)
     bias = self.param("bias", nn.initializers.zeros, shape)
@@ -202,7 +202,7 @@ class LayerScale(nn.Module):
 
 
 def make_head(config: ViTConfig, name: str = "head") -> nn.Dense:
-  """Returns the layer that gives the logits, in float32 and zero at first."""
+  """Returns the logits' layer, in float32, with a kernel of zeros at first."""
   return nn.Dense(
     config.num_classes,
     kernel_init=nn.initializers.zeros,

@@ -1,8 +1,8 @@
-"""Masked patch prediction: what is hidden from a model and what it is asked.
+"""Masked patch prediction: corruption, targets and loss.
 
 The paper's self-supervision (arXiv 2010.11929, Appendix B.1.2): half of the
 patch embeddings are corrupted, and the model predicts the colours of those
-patches from what the encoder makes of them. Pure functions of arrays.
+patches from the encoder's output. Pure functions of arrays.
 """
 
 import functools
@@ -11,26 +11,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Of the corrupted patches; the rest of them are kept as they are, so that the
-# model must say something about patches that look intact, too.
+# Shares of the corrupted patches; the others are kept unchanged, so that the
+# model must also predict patches that look intact.
 MASKED = 0.8
 SWAPPED = 0.1
 
 COLOURS = 512  # 3 bits for each of red, green and blue
 
-# What is predicted of a patch -> how many cells a side it is seen in. None:
-# its pixels, and no colours.
+# Target -> cells along a side of a patch, each with one colour; None for pixels
+# instead of colours.
 TARGETS = {"mean_colour": 1, "colour_grid": 4, "pixels": None}
 
 
 class Corruption(NamedTuple):
-  """What happens to the n patch embeddings of each image.
+  """The corruption of the n patch embeddings of each image.
 
   Attributes:
-    corrupted: i32[b m], the patches to predict, in no order.
-    source: i32[b n], whose embedding each patch shows: its own, or that of
+    corrupted: i32[b m], the patches to predict, in random order.
+    source: i32[b n], the patch whose embedding each patch gets: itself, or
       another patch of the same image.
-    masked: bool[b n], the patches that show the [mask] embedding instead.
+    masked: bool[b n], the patches that get the [mask] embedding instead.
   """
 
   corrupted: jax.Array
@@ -41,9 +41,9 @@ class Corruption(NamedTuple):
 def draw_corruption(keys, num_patches: int) -> Corruption:
   """Draws the corruption of one image for each of the keys [b].
 
-  Half of the patches, rounded down, are corrupted, the first of a random
-  permutation, so that shapes are static. What happens to each is drawn
-  independently: the shares of masked, swapped and kept ones hold on average.
+  Half of the patches, rounded down, are corrupted: the first of a random
+  permutation, so that shapes are static. Each is masked, swapped or kept
+  independently, so the shares hold on average.
 
   Args:
     keys: PRNG keys [b].
@@ -76,7 +76,7 @@ def count_outputs(target: str, patch_size: int) -> int:
 
 
 def make_targets(images, patch_size: int, target: str):
-  """Returns what there is to predict, of each patch.
+  """Returns the targets of each patch.
 
   Args:
     images: u8[b h w 3].
@@ -126,7 +126,7 @@ def prediction_loss(predictions, targets, target: str):
   Args:
     predictions: f32[b m o], see `count_outputs`.
     targets: [b m ...], of the same patches, see `make_targets`.
-    target: what they are.
+    target: as in `make_targets`.
   """
   if TARGETS[target] is None:
     return jnp.mean((predictions - targets) ** 2, (1, 2))

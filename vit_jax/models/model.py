@@ -1,4 +1,4 @@
-"""A model as two pure functions, whatever module it is made from."""
+"""Models as pairs of pure functions, made from Flax modules."""
 
 import contextlib
 import dataclasses
@@ -25,8 +25,8 @@ class Model(NamedTuple):
       stochastic depth. With 0 classes the representation f32[b d] takes the
       logits' place. `intermediates` "tokens" gives each block's tokens
       f32[b n d] as "block00/encoded", ..., and no attention weights. With
-      `statistics` it returns a pair: what it returns without, and the new
-      values of running statistics, {path: f32 array}, which only `train` has.
+      `statistics` it returns a pair: the result without, and the new running
+      statistics {path: f32 array}, which only `train` has.
     image_size: (h, w) in pixels.
     grid: (h, w) in tokens, or in cells of the last convolution's output.
     num_layers: the encoder's blocks, 0 for a ResNet or an EfficientNet.
@@ -48,20 +48,20 @@ class Model(NamedTuple):
 
 @contextlib.contextmanager
 def _promoting():
-  """Allows the promotions that the user's own code may forbid itself."""
+  """Allows promotions that the user's own code may have disabled."""
   rank = jax.numpy_rank_promotion("allow")
   with rank, jax.numpy_dtype_promotion("standard"):
     yield
 
 
 def as_model(make, config, image_size, grid, *inputs) -> Model:
-  """Returns the `Model` of a kind of module, made from a `ViTConfig`.
+  """Returns the `Model` of the Flax module `make(config)`.
 
-  `inputs` are examples of what the module takes after one image.
+  `inputs` are examples of the module's inputs after one image.
   """
   module = make(config)
-  # The unrolled form is always the one initialised, so that a seed means the
-  # same numbers in both forms.
+  # The unrolled form is always initialised, so that a seed gives the same
+  # numbers in both forms.
   initial = make(dataclasses.replace(config, scan=False))
 
   @_promoting()
@@ -98,12 +98,12 @@ def as_model(make, config, image_size, grid, *inputs) -> Model:
 
 
 def representation(intermediates: dict[str, jax.Array]) -> jax.Array:
-  """Returns what the head gets, f32[b d], of a model's intermediates."""
+  """Returns the head's input f32[b d] from a model's intermediates."""
   last = (name for name in ("pre_logits", "projected") if name in intermediates)
   return intermediates[next(last, "pooled")]
 
 
-# What of an image can be taken as its features.
+# The kinds of features of an image.
 FEATURES = ("pooled", "cls", "mean", "cls+mean", "patches")
 
 
@@ -113,22 +113,22 @@ def make_features(
   """Returns (params, images f32[b h w 3] in [-1, 1]) -> features, float32.
 
   Args:
-    model: whatever its head is.
-    what: "pooled", what the head would get, [b d]; "cls", the class token;
-      "mean" of the patches; "cls+mean", side by side; "patches", [b h w d].
-    layers: blocks whose tokens are taken, -1 the last one, side by side along
-      d; each through the last LayerNorm where that is before the pooling
+    model: the model; its head does not matter.
+    what: "pooled", the head's input, [b d]; "cls", the class token; "mean" of
+      the patches; "cls+mean", side by side; "patches", [b h w d].
+    layers: blocks whose tokens are concatenated along d, -1 the last one. The
+      last LayerNorm is applied to each if it precedes the pooling
       (`final_norm` "tokens"). Not of "pooled".
 
   Raises:
-    UserError: what the model does not have.
+    UserError: features that the model does not have.
   """
   check_choice("what", what, FEATURES)
   depth = model.num_layers
   if what == "pooled":
     if tuple(layers) != (-1,):
       raise UserError(
-        f"layers {tuple(layers)} are of tokens, and 'pooled' is of the last "
+        f"layers {tuple(layers)} select blocks, but 'pooled' is of the last "
         "one; take 'cls', 'mean', 'cls+mean' or 'patches'"
       )
   elif not depth:
@@ -167,8 +167,8 @@ def make_features(
 def check_image_size(image_size, sizes: Variant) -> tuple[int, int]:
   """Returns (h, w) in pixels; a UserError unless the model can take them.
 
-  An encoder needs whole patches: its convolution would drop the pixels of a
-  part of one. Convolutions take any image of at least one cell.
+  An encoder needs whole patches, because its convolution would drop the pixels
+  of partial ones. Convolutional networks take any image of at least one cell.
   """
   pair = (image_size,) * 2 if isinstance(image_size, int) else image_size
   is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2

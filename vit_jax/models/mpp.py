@@ -13,10 +13,10 @@ from vit_jax.models.model import Model, as_model, check_image_size
 
 
 class MaskedPatchPredictor(vit.VisionTransformer):
-  """An encoder as in `VisionTransformer`, another beginning and end.
+  """A Vision Transformer that predicts corrupted patches.
 
-  It has no pooling, no tanh layer and no classes; its other parameters have
-  the same names, so that a classifier can start from them.
+  It has no pooling, no tanh layer and no classes; its other parameters are
+  named as in `VisionTransformer`, so that a classifier can start from them.
   """
 
   num_outputs: int = 0
@@ -28,7 +28,7 @@ class MaskedPatchPredictor(vit.VisionTransformer):
     Args:
       images: [b h w 3] in [-1, 1].
       corruption: a `masking.Corruption` of b images.
-      train: whether to drop out.
+      train: whether to apply dropout.
       intermediates: whether to return those of the blocks.
 
     Returns:
@@ -41,7 +41,7 @@ class MaskedPatchPredictor(vit.VisionTransformer):
     num_patches = corruption.source.shape[1]
     x = x[:, x.shape[1] - num_patches :]  # without the class token
     x = masking.take_patches(x, corruption.corrupted).astype(jnp.float32)
-    # Zeros, as in a classifier's head: the first guess is the same for all.
+    # Zeros, as in a classifier's head, so that all first guesses are the same.
     x = nn.Dense(
       self.num_outputs, kernel_init=nn.initializers.zeros, name="mpp_head"
     )(x)
@@ -72,11 +72,11 @@ def create_masked(*, target: str, variant: str, image_size, **options) -> Model:
     target: what is predicted, one of `masking.TARGETS`.
     variant: a ViT's, such as "ViT-B_16".
     image_size: as in `create`; at least two patches.
-    **options: as in `create`, but for what only a classifier has.
+    **options: as in `create`, except those of classifiers.
 
   Raises:
     UserError: as `create`; a variant without patches of pixels, a patch size
-      that the target's cells do not divide, an option that means nothing.
+      that the target's cells do not divide, an option without effect.
   """
   check_choice("config.masked_target", target, masking.TARGETS)
   sizes = variants.parse(variant)
@@ -109,13 +109,13 @@ def _check_masked(target, variant, sizes, options):
   cells, patch = masking.TARGETS[target], sizes.patch_size
   if cells and patch % cells:
     raise UserError(
-      f"masked_target {target!r} sees a patch as {cells}x{cells} cells, which "
-      f"the patch size {patch} of {variant} is not divisible into; choose a "
-      f"patch size that {cells} divides, or 'mean_colour'"
+      f"masked_target {target!r} has {cells}x{cells} cells a patch, but "
+      f"the patch size {patch} of {variant} is not divisible by {cells}; "
+      "choose one that is, or 'mean_colour'"
     )
   for name in ("representation_size", "head_bias_init"):
     if options.get(name):
       raise UserError(
-        f"model.{name} is {options[name]!r}, which means nothing for masked "
-        "patches: they have no classifier; leave it at 0"
+        f"model.{name} is {options[name]!r}, which has no effect on masked "
+        "patches, because they have no classifier; leave it at 0"
       )

@@ -42,7 +42,7 @@ def rotate(x, angles: np.ndarray, num_heads: int):
   half, width = angles.shape[1], x.shape[-1]
   if x.dtype == jnp.bfloat16 and width % LANES == LANES % (2 * half) == 0:
     rotate = jax.custom_vjp(lambda x: _rotate_registers(x, angles, num_heads))
-    # Backward it is the rotation by the negative angles.
+    # The gradient is rotated by the negative angles.
     rotate.defvjp(
       lambda x: (_rotate_registers(x, angles, num_heads), None),
       lambda _, gradient: (_rotate_registers(gradient, -angles, num_heads),),
@@ -56,17 +56,17 @@ def rotate(x, angles: np.ndarray, num_heads: int):
 
 
 def _make_factors(angles, num_heads):
-  """Returns f32[n d] twice: of each channel, and of the other of its pair."""
+  """Returns factors f32[n d] of each channel, and of the other of its pair."""
   sin = np.concatenate([-np.sin(angles), np.sin(angles)], axis=1)
   cos = np.tile(np.cos(angles), 2)
   return (np.tile(x, num_heads).astype(np.float32) for x in (cos, sin))
 
 
 def _rotate_registers(x, angles, num_heads):
-  """Does what `rotate` does, for each register's width by itself.
+  """Computes `rotate` separately for each register's width of channels.
 
-  XLA exchanges channels through a TPU's memory. A product with a permutation
-  matrix is exact in bfloat16, and takes a fifth of the cycles (RESULTS.md).
+  XLA swaps channels through a TPU's memory. A matmul with a permutation matrix
+  is exact in bfloat16, and takes a fifth of the cycles (RESULTS.md).
   """
   cos, sin = _make_factors(angles, num_heads)
   swap = np.eye(LANES, dtype=x.dtype).reshape(-1, 2, angles.shape[1], LANES)

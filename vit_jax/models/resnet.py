@@ -1,6 +1,6 @@
 """ResNets with group normalisation and standardised convolutions.
 
-Two relatives that differ in details, each as its published weights need it:
+There are two kinds, whose details follow their published weights:
 
   `hybrid_stem`: the first stages of an R50+ViT-B_16. Post-activation units
     (ResNet-v1), "SAME" padding, weights divided by (std + 1e-5).
@@ -120,7 +120,7 @@ class BiTUnit(nn.Module):
 
 
 def _bit_norm(dtype, name):
-  # Its own authors take the variance of centred values.
+  # BiT's authors compute the variance from centred values.
   return nn.GroupNorm(
     _NUM_GROUPS,
     epsilon=1e-5,
@@ -170,13 +170,13 @@ def _run_stages(config, unit, x, width, digits):
 
 
 def hybrid_stem(config: ViTConfig, images):
-  """[b h w 3] -> [b h/s w/s c], and {name: array} of what is on the way.
+  """[b h w 3] -> [b h/s w/s c], and the intermediates {name: array}.
 
-  To be called in a compact method: the layers become that module's own, which
-  is where the published files have them.
+  Call it in a compact method. The layers then belong to that module, as in the
+  published files.
 
   Args:
-    config: without any `units` s is 4 and c 64, with n stages s is 2**(n + 1)
+    config: without `units` s is 4 and c is 64; with n stages s is 2**(n + 1)
       and c is 128 * 2**n.
     images: in [-1, 1].
   """
@@ -188,7 +188,7 @@ def hybrid_stem(config: ViTConfig, images):
 
 
 class BiTRoot(nn.Module):
-  """The first convolution and pooling: a quarter of the resolution."""
+  """The first convolution and pooling, to a quarter of the resolution."""
 
   width: int
   dtype: Any = jnp.float32
@@ -205,7 +205,7 @@ class BiTRoot(nn.Module):
       dtype=self.dtype,
       name="conv_root",
     )(images)
-    # Zeros, not minus infinity, are what the authors' code pads with here.
+    # The authors' code pads with zeros here, not with minus infinity.
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding="VALID")
 

@@ -1,4 +1,4 @@
-"""The tables of model sizes, and the names that stand for them."""
+"""Tables of model sizes, and the names of variants."""
 
 import re
 from typing import NamedTuple
@@ -16,17 +16,17 @@ class Encoder(NamedTuple):
 
 
 class Scaling(NamedTuple):
-  """What B0's widths and numbers of blocks are multiplied by."""
+  """The factors of B0's widths and numbers of blocks."""
 
   width: float
   depth: float
 
 
 class Variant(NamedTuple):
-  """What a name stands for."""
+  """The sizes of a variant."""
 
   encoder: Encoder | None  # None for a ResNet or an EfficientNet
-  patch_size: int  # in pixels, or a hybrid's cells of the ResNet's output; or 0
+  patch_size: int  # pixels; of a hybrid, cells of the ResNet's output; or 0
   units: tuple[int, ...] | None  # of the ResNet's stages; (): its root alone
   width: int  # of the ResNet, times 64
   stride: int  # pixels along a side of a token, or of a cell of the output
@@ -64,9 +64,9 @@ RESNETS = {
   "R200": (3, 24, 36, 3),
 }
 
-# Of arXiv 1905.11946 and the authors' code (B8), arXiv 1911.04252 (L2). N is
+# From arXiv 1905.11946, the authors' code (B8) and arXiv 1911.04252 (L2). N is
 # ours, for tests.
-EFFICIENTNET = "EfficientNet-"  # before their sizes
+EFFICIENTNET = "EfficientNet-"  # prefix of their names
 EFFICIENTNETS = {
   "N": Scaling(0.25, 0.4),
   "B0": Scaling(1.0, 1.0),
@@ -84,7 +84,7 @@ EFFICIENTNETS = {
 # The hybrids: (ResNet, patch in the name) -> its stages, the encoder's patch.
 # At 16 pixels a token, stage 4's units have moved to stage 3 (the paper,
 # Section 4.1). R+ViT-Ti_16 takes 8x8 patches of the root's output, so its
-# tokens are 32 pixels wide, in spite of its published name.
+# tokens are 32 pixels wide, despite its published name.
 HYBRIDS = {
   ("R", 16): ((), 8),
   ("RN", 8): ((1, 1), 1),
@@ -95,14 +95,14 @@ HYBRIDS = {
 
 
 def parse(name: str) -> Variant:
-  """Returns what a name stands for.
+  """Returns the sizes of a variant by its name.
 
   "ViT-B_16": size and patch; "R50+ViT-B_16": a hybrid; "R50x1": a ResNet and
-  its width; "EfficientNet-B0". An encoder that is in no table is written out as
+  its width; "EfficientNet-B0". Encoders of other sizes are written out as
   hidden size, depth, MLP and heads: "ViT-w192d12m768h3_16".
 
   Raises:
-    UserError: none of these.
+    UserError: another name.
   """
   match = re.fullmatch(r"(R[N\d]*)x([1-9]\d*)", name)
   if match and match[1] in RESNETS:

@@ -1,10 +1,10 @@
 """The Vision Transformer of arXiv 2010.11929, as Flax Linen modules.
 
 Read it beside Section 3.1 and Figure 1 of the paper. Parameter names are those
-of the published files. Parameters are float32; matrix products run in
-`config.dtype`; LayerNorm statistics and softmax are float32, because bfloat16's
-eight bits lose small attention weights and variances. Everything after the
-pooling is float32: it is one vector an image.
+of the published files. Parameters are float32; matmuls run in `config.dtype`;
+LayerNorm statistics and softmax are float32, because bfloat16's eight bits lose
+small attention weights and variances. Everything after the pooling is float32,
+because it is only one vector per image.
 """
 
 import dataclasses
@@ -118,9 +118,9 @@ class Encoder1DBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, drop_path_rate, shared_positions):
-    """[b*n d], all images' `pad_tokens` in a row -> the same, intermediates.
+    """[b*n d], the padded tokens of all images -> the same, intermediates.
 
-    With `first_only` of each image the first tokens alone.
+    With `first_only` returns only the first tokens of each image.
 
     Args:
       x: the tokens.
@@ -151,7 +151,7 @@ class Encoder1DBlock(nn.Module):
     y, affine = LayerNorm(config)(x)
     queries = keys = split(y)
     if self.first_only:
-      # With as many rows as a register has, where there are registers.
+      # As many rows as a register has, in the TPU layout.
       first = slice(0, layers.count_rows(config, 1))
       queries, x = keys[:, first], split(x)[:, first].reshape(-1, x.shape[-1])
     y, weights = MultiHeadDotProductAttention(
@@ -179,7 +179,7 @@ class Encoder1DBlock(nn.Module):
 
 
 def find_angles(config, grid, rows):
-  """Returns the angles f64[rows d/a/2] of rotary embedding, None without."""
+  """Returns the angles f64[rows d/a/2] of rotary embedding, or None."""
   if config.rope == "none":
     return None
   head_dim = config.hidden_size // config.num_heads
@@ -192,7 +192,7 @@ class Encoder(nn.Module):
   """Position embedding, the blocks, a last LayerNorm.
 
   With `first_only` only the first token is returned, and the last block, unless
-  scanned, computes no other.
+  scanned, updates only this one.
   """
 
   config: ViTConfig
@@ -280,7 +280,7 @@ class MAPHead(nn.Module):
 
   @nn.compact
   def __call__(self, x, weights=False):
-    """[b n d] -> [b d], and the weights f32[b a n] if they are wanted."""
+    """[b n d] -> [b d], and the weights f32[b a n], None without `weights`."""
     config = dataclasses.replace(
       self.config,
       num_heads=self.config.map_heads or self.config.num_heads,
@@ -296,7 +296,7 @@ class MAPHead(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-  """Images to logits; with `units` the hybrid, whose patches are a ResNet's."""
+  """Images to logits; with `units` a hybrid, on the output of a ResNet."""
 
   config: ViTConfig
 
@@ -305,10 +305,10 @@ class VisionTransformer(nn.Module):
     """[b h w 3] in [-1, 1] -> f32[b k] and the intermediates by name.
 
     Without classes the representation f32[b d] takes the logits' place.
-    `intermediates` "tokens" leaves attention weights out, so that kernels may
-    be used, and has each block's tokens as the last LayerNorm makes them. With
-    a distillation token the logits are the mean of two heads', "logits_cls" and
-    "logits_dist".
+    `intermediates` "tokens" omits attention weights, so that kernels may be
+    used, and has each block's tokens after the last LayerNorm. With a
+    distillation token the logits are the mean of "logits_cls" and
+    "logits_dist", from two heads.
     """
     config = self.config
     x, out = self.embed(images)
@@ -385,7 +385,7 @@ class VisionTransformer(nn.Module):
     )(x)
 
   def pool(self, x, weights):
-    """[b n d] -> [b d], and MAPHead's weights f32[b a n] if they are wanted."""
+    """[b n d] -> [b d], and MAPHead's weights f32[b a n] if `weights`."""
     kind = self.config.classifier
     if kind == "token":
       return x[:, 0], None

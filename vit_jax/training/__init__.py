@@ -1,1 +1,1 @@
-"""The parts of training: optimizer, steps, objectives, what a run writes."""
+"""Parts of training: optimizer, steps, objectives, metrics, run folder."""

@@ -1,6 +1,6 @@
-"""Mistakes in a configuration that show without data, and so in seconds.
+"""Checks of a configuration that need no data, and so take seconds.
 
-Nothing here imports TensorFlow. A run checks the same again, and the rest.
+This module does not import TensorFlow. A run repeats the checks, with others.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.training import losses, optim
 
-# What the evaluators yield, but for counts.
+# Metrics of the evaluators, except counts and few-shot accuracies.
 METRICS = (
   *("accuracy", "accuracy@5", "prec@1", "lrap", "loss"),
   *("r2", "trivial_loss", "trivial_accuracy"),
@@ -23,7 +23,7 @@ METRICS = (
 
 
 def check(config) -> None:
-  """Raises a UserError for a run that cannot be, whatever its data are."""
+  """Raises a UserError for a configuration that is invalid with any data."""
   configuration.check_ranges(config)
   if config.objective == "masked_patches":
     models.create_masked(
@@ -47,7 +47,7 @@ def _check_architecture(source, variant):
     return
   found = _read_variant(Path(source))
   if not found:
-    from vit_jax import pretrained  # a second more
+    from vit_jax import pretrained  # takes a second
 
     found = pretrained.read(source).model["variant"]
   if variants.parse(found) != variants.parse(variant):
@@ -58,7 +58,7 @@ def _check_architecture(source, variant):
 
 
 def _read_variant(path) -> str | None:
-  """Returns the variant of a run or one of its checkpoints, None of others."""
+  """Returns the variant of a run or of one of its checkpoints, else None."""
   run = path.absolute().parent.parent if path.name.isdigit() else path
   with contextlib.suppress(UserError, KeyError):
     return files.read_run(run)["config"]["model"]["variant"]

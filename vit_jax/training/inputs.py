@@ -1,4 +1,4 @@
-"""What goes into a run: its data sets, and batches on their way to devices."""
+"""The inputs of a run: its data sets, and batches for the devices."""
 
 import logging
 from collections import deque
@@ -17,8 +17,8 @@ class Inputs(NamedTuple):
   """The data sets of a run."""
 
   train: list[tuple[data.Source, float]]  # with the weights of a mixture
-  # {evaluation: its test set}, of a few-shot one the training set before it;
-  # in the order of `list_evals`.
+  # {evaluation: [test set]}, or [training set, test set] if few-shot; in the
+  # order of `list_evals`.
   evals: dict[str, list[data.Source]]
 
   @property
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     return sum(source.num_examples for source, _ in self.train)
 
   def describe(self) -> dict[str, list[dict]]:
-    """Returns what must be the same when a run is resumed: identities."""
+    """Returns the identities of the data, which a resumed run must match."""
 
     def identify(source):
       found = {"dataset": source.dataset, "examples": source.num_examples}
@@ -78,7 +78,7 @@ def _open(config, name, split, check=True) -> data.Source:
 
 
 def _open_eval(config, e: Eval, train: Sequence[data.Source]):
-  """Returns what `Inputs.evals` has of an evaluation."""
+  """Returns the data sets of an evaluation, for `Inputs.evals`."""
   if e.type == "fewshot":
     return [_open(config, e.dataset, x) for x in (e.train_split, e.split)]
   test = _open(config, e.dataset, e.split)
@@ -101,9 +101,9 @@ def _open_eval(config, e: Eval, train: Sequence[data.Source]):
 
 
 def choose_shuffle(config, inputs: Inputs, run: dict | None) -> data.Shuffle:
-  """Returns how a run shuffles: as in config.json, if it is resumed."""
+  """Returns how a run shuffles; a resumed run follows its config.json."""
   if run:
-    # Runs from before the key have permutations of 4 rounds.
+    # Runs from before this key used permutations of 4 rounds.
     return data.Shuffle(**{"rounds": 4, **run.get("shuffle", {})})
   sources = [source for source, _ in inputs.train]
   return data.choose_shuffle(
@@ -120,7 +120,7 @@ def count_memory(config) -> int:
 
 
 def read_batches(config, mesh, inputs, shuffle, step, total_steps) -> Iterator:
-  """Returns the batches of the steps to come, on their way to the devices."""
+  """Returns the batches of the remaining steps, prefetched to the devices."""
   size = config.batch_size
   rows = sharding.local_rows(mesh, size)
   batches = read_rows(config, inputs, shuffle, rows, step, total_steps - step)
@@ -158,7 +158,7 @@ def read_rows(config, inputs, shuffle, rows, start_step, num_steps) -> Iterator:
 
 
 def prefetch(batches: Iterable, size: int = 2) -> Iterator:
-  """Keeps `size` batches on their way to the devices ahead of the one used."""
+  """Yields batches, while the next `size` are on their way to the devices."""
   queue = deque()
   for batch in batches:
     queue.append(batch)

@@ -1,9 +1,9 @@
 """The lock of a run folder: only one training may write to it at a time.
 
 The file `lock` names the owner, and is empty when there is none. On a local
-disk the owner also holds an flock, which ends with its process. Other machines
-may not see that, and buckets have none. So the owner also rewrites the file
-every few seconds, and an owner without this heartbeat has died.
+disk the owner also holds an flock, which ends with its process. The flock may
+not be visible on other machines, and buckets have none. So the owner also
+rewrites the file as a heartbeat; an owner without it is considered dead.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Lock:
 
   def __init__(self, file):
     """Takes the lock, or raises a UserError that names its owner."""
-    self.token = uuid.uuid4().hex  # that no other owner of any lock has
+    self.token = uuid.uuid4().hex  # unique to this owner
     self._file, self._beats, self._taken_by = file, 0, None
     self._descriptor, is_flocked = None, False
     if "://" not in str(file):
@@ -61,11 +61,11 @@ class Lock:
       except BlockingIOError:
         os.close(self._descriptor)
         raise _is_in_use(file, read_owner(file)) from None
-      except OSError as e:  # this disk has none
+      except OSError as e:  # not supported by this disk
         log.debug("no flock on %s: %s", file, e)
     if owner := read_owner(file):
       process = owner["process"]
-      # On this machine the flock, or else the process, shows whether it lives.
+      # On this machine the flock, or else the process ID, shows if it is alive.
       if owner["host"] != socket.gethostname() or not (
         is_flocked or process == os.getpid() or not is_alive(process)
       ):
@@ -76,7 +76,7 @@ class Lock:
     self._thread.start()
 
   def check(self) -> None:
-    """Raises a RunStopped if another process has taken over a silent lock."""
+    """Raises a RunStopped if another process has taken over the lock."""
     if self._taken_by:
       raise RunStopped(
         f"{_describe(self._taken_by)} has taken over {self._file.parent}; this "
@@ -98,7 +98,7 @@ class Lock:
     owner |= {"token": self.token, "beat": self._beats}
     if self._descriptor is None:
       self._file.write_text(json.dumps(owner))
-    else:  # in place and of one length: no reader gets half of it
+    else:  # in place, of fixed length, so that no reader gets half of it
       os.pwrite(self._descriptor, json.dumps(owner).ljust(512).encode(), 0)
 
   def _beat(self):
@@ -124,7 +124,7 @@ def read_owner(file) -> dict | None:
 def read_token(workdir) -> str | None:
   """Returns the token of the lock's owner, as seen from another process.
 
-  None if there is none for half a minute: file servers are not always quick.
+  None if there is no owner for half a minute, because file servers may be slow.
   """
   for _ in range(30):
     if owner := read_owner(workdir / "lock"):
@@ -134,7 +134,7 @@ def read_token(workdir) -> str | None:
 
 
 def _wait_for_heartbeat(file, owner):
-  """Returns once an owner has missed its heartbeats; raises if it lives."""
+  """Returns once an owner has missed its heartbeats; raises if it is alive."""
   log.info(
     f"{_describe(owner)} held {file.parent}: waiting up to {_PATIENCE} s for a "
     "heartbeat, in case it still runs"
@@ -165,5 +165,5 @@ def is_alive(process: int) -> bool:
   try:
     os.kill(process, 0)
   except OSError as e:
-    return isinstance(e, PermissionError)  # another user's runs
+    return isinstance(e, PermissionError)  # it runs as another user
   return True

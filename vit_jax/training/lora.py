@@ -1,9 +1,9 @@
 """Low-rank updates of kernels (LoRA, arXiv 2106.09685).
 
 A kernel W, as a matrix [in out], becomes W + alpha / rank * A B with A [in r]
-and B [r out], stored beside it as `lora_a` and `lora_b`. W keeps its place in
-the state and is not trained (`optim`), so that it has no moments. `merge` makes
-the plain model's parameters, in each step and when a run is read.
+and B [r out], stored beside it as `lora_a` and `lora_b`. W stays in the state
+but is not trained (see `optim`), so it has no moments. `merge` computes the
+plain model's parameters, in each step and when a run is loaded.
 """
 
 import math
@@ -20,16 +20,16 @@ from vit_jax.training.optim import match
 
 
 def adapt(model, *, rank: int = 0, alpha: float = 0.0, params: str = ""):
-  """Returns a `models.Model` whose parameters have A and B as well.
+  """Returns a model whose parameters also have A and B.
 
   Args:
-    model: what is adapted, a `models.Model`.
+    model: the `models.Model` to adapt.
     rank: r; with 0 the model is returned as it is.
     alpha: the scale of the update, times r.
-    params: a regular expression, which matches the whole paths of the kernels.
+    params: a regular expression for the whole paths of the kernels.
 
   Raises:
-    UserError: no such kernels, or a rank that they cannot have.
+    UserError: no such kernels, or an invalid rank or alpha.
   """
   if not rank:
     return model
@@ -45,7 +45,7 @@ def adapt(model, *, rank: int = 0, alpha: float = 0.0, params: str = ""):
         f"{path}; choose for instance 8"
       )
   if not alpha > 0:
-    raise UserError(f"lora.alpha {alpha} is not positive; choose such as 16.0")
+    raise UserError(f"lora.alpha {alpha} is not positive; try 16.0")
 
   def init(key):
     flat = flatten(model.init(key))
@@ -69,7 +69,7 @@ def merge(
     place, _, name = path.rpartition("/")
     if name == "lora_a":
       w, b = params[f"{place}/kernel"], params[f"{place}/lora_b"]
-      # Exactly: the TPU's default would round A and B to bfloat16.
+      # Exactly, because by default TPUs round A and B to bfloat16.
       delta = jnp.matmul(params[path], b, precision="highest")
       merged[f"{place}/kernel"] = w + alpha / rank * delta.reshape(w.shape)
   return merged
@@ -84,7 +84,7 @@ def _find_matrix(path, shape) -> tuple[tuple[int, ...], int, int]:
   """Returns a kernel's (stacked axes, size of its input, of its output)."""
   blocks = shape[:1] if "/encoderblock/" in path else ()
   shape = shape[len(blocks) :]
-  # One axis goes in; several of a convolution, and the heads of "out".
+  # One axis is the input's; several for convolutions and the heads of "out".
   last = 1 if re.search("(query|key|value)/kernel", path) else len(shape) - 1
   return blocks, math.prod(shape[:last]), math.prod(shape[last:])
 

@@ -1,4 +1,4 @@
-"""Classification losses: float32 whatever comes in, one number per example.
+"""Classification losses, computed in float32, one number per example.
 
 Targets are multi-hot, and soft after mixup. A loss returns f32[b], not the
 mean, so that callers can mask padding before they average.
@@ -19,7 +19,7 @@ LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 def multi_hot(labels: jax.Array, num_classes: int) -> jax.Array:
   """Turns class ids int32[b l], padded with -1, into f32[b k] of 0 and 1.
 
-  A label that is given twice counts once. Ids outside [0, k) set nothing.
+  A label that is given twice counts once. Ids outside [0, k) are ignored.
   """
   # A comparison, not a scatter: index -1 would wrap to the last class, and XLA
   # fuses this into the reduction without ever making [b l k].
@@ -30,13 +30,13 @@ def multi_hot(labels: jax.Array, num_classes: int) -> jax.Array:
 def soft_targets(
   labels: jax.Array, probabilities: jax.Array, num_classes: int
 ) -> jax.Array:
-  """Returns the distribution f32[b k] of which some probabilities are known.
+  """Returns the distributions f32[b k] with some known probabilities.
 
-  What these lack of 1 is spread evenly over the other classes.
+  The remaining probability is divided evenly among the other classes.
 
   Args:
     labels: i32[b l], classes, none twice in a row, padded with -1.
-    probabilities: f32[b l], theirs; 0 where there is no label.
+    probabilities: f32[b l], of these; 0 where there is no label.
     num_classes: k.
   """
   at = labels[..., None] == jnp.arange(num_classes)
@@ -59,7 +59,7 @@ def sigmoid_cross_entropy(
   # bfloat16 loses the tail of a sum over thousands of classes.
   logits, targets = (jnp.asarray(x, jnp.float32) for x in (logits, targets))
   targets = label_smoothing + (1 - 2 * label_smoothing) * targets
-  # Two log-sigmoids, as log_sigmoid(-x) = log_sigmoid(x) - x cancels where
+  # Two log-sigmoids, because log_sigmoid(-x) = log_sigmoid(x) - x cancels where
   # thousands of logits sit near the head bias of -10.
   positive = targets * jax.nn.log_sigmoid(logits)
   negative = (1 - targets) * jax.nn.log_sigmoid(-logits)
@@ -91,10 +91,10 @@ def softmax_cross_entropy(
 def sharpen(
   targets: jax.Array, name: str, label_smoothing: float = 0.0
 ) -> jax.Array:
-  """Returns targets that the loss of `get_loss` smooths to the given ones.
+  """Returns targets that label smoothing in the loss turns into the given ones.
 
-  For those that are not to be smoothed in a batch with others that are. They
-  may be negative. Softmax targets [b k] have to sum to 1.
+  For targets that are not to be smoothed, in a batch with others that are. The
+  result may be negative. Softmax targets [b k] must sum to 1.
   """
   s = label_smoothing
   if name == "sigmoid":
@@ -123,7 +123,7 @@ def get_loss(name: str, label_smoothing: float = 0.0) -> LossFn:
   return functools.partial(loss, label_smoothing=label_smoothing)
 
 
-# The function of each name, and the label smoothing it must stay below.
+# Name -> (function, limit that label smoothing must stay below).
 _LOSSES = {
   "sigmoid": (sigmoid_cross_entropy, 0.5),
   "softmax": (softmax_cross_entropy, 1.0),

@@ -16,11 +16,11 @@ from vit_jax.training.steps import normalize
 
 @dataclasses.dataclass(frozen=True)
 class MaskedPatches:
-  """Predicting corrupted patches, which takes no labels, see `masking`.
+  """Prediction of corrupted patches, without labels, see `masking`.
 
   Attributes:
     model: that of `models.create_masked`.
-    target: what of a patch is predicted, one of `masking.TARGETS`.
+    target: what is predicted, one of `masking.TARGETS`.
     class_names: none.
   """
 
@@ -44,12 +44,12 @@ class MaskedPatches:
   def eval_step(self, params, batch):
     """Returns sums over the unmasked examples.
 
-    The index of an image in its data set decides what of it is corrupted.
+    The index of an image in its data set seeds its corruption.
 
-    They are "examples" and "loss". Of the m corrupted patches of each, for
-    colours: "correct" (predictions, one a cell) and "colours" f32[cells 512],
-    how often each was the target; for pixels: their number "patches", and "sum"
-    and "squares" of what was to predict, f32[3pp] each.
+    The sums are "examples" and "loss". For colours, over the corrupted patches:
+    "correct" (predictions, one a cell) and "colours" f32[cells 512], how often
+    each was the target. For pixels: "patches", their number, and "sum" and
+    "squares" of the targets, f32[3pp] each.
     """
     fold_in = functools.partial(jax.random.fold_in, make_key(0))
     images, corruption, targets = self._corrupt(
@@ -81,14 +81,14 @@ class MaskedPatches:
     """Turns the sums of `eval_step` over a test set into metrics.
 
     The trivial predictor is the same for every patch: the most frequent colour
-    (its loss is that of the colours' frequencies), or the mean pixels. They are
-    those of the very patches that are evaluated: no constant does better.
+    (its loss is that of the colours' frequencies), or the mean pixels. Both are
+    computed on the evaluated patches, so that no constant does better.
 
     Yields:
       "examples" and "loss", the mean over the corrupted patches. Colours:
-      "accuracy", the share of the predictions (one a cell) that name the right
-      one of 512; pixels: "r2", the share of their variance that is explained.
-      Then "trivial_loss" and, for colours, "trivial_accuracy".
+      "accuracy", the share of correct predictions (one a cell, of 512 colours);
+      pixels: "r2", the share of explained variance. Then "trivial_loss" and,
+      for colours, "trivial_accuracy".
     """
     loss = totals["loss"] / max(totals["examples"], 1)
     yield "examples", int(totals["examples"])
@@ -100,7 +100,7 @@ class MaskedPatches:
       yield "r2", float(1 - loss / trivial_loss)
       yield "trivial_loss", float(trivial_loss)
       return
-    # f64[cells 512]: each cell has a constant of its own.
+    # f64[cells 512]: each cell has its own constant.
     counts = totals["colours"]
     frequency = counts / counts.sum(-1, keepdims=True)
     nats = -np.log(np.maximum(frequency, 1e-300))

@@ -1,4 +1,4 @@
-"""What a run writes down: JSON lines, TensorBoard, W&B, log lines."""
+"""A run's metrics: JSON lines, TensorBoard, W&B and log lines."""
 
 import contextlib
 import json
@@ -30,14 +30,14 @@ class MetricLog:
 
   metrics.jsonl gets one line a log step or evaluation, with names such as
   "train/loss" and "eval/accuracy". Everything but "speed/..." is a function of
-  the configuration: a run that was interrupted writes the same lines.
+  the configuration, so that an interrupted run writes the same lines.
 
   Objects in a bucket cannot be appended to. There the files are written in a
   local folder, and uploaded by `sync` or when the last upload is a minute old.
   """
 
   def __init__(self, config, workdir, start_step, total_steps, wandb=None):
-    """Opens the files; lines after `start_step` are dropped, to come again.
+    """Opens the files; drops lines after `start_step`, to be written again.
 
     `wandb` is a run of Weights & Biases that gets the same values.
     """
@@ -54,12 +54,12 @@ class MetricLog:
     with _writing(workdir):
       if self._is_behind:
         self._folder = epath.Path(tempfile.mkdtemp(prefix="vit_jax-"))
-      # Whole or not at all: a kill in between must not cost the lines.
+      # Atomically, so that a kill in between does not lose the lines.
       self._folder.mkdir(parents=True, exist_ok=True)
       self._file = self._folder / "metrics.jsonl"
       text = "".join(json.dumps(values) + "\n" for values in lines)
       files.write_atomically(self._file, text)
-      # Those of before may have later steps, and would run backwards.
+      # Old event files may have later steps, so they are rewritten.
       old = list((workdir / "tensorboard").glob("events.out.tfevents.*"))
       folder = str(self._folder / "tensorboard")
       self._tensorboard = metric_writers.SummaryWriter(folder)
@@ -72,8 +72,8 @@ class MetricLog:
 
   def add(self, step: int, metrics: dict) -> None:
     """Takes the metrics of a step as device arrays, without fetching them."""
-    # Taken here and not when the values are fetched, which is one interval
-    # later: the host is at most RUN_AHEAD steps ahead of the devices.
+    # The time is taken here, not when the values are fetched an interval later;
+    # the host is at most RUN_AHEAD steps ahead of the devices.
     self._pending.append((step, metrics, time.monotonic()))
     if len(self._pending) > RUN_AHEAD:
       jax.block_until_ready(self._pending[-RUN_AHEAD - 1][1])
@@ -124,7 +124,7 @@ class MetricLog:
     log.info("%s at step %d  %s", what, step, text)
 
   def sync(self) -> None:
-    """Returns when the run folder has all lines, also if it is in a bucket."""
+    """Uploads lines that a run folder in a bucket does not have yet."""
     if not self._writes or not self._is_behind:
       return
     with _writing(self._workdir):
@@ -133,12 +133,12 @@ class MetricLog:
     self._uploaded, self._is_behind = time.monotonic(), False
 
   def restart_clock(self, step: int) -> None:
-    """Leaves out of the speed what was not training, such as an evaluation."""
+    """Excludes the time until now, such as of an evaluation, from the speed."""
     self._clock = (step, time.monotonic())
 
   def close(self) -> None:
     if self._writes:
-      with contextlib.suppress(RunStopped):  # another error is on its way
+      with contextlib.suppress(RunStopped):  # keep the first error
         self.sync()
       self._tensorboard.close()
       if self._folder != self._workdir:
@@ -165,7 +165,7 @@ class MetricLog:
 
 @contextlib.contextmanager
 def _writing(workdir):
-  """Raises a RunStopped, one line, where metrics cannot be written."""
+  """Raises a RunStopped if metrics cannot be written."""
   try:
     with os_errors():
       yield

@@ -1,14 +1,14 @@
-"""What a run trains for: a model, its loss, and what an evaluation adds up.
+"""Training objectives: a model, its loss, and the sums of an evaluation.
 
-An objective is a frozen dataclass of pure functions, with no input or output:
+An objective is a frozen dataclass of pure functions:
 
-  prepare(batch, key): the examples of a batch, a pytree of arrays [b ...]. What
-    it draws is drawn for the whole batch, before that is split.
+  prepare(batch, key): the examples of a batch, a pytree of arrays [b ...]. It
+    draws random numbers for the whole batch, before that is split.
   loss(params, examples, key): (f32[], a mean over the examples; {path: running
     statistic after them}). The key feeds dropout and stochastic depth.
   eval_step(params, batch): sums over the examples whose mask is set.
-  summarize(totals, multilabel): yields (metric, value) from the sums of a whole
-    test set, which has one label an image or several; what is not in them is 0.
+  summarize(totals, multilabel): yields (metric, value) from the sums over a
+    test set, with one label an image or several. Missing sums are 0.
 """
 
 import dataclasses
@@ -30,20 +30,20 @@ from vit_jax.training.masked import MaskedPatches
 from vit_jax.training.steps import cutmix, mixup, normalize
 from vit_jax.training.teacher import Teacher
 
-_TOP_5_CLASSES = 10  # of fewer, five are no achievement
+_TOP_5_CLASSES = 10  # top-5 accuracy of fewer means little
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-  """Naming the classes of an image."""
+  """Image classification."""
 
   model: models.Model
   class_names: list[str]
   loss_fn: Callable  # (logits f32[b k], targets f32[b k]) -> f32[b]
   mixup_alpha: float = 0.0  # of `mixup`; 0 for none
   cutmix_alpha: float = 0.0  # of `cutmix`; 0 for none
-  repeats: int = 1  # of an image in a row; it is mixed with another one
-  # Of soft targets, which the loss is not to smooth: `losses.sharpen`.
+  repeats: int = 1  # of an image in a row; mixing skips over them
+  # Undoes the smoothing of soft targets, see `losses.sharpen`.
   sharpen: Callable = lambda targets: targets
   teacher: Teacher | None = None  # its parameters are batch["teacher"]
   two_heads: bool = False  # the model has one for the distillation token
@@ -98,7 +98,7 @@ class Classification:
     """Returns sums over the unmasked examples.
 
     They are "examples", "labelled" (examples with at least one label), and over
-    those alone "loss", "correct" (the top class is one of the labels) and
+    these only "loss", "correct" (the top class is one of the labels) and
     "ranking_precision". With one label an image and ten classes or more also
     "correct@5" (the label is one of the five top classes).
     """
@@ -125,11 +125,11 @@ class Classification:
   def summarize(self, totals, multilabel) -> Iterator[tuple[str, float]]:
     """Turns the sums of `eval_step` over a test set into metrics.
 
-    Yields "examples", all that were seen; then, over those with a label
-    (ImageNet-ReaL has others), the mean "loss" and for single-label sets
-    "accuracy" and, of ten classes or more, "accuracy@5"; for multi-label ones
-    "labelled", their number, "prec@1" (the top class is one of the labels) and
-    "lrap" (label ranking average precision).
+    Yields "examples", the number of all, and "loss". For single-label sets
+    "accuracy" and, of ten classes or more, "accuracy@5". For multi-label sets
+    "labelled", the number with a label, "prec@1" (the top class is one of the
+    labels) and "lrap" (label ranking average precision). Means are over
+    examples with a label, which some of ImageNet-ReaL lack.
     """
     labelled = max(totals["labelled"], 1)
     yield "examples", int(totals["examples"])
@@ -169,15 +169,15 @@ Objective = Classification | MaskedPatches
 def create(
   config, class_names: list[str], teacher: Teacher | None = None
 ) -> Objective:
-  """Returns what `config.objective` names, for these classes.
+  """Returns the objective of a configuration, for these classes.
 
   `teacher` is that of a classification, for a training step.
 
   Raises:
-    UserError: a model or loss that cannot be had.
+    UserError: an invalid model or loss.
   """
   options = {"image_size": config.image_size, **config.model}
-  # Runs from before have none of these.
+  # Older runs have none of these.
   lora = config.get("lora", {})
   cutmix_alpha = config.train.get("cutmix_alpha", 0.0)
   if config.objective == "classification":

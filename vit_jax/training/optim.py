@@ -1,9 +1,9 @@
-r"""Schedules and optimizers, built from values; parameters chosen by path.
+r"""Learning rate schedules and optimizers; parameters are chosen by path.
 
 Paths are "/"-joined (`Transformer/encoderblock_3/MlpBlock_0/Dense_0/kernel`),
-and a regular expression has to match the whole of one. With scanned layers the
-block is `Transformer/encoderblock`, all depths in one array: a rule written as
-`.*/encoderblock(_\d+)?/.*` serves both forms.
+and a regular expression has to match a whole path. With scanned layers the
+block is `Transformer/encoderblock`, with all depths in one array. A rule
+written as `.*/encoderblock(_\d+)?/.*` matches both forms.
 """
 
 import math
@@ -138,11 +138,12 @@ def make_optimizer(
   where factor is that of `find_factors`, and decay is `weight_decay` (scaling
   "lr", the paper, and "gradient") or `weight_decay / base_lr` (scaling
   "schedule", big_vision) for parameters that match `weight_decay_params`, else
-  0. A factor of 0 freezes: no gradient, in the norm either, no decay and, but
-  for some blocks of a stack, no moments. Their paths end in the parameter's.
+  0. A factor of 0 freezes a parameter: it has no gradient, not even in the
+  norm, no decay and, except for some blocks of a stack, no moments. Paths of
+  moments end in the parameter's.
 
-  Args: the keys of `config.optimizer`, as `config.check_ranges` lets them pass;
-  the schedule and its base rate; the parameters or their shapes.
+  Args: the keys of `config.optimizer`, checked by `config.check_ranges`; the
+  schedule and its base rate; the parameters or their shapes.
 
   Raises:
     UserError: regular expressions that do not compile or match no parameter,
@@ -195,9 +196,9 @@ def _make_rule(
               s <- b2 s + (1 - b2) g^2                    s = 1 at first
 
   LAMB is arXiv 1904.00962, see `_adapt` for the ratio. RMSProp is TensorFlow
-  1's RMSPropOptimizer, of which EfficientNet's numbers are: the rate is in the
-  momentum, which the decay is not. `dtype` is that of m, or of Adam's first
-  moment. No momentum is Nesterov's.
+  1's RMSPropOptimizer, for which EfficientNet's settings are: its momentum
+  includes the rate, but not the decay. `dtype` is that of m, or of Adam's first
+  moment. Momentum is never Nesterov's.
   """
   decay_part = [_add_decay(decay, decayed)] if decay else []
   trace = optax.trace(momentum, accumulator_dtype=dtype)
@@ -226,11 +227,11 @@ def _add_decay(decay, decayed: set[str]):
 
 
 def _adapt(decayed: set[str]):
-  """Returns LAMB's scaling of updates u: by |p| / |u| of what is decayed.
+  """Returns LAMB's scaling of updates u by |p| / |u|, of decayed parameters.
 
-  By 1 for other parameters and where either norm is 0, as apex and timm do. Of
-  stacked blocks each has its own ratio, as unstacked; and so have queries, keys
-  and values, which are one array in timm.
+  The ratio is 1 for others and where either norm is 0, as in apex and timm.
+  Blocks have separate ratios, stacked or not. So have queries, keys and values,
+  which are one array in timm.
   """
 
   def adapt(path, update, param):
@@ -255,7 +256,7 @@ def _multiply(factors: dict[str, Any]):
     if not np.ndim(factor):
       return factor * update
     factor = np.reshape(factor, (-1, *[1] * (update.ndim - 1)))
-    # What is not finite stays out of frozen blocks.
+    # Infinities and NaNs stay out of frozen blocks.
     return jnp.where(factor > 0, factor * update, 0)
 
   multiply_all = _map_paths(multiply)
@@ -281,7 +282,7 @@ def _freeze(optimizer, factors: dict[str, Any]):
 def _map_paths(function: Callable[..., Any]) -> Callable[..., Any]:
   """Returns trees -> the tree of function(path, leaf of each).
 
-  Not of the parameters, because the trees may lack the frozen ones.
+  Paths are those of the trees, which may lack the frozen parameters.
   """
   return lambda *trees: jax.tree_util.tree_map_with_path(
     lambda path, *x: function(path_str(path), *x), *trees
@@ -291,39 +292,39 @@ def _map_paths(function: Callable[..., Any]) -> Callable[..., Any]:
 def list_frozen(
   params, *, lr_multipliers, layer_decay, freeze_blocks, **_
 ) -> frozenset[str]:
-  """Returns the paths of what is not trained; arguments as `make_optimizer`."""
+  """Returns the paths of frozen parameters; arguments as `make_optimizer`."""
   factors = find_factors(params, lr_multipliers, layer_decay, freeze_blocks)
   return frozenset(path for path, x in factors.items() if not np.any(x))
 
 
-# What comes after the blocks, and so learns at the full rate.
+# Parameters after the blocks, which have the full learning rate.
 _AFTER = re.compile(
   "(Transformer/encoder_norm|fc_norm|MAPHead_0|projection|pre_logits|head|"
   "head_dist|mpp_head)/.*"
 )
-# What is trained beside a low-rank update, unless other rules come first.
+# Trained parameters with low-rank updates, unless earlier rules match.
 _LORA = (r"(.*/lora_[ab]|(pre_logits|head|head_dist|mpp_head)/.*)=1", ".*=0")
 
 
 def find_factors(
   params, lr_multipliers, layer_decay: float, freeze_blocks: int
 ) -> dict[str, Any]:
-  """Returns what the learning rate of each parameter is multiplied by.
+  """Returns the factor of each parameter's learning rate.
 
-  It is 0 for what is not a parameter (`state.is_statistic`); else the factor of
-  the first matching rule of `lr_multipliers` (of none: 1, but 0 where there are
-  low-rank updates, see `lora`), times layer_decay^(L + 1
-  - depth), where L is the number of blocks. The depth is 0 before the blocks,
-  i + 1 in block i and L + 1 after them, as in BEiT's code (arXiv 2106.08254)
-  and MAE's (arXiv 2111.06377). Up to depth `freeze_blocks` it is 0, if that is
-  not 0.
+  It is 0 for running statistics (`state.is_statistic`). For others it is the
+  factor of the first matching rule of `lr_multipliers`, times
+  layer_decay^(L + 1 - depth) with L blocks. Without a matching rule it is 1, or
+  0 in models with low-rank updates, see `lora`. The depth is 0 before the
+  blocks, i + 1 in block i and L + 1 after them, as in BEiT's code (arXiv
+  2106.08254) and MAE's (arXiv 2111.06377). Up to depth `freeze_blocks`, if that
+  is not 0, the factor is 0.
 
   Returns:
     {path: float, or f32[L] of stacked blocks}.
 
   Raises:
-    UserError: values out of range, rules that are none or match no parameter,
-      no blocks.
+    UserError: values out of range, rules that are invalid or match no
+      parameter, no blocks.
   """
   flat = flatten(params)
   rules = (
@@ -352,7 +353,7 @@ def find_factors(
 
 
 def _find_depths(flat) -> tuple[dict[str, Any], int]:
-  """Returns {path: depth, or those of stacked blocks}, and how many blocks."""
+  """Returns {path: depth, or depths of a stack}, and the number of blocks."""
   depths: dict[str, Any] = {}
   blocks = 0
   for path, x in flat.items():
@@ -389,7 +390,7 @@ def _parse_multipliers(rules, paths: list[str]) -> dict[str, float]:
 
 
 def match(key: str, pattern: str, paths: list[str]) -> set[str]:
-  """Returns the paths of which all matches; at least one."""
+  """Returns the paths that a pattern matches as a whole; at least one."""
   try:
     regex = re.compile(pattern)
   except re.error as e:

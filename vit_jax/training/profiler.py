@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 
 
 def check_profile(config, total_steps):
-  """Raises a UserError for a profiler window that the run never comes to."""
+  """Raises a UserError for a profiler window after the run's last step."""
   if config.profile_step > total_steps:
     raise UserError(
       f"profile_step {config.profile_step} is past the last step, "
@@ -32,7 +32,7 @@ class Profiler:
     if self._first <= step < self._end and self._started is None:
       jax.block_until_ready(state)
       options = jax.profiler.ProfileOptions()
-      # Its hook ends threads that start meanwhile: a save's, for instance.
+      # Python's tracer ends threads that start meanwhile, such as a save's.
       options.python_tracer_level = 0
       jax.profiler.start_trace(str(self._folder), profiler_options=options)
       self._started = step

@@ -1,4 +1,4 @@
-"""A run folder: whose it is, what run it holds, what a run writes first."""
+"""Run folders: the lock, checks of an existing run, a new run's files."""
 
 import logging
 import shlex
@@ -21,8 +21,8 @@ def take(config, workdir, run, opened: Inputs, stack) -> lock.Lock | None:
   """Holds the run folder's lock on process 0 until `stack` is closed.
 
   Raises:
-    UserError: another run has it, or it cannot be written, or other processes
-      see something else than this `run` and these data.
+    UserError: another run has it, or it cannot be written, or processes have
+      different runs or data.
   """
   try:
     is_first = jax.process_index() == 0
@@ -34,7 +34,7 @@ def take(config, workdir, run, opened: Inputs, stack) -> lock.Lock | None:
   if check(config, workdir) != run:
     raise UserError(f"another run has just ended in {workdir}; start again")
   distributed.check_same({"config.json": run, "the data": opened.describe()})
-  # After that all-gather process 0 has the lock: none reads a dead owner's.
+  # After that all-gather process 0 has the lock, so the token is current.
   token = own.token if own else lock.read_token(workdir)
   distributed.check_same({"the lock in --workdir": token})
   return own
@@ -45,8 +45,8 @@ def check(config, workdir) -> dict | None:
 
   Raises:
     UserError: it holds a run of another configuration, checkpoints without
-      one, or a file where a folder should be; a new run would enlarge its
-      images again.
+      one, or a file where a folder should be; or a new run's preprocessing
+      would enlarge images that it has shrunk.
   """
   checkpoint.check_address(workdir)
   inside = [workdir / name for name in ("checkpoints", "best", "tensorboard")]
@@ -77,7 +77,7 @@ def check(config, workdir) -> dict | None:
 
 
 def count_steps(config, run, inputs: Inputs, workdir) -> int:
-  """Returns the steps of the whole run, whose data are those it began with."""
+  """Returns the steps of the whole run; checks the data of a resumed one."""
   if not run:
     return configuration.count_steps(config, inputs.num_examples)
   check_data(config, run, inputs, workdir)
@@ -87,7 +87,7 @@ def count_steps(config, run, inputs: Inputs, workdir) -> int:
 def check_data(config, run, inputs: Inputs, workdir) -> None:
   """Raises a UserError if the data are not those that the run began with.
 
-  Those of an entry of `config.evals` that has been changed may be others.
+  The data of a changed entry of `config.evals` may differ.
   """
   names = inputs.first.class_names
   if run["class_names"] and run["class_names"] != names:
@@ -116,7 +116,7 @@ def check_data(config, run, inputs: Inputs, workdir) -> None:
 def write(config, workdir, about, objective, opened: Inputs, state):
   """Writes config.json and parameters.txt of a new run.
 
-  `about` is what the run has found out: {"total_steps", "shuffle"}.
+  `about` has derived values, such as "total_steps" and "shuffle".
   """
   if jax.process_index():
     return

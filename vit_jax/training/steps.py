@@ -1,4 +1,4 @@
-"""The training step: a pure function of values, with no input or output."""
+"""The training step, a pure function."""
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +19,20 @@ def train_step(
   ema_warmup: bool = False,
   frozen: frozenset[str] = frozenset(),
 ):
-  """Returns (the next state, metrics); random in (state.rng, state.step) alone.
+  """Returns (the next state, metrics); all randomness is from rng and step.
 
   Args:
-    state: the step begins with it.
+    state: before the step.
     batch: {"image": u8[b h w 3], "labels": i32[b l]} with -1 for no label; for
-      an objective with a teacher its parameters as "teacher", too.
-    objective: what to minimise, see `objectives`. What its loss returns beside
-      it, {path: running statistic}, replaces that of the parameters.
-    optimizer, schedule: of optax; the schedule is for the metrics alone.
+      an objective with a teacher also its parameters, as "teacher".
+    objective: see `objectives`. The {path: running statistic} that its loss
+      returns replace those of the parameters.
+    optimizer, schedule: of optax; the schedule is only for the metrics.
     micro_batches: the gradient is the mean over that many pieces.
     ema_decay: of the Polyak average; 0 for none.
     ema_warmup: the decay is at most (1 + t) / (10 + t) after update t = 1, ...
-    frozen: paths of parameters that the optimizer leaves alone; no gradient of
-      these is computed.
+    frozen: paths of parameters that are not trained, whose gradient is not
+      computed.
   """
   key = jax.random.wrap_key_data(state.rng, impl=KEY_IMPL)
   key = jax.random.fold_in(key, state.step)
@@ -56,7 +56,7 @@ def train_step(
   if ema_decay:
     new = 1 - ema_decay
     if ema_warmup:
-      # Of t = step + 1: 1 - (1 + t) / (10 + t).
+      # 1 - (1 + t) / (10 + t), with t = step + 1.
       new = jnp.maximum(new, 9 / (11 + state.step))
     ema = optax.incremental_update(params, state.ema, new)
   metrics = {
@@ -70,7 +70,7 @@ def train_step(
 
 
 def split_frozen(loss_fn, params, frozen):
-  """Returns the loss as a function of what is not frozen, and that."""
+  """Returns the loss as a function of the trained parameters, and these."""
   flat = flatten(params)
 
   def loss(trained, examples, key):
@@ -80,11 +80,7 @@ def split_frozen(loss_fn, params, frozen):
 
 
 def mean_gradient(loss_fn, params, examples, key, micro_batches: int):
-  """Returns means over the batch, a micro-batch at a time.
-
-  They are those of what `loss_fn` returns, (loss, statistics), and of the
-  gradient of the loss.
-  """
+  """Returns ((loss, statistics), gradient), means over the micro-batches."""
   gradient = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_batches == 1:
     return gradient(params, examples, key)
@@ -123,7 +119,7 @@ def init_state(key, *, model, optimizer, ema_decay: float = 0.0) -> TrainState:
 
 
 def normalize(images):
-  """u8[b h w 3] -> f32 in [-1, 1]; pixels travel to the device as uint8."""
+  """u8[b h w 3] -> f32 in [-1, 1]; pixels are sent to the device as uint8."""
   return (images.astype(jnp.float32) - 127.5) / 127.5
 
 
@@ -140,7 +136,7 @@ def mixup(key, images, targets, alpha, shift=1):
 
 
 def cutmix(key, images, targets, alpha, shift=1):
-  """Pastes a box of the example `shift` before it into each of the batch.
+  """Pastes into each example a box of the one `shift` before it.
 
   One box a batch (arXiv 1905.04899): 1 - a of the area with a ~ Beta(alpha,
   alpha), in the image's proportions, at a uniform centre, cut off at the

@@ -1,4 +1,4 @@
-"""Stop signals: a run saves its state and ends, on every process alike."""
+"""Stop signals, on which all processes of a run save its state and end."""
 
 import itertools
 import logging
@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
 
-# Of all signals of a process, in JAX's service: its numbers only rise.
+# Shared by all signals, because numbers for JAX's service must increase.
 _polls = itertools.count(1)
 
 
@@ -22,17 +22,17 @@ class Stopping(Exception):
 class StopSignal:
   """SIGTERM, SIGHUP or Ctrl-C ask a run to save its state and stop.
 
-  More of them change nothing, as whoever sends one may send another; but Ctrl-C
-  again, a second later or more, quits at once. With several processes JAX's
-  preemption service takes SIGTERM and makes all of them agree on where to stop;
-  the others are passed on to it.
+  Further signals are ignored, because senders may repeat them, but Ctrl-C again
+  after a second or more quits at once. With several processes JAX's preemption
+  service takes SIGTERM and makes all of them agree on the step to stop at. The
+  other signals are forwarded to it.
   """
 
   def __enter__(self):
     self._since, self._stops = None, False
     self._alone = jax.process_count() == 1
     signals = [signal.SIGINT] + [signal.SIGTERM] * self._alone
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
       signals.append(signal.SIGHUP)
     self._previous = {s: signal.signal(s, self._handle) for s in signals}
     return self
@@ -40,7 +40,7 @@ class StopSignal:
   def __exit__(self, *_):
     for number, handler in self._previous.items():
       signal.signal(number, handler)
-    # One that came after the last check stops what this was a part of.
+    # A signal after the last check is passed to an enclosing StopSignal.
     outer = getattr(self._previous[signal.SIGINT], "__self__", None)
     if isinstance(outer, StopSignal) and outer._since is None:
       outer._since = self._since
@@ -56,9 +56,9 @@ class StopSignal:
       raise KeyboardInterrupt
 
   def check(self) -> None:
-    """Raises Stopping if the run is to stop here, on every process alike.
+    """Raises Stopping, on all processes, if the run is to stop now.
 
-    All processes have to come here equally often.
+    All processes must call it equally often.
     """
     if self._alone:
       self._stops = self._since is not None

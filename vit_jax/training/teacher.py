@@ -1,7 +1,7 @@
 """Knowledge distillation: the loss of a student that imitates a teacher.
 
-arXiv 1503.02531; with the same crop and mixup for both models arXiv 2106.05237;
-with a distillation token arXiv 2012.12877 (DeiT).
+It is from arXiv 1503.02531; the same crop and mixup for both models are from
+arXiv 2106.05237, and the distillation token is from arXiv 2012.12877 (DeiT).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ LOSSES = ("kl", "cross_entropy", "hard")
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-  """What a student imitates, and how; the values of `config.teacher`.
+  """A teacher and the distillation loss, with the values of `config.teacher`.
 
   Attributes:
     apply: (params, images f32[b h w 3] in [-1, 1]) -> logits [b k].
@@ -29,7 +29,7 @@ class Teacher:
     loss: one of `LOSSES`, see `distill`.
 
   Raises:
-    UserError: a value that it cannot have.
+    UserError: an invalid value.
   """
 
   apply: Callable
@@ -63,7 +63,7 @@ class Teacher:
 
     "kl" is T^2 KL(p || q) with p = softmax(taught / T) and q = softmax(logits /
     T). "cross_entropy" is T^2 times that of p and q, whose gradient is the
-    same. T^2 makes up for the gradients, which are as 1 / T^2. "hard" is the
+    same. T^2 compensates for gradients, which scale as 1 / T^2. "hard" is the
     cross-entropy with the teacher's best class.
 
     Args:
@@ -80,7 +80,7 @@ class Teacher:
     return self.temperature**2 * loss
 
   def mix(self, labelled, logits, taught) -> jax.Array:
-    """Returns f32[b]: the losses with labels and of `distill`, weighted.
+    """Returns f32[b], the weighted sum of `labelled` and of `distill`.
 
     Args:
       labelled: the student's loss with the labels, f32[b].

@@ -1,4 +1,4 @@
-"""A run of Weights & Biases, for who asks for one."""
+"""The optional run of Weights & Biases."""
 
 import importlib.util
 import secrets
@@ -11,16 +11,16 @@ from vit_jax.errors import RunStopped, needs_extra, one_line
 
 
 def check(config) -> None:
-  """Raises a UserError if `config.wandb` asks for what is not installed."""
+  """Raises a UserError if `config.wandb` is set and wandb not installed."""
   if config.wandb and not importlib.util.find_spec("wandb"):
     raise needs_extra(f"config.wandb={config.wandb}", "wandb")
 
 
 def start(config, workdir) -> Any:
-  """Returns a run in the project `config.wandb`; None for none.
+  """Returns a run in the project `config.wandb`, or None.
 
-  Process 0 alone has one. A resumed run continues in the same one, which
-  ignores the steps that it has.
+  Only process 0 has one. A resumed run continues the same one, which ignores
+  steps that it already has.
 
   Raises:
     RunStopped: no login, no network.

@@ -215,7 +215,7 @@ def test_rotations_in_bfloat16_are_those_of_complex_numbers(heads, width):
   [
     ({"registers": -1}, "registers is -1, below 0"),
     ({"rope_base": 0.0}, "rope_base is 0.0, not positive"),
-    ({"rope": "dinov3", "variant": "ViT-w12d1m24h2_4"}, "heads whose width 4"),
+    ({"rope": "dinov3", "variant": "ViT-w12d1m24h2_4"}, "head width divisible"),
     (
       {"distillation_token": True, "classifier": "gap"},
       "needs model.classifier 'token', not 'gap'",
