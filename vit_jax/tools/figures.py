@@ -40,7 +40,7 @@ _LOOKING = "images, and a model with attention; convolutions have none"
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s", "EfficientNet": "D"}
 
 
-# A figure of matplotlib's, and the columns and rows of its numbers.
+# A matplotlib figure, and the columns and rows of its numbers.
 Drawing = tuple[Figure, tuple[str, ...], Iterable[tuple]]
 
 

@@ -112,7 +112,7 @@ def check_accelerator() -> Found:
   chips = sum(len(glob.glob(pattern)) for pattern in _CHIPS)
   asked = os.environ.get("JAX_PLATFORMS")
   if devices[0].platform == "cpu" and chips and not asked:
-    text = f"JAX has none of {chips} TPU chips; another process may. Try"
+    text = f"JAX has none of {chips} TPUs; another process may hold them. Try"
     return Found(FAILED, f"{text} JAX_PLATFORMS=tpu, which prints more")
   return Found(OK, f"{len(devices)} x {devices[0].device_kind}")
 

@@ -39,7 +39,7 @@ class Run:
   name: str  # short, and unique among the runs found together
   written: dict[str, Any]  # config.json
   lines: list[dict[str, Any]]  # of metrics.jsonl, in the order of their "step"
-  num_corrupt: int  # other lines of it
+  num_corrupt: int  # its corrupt lines
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def bench(
     image_size: pixels, or (h, w).
     batch_size: images of a batch of this host.
     rounds: number of turns of each variant.
-    needs: images per second that accelerators need.
+    needs: images per second that the accelerators take.
 
   Returns:
     Of each variant "images_per_second", the median, and "cpu_ms" of an image,

@@ -70,7 +70,7 @@ def build(
 
   Returns:
     Its folder, and the content of report.json: the number of images of each
-    split, images left out and why, and labelled names without an image.
+    split, images left out and why, and names of labels without an image.
 
   Raises:
     UserError: nothing to read, bad labels, or a name that is taken.

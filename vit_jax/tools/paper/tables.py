@@ -215,7 +215,7 @@ def _find_pretraining(row, **overrides):
 
 
 def _find_cell(name, row, column):
-  """Returns what a cell of a results table measures."""
+  """Returns the `Cell` of a row and a column of a results table."""
   table = data.load()[name]
   overrides = table.get("column_overrides", {}).get(column, {})
   pretraining = _find_pretraining(row, **overrides)

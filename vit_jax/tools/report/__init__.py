@@ -64,7 +64,7 @@ def report(
 
 
 def _rank(run: Run):
-  """Returns a sort key: by metric, best result first, without one last."""
+  """Returns a sort key: by metric, best first, runs without a result last."""
   last = {
     name.removeprefix("eval/"): points[-1][1]
     for name, points in run.series.items()
