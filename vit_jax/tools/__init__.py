@@ -1,1 +1,1 @@
-"""What is built on the core: sweeps, reports, tables, plans, exports."""
+"""Commands built on the core: sweeps, reports, tables, plans, exports."""

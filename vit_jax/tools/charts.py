@@ -1,4 +1,4 @@
-"""Line charts of what runs measured, for a figure and for an HTML page."""
+"""Line charts of the metrics of runs, for a figure and for an HTML page."""
 
 import html
 import io
@@ -25,19 +25,19 @@ TITLES = {
   "train/gradient_norm": "Gradient norm",
   "speed/images_per_second": "Images per second",
 }
-# Constants, and what another chart shows.
+# Constants, and metrics that another chart shows.
 _NO_CURVE = {
   "eval/trivial_loss",
   "eval/trivial_accuracy",
   "speed/images_per_second_per_device",
 }
-# Runs differ by these dashes, not by colour alone; further runs are grey.
+# Runs differ in dashes, not only in colour; further runs are grey.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 4", "1 2", "10 2 2 2 2 2")
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C9")
 _OTHERS = "#8a919c"
 _MOST_POINTS = 250  # of a line; more would only make the file large
-_FEW_POINTS = 12  # have a dot each
-_WIDE = 100  # ratio of the values from which on the axis is logarithmic
+_FEW_POINTS = 12  # each has a dot
+_WIDE = 100  # with a larger ratio of values, the axis is logarithmic
 # Placeholders in matplotlib's SVG -> variables of the page's style sheet.
 _ON_PAGE = {f"#c0000{i}": f"var(--c{i})" for i in range(len(DASHES))} | {
   _OTHERS: "var(--other)",
@@ -55,7 +55,7 @@ _PAGE_STYLE: dict[Any, Any] = {
 
 
 def list_metrics(runs: Sequence[Run]) -> list[str]:
-  """Returns the names of what a run measured more than once, in order."""
+  """Returns the metrics with more than one value in a run, in order."""
   lengths = dict.fromkeys(TITLES, 0)
   for run in runs:
     for name, points in run.series.items():
@@ -72,7 +72,7 @@ def plot(
 ) -> None:
   """Draws a metric of runs by step.
 
-  Of (i, run), colour and dashes are number i; grey from 8 on.
+  `runs` has (i, run), where i selects colour and dashes; grey from 8 on.
   """
   drawn = [(i, run) for i, run in runs if name in run.series]
   for i, run in reversed(drawn):  # the first ones on top
@@ -114,7 +114,7 @@ def draw_svg(
   Args:
     name: of the metric.
     runs: see `plot`.
-    description: what it shows, in words, for screen readers.
+    description: a text for screen readers.
     number: unique in the page, for the ids of the element's parts.
   """
   file = io.StringIO()

@@ -1,4 +1,4 @@
-"""Data sets: listed, checked and shown."""
+"""The `data list`, `data check` and `data show` commands."""
 
 import concurrent.futures
 import contextlib
@@ -16,7 +16,7 @@ from vit_jax.data.preparation import find_data_dir
 from vit_jax.errors import UserError
 
 _COLUMNS, NUM_SHOWN = 6, 24  # of the grid that `show` draws
-_MIN_CELL = 96  # pixels: smaller images are enlarged to be seen
+_MIN_CELL = 96  # pixels; smaller images are enlarged
 _MARGIN, _LINE = 4, 14  # pixels, around images and for the words below
 
 
@@ -30,7 +30,7 @@ def list_datasets(data_dir: str | None = None) -> list[dict]:
     [{"name", "version", "format", "splits": {split: examples}}].
   """
   root = find_data_dir(data_dir)
-  # The summaries that TFDS leaves in name/[config/]version/.
+  # TFDS writes these summaries to name/[config/]version/.
   files = {*root.glob("*/*/dataset_info.json")}
   files |= {*root.glob("*/*/*/dataset_info.json")}
   found = []
@@ -69,13 +69,13 @@ def check(
     name: a data set.
     split: one split or a part of one; None for all splits.
     data_dir: where TFDS data sets are.
-    num_examples: how many of each split, evenly spread; 0 for all.
+    num_examples: examples to check in each split, evenly spaced; 0 for all.
 
   Yields:
-    For each split it and {"split", "examples", "checked", "height", "width",
-    "label_counts", "traits", "faults"}: height and width are (least, most) in
-    pixels, label_counts int[k] of the checked ones, traits {what users may not
-    expect: how many}, faults a line for each example that cannot be used.
+    (source, summary) of each split. The summary has "split", "examples",
+    "checked", and "height" and "width" as (least, most) in pixels. Of the
+    checked examples it has "label_counts" int[k], "traits" {unexpected
+    property: count} and "faults", a line for each unusable example.
 
   Raises:
     UserError: no such data set or split.
@@ -87,7 +87,7 @@ def check(
 
 
 def _check_split(source, num_examples, faults):
-  """Returns a summary, see `check`; adds to `faults`."""
+  """Returns the summary for `check`; appends to `faults`."""
   count = min(num_examples or source.num_examples, source.num_examples)
   indices = np.arange(count) * source.num_examples // max(count, 1)
 
@@ -101,7 +101,7 @@ def _check_split(source, num_examples, faults):
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     checked = [x for x in pool.map(check_example, indices.tolist()) if x]
-  most = 1 if source.soft else None  # the likeliest
+  most = 1 if source.soft else None  # the most probable label
   labels = np.array([label for ls, *_ in checked for label in ls[:most]], int)
   sizes = [size for _, size, _ in checked] or [(0, 0)]
   heights, widths = zip(*sizes, strict=True)
@@ -122,7 +122,7 @@ def _find_traits(encoded, pixels):
   traits = []
   if (pixels == pixels[0, 0]).all():
     traits.append("of one colour")
-  with contextlib.suppress(Exception):  # TensorFlow reads what Pillow may not
+  with contextlib.suppress(Exception):  # Pillow rejects some that TF reads
     image = preprocess.open_image(encoded, "image")
     if image.has_transparency_data:
       traits.append("with transparency, put on white")
@@ -146,19 +146,19 @@ def show(
   seed: int = 0,
   data_dir: str | None = None,
 ) -> Path:
-  """Writes a PNG grid of images as the model sees them while training.
+  """Writes a PNG grid of training images after preprocessing.
 
   Args:
-    name, split, data_dir: what to show.
-    preprocess, image_size: what is done to it.
+    name, split, data_dir: see `data.get_source`.
+    preprocess, image_size: see `data.train_batches`.
     output: the file to write.
-    seed: decides the choice and the augmentation, as `config.seed` does.
+    seed: of the image order and the augmentation, like `config.seed`.
 
   Returns:
-    The file.
+    The path of the file.
 
   Raises:
-    UserError: as for training; the file cannot be written.
+    UserError: as for training, or the file cannot be written.
   """
   source = data.get_source(name, split, data_dir)
   batches = data.train_batches(
@@ -172,7 +172,7 @@ def show(
     num_steps=1,
   )
   batch = next(batches)
-  most = 1 if source.soft else None  # the likeliest
+  most = 1 if source.soft else None  # the most probable label
   captions = [
     ", ".join(source.class_names[k] for k in labels[:most] if k >= 0)
     for labels in batch["labels"]
@@ -187,7 +187,7 @@ def show(
 
 
 def _draw_grid(images, captions):
-  """Returns a PIL image; captions that are too long lose their end."""
+  """Returns a PIL image; long captions are cut off."""
   scale = max(1, -(-_MIN_CELL // min(images.shape[1:3])))
   height, width = (side * scale for side in images.shape[1:3])
   cell = width + _MARGIN, height + _LINE + _MARGIN

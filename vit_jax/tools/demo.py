@@ -1,4 +1,4 @@
-"""A web page, made with gradio, that classifies pictures dropped on it."""
+"""The `demo` command: a gradio page that classifies uploaded pictures."""
 
 import contextlib
 import functools
@@ -23,19 +23,19 @@ from vit_jax.training.steps import normalize
 
 TOP = 5  # classes shown
 _FACTORS = (1 / 2, 3 / 4, 3 / 2, 2)  # of the checkpoint's resolution
-# The attention weights of a layer of ViT-L/16 are 164 MB then.
+# With so many patches, a layer's attention weights in ViT-L/16 take 164 MB.
 _MOST_PATCHES = 1600
-_SHOWN_SIDE = 480  # pixels, at least, of the picture with attention
+_SHOWN_SIDE = 480  # least pixels of the longer side of the attention overlay
 
 
 class Viewer:
   """A checkpoint's model, at any of a few resolutions.
 
   Attributes:
-    about: what was loaded.
-    attends: whether there is attention to show.
-    sizes: [(h, w)] in pixels that it offers.
-    lock: held while it computes, one picture at a time.
+    about: the configuration of the checkpoint.
+    attends: whether the model has attention.
+    sizes: [(h, w)] in pixels, the available resolutions.
+    lock: held during computation, because it runs one picture at a time.
   """
 
   def __init__(self, source: str, class_names: str | None = None):
@@ -69,15 +69,15 @@ class Viewer:
 
     Args:
       file: its path.
-      name: what errors call it.
+      name: its name in error messages.
       size: one of `sizes`.
 
     Returns:
-      The classes, as those of `predict.predict`; and u8[h w 3], the pixels that
-      the model gets, enlarged and dark where attention is low, or None.
+      The classes as in `predict.predict`, and u8[h w 3], the preprocessed image
+      enlarged and darkened where attention is low; None without attention.
 
     Raises:
-      UserError: not an image, or too large a one.
+      UserError: not an image, or too large an image.
     """
     with open(file, "rb") as f:
       picture = preprocess.decode_image(f.read(), name)
@@ -97,7 +97,7 @@ class Viewer:
 def list_sizes(about: pretrained.Config) -> list[tuple[int, int]]:
   """Returns sizes (h, w) in pixels around the checkpoint's, in whole patches.
 
-  Those with very many patches are left out, but for the checkpoint's own.
+  Those with too many patches are left out, except the checkpoint's own.
   """
   sizes = {about.image_size}
   for factor in _FACTORS:
@@ -111,8 +111,8 @@ def list_sizes(about: pretrained.Config) -> list[tuple[int, int]]:
 def serve(source: str, **options: Any) -> Iterator[str]:
   """Serves the page while its context lasts; yields its address.
 
-  Ctrl-C or SIGTERM ends the context, and is not raised again. What was uploaded
-  is deleted. The arguments are those of `launch`.
+  Ctrl-C or SIGTERM ends the context, and is not raised again. Uploads are then
+  deleted. The arguments are those of `launch`.
   """
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -124,7 +124,7 @@ def serve(source: str, **options: Any) -> Iterator[str]:
       pass
     finally:
       page.close(verbose=False)
-      # If Python ended during a computation, C++ would abort.
+      # If Python exited during a computation, C++ would abort.
       with page.viewer.lock:
         pass
 
@@ -140,9 +140,9 @@ def launch(
 
   Args:
     source: whatever `vit_jax.load` reads.
-    class_names: a text file with a name a line, for weights that have none.
-    host: the address to listen at; 0.0.0.0 for other machines as well.
-    port: unset: the first free one from 7860 on.
+    class_names: a text file with one name per line, for weights without names.
+    host: the address to listen on; 0.0.0.0 for other machines as well.
+    port: None for the first free one from 7860 on.
     share: whether gradio's servers also give it a public address.
 
   Returns:
@@ -160,7 +160,7 @@ def launch(
     socket.create_server((host, port or 0)).close()
   except (OSError, OverflowError) as e:
     raise UserError(
-      f"nothing can listen at {host}, port {port or 'any'}: {e}; give another "
+      f"cannot listen on {host}, port {port or 'any'}: {e}; give another "
       "--host or --port"
     ) from e
   page = _make_page(gradio, Viewer(source, class_names))
@@ -171,12 +171,12 @@ def launch(
     share=share,
     quiet=True,
     prevent_thread_lock=True,
-    ssr_mode=False,  # it would take Node.js
+    ssr_mode=False,  # it would need Node.js
     run_history=False,
     footer_links=[],
     max_file_size="64mb",
     height=900,  # in a notebook
-    # Fonts of the reader's machine, where the default ones are Google's.
+    # System fonts, because the default ones are loaded from Google.
     theme=themes.Default(font="system-ui", font_mono="monospace"),
   )
   return page
@@ -186,7 +186,7 @@ def _make_page(gradio, viewer):
   sizes = {f"{h} x {w} px": (h, w) for h, w in viewer.sizes}
   own = "{} x {} px".format(*viewer.about.image_size)
 
-  # With preprocess=False it gets the uploaded file itself, as `predict` does.
+  # Because of preprocess=False, it gets the uploaded file, like `predict`.
   def show(picture, label):
     if not picture:
       return None, None
@@ -204,7 +204,7 @@ def _make_page(gradio, viewer):
       shown[name] = entry["probability"]
     return shown, seen
 
-  title = f"{viewer.about.variant}: what it sees"
+  title = f"{viewer.about.variant}: image classification"
   # Uploads are deleted after an hour.
   with gradio.Blocks(title=title, delete_cache=(3600, 3600)) as page:
     gradio.Markdown(f"# {title}")

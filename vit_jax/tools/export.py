@@ -1,12 +1,12 @@
 """The `export` command: a model as a file that runs without this project.
 
-OUT is a folder: the model with its weights, float32, for any batch size, and
-export.json with what its input must be. It takes `images` f32[b h w 3] and
-returns `logits` f32[b k] and `probabilities` f32[b k], a softmax or sigmoids as
-the model was trained. Preparing images is left to the caller: export.json lists
-the operations.
+The folder OUT has the model with its weights, in float32 and for any batch
+size, and export.json, which describes its input. The model takes `images`
+f32[b h w 3] and returns `logits` f32[b k] and `probabilities` f32[b k], by
+softmax or sigmoids as in training. Preprocessing is left to the caller;
+export.json lists the operations.
 
-The file is read again and run before the folder gets its name.
+The file is loaded and run before the folder gets its final name.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from vit_jax.errors import UserError, check_choice, check_free, needs_extra
 from vit_jax.files import atomic_folder, make_path, write_json
 from vit_jax.pretrained.warmstart import match_layout
 
-# The largest difference of logits, in units of their standard deviation.
+# The largest allowed difference of logits, in their standard deviations.
 TOLERANCE = 1e-4
-# Devices that a program is compiled for: those of JAX's own wheels.
+# Platforms that a program is compiled for: those of JAX's own wheels.
 PLATFORMS = ("cpu", "cuda", "tpu")
 _OPSET = 21
-# Bytes of weights: Protobuf and flatbuffers have offsets of 31 bits.
-# A SavedModel has them in files of their own.
+# Most bytes of weights, because Protobuf and flatbuffers have 31-bit offsets.
+# A SavedModel has weights in separate files.
 _LIMIT = 2_000_000_000
 
 
@@ -53,16 +53,16 @@ def export(
 
   Args:
     source: whatever `vit_jax.load` reads.
-    out: the folder to write; nothing may be there.
+    out: the folder to write; it must not exist.
     to: one of `FORMATS`.
-    image_size, resize: as of `vit_jax.load`.
+    image_size, resize: as in `vit_jax.load`.
 
   Returns:
     The content of export.json.
 
   Raises:
-    UserError: something at `out`, an unknown or missing format, no model with
-      a head at `source`, or a file that does not compute what the model does.
+    UserError: `out` exists, the format is unknown or its library is missing,
+      the model has no head, or the file gives other logits than the model.
   """
   check_choice("--to", to, FORMATS)
   form = FORMATS[to]
@@ -155,7 +155,7 @@ def describe(model: pretrained.Pretrained) -> dict[str, Any]:
 
 
 def _compare(model, run, to):
-  """Runs model and file on no image, on one and on three.
+  """Compares model and file on batches of 0, 1 and 3 images.
 
   Raises:
     UserError: the logits differ.
@@ -170,11 +170,11 @@ def _compare(model, run, to):
       expected.append(np.asarray(model(images)))
   found, expected = np.concatenate(found), np.concatenate(expected)
   spread, worst = float(expected.std()), float(np.abs(found - expected).max())
-  # Not `>`, which is false of NaN.
+  # Not `>`, which is false for NaN.
   if not worst <= TOLERANCE * spread:
     raise UserError(
-      f"--to={to} gives other logits than {model.config.variant}: by "
-      f"{worst / max(spread, 1e-30):.1g} of their standard deviation, "
+      f"--to={to} gives other logits than {model.config.variant}; they differ "
+      f"by {worst / max(spread, 1e-30):.1g} standard deviations, "
       f"{TOLERANCE:.0g} is allowed; nothing was written"
     )
   return {
@@ -185,10 +185,10 @@ def _compare(model, run, to):
 
 
 class Format(NamedTuple):
-  """One of `FORMATS`."""
+  """A file format for export."""
 
-  file: str  # to read in the folder; "." for the folder itself
-  libraries: tuple[str, ...]  # that write and run it, of an extra
+  file: str  # to load from the folder; "." for the folder itself
+  libraries: tuple[str, ...]  # required to write and run it, from an extra
   # (apply, params, about, folder) -> None, where apply(params, images) returns
   # {name: array} and `about` is the content of export.json so far.
   write: Callable[..., None]
@@ -196,15 +196,15 @@ class Format(NamedTuple):
 
 
 def _join(shape):
-  """Returns a shape as JAX reads it, "batch - 1, 224, 224, 3".
+  """Returns a symbolic shape for JAX, "batch - 1, 224, 224, 3".
 
-  JAX's symbols are at least 1, and a batch may be empty.
+  It has "- 1" because JAX's symbols are at least 1 and a batch may be empty.
   """
   return ", ".join(["batch - 1", *map(str, shape[1:])])
 
 
 def _fill(apply):
-  """Returns `apply` that also takes an empty batch, as which one image runs."""
+  """Returns `apply` that accepts an empty batch, by padding it to one image."""
 
   def run(params, images):
     n = images.shape[0]
@@ -235,13 +235,13 @@ def _read_stablehlo(folder):
 
 
 def _write_saved_model(apply, params, about, folder):
-  # Imported here: no other format needs TensorFlow.
+  # Imported here because no other format needs TensorFlow.
   import tensorflow as tf
   from jax.experimental import jax2tf
 
   shape = about["input"]["shape"]
   module: Any = tf.Module()
-  # Variables, because a TensorFlow graph with constants ends at 2 GB.
+  # Variables, because a TensorFlow graph with constants is limited to 2 GB.
   module.params = tf.nest.map_structure(
     lambda x: tf.Variable(tf.constant(np.asarray(x)), trainable=False), params
   )
@@ -263,7 +263,7 @@ def _write_saved_model(apply, params, about, folder):
 def _read_saved_model(folder):
   import tensorflow as tf
 
-  # Kept alive by the function below, because its variables end with it.
+  # The function below keeps it alive, because its variables are freed with it.
   loaded = tf.saved_model.load(str(folder))
   return lambda images: loaded.signatures["serving_default"](
     images=tf.constant(images)
@@ -285,7 +285,7 @@ def _write_onnx(apply, params, about, folder):
         input_names=["images"],
         output_names=list(about["outputs"]),
       )
-    except Exception as e:  # it raises whatever JAX's inner workings raise
+    except Exception as e:  # JAX's internals raise errors of any type
       reason = (str(e).splitlines() or [""])[0]
       raise UserError(
         "--to=onnx: jax2onnx cannot convert this model with the versions that "
@@ -299,7 +299,7 @@ def _write_onnx(apply, params, about, folder):
   (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
-# What `_fill` does, around a graph whose names begin with any_.
+# The padding of `_fill`, around a graph whose names have the prefix any_.
 _AROUND = """
 around (float images) => (float logits, float probabilities)
 <int64[1] zero = {0}, int64[1] one = {1}, int64[4] zeros = {0, 0, 0, 0}> {
@@ -314,9 +314,9 @@ around (float images) => (float logits, float probabilities)
 
 
 def _allow_empty(model):
-  """Has an ONNX model take an empty batch.
+  """Makes an ONNX model accept an empty batch.
 
-  ONNX Runtime reshapes one with a division by zero, which ends the process.
+  Otherwise ONNX Runtime divides by zero in a reshape, which kills the process.
   """
   import onnx  # pyright: ignore[reportMissingImports]
 

@@ -1,7 +1,7 @@
 """The `figures` command: the paper's figures, from any weights and runs.
 
-Each is a picture (PNG), a drawing (SVG) and the numbers behind it (CSV). A
-figure has a panel for each checkpoint.
+Each figure is written as PNG, as SVG and as its numbers in CSV. It has a panel
+for each checkpoint.
 """
 
 import contextlib
@@ -33,26 +33,26 @@ from vit_jax.training.steps import normalize
 log = logging.getLogger(__name__)
 
 BATCH_SIZE = 8
-NUM_FILTERS = 28  # that the paper shows
+NUM_FILTERS = 28  # as in the paper
 _MOST_PICTURES = 16  # of a rollout; its CSV has all
 _DPI = 150
 _LOOKING = "images, and a model with attention; convolutions have none"
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s", "EfficientNet": "D"}
 
 
-# A figure of matplotlib's, and the columns and rows of its numbers.
+# A matplotlib figure, and the columns and rows of its numbers.
 Drawing = tuple[Figure, tuple[str, ...], Iterable[tuple]]
 
 
 class Checkpoint(NamedTuple):
-  """What the figures show of a checkpoint."""
+  """A checkpoint's data for the figures."""
 
   label: str
   variant: str
-  filters: Any  # f32[p p 3 d] of the embedding, None for those not of pixels
-  positions: Any  # f32[h w d], None where there are none
-  pictures: list[np.ndarray]  # u8[h w 3], as the model gets them
-  looks: attention_maps.Looks | None  # None without images, for a ResNet
+  filters: Any  # f32[p p 3 d] of the embedding, None if it is not of pixels
+  positions: Any  # f32[h w d], None without position embeddings
+  pictures: list[np.ndarray]  # u8[h w 3], preprocessed
+  looks: attention_maps.Looks | None  # None without images or for a ResNet
   titles: list[str]  # of each image: its name, its class
 
 
@@ -71,19 +71,18 @@ def make_figures(
   Args:
     out: the folder; made where there is none. Nothing in it is overwritten.
     checkpoints: whatever `vit_jax.load` reads.
-    images: paths of image files, for what depends on images.
+    images: paths of image files, for figures of attention.
     runs: a folder with runs at any depth, for curves and compute.
     only: names of `FIGURES`; empty for all that can be drawn.
-    image_size, resize: as of `vit_jax.load`, for each checkpoint.
+    image_size, resize: as in `vit_jax.load`, for each checkpoint.
 
   Raises:
-    UserError: something given cannot be used, or a figure that was asked for
-      cannot be drawn from it.
+    UserError: an unusable argument, or a requested figure that cannot be drawn.
   """
   for name in only:
     check_choice("--only", name, FIGURES)
   if images and not checkpoints:
-    raise UserError("images are for what weights see; give --checkpoint=SOURCE")
+    raise UserError("images need a checkpoint; give --checkpoint=SOURCE")
   if not checkpoints and not runs:
     raise UserError("nothing to draw from; give --checkpoint=SOURCE or --runs=")
   possible = [*(OF_WEIGHTS if checkpoints else ()), *(OF_RUNS if runs else ())]
@@ -112,7 +111,7 @@ def make_figures(
   for reason in missing:
     log.info("left out: %s", reason)
   try:
-    with contextlib.ExitStack() as stack:  # renames when all are written
+    with contextlib.ExitStack() as stack:  # renames files when all are written
       for name, drawing in drawings.items():
         paths = [stack.enter_context(atomic_file(file)) for file in files[name]]
         _write(drawing, name, *paths)
@@ -123,7 +122,7 @@ def make_figures(
 
 def _write(drawing: Drawing, name, png, svg, table):
   figure, columns, rows = drawing
-  # The same numbers give the same file: no date, no random names in it.
+  # Without a date and random names, the same numbers give the same file.
   style: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
   Path(png).parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(style):
@@ -133,7 +132,7 @@ def _write(drawing: Drawing, name, png, svg, table):
     csv.writer(f).writerows([columns, *rows])
 
 
-# --- what is drawn ---
+# --- checkpoints ---
 
 
 def _read(source, label, images, image_size, resize) -> Checkpoint:
@@ -169,15 +168,15 @@ def _read(source, label, images, image_size, resize) -> Checkpoint:
 def read_positions(params, about: pretrained.Config) -> np.ndarray | None:
   """Returns the position embedding of each patch, f32[h w d].
 
-  None where nothing is added to patches ("relative", "none", a ResNet). Of
-  embeddings that each layer has of its own, the first layer's. The parameters
-  are {path: array}.
+  None if nothing is added to patches ("relative", "none", a ResNet). If each
+  layer has its own embedding, it is the first layer's. `params` is {path:
+  array}.
   """
 
   def find(name):
     paths = (path for path in sorted(params) if path.split("/")[-1] == name)
     x = np.asarray(params[next(paths)])
-    # Scanned layers have theirs on a leading axis.
+    # Scanned layers are stacked along a leading axis.
     return x.reshape(-1, *x.shape[-2:])[0]
 
   if about.pos_embedding == "sincos2d":
@@ -192,17 +191,17 @@ def read_positions(params, about: pretrained.Config) -> np.ndarray | None:
 
 
 def compare_positions(positions: np.ndarray) -> np.ndarray:
-  """f32[h w d] -> cosine similarities f64[h w h w] (Figures 7 and 10)."""
+  """Returns cosine similarities f64[h w h w] of f32[h w d] (Figures 7, 10)."""
   x = np.asarray(positions, np.float64)
   x = x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
   return np.einsum("hwd,uvd->hwuv", x, x)
 
 
 def find_components(filters: np.ndarray, count: int):
-  """Returns the principal components of filters, and their parts of variance.
+  """Returns principal components of filters, and their explained variance.
 
-  f32[p p 3 d] -> f64[count p p 3], of length 1 and with the largest value
-  positive (the sign of a component means nothing), and f64[count].
+  f32[p p 3 d] -> f64[count p p 3], of unit norm, and f64[count], fractions of
+  the variance. Signs are arbitrary, so the largest value is made positive.
   """
   rows = np.asarray(filters, np.float64).reshape(-1, filters.shape[-1]).T
   rows = rows - rows.mean(axis=0)
@@ -234,7 +233,7 @@ def _draw_rollout(seen: list[Checkpoint]) -> Drawing:
 
 
 def _list_numbers(seen, arrays):
-  """Yields (label, *place, value) of an array of each checkpoint."""
+  """Yields (label, *index, value) of an array of each checkpoint."""
   for c, array in zip(seen, arrays, strict=True):
     for place, value in np.ndenumerate(array):
       yield (c.label, *place, float(value))
@@ -258,7 +257,7 @@ def _draw_filters(seen: list[Checkpoint]) -> Drawing:
 
 
 def _tile(pictures, across, margin):
-  """Lays pictures [n h w ...] out with lines of a value between them."""
+  """Returns pictures [n h w ...] as tiles, separated by lines of `margin`."""
   blank = -len(pictures) % across
   sides = [(0, blank), (1, 0), (1, 0), (0, 0)][: pictures.ndim]
   x = np.pad(pictures, sides, constant_values=margin)
@@ -267,7 +266,7 @@ def _tile(pictures, across, margin):
 
 
 def _draw_positions(seen: list[Checkpoint]) -> Drawing:
-  """Figures 7, middle, and 10: how alike the position embeddings are."""
+  """Figures 7, middle, and 10: similarity of position embeddings."""
   seen = _choose(seen, "positions", "a model that adds position embeddings")
   figure, axes = _make_grid(1, len(seen), 4)
   similarities = [compare_positions(c.positions) for c in seen]
@@ -299,10 +298,10 @@ def _draw_distances(seen: list[Checkpoint]) -> Drawing:
 
 
 def _choose(seen, attribute, needed):
-  """Returns the checkpoints that have what a figure draws, or raises."""
+  """Returns the checkpoints that have an attribute; raises if none has."""
   chosen = [c for c in seen if getattr(c, attribute) is not None]
   if not chosen:
-    raise UserError(f"it takes {needed}")
+    raise UserError(f"it needs {needed}")
   return chosen
 
 
@@ -317,7 +316,7 @@ def _make_grid(down, across, width, height=None, pictures=True):
 
 
 def _set_title(axis, text):
-  # A name may have "$" in it, which is not a formula.
+  # "$" in a name does not start a formula.
   axis.set_title(text, fontsize=8, parse_math=False)
 
 
@@ -325,10 +324,10 @@ def _set_title(axis, text):
 
 
 def _draw_curves(runs: list[Run]) -> Drawing:
-  """What runs have measured at each step."""
+  """Metrics of runs by step."""
   metrics = charts.list_metrics(runs)
   if not metrics:
-    raise UserError("it takes runs that have measured something; give --runs=")
+    raise UserError("it needs runs with metrics; give --runs=")
   down = -(-len(metrics) // 3)
   figure, axes = _make_grid(down, min(3, len(metrics)), 3.6, 3, pictures=False)
   for axis in axes.flat[len(metrics) :]:
@@ -353,11 +352,11 @@ def _draw_curves(runs: list[Run]) -> Drawing:
 
 
 def _draw_compute(runs: list[Run]) -> Drawing:
-  """Figure 5: accuracy after fine-tuning against what pre-training took."""
+  """Figure 5: accuracy after fine-tuning against pre-training compute."""
   points = [p for run in runs if (p := _place_run(run, runs))]
   if not points:
     raise UserError(
-      "it takes finished fine-tunings, and the finished runs that they started "
+      "it needs finished fine-tunings, and the finished runs that they started "
       "from, below one --runs folder"
     )
   datasets = list(dict.fromkeys(dataset for dataset, *_ in points))
@@ -382,7 +381,7 @@ def _draw_compute(runs: list[Run]) -> Drawing:
 
 
 def _place_run(run, runs):
-  """Returns a fine-tuning as a row of the figure, None for another run."""
+  """Returns a fine-tuning as a row of the figure, None for other runs."""
   origin = find_origin(run, runs)
   accuracy = run.results.get("accuracy")
   if origin is None or not origin.finished or accuracy is None:

@@ -1,6 +1,6 @@
-"""Runs of `train` as jobs of submitit: on this machine, or through Slurm.
+"""Runs of `train` as submitit jobs, on this machine or through Slurm.
 
-Little is imported here, because every job imports it before it starts a run.
+It has few imports, because every job imports it before its run starts.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ import jax
 d = jax.local_devices()
 print(d[0].platform, len({str(getattr(x, "coords", x.id)) for x in d}))
 """
-# How many chips -> their shape, which a process that sees a part of them needs.
+# Chips -> topology bounds, required by a process that uses a part of a host.
 _TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1"}
 
 
 class TrainJob(submitit.helpers.Checkpointable):
-  """What submitit calls in the process of a job: runs a command in another."""
+  """Callable that submitit runs in a job's process; starts a child process."""
 
   def __call__(
     self,
@@ -50,12 +50,12 @@ class TrainJob(submitit.helpers.Checkpointable):
     """Returns the exit code of the command, None if it was not started.
 
     Args:
-      command: its words. It saves and stops on SIGTERM, which is passed on.
-      folder: the file `LOG` in it gets the output.
+      command: its arguments; it must save and stop on SIGTERM.
+      folder: its file `LOG` gets the output.
       environment: variables of the command alone; None unsets one.
-      owner: the process whose end stops the command; None for none.
+      owner: ID of a process whose end stops the command, or None.
     """
-    # submitit's handler of SIGUSR2, which announces the time limit, requeues.
+    # SIGUSR2 announces the time limit; submitit's handler requeues the job.
     requeue = signal.getsignal(signal.SIGUSR2)
     stops = []
     for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -72,7 +72,7 @@ class TrainJob(submitit.helpers.Checkpointable):
         stdout=file,
         stderr=file,
         env={name: x for name, x in variables.items() if x is not None},
-        start_new_session=True,  # the terminal's Ctrl-C is for the sweep
+        start_new_session=True,  # only the sweep handles Ctrl-C
       )
       is_stopped = False
       while child.poll() is None:
@@ -89,11 +89,10 @@ class TrainJob(submitit.helpers.Checkpointable):
 
 
 class Executor:
-  """Where runs are executed.
+  """Executor of runs, on this machine or through Slurm.
 
   Attributes:
-    slots: the environment of each run that may be executed at once; None for
-      any number of runs.
+    slots: the environment of each concurrent run; None for any number of runs.
   """
 
   def __init__(self, executor: str, jobs: int | None, slurm: Sequence[str]):
@@ -101,7 +100,7 @@ class Executor:
     check_choice("--executor", executor, ("local", "slurm"))
     if jobs is not None and jobs < 1:
       raise UserError(f"--jobs is {jobs}; it must be 1 or more")
-    # submitit prints to stdout, which is for results.
+    # submitit prints to stdout, which is reserved for results.
     logging.getLogger("submitit").handlers.clear()
     self._is_local = executor == "local"
     if self._is_local:
@@ -129,10 +128,10 @@ class Executor:
     return made
 
   def start(self, workdir, command: list[str], slot) -> submitit.Job:
-    """Starts a run, or finds its job that is in Slurm's queue already.
+    """Starts a run, or returns its job if Slurm's queue already has it.
 
     Raises:
-      UserError: sbatch refuses it.
+      UserError: sbatch rejects it.
     """
     place = find_folder(workdir)
     folder = place / "job"
@@ -143,7 +142,7 @@ class Executor:
         return job
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    # What submitit starts inherits that the terminal's signals are ignored.
+    # Processes that submitit starts inherit that these signals are ignored.
     ignored = (signal.SIGINT, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_IGN) for number in ignored]
     try:
@@ -157,7 +156,7 @@ class Executor:
         signal.signal(number, handler)
 
   def wait_for_runs(self, workdirs: Sequence) -> None:
-    """Waits until the runs that a dead sweep has left here have saved."""
+    """Waits for local runs of a dead sweep to save and end."""
     for workdir in workdirs if self._is_local else []:
       log_file = find_folder(workdir) / LOG
       with contextlib.suppress(OSError), open(log_file) as file:
@@ -169,9 +168,9 @@ class Executor:
 
 
 def find_folder(workdir) -> Path:
-  """Returns the folder of a run's job and of its output.
+  """Returns the folder of a run's job files and output.
 
-  It is the run folder; of one in a bucket, a folder below ~/.cache/vit_jax.
+  This is the run folder, or for one in a bucket a folder in ~/.cache/vit_jax.
   """
   address, is_bucket, path = str(workdir).partition("://")
   if not is_bucket:
@@ -187,7 +186,7 @@ def _parse_slurm(texts):
     key, _, value = text.partition("=")
     if not key or not value or key in ("nodes", "ntasks_per_node"):
       raise UserError(
-        f"--slurm={text} is not KEY=VALUE of a job of one process, as in "
+        f"--slurm={text} must be KEY=VALUE for a job of one process, as in "
         "--slurm=partition=gpu"
       )
     if key in ("setup", "teardown", "srun_args"):
@@ -200,7 +199,7 @@ def _parse_slurm(texts):
 
 
 def divide_devices(jobs: int) -> list[dict[str, str | None]]:
-  """Returns for each job the environment that gives it its devices.
+  """Returns each job's environment variables that select its devices.
 
   CPUs are shared, GPUs and TPU chips are divided.
 
@@ -223,12 +222,12 @@ def divide_devices(jobs: int) -> list[dict[str, str | None]]:
 def make_environments(
   platform: str, count: int, jobs: int, known: str | None
 ) -> list[dict[str, str | None]]:
-  """Returns `divide_devices` for `count` devices; `known` are CUDA's."""
+  """Returns `divide_devices`; `known` is the given CUDA_VISIBLE_DEVICES."""
   if platform == "cpu":
     return [{"CUDA_VISIBLE_DEVICES": known}] * jobs
   share = count // jobs
   if not share:
-    raise UserError(f"--jobs={jobs}: there are {count} devices, one a job")
+    raise UserError(f"--jobs={jobs} is too many; there are {count} devices")
   name, shape = "CUDA_VISIBLE_DEVICES", {}
   devices = known.split(",") if known else [str(i) for i in range(count)]
   if platform == "tpu":

@@ -1,12 +1,12 @@
-"""The `noisy-student` command: a loop of trainings (arXiv 1911.04252).
+"""The `noisy-student` command: a self-training loop (arXiv 1911.04252).
 
-A teacher learns from labelled images. Each student learns from these and from
-images that the network before it has labelled, with noise (augmentation,
-dropout, stochastic depth), and labels those of the next student. A last stage
-may fine-tune the last student on the labelled images.
+A teacher is trained on labelled images. Each student is trained on these and on
+images that the previous network has labelled, with noise (augmentation,
+dropout, stochastic depth). It then labels images for the next student. An
+optional last stage fine-tunes the last student on the labelled images.
 
   WORKDIR/STAGE                 runs: teacher, student1, student2, ..., finetune
-  WORKDIR/labels_STAGE          the pseudo-labels that a student learns from
+  WORKDIR/labels_STAGE          the pseudo-labels for training a student
   WORKDIR/noisy_student.json    the results
 """
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "noisy_student.json"
 FINETUNE = "finetune"
-# What get_config("loop") returns: the stages, the ratio of pseudo-labelled to
+# Keys of get_config("loop"): the stages, the ratio of pseudo-labelled to
 # labelled images in a student's batches (a number, or one for each student),
 # and arguments of `pseudo_label`.
 _LABELLING = (
@@ -48,8 +48,8 @@ class Stage(NamedTuple):
     name: "teacher", "student1", ..., or "finetune".
     config: of the run, with its data sets.
     workdir: the run folder.
-    teacher: the run folder of the stage before.
-    labels: the folder of a student's pseudo-labels, None for others.
+    teacher: the run folder of the previous stage.
+    labels: the folder of a student's pseudo-labels, None for other stages.
   """
 
   name: str
@@ -59,7 +59,7 @@ class Stage(NamedTuple):
   labels: Any
 
 
-# --- what is run ---
+# --- stages ---
 
 
 def load(spec: str, overrides: dict[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -68,12 +68,11 @@ def load(spec: str, overrides: dict[str, str]) -> tuple[Any, dict[str, Any]]:
   Args:
     spec: "CONFIG" or "CONFIG:ARG" of a file whose get_config takes "[ARG,]loop"
       and "[ARG,]STAGE".
-    overrides: {key: text}; those of the loop's keys are its own, all others are
-      of every stage.
+    overrides: {key: text}; the loop's keys apply to the loop, all others to
+      every stage.
 
   Raises:
-    UserError: as `config.load`; the loop lacks a key, or its stages are not
-      what `_list_stages` says.
+    UserError: as `config.load`; the loop lacks a key, or has invalid stages.
   """
 
   def load_one(stage, given):
@@ -83,8 +82,8 @@ def load(spec: str, overrides: dict[str, str]) -> tuple[Any, dict[str, Any]]:
   loop = load_one("loop", {})
   if missing := sorted(_LOOP - {*loop}):
     raise UserError(
-      f"{spec} is no configuration of noisy-student: what its get_config "
-      f"returns for 'loop' has no {', '.join(missing)}; see "
+      f"{spec} is not a configuration of noisy-student, because its "
+      f"get_config('loop') has no {', '.join(missing)}; see "
       "configs/quickstart_noisy_student.py"
     )
   for key in overrides.keys() & _LOOP:
@@ -101,8 +100,8 @@ def _list_stages(loop):
   full = ("teacher", *known, FINETUNE)
   if not students or stages not in (full, full[:-1]):
     raise UserError(
-      f"stages are {', '.join(map(str, stages)) or 'none'}; they are teacher, "
-      f"student1, student2 and so on, and {FINETUNE} where there is one"
+      f"stages are {', '.join(map(str, stages)) or 'none'}; they must be "
+      f"teacher, student1, student2 and so on, and optionally {FINETUNE}"
     )
   return stages
 
@@ -115,22 +114,22 @@ def _list_ratios(loop):
   if len(ratios) != count:
     raise UserError(
       f"ratio is {given} and there are {count} students; give one number, or "
-      "as many"
+      "one per student"
     )
   return ratios
 
 
 def plan(loop, configs: dict[str, Any], folder) -> list[Stage]:
-  """Returns the stages, checked as far as that goes before they are run.
+  """Returns the stages, after the checks that are possible before a run.
 
   Args:
-    loop: what get_config("loop") returns.
+    loop: the result of get_config("loop").
     configs: {stage: its configuration}, with the labelled images alone.
     folder: the absolute path of the loop.
 
   Raises:
-    UserError: a configuration that cannot be run, or names of data sets that no
-      mixture can have.
+    UserError: an invalid configuration, or data set names that a mixture cannot
+      have.
   """
   check_options(loop.min_confidence, loop.per_class)
   stages, teacher = [], None
@@ -161,20 +160,20 @@ def _mix(labelled, labels, ratio) -> str:
     found = None
   if found != [(labelled, 1.0), (pseudo, ratio)]:
     raise UserError(
-      f"students learn from a mixture, and {text!r} is none; it needs one data "
-      "set of labelled images, no comma in its name or in --workdir, and a "
-      "ratio above 0"
+      f"{text!r} is not a valid mixture for a student; it needs one data set "
+      "of labelled images, no comma in its name or in --workdir, and a ratio "
+      "above 0"
     )
   return text
 
 
-# --- running it ---
+# --- running ---
 
 
 def noisy_student(
   loop, configs: dict[str, Any], workdir: str
 ) -> dict[str, Any] | None:
-  """Runs the loop, or what is left of it, and writes `workdir`/REPORT.
+  """Runs or resumes the loop, and writes `workdir`/REPORT.
 
   Args:
     loop, configs: see `load`.
@@ -182,8 +181,8 @@ def noisy_student(
 
   Returns:
     {"stages": a list of {"stage", "workdir", "model", "image_size", "labelled":
-    how many images, "pseudo": the report of `pseudo_label` or None,
-    "results": as `train` returns}}; None after a stop signal.
+    number of images, "pseudo": the report of `pseudo_label` or None,
+    "results": of `train`}}; None after a stop signal.
 
   Raises:
     UserError: see `plan`, `train` and `pseudo_label`.
@@ -191,7 +190,7 @@ def noisy_student(
   """
   folder = checkpoint.absolute(workdir)
   stages = plan(loop, configs, folder)
-  # The teacher's images are opened at once, these only after its training.
+  # To fail early, because these images are used only after the teacher's run.
   data.get_source(loop.dataset, loop.split, stages[0].config.data_dir)
   with contextlib.ExitStack() as stack:
     on_first(lambda: stack.enter_context(lock.hold(folder)) and None)
@@ -247,10 +246,10 @@ def _describe(stage, pseudo, results):
 
 
 def format_table(result: dict[str, Any]) -> str:
-  """Returns the result as a table, a row a stage.
+  """Returns the result as a table, one row per stage.
 
-  Pseudo-labels are the images that are kept, each counted once; "right" is the
-  part of them whose label is the one that the data set has for them, if any.
+  Kept images count once as pseudo-labels. "right" is the fraction of them whose
+  pseudo-label agrees with the data set's label, if it has one.
   """
   rows = result["stages"]
   names = [n for n in rows[0]["results"] if n.split("/")[-1] not in runs.COUNTS]

@@ -1,7 +1,7 @@
-"""Checks in advance for problems that would fail or stall a run.
+"""The `preflight` command: checks for problems that would fail or stall a run.
 
-Every process of the run examines its own host, and all receive what the others
-found, so all end alike.
+Every process of the run checks its own host and receives the results of all, so
+that all exit with the same status.
 """
 
 import glob
@@ -23,18 +23,18 @@ from vit_jax.training.inputs import choose_shuffle, open_inputs, read_rows
 
 OK, WARNING, FAILED, SKIPPED = "ok", "warning", "failed", "skipped"
 _ORDER = (OK, SKIPPED, WARNING, FAILED)
-_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # those of TPUs
-_SAME = ("versions", "accelerator")  # on all hosts
-_ROWS = 256  # of a batch, that the input is measured with
+_CHIPS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # devices of TPUs
+_SAME = ("versions", "accelerator")  # must be the same on all hosts
+_ROWS = 256  # of a batch, for measuring the input
 
 
 class Found(NamedTuple):
-  """What a check has found.
+  """The result of a check.
 
   Attributes:
     state: OK, WARNING, FAILED or SKIPPED.
-    text: one line: what it is and, unless it is well, what to do.
-    rate: of the data: images a second that this host prepares.
+    text: one line with the result and, unless it is OK, advice.
+    rate: for the data, images per second that this host prepares.
   """
 
   state: str
@@ -49,12 +49,12 @@ def check(
   overrides: dict[str, str] | None,
   topology: str | None,
 ) -> dict[str, Found]:
-  """Returns {check: what was found} on all hosts; all have to call it.
+  """Returns {check: its result} over all hosts; every process must call it.
 
   Args:
     config, workdir: of the run.
     spec, overrides: of its configuration, as typed by the user.
-    topology: as for `plan`, "v5e:4x4"; None: nothing is planned.
+    topology: as for `plan`, "v5e:4x4"; None skips the plan.
   """
   versions = [f"{n} {v}" for n, v in distributed.read_versions().items()]
   checks = {
@@ -75,19 +75,19 @@ def check(
 
 
 def _try(look) -> Found:
-  """Returns what a check found; one that breaks has failed."""
+  """Returns the result of a check; an exception is a failure."""
   try:
     return look()
-  except Exception as e:  # whatever a storage layer or a driver raises
+  except Exception as e:  # storage layers and drivers raise any type
     text = str(e) if isinstance(e, UserError) else one_line(e)
     return Found(FAILED, text)
 
 
 def merge(by_host: list) -> dict[str, Found]:
-  """Returns one finding for each check: the worst, with its hosts.
+  """Returns the worst result of each check, with its hosts.
 
   Args:
-    by_host: [host, {check: what was found there}] of all hosts.
+    by_host: [host, {check: its result}] of all hosts.
   """
   merged = {}
   for name in by_host[0][1]:
@@ -100,28 +100,28 @@ def merge(by_host: list) -> dict[str, Found]:
     if len(texts) > 1 and name in _SAME:
       worst = FAILED
     lines = [f"{', '.join(at)}: {text}" for text, at in texts.items()]
-    if [*texts.values()] == [[host for host, _ in each]]:  # the same of all
+    if [*texts.values()] == [[host for host, _ in each]]:  # the same on all
       lines = [*texts]
     merged[name] = Found(worst, "; ".join(lines))
   return merged
 
 
 def check_accelerator() -> Found:
-  """Checks that JAX can have this host's chips: no other process has them."""
+  """Checks that JAX can use this host's chips and no other process does."""
   devices = jax.local_devices()
   chips = sum(len(glob.glob(pattern)) for pattern in _CHIPS)
   asked = os.environ.get("JAX_PLATFORMS")
   if devices[0].platform == "cpu" and chips and not asked:
-    text = f"JAX has none of {chips} TPU chips; has another process? Try"
+    text = f"JAX has none of {chips} TPUs; another process may hold them. Try"
     return Found(FAILED, f"{text} JAX_PLATFORMS=tpu, which prints more")
   return Found(OK, f"{len(devices)} x {devices[0].device_kind}")
 
 
 def check_folder(config, workdir: str) -> Found:
-  """Checks that the run folder is writable, and not another run's."""
+  """Checks that the run folder is writable and has no other run."""
   folder = checkpoint.absolute(workdir)
   resuming = run_folder.check(config, folder)
-  is_bucket = "://" in str(folder)  # which has no folders that must be there
+  is_bucket = "://" in str(folder)  # in which folders need not exist
   tree = (folder, *folder.parents)
   here = next(f for f in tree if is_bucket or f.exists())
   probe = here / f".preflight-{socket.gethostname()}-{os.getpid()}"
@@ -130,7 +130,7 @@ def check_folder(config, workdir: str) -> Found:
     probe.unlink()
   except Exception as e:
     why = one_line(e)
-    advice = "choose another --workdir, or mend the rights there"
+    advice = "choose another --workdir, or change its permissions"
     return Found(FAILED, f"{here} cannot be written: {why}; {advice}")
   text = f"{folder}, {'resumes its run' if resuming else 'a new run'}"
   if jax.process_count() == 1 or is_bucket:
@@ -139,7 +139,7 @@ def check_folder(config, workdir: str) -> Found:
 
 
 def check_data(config) -> Found:
-  """Reads the ends of the run's data sets, and measures how fast it reads."""
+  """Reads both ends of the run's data sets, and measures the input rate."""
   inputs = open_inputs(config)
   opened = [source for source, _ in inputs.train]
   opened += [source for sources in inputs.evals.values() for source in sources]
@@ -156,10 +156,9 @@ def check_data(config) -> Found:
 def check_plan(
   spec: str, overrides: dict[str, str] | None, topology: str | None
 ) -> tuple[dict | None, Found]:
-  """Returns `plan`'s estimate, if it is wanted, and whether the step fits.
+  """Returns `plan`'s estimate, None without one, and whether the step fits.
 
-  It runs in a process of its own, because the TPU's compiler is set up before
-  JAX starts.
+  It runs in a subprocess, because the TPU compiler is set up before JAX starts.
   """
   if topology is None:
     return None, Found(SKIPPED, "give --topology=v5e:4x4 (yours) to plan it")
@@ -181,20 +180,20 @@ def check_plan(
     return plan, Found(OK, text)
   change = (plan.get("fallback") or {}).items()
   advice = " ".join(f"--config.{key}={x}" for key, x in change)
-  text = f"does not fit on {topology}; what would: {advice or 'more chips'}"
+  text = f"does not fit on {topology}; use {advice or 'more chips'}"
   return None, Found(FAILED, text)
 
 
 def check_input(rates: list[float], plan: dict | None) -> Found:
-  """Compares what all hosts prepare with what the planned step takes.
+  """Compares the input rate of all hosts with the rate of the planned step.
 
   Args:
-    rates: images a second that each host prepares; 0: it has no data.
-    plan: `plan`'s estimate of a step that fits, if it was wanted.
+    rates: images per second that each host prepares; 0 without data.
+    plan: `plan`'s estimate of a step that fits, or None.
   """
   if not all(rates):
     return Found(SKIPPED, "not measured without data")
-  # Each host feeds as many rows, so the slowest sets the pace.
+  # All hosts feed the same number of rows, so the slowest sets the pace.
   total = min(rates) * len(rates)
   text = f"{total:,.0f} images/s from {len(rates)} hosts"
   if plan is None:
@@ -203,5 +202,5 @@ def check_input(rates: list[float], plan: dict | None) -> Found:
   text += f"; the step takes {needed:,.0f}, planned"
   if total >= needed:
     return Found(OK, text)
-  text += ", so chips will wait: take machines with more cores for them"
+  text += ", so chips will wait for input; use hosts with more cores"
   return Found(WARNING, text)

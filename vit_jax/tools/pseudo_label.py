@@ -1,8 +1,8 @@
-"""Pseudo-labels: a teacher classifies images, and the best become a data set.
+"""The `pseudo-label` command: a data set of images with a teacher's labels.
 
-The filter and the balance are those of Noisy Student (arXiv 1911.04252): images
-of which the teacher is confident, the most confident of each class, and
-duplicates in classes that have fewer.
+Filtering and balancing follow Noisy Student (arXiv 1911.04252). Only confident
+images are kept, and of each class the most confident ones. Small classes are
+filled up with duplicates.
 """
 
 import io
@@ -31,7 +31,7 @@ from vit_jax.training.steps import normalize
 
 log = logging.getLogger(__name__)
 
-_PART = 2**14  # examples that are kept at once; what a killed command repeats
+_PART = 2**14  # examples saved at once; a killed command repeats at most these
 _STORED = 10  # classes of a soft label
 
 
@@ -49,35 +49,34 @@ def pseudo_label(
   batch_size: int = 64,
   before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-  """Writes `pseudo:OUT`: images with the classes that a teacher gives them.
+  """Writes `pseudo:OUT`, a data set of images with a teacher's predictions.
 
-  The teacher sees each image once, without noise: at its own size and with its
-  evaluation preprocessing. Its scores are kept beside `out` until the set is
-  there, so that the same command resumes; also one with another choice of
-  images. All processes of a run have to call it, and the first one writes.
+  The teacher classifies each image once, without noise, at its own size and
+  with its evaluation preprocessing. Its scores are saved beside `out` until the
+  set is complete. Thus the same command resumes, and so does one with another
+  selection of images. All processes must call it; the first one writes.
 
   Args:
     source: the teacher, whatever `vit_jax.load` reads.
-    dataset, split, data_dir: the images, see `data.get_source`. Labels that
-      they have are not used.
+    dataset, split, data_dir: the images, see `data.get_source`. Their own
+      labels are used only for the report.
     out: a folder, or a gs:// address.
-    soft: whether an image gets the ten most probable classes with their
-      probabilities, all if there are fewer; else the most probable one.
+    soft: whether to store the ten most probable classes, or all if there are
+      fewer, with their probabilities; else only the most probable class.
     min_confidence: least probability of the most probable class.
-    per_class: most images of a class, the most confident ones.
-    balance: whether classes with fewer images than the largest one repeat
-      theirs until they have as many, the most confident first.
-    batch_size: images at once, on all devices.
-    before_batch: may raise, to end between two batches.
+    per_class: most images of a class; the most confident ones are kept.
+    balance: whether to repeat images of smaller classes, the most confident
+      first, until all classes are as large as the largest.
+    batch_size: images per batch, over all devices.
+    before_batch: called before each batch; may raise to stop.
 
   Returns:
-    The report, also in about.json: numbers of "examples" seen, "confident"
-    ones, "kept" ones, of these "distinct" and "repeated" ones;
-    "mean_confidence" of what is kept; "classes"; "per_class", the
-    least, median and most distinct images of a class that has any; "largest",
-    what each such class has after balancing; "empty", the other classes;
-    "agreement", the part of the distinct images with the label that the data
-    set gives them, None where it has none of these classes.
+    The report, also in about.json: numbers of "examples", of "confident" and
+    "kept" ones, and of "distinct" and "repeated" ones among these;
+    "mean_confidence" of the kept ones; "classes". Of the classes with images,
+    "per_class" has the least, median and most distinct images, and "largest"
+    the most after balancing. "empty" has the other classes. "agreement" is the
+    fraction of distinct images whose label agrees with the data set, or None.
 
   Raises:
     UserError: no classes, no images, none confident enough, or another set at
@@ -111,7 +110,7 @@ def check_options(min_confidence: float, per_class: int) -> None:
 
 
 def _label(out, weights, images, about, batch_size, before_batch):
-  """Does what is left to do of `pseudo_label`; returns the report.
+  """Runs or resumes `pseudo_label`; returns the report.
 
   `about` is about.json without the report.
   """
@@ -155,10 +154,10 @@ def _name_classes(weights, images) -> list[str]:
 
 
 def on_first(run: Callable) -> Any:
-  """Runs a function on the first process; all get what it returns.
+  """Runs a function on the first process; returns its result on all.
 
-  It is of JSON's types. All raise its UserError, and a RunStopped where it
-  cannot write.
+  The result must be serialisable as JSON. All raise its UserError, and a
+  RunStopped if it cannot write.
   """
   found, error, is_disk = None, None, False
   if not jax.process_index():
@@ -180,7 +179,7 @@ def _find_report(path, about):
   """Returns the report of a complete set at `path`, None if there is nothing.
 
   Raises:
-    UserError: there is something else.
+    UserError: there is anything else.
   """
   if not (path / pseudo.ABOUT).exists():
     is_remote = files.is_remote(path)
@@ -201,7 +200,7 @@ def _find_report(path, about):
 
 
 def _is_half_written(path) -> bool:
-  """Returns whether a folder has nothing but arrays of such a set."""
+  """Returns whether a folder has only arrays of an incomplete set."""
   return {file.name for file in path.iterdir()} <= {*pseudo.ARRAYS}
 
 
@@ -209,7 +208,7 @@ def _is_half_written(path) -> bool:
 
 
 def _count_parts(parts, about) -> int:
-  """Returns how many parts of the scores are there, after checking whose."""
+  """Returns the number of saved parts, after checking that they are ours."""
   files.open_parts(parts, about, "scores")
   return next(i for i in itertools.count() if not _part(parts, i).exists())
 
@@ -219,7 +218,7 @@ def _part(parts, number):
 
 
 def _score(weights, soft, parts, first, *, source, mesh, batch_size, **where):
-  """Writes the parts from `first` on: see `_make_score`, for each example."""
+  """Writes the scores by `_make_score`, from part `first` on."""
   teacher = pretrained.assemble(weights)
   steps = max(1, _PART // batch_size)
   batches = make_sums(
@@ -257,11 +256,11 @@ def _write(part, arrays):
 
 
 def _make_score(teacher, soft):
-  """Returns (params, batch) -> what is kept of the images.
+  """Returns (params, batch) -> scores of the images.
 
-  It is the most probable classes "labels" i32[b l], their "probabilities"
-  f32[b l], and "agrees" i32[b]: whether the first one is a given label; -1
-  without one. Sigmoids are divided by their sum.
+  Scores are the most probable classes "labels" i32[b l], their "probabilities"
+  f32[b l], and "agrees" i32[b]: whether the first class is one of the image's
+  own labels, -1 without any. Sigmoids are divided by their sum.
   """
   model, loss = teacher.model, teacher.config.loss
   count = min(_STORED, teacher.config.num_classes) if soft else 1
@@ -298,14 +297,14 @@ def select(
   per_class: int,
   balance: bool,
 ) -> np.ndarray:
-  """Returns which examples are kept, i64[m], rising; repeated ones repeatedly.
+  """Returns the sorted indices of kept examples, i64[m], with repetitions.
 
   Args:
     labels: i32[n], the most probable class of each example.
     confidence: f32[n], its probability.
     num_classes: how many there are.
-    min_confidence, per_class, balance: see `pseudo_label`. Of equally confident
-      examples the first ones are taken.
+    min_confidence, per_class, balance: see `pseudo_label`. Among equally
+      confident examples, the first ones are kept.
   """
   good = np.flatnonzero(confidence >= min_confidence)
   # By class and then by confidence; the sort is stable.
@@ -348,7 +347,7 @@ def _finish(path, parts, about) -> dict[str, Any]:
 
 
 def _take(scores, chosen, name):
-  """Returns rows of an array that is in parts: of `chosen`, which rises."""
+  """Returns the rows `chosen`, which are sorted, of an array in parts."""
   found, first = [], 0
   for part in scores:
     array = _read(part, name)
@@ -359,7 +358,7 @@ def _take(scores, chosen, name):
 
 
 def _report(chosen, labels, confidence, agrees, about):
-  """Returns what is reported, see `pseudo_label`."""
+  """Returns the report, see `pseudo_label`."""
   names = about["class_names"]
   distinct = np.unique(chosen)
   counts = np.bincount(labels[distinct], minlength=len(names))

@@ -1,7 +1,7 @@
 """The quickstart: the paper's main experiment, in minutes.
 
-Pre-train on many cheap images, fine-tune at twice the resolution on few real
-ones, and compare with training on those few alone, for as many steps.
+Pre-train on many cheap images, fine-tune at twice the resolution on a few real
+ones, and compare with training from scratch for the same number of steps.
 """
 
 import logging
@@ -21,21 +21,21 @@ log = logging.getLogger(__name__)
 
 REPORT = "report.json"
 NUM_PREDICTIONS = 8  # held-out images that are classified at the end
-# Class frequencies are estimated from so many training images.
+# Training images from which class frequencies are estimated.
 PRIOR_EXAMPLES = 4000
 
 
 def quickstart(folder: Path) -> dict | None:
-  """Runs all of it in `folder`; writes its report and pictures there.
+  """Runs the quickstart in `folder`; writes its report and figures there.
 
-  Interrupted, it continues where it stopped; done, it reads its report.
+  An interrupted quickstart resumes; a finished one returns its report.
 
   Returns:
     The report, None if it was interrupted.
   """
   report = folder / REPORT
   found = files.read_json(report) if report.exists() else {"pretrain": {}}
-  if "results" in found["pretrain"]:  # those of older versions are made anew
+  if "results" in found["pretrain"]:  # reports of older versions are redone
     return found
   begin = time.monotonic()
   data_dir = str(folder / "data")
@@ -51,7 +51,7 @@ def quickstart(folder: Path) -> dict | None:
   finetune = load("finetune", data_dir, init_from=str(folder / "pretrain"))
   finetuned = train(finetune, folder / "finetune")
 
-  say("The same from scratch")
+  say("Training on digits from scratch")
   scratch = train(load("finetune", data_dir), folder / "from_scratch")
   if None in (pretrained, finetuned, scratch):
     return None
@@ -77,7 +77,7 @@ def quickstart(folder: Path) -> dict | None:
   }
   say("Attention maps")
   figures, source = folder / "figures", str(folder / "finetune")
-  if not figures.exists():  # as after an interruption
+  if not figures.exists():  # they may exist after an interruption
     with files.atomic_folder(figures) as partial:
       make_figures(str(partial), checkpoints=[source], images=images)
   result["seconds"] = round(time.monotonic() - begin, 1)
@@ -109,12 +109,12 @@ def describe(c):
 
 
 def open_set(c, split):
-  """Opens a part of the configuration's data set."""
+  """Opens a split of the configuration's data set."""
   return data.get_source(c.train.dataset, split, c.data_dir)
 
 
 def evaluate_constant(c) -> dict[str, float]:
-  """Evaluates the trivial model that gives every image the class frequencies.
+  """Evaluates a trivial model that predicts the class frequencies.
 
   The metrics are those of `objectives.Classification`.
   """

@@ -1,4 +1,4 @@
-"""Run folders: what `vit-jax train` and others have written into them."""
+"""Readers of run folders, as `vit-jax train` and other commands write them."""
 
 import dataclasses
 import functools
@@ -17,12 +17,12 @@ from vit_jax.errors import UserError, check_choice
 
 log = logging.getLogger(__name__)
 
-# Results that runs are compared by: the first of these that there is.
+# Metrics to compare runs by; the first that exists is used.
 MAIN_METRICS = ("accuracy", "prec@1", "r2", "loss")
 # Results that are counts of images.
 COUNTS = {"examples", "labelled"}
 
-# Folders inside a run's; they have many files and no runs.
+# Subfolders of a run folder; they have many files and no runs.
 _OF_A_RUN = (
   *("checkpoints", "best", "damaged", "tensorboard", "profile", "wandb"),
 )
@@ -36,14 +36,14 @@ class Run:
   """A run folder, read once."""
 
   path: Any  # absolute
-  name: str  # short, and different from those of the runs found with it
+  name: str  # short, and unique among the runs found together
   written: dict[str, Any]  # config.json
   lines: list[dict[str, Any]]  # of metrics.jsonl, in the order of their "step"
-  num_corrupt: int  # other lines of it
+  num_corrupt: int  # its corrupt lines
 
   @functools.cached_property
   def config(self) -> dict[str, Any]:
-    """Flat, with today's keys: {"schedule.base_lr": 0.03}."""
+    """The flat configuration with current keys: {"schedule.base_lr": 0.03}."""
     flat = configuration.flatten(self.written["config"])
     return configuration.modernize(flat)
 
@@ -64,7 +64,7 @@ class Run:
 
   @property
   def setting(self) -> str:
-    """A text that is equal for runs that differ in their seeds alone."""
+    """A text that is equal for runs that differ only in their seeds."""
     evals = {key for key in self.config if key.startswith("evals.")}
     kept = sorted(self.config.keys() - _OF_ONE_RUN - evals)
     return json.dumps({key: self.config[key] for key in kept})
@@ -97,7 +97,7 @@ class Run:
   def is_complete(self) -> bool:
     """Whether the last step is saved and has all its evaluations.
 
-    A run saves, then evaluates, and may be stopped before or in that.
+    A run evaluates after it saves, and may be stopped before or during that.
     """
     wanted = {""} if self.config["eval.split"] else set()
     wanted |= {k.split(".")[1] for k in self.config if k.startswith("evals.")}
@@ -106,10 +106,10 @@ class Run:
     return self.total_steps in saved and wanted <= found
 
   def find_result(self, select: str | None = None) -> tuple[str, float]:
-    """Returns the name and value of what a complete run is compared by.
+    """Returns the name and value of the metric to compare a complete run by.
 
-    That is `select`, METRIC or NAME/METRIC, else `config.best_metric`, else of
-    `MAIN_METRICS`.
+    That is `select` (METRIC or NAME/METRIC), else `config.best_metric`, else
+    one of `MAIN_METRICS`.
 
     Raises:
       UserError: it has not been evaluated.
@@ -123,7 +123,7 @@ class Run:
 
   @property
   def notes(self) -> list[str]:
-    """What is wrong with metrics.jsonl, a sentence each."""
+    """Problems of metrics.jsonl, one sentence each."""
     notes = []
     if self.num_corrupt:
       notes.append(f"{self.num_corrupt} lines of metrics.jsonl are corrupt.")
@@ -134,7 +134,7 @@ class Run:
     return notes
 
   def read_json(self, name: str) -> dict[str, Any]:
-    """Returns what a command wrote into the folder, {} for nothing.
+    """Returns the content of a JSON file in the folder, {} without the file.
 
     Raises:
       UserError: the file is corrupt.
@@ -144,12 +144,12 @@ class Run:
 
 
 def find_main(results) -> str | None:
-  """Returns the name of what a run with these results is compared by."""
+  """Returns the main metric in a run's results, None without one."""
   return next((name for name in MAIN_METRICS if name in results), None)
 
 
 def order(metric: str, value: float) -> float:
-  """Returns a key by which results sort, the best first."""
+  """Returns a sort key that puts the best result first."""
   return value if metric.rpartition("/")[2] == "loss" else -value
 
 
@@ -157,8 +157,8 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
   """Returns the runs in and below folders, each once.
 
   Raises:
-    UserError: a folder that is not there or has no run, or a config.json that
-      cannot be read.
+    UserError: a folder is missing or has no run, or a config.json cannot be
+      read.
   """
   found = {}
   for folder in folders:
@@ -197,7 +197,7 @@ def _has_run(path) -> bool:
     written = files.read_run(path, _ADVICE)
   except files.NotOfARun:
     return False
-  # A converted checkpoint has no such keys.
+  # Converted checkpoints do not have these keys.
   return "total_steps" in written and "train" in written["config"]
 
 
@@ -209,7 +209,7 @@ def _read(path, name) -> Run:
 def _walk(folder, seen) -> Iterator:
   """Yields the folders with a config.json, this one and those below it.
 
-  Of a folder and links to it the folder is taken, or the first link.
+  Each is yielded once, as a folder rather than as a link to it.
   """
   real = os.path.realpath(folder)
   if real in seen:
@@ -224,7 +224,7 @@ def _walk(folder, seen) -> Iterator:
 
 
 def name_paths(paths: Sequence[str]) -> list[str]:
-  """Returns a short name for each path: its end, from where they differ."""
+  """Returns a short name for each path, without their common folders."""
   parts = [path.rstrip("/").split("/") for path in paths]
   folders = zip(*(words[:-1] for words in parts), strict=False)
   shared = itertools.takewhile(lambda names: len({*names}) == 1, folders)
@@ -235,8 +235,8 @@ def name_paths(paths: Sequence[str]) -> list[str]:
 def find_origin(run: Run, runs: list[Run]) -> Run | None:
   """Returns the run whose weights a run started from, None for no run.
 
-  Folders may have been moved together: then the last name has to do, if there
-  is but one run of that name.
+  Because folders may have been moved together, the folder's name is enough if
+  it is unique.
   """
   source = run.config["init_from"]
   if not source:

@@ -1,8 +1,8 @@
 """The `sweep` command: many runs of `train` that differ in a few keys.
 
-With a `final` configuration it is the paper's protocol: the settings are tried
-once each, on what is held out of the training set; then the best one is trained
-on all of it, with several seeds.
+With a `final` configuration it follows the paper's protocol. Each setting is
+run once and evaluated on a held-out part of the training set. The best one is
+then trained on the whole training set, with several seeds.
 
   WORKDIR/SETTING,seed=0                  WORKDIR/sweep.json
   or, with a final configuration,
@@ -33,14 +33,14 @@ _POLL_SECONDS = 0.2
 
 
 class Trial(NamedTuple):
-  """One training of a sweep, begun or not.
+  """One run of a sweep, started or not.
 
   Attributes:
-    workdir: its folder, a Path or of a bucket an epath.Path.
+    workdir: its folder, a Path, or an epath.Path for a bucket.
     config: "CONFIG[:ARG]".
     overrides: {key: text}, all of them.
     setting: {key: text} of the grid alone.
-    select: the result that is compared; None: the usual one.
+    select: the metric to compare; None: see `plan`.
   """
 
   workdir: Any
@@ -56,9 +56,10 @@ class Trial(NamedTuple):
     return [*TRAIN, f"--config={self.config}", where, *changes]
 
   def inspect(self) -> dict[str, Any]:
-    """Returns what the folder has: {"workdir", "setting", "seed", "select": the
-    name and "metric": the value of what is compared, "results"}; the metric of
-    a run that is not finished is None.
+    """Returns {"workdir", "setting", "seed", "select", "metric", "results"}.
+
+    "select" is the name of the metric to compare and "metric" its value. Both
+    are None unless the run is finished.
     """
     run = runs.read_run(self.workdir)
     name = value = None
@@ -74,16 +75,16 @@ class Trial(NamedTuple):
     }
 
 
-# --- which runs ---
+# --- trials ---
 
 
 def parse_grids(texts: Sequence[str]) -> dict[str, list[str]]:
-  """Reads ["schedule.base_lr=0.001,0.003", ...].
+  """Parses ["schedule.base_lr=0.001,0.003", ...].
 
   Commas in brackets or quotes belong to a value.
 
   Raises:
-    UserError: no key, no value, or one that comes twice.
+    UserError: no key, no value, or a duplicate.
   """
   grid = {}
   for text in texts:
@@ -110,20 +111,19 @@ def plan(
   seeds: int,
   select: str | None = None,
 ) -> list[Trial]:
-  """Returns the trials of a sweep, checked, and touches nothing.
+  """Checks and returns the trials of a sweep; writes nothing.
 
   Args:
     config: "CONFIG[:ARG]".
-    folder: gets one folder a run.
+    folder: gets one folder per run.
     overrides: {key: text}, of all runs.
     grid: {key: texts}; every combination is a setting.
-    seeds: how many of each setting, from the configuration's seed on.
-    select: the result that is compared; unset: `config.best_metric`, or
-      accuracy, or what is in its place. Of "loss" less is better.
+    seeds: number of seeds of each setting, from the configuration's seed on.
+    select: the metric to compare; None: `config.best_metric`, or the first of
+      `runs.MAIN_METRICS` that exists. Only for "loss" lower is better.
 
   Raises:
-    UserError: a configuration that cannot be run, or a folder that holds a run
-      of another one.
+    UserError: an invalid configuration, or a folder with a run of another one.
   """
   if seeds < 1:
     raise UserError(f"--seeds is {seeds}; it must be 1 or more")
@@ -142,7 +142,7 @@ def plan(
 
 
 def make_name(setting: dict[str, str]) -> str:
-  """Returns a folder's name: "base_lr=0.003,seed=1"; a long one is cut."""
+  """Returns a folder's name, "base_lr=0.003,seed=1"; truncates a long one."""
   lasts = [key.rpartition(".")[2] for key in setting]
   whole = ",".join(
     f"{key if lasts.count(last) > 1 else last}={value}"
@@ -169,7 +169,7 @@ def _check(trial):
 
 
 def check_sources(trials: Sequence[Trial]) -> None:
-  """Opens the data and weights of trials before the first one begins."""
+  """Opens the data and weights of trials, to fail before the first starts."""
   seen = set()
   for trial in trials:
     loaded = configuration.load(trial.config, trial.overrides)
@@ -191,7 +191,7 @@ def find_folder(workdir: str):
   return folder
 
 
-# --- running them ---
+# --- running ---
 
 
 def sweep(
@@ -205,13 +205,13 @@ def sweep(
   select: str | None = None,
   **where,
 ) -> dict[str, dict[str, Any]]:
-  """Runs a sweep, or what is left of it.
+  """Runs or resumes a sweep.
 
   Args:
     config, overrides, grid, select: see `plan`; with a final configuration,
       `config` holds out a part of the training set.
-    workdir: it gets a folder a run; a local path or a gs:// address.
-    seeds: how many of each setting, or of the final one alone.
+    workdir: a local path or a gs:// address; gets one folder per run.
+    seeds: number of seeds of each setting, or only of the final one.
     final: "CONFIG[:ARG]" that trains on the whole training set.
     **where: see `jobs.Executor`.
 
@@ -220,7 +220,7 @@ def sweep(
 
   Raises:
     UserError: as `plan`; an executor, data or weights that cannot be used;
-      another sweep is at work in the folder.
+      another sweep uses the folder.
     RunStopped: a run has failed.
   """
   folder = find_folder(workdir)
@@ -251,7 +251,7 @@ def select_and_train(
   choose: Callable,
   executor: jobs.Executor,
 ) -> tuple[dict[str, dict], dict[str, dict]]:
-  """Tries settings on held-out images, then trains with those it chooses.
+  """Tries settings on held-out images, then trains with the chosen ones.
 
   Args:
     folder: of the sweep.
@@ -270,7 +270,7 @@ def select_and_train(
     }
 
   trials = {name: first for name, (first, _) in plans.items()}
-  # A mistake in the final runs shows now.
+  # This finds mistakes in the final runs before the selection.
   likely = plan_finals({name: t[0].setting for name, t in trials.items()})
   check_sources([*itertools.chain(*trials.values(), *likely.values())])
   with lock.hold(folder):
@@ -283,7 +283,7 @@ def select_and_train(
 def run_trials(
   groups: dict[str, list[Trial]], executor: jobs.Executor
 ) -> dict[str, dict[str, Any]]:
-  """Runs what is not finished; writes a sweep.json for each group.
+  """Runs unfinished trials; writes a sweep.json for each group.
 
   Returns {name: `summarize`} for {name: trials of one folder}, or raises a
   RunStopped for trials that have ended unfinished.
@@ -311,7 +311,7 @@ def run_trials(
 
 
 def _run_all(trials, executor):
-  """Runs what is not finished, as many at once as the executor has slots."""
+  """Runs unfinished trials, as many at once as the executor has slots."""
   executor.wait_for_runs([trial.workdir for trial in trials])
   waiting = [t for t in trials if t.inspect()["metric"] is None]
   free, active = list(executor.slots or [{}] * len(waiting)), []
@@ -337,29 +337,29 @@ def _run_all(trials, executor):
 
 
 def _find_error(workdir):
-  """Returns a line on why a run is not finished."""
+  """Returns one line about why a run is unfinished."""
   run = runs.read_run(workdir)
   where = f"step {run.step} of {run.total_steps}" if run else "the start"
   lines = ["no output"]
-  # submitit's message counts where there is no other.
+  # submitit's message is used if there is no other.
   folder = jobs.find_folder(workdir)
   for file in (*folder.glob("job/*.err"), folder / jobs.LOG):
     if file.exists():
       lines += file.read_text(errors="replace").strip().splitlines()
-  return f"unfinished: it ended at {where}; its last words: {lines[-1][:300]}"
+  return f"unfinished: it ended at {where}; its last line: {lines[-1][:300]}"
 
 
-# --- what comes out ---
+# --- results ---
 
 
 def summarize(trials: Sequence[Trial]) -> dict[str, Any]:
-  """Returns what the trials have come to.
+  """Returns the results of the trials.
 
   Returns:
-    {"config", "select": the name of what is compared, "settings": [{"setting",
-    "mean", "spread": the sample standard deviation, None for one seed}],
-    "best": one of them, "runs": `Trial.inspect` of each}. Unless all runs are
-    finished there are no settings, and the best is None.
+    {"config", "select": the name of the compared metric, "settings":
+    [{"setting", "mean", "spread": the sample standard deviation, None for one
+    seed}], "best": one of them, "runs": `Trial.inspect` of each}. Until all
+    runs are finished, "settings" is empty and "best" is None.
   """
   rows = [trial.inspect() for trial in trials]
   settings = []

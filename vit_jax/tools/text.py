@@ -1,4 +1,4 @@
-"""Text tables, for terminals."""
+"""Text tables for terminals."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ def format_columns(
 
   Args:
     rows: texts, as many in each row; the first row is the header.
-    aligned: "<" or ">" for each column, the last one for all that follow.
+    aligned: "<" or ">" for each column; the last one also for those after it.
   """
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   signs = aligned.ljust(len(widths), aligned[-1])

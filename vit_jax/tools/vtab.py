@@ -1,10 +1,10 @@
-"""The `vtab` command: VTAB-1k, from a checkpoint to the mean of its tasks.
+"""The `vtab` command: VTAB-1k accuracies of a checkpoint.
 
-Two sweeps. The first tries a few settings on 800 images of each task and
-evaluates on 200 others; one setting is chosen, by default as in the paper
-(Appendix B.1.1): the same for all tasks, that with the best mean. The second
-trains with it on all 1,000 images, and reports the test set, which nothing else
-uses.
+It runs two sweeps. The first trains with a few settings on 800 images of each
+task and evaluates on the other 200. By default the setting with the best mean
+is chosen for all tasks, as in the paper (Appendix B.1.1). The second sweep
+trains with it on all 1,000 images and evaluates on the test set, which is not
+used before.
 
   WORKDIR/TASK/select/SETTING,seed=0    WORKDIR/TASK/final/seed=0
   WORKDIR/TASK/{select,final}/sweep.json    WORKDIR/vtab.json
@@ -20,14 +20,14 @@ from vit_jax.errors import UserError
 from vit_jax.tools import jobs, sweep
 from vit_jax.tools.text import format_columns
 
-# Of the paper's two learning rates and two schedules only the winner is
-# printed: 0.01 and 2,500 steps. The others here are ours.
+# The paper tried two learning rates and two schedules, but prints only the
+# best: 0.01 and 2,500 steps. The other values are ours.
 GRID = {"schedule.base_lr": ["0.003", "0.01"], "total_steps": ["500", "2500"]}
 MINI_GRID = {"schedule.base_lr": ["0.02", "0.05"]}
 _SELECTION = {"train.split": "train800", "eval.split": "val200"}
 _FINAL = {"train.split": "train800val200", "eval.split": "test"}
 
-# What of a model its weights decide.
+# Settings of a model that its weights determine.
 _OF_THE_WEIGHTS = (
   *("classifier", "pos_embedding", "pos_embedding_at"),
   *("activation", "layer_norm_epsilon"),
@@ -45,16 +45,16 @@ def vtab(
   seeds: int = 1,
   **where,
 ) -> dict[str, Any]:
-  """Runs VTAB, or what is left of it, and writes `workdir`/vtab.json.
+  """Runs or resumes VTAB, and writes `workdir`/vtab.json.
 
   Args:
     source: the weights, whatever `vit_jax.load` reads.
-    workdir: it gets a folder a task; a local path or a gs:// address.
+    workdir: a local path or a gs:// address; gets one folder per task.
     tasks: "all", "mini" or names: "caltech101,dtd".
     overrides: {key: text} of configs/vtab.py, for all tasks.
     grid: {key: texts}; empty: `GRID`, or `MINI_GRID` for the mini tasks.
-    per_task: whether each task gets the setting that is best for it.
-    seeds: how many final trainings of each task.
+    per_task: whether the setting is chosen for each task separately.
+    seeds: number of final runs per task.
     **where: see `jobs.Executor`.
 
   Returns:
@@ -68,8 +68,8 @@ def vtab(
   is_mini = chosen[0].name.startswith(data.MINI)
   folder = sweep.find_folder(workdir)
   for key in overrides.keys() & {*_FINAL, "train.dataset", "init_from"}:
-    raise UserError(f"--config.{key} is for vtab to set; leave it out")
-  if not grid:  # what is given is not tried
+    raise UserError(f"--config.{key} is set by vtab; leave it out")
+  if not grid:  # overridden keys are not searched
     default = MINI_GRID if is_mini else GRID
     grid = {k: v for k, v in default.items() if k not in overrides}
   model = pretrained.read(source).model
@@ -87,7 +87,7 @@ def vtab(
 
   plans = {task.name: plan(task) for task in chosen}
   executor = jobs.Executor(**where)
-  if is_mini:  # made in seconds, without a download
+  if is_mini:  # generated in seconds, without a download
     for task in chosen:
       # TFDS prints its progress; stdout is for the result.
       with contextlib.redirect_stdout(sys.stderr):
@@ -115,7 +115,7 @@ def parse_tasks(text: str) -> list[data.Task]:
   kinds = {name.partition(":")[0] + ":" for name in names}
   if len({*names}) < len(names) or kinds not in ({data.VTAB}, {data.MINI}):
     raise UserError(
-      f"--tasks={text} needs different tasks, all of vtab or all of mini"
+      f"--tasks={text} must be different tasks, all of vtab or all of mini"
     )
   return [task for name in names if (task := data.find_task(name))]
 
@@ -126,8 +126,8 @@ def choose(
   """Returns the setting of each task.
 
   Args:
-    selected: {task: `sweep.summarize` of it}; the same settings in each.
-    per_task: its own best, or that with the best mean over the tasks.
+    selected: {task: its `sweep.summarize`}; the same settings in each.
+    per_task: choose the best one of each task, else the one with the best mean.
   """
   if per_task:
     return {name: found["best"]["setting"] for name, found in selected.items()}
@@ -138,13 +138,14 @@ def choose(
 
 
 def summarize(tasks, selected, finals) -> dict[str, Any]:
-  """Returns the results of the tasks, their groups and all.
+  """Returns the results by task, by group and overall.
 
   Returns:
-    {"tasks": [{"task", "title", "group", "setting", "validation": accuracy on
-    200 images with it, "accuracy": the mean on the test set, "spread": the
-    sample standard deviation, None for one seed, "accuracies": of each seed,
-    "examples"}], "groups": {group: the mean of its tasks}, "mean": of all}.
+    {"tasks": [{"task", "title", "group", "setting", "validation", "accuracy",
+    "spread", "accuracies", "examples"}], "groups": {group: mean of its tasks},
+    "mean": over all tasks}. "validation" is the accuracy on 200 images. On the
+    test set, "accuracies" has each seed's, "accuracy" is their mean and
+    "spread" their sample standard deviation, None for one seed.
   """
   rows = []
   for task in tasks:

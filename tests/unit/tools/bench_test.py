@@ -110,7 +110,7 @@ def test_processes_end_to_end(capsys):
 
 @pytest.mark.ci
 def test_a_process_that_dies_is_an_error():
-  assert step.call(os._exit, {"status": 3}) == {"error": "its process has died"}
+  assert step.call(os._exit, {"status": 3}) == {"error": "the process died"}
 
 
 @pytest.mark.ci

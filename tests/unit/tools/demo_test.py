@@ -242,7 +242,7 @@ def test_phone_in_the_dark(open_demo, tmp_path):
   assert page.evaluate(light, ["dt", "color"]) > 0.7
   told = page.locator("body").aria_snapshot()
   for line in (
-    'heading "ViT-w16d2m24h2_8: what it sees" [level=1]',
+    'heading "ViT-w16d2m24h2_8: image classification" [level=1]',
     'button "Paste from clipboard"',
     'radio "32 x 32 px" [checked]',
     'meter "crane"',

@@ -141,7 +141,7 @@ def test_several_checkpoints_have_a_panel_each(run, pictures, tmp_path):
     sources[2], *pictures, f"--out={tmp_path}", "--only=rollout"
   )
   assert code == 2
-  assert err.startswith("error: cannot be drawn: rollout: it takes images, and")
+  assert err.startswith("error: cannot be drawn: rollout: it needs images, and")
 
 
 def test_components_are_those_of_another_library():
@@ -279,8 +279,8 @@ def test_a_disk_without_room_leaves_nothing(run, tmp_path, monkeypatch):
     (["--runs=/no/such"], "no such folder"),
     (["--runs=/no/such", "a.png"], "give --checkpoint=SOURCE"),
     # All that was asked for, or nothing.
-    (["--only=filters,rollout", "--checkpoint="], "rollout: it takes images"),
-    (["--only=filters,curves", "--checkpoint="], "curves: it takes runs"),
+    (["--only=filters,rollout", "--checkpoint="], "rollout: it needs images"),
+    (["--only=filters,curves", "--checkpoint="], "curves: it needs runs"),
   ],
 )
 def test_mistakes(run, args, said, tmp_path):

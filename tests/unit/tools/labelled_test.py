@@ -289,12 +289,12 @@ def test_the_documented_figures_in_small(tmp_path):
 @pytest.mark.parametrize(
   ("text", "words"),
   [
-    ("image,class\na.jpg,x\n", "must name the columns image, label"),
+    ("image,class\na.jpg,x\n", "must have the columns image, label"),
     ("image,label\na.jpg, \n", "line 2: a field is empty"),
     ("image,label,confidence\na.jpg,x,nan\n", "'nan' is not a number"),
     ("image,label\na.jpg,dgo\n", "unknown class 'dgo'; did you mean 'dog'"),
     ("image,label\n", "has no labels$"),
-    ("image,label,weight\na.jpg,x,0.1\n", "no labels of a confidence of 0.5"),
+    ("image,label,weight\na.jpg,x,0.1\n", "labels with a confidence of 0.5"),
     ("image,label\na, b.jpg,x\n", "line 2: more fields than columns"),
     ('image,label\n"a.jpg,x\n', "unexpected end of data"),
     ('{"image": "a.jpg", "labels": "x"}', "line 1: the labels must be a list"),
@@ -402,7 +402,7 @@ def test_other_mistakes(tmp_path):
   _make(tmp_path, 3)
   (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
   for options, words in (
-    ({"classes": str(tmp_path / "classes.txt")}, "a line, each of them once"),
+    ({"classes": str(tmp_path / "classes.txt")}, "per line, each of them once"),
     ({"images": tmp_path / "no"}, "does not exist"),
     ({"images": tmp_path / "labels.csv"}, "has no images"),
     ({"labels": tmp_path / "no.csv"}, "cannot be read"),
@@ -410,7 +410,7 @@ def test_other_mistakes(tmp_path):
     ({"holdout": 1.5}, "--holdout is 1.5"),
     ({"workers": 0}, "--workers is 0"),
     ({"beam_options": "a=b"}, "--beam_options needs a --beam_runner"),
-    ({"beam_runner": "DirectRunner"}, "--workers are processes of this"),
+    ({"beam_runner": "DirectRunner"}, "--workers are local processes"),
   ):
     with pytest.raises(UserError, match=words):
       _build(tmp_path, **options)

@@ -97,10 +97,10 @@ def test_stages_get_their_data_and_weights(write, tmp_path):
 @pytest.mark.parametrize(
   ("change", "words"),
   [
-    ("stages=()", "stages are none; they are teacher, student1"),
-    ("stages=('teacher',)", "stages are teacher; they are"),
+    ("stages=()", "stages are none; they must be teacher, student1"),
+    ("stages=('teacher',)", "stages are teacher; they must"),
     ("stages=('teacher', 'student2')", "stages are teacher, student2; they"),
-    ("stages=('teacher', 'student1', 'last')", "student1, last; they are"),
+    ("stages=('teacher', 'student1', 'last')", "student1, last; they must"),
     ("ratio=0.0", "a ratio above 0"),
     ("min_confidence=1.5", "min_confidence is 1.5; it must be from 0 to 1"),
     ("ratio=(1.0,)", "there are 2 students; give one number"),

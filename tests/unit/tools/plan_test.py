@@ -78,9 +78,9 @@ def test_cycles_count_as_often_as_they_run():
 
 
 def test_what_has_no_number_is_no_guess():
-  with pytest.raises(ValueError, match="how often the loop of condition runs"):
+  with pytest.raises(ValueError, match="trip count of the loop of condition"):
     hlo.read(_TEXT.replace("constant(5)", "rng()"))
-  with pytest.raises(ValueError, match="kernel does not state its cycles"):
+  with pytest.raises(ValueError, match="kernel has no cycles in its metadata"):
     hlo.read(_TEXT.replace('"cycles":"5000"', '"about":"5000"'))
   # But for mixup's, which seldom goes round twice.
   title = 'body=%body, metadata={op_name="jit(_beta)/jit(_gamma)/while"}'

@@ -211,7 +211,7 @@ def test_the_page_shows_what_was_counted(text):
   assert "photos/b/1 &amp; more.jpg" in text
   assert "There is no checkpoint." in text
   # 40 steps measured 97.5 %, and 455 of 500 are right.
-  assert "455 of 500 labelled images right" in text
+  assert "455 of 500 labelled images correct" in text
   assert "The run itself measured 97.50\u00a0%" in text
   assert {"few", "many", "multi", "none"} <= {row[0] for row in rows}
   assert ["Run", "loss.name", "schedule.base_lr", "seed"] in rows
@@ -351,11 +351,11 @@ def test_on_a_phone_in_the_dark_and_aloud(open_page, text, tmp_path):
     "main",
     'heading "Test set: few" [level=2]',
     'img "Training loss few: last 0.2, lowest 0.2, highest 0.8',
-    'table "What was trained"',
+    'table "Training"',
     'rowheader "few"',
     'columnheader "Result"',
     'img "Test image 1002: b"',
-    'img "The same, dark where the model did not look"',
+    'img "The same, darkened where attention is low"',
   ):
     assert line in told, line
   shown.evaluate(

@@ -127,7 +127,7 @@ def test_an_unfinished_trial_is_named(args, commands, tmp_path, capsys):
   ("argument", "words"),
   [
     ("--tasks=dtd", "run `vit-jax data prepare"),
-    ("--config.eval.split=test", "is for vtab to set"),
+    ("--config.eval.split=test", "is set by vtab"),
     ("--config.image_siz=32", "did you mean 'image_size'?"),
     ("--init_from=/no/such", "/no/such"),
     ("--jobs=0", "--jobs is 0"),

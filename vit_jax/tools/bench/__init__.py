@@ -1,5 +1,4 @@
-"""Speed of this machine: `step` and `torch_step` (timm's), and the `input`.
+"""Benchmarks of this machine: `step`, `torch_step` (timm's) and `input`.
 
-Each measurement of a step is a process of its own, so that its memory, its peak
-and its failure are its own.
+Each step is measured in a process of its own, to isolate memory and failures.
 """

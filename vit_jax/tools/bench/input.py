@@ -1,15 +1,14 @@
-"""The `bench input` command: how many images a second this host prepares.
+"""The `bench input` command: images per second that this host prepares.
 
-Four ways to do it, or a part of it, take turns: a machine with other work has
-it for all of them.
+Four variants of the pipeline or a part of it take turns, so that other load on
+the machine affects all of them.
 
-  pipeline: what training uses: random access, the same batches on every run.
-  plain: tf.data as it is usually written: TFRecord files in their order, a
-    shuffle buffer, pixels as float32, batches after the map; never the same
-    batches again.
+  pipeline: as in training, with random access and reproducible batches.
+  plain: usual tf.data: TFRecord files in their order, a shuffle buffer, pixels
+    as float32, batches after the map. Batches are not reproducible.
   resizing: TFRecord files, their crops decoded and resized, no batch.
   decoding: TFRecord files and their crops decoded. All four decode windows of
-    the same distribution with the same decoder, so none can exceed this.
+    the same distribution with the same decoder, so this is an upper bound.
 """
 
 # TensorFlow's annotations lack the type of `iter` of a data set.
@@ -42,8 +41,8 @@ from vit_jax.tools.text import format_columns
 _RECIPE = "inception_crop(size)|flip_lr"
 _AREA = (5, 100)  # percent, of `inception_crop`
 _SHUFFLE_BUFFER = 2000  # of the plain pipeline
-_RECORDS = 2000  # at most, that all but the pipeline read
-_PHOTOS = 512  # that are made
+_RECORDS = 2000  # at most, read by all but the pipeline
+_PHOTOS = 512  # generated
 _PHOTO = (375, 500)  # height and width; ImageNet's median
 _CANVAS = (1200, 1600)
 _QUALITY = 90
@@ -61,21 +60,21 @@ def bench(
   rounds: int = 5,
   needs: float | None = None,
 ) -> dict[str, Any]:
-  """Measures the input pipeline of this host, beside others.
+  """Measures the input pipeline of this host, beside the other variants.
 
   Args:
-    dataset, split, data_dir: as `get_source`; None for JPEGs that are made.
+    dataset, split, data_dir: as `get_source`; None for generated JPEGs.
     image_size: pixels, or (h, w).
     batch_size: images of a batch of this host.
-    rounds: how often each has its turn.
-    needs: images a second that some machines take.
+    rounds: number of turns of each variant.
+    needs: images per second that the accelerators take.
 
   Returns:
-    Of each "images_per_second", the median, and "cpu_ms" of an image, the
-    least; "ratio" and "cpu_ratio", how many times as fast as each other the
-    pipeline is, by time and by CPU time; "per_core" of the pipeline; "cores",
-    "image_bytes", the mean, "image_size", "batch_size"; with "needs" also
-    "hosts", which is how many such hosts read that much.
+    Of each variant "images_per_second", the median, and "cpu_ms" of an image,
+    the least. "ratio" and "cpu_ratio" are the pipeline's speed relative to each
+    other variant, by time and by CPU time. "per_core" is of the pipeline;
+    "cores", "image_bytes", the mean, "image_size", "batch_size"; with "needs"
+    also "hosts", the number of such hosts for that rate.
 
   Raises:
     UserError: no such data set, images that are not JPEGs, a number that is not
@@ -123,7 +122,7 @@ def bench(
 
 
 def time_batches(batches: Iterator, batch_size: int) -> float:
-  """Returns the images a second of a pipeline that is not in use yet.
+  """Returns the images per second of a pipeline that is not yet in use.
 
   `batches` yields batches of `batch_size` images.
   """
@@ -131,10 +130,9 @@ def time_batches(batches: Iterator, batch_size: int) -> float:
 
 
 def _take_turn(batches, batch_size):
-  """Returns the seconds and the CPU seconds of an image.
+  """Returns the seconds and the CPU seconds per image.
 
-  What is begun is not finished: it goes with `batches`, and leaves the machine
-  to the next one.
+  Prefetching ends with `batches`, so that it does not slow down the next turn.
   """
   for _ in range(_WARM_UP):
     next(batches)
@@ -147,9 +145,9 @@ def _take_turn(batches, batch_size):
 
 
 def _compare(times):
-  """Returns how many times as fast as each other the pipeline is.
+  """Returns the pipeline's speed relative to each other variant.
 
-  `times` has [(seconds, CPU seconds)] of each; the result is of both.
+  `times` has [(seconds, CPU seconds)] of each; the result has both ratios.
   """
   times = {name: np.array(x) for name, x in times.items()}
   ours = times.pop("pipeline")
@@ -182,10 +180,10 @@ def format_report(found: dict[str, Any]) -> str:
 def make_photos(folder: Path, count: int) -> Source:
   """Makes JPEGs that are as large as photographs, as an ArrayRecord data set.
 
-  They show blotches of many sizes; the spectrum falls as that of photographs.
+  They show blotches of many sizes, with a spectrum like that of photographs.
   """
   rng = np.random.default_rng(0)
-  # They are cut out of one canvas: drawing each would be slow.
+  # They are crops of one canvas, because drawing each would be slow.
   height, width = _CANVAS
   total = np.zeros((height, width, 3), np.float32)
   for level in range(8):
@@ -238,7 +236,7 @@ def _write_records(source, file):
 
 
 def _make_turns(source, file, image_size, batch_size):
-  """Returns {name: function that starts it}."""
+  """Returns {variant: function that starts it}."""
 
   def decode(encoded, seed):
     shape = tf.io.extract_jpeg_shape(encoded)
@@ -254,7 +252,7 @@ def _make_turns(source, file, image_size, batch_size):
     image = tf.image.random_flip_left_right(image)
     return {"image": image / 127.5 - 1, "labels": labels}
 
-  # They give one pixel of each image, lest what is not used be not computed.
+  # They return a pixel of each image, because unused results are not computed.
   def decode_only(number, record):
     return decode(source.parse_image(record), tf.stack([number, 0]))[0, 0]
 

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own."""
+"""Measurements in a child process."""
 
 import multiprocessing
 import os
@@ -11,21 +11,21 @@ from vit_jax.errors import one_line
 
 
 def call(run: Callable[..., dict], spec: dict[str, Any]) -> dict[str, Any]:
-  """Returns `run(**spec)`, {"error": one line} if something went wrong."""
-  # JAX takes three quarters of a GPU's memory for itself by default.
+  """Returns `run(**spec)` of a child process, or {"error": one line}."""
+  # By default, JAX would use at most three quarters of a GPU's memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
   context = multiprocessing.get_context("spawn")
   with ProcessPoolExecutor(1, mp_context=context) as pool:
     try:
       return pool.submit(_try, run, spec).result()
     except BrokenProcessPool:
-      return {"error": "its process has died"}
+      return {"error": "the process died"}
 
 
 def _try(run, spec):
   try:
     return run(**spec)
-  except Exception as e:  # of any library; not each of them can be pickled
+  except Exception as e:  # of any library; some cannot be pickled
     if any(x in str(e) for x in ("out of memory", "RESOURCE_EXHAUSTED")):
       return {"error": "out of memory"}
     return {"error": one_line(e)}

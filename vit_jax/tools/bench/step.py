@@ -1,7 +1,7 @@
 """The `bench step` command: the train step on the devices of this machine.
 
-What is measured is the step that trains, on a batch that is on the devices
-already. Only jax, flax, optax and numpy are needed.
+It measures the step that trains, on a batch that is already on the devices.
+Only jax, flax, optax and numpy are needed.
 """
 
 import functools
@@ -28,25 +28,25 @@ log = logging.getLogger(__name__)
 
 _LR = 1e-4
 _WARM_UP = 3  # steps
-# Sides of the matmuls that MFU is against; a CPU would take minutes.
+# Sides of the matmuls that define 100 % MFU; on a CPU these would take minutes.
 _SIDES = (4096, 8192, 16384)
 _CPU_SIDES = (256, 512)
-_MATMULS = 8  # in one program, so that starting it costs nothing
+_MATMULS = 8  # in one program, so that its start costs nothing
 
 
 def bench(
   names: list[str], *, beside: str | None = None, **options: Any
 ) -> list[dict[str, Any]]:
-  """Measures the steps of some models, one after the other.
+  """Measures the train steps of models, one after the other.
 
   Args:
     names: variants, such as "ViT-L_16".
-    beside: "timm" for the same models there as well.
+    beside: "timm" to measure the same models in timm as well.
     **options: as `measure`.
 
   Returns:
-    What `measure` returned, of each; "error", one line, in place of figures
-    where there are none. After ours timm's, if asked for, with "code" "timm".
+    For each model the result of `measure`, or "error", one line, if it failed.
+    Each is followed by timm's, with "code" "timm", if `beside` is given.
 
   Raises:
     UserError: an option that cannot be used.
@@ -73,14 +73,14 @@ def bench(
 
 
 def _run_timm(ours):
-  """Returns the figures of the model in timm that `ours` are of."""
+  """Returns timm's figures for the model of `ours`."""
   given = {key: ours[key] for key in ("batch_size", "steps", "dtype")}
   result = {"code": "timm", "variant": ours["variant"], **given}
   sizes = variants.parse(ours["variant"])
   if sizes.encoder is None or sizes.units is not None:
-    return result | {"error": "of timm's, only plain ViTs are measured"}
+    return result | {"error": "only plain ViTs of timm can be measured"}
   if ours["remat"] != "none":
-    return result | {"error": "measured without --remat"}
+    return result | {"error": "timm cannot be measured with --remat"}
   size = sizes.encoder
   model = {
     "img_size": ours["image_size"],
@@ -119,7 +119,7 @@ def measure(
   Args:
     variant, num_classes, dtype, **options: as `models.create`.
     batch_size: images, over all devices.
-    steps: that are timed; the median counts.
+    steps: number of timed steps; the median is returned.
 
   Returns:
     "step_seconds", "images_per_second",
@@ -162,10 +162,10 @@ def measure(
 def make_step(mesh, model, num_classes: int, batch_size: int):
   """Returns (the jitted train step, its state, a batch), on the devices.
 
-  Adam with decoupled weight decay and a constant rate; softmax cross-entropy,
-  one label an image; no clipping, dropout or averaging.
+  AdamW with a constant learning rate, softmax cross-entropy with one label per
+  image; no clipping, dropout or weight averaging.
   """
-  # Of the same transformations as `optim.make_optimizer` makes for this.
+  # It has the same transformations as `optim.make_optimizer` would have.
   optimizer = optax.adamw(_LR, weight_decay=0.1)
   names = [str(i) for i in range(num_classes)]
   train_step = functools.partial(
@@ -194,11 +194,11 @@ def make_step(mesh, model, num_classes: int, batch_size: int):
 
 
 def measure_ceiling(dtype: str) -> float:
-  """Returns the TFLOP/s of the best of some matmuls, on one device."""
+  """Returns the highest TFLOP/s of matmuls of some sizes, on one device."""
   platform = jax.local_devices()[0].platform
   best = 0.0
   for side in _CPU_SIDES if platform == "cpu" else _SIDES:
-    # Random numbers of variance 1, and factors that keep it so.
+    # Random numbers of variance 1, and a factor that preserves the variance.
     x, factor = jax.random.normal(jax.random.key(0), (2, side, side), dtype)
 
     @jax.jit
@@ -216,7 +216,7 @@ def measure_ceiling(dtype: str) -> float:
 
 
 def _rates(spec, step_seconds, ceiling):
-  """Returns the figures that follow from a step's time."""
+  """Returns the figures that are computed from a step's time."""
   products = count_multiply_adds(
     spec["variant"], spec["image_size"], spec["num_classes"]
   )
@@ -227,7 +227,7 @@ def _rates(spec, step_seconds, ceiling):
 
 
 def _find_memory(compiled):
-  """Returns a device's peak memory in bytes, if unknown the compiler's plan."""
+  """Returns a device's peak memory in bytes, or the compiler's estimate."""
   stats = jax.local_devices()[0].memory_stats() or {}
   plan = compiled.memory_analysis()
   used = plan.argument_size_in_bytes + plan.temp_size_in_bytes
@@ -239,7 +239,7 @@ def _find_memory(compiled):
 
 
 def format_report(rows: list[dict[str, Any]]) -> str:
-  """Returns the table of what `bench` found, and what it was measured on."""
+  """Returns the results of `bench` as a table, with devices and versions."""
   head = ("", "batch", "images/s", "TFLOP/s", "MFU", "GiB", "ms", "compile s")
   lines = format_columns([(*head, ""), *map(_list_figures, rows)], "<>>>>>>><")
   notes = dict.fromkeys(

@@ -1,7 +1,7 @@
 """The train step of the same model in timm, for `bench step --beside=timm`.
 
-As PyTorch is made fast today: torch.compile, bf16 autocast, fused AdamW. Read
-from timm and PyTorch is what they do; nothing of the JAX code runs here.
+It uses PyTorch's fast path: torch.compile, bf16 autocast and fused AdamW. None
+of the JAX code runs here.
 """
 
 import statistics
@@ -27,15 +27,15 @@ def measure(
 
   Args:
     model: arguments of timm's VisionTransformer.
-    batch_size, steps, dtype: as of `step.measure`.
-    device, compiled: tests have "cpu", and do without torch.compile.
+    batch_size, steps, dtype: as in `step.measure`.
+    device, compiled: tests use "cpu" without torch.compile.
 
   Returns:
     "step_seconds", "memory_gib", "compile_seconds", "loss", "how", "devices",
     "device", "versions".
 
   Raises:
-    UserError: PyTorch, timm or the GPU is not there.
+    UserError: PyTorch, timm or the GPU is missing.
   """
   torch, timm = _import_libraries(device)
   size = as_pair(model["img_size"])
@@ -68,7 +68,7 @@ def measure(
 
 
 def _import_libraries(device):
-  """Returns the modules torch and timm; the device must be there."""
+  """Returns the modules torch and timm; checks the device."""
   try:
     import timm  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
@@ -78,7 +78,7 @@ def _import_libraries(device):
       "torchvision timm"
     ) from e
   if device == "cuda" and not torch.cuda.is_available():
-    raise UserError(f"PyTorch {torch.__version__} sees no GPU")
+    raise UserError(f"PyTorch {torch.__version__} finds no GPU")
   return torch, timm
 
 
@@ -89,7 +89,7 @@ def _make_step(torch, model, device, dtype, compiled):
   )
 
   def compute_loss(images, labels):
-    # From uint8, as our step does.
+    # From uint8, as in our step.
     pixels = (images.float() - 127.5) / 127.5
     with torch.autocast(device, dtype, enabled=dtype != torch.float32):
       logits = model(pixels)

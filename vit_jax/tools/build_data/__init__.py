@@ -1,1 +1,1 @@
-"""Data sets of your own images."""
+"""The `data build` command: data sets of your images."""

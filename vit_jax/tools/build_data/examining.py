@@ -1,7 +1,7 @@
-"""What is done to each image of a build: read, decoded, compared.
+"""Per-image work of a build: reading, decoding, finding near-duplicates.
 
-It runs in processes of its own, which start without TensorFlow, or in those of
-an Apache Beam pipeline.
+It runs in worker processes, which start without TensorFlow, or in an Apache
+Beam pipeline.
 """
 
 import io
@@ -29,16 +29,17 @@ def run(
   index: str,
   data_dir: str,
 ) -> list[tuple[str, str, Any]]:
-  """Reads images, and searches for them among the test images.
+  """Reads images and finds their near-duplicates among the test images.
 
   Args:
-    images: (name, place, labels); None: the labels are a data set's own.
+    images: (name, place, labels); labels are None for a data set's own.
     index: the folder of the saved index of test images.
     data_dir: that of TFDS.
 
   Returns:
-    Of each image its name, why it is left out (UNREADABLE, UNLABELLED or TWINS;
-    "" if not), and its key and example for TFDS or what report.json says of it.
+    (name, reason, result) of each image. The reason for leaving it out is
+    UNREADABLE, UNLABELLED or TWINS, and "" for a kept image. The result is the
+    entry in report.json, or the key and example for TFDS.
   """
   outcomes, found = [], []
   for name, place, labels in images:
@@ -50,7 +51,7 @@ def run(
         found.append((name, labels, *_decode(encoded)))
       else:
         outcomes.append((name, UNLABELLED, name))
-    except Exception as e:  # Pillow's plugins raise what they like
+    except Exception as e:  # Pillow's plugins raise errors of any type
       why = one_line(e) if isinstance(e, UserError) else type(e).__name__
       outcomes.append((name, UNREADABLE, [name, why]))
   if found:
@@ -66,10 +67,10 @@ def run(
 def _decode(encoded):
   """Returns bytes that training decodes to the same image, and a thumbnail.
 
-  Pixels are those that training sees, see `preprocess.decode_image`. CMYK is
-  made RGB here, in one way.
+  Pixels are decoded as for training, by `preprocess.decode_image`. CMYK is
+  converted to RGB here.
   """
-  with warnings.catch_warnings():  # of what Pillow can read all the same
+  with warnings.catch_warnings():  # about images that Pillow can still read
     warnings.simplefilter("ignore")
     image = preprocess.open_image(encoded, "image")
     kept = image.format in _KEPT and image.mode != "CMYK"
@@ -85,10 +86,9 @@ def make_pipeline(images: str, problems: str, examine):
   """Returns the Beam transform that makes a split's examples.
 
   Args:
-    images: a file with what `examine` takes in each line, as JSON.
-    problems: how the names of files begin that take its outcomes with one, as
-      JSON lines.
-    examine: `run` of some index.
+    images: a JSON-lines file of arguments for `examine`.
+    problems: prefix of the JSON-lines files for outcomes with a reason.
+    examine: `run` with its index.
   """
   import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
@@ -96,7 +96,7 @@ def make_pipeline(images: str, problems: str, examine):
     outcomes = (
       pipeline
       | beam.io.ReadFromText(images)
-      | beam.Reshuffle()  # so that any number of workers share the lines
+      | beam.Reshuffle()  # distributes the lines over the workers
       | beam.FlatMap(lambda line: examine(json.loads(line)))
     )
     bad = outcomes | "Bad" >> beam.Filter(lambda outcome: outcome[1])
@@ -108,12 +108,12 @@ def make_pipeline(images: str, problems: str, examine):
 
 
 def start_worker() -> None:
-  """Prepares a process that is nothing but a worker."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the build's
+  """Initialises a worker process."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the build handles Ctrl-C
   parent = multiprocessing.parent_process()
   assert parent
 
-  def end_with_build():  # also with one that is killed
+  def end_with_build():  # even if the build is killed
     parent.join()
     os._exit(1)
 

@@ -1,11 +1,10 @@
-"""Makes a multi-label data set of your own images, as JFT is for the paper.
+"""A builder of multi-label data sets of your images, like the paper's JFT.
 
-Images come from a folder, from tar files, from Parquet files or from another
-data set; labels, several an image, from a table beside them. Processes, or the
-machines of an Apache Beam runner, read and decode the images and compare them
-with those of test sets; a TFDS builder shuffles what is left and writes it as
-ArrayRecord. The data set is there when all of it is: a build that was
-interrupted starts anew.
+Images come from a folder, tar files, Parquet files or another data set, and
+labels, several per image, from a table. Worker processes or an Apache Beam
+runner read and decode the images, and drop near-duplicates of test images. A
+TFDS builder shuffles the others and writes them as ArrayRecord. The data set
+appears when it is complete; an interrupted build starts over.
 """
 
 import collections
@@ -55,23 +54,23 @@ def build(
   beam_runner: str | None = None,
   beam_options: str | None = None,
 ) -> tuple[epath.Path, dict[str, Any]]:
-  """Makes a multi-label data set of your images.
+  """Builds a multi-label data set of your images.
 
   Args:
     name: of the new data set.
-    images: what `own_files.list_images` takes.
-    labels, classes, min_confidence: what `own_files.read_labels` takes; None:
-      the labels of a data set of images.
-    against: "DATASET:SPLIT", test sets whose images must not be in it.
-    holdout: part of the images that become the split "test".
-    workers: processes; None: one a core, 1: a thread of this one.
+    images: see `own_files.list_images`.
+    labels, classes, min_confidence: see `own_files.read_labels`; None for
+      images of a data set, which have labels.
+    against: test sets, "DATASET:SPLIT", whose near-duplicates are left out.
+    holdout: fraction of the images for the split "test".
+    workers: number of processes; None: one per core, 1: a thread of this one.
     data_dir: where TFDS data sets are.
-    beam_runner, beam_options: a runner of Apache Beam instead of processes, and
-      "KEY=VALUE,..." for it.
+    beam_runner, beam_options: an Apache Beam runner to use instead of
+      processes, and its options "KEY=VALUE,...".
 
   Returns:
-    Its folder, and the content of report.json: how many images each split has,
-    what was left out and why, and names of the labels that no image has.
+    Its folder, and the content of report.json: the number of images of each
+    split, images left out and why, and names of labels without an image.
 
   Raises:
     UserError: nothing to read, bad labels, or a name that is taken.
@@ -79,7 +78,7 @@ def build(
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise UserError(
-      f"{name!r} is not a name of a data set; use lower-case letters, digits "
+      f"{name!r} is not a valid data set name; use lower-case letters, digits "
       "and _"
     )
   if not 0 <= holdout < 1:
@@ -94,8 +93,8 @@ def build(
   builder = LabelledImages(name, root, work, holdout, test_sets, workers)
   folder = builder.data_path
   if folder.exists():
-    raise UserError(f"{folder} exists; nothing is overwritten, choose a name")
-  # A full disk, a dead worker; of Beam, whatever its runner calls a failure.
+    raise UserError(f"{folder} exists; nothing is overwritten, choose another")
+  # A full disk or a dead worker; a Beam runner's failures have any type.
   failures = Exception if beam else (OSError, RuntimeError, tf.errors.OpError)
   try:
     run_builder(builder, **beam)
@@ -104,7 +103,7 @@ def build(
   except failures as e:
     why, again = one_line(e), "again"
     if isinstance(e, concurrent.futures.BrokenExecutor):
-      why = "a worker died, as they do when memory runs out or they are killed"
+      why = "a worker died; it was killed or ran out of memory"
       again = "with fewer --workers"
     raise RunStopped(
       f"{why}; nothing is kept, run the same command {again}"
@@ -113,13 +112,13 @@ def build(
 
 
 def _open_beam(runner, options, workers):
-  """Returns what `run_builder` takes of Apache Beam; {} without a runner."""
+  """Returns `run_builder`'s arguments for Apache Beam; {} without a runner."""
   if options and not runner:
-    raise UserError("--beam_options needs a --beam_runner, as DirectRunner")
+    raise UserError("--beam_options needs a --beam_runner like DirectRunner")
   if not runner:
     return {}
   if workers:
-    raise UserError("--workers are processes of this machine, not of Beam's")
+    raise UserError("--workers are local processes, which Beam does not use")
   import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
   given = [f"--{option}" for option in (options or "").split(",") if option]
@@ -127,7 +126,7 @@ def _open_beam(runner, options, workers):
   try:
     with contextlib.redirect_stderr(words):
       parsed = beam.options.pipeline_options.PipelineOptions(given)
-      parsed.get_all_options()  # reads them all
+      parsed.get_all_options()  # parses all of them
     opened = beam.runners.create_runner(runner)
   except SystemExit as e:
     why = words.getvalue().splitlines()[-1]
@@ -138,13 +137,14 @@ def _open_beam(runner, options, workers):
 
 
 def _list_work(images, labels, classes, min_confidence, data_dir):
-  """Returns class names, the most labels, images, and names of no image.
+  """Returns class names, most labels per image, images, and unused names.
 
-  An image is (name, place, labels); None: the labels are a data set's own.
+  An image is (name, place, labels); labels are None for a data set's own. Names
+  in the labels file without an image are unused.
   """
   if images.startswith(own_files.TFDS):
     if labels or classes or min_confidence:
-      raise UserError(f"--images {images} has labels of its own; leave others")
+      raise UserError(f"--images {images} has labels of its own; omit others")
     source = own_files.open_set(images, data_dir)
     found = own_files.list_images(images, data_dir)
     work = [(name, place, None) for name, place in found]
@@ -160,12 +160,12 @@ def _list_work(images, labels, classes, min_confidence, data_dir):
   if len(unknown) == len(by_name):
     raise UserError(
       f"none of the {len(unknown):,} names in the labels file, such as "
-      f"{unknown[0]!r}, is that of one of the {len(found):,} images, such as "
+      f"{unknown[0]!r}, matches one of the {len(found):,} images, such as "
       f"{found[0][0]!r}; names are paths below --images"
     )
   if unknown:
     log.warning(
-      "%d of %d names in the labels file are those of no image, such as %r",
+      "%d of %d names in the labels file match no image, such as %r",
       *(len(unknown), len(by_name), unknown[0]),
     )
   work = [(name, place, by_name.get(name, [])) for name, place in found]
@@ -173,22 +173,22 @@ def _list_work(images, labels, classes, min_confidence, data_dir):
 
 
 class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """The TFDS builder of a data set of your own images.
+  """The TFDS builder of a data set of your images.
 
   Attributes:
-    report: the content of report.json; whole when the set is.
+    report: the content of report.json; complete when the set is.
   """
 
   VERSION = tfds.core.Version("1.0.0")
 
   def __init__(self, name, data_dir, work, holdout, test_sets, workers):
-    """Takes what `_list_work` returns; workers: None for a Beam pipeline."""
+    """`work` is from `_list_work`; `workers` is None for a Beam pipeline."""
     self.name = name  # pyright: ignore[reportAttributeAccessIssue]
     self._class_names, self._max_labels, images, unknown = work
     self._test_sets, self._workers = test_sets, workers
     self._images = collections.defaultdict(list)
     for image in images:
-      # Of a name's own number from 0 to 1.
+      # The hash of a name is a number from 0 to 1.
       digest = hashlib.sha256(os.fsencode(image[0])).hexdigest()
       is_test = int(digest, 16) / 2**256 < holdout
       self._images["test" if is_test else "train"].append(image)
@@ -211,11 +211,11 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _download_and_prepare(self, dl_manager, download_config):
-    """Makes the set and report.json, in the folder that is then renamed."""
+    """Writes the set and report.json to the folder that is then renamed."""
     self._work = self.data_path / "work"
     self._work.mkdir()
     _make_index(self._test_sets).save(self._work)
-    # Leaving it ends the workers, before the folder goes.
+    # Leaving the pool ends the workers before the folder is removed.
     with _open_pool(self._workers) as self._pool:
       super()._download_and_prepare(dl_manager, download_config)
     for file in self._work.glob("problems*"):
@@ -239,7 +239,7 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       chunks = [images[start : start + _TOGETHER] for start in starts]
       outcomes = itertools.chain.from_iterable(map(examine, chunks))
       bad = [*itertools.takewhile(lambda outcome: outcome[1], outcomes)]
-      if len(bad) == len(images):  # otherwise one image has been read, or few
+      if len(bad) == len(images):  # else it stopped at the first good image
         count = collections.Counter(why for _, why, _ in bad)
         words = ", ".join(f"{n:,} {why}" for why, n in count.items())
         raise UserError(
@@ -273,7 +273,7 @@ def _make_index(sources) -> near_duplicates.Index:
     pixels = preprocess.decode_image(encoded, source.describe(i))
     return near_duplicates.make_thumbnail(Image.fromarray(pixels))
 
-  # Threads: Pillow lets others run while it decodes.
+  # Threads suffice, because Pillow releases the GIL while it decodes.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     thumbnails = list(pool.map(read, examples))
   names = [f"{x.dataset}:{x.split}:{i}" for x, i in examples]
@@ -283,7 +283,7 @@ def _make_index(sources) -> near_duplicates.Index:
 def _open_pool(workers):
   if workers == 1:
     return concurrent.futures.ThreadPoolExecutor(1)
-  # As many workers as cores need no more threads for matmuls.
+  # There is a worker for each core, so matmuls need no more threads.
   os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
   # Not forked: TensorFlow's threads do not survive that.
   context = multiprocessing.get_context("spawn")

@@ -1,12 +1,11 @@
-"""Finds images of a pre-training set that are also in a test set.
+"""Near-duplicates of test images in a pre-training set.
 
 The paper de-duplicates its pre-training sets with respect to the test sets of
 the downstream tasks, as BiT did (arXiv 1912.11370). Here that takes two steps.
-A signature, a small grey image of length one, finds the test image that an
-image looks most like: one matrix product. The two are then laid over each
-other in colour, mirrored and with a few per cent cut off either; they are
-near-duplicates if they fit above a threshold. Scale, re-encoding, brightness
-and contrast hardly matter to either step.
+The first finds the most similar test image by its signature, a small grey image
+of unit norm. The second compares the two in colour, mirrored and with a few per
+cent cropped from either; they are near-duplicates if their similarity reaches a
+threshold. Scale, re-encoding, brightness and contrast hardly affect either.
 """
 
 import functools
@@ -21,17 +20,17 @@ from PIL import Image
 from vit_jax.files import is_remote
 
 SIDE = 16  # pixels of a signature's side
-THUMBNAIL = 48  # pixels of the images that are laid over each other
-_FIT = 24  # pixels at which they are compared
-CANDIDATE = 0.75  # similarity of signatures that is worth a second look
-THRESHOLD = 0.98  # of the colour images; docs/your_images.md: its errors
-_MOST = 5  # pixels of a thumbnail that may be missing at a side: a tenth
+THUMBNAIL = 48  # pixels of a thumbnail's side
+_FIT = 24  # pixels of a side when two thumbnails are compared
+CANDIDATE = 0.75  # similarity of signatures that is enough for the second step
+THRESHOLD = 0.98  # of the colour images; error rates: docs/your_images.md
+_MOST = 5  # pixels that may be cropped from a side of a thumbnail, a tenth
 
 
 def make_thumbnail(image: Image.Image) -> np.ndarray:
   """Returns u8[THUMBNAIL THUMBNAIL 3]."""
   size, bicubic = (THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC
-  # Large images are halved or the like first, which takes half the time.
+  # Large images are first reduced by an integer factor, to halve the time.
   return np.asarray(image.convert("RGB").resize(size, bicubic, reducing_gap=2))
 
 
@@ -46,12 +45,12 @@ def _unit(x):
   x = x.astype(np.float32).ravel()
   x -= x.mean()
   length = np.linalg.norm(x)
-  # A grey level of noise on a flat image is not content.
+  # On a flat image, noise of one grey level is not content.
   return x / length if length > np.sqrt(x.size) else np.zeros_like(x)
 
 
 class Index(NamedTuple):
-  """The test images, to be searched for near-duplicates.
+  """The test images, for finding near-duplicates of others.
 
   Attributes:
     names: str[n].
@@ -65,13 +64,13 @@ class Index(NamedTuple):
 
   @classmethod
   def make(cls, names, thumbnails) -> Self:
-    """Returns the index of a name and a thumbnail of each image, 8 kB each."""
+    """Returns the index of named thumbnails, 8 kB per image."""
     thumbnails = np.array(thumbnails, np.uint8)
     thumbnails = thumbnails.reshape(-1, THUMBNAIL, THUMBNAIL, 3)
     return cls(np.asarray(names, str), thumbnails, make_signatures(thumbnails))
 
   def save(self, folder) -> None:
-    """Writes the files that `load` reads, to an epath.Path."""
+    """Writes the files that `load` reads to `folder`, an epath.Path."""
     for name, array in self._asdict().items():
       with (folder / f"{name}.npy").open("wb") as f:
         np.save(f, array)
@@ -79,7 +78,7 @@ class Index(NamedTuple):
   @classmethod
   @functools.cache
   def load(cls, folder: str) -> Self:
-    """Opens saved files: mapped, so that processes share one copy."""
+    """Opens saved files, memory-mapped so that processes share one copy."""
     files = [epath.Path(folder) / f"{name}.npy" for name in cls._fields]
     if is_remote(folder):
       return cls(*(np.load(io.BytesIO(f.read_bytes())) for f in files))
@@ -89,8 +88,8 @@ class Index(NamedTuple):
     """Returns (name, similarity) of each image's near-duplicate, or None.
 
     Args:
-      thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. Several at once are faster by an
-        order: the signatures are then read from memory once for all of them.
+      thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. A batch is an order of magnitude
+        faster, because it reads the signatures from memory once.
     """
     if not self.names.size:
       return [None] * len(thumbnails)
@@ -109,18 +108,17 @@ class Index(NamedTuple):
 
 
 def _fit(whole, part) -> float:
-  """Returns how well the best cut-out of `whole` fits `part`, at most 1.
+  """Returns the similarity of `part` and the best crop of `whole`, at most 1.
 
-  All cuts are tried at once. Cutting and shrinking is a product with a matrix
-  at each side, V @ whole @ H.T, so that of all pairs (V, H) the products with
-  `part` and the lengths are themselves products of matrices.
+  All crops are tried at once. Cropping and shrinking is V @ whole @ H.T, so the
+  inner products with `part` and the norms for all pairs (V, H) are matmuls.
   """
   cut, gram, total = _make_cuts()
   shrunk = Image.fromarray(part).resize((_FIT, _FIT), Image.Resampling.BILINEAR)
   target = _unit(np.asarray(shrunk)).reshape(_FIT, _FIT, 3)
   image = whole.astype(np.float32) - whole.mean(dtype=np.float32)
-  # Letters: v and h number V and H, y and x are pixels of `part`, i and j of
-  # `whole`, k is another j, c is the colour.
+  # Axes: v and h index V and H, y and x the pixels of `part`, i and j those of
+  # `whole`. k is another j, and c the colour.
   seen = np.tensordot(cut, target, (1, 0))  # v i x c
   seen = np.tensordot(seen, image, ((1, 3), (0, 2)))  # v x j
   product = np.tensordot(seen, cut, ((1, 2), (1, 2)))  # v h
@@ -129,17 +127,17 @@ def _fit(whole, part) -> float:
   square = np.tensordot(gram, rows, ((1, 2), (0, 2)))  # v h
   mean = total @ image.sum(2) @ total.T / target.size
   square -= target.size * mean**2
-  # As in _unit, what is all but flat fits nothing.
+  # As in _unit, a nearly flat crop matches nothing.
   fit = product / np.sqrt(np.maximum(square, target.size))
   return float(fit.max())
 
 
 @functools.cache
 def _make_cuts():
-  """Returns f32[36 _FIT THUMBNAIL] that cut and shrink one axis, each.
+  """Returns matrices f32[36 _FIT THUMBNAIL] that crop and shrink one axis.
 
-  Also f32[36 THUMBNAIL THUMBNAIL], each one's product with itself, and
-  f32[36 THUMBNAIL], its sums.
+  Also their Gram matrices f32[36 THUMBNAIL THUMBNAIL] and column sums
+  f32[36 THUMBNAIL].
   """
   eye = Image.fromarray(np.eye(THUMBNAIL, dtype=np.float32))
   size = (_FIT, THUMBNAIL)

@@ -1,8 +1,8 @@
-"""Your own images and their labels: which there are, and how they are read.
+"""Readers of your images and their labels.
 
-Images are files of a folder, members of tar files, rows of Parquet files, or
-the examples of a data set that is there already, on a disk or in a bucket. A
-name belongs to each, and a table has its label by name.
+Images are files in a folder, members of tar files, rows of Parquet files, or
+examples of an existing data set, on a disk or in a bucket. Each has a name, and
+a table has labels by name.
 """
 
 import csv
@@ -21,15 +21,15 @@ from etils import epath
 from vit_jax.errors import UserError, one_line, suggest
 from vit_jax.files import walk
 
-TFDS = "tfds:"  # before images that are a data set's
+TFDS = "tfds:"  # prefix of a data set of images
 FOLDERS = "folders"  # instead of a labels file
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_COLUMNS = ("confidence", "weight")  # of labels; two names of one thing
+_COLUMNS = ("confidence", "weight")  # of labels; synonyms
 _LINE = '{"image": "a.jpg", "labels": ["cat"], "confidences": [0.9]}'
 
 
 class Place(NamedTuple):
-  """Where an image is: all of a file, a piece or a row of it, an example."""
+  """Location of an image: a file, a part or a row of it, or an example."""
 
   path: str
   start: int = 0  # the first byte, the row group, or the example
@@ -45,12 +45,12 @@ def read_labels(
   """Returns the class names, and {image: class ids}.
 
   Args:
-    file: CSV with the columns image, label and perhaps confidence or weight, a
-      row a label; or JSON lines, see `_LINE`. FOLDERS: an image's label is its
-      folder, or the tar file that it is in.
-    classes: a file with a class a line; None: those that occur, sorted.
-    min_confidence: labels of less are left out.
-    found: what `list_images` returns, for FOLDERS.
+    file: CSV with the columns image, label and optionally confidence or weight,
+      one row per label; or JSON lines, see `_LINE`. FOLDERS: an image's label
+      is the name of its folder or tar file.
+    classes: a file with one class per line; None: those that occur, sorted.
+    min_confidence: labels with less are left out.
+    found: the result of `list_images`, for FOLDERS.
 
   Raises:
     UserError: a line that cannot be read, an unknown class, no label left.
@@ -60,31 +60,31 @@ def read_labels(
   if classes is not None:
     names = [line.strip() for line in _read_lines(classes)]
     if "" in names or len({*names}) < max(len(names), 1):
-      raise UserError(f"{classes}: give a class a line, each of them once")
+      raise UserError(f"{classes}: give one class per line, each of them once")
   ids = {name: i for i, name in enumerate(names)}
   labels: dict[str, list[int]] = {}
   for where, image, label, confidence in rows:
     if classes is None and "|" in label:
       raise UserError(
         f"{where}: {label!r} is several labels; give each a line of its own, "
-        "or list it in --classes if it is one"
+        "or list it in --classes if it is one label"
       )
     if label not in ids:
       raise UserError(
         f"{where}: unknown class {label!r}{suggest(label, names)}; the classes "
-        f"are those of {classes}"
+        f"are listed in {classes}"
       )
     of_image = labels.setdefault(image, [])
     if confidence >= min_confidence and ids[label] not in of_image:
       of_image.append(ids[label])
   if not any(labels.values()):
-    least = f" of a confidence of {min_confidence} or more" if labels else ""
+    least = f" with a confidence of {min_confidence} or more" if labels else ""
     raise UserError(f"{file} has no labels{least}")
   return names, labels
 
 
 def _read_folders(found):
-  """Yields (image, image, label, 1); a file beside the folders has no label."""
+  """Yields (image, image, label, 1); a file outside the folders has none."""
   for name, place in found:
     path = Path(place.path)
     inside = path.stem if path.suffix.lower() == ".tar" else ""
@@ -135,7 +135,7 @@ def _read_csv(lines):
   names = reader.fieldnames = [x.strip() for x in reader.fieldnames or ()]
   if not {"image", "label"} <= {*names}:
     raise ValueError(
-      "it must name the columns image, label and perhaps confidence; it names "
+      "it must have the columns image, label and optionally confidence; it has "
       f"{', '.join(names)}"
     )
   weight = next((x for x in _COLUMNS if x in names), "")
@@ -159,7 +159,7 @@ def _read_json(lines):
 
 
 def _tidy(name):
-  """Takes the "./" away that tar and find put before names."""
+  """Removes the "./" that tar and find put before names."""
   return name.removeprefix("./")
 
 
@@ -186,17 +186,17 @@ def open_set(images: str, data_dir: str | None):
 def list_images(
   source: str, data_dir: str | None = None
 ) -> list[tuple[str, Place]]:
-  """Returns [(name, where)] of all images, sorted by name.
+  """Returns [(name, place)] of all images, sorted by name.
 
   Args:
     source: a folder of images or of tar or Parquet files, or one such file. A
-      name is the path below the folder, or in the tar file; Parquet files have
-      the columns "name" and "image". Links are followed. Or
-      "tfds:DATASET:SPLIT", whose names are numbers.
+      name is the path in the folder or in the tar file; Parquet files have the
+      columns "name" and "image". Links are followed. Or "tfds:DATASET:SPLIT",
+      whose names are numbers.
     data_dir: where that data set is.
 
   Raises:
-    UserError: no image, or two of one name: labels are given by name.
+    UserError: no image, or two with the same name.
   """
   if source.startswith(TFDS):
     count = open_set(source, data_dir).num_examples
@@ -214,8 +214,8 @@ def list_images(
       found += _list_tar(path) if suffix == ".tar" else _list_parquet(path)
   if not found:
     raise UserError(
-      f"--images {source} has no images; {', '.join(_SUFFIXES)} files, .tar or "
-      ".parquet files of them are read"
+      f"--images {source} has no images; give {', '.join(_SUFFIXES)} files, or "
+      ".tar or .parquet files of them"
     )
   found.sort()
   for (name, one), (other_name, other) in itertools.pairwise(found):
@@ -270,7 +270,7 @@ def _read_group(path, group, column):  # a whole file would be gigabytes
 
 
 def read(place: Place, data_dir: str | None) -> tuple[bytes, list[int]]:
-  """Returns the bytes of an image file, and a data set's labels of it."""
+  """Returns the bytes of an image file, and its labels in a data set."""
   path, start, size = place
   if path.startswith(TFDS):
     return open_set(path, data_dir).read_example(start)

@@ -1,1 +1,1 @@
-"""The paper's numbers, and what its models cost."""
+"""The paper's tables and protocol, and the compute of its models."""

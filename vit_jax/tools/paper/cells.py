@@ -1,6 +1,6 @@
-"""A cell of a results table: its runs' results, and what it takes to fill.
+"""Cells of a results table: results of their runs, and plans to fill them.
 
-A cell is one model, pre-trained in one way, measured in one way.
+A cell is one model with one pre-training and one evaluation.
 """
 
 import shlex
@@ -12,23 +12,23 @@ from vit_jax.tools.paper import data, flops, protocol
 from vit_jax.tools.paper.protocol import Pretraining
 from vit_jax.tools.runs import Run, find_origin
 
-# Few-shot accuracy is looked at as the paper's code did (big_vision's few-shot
-# evaluation): images squeezed to 256 px, of which the middle 224, and drawing
-# from a part of ImageNet, as the rest would take hours and change nothing.
+# Few-shot evaluation as in the paper's code (big_vision): images are squeezed
+# to 256 px and the central 224 cropped. Shots are drawn from a part of ImageNet
+# because the rest would take hours and change nothing.
 _FEWSHOT = {
   "train_split": "train[:65000]",
   "test_split": "validation",
   "preprocess": "resize(256)|central_crop(size)",
 }
 
-# Learning rates and steps. The paper selects among these, the grid of `vit-jax
-# vtab`, and prints which ones won.
+# Learning rates and steps: the grid of `vit-jax vtab`, and the values that the
+# paper selected.
 _VTAB_GRID = ((0.003, 0.01), (500, 2500))
 _VTAB_SELECTED = ((0.01,), (2500,))
 
 
 class Cell(NamedTuple):
-  """One number that can be computed.
+  """One result to compute.
 
   Its kind is "finetune", "real" (a fine-tuned model on other labels), "vtab",
   "vtab_mean" (of all its tasks) or "linear" (5-shot).
@@ -36,19 +36,19 @@ class Cell(NamedTuple):
 
   kind: str
   pretraining: Pretraining
-  dataset: str = ""  # our name of what is measured on; "" for a mean
+  dataset: str = ""  # our name of the test set; "" for a mean
   image_size: int = 384
-  averaged: bool = False  # by Polyak
-  seeds: int = 1  # runs that the paper's number is the mean of
+  averaged: bool = False  # Polyak averaging
+  seeds: int = 1  # number of runs in the paper's mean
 
   @property
   def training_set(self) -> str:
-    """Our name of what is fine-tuned on."""
+    """Our name of the fine-tuning set."""
     return "imagenet2012" if self.kind == "real" else self.dataset
 
   @property
   def spec(self) -> str:
-    """The file in configs/ and its argument, of the fine-tuning."""
+    """The fine-tuning's file in configs/ and its argument."""
     file = "vtab" if self.kind == "vtab" else "finetune"
     size = f",{self.image_size}" if self.averaged else ""
     return f"{file}.py:{self.pretraining.variant},{self.training_set}{size}"
@@ -59,15 +59,15 @@ class Found(NamedTuple):
 
   values: list[float]  # percent, of each run
   runs: list[str]  # their folders
-  differs: list[str]  # in what they are not the paper's protocol
+  differs: list[str]  # differences from the paper's protocol
 
 
 class Plan(NamedTuple):
-  """What it takes to fill a cell."""
+  """Commands that fill a cell, and their cost."""
 
   commands: list[str]
-  images: int  # that are trained on
-  datasets: list[str]  # that the commands read
+  images: int  # number of training images, with repetitions
+  datasets: list[str]  # read by the commands
 
 
 # --- results of runs ---
@@ -77,7 +77,7 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
   """Returns the results of a cell's finished runs."""
   if cell.kind == "vtab_mean":
     tasks = [measure(task, runs) for task in _list_tasks(cell)]
-    # Of as many runs as each task has.
+    # Of the seeds that every task has.
     rows = zip(*(task.values for task in tasks), strict=False)
     values = [statistics.fmean(row) for row in rows]
     paths = [path for task in tasks for path in task.runs if values]
@@ -100,10 +100,10 @@ def measure(cell: Cell, runs: list[Run]) -> Found:
 
 
 def _find_finetunings(cell, runs):
-  """Returns the finished runs that a cell is about.
+  """Returns the finished runs of a cell.
 
-  Of several settings the one with most of them, never by their results, which
-  are those of the test set.
+  Among several settings it chooses the one with most runs, never by results,
+  because these are from the test set.
   """
   name = cell.training_set
   train, test = "train", "validation" if name == "imagenet2012" else "test"
@@ -141,13 +141,13 @@ def _row_of_table_4(cell):
 
 
 def _list_tasks(cell):
-  """Returns the cells of the tasks that a mean is the mean of."""
+  """Returns the cells of the tasks of a mean."""
   tasks = data.load()["vtab"]["tasks"].values()
   return [cell._replace(kind="vtab", dataset=f"vtab:{task}") for task in tasks]
 
 
 def _measure_linear(cell, runs):
-  """What `vit-jax linear` wrote into the folder of a pre-training."""
+  """Returns what `vit-jax linear` wrote to the folder of a pre-training."""
   size = cell.image_size
   expected = _FEWSHOT | {"image_size": [size, size], "l2": 1024}
   for run in runs:
@@ -167,11 +167,11 @@ def _measure_linear(cell, runs):
   return Found([], [], [])
 
 
-# --- what it takes ---
+# --- plans ---
 
 
 def plan(cell: Cell, runs: list[Run], folder: str) -> Plan:
-  """Returns what it takes to fill a cell; new runs go below `folder`."""
+  """Returns the plan to fill a cell; new runs go below `folder`."""
   source, parts = _find_weights(cell, runs, folder)
   if cell.kind == "linear":
     parts.append(_plan_linear(cell, source))
@@ -206,7 +206,7 @@ def prepare(datasets: Iterable[str]) -> list[str]:
 
 
 def _find_weights(cell, runs, folder):
-  """Returns the source of a cell's weights, and [how to make it] if need be."""
+  """Returns the source of a cell's weights, and [its plan] if it is missing."""
   wanted = cell.pretraining
   for run in runs:
     if run.finished and protocol.is_pretraining(run, wanted):
@@ -223,7 +223,7 @@ def _name_folder(wanted, folder):
 
 
 def plan_pretraining(wanted: Pretraining, folder: str) -> Plan:
-  """Returns what a pre-training takes."""
+  """Returns the plan of a pre-training."""
   command = make_command(
     "train",
     f"--config=configs/{wanted.spec}",
@@ -235,7 +235,7 @@ def plan_pretraining(wanted: Pretraining, folder: str) -> Plan:
 
 
 def count_exaflops(wanted: Pretraining) -> float:
-  """Returns the exaFLOPs of a pre-training, as Table 6 counts them."""
+  """Returns the exaFLOPs of a pre-training, as in Table 6."""
   known = data.find_set(wanted.dataset)
   products = flops.count_multiply_adds(
     wanted.variant, 224, known["classes"], hidden=True
@@ -244,7 +244,7 @@ def count_exaflops(wanted: Pretraining) -> float:
 
 
 def _plan_sweep(cell, source, workdir):
-  """Returns the selection of a learning rate, and the final runs with it."""
+  """Returns the plan of selecting a learning rate and of the final runs."""
   row = _row_of_table_4(cell)
   command = make_command(
     "sweep",
@@ -268,13 +268,13 @@ def evaluate_run(path: str, dataset: str) -> str:
 
 
 def _plan_vtab(cell, runs, source, folder):
-  """Returns one command for all tasks that are missing.
+  """Returns the plan of one command for all missing tasks.
 
-  For the mean it selects among settings, on 800 images of each task; for a
-  single task it takes the setting that the paper selected.
+  For the mean, it selects a setting on 800 images of each task. For a single
+  task, it takes the setting that the paper selected.
   """
   kind, (rates, steps), tasks = "vtab_selected", _VTAB_SELECTED, [cell]
-  if cell.kind == "vtab_mean":  # settings may differ, so folders do
+  if cell.kind == "vtab_mean":  # a folder of its own, as settings may differ
     kind, (rates, steps), tasks = "vtab", _VTAB_GRID, _list_tasks(cell)
     tasks = [t for t in tasks if len(measure(t, runs).values) < cell.seeds]
   names = [task.dataset for task in tasks]
@@ -287,13 +287,13 @@ def _plan_vtab(cell, runs, source, folder):
     _grid("total_steps", steps),
     f"--seeds={cell.seeds}",
   )
-  # The last schedule is the paper's, and taken to be the one selected.
+  # The last schedule is the paper's; it is assumed to be selected.
   steps = len(rates) * sum(steps) + cell.seeds * steps[-1]
   return Plan([command], len(names) * _count_images(steps), names)
 
 
 def _plan_linear(cell, source):
-  """Returns the few-shot evaluation: features, and a small linear system."""
+  """Returns the plan of the few-shot linear evaluation."""
   command = make_command(
     "linear",
     f"--checkpoint={source}",
@@ -316,5 +316,5 @@ def _grid(key, values):
 
 
 def make_command(*words: str) -> str:
-  """Returns a command as a shell takes it."""
+  """Returns a command line, quoted for a shell."""
   return shlex.join(["vit-jax", *words])

@@ -1,6 +1,6 @@
-"""The numbers of the paper's tables, and what its names mean here.
+"""The numbers in the paper's tables, and our names for its models and sets.
 
-`tables.json` has facts alone: nothing of this project's own results.
+`tables.json` has no results of this project.
 """
 
 import functools
@@ -11,23 +11,23 @@ from typing import Any
 
 @functools.cache
 def load() -> dict[str, Any]:
-  """Returns tables.json: "table1" to "table9", and what they speak of.
+  """Returns tables.json: "table1" to "table9", and the meaning of their names.
 
-  "pretraining" has the sets to pre-train on, "measures" what the columns of
-  the tables measure, "vtab" the 19 tasks by the names that Table 9 prints. The
-  "values" of a row are {column: number or [mean, standard deviation]}.
+  "pretraining" has the pre-training sets, "measures" the meaning of the tables'
+  columns, "vtab" the 19 tasks by their names in Table 9. The "values" of a row
+  are {column: number or [mean, standard deviation]}.
   """
   file = Path(__file__).with_name("tables.json")
   found = json.loads(file.read_text(encoding="utf-8"))
   for table in found.values():
     for row in table["rows"] if "columns" in table else ():
-      # A row may end before the last columns.
+      # Rows may lack the last columns.
       row["values"] = dict(zip(table["columns"], row["values"], strict=False))
   return found
 
 
 def find_set(dataset: str) -> dict[str, Any]:
-  """Returns what is known of a set to pre-train on, {} of another set."""
+  """Returns the entry of a pre-training set, {} for another set."""
   sets = load()["pretraining"].values()
   return next((known for known in sets if known["dataset"] == dataset), {})
 

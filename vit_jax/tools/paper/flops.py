@@ -1,12 +1,12 @@
-"""What a model costs: the multiply-adds of its forward pass, and exaFLOPs.
+"""Compute of a model: multiply-adds of its forward pass, and exaFLOPs.
 
-The program that JAX traces is counted, so there is no formula that a change of
-a model could make wrong. Two primitives have all products that matter; softmax,
-normalisation and activation are left out.
+Operations are counted in the program that JAX traces, so that changes of a
+model are included. Only matmuls and convolutions count; softmax, normalisation
+and activation are left out.
 
-Products with padding are left out, as they are from XLA's own cost analysis.
-That is how the paper must have counted: with them its ResNets come out 3 to 5 %
-above what Table 6 prints, without them within 1.4 %.
+Multiply-adds with padding are left out, as in XLA's own cost analysis. The
+paper must have counted this way: with them its ResNets come out 3 to 5 % above
+Table 6, without them within 1.4 %.
 """
 
 import functools
@@ -21,8 +21,8 @@ from vit_jax import models
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 
-# A training step is a forward pass and a backward pass of twice its products; a
-# multiply-add is two operations. Table 6 counts so.
+# The backward pass has twice the FLOPs of the forward pass, and a multiply-add
+# is two FLOPs, as in Table 6.
 OPERATIONS = 3 * 2
 
 
@@ -54,10 +54,10 @@ def count_multiply_adds(
 
 @functools.cache
 def _count_model(**options):
-  """Counts a model once; `options` are those of `models.create`."""
+  """Returns a model's multiply-adds; `options` are those of `models.create`."""
   if variants.parse(options["variant"]).encoder:
-    options["scan"] = True  # a loop is traced once, however deep the model
-  # bfloat16 computes with padding, for the sake of TPUs.
+    options["scan"] = True  # the loop body is traced only once
+  # Not bfloat16, which computes padding for TPUs.
   model, params = _create(**options | {"dtype": "float32"})
   image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
   return count_in_jaxpr(jax.make_jaxpr(model.apply)(params, image).jaxpr)
@@ -76,19 +76,19 @@ def count_parameters(variant: str, num_classes: int = 0) -> int:
 
 
 def count_exaflops(multiply_adds: int, images: float) -> float:
-  """Returns the exaFLOPs of training on so many images, as Table 6 counts."""
+  """Returns the exaFLOPs of training on `images` images, as in Table 6."""
   return OPERATIONS * multiply_adds * images / 1e18
 
 
 def count_training(written: dict, steps: int) -> float:
-  """Returns the exaFLOPs of a run's first steps, as Table 6 counts.
+  """Returns the exaFLOPs of a run's first steps, as in Table 6.
 
   Args:
-    written: what the run's config.json holds.
-    steps: how many.
+    written: the content of the run's config.json.
+    steps: their number.
 
   Raises:
-    UserError: masked patches, or a file without what has to be known.
+    UserError: masked patches, or an incomplete file.
   """
   config = written["config"]
   if config.get("objective", "classification") != "classification":
@@ -105,7 +105,7 @@ def count_training(written: dict, steps: int) -> float:
 
 
 def count_in_jaxpr(jaxpr) -> int:
-  """Returns the multiply-adds of a jaxpr; a loop's count each time around."""
+  """Returns the multiply-adds of a jaxpr, of a loop in all its iterations."""
   total = 0
   for equation in jaxpr.eqns:
     name = equation.primitive.name
@@ -114,7 +114,7 @@ def count_in_jaxpr(jaxpr) -> int:
     elif name == "conv_general_dilated":
       total += _count_convolution(equation)
     else:
-      assert name != "while", "nobody knows how often a while loop runs"
+      assert name != "while", "a while loop has no known trip count"
       times = equation.params["length"] if name == "scan" else 1
       inner = jax.extend.core.jaxprs_in_params(equation.params)
       total += times * sum(map(count_in_jaxpr, inner))
@@ -122,7 +122,7 @@ def count_in_jaxpr(jaxpr) -> int:
 
 
 def _count_dot(equation):
-  """Returns the products of a dot_general: outputs times what is summed."""
+  """Returns the multiply-adds of a dot_general."""
   (contracted, _), _ = equation.params["dimension_numbers"]
   left = equation.invars[0].aval.shape
   summed = math.prod(left[axis] for axis in contracted)
@@ -130,7 +130,7 @@ def _count_dot(equation):
 
 
 def _count_convolution(equation):
-  """Returns the products of a convolution, but for those with padding."""
+  """Returns the multiply-adds of a convolution, without those with padding."""
   params = equation.params
   assert set(params["lhs_dilation"] + params["rhs_dilation"]) == {1}
   numbers = params["dimension_numbers"]
@@ -141,7 +141,7 @@ def _count_convolution(equation):
   _, inputs, *kernel_space = (kernel[axis] for axis in numbers.rhs_spec)
   total = batch * features * inputs
   for i, axis in enumerate(numbers.lhs_spec[2:]):
-    # How often the kernel's taps fall on the image along one axis.
+    # The number of kernel taps inside the image along one axis.
     starts = np.arange(out_space[i]) * params["window_strides"][i]
     taps = (
       starts[:, None] - params["padding"][i][0] + np.arange(kernel_space[i])

@@ -1,7 +1,7 @@
-"""A row of a table whose model `vit-jax noisy-student` trains.
+"""Table rows of models that `vit-jax noisy-student` trains.
 
-Its cells are those of the loop's last training: the fine-tuning, or where there
-is none the last student.
+Their cells are the results of the loop's last run: the fine-tuning, or without
+one the last student.
 """
 
 import re
@@ -15,13 +15,12 @@ _LABELLED = "imagenet2012"
 
 
 def measure(model: str, dataset: str, runs: list[Run]) -> Found:
-  """Returns what finished runs say of a loop's last model.
+  """Returns the results of finished runs for a loop's last model.
 
   Args:
     model: its name in configs/noisy_student.py.
-    dataset: what it is measured on: the labelled set, or its images with other
-      labels.
-    runs: all there are.
+    dataset: the test set: the labelled set, or its images with other labels.
+    runs: all runs.
   """
   measured, differs = {}, set()
   for run in _find_last(_load_loop(model)["variant"], runs):
@@ -36,7 +35,7 @@ def measure(model: str, dataset: str, runs: list[Run]) -> Found:
 
 
 def plan(model: str, dataset: str, runs: list[Run], folder: str) -> Plan:
-  """Returns what it takes to fill a cell; new runs go below `folder`."""
+  """Returns the plan to fill a cell; new runs go below `folder`."""
   loop = _load_loop(model)
   paths = [str(run.path) for run in _find_last(loop["variant"], runs)]
   commands, images, datasets = [], 0, []
@@ -68,7 +67,7 @@ def _load_loop(model):
 def _find_last(variant, runs):
   """Returns the finished runs that are a loop's last training.
 
-  Of several settings of the same stage the one with most of them.
+  Among several settings of a stage, it chooses the one with most runs.
   """
   groups = {}
   for run in runs:
@@ -86,7 +85,7 @@ def _find_last(variant, runs):
 
 
 def _find_stage(run, runs):
-  """Returns (the student's number, 1; 2 if fine-tuned), 0s for no such run."""
+  """Returns (student number, 1, or 2 if fine-tuned), 0s for other runs."""
   if number := _count_students(run):
     return number, 1
   origin = find_origin(run, runs)
@@ -97,9 +96,9 @@ def _find_stage(run, runs):
 
 
 def _count_students(run) -> int:
-  """Returns how many students there are up to this one, 0 for another run.
+  """Returns the number of a student, 0 for other runs.
 
-  The loop says so in the name of the pseudo-labelled set.
+  It is part of the pseudo-labelled set's name.
   """
   name = rf"{_LABELLED}=.*,pseudo:.*labels_student(\d+)"
   found = re.match(name, run.config["train.dataset"])
@@ -108,7 +107,7 @@ def _count_students(run) -> int:
 
 
 def _compare(run, model, runs):
-  """Returns in what a loop differs, see `protocol.compare_pretraining`."""
+  """Returns a loop's differences, see `protocol.compare_pretraining`."""
   *_, last = stages = _load_loop(model)["stages"]
   student = max(stage for stage in stages if stage.startswith("student"))
   number, stage = _find_stage(run, runs)

@@ -1,4 +1,4 @@
-"""The paper's protocol, as configs/ has it: which run is what, what differs."""
+"""Comparison of runs with the paper's protocol, as it is in configs/."""
 
 import functools
 import math
@@ -10,16 +10,16 @@ from vit_jax.pretrained.names import PUBLISHED
 from vit_jax.tools.paper import data
 from vit_jax.tools.runs import Run, find_origin
 
-# What two pre-trainings of a model and a data set may differ in.
+# Defaults of keys that distinguish pre-trainings of one model on one data set.
 _KINDS = {
   "optimizer.name": "adam",
   "model.pos_embedding": "learned",
   "model.pos_embedding_at": "input",
 }
-# A step more or less, or some images held out, is the same number of epochs.
+# For rounding to whole steps, and for images that are held out.
 _EPOCHS_TOLERANCE = 0.03
-# What has no influence on a result, but for rounding; and what decides which
-# cell a run is of, which the callers compare.
+# Keys that change results by rounding at most, and keys that decide which cell
+# a run belongs to, which the callers compare.
 _IGNORED = {
   *configuration.RESUMABLE,
   *("seed", "init_from", "model.dtype", "model.scan", "train.dataset"),
@@ -29,12 +29,12 @@ _IGNORED = {
 
 
 class Pretraining(NamedTuple):
-  """What weights come from; model and data set by our names."""
+  """A pre-training; model and data set by our names."""
 
   variant: str
   dataset: str
   epochs: int
-  # (key, value) where it is not the model's usual one.
+  # (key, value) that differ from the model's defaults.
   overrides: tuple[tuple[str, Any], ...] = ()
 
   @property
@@ -46,7 +46,7 @@ class Pretraining(NamedTuple):
   def published(self) -> str:
     """The name of the weights that the paper's authors published, or "".
 
-    Of their ImageNet-21k files, which are those of 90 epochs.
+    Only their ImageNet-21k files count, which are of 90 epochs.
     """
     name = f"{self.variant}-imagenet21k"
     is_theirs = self[1:] == ("imagenet21k", 90, ())
@@ -56,8 +56,8 @@ class Pretraining(NamedTuple):
 def plain_name(dataset: str) -> str:
   """Returns a data set's name without configuration and version.
 
-  "imagenet21k_clean", that is freed of test images, is "imagenet21k": as the
-  paper's are.
+  "imagenet21k_clean" becomes "imagenet21k", because the paper's sets are also
+  without test images.
   """
   if dataset.startswith(("vtab:", "mini:", "folder:", "pseudo:")):
     return dataset
@@ -78,10 +78,10 @@ def is_pretraining(run: Run, wanted: Pretraining) -> bool:
 
 
 def _count_epochs(run):
-  """Returns a run's epochs, from the paper's sizes where it counts steps."""
+  """Returns a run's epochs; steps are converted by the paper's set sizes."""
   known = data.find_set(plain_name(run.config["train.dataset"]))
   examples = run.total_steps * run.config["batch_size"]
-  # Nothing is an epoch of a set whose size is not known.
+  # A set of unknown size gives 0 epochs.
   counted = examples / known.get("images", math.inf)
   return run.config["total_epochs"] or counted
 
@@ -97,9 +97,9 @@ def comes_from(run: Run, wanted: Pretraining, runs: list[Run]) -> bool:
 
 
 def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
-  """Returns in what a pre-training differs, "KEY VALUE (protocol: VALUE)".
+  """Returns a pre-training's differences, "KEY VALUE (protocol: VALUE)".
 
-  Its evaluation does not matter: the weights are the same.
+  Its evaluation is ignored, because it does not change the weights.
   """
   expected = {**load(wanted.spec), **dict(wanted.overrides)}
   del expected["eval.preprocess"], expected["total_steps"]
@@ -109,22 +109,22 @@ def compare_pretraining(run: Run, wanted: Pretraining) -> list[str]:
 def compare_finetuning(
   run: Run, spec: str, base_lrs: Iterable[float]
 ) -> list[str]:
-  """Returns in what a fine-tuning differs, see `compare_pretraining`.
+  """Returns a fine-tuning's differences, see `compare_pretraining`.
 
   Args:
     run: the fine-tuning.
     spec: "finetune.py:ViT-B_16,cifar100".
-    base_lrs: the learning rates that the protocol selects among.
+    base_lrs: the learning rates that the protocol selects from.
   """
   choices = {key: [x] for key, x in load(spec).items()}
   return _compare(run, choices | {"schedule.base_lr": [*base_lrs]})
 
 
 def compare(run: Run, spec: str) -> list[str]:
-  """Returns in what a run differs from a configuration of configs/.
+  """Returns a run's differences from a configuration in configs/.
 
   Args:
-    run: the training.
+    run: the run.
     spec: "noisy_student.py:L2,finetune".
   """
   return _compare(run, {key: [x] for key, x in load(spec).items()})
@@ -132,13 +132,13 @@ def compare(run: Run, spec: str) -> list[str]:
 
 @functools.cache
 def load(spec: str) -> Mapping[str, Any]:
-  """Returns a configuration of configs/, flat, as config.json has it."""
+  """Returns a configuration in configs/, flat, as in config.json."""
   config = configuration.load(spec.replace(".py:", ":", 1))
   return configuration.flatten(configuration.to_dict(config))
 
 
 def _compare(run, choices):
-  """Returns the keys that have none of the values that are right."""
+  """Returns the keys whose value is none of `choices`, with both values."""
   differs = []
   found = run.config | {"total_steps": run.total_steps}
   ignored = _IGNORED.union(configuration.find_unused(found))

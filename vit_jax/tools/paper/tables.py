@@ -1,7 +1,7 @@
-"""The `tables` command: each table of the paper, beside what runs here give.
+"""The `tables` command: the tables of the paper, beside our results.
 
-The paper's numbers are `paper/tables.json`; ours are read from run folders, or,
-where they follow from the models, computed from these.
+The paper's numbers are in `paper/tables.json`. Ours are read from run folders;
+sizes and FLOPs are computed from the models.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from vit_jax.tools.runs import find_runs
 from vit_jax.tools.text import format_columns
 
 NAMES = tuple(f"table{i}" for i in range(1, 10))
-# What is shown of the tables without results.
+# Columns of the tables without results.
 _SIZES = ("layers", "hidden_size", "mlp_dim", "num_heads", "params_M")
 _RATES = ("base_lr", "decay", "weight_decay", "dropout_rate", "clip_norm")
 _FACTS = {
@@ -30,8 +30,8 @@ _FACTS = {
     *("weight_decay", "clip_norm", "decay", "image_size", "loss"),
   ),
 }
-_STAND_IN = "ImageNet-21k"  # for what only JFT-300M can give
-_RUNS = "runs"  # where commands put what there is not
+_STAND_IN = "ImageNet-21k"  # for JFT-300M, which is private
+_RUNS = "runs"  # default folder of new runs
 log = logging.getLogger(__name__)
 
 
@@ -41,19 +41,19 @@ def list_tables() -> list[dict[str, str]]:
 
 
 def make_table(name: str, runs: str | None = None) -> list[dict[str, Any]]:
-  """Returns the rows of a table of the paper, beside ours.
+  """Returns the rows of a table of the paper, with our results.
 
   Args:
     name: "table1" to "table9".
     runs: a folder with runs at any depth; None for none.
 
   Returns:
-    [{"name", ...}]. Of results (tables 2 and 5 to 9): "pretraining", "epochs",
-    "variant", "private", "note", "stand_in" (a row, where the pre-training set
-    is private) and "cells": {column: {"paper", "paper_spread", "ours",
-    "spread", "difference", "values", "runs", "differs", "commands", "images",
-    "datasets"}}, in percent. Table 6 also has "exaflops" and "paper_exaflops",
-    the others hyper-parameters and, but for table 1, "runs".
+    [{"name", ...}]. Results (tables 2 and 5 to 9) have "pretraining", "epochs",
+    "variant", "private", "note", "stand_in" (a row, if the pre-training set is
+    private) and "cells": {column: {"paper", "paper_spread", "ours", "spread",
+    "difference", "values", "runs", "differs", "commands", "images",
+    "datasets"}}, in percent. Table 6 also has "exaflops" and "paper_exaflops".
+    The others have hyper-parameters and, except for table 1, "runs".
 
   Raises:
     UserError: an unknown name, or a folder without runs.
@@ -70,7 +70,7 @@ def make_table(name: str, runs: str | None = None) -> list[dict[str, Any]]:
     return [_make_transfer(row, found) for row in rows]
   made = [_make_row(name, row, found, folder) for row in rows]
   if found and not any(c.get("runs") for _, c in _list_cells(made)):
-    log.info("%s has %d runs, none of a cell of this table", runs, len(found))
+    log.info("%s has %d runs, but none for this table", runs, len(found))
   return made
 
 
@@ -78,7 +78,7 @@ def make_table(name: str, runs: str | None = None) -> list[dict[str, Any]]:
 
 
 def _make_sizes(row):
-  """Table 1: the sizes and the parameters of our models, and the paper's."""
+  """Returns a row of Table 1: sizes and parameters, ours and the paper's."""
   encoder = variants.parse(row["variant"]).encoder
   assert encoder
   count = flops.count_parameters(row["variant"], row["num_classes"])
@@ -95,7 +95,7 @@ def _make_sizes(row):
 
 
 def _list_pretrainings(row, runs, folder):
-  """Table 3: a row for each model and number of epochs."""
+  """Yields rows of Table 3, one for each model and number of epochs."""
   for model, epochs in itertools.product(row["models"], row["epochs"]):
     wanted = _find_pretraining(row | {"name": model, "epochs": epochs})
     found = [run for run in runs if protocol.is_pretraining(run, wanted)]
@@ -114,7 +114,7 @@ def _list_pretrainings(row, runs, folder):
 
 
 def _make_transfer(row, runs):
-  """Table 4: the hyper-parameters, and which runs have been fine-tuned."""
+  """Returns a row of Table 4: hyper-parameters, and the fine-tuning runs."""
   dataset = data.load()["measures"][row["name"]].get("dataset")
   found = []
   for run in runs:
@@ -137,7 +137,7 @@ def _make_row(name, row, runs, folder):
     return {"name": row["name"], "note": row["note"], "cells": values}
   made = _fill_row(name, row, runs, folder)
   if made["private"]:
-    # The same model from the public set, beside the paper's values of that.
+    # The same model from the public set, beside the paper's values for it.
     known = _find_public(name, row)
     values = {column: known.get(column) for column in row["values"]}
     public = {"pretraining": _STAND_IN, "epochs": 90, "values": values}
@@ -215,7 +215,7 @@ def _find_pretraining(row, **overrides):
 
 
 def _find_cell(name, row, column):
-  """Returns what a cell of a results table measures."""
+  """Returns the `Cell` of a row and a column of a results table."""
   table = data.load()[name]
   overrides = table.get("column_overrides", {}).get(column, {})
   pretraining = _find_pretraining(row, **overrides)
@@ -227,7 +227,7 @@ def _find_cell(name, row, column):
   else:
     measure = data.load()["measures"][column]
     kind, dataset = measure["kind"], measure.get("dataset", "")
-  # Table 4's image size, without the pixels that fill no patch.
+  # Table 4's image size, rounded down to whole patches.
   size = data.load()["table4"]["common"]["image_size"]
   sizes = variants.parse(pretraining.variant)
   size -= size % sizes.stride if sizes.encoder else 0
@@ -242,7 +242,7 @@ def _show_paper(paper):
 
 
 def _compare(values, paper):
-  """Returns ours, beside the paper's mean or [mean, spread]."""
+  """Returns our values beside the paper's mean or [mean, spread]."""
   ours = statistics.fmean(values) if values else None
   shown = _show_paper(paper)
   known = None not in (ours, shown["paper"])
@@ -265,7 +265,7 @@ def format_table(
   markdown: bool = False,
   commands: bool = False,
 ) -> str:
-  """Returns a table as text; `commands` adds what fills the missing cells."""
+  """Returns a table as text; `commands` adds those that fill missing cells."""
   table = data.load()[name]
   made = _list_cells(rows)
   grid = _grid_facts(rows, _FACTS[name]) if name in _FACTS else _grid(rows)
@@ -300,7 +300,7 @@ def _title(row):
 
 
 def _grid_facts(rows, keys):
-  """Hyper-parameters, and how many runs there are."""
+  """Returns a grid of hyper-parameters and numbers of runs."""
   lines = [["", *keys]]
   lines += [[_title(row), *(_show(row[key]) for key in keys)] for row in rows]
   if "runs" in rows[0]:
@@ -317,7 +317,7 @@ def _show(value):
 
 
 def _grid(rows):
-  """Each cell has the paper's value, then ours where there is one."""
+  """Returns a grid of the paper's values and ours, if there are any."""
   shown = []
   for row in rows:
     shown.append(row)
@@ -358,7 +358,7 @@ def _show_value(value, spread):
 
 
 def _draw(grid, markdown):
-  """Returns the lines of a grid of texts, its first one the header."""
+  """Returns a grid of texts as lines; its first row is the header."""
   if not markdown:
     return format_columns(grid, "<")
   escaped = [[text.replace("|", "/") for text in row] for row in grid]
@@ -367,7 +367,7 @@ def _draw(grid, markdown):
 
 
 def _list_cells(rows):
-  """Returns [(title, cell)], stand-ins last; of tables 1, 3 and 4 the rows."""
+  """Returns [(title, cell)]; of tables 1, 3 and 4, the rows are the cells."""
   found = []
   for row in rows:
     if "cells" not in row:
@@ -382,18 +382,18 @@ def _list_cells(rows):
 
 
 def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
-  """Returns all that fills one cell, the preparation of its data included.
+  """Returns the commands that prepare the data of a cell and fill it.
 
   Args:
     rows: from `make_table`.
-    only: the cell's title as `format_table` has it above a cell's commands,
-      "ViT-B/16, ImageNet-21k, 90 epochs; CIFAR-100", or as many of its parts
-      as no other cell has.
+    only: the cell's title as in `format_table`, above the cell's commands,
+      "ViT-B/16, ImageNet-21k, 90 epochs; CIFAR-100", or enough of its parts to
+      be unique.
 
   Raises:
-    UserError: no cell or several, or one that no command fills.
+    UserError: no cell or several cells match, or no command fills the cell.
   """
-  found = {}  # a stand-in may have a row of its own, which is the same
+  found = {}  # a stand-in may also have a row of its own
   for title, cell in _list_cells(rows):
     title = title.partition(" (stands in")[0].replace("*", "")
     found.setdefault(title, cell)

@@ -27,7 +27,7 @@ from vit_jax.training.objectives import Objective, create
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Of the memory, what the compiler leaves to the system: 0.25 GiB of 16.
+# Fraction of memory that the compiler reserves for the system: 0.25 GiB of 16.
 _RESERVED = 1 / 64
 
 
@@ -41,14 +41,14 @@ def plan(
   price: float | None = None,
   dump_hlo: str | None = None,
 ) -> dict[str, Any]:
-  """Returns what a configuration would take on these machines.
+  """Returns the memory, speed and cost of a configuration on a TPU topology.
 
   Args:
     spec: "CONFIG[:ARG]" of a configuration.
     topology: "CHIP:SIZE", such as "v5e:16x16".
     overrides: {"fsdp": "16"} as typed by the user.
-    num_classes, num_examples: of a data set that is not in the catalogue;
-      without examples the length of a run of epochs is left out.
+    num_classes, num_examples: of a data set that is not in the catalogue.
+      Without num_examples, the length of a run in epochs is left out.
     price: of a chip-hour, in dollars.
     dump_hlo: a file for the text of the compiled train step.
 
@@ -58,7 +58,7 @@ def plan(
     "fallback", the overrides that fit; and "then", the plan with them.
 
   Raises:
-    UserError: a configuration, topology or data set that cannot be had.
+    UserError: an invalid configuration, or an unknown topology or data set.
   """
   machines = find_slice(topology)
   given = dict(overrides or {})
@@ -84,7 +84,7 @@ def plan(
 
 
 def list_fallbacks(config, devices: int) -> Iterator[dict[str, str]]:
-  """Yields overrides that take less memory, each more of it than the last.
+  """Yields overrides that save memory, each more than the one before.
 
   Rematerialisation first, which costs a third of the time at most; then fsdp,
   which costs communication; then micro-batches, which make matmuls small.
@@ -106,14 +106,14 @@ def list_fallbacks(config, devices: int) -> Iterator[dict[str, str]]:
 
 
 def _double(value, limit):
-  """Yields 2, 4, 8 ... times a value, as long as they divide a limit."""
+  """Yields 2, 4, 8 ... times a value while that divides a limit."""
   while limit % (value := 2 * value) == 0:
     yield value
 
 
 def _try(spec, overrides, machines, sizes, price, dump_hlo):
-  """Returns the estimate of one configuration as it is."""
-  # What was traced for other plans is gigabytes by then.
+  """Returns the estimate of a configuration, without fallbacks."""
+  # The traces of earlier plans take gigabytes.
   jax.clear_caches()
   log.info(
     "compiling %s for %s %s: the train step, then the evaluation; 2 minutes "
@@ -126,7 +126,7 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
   if config.teacher.source:
     raise UserError(
       f"plan cannot estimate the teacher {config.teacher.source}; give "
-      "--config.teacher.source= for what the run takes without one"
+      "--config.teacher.source= to plan the run without it"
     )
   num_classes, num_examples = find_sizes(config, *sizes)
   total_steps = None
@@ -158,7 +158,7 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
     return {"fits": False, "hbm_gib": need, "hbm_limit_gib": limit}
   if dump_hlo:
     Path(dump_hlo).write_text(text, encoding="utf-8")
-  # In float32 nothing is computed that is not part of the model.
+  # FLOPs are counted in float32, because bfloat16 models also compute padding.
   plain = configuration.load(spec, overrides | {"model.dtype": "float32"})
   flops = config.batch_size * count_flops(create(plain, names))
   used = add_up_memory(memory, evaluation, state, batch, machines)
@@ -178,7 +178,7 @@ def read_need(message: str) -> float | None:
 
 
 def find_sizes(config, num_classes, num_examples) -> tuple[int, int | None]:
-  """Returns the classes of a config's data set, and its images if known.
+  """Returns the numbers of classes and, if known, images of the data set.
 
   Raises:
     UserError: its number of classes is unknown.
@@ -198,7 +198,7 @@ def find_sizes(config, num_classes, num_examples) -> tuple[int, int | None]:
 
 
 def make_batch(objective: Objective, size: int, mesh=None) -> dict[str, Any]:
-  """Returns the shapes of a batch of `data`, with one label an image."""
+  """Returns the shapes of a batch of `data`, with one label per image."""
   image = (size, *objective.model.image_size, 3)
   shapes = {"image": (image, "uint8"), "labels": ((size, 1), "int32")}
   shapes |= {"mask": ((size,), "bool"), "index": ((size,), "int32")}
@@ -212,7 +212,7 @@ def make_batch(objective: Objective, size: int, mesh=None) -> dict[str, Any]:
 def count_flops(objective: Objective) -> float:
   """Returns the FLOPs of training on one image, without rematerialisation.
 
-  Those of the forward pass, and twice as many of the backward pass.
+  The backward pass takes twice as many as the forward pass.
   """
   key = jax.random.key(0)
   params = jax.eval_shape(objective.model.init, key)
@@ -232,15 +232,15 @@ def estimate(
 ) -> dict[str, Any]:
   """Returns the figures of a train step, per chip, and of the run.
 
-  `text` and `cost` are of `compile_step`, `model_flops` those of the model's
-  matmuls for a batch, and `price` is dollars for a chip-hour.
+  `text` and `cost` are from `compile_step`. `model_flops` is for a batch, and
+  `price` is in dollars per chip-hour.
 
   Returns:
-    What `hlo.read` does, and what follows from its cycles: "step_seconds",
-    "images_per_second_per_chip", "mfu"; "collective_seconds", at the least, if
-    nothing hides them; "flops", "bytes" and the "roofline_seconds" of both,
-    None for a program with loops, whose bodies XLA counts once. Of a run of
-    known length "total_steps", "hours", "chip_hours" and "dollars".
+    The result of `hlo.read`, and "step_seconds", "images_per_second_per_chip"
+    and "mfu" from its cycles. "collective_seconds" is a lower bound without
+    overlap. "flops", "bytes" and "roofline_seconds" are None for a program with
+    loops, because XLA counts their bodies once. For a run of known length also
+    "total_steps", "hours", "chip_hours" and "dollars".
   """
   chip, chips, devices = machines.chip, machines.chips, machines.per_chip()
   found = hlo.read(text)
@@ -253,7 +253,7 @@ def estimate(
   moved = 0
   for row in found["collectives"]:
     row["bytes"] *= devices
-    # A ring moves a result's bytes past each chip once; for a sum, twice.
+    # A ring sends a result's bytes past each chip once, in an all-reduce twice.
     moved += row["bytes"] * (2 if row["kind"] == "all-reduce" else 1)
   links = chip.gigabits * 1e9 / 8
   if total_steps:
@@ -277,8 +277,8 @@ def estimate(
 def add_up_memory(train, evaluation, state, batch, machines) -> dict[str, Any]:
   """Returns the peak "hbm_gib" of a chip and its parts, "hbm".
 
-  The batches that wait for their step count, and during an evaluation the
-  optimizer's state. Of both steps JAX's analyses of memory are given.
+  Both include the batches that wait for their step, and the evaluation also the
+  optimizer's state. `train` and `evaluation` are JAX's memory analyses.
   """
 
   def add_up(x):

@@ -1,6 +1,6 @@
-"""TPUs that need not be there, and the compiler for them.
+"""Ahead-of-time compilation for a TPU topology, without a TPU.
 
-The figures of chips are from
+Chip specifications are from
 cloud.google.com/tpu/docs/system-architecture-tpu-vm and the pages of each
 generation that it links to.
 """
@@ -14,8 +14,8 @@ import jax
 
 from vit_jax.errors import UserError, needs_extra, suggest
 
-# libtpu neither asks for the machine's metadata nor opens a device, so that a
-# second process may compile at the same time.
+# With these, libtpu neither queries the machine's metadata nor opens a device,
+# so that a second process may compile at the same time.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "none",
@@ -25,21 +25,21 @@ _ENVIRONMENT = {
 
 
 class Chip(NamedTuple):
-  """A generation of TPUs, per chip."""
+  """Specification of one chip of a TPU generation."""
 
   teraflops: float  # peak of bfloat16 matmuls
   hbm_gib: float  # memory
-  gigabytes: float  # memory bandwidth, a second
-  gigabits: float  # to other chips, a second
-  multiply_adds: int  # of the matrix units in a cycle
+  gigabytes: float  # memory bandwidth, per second
+  gigabits: float  # interconnect bandwidth, per second
+  multiply_adds: int  # of the matrix units, per cycle
 
   def clock(self) -> float:
-    """Returns the cycles of a second."""
+    """Returns the clock frequency in Hz."""
     return self.teraflops * 1e12 / (2 * self.multiply_adds)
 
 
-# Of v3, v4, v5e and v5p the clock comes out as the published 0.94, 1.05, 1.5
-# and 1.75 GHz; those of v2, v6e and tpu7x are derived alone.
+# For v3, v4, v5e and v5p, `clock` gives the published 0.94, 1.05, 1.5 and
+# 1.75 GHz. Those of v2, v6e and tpu7x are derived only.
 CHIPS = {
   "v2": Chip(46, 16, 700, 1984, 2 * 128**2),
   "v3": Chip(123, 32, 900, 2624, 4 * 128**2),
@@ -52,20 +52,20 @@ CHIPS = {
 
 
 class Slice(NamedTuple):
-  """The machines to plan for."""
+  """The TPU slice to plan for."""
 
   name: str
   chip: Chip
   chips: int
-  devices: tuple  # one or two a chip
+  devices: tuple  # one or two per chip
 
   def per_chip(self) -> int:
-    """Returns the devices of a chip."""
+    """Returns the number of devices per chip."""
     return len(self.devices) // self.chips
 
 
 def find_slice(topology: str) -> Slice:
-  """Returns the machines of "v5e:4x4".
+  """Returns the slice of a topology such as "v5e:4x4".
 
   Raises:
     UserError: an unknown chip or size, or no TPU compiler.
@@ -96,11 +96,11 @@ def find_slice(topology: str) -> Slice:
 
 
 def compile_step(step, *shapes) -> tuple[str, dict[str, float], Any]:
-  """Compiles a jitted function for the devices that its arguments lie on.
+  """Compiles a jitted function for the devices of its arguments.
 
   Returns:
-    Its text, and JAX's analyses of cost and of memory; the first counts the
-    body of a loop once.
+    Its HLO, and JAX's analyses of cost and of memory; the cost counts the body
+    of a loop once.
 
   Raises:
     JaxRuntimeError: RESOURCE_EXHAUSTED if it does not fit.
@@ -110,7 +110,7 @@ def compile_step(step, *shapes) -> tuple[str, dict[str, float], Any]:
   try:
     text = compiled.as_text()
   except jax.errors.JaxRuntimeError as e:
-    # With jaxlib 0.10.2 and libtpu 0.0.52, for tpu7x.
+    # Seen with jaxlib 0.10.2 and libtpu 0.0.52, for tpu7x.
     raise UserError(
       f"jaxlib cannot read what libtpu compiled ({str(e)[:100]}); try other "
       "versions of the two, or another chip"

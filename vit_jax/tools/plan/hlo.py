@@ -13,7 +13,7 @@ _COMPUTATION = re.compile(
   r"^(ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}$", re.M
 )
 _INSTRUCTION = re.compile(r"= (\(.*?\)|\S+) ([\w-]+)\(")  # its type and opcode
-# Of a conditional the first branch.
+# Only the first branch of a conditional.
 _CALLED = re.compile(
   r"\b(?:calls|to_apply|body|branch_computations|true_computation)"
   r"=\{?%?([\w.-]+)"
@@ -28,10 +28,10 @@ def read(text: str) -> dict[str, Any]:
   """Returns the costs of a step from a compiled executable's text.
 
   Returns:
-    "estimated_cycles", which collectives and copies in the background have
-    none of; "hottest", [{"what", "cycles", "count"}], most cycles first, where
-    blocks are added up; "collectives", [{"kind", "count", "bytes" of the
-    results}]; "loops", whether there are any.
+    "estimated_cycles", without collectives and background copies; "hottest",
+    [{"what", "cycles", "count"}], most cycles first, summed over blocks;
+    "collectives", [{"kind", "count", "bytes" of the results}]; "loops", whether
+    there are any.
 
   Raises:
     ValueError: a Pallas kernel without "cycles" in its metadata, or a loop
@@ -46,10 +46,10 @@ def read(text: str) -> dict[str, Any]:
       cycles[what] += times * int(found[1])
       runs[what] += times
     elif '="tpu_custom_call"' in line:
-      raise ValueError(f"a kernel does not state its cycles: {line[:80]}")
+      raise ValueError(f"a kernel has no cycles in its metadata: {line[:80]}")
     if not (found := _COLLECTIVE.fullmatch(opcode)):
       continue
-    # One that is overlapped with other work is written several times, in
+    # A collective that is overlapped with other work occurs several times, in
     # different fusions, but on the same channel.
     kind, starts = found.groups()
     channel = {(kind, x) for x in re.findall(r"channel_id=\d+", line)}
@@ -74,8 +74,8 @@ def read(text: str) -> dict[str, Any]:
 
 
 def _list_instructions(text):
-  """Yields (how often it runs, type, opcode, line) of each instruction."""
-  # Each computation stands before those that call it.
+  """Yields (execution count, type, opcode, line) of each instruction."""
+  # Each computation is defined before its callers.
   blocks = _COMPUTATION.findall(text)[::-1]
   bodies = {name: body for _, name, body in blocks}
   times = collections.Counter(name for entry, name, _ in blocks if entry)
@@ -89,18 +89,18 @@ def _list_instructions(text):
 
 
 def _count_trips(bodies, line):
-  """Returns how often a loop runs: scans count by 1 from 0 to a constant."""
-  if "/jit(_gamma)/" in line:  # mixup draws until a number is accepted
+  """Returns a loop's trip count; scans count by 1 from 0 to a constant."""
+  if "/jit(_gamma)/" in line:  # mixup's rejection sampling
     return 1
   [name] = re.findall(r"condition=%?([\w.-]+)", line)
   limits = re.findall(r"= s32\[\]\S* constant\((\d+)\)", bodies[name])
   if len(limits) != 1:
-    raise ValueError(f"it is unknown how often the loop of {name} runs")
+    raise ValueError(f"the trip count of the loop of {name} is unknown")
   return int(limits[0])
 
 
 def _describe(shape, opcode, line):
-  """Returns words that an instruction shares with those of other blocks."""
+  """Returns a description that is the same for all blocks of a model."""
   shape = re.sub(r"\{[^}]*\}|/\*[^*]*\*/", "", shape)
   title = re.search(r'op_name="([^"]*)"', line)
   words = re.sub(r"block_\d+", "block", title[1] if title else "")

@@ -1,18 +1,18 @@
-"""Plans as text."""
+"""Text reports of plans."""
 
 from typing import Any
 
 from vit_jax.tools.text import format_columns
 
 LEFT_OUT = (
-  "Estimated by the compiler, not measured. Not included: collectives (see "
-  "there), waits for input, copies that the compute does not hide, "
+  "Estimated by the compiler, not measured. Not included: collectives (listed "
+  "above), waits for input, copies that do not overlap with compute, "
   "evaluations, checkpoints and restarts."
 )
 
 
 def format_plans(plans: list[dict[str, Any]]) -> str:
-  """Returns a block for each plan; a table before them if there are several."""
+  """Returns a block for each plan, after a table if there are several."""
   blocks = ["\n".join(_list_lines(found)) for found in plans]
   if len(plans) > 1:
     head = ("", "fits", "GiB", "ms", "images/s/chip", "MFU", "chip-hours")
@@ -30,7 +30,7 @@ def _list_lines(found):
       word = "fits" if attempt["fits"] else "does not fit"
       yield f"  {_flags(attempt['overrides'])}  {word}"
     if not found["fallback"]:
-      yield "nothing of this fits; take more or larger chips"
+      yield "none of these fits; use more or larger chips"
       return
     found = found["then"]
   parts = ", ".join(f"{name} {x:.2f}" for name, x in found["hbm"].items())
@@ -38,7 +38,7 @@ def _list_lines(found):
     f"{x['count']} {x['kind']} {x['bytes'] / 1e6:.0f} MB"
     for x in found["collectives"]
   )
-  roofline = "not known of a program with loops"
+  roofline = "unknown for a program with loops"
   if found["roofline_seconds"]:
     roofline = (
       f"{1e3 * found['roofline_seconds']:.1f} ms "
@@ -51,7 +51,7 @@ def _list_lines(found):
   )
   yield (
     f"collectives    {moved or 'none'}; "
-    f"{1e3 * found['collective_seconds']:.1f} ms if nothing hides them"
+    f"{1e3 * found['collective_seconds']:.1f} ms if not overlapped"
   )
   yield (
     f"speed          {found['images_per_second_per_chip']:.0f} images/s a "

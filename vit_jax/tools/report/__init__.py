@@ -14,8 +14,7 @@ from vit_jax.tools.runs import MAIN_METRICS, Run, find_main, find_runs, order
 
 log = logging.getLogger(__name__)
 
-# Mistakes with pictures: of one run, and of all together, which bounds the
-# page's size.
+# Misclassified images shown of one run, and in total to bound the page's size.
 _MISTAKES = 12
 _ALL_MISTAKES = 40
 
@@ -28,7 +27,7 @@ def report(
   Args:
     workdirs: run folders, or folders with runs below them.
     out: the file to write.
-    data_dir: where the TFDS data sets are, if not where they were.
+    data_dir: where the TFDS data sets are now, if they have moved.
 
   Returns:
     The file.
@@ -55,7 +54,7 @@ def report(
     log.info("test set of run %d of %d: %s", i, len(chosen), run.name)
     found[run.name] = evaluate(run, data_dir, mistakes)
   check_free(file)  # evaluating takes minutes
-  # A path or a class may have a name that is not Unicode.
+  # Paths and class names may be invalid Unicode.
   page = make_page(runs, found).encode("utf-8", errors="xmlcharrefreplace")
   try:
     files.write_atomically(file, page.decode())
@@ -65,7 +64,7 @@ def report(
 
 
 def _rank(run: Run):
-  """Orders runs: by metric, the best result first, those without one last."""
+  """Returns a sort key: by metric, best first, runs without a result last."""
   last = {
     name.removeprefix("eval/"): points[-1][1]
     for name, points in run.series.items()

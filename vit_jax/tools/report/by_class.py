@@ -1,4 +1,4 @@
-"""Which classes a whole test set is taken for, and the worst mistakes."""
+"""Confusion counts of a test set, and its most confident mistakes."""
 
 import collections
 from collections.abc import Callable
@@ -17,19 +17,19 @@ class Mistake(NamedTuple):
   index: int  # of the example in the test set
   labels: list[int]  # class ids
   given: int  # the predicted class id
-  label_probability: float  # the highest of its labels
-  pixels: Any  # u8[h w 3], as the model got them
+  label_probability: float  # the highest among its labels
+  pixels: Any  # u8[h w 3], preprocessed
 
 
 class Tally(NamedTuple):
   """Counts over a test set.
 
-  Pairs are (label, given) of the images with a label; of a multi-label set the
-  label is the given class itself where that is among the labels, else -1.
+  `pairs` counts (label, predicted class) of the labelled images. In a
+  multi-label set the label is the predicted class if that is correct, else -1.
   """
 
   pairs: collections.Counter[tuple[int, int]]
-  mistakes: list[Mistake]  # the most confident ones, the worst first
+  mistakes: list[Mistake]  # the most confident first
 
   @property
   def labelled(self) -> int:
@@ -45,8 +45,8 @@ def make_tally(
 ) -> Callable:
   """Returns params -> `Tally` of a test set.
 
-  Memory does not grow with the test set: each batch leaves its counts and its
-  most confident mistakes, of which the worst so far are kept.
+  Memory does not grow with the test set, because only the counts and the most
+  confident mistakes so far are kept.
 
   Args:
     to_probabilities: logits f32[b k] -> f32[b k].
@@ -82,7 +82,7 @@ def _add_up(batches, multilabel, count):
         others = top, float(row[labels].max()), batch["image"][i]
         tally.mistakes.append(Mistake(float(row[top]), place, labels, *others))
     tally.mistakes.sort(key=lambda m: (-m.probability, m.index))
-    # A row of a batch would keep all of it.
+    # Copied, because a view would keep its whole batch in memory.
     tally.mistakes[:] = [
       m._replace(pixels=m.pixels.copy()) for m in tally.mistakes[:count]
     ]

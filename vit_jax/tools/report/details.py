@@ -1,4 +1,4 @@
-"""What a run's best weights predict for its test set, image by image."""
+"""Predictions of a run's best checkpoint for its test set."""
 
 import base64
 import io
@@ -26,24 +26,24 @@ _PICTURE = 192
 
 
 class Details(NamedTuple):
-  """One pass over a test set."""
+  """Results on a test set."""
 
   checkpoint: str  # the folder of the weights, such as "checkpoints/240"
   source: Any  # the test set, a `data.Source`
   tally: by_class.Tally
-  shown: list[dict[str, str | None]]  # `_show` of each of its mistakes
+  shown: list[dict[str, str | None]]  # `_show` of each mistake
 
 
 def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
-  """Evaluates a run's best checkpoint on its test set; or returns why not.
+  """Evaluates a run's best checkpoint on its test set, or returns why not.
 
   Args:
     run: the run.
-    data_dir: where the data sets are, if not where they were.
+    data_dir: where the data sets are now, if they have moved.
     mistakes: how many to show.
   """
   if run.config["objective"] != "classification":
-    return "The run predicts masked patches: it has no classes to count."
+    return "The run predicts masked patches, so it has no classes."
   if not run.config["eval.split"]:
     return "The run has no test set: its eval.split is empty."
   try:
@@ -52,7 +52,7 @@ def evaluate(run: Run, data_dir: str | None, mistakes: int) -> Details | str:
     return "The run has no checkpoint yet."
   try:
     return _evaluate(run, data_dir, mistakes)
-  except Exception as e:  # the other runs and the curves are still of use
+  except Exception as e:  # the rest of the page is still useful
     log.warning("%s: %s", run.name, e, exc_info=not isinstance(e, UserError))
     return f"The test set could not be evaluated: {one_line(e)}"
 
@@ -85,15 +85,15 @@ def _evaluate(run, data_dir, mistakes):
 
 
 def _show(look, test, mistake):
-  """Returns how the page shows a mistake.
+  """Returns what the page shows of a mistake.
 
   Returns:
-    {"name": of the file, or its place in the data set, "labels": names,
-    "picture": as the model got it, a data URI, "attention": the same, darkened;
-    None for a ResNet}.
+    {"name": of the file or the example, "labels": names, "picture": the
+    preprocessed image as a data URI, "attention": the same, darkened where
+    attention is low; None for a ResNet}.
   """
   attention = None
-  if look:  # one by one: the attention of a large model is gigabytes
+  if look:  # one by one, because a large model's attention takes gigabytes
     (seen,) = np.asarray(look(normalize(mistake.pixels[None])).maps)
     attention = encode(attention_maps.overlay(mistake.pixels, seen))
   labels = [test.class_names[label] for label in mistake.labels]
@@ -107,7 +107,7 @@ def _show(look, test, mistake):
 
 
 def encode(pixels: np.ndarray) -> str:
-  """Returns u8[h w 3] as a data URI: a small image as PNG, others as JPEG."""
+  """Returns u8[h w 3] as a data URI: PNG for a small image, else JPEG."""
   image = Image.fromarray(pixels)
   kind = "png" if max(image.size) <= _PICTURE // 2 else "jpeg"
   image.thumbnail((_PICTURE, _PICTURE), Image.Resampling.LANCZOS)

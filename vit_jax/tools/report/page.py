@@ -1,4 +1,4 @@
-"""The page's contents: tables and charts for `page.html`."""
+"""Tables and charts for `page.html`."""
 
 import collections
 import datetime
@@ -17,11 +17,11 @@ from vit_jax.tools.paper import flops
 from vit_jax.tools.report.details import Details
 from vit_jax.tools.runs import COUNTS, Run
 
-# Shares, which are shown as percent.
+# Metrics that are shown as percentages.
 _SHARES = ("accuracy", "accuracy@5", "prec@1", "lrap", "trivial_accuracy")
-# With more runs than these they are a table's rows instead of its columns.
+# With more runs than this, they are the rows of a table, not its columns.
 _BESIDE = 3
-# Of more classes than these the worst come first, and there is no matrix.
+# With more classes than this, the worst come first and there is no matrix.
 _FEW_CLASSES = 20
 
 
@@ -29,9 +29,8 @@ def make_page(runs: Sequence[Run], found: dict[str, Details | str]) -> str:
   """Returns the page as HTML.
 
   Args:
-    runs: at least one; the first of them have colours.
-    found: by the names of the runs whose test set was evaluated: the result, or
-      why there is none.
+    runs: at least one; only the first ones have colours.
+    found: {name of an evaluated run: the result, or why there is none}.
   """
   environment = jinja2.Environment(
     autoescape=True,
@@ -52,7 +51,7 @@ def make_page(runs: Sequence[Run], found: dict[str, Details | str]) -> str:
     dashes=charts.DASHES,
     date=f"{datetime.date.today():%Y-%m-%d}",
     differences=_compare(runs),
-    facts=_tabulate("What was trained", runs, _describe),
+    facts=_tabulate("Training", runs, _describe),
     few=_FEW_CLASSES,
     left_out=len(runs) - len(found),
     runs=runs,
@@ -65,7 +64,7 @@ def make_page(runs: Sequence[Run], found: dict[str, Details | str]) -> str:
 
 
 def _tabulate(caption, runs, describe):
-  """Returns (caption, head, rows): few runs are the columns of a table."""
+  """Returns (caption, head, rows) of a table; a few runs are its columns."""
   made = [{"Run": run.name} | describe(run) for run in runs]
   rows = [[*made[0]], *([*facts.values()] for facts in made)]
   if len(runs) <= _BESIDE:
@@ -74,12 +73,12 @@ def _tabulate(caption, runs, describe):
 
 
 def percent(x: float) -> str:
-  """Returns a share as percent with two decimals."""
+  """Returns a fraction as a percentage with two decimals."""
   return f"{x:.2%}".replace("%", "\u00a0%")
 
 
 def _show_metric(name, x):
-  """Returns a metric's value: a share as percent, others with four digits."""
+  """Returns a metric's value as text: a percentage, or with four digits."""
   if name.rpartition("/")[2] in _SHARES:
     return percent(x)
   return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.4g}"
@@ -139,17 +138,17 @@ def _describe_result(run):
     if evaluation not in ("train", "speed") and metric not in COUNTS:
       text = f"{name.removeprefix('eval/')} {_show_metric(name, x)}"
       told[f"at step {step:,}"].append(text)
-  for texts in told.values():  # what runs are compared by stands first
+  for texts in told.values():  # the main metrics come first
     texts.sort(key=lambda text: text.startswith(("loss", "trivial")))
   lines = [f"{', '.join(texts)} {step}" for step, texts in told.items()]
   return "; ".join(lines) or "not evaluated yet"
 
 
 def measure_time(run: Run) -> float:
-  """Returns the seconds of all training steps by metrics.jsonl, 0 if unknown.
+  """Returns the seconds of all training steps in metrics.jsonl, 0 if unknown.
 
-  The time of a log interval is its images over their speed. Speed is measured
-  from the last log line, evaluation or save on: these are not in it.
+  The time of a log interval is its images divided by their speed. Evaluations
+  and saves are not included, because speed is measured from their end.
   """
   seconds, before = 0.0, 0
   for step, speed in run.series.get("speed/images_per_second", ()):
@@ -164,7 +163,7 @@ def measure_time(run: Run) -> float:
 def _draw_charts(runs):
   """Returns {task: [(title, SVG, its numbers)]}.
 
-  Losses of different tasks do not compare.
+  Losses of different tasks are not comparable.
   """
   tasks = collections.defaultdict(list)
   for i, run in enumerate(runs):
@@ -213,14 +212,14 @@ def _show(run, key):
 
 
 def _describe_test(run, found):
-  """Returns what the page shows of a run's test set."""
+  """Returns the page's values for a run's test set."""
   if isinstance(found, str):
     return {"why_not": found}
   multilabel, names = found.source.multilabel, found.source.class_names
   tally = found.tally
   rows = _count_classes(tally.pairs, names, multilabel)
   if len(rows) > _FEW_CLASSES:
-    # Of equally bad classes those with more images come first.
+    # Among equally bad classes, those with more images come first.
     rows.sort(key=lambda row: (row[1] / row[2], -row[2]))
   mixed = [
     (names[label], names[given], n)
@@ -242,9 +241,9 @@ def _describe_test(run, found):
 
 
 def _count_classes(pairs, names, multilabel):
-  """Returns [(name, right, images, most often taken for)] of each class.
+  """Returns [(name, correct, images, most frequent confusion)] by class.
 
-  Of a multi-label test set: of each predicted class, without the last.
+  In a multi-label test set this is by predicted class, without confusions.
   """
   images, worst = collections.Counter(), {}
   for (label, given), n in sorted(pairs.items(), key=lambda item: item[1]):
