@@ -150,7 +150,7 @@ class Needs:
 
 
 def find_needs(name: str, data_dir: str | None = None) -> Needs:
-  """Returns what a TFDS data set or a task lacks; nothing is downloaded.
+  """Returns the `Needs` of a TFDS data set or a task, without downloading.
 
   Raises:
     UserError: unknown data set.

@@ -134,7 +134,8 @@ def match_classes(weights, test: Source) -> Source:
       "choose another --dataset",
     )
   log.warning(
-    "%s and %s have different class names; taken to be in the same order",
+    "the classes of %s and %s do not match by name; taken to be in the same "
+    "order",
     weights.source,
     test.dataset,
   )
