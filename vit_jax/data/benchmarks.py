@@ -91,7 +91,7 @@ class Task:
 
 
 def count_objects(objects) -> tf.Tensor:
-  """Returns CLEVR's class of a count: 3 to 10 objects are 0 to 7."""
+  """Returns CLEVR's class for a count: 3 to 10 objects are 0 to 7."""
   return tf.shape(objects["size"])[0] - 3
 
 
@@ -99,7 +99,7 @@ CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0)
 
 
 def bin_closest_object(objects) -> tf.Tensor:
-  """Returns CLEVR's class of the least object depth, in renderer units."""
+  """Returns CLEVR's class for the least object depth, in renderer units."""
   return _bin(tf.reduce_min(objects["pixel_coords"][:, 2]), CLEVR_DISTANCES)
 
 
@@ -109,7 +109,7 @@ _NO_VEHICLE = 1000.0  # metres
 
 
 def bin_closest_vehicle(objects) -> tf.Tensor:
-  """Returns KITTI's class of metres to a car, van or truck; the last: none."""
+  """Returns KITTI's class for metres to a car, van or truck; the last: none."""
   depth = objects["location"][:, 2]
   is_vehicle = objects["type"] < _KITTI_VEHICLES
   depth = tf.where(is_vehicle, depth, _NO_VEHICLE)

@@ -211,12 +211,12 @@ class BlockOrder(Order):
     return window._replace(epoch=window.epoch + 1, number=0)
 
   def _count_before(self, i, epoch):
-    """Returns int[streams], a data set's positions before an epoch."""
+    """Returns int[streams]: how many positions precede a data set's epoch."""
     repeats, slots = divmod(epoch * self._sizes[i], self._counts[i])
     return repeats * self._before[i][-1] + self._before[i][slots]
 
   def _find_bounds(self, window):
-    """Returns a window's first and end in its epoch, and its stream's end."""
+    """Returns a window's begin and end in its epoch, and its stream's end."""
     i, v, epoch, number = window
     counts = self._count_before(i, epoch + 1) - self._count_before(i, epoch)
     stop = int(counts[: v + 1].sum())
@@ -275,7 +275,7 @@ def _make_pattern(seed, weights, length, rounds):
       f"mixture; the least is 1 in {length:,}"
     )
   slots = np.repeat(np.arange(len(weights)), counts)
-  key = (seed, len(weights), PATTERN_SLOTS, 1)  # not (seed, data set, epoch)
+  key = (seed, len(weights), PATTERN_SLOTS, 1)  # no (seed, data set, epoch)
   return slots[shuffle_indices(np.arange(length), length, key, rounds)], counts
 
 

@@ -4,8 +4,7 @@
 
   index.npy: i64[n], examples of the other set, ascending. An image may occur
     several times.
-  labels.npy: i32[n l], classes, the most probable first. With hard labels l is
-    1.
+  labels.npy: i32[n l], classes, the most probable first; l is 1 if hard.
   probabilities.npy: f32[n l], with soft labels only.
   about.json: the model, the images and the options.
 

@@ -7,8 +7,8 @@ is single-label, as in the paper's pre-training.
 
 `imagenet21k.txt` has the 21,843 sorted ids, in the class order of the published
 checkpoints: storage.googleapis.com/bit_models, file
-`imagenet21k_wordnet_ids.txt`. The archive of fall 2011 has no images of two of
-them, which its list lacks.
+`imagenet21k_wordnet_ids.txt`. The list of fall 2011 lacks two of them, of which
+the archive has no images.
 """
 
 import collections

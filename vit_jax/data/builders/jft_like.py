@@ -171,7 +171,7 @@ def find_parts(path: np.ndarray, exists: np.ndarray) -> np.ndarray:
   """Returns which of PARTS each glyph has: bool[n part].
 
   A part is one of four directions in one ninth of the glyph. A glyph has it if
-  ink there runs in that direction for an eighth of its height (or width).
+  its ink there runs that way for at least an eighth of its height (or width).
   """
   step = np.diff(path, axis=2)
   length = np.sqrt((step**2).sum(-1)) * exists[:, :, None]
