@@ -10,12 +10,12 @@ augmentation as the model and the data need, then fine-tuning at 224 px.
     --workdir=gs://BUCKET/b16_augreg_224 \
     --config.init_from=gs://BUCKET/b16_augreg
 
-DATASET is imagenet2012 or imagenet21k, AUGMENTATION one of `AUGMENTATIONS`;
-without it that of `USUAL`, where big_vision's vit_i1k.py and vit_i21k.py have a
-good average for the model. Published accuracy on ImageNet, of the public files,
-fine-tuned at 224 px, as timm measures it, and what their names say of the
-pre-training (wd 0.1 is the weight decay here, 0.03 is 3e-5; do and sd are
-model.dropout_rate and model.stochastic_depth_rate):
+DATASET is imagenet2012 or imagenet21k, AUGMENTATION a key of `AUGMENTATIONS`.
+The default is that of `USUAL`, from big_vision's vit_i1k.py and vit_i21k.py,
+where it is good on average. The table has the ImageNet accuracy of the public
+files, fine-tuned at 224 px and measured by timm, and the pre-training settings
+in their names. There, wd 0.1 is the weight decay here, wd 0.03 is 3e-5; do and
+sd are model.dropout_rate and model.stochastic_depth_rate.
 
              imagenet2012                     imagenet21k
   ViT-Ti_16                                   75.5  none, wd 0.03
@@ -25,19 +25,19 @@ model.dropout_rate and model.stochastic_depth_rate):
   ViT-B_16   79.2  strong2, wd, do, sd 0.1    84.5  medium1, wd 0.1
   ViT-L_16                                    85.8  medium1, wd, do, sd 0.1
 
-Cost: not published. Different from big_vision: on ImageNet-21k the class token
-as in the public files, where vit_i21k.py has the mean over the patches; the
-whole set is shuffled; and docs/differences.md.
+The cost is not published. Differences from big_vision: ImageNet-21k models use
+the class token, as in the public files, where vit_i21k.py averages the patches;
+the whole data set is shuffled. See also docs/differences.md.
 """
 
 from common import get_config as get_common_config
 
 from vit_jax.config import add_eval
 
-# Name -> RandAugment's magnitude, None for none, and mixup's alpha.
+# Name -> RandAugment's magnitude (None: off), mixup's alpha.
 AUGMENTATIONS = {
   "none": (None, 0.0),
-  "light1": (0, 0.0),  # not nothing: solarize inverts everything
+  "light1": (0, 0.0),  # not a no-op: solarize inverts all pixels
   "light2": (10, 0.2),
   "medium1": (15, 0.2),
   "medium2": (15, 0.5),

@@ -11,163 +11,162 @@ import ml_collections
 from ml_collections.config_dict import FieldReference, placeholder
 
 
-# Any: a type checker takes each value of a ConfigDict for all that it may hold.
+# Any, because type checkers give every ConfigDict value a union of all types.
 def get_config() -> Any:
-  """Returns the defaults: ViT-B/16 pre-training on ImageNet-21k, the paper."""
+  """Returns the defaults: the paper's ViT-B/16 pre-training on ImageNet-21k."""
   config = ml_collections.ConfigDict()
 
   # One integer decides the run: initialisation, data order, augmentation,
   # dropout and mixup are functions of (seed, step).
   config.seed = 0
 
-  # A run folder whose weights this run starts from (its best checkpoint where
-  # it kept one, else its last). The head is replaced where the classes differ,
-  # the position embedding is resized, the optimizer starts fresh.
+  # Initial weights: a run folder (its best checkpoint if it kept one, else its
+  # last) or anything else that `vit_jax.load` takes. The head is replaced if
+  # the classes differ, the position embedding is resized, and the optimizer
+  # starts fresh.
   config.init_from = placeholder(str)
 
-  # "classification", or "masked_patches": no labels, but half of an image's
-  # patches to predict from the others (Appendix B.1.2).
+  # "classification", or "masked_patches": self-supervised prediction of half of
+  # an image's patches from the others (Appendix B.1.2).
   config.objective = "classification"
-  # What of a masked patch: its "mean_colour" in 3 bits a channel, that of a
-  # "colour_grid" of 4x4 cells, or its "pixels".
+  # Prediction target of a masked patch: its "mean_colour" in 3 bits a channel,
+  # that of each cell of a 4x4 "colour_grid", or its "pixels".
   config.masked_target = "mean_colour"
 
-  # Height and width of the images that the model sees, in pixels: one integer
-  # or (height, width). `size` in preprocessing strings means this.
+  # Size of the model's input in pixels: one integer or (height, width). `size`
+  # in preprocessing strings stands for it.
   config.image_size = FieldReference(224, field_type=object)
 
   # --- model: the arguments of `vit_jax.models.create` ---
   config.model = ml_collections.ConfigDict()
   # "ViT-B_16", the hybrid "R50+ViT-B_16", the ResNet "R50x1",
-  # "EfficientNet-B0", ...; convolutional ones have few of the options below.
+  # "EfficientNet-B0", ...; convolutional models have few of the options below.
   config.model.variant = "ViT-B_16"
-  # What becomes the image's vector: the class "token", "gap" (the mean over the
-  # patches), "token+gap" (both, side by side) or "map" (attention).
+  # Pooling: the class "token", "gap" (the mean over the patches), "token+gap"
+  # (both, concatenated) or "map" (attention pooling).
   config.model.classifier = "token"
-  # Width of the tanh layer before the head (the paper: hidden size while
-  # pre-training, none while fine-tuning). -1: the hidden size, 0: none.
+  # Width of the tanh layer before the head (in the paper the hidden size for
+  # pre-training, none for fine-tuning). -1: the hidden size, 0: none.
   config.model.representation_size = 0
   # "learned" (1-D), "2d", "sincos2d" (fixed), "relative" or "none"; added at
   # the "input", in "every_layer", or in "every_layer_shared" (Appendix D.4).
   config.model.pos_embedding = "learned"
   config.model.pos_embedding_at = "input"  # where it is added, see above
-  # "gelu_tanh" and 1e-6 are the paper's; weights from PyTorch need "gelu_erf",
-  # "gelu_quick" or "silu", and some of Hugging Face's 1e-12. Loaded weights say
-  # which.
+  # The paper has "gelu_tanh" and 1e-6. PyTorch weights need "gelu_erf",
+  # "gelu_quick" or "silu", and some of Hugging Face's need 1e-12; `init_from`
+  # checks both.
   config.model.activation = "gelu_tanh"
   config.model.layer_norm_epsilon = 1e-6  # see above
-  # Where the paper has it; of an EfficientNet before the head. 0: off.
+  # At the paper's places; in an EfficientNet before the head. 0: off.
   config.model.dropout_rate = 0.0
   config.model.attention_dropout_rate = 0.0  # of the attention weights
-  # Drop-path by depth: the rate of the last block; the others have it linearly
-  # from 0 in the first one.
+  # Drop-path rate of the last block; it grows linearly from 0 in the first one.
   config.model.stochastic_depth_rate = 0.0
-  config.model.head_bias_init = 0.0  # every class's logit at the beginning
-  # What other encoders have and the paper's do not (docs/encoders.md). More
-  # tokens: a class token that the classifier ignores, DeiT's distillation
-  # token with a head of its own, DINOv2's registers. Learned positions are
-  # those of the class and distillation "tokens", of "all", or of "none" of
-  # them, beside those of the patches.
+  config.model.head_bias_init = 0.0  # initial logit of every class
+  # Options of other encoders, not in the paper (docs/encoders.md). Extra
+  # tokens: a class token that the classifier ignores, DeiT's distillation token
+  # with its own head, DINOv2's registers. Of these, the class and distillation
+  # "tokens" have learned positions, or "all", or "none".
   config.model.class_token = False
   config.model.distillation_token = False
   config.model.registers = 0
   config.model.prefix_positions = "tokens"
   config.model.rope = "none"  # "dinov3": rotary positions in each block
-  config.model.rope_base = 100.0  # of its frequencies
+  config.model.rope_base = 100.0  # base of the rotary frequencies
   config.model.patch_bias = True  # CLIP's patch embedding has none
-  config.model.pre_norm = False  # a LayerNorm before the blocks, as CLIP
-  config.model.qkv_bias = "all"  # "all", "none" or "qv" (not of the keys)
+  config.model.pre_norm = False  # a LayerNorm before the blocks, as in CLIP
+  config.model.qkv_bias = "all"  # "all", "none" or "qv" (none for the keys)
   config.model.qk_norm = False  # a LayerNorm of each head's queries and keys
   config.model.mlp = "plain"  # "gated": SwiGLU, with the activation "silu"
-  config.model.layer_scale_init = 0.0  # of LayerScale; 0: none
-  # "pooled": the last LayerNorm comes after the pooling, as in MAE; "none": it
-  # is left out, as in transformers' classifiers of CLIP.
+  config.model.layer_scale_init = 0.0  # LayerScale's initial value; 0: none
+  # "pooled": the last LayerNorm is after the pooling, as in MAE; "none": it is
+  # omitted, as in transformers' CLIP classifiers.
   config.model.final_norm = "tokens"
-  config.model.map_heads = 0  # of "map"; 0: as many as the encoder's
-  config.model.projection_size = 0  # of CLIP's matrix after pooling; 0: none
-  # Matrix products run in this dtype; parameters, LayerNorm, softmax and loss
-  # stay in float32.
+  config.model.map_heads = 0  # heads of "map"; 0: as many as the encoder has
+  config.model.projection_size = 0  # CLIP's projection after pooling; 0: none
+  # Matmuls run in this dtype; parameters, LayerNorm, softmax and loss stay in
+  # float32.
   config.model.dtype = "bfloat16"
-  config.model.scan = False  # one traced block instead of `num_layers` of them
+  config.model.scan = False  # trace one block instead of `num_layers`
   config.model.remat = "none"  # "none", "dots" or "full", see models/vit.py
 
   # --- data ---
-  # Where TFDS data sets live; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+  # Folder of TFDS data sets; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.
   config.data_dir = placeholder(str)
   config.train = ml_collections.ConfigDict()
   # A TFDS name, a task (`vtab:clevr_count`, with splits `train800`, ..., see
-  # `vit-jax data list`), `folder:/path`, `pseudo:/path` (of `vit-jax
+  # `vit-jax data list`), `folder:/path`, `pseudo:/path` (written by `vit-jax
   # pseudo-label`), or a weighted mixture `a=0.7,b=0.3`.
   config.train.dataset = "imagenet21k"
-  # As TFDS writes it: "train[:98%]"; `pseudo:` sets are always whole.
+  # In TFDS syntax: "train[:98%]"; `pseudo:` sets are always used whole.
   config.train.split = "train"
   # Operations joined by "|", see `vit_jax.data.preprocess`.
   config.train.preprocess = "inception_crop(size)|flip_lr"
-  # "all": an epoch is a permutation of all examples, each read by itself.
-  # "blocks": one of blocks of neighbours, each read at once, see docs/pods.md.
-  # "auto": "blocks" for data in a bucket that do not fit into `buffer_gib`.
+  # "all": an epoch is a permutation of single examples. "blocks": it permutes
+  # blocks of neighbouring examples, each read in one request (docs/pods.md).
+  # "auto": "blocks" for data in a bucket that does not fit in `buffer_gib`.
   config.train.shuffle = "auto"
-  config.train.buffer_gib = 4.0  # of a bucket's images, on each host at most
-  # What a training image that cannot be used does: "stop" ends the run with its
-  # name; "replace" shows the next one in its place, names it and counts such.
+  config.train.buffer_gib = 4.0  # at most, on each host, for a bucket's images
+  # At an unusable training image, "stop" ends the run with an error that names
+  # it; "replace" uses the next image, logs a warning and counts replacements.
   config.train.on_bad_example = "stop"
-  # Repeated augmentation (arXiv 1902.05509): each image so many times in a
-  # batch, each time augmented on its own. Steps and epochs count all of these,
-  # so that an epoch shows 1 / repeats of the images, as timm's does.
+  # Repeated augmentation (arXiv 1902.05509): copies of each image in a batch,
+  # augmented independently. Steps and epochs count all copies, so an epoch
+  # shows 1 / repeats of the images, as in timm.
   config.train.repeats = 1
   config.train.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
-  # A box of another image, 1 - Beta(alpha, alpha) of the area; 0: off. With
-  # mixup on as well each batch gets one of the two, by chance.
+  # CutMix: a box of another image, 1 - Beta(alpha, alpha) of the area; 0: off.
+  # If mixup is on too, each batch gets one of the two at random.
   config.train.cutmix_alpha = 0.0
   config.eval = ml_collections.ConfigDict()
   config.eval.dataset = placeholder(str)  # unset: the training data set
   config.eval.split = "validation"  # held-out images, or the test set
-  # Nothing random; kept with the weights, for `predict`. 256 pixels for 224.
-  # `method` may be 'bilinear' or 'area', or with antialias=True, as by Pillow,
-  # 'bilinear' or 'bicubic'.
+  # Deterministic; saved with the weights for `predict`. Resizes to 256 pixels
+  # for 224. `method` is 'bilinear' or 'area'; with antialias=True, as in
+  # Pillow, it is 'bilinear' or 'bicubic'.
   config.eval.preprocess = "resize_small(size * 8 / 7)|central_crop(size)"
   config.eval.batch_size = 0  # 0: the training batch size
 
-  # More evaluations, each under a name: `add_eval` of `vit_jax.config`, or
-  # --config.evals.NAME.KEY. The keys: `type`, "fewshot" or unset for the
-  # objective's own; `dataset`, `split`, `preprocess`, `batch_size`, `every`, as
-  # `eval` and `eval_every` where they are unset; `train_split` and `shots`, the
-  # images of each class that a few-shot evaluation learns from. Results are
-  # logged as NAME/METRIC.
+  # Further named evaluations, added by `add_eval` of `vit_jax.config` or by
+  # --config.evals.NAME.KEY. Keys: `type`, "fewshot" or unset for the
+  # objective's own; `dataset`, `split`, `preprocess`, `batch_size` and `every`,
+  # which default to `eval` and `eval_every`; `train_split` and `shots`, the
+  # training images per class of a few-shot evaluation. Metrics are logged as
+  # NAME/METRIC.
   config.evals = ml_collections.ConfigDict()
-  # NAME/METRIC that decides which checkpoint is kept as the best, more is
-  # better. Unset: accuracy of `eval`, for several labels an image its prec@1.
+  # NAME/METRIC whose maximum selects the best checkpoint. Unset: the accuracy
+  # of `eval`, or its prec@1 for multi-label data.
   config.best_metric = placeholder(str)
 
   # --- duration: exactly one of the three is set ---
   config.batch_size = 4096  # over all hosts and devices
   config.total_steps = 0  # updates
   config.total_epochs = 0.0  # of the training split
-  config.total_examples = 0  # images, each time one is seen
+  config.total_examples = 0  # images, counted each time one is used
 
   # --- optimisation ---
-  # The loss of a classification; masked patches have one of their own.
+  # The classification loss; masked patches have their own.
   config.loss = ml_collections.ConfigDict()
   config.loss.name = "sigmoid"  # "sigmoid" (sum over classes) or "softmax"
   config.loss.label_smoothing = 0.0  # 0: off
   # Knowledge distillation (docs/distillation.md). The source is whatever
-  # `vit_jax.load` takes: a run folder, a file, a name; "": no teacher. It sees
-  # the images that the model sees, the same crops, mixed in the same way.
+  # `vit_jax.load` takes: a run folder, a file, a name; "": no teacher. Teacher
+  # and student get the same input: the same crops, mixed in the same way.
   config.teacher = ml_collections.ConfigDict()
   config.teacher.source = ""
-  # "kl" and "cross_entropy" with the teacher's softmax (the same gradient), or
-  # "hard", cross-entropy with its best class.
+  # "kl" or "cross_entropy" to the teacher's softmax (the same gradient), or
+  # "hard", cross-entropy to its top class.
   config.teacher.loss = "kl"
   # Divides the logits of both; the loss is multiplied by its square.
   config.teacher.temperature = 1.0
-  config.teacher.weight = 0.5  # of that loss; the labels' has the rest
+  config.teacher.weight = 0.5  # of this loss; that of the labels has the rest
   config.optimizer = ml_collections.ConfigDict()
   # "adam", "sgd", "rmsprop" (TensorFlow 1's) or "lamb" (arXiv 1904.00962), see
   # training/optim.py.
   config.optimizer.name = "adam"
   config.optimizer.b1 = 0.9  # Adam, LAMB
-  config.optimizer.b2 = 0.999  # Adam, LAMB; RMSProp: of the mean square
-  # Adam and LAMB add it to the root, RMSProp to the mean square in the root.
+  config.optimizer.b2 = 0.999  # Adam, LAMB; RMSProp's decay of the mean square
+  # Adam and LAMB add it outside the square root, RMSProp inside.
   config.optimizer.eps = 1e-8
   config.optimizer.momentum = 0.9  # SGD, RMSProp
   # dtype of the first moment of Adam and LAMB, or of the momentum: "float32" or
@@ -183,52 +182,53 @@ def get_config() -> Any:
   config.optimizer.clip_norm = 0.0  # global gradient norm; 0: no clipping
   # "regex=factor" pairs, first match wins; factor 0 freezes.
   config.optimizer.lr_multipliers = ()
-  # Layer-wise decay: the last block learns at this times the learning rate, the
-  # one before it at its square, and so on down to the patch embedding. 1: off.
+  # Layer-wise learning-rate decay: the factor of the last block, its square for
+  # the one before, and so on down to the patch embedding. 1: off.
   config.optimizer.layer_decay = 1.0
   # Freezes the first n blocks and all before them, such as the patch and
-  # position embeddings. 0: nothing. `model.scan` then saves no time.
+  # position embeddings. 0: nothing. Saves no time with `model.scan`.
   config.optimizer.freeze_blocks = 0
-  # Low-rank updates (LoRA): kernels get alpha / rank * A B added; A, B and the
-  # head alone are trained, but for what `lr_multipliers` says. Who reads the
-  # run gets plain weights, with the products added.
+  # LoRA: kernels get alpha / rank * A B added. Only A, B and the head are
+  # trained, except where `lr_multipliers` matches. Loading the run returns
+  # plain weights with the updates merged.
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 0  # columns of A, rows of B; 0: off
   config.lora.alpha = 16.0  # see above
-  # Regular expression: the kernels whose whole path matches; all projections of
-  # the attention. ".*/(query|value)/kernel" is the LoRA paper's choice.
+  # Regular expression: kernels whose whole path matches. The default matches
+  # all attention projections; the LoRA paper's is ".*/(query|value)/kernel".
   config.lora.params = ".*/MultiHeadDotProductAttention_0/.*/kernel"
   config.schedule = ml_collections.ConfigDict()
   config.schedule.base_lr = 1e-3  # the learning rate after the warm-up
-  # "linear", "cosine", "rsqrt", "exponential" (in steps) or "constant".
+  # "linear", "cosine", "rsqrt", "exponential" (a staircase) or "constant".
   config.schedule.decay = "linear"
-  config.schedule.warmup_steps = 10_000  # from 0 in a straight line
+  config.schedule.warmup_steps = 10_000  # linear from 0
   config.schedule.linear_end = 1e-5  # learning rate at the end of linear decay
   config.schedule.rsqrt_timescale = 10_000  # steps
-  # Exponential decay: times the rate every so many steps, warm-up included.
+  # Exponential decay: multiplied by the rate every so many steps; warm-up steps
+  # count.
   config.schedule.exponential_rate = 0.97
   config.schedule.exponential_steps = 10_000.0
   config.schedule.cooldown_steps = 0  # linear to 0 at the end
-  # Gradient accumulation: less memory and the same result, but for the draws of
-  # dropout and stochastic depth.
+  # Gradient accumulation: less memory, same result except for the random draws
+  # of dropout and stochastic depth.
   config.micro_batches = 1
   config.ema_decay = 0.0  # Polyak averaging of the parameters; 0: off
-  # A decay of at most (1 + t) / (10 + t) after t updates, TensorFlow's
-  # `num_updates`: the average forgets the initialisation early.
+  # Limits the decay to (1 + t) / (10 + t) after t updates (TensorFlow's
+  # `num_updates`), so that the initial weights fade from the average early.
   config.ema_warmup = False
 
   # --- machines ---
-  # Devices over which parameters and optimizer are sharded; the others hold
-  # copies. 1: pure data parallelism.
+  # Devices over which parameters and optimizer state are sharded; they are
+  # replicated across the rest. 1: pure data parallelism.
   config.fsdp = 1
 
   # --- bookkeeping: may differ when a run is resumed ---
   config.log_every = 50  # steps
   config.eval_every = 5000  # steps; 0: at the end only
   config.checkpoint_every = 1000  # steps; 0: at the end only
-  config.keep_checkpoints = 2  # the newest that are kept, beside the best
+  config.keep_checkpoints = 2  # the newest are kept, besides the best
   config.profile_step = 0  # first step of a profiler window; 0: none
   config.profile_steps = 5  # its length
-  # A project of Weights & Biases that gets the metrics as well; "": none.
+  # Weights & Biases project to which metrics are also logged; "": none.
   config.wandb = ""
   return config.lock()

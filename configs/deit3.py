@@ -9,9 +9,9 @@ Training from scratch at a low resolution, then a short fine-tuning:
 
 SIZE is S, B, L (patches of 16 pixels) or H (14). `B,imagenet21k` pre-trains on
 ImageNet-21k, and `B,imagenet21k,finetune` fine-tunes that on ImageNet.
-Published accuracy on ImageNet (the authors' README_revenge.md), and the hours
-and minutes on a TPU v4-64 of those that github.com/affjljoo3581/deit3-jax has
-trained:
+Published accuracy on ImageNet (the authors' README_revenge.md), and
+hours:minutes on a TPU v4-64 for the models that
+github.com/affjljoo3581/deit3-jax trained:
 
       ImageNet, 800 epochs        ImageNet-21k, 240 epochs
   S   224 px           81.4  5:19   224 px           83.1  20:06
@@ -19,19 +19,20 @@ trained:
   L   192, then 224    84.9         224              87.0
   H   154, then 224    85.2         126, then 224    87.2  35:51 (90 epochs)
 
-S from ImageNet needs no fine-tuning at 224 px; `S,finetune` is for 384 px, with
-which the authors have 83.4. With --config.total_epochs=400 on ImageNet S has
+S on ImageNet needs no fine-tuning at 224 px; `S,finetune` is for 384 px, where
+the authors reach 83.4. With --config.total_epochs=400 on ImageNet, S reaches
 80.4, B 83.5, L 84.5, H 85.1; a v4-64 takes 2:38, 4:42, 14:10, 19:10.
 
-Different from the authors' code: drop-path grows from 0 in the first block to
-the rate in the last one (there all have the rate); under binary cross-entropy
-the labels of mixed images keep their weights (there both are 1); learning rates
-begin and end at 0 (1e-6 and 1e-5); crops are bilinear (bicubic); RandAugment of
-the fine-tuning has this project's operations and a fixed magnitude; pixels are
-in [-1, 1]; initial weights are those of the paper's ViT, the head zero; batches
-from scratch on ImageNet have 2112 images, which 3 divides (2048); H sees
-154 and 126 pixels (160 and 128, of which the last fill no patch); of
-ImageNet-21k 102,400 images are held out, and the new head begins at zero.
+Differences from the authors' code, theirs in parentheses: Drop-path grows from
+0 in the first block to the rate in the last one (the rate in all). Under binary
+cross-entropy the labels of mixed images keep their weights (both are 1).
+Learning rates begin and end at 0 (1e-6 and 1e-5). Crops are bilinear (bicubic).
+RandAugment in fine-tuning has this project's operations and a fixed magnitude.
+Pixels are in [-1, 1]. Weights are initialised as in the paper's ViT, the head
+with zeros. Batches from scratch on ImageNet have 2112 images, a multiple of 3
+(2048). H's input has 154 and 126 pixels (160 and 128, where the last pixels
+fill no patch). Of ImageNet-21k 102,400 images are held out, and the new head
+starts at zero.
 """
 
 from common import get_config as get_common_config
@@ -90,15 +91,15 @@ def get_config(arg="B"):
 
 
 def set_model(config, size):
-  """A ViT with LayerScale, whose class token has no position."""
+  """Sets a ViT with LayerScale whose class token has no position."""
   config.model.variant = f"ViT-{size}_{14 if size == 'H' else 16}"
   config.model.activation = "gelu_erf"
-  config.model.layer_scale_init = 1e-4  # of the authors' code
+  config.model.layer_scale_init = 1e-4  # as in the authors' code
   config.model.prefix_positions = "none"
 
 
 def set_data(config, dataset):
-  """All of ImageNet; ImageNet-21k without the first 102,400 images."""
+  """Sets all of ImageNet, or ImageNet-21k without its first 102,400 images."""
   config.train.dataset = dataset
   if dataset == "imagenet21k":
     config.train.split, config.eval.split = "train[102400:]", "train[:102400]"
@@ -108,7 +109,7 @@ def set_data(config, dataset):
 
 
 def use_lamb(config, base_lr, weight_decay):
-  """LAMB, with gradients clipped to 1 as in apex's FusedLAMB."""
+  """Sets LAMB, with gradients clipped to 1 as in apex's FusedLAMB."""
   config.batch_size = 2048
   config.optimizer.name = "lamb"
   config.optimizer.weight_decay = weight_decay
@@ -118,7 +119,7 @@ def use_lamb(config, base_lr, weight_decay):
 
 
 def use_cutmix(config):
-  """What all trainings but those from scratch on ImageNet have in common."""
+  """Sets the loss and CutMix of all but training from scratch on ImageNet."""
   config.loss.name = "softmax"
   config.loss.label_smoothing = 0.1
   config.train.cutmix_alpha = 1.0
@@ -137,17 +138,17 @@ def pretrain(config, size, source):
   use_lamb(config, base_lr, weight_decay=0.05)
   config.train.preprocess = _CROP + _THREE_AUGMENT
   config.train.repeats = 3
-  config.batch_size = 2112  # 3 and 64 divide it, and 2048 is not much less
+  config.batch_size = 2112  # a multiple of 3 and 64, close to 2048
   config.train.mixup_alpha = 0.8
   config.train.cutmix_alpha = 1.0
-  # The loss is the sum over 1,000 classes, the authors' is the mean: so are the
-  # gradients, and what they are compared with.
+  # The loss sums over 1,000 classes where the authors average, so gradients and
+  # what they are compared with are 1,000 times larger.
   config.optimizer.clip_norm *= 1000
   config.optimizer.eps *= 1000
 
 
 def finetune_from_imagenet21k(config, size):
-  """Sets the second stage: 50 epochs as the first one."""
+  """Sets the second stage: 50 epochs, trained like the first."""
   config.image_size, drop_path = FINETUNING[size, "imagenet21k"]
   config.total_epochs = 50.0
   config.model.stochastic_depth_rate = drop_path
@@ -166,6 +167,6 @@ def finetune(config, size):
   config.train.mixup_alpha = 0.8
   config.train.preprocess = f"{_CROP}|randaug(2, 9)"
   config.optimizer.weight_decay = 0.1  # AdamW
-  # A cosine from 1e-5 to 1e-5.
+  # The authors have a cosine from 1e-5 to 1e-5.
   config.schedule.base_lr = 1e-5
   config.schedule.decay = "constant"

@@ -6,46 +6,46 @@ r"""Fine-tuning as in the paper's Table 4: `finetune.py:MODEL,DATASET`.
     --config.init_from=gs://BUCKET/b16_i21k
 
 DATASET is one of the paper's: imagenet2012, cifar10, cifar100, oxford_iiit_pet
-or oxford_flowers102; others are below. Common to all: SGD with momentum 0.9
+or oxford_flowers102; for others see below. Common to all: SGD with momentum 0.9
 kept in bfloat16, batch 512, no weight decay, gradients clipped to norm 1,
 cosine decay, 384 px, a new zero-initialised head, no tanh layer. The paper
-tries the learning rates in `LEARNING_RATES` on a part held out of the training
-set, then trains on all of it and reports the test set, which is looked at once,
-at the end. One of the middle rates is set here. To try another one on the held-
-out part:
+tunes the learning rate over `LEARNING_RATES` on a held-out part of the training
+set. It then trains on the whole set and evaluates once on the test set. The
+default here is one of the middle rates. To try another one on the held-out
+part:
 
   # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/finetune.py:ViT-B_16,cifar100,held_out \
     --workdir=gs://BUCKET/b16_cifar100_lr001 \
     --config.init_from=gs://BUCKET/b16_i21k --config.schedule.base_lr=0.01
 
-A number behind the data set is an image size. On ImageNet more than 384 goes
-with the Polyak averaging of the paper's Table 2: `ViT-L_16,imagenet2012,512`,
+A number after the data set is the image size. On ImageNet above 384, the Polyak
+averaging of the paper's Table 2 is on: `ViT-L_16,imagenet2012,512`,
 `ViT-H_14,imagenet2012,518`.
 
-Expected with the weights of 90 epochs of ImageNet-21k (the paper's Table 5):
+Expected after 90 epochs of pre-training on ImageNet-21k (the paper's Table 5):
 ViT-B/16 91.67 % on CIFAR-100, 98.95 % on CIFAR-10, 83.97 % on ImageNet, 94.43 %
 on Pets, 99.38 % on Flowers. `vit-jax tables` has the rest.
 
-MODEL may also be weights, whatever `vit_jax.load` takes. The model is then what
-they are, without a tanh layer; the run starts from them; their image size is
-the default. DATASET may be any name of TFDS, `folder:PATH` or a mixture. What
-is not the paper's gets 2,500 steps with 200 of warm-up, as a task of VTAB does,
-the learning rate 0.01 and the splits `train` and `test`; `held_out` takes the
-last tenth of `train`.
+MODEL may also be anything that `vit_jax.load` takes. The run then starts from
+these weights and has their architecture, without a tanh layer; their image size
+is the default. DATASET may also be any TFDS name, `folder:PATH` or a mixture.
+Data sets not in the paper get 2,500 steps with 200 of warm-up, as in VTAB, the
+learning rate 0.01 and the splits `train` and `test`; `held_out` takes the last
+tenth of `train`.
 
   vit-jax train --workdir=runs/photos_adamw \
     --config=configs/finetune.py:ViT-N_8-digits,folder:photos,adamw
 
-From the Hugging Face hub it is `hf:facebook/dinov2-small,beans,224,adamw`. A
-path or a mixture with a comma in it goes in double quotes:
+From the Hugging Face hub: `hf:facebook/dinov2-small,beans,224,adamw`. A path or
+a mixture that contains a comma goes in double quotes:
 `"runs/a,b","cifar10=0.7,cifar100=0.3"`.
 
-`adamw` is the recipe of MAE (arXiv 2111.06377, Table 9; learning rate and layer
-decay as its code has them for ViT-B), for encoders that were trained without
-labels: AdamW, layer-wise learning-rate decay, drop-path, label smoothing, mixup
-and CutMix, RandAugment, 5 % of the steps for warm-up, no clipping. It has no
-random erasing, and the steps above instead of 100 epochs.
+`adamw` is MAE's fine-tuning recipe (arXiv 2111.06377, Table 9; learning rate
+and layer decay from its code for ViT-B), for self-supervised encoders. It has
+AdamW, layer-wise learning-rate decay, drop-path, label smoothing, mixup and
+CutMix, RandAugment, 5 % of the steps for warm-up and no clipping. Random
+erasing is left out, and the steps are those above instead of 100 epochs.
 """
 
 import csv
@@ -55,8 +55,8 @@ from common import get_config as get_common_config
 from vit_jax.errors import UserError
 from vit_jax.models import variants
 
-# Data set -> steps, warm-up steps, test split. Warm-up is not in the paper:
-# 500 steps, and 100 where there are but 500, are what the public code uses.
+# Data set -> steps, warm-up steps, test split. Warm-up is not in the paper; the
+# public code has 500 steps, and 100 in a run of 500.
 TABLE_4 = {
   "imagenet2012": (20_000, 500, "validation"),
   "cifar10": (10_000, 500, "test"),
@@ -71,9 +71,9 @@ LEARNING_RATES = {
   "oxford_iiit_pet": (0.001, 0.003, 0.01, 0.03),
   "oxford_flowers102": (0.001, 0.003, 0.01, 0.03),
 }
-# Of any other data set.
+# For any other data set.
 OTHERS = (2_500, 200, "test")
-# Where the held-out part of the training set begins; of any other at 90 %.
+# Start of the held-out part of the training set; 90 % for any other data set.
 HOLD_OUT = {
   "imagenet2012": "99%",
   "cifar10": "98%",
@@ -83,7 +83,7 @@ HOLD_OUT = {
 }
 
 
-# What a new run chooses, whatever run its weights are of.
+# Options that are not taken from the initial weights.
 NOT_TAKEN = (
   *("representation_size", "head_bias_init", "dtype", "scan", "remat"),
   *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
@@ -109,7 +109,7 @@ def get_config(arg="ViT-B_16,cifar10"):
   config.schedule.base_lr = LEARNING_RATES.get(dataset, (0, 0, 0.01))[2]
   config.train.dataset = dataset
   config.eval.split = test
-  # The test images are squeezed to a square, not cropped.
+  # Test images are resized to a square, not cropped.
   config.eval.preprocess = "resize(size)"
   config.loss.name = "softmax"
   config.optimizer.name = "sgd"
@@ -123,11 +123,11 @@ def get_config(arg="ViT-B_16,cifar10"):
 
 
 def set_model(config, model, arg):
-  """Sets what a variant, or weights, decide."""
+  """Sets the model and image size of a variant or of weights."""
   try:
     variants.parse(model)
   except UserError:
-    from vit_jax import pretrained  # a second more
+    from vit_jax import pretrained  # takes a second to import
 
     try:
       weights = pretrained.read(model, arrays=False)
@@ -147,12 +147,12 @@ def set_model(config, model, arg):
     config.image_size = height if height == width else (height, width)
     return
   config.model.variant = model
-  # H/14 has no whole patch in the last 6 of 384 pixels.
+  # The largest multiple of H/14's patch size up to 384 is 378.
   config.image_size = 378 if model.endswith("_14") else 384
 
 
 def change(config, option, arg):
-  """Applies what stands behind the data set."""
+  """Applies an option that follows the data set."""
   dataset = config.train.dataset
   if option == "held_out":
     begin = HOLD_OUT.get(dataset, "90%")

@@ -5,26 +5,27 @@ r"""Fine-tuning MAE's encoders on ImageNet: `mae.py:SIZE[,MODEL]`.
     --config.init_from=hf:facebook/vit-mae-base \
     --config.model.layer_norm_epsilon=1e-12
 
-SIZE is B, L (patches of 16 pixels) or H (14). With MODEL, whatever
-`vit_jax.load` takes, as in mae.py:B,hf:facebook/vit-mae-base, the last two
-lines are not needed: it is read at once. The epsilon is that of Hugging Face's
-files, the authors' is 1e-6. Published accuracy, from weights of 1,600 epochs,
-and cost (the FINETUNE.md of github.com/facebookresearch/mae; arXiv 2111.06377):
+SIZE is B, L (patches of 16 pixels) or H (14). MODEL is anything that
+`vit_jax.load` takes, as in mae.py:B,hf:facebook/vit-mae-base, and replaces the
+last two lines. The epsilon is that of Hugging Face's files; the authors' is
+1e-6. Published accuracy after 1,600 epochs of pre-training, and cost (the
+FINETUNE.md of github.com/facebookresearch/mae; arXiv 2111.06377):
 
   B   83.66   100 epochs, 7:11 hours on 32 V100
   L   85.95   50 epochs, 8:52 hours on 32 V100
   H   86.93   50 epochs, 13:09 hours on 64 V100
 
-It is `adamw` of finetune.py with the authors' batch, epochs and sizes.
-Different from their code: no random erasing, which they find to matter less
-than the seed; RandAugment has this project's operations and a fixed magnitude;
-crops are bilinear (bicubic); the learning rate ends at 0 (1e-6); a zero head.
+The recipe is `adamw` of finetune.py with the authors' batch, epochs and sizes.
+Differences from their code, theirs in parentheses: There is no random erasing,
+which they find to matter less than the seed. RandAugment has this project's
+operations and a fixed magnitude. Crops are bilinear (bicubic), the learning
+rate ends at 0 (1e-6), and the head starts at zero.
 """
 
 from finetune import get_config as get_finetune_config
 
 IMAGES = 1_281_167
-# Size -> patch, epochs, learning rate of 256 images, layer decay, drop-path.
+# Size -> patch, epochs, learning rate per 256 images, layer decay, drop-path.
 SIZES = {
   "B": (16, 100, 5e-4, 0.65, 0.1),
   "L": (16, 50, 1e-3, 0.75, 0.2),
@@ -47,7 +48,7 @@ def get_config(arg="B"):
     if not config.init_from:
       config.model.activation = "gelu_erf"
       config.model.class_token = True
-    # The mean over the patches, which a LayerNorm of its own follows.
+    # The mean over the patches, followed by its own LayerNorm.
     config.model.classifier = "gap"
     config.model.final_norm = "pooled"
     config.model.stochastic_depth_rate = drop_path

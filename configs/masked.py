@@ -1,4 +1,4 @@
-r"""Pre-training without labels, Appendix B.1.2: `masked.py:VARIANT,DATASET`.
+r"""Self-supervised pre-training, Appendix B.1.2: `masked.py:VARIANT,DATASET`.
 
   # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/masked.py:ViT-B_16,jft --workdir=gs://BUCKET/mpp
@@ -8,12 +8,12 @@ r"""Pre-training without labels, Appendix B.1.2: `masked.py:VARIANT,DATASET`.
 VARIANT is any ViT; DATASET is imagenet2012, imagenet21k or jft, as in
 pretrain.py. Labels are not used. From the paper: Adam, base learning rate 2e-4,
 10,000 warm-up steps, cosine decay, batch 4096, 1,000,000 steps (14 epochs of
-JFT), mean colours as the target. It saw diminishing returns after 100,000
-steps, and similar gains with ImageNet:
+JFT), mean colours as the target. The paper reports diminishing returns after
+100,000 steps, and similar gains with ImageNet:
 
   --config.total_steps=100000
 
-The other targets did about as well there, pixels a little worse:
+In the paper the other targets are about as good, pixels slightly worse:
 
   --config.masked_target=colour_grid
 

@@ -1,23 +1,23 @@
 r"""Noisy Student on ImageNet: `noisy_student.py:[MODEL[,UNLABELLED],]STAGE`.
 
-The paper's settings (arXiv 1911.04252). The command that runs all stages takes
-the argument without one:
+The paper's settings (arXiv 1911.04252). Without STAGE, one command runs all
+stages:
 
   # needs a Google Cloud account, the data, TPUs
   vit-jax noisy-student --config=configs/noisy_student.py:L2 \
     --workdir=gs://BUCKET/noisy_student
 
-MODEL is B0 to B7 (a teacher and a student of this size) or L2 (a B7 teaches an
-L2, this the next one and that the last one, which is fine-tuned at 800 px).
-STAGE is loop, teacher, student1 and so on, or finetune. The labelled images are
-ImageNet's. UNLABELLED is a data set, without it jft: JFT-300M is private, and
-any TFDS data set of that name in --config.data_dir will do. jft_like, which is
-drawn, tries the loop; imagenet21k or images:FOLDER are real images.
+MODEL is B0 to B7 (a teacher and a student of this size) or L2: a B7 teacher and
+three L2 students, each taught by the previous model, the last one fine-tuned at
+800 px. STAGE is loop, teacher, student1 and so on, or finetune. The labelled
+images are ImageNet's. UNLABELLED is a data set, by default jft. JFT-300M is
+private; any TFDS data set of that name in --config.data_dir will do. jft_like
+is synthetic, to test the loop; imagenet21k and images:FOLDER are real images.
 
-Published accuracy on ImageNet of Google's files, which had JFT-300M: what the
-README of EfficientNet in github.com/tensorflow/tpu says, what timm measures;
-then the paper's image size, magnitude of RandAugment (none: crop and flip
-alone), unlabelled images for a labelled one, epochs of the labelled ones:
+Published ImageNet accuracy of Google's files, trained with JFT-300M: the README
+of EfficientNet in github.com/tensorflow/tpu, then timm's measurement. The other
+columns are the paper's image size, RandAugment magnitude (none: only crop and
+flip), unlabelled images per labelled one, and epochs of the labelled images.
 
   B0  78.8  78.68   224 px  none   1  700
   B1  81.5  81.39   240 px  none   3  700
@@ -27,32 +27,34 @@ alone), unlabelled images for a labelled one, epochs of the labelled ones:
   B5  86.1  86.10   456 px    18   3  350
   B6  86.4  86.48   528 px    24   3  350
   B7  86.9  86.85   600 px    27   3  350
-  L2  88.4  88.36   475 px    27  14  350; 14, 28 of the next students, 800 px
+  L2  88.4  88.36   475 px    27  14  350; later students 14, 28; finally 800 px
 
-The three students of L2 have 87.6, 88.1 and 88.4. Cost: 6 days on a TPU v3 pod
-of 2,048 cores for an L2.
+The three L2 students reach 87.6, 88.1 and 88.4. An L2 takes 6 days on a TPU v3
+pod of 2,048 cores.
 
-Different from github.com/google-research/noisystudent: the loss is the mean
-over labelled and unlabelled images together, 1 / (1 + ratio) of theirs, and so
-are RMSProp's epsilon (squared) and the weight decay, after which updates are
-theirs but for the first; labels are stored, not computed in the step, and keep
-10 classes; batch normalisation is over the global batch (groups of 8 cores or
-more); distances in RandAugment, which has their operations, Cutout among them,
-grow with the image (100 and 40 pixels at any size); crops are bilinear
-(bicubic); classes are filled up to the largest one (130,000 images); the
-teacher of B0 to B7 is trained as the student is, for 350 epochs.
-Of the fine-tuning the paper says neither which layers it fixes nor the rate:
-here the stem and the first 28 of 88 blocks, whose outputs are the largest, but
-not their running statistics, and the rate of the last epochs before.
+Differences from github.com/google-research/noisystudent, theirs in parentheses:
+The loss is the mean over labelled and unlabelled images together, 1 / (1 +
+ratio) of theirs. RMSProp's epsilon (by the square) and the weight decay are
+scaled likewise, so all updates except the first equal theirs. Labels are stored
+with 10 classes, not computed in the step. Batch normalisation is over the
+global batch (groups of 8 cores or more). RandAugment has their operations,
+including Cutout, but its distances grow with the image (100 and 40 pixels at
+any size). Crops are bilinear (bicubic). Classes are filled up to the largest
+one (130,000 images). The teacher of B0 to B7 is trained like the student, for
+350 epochs.
+For fine-tuning, the paper specifies neither the frozen layers nor the learning
+rate. Here the stem and the first 28 of 88 blocks, whose outputs are the
+largest, are frozen, except for their running statistics. The learning rate is
+the last one of the preceding training.
 """
 
 import ml_collections
 from common import get_config as get_common_config
 
-IMAGES = 1_281_167  # labelled ones, of ImageNet
-LABELLED = 2048  # of a batch
-# Model -> image size, dropout, RandAugment's magnitude (None: without),
-# unlabelled images for a labelled one of each student, epochs of a student.
+IMAGES = 1_281_167  # labelled, of ImageNet
+LABELLED = 2048  # labelled images in a batch
+# Model -> image size, dropout, RandAugment's magnitude (None: off), unlabelled
+# images per labelled one for each student, epochs of a student.
 MODELS = {
   "B0": (224, 0.2, None, (1.0,), 700),
   "B1": (240, 0.2, None, (3.0,), 700),
@@ -66,7 +68,7 @@ MODELS = {
 }
 TEACHER_EPOCHS = 350
 FINETUNE_SIZE, FINETUNE_EPOCHS = 800, 1.5  # of L2
-# Convolutions and dense layers, the biases of the latter; not BatchNorm.
+# Convolutions, and dense layers with their biases; not BatchNorm.
 DECAYED = r".*/kernel|(head|.*/se_\w+)/bias"
 FIXED = r"(stem_\w+|block([01]\d|2[0-7]))/.*=0"
 
@@ -120,16 +122,16 @@ def split(arg):
 
 
 def list_stages(model):
-  """Returns a loop's trainings, in their order."""
+  """Returns the stages of a loop that train a model, in order."""
   students = [f"student{i + 1}" for i in range(len(MODELS[model][3]))]
   return ("teacher", *students, *(["finetune"] if model == "L2" else []))
 
 
 def set_common(config):
-  """What all stages share."""
+  """Sets what all stages share."""
   config.train.dataset = "imagenet2012"
   config.loss.name = "softmax"
-  config.loss.label_smoothing = 0.1  # of hard labels alone
+  config.loss.label_smoothing = 0.1  # for hard labels only
   config.optimizer.name = "rmsprop"
   config.optimizer.b2 = 0.9
   config.optimizer.momentum = 0.9
@@ -140,7 +142,7 @@ def set_common(config):
 
 
 def set_model(config, model):
-  """Sets a model with its noise; evaluation is without."""
+  """Sets a model and its noise in training."""
   size, dropout, magnitude, *_ = MODELS[model]
   config.image_size = size
   config.model.variant = f"EfficientNet-{model}"
@@ -153,7 +155,7 @@ def set_model(config, model):
 
 
 def evaluate_at(size):
-  """The middle size / (size + 32) of the shorter side, bicubic."""
+  """Returns a bicubic resize and a crop of size / (size + 32) of the side."""
   return (
     f"resize_small(size * {size + 32} / {size}, method='bicubic', "
     "antialias=True)|central_crop(size)"
@@ -161,13 +163,13 @@ def evaluate_at(size):
 
 
 def set_optimizer(config, epochs, ratio):
-  """Sets the updates with `ratio` unlabelled images for a labelled one.
+  """Sets the optimizer for `ratio` unlabelled images per labelled one.
 
   Epochs are of the labelled images.
   """
   config.batch_size = round(LABELLED * (1 + ratio))
   config.total_steps = round(epochs * IMAGES / LABELLED)
-  # As a sum of two means, one of them times the ratio, would have them.
+  # Equivalent to the sum of two means, the unlabelled one times the ratio.
   config.optimizer.eps = 1e-3 / (1 + ratio) ** 2
   config.optimizer.weight_decay = 1e-5 / (1 + ratio)
   config.schedule.base_lr = 0.016 * LABELLED / 256
@@ -178,7 +180,7 @@ def set_optimizer(config, epochs, ratio):
 
 
 def finetune(config, epochs):
-  """Sets the last stage: larger images without noise from the data."""
+  """Sets the last stage: larger images without augmentation."""
   config.image_size = FINETUNE_SIZE
   config.eval.preprocess = evaluate_at(FINETUNE_SIZE)
   config.train.preprocess = config.eval.preprocess

@@ -3,10 +3,10 @@ r"""Fine-tuning on your own images: `photos.py:FOLDER[,VARIANT]`.
   vit-jax train --config=configs/photos.py:photos,ViT-N_8 \
     --workdir=runs/photos_small
 
-FOLDER has a folder of jpg, png or webp files for each class; a tenth of each is
-held out as `test`, unless there are `train/` and `test/` with such folders.
-VARIANT says which weights it starts from, one of `STARTS`: those of ViT-Ti_16,
-the default, are downloaded once, those of ViT-N_8, which has seen nothing but
+FOLDER has a sub-folder of jpg, png or webp files for each class. A tenth of
+each is held out as `test`, unless FOLDER has `train/` and `test/` with such
+sub-folders. VARIANT, one of `STARTS`, selects the initial weights. Those of
+ViT-Ti_16, the default, are downloaded once; those of ViT-N_8, a classifier of
 digits, are in the package.
 
 The recipe is the paper's for small data sets (`finetune.py`): SGD with
@@ -29,7 +29,7 @@ STARTS = {
 def get_config(arg=""):
   """Returns the configuration of "FOLDER[,VARIANT]"."""
   folder, _, variant = arg.rpartition(",")
-  if "ViT" not in variant:  # all of it is the folder's name
+  if "ViT" not in variant:  # all of `arg` is the folder's name
     folder, variant = arg, "ViT-Ti_16"
   if not folder or variant not in STARTS:
     raise ValueError(
@@ -41,8 +41,8 @@ def get_config(arg=""):
   with config.unlocked():
     config.init_from = weights
     if variant == "ViT-N_8":
-      config.model.classifier = "gap"  # as the quickstart trained it
-      config.model.dtype = "float32"  # which a CPU computes faster
+      config.model.classifier = "gap"  # as in the quickstart
+      config.model.dtype = "float32"  # faster on CPUs
     config.train.dataset = f"folder:{folder.removeprefix('folder:')}"
     config.batch_size = 64
     config.schedule.warmup_steps = 50

@@ -3,16 +3,17 @@ r"""Better plain ViT-S/16 baselines on ImageNet (arXiv 2205.01580).
   # needs a Google Cloud account, the data, TPUs
   vit-jax train --config=configs/plain_vit.py:90 --workdir=gs://BUCKET/s16_90
 
-`plain_vit.py:EPOCHS`. Published accuracy on ImageNet's validation images, which
-the run logs as val/accuracy, and cost, both from big_vision's vit_s16_i1k.py:
+`plain_vit.py:EPOCHS`. Published accuracy on ImageNet's validation images, here
+logged as val/accuracy, and cost, both from big_vision's vit_s16_i1k.py:
 
   90    76.5 %  6 to 7 hours on a TPU v3-8
   150   78.5 %
   300   80.0 %
 
-Against the first ViT: the mean over the patches instead of the class token,
-fixed 2-D positions, batch 1024, no dropout, RandAugment and mixup. Different
-from big_vision: the whole set is shuffled, and docs/differences.md.
+Changes to the original ViT: the mean over the patches instead of the class
+token, fixed 2-D positions, batch 1024, no dropout, RandAugment and mixup. The
+difference from big_vision is that the whole data set is shuffled; see also
+docs/differences.md.
 """
 
 from augreg import get_config as get_augreg_config

@@ -6,8 +6,8 @@ r"""Pre-training as in the paper's Table 3: `pretrain.py:VARIANT,DATASET`.
   vit-jax train --config=configs/pretrain.py:ViT-L_16,jft,14 \
     --workdir=gs://BUCKET/l16_jft_14
 
-VARIANT is any that `TABLE_3` has for the data set, or `NOT_IN_TABLE_3`: what
-Tables 5 and 6 show of other pre-trainings, and stand-ins for what needs JFT.
+VARIANT is any that `TABLE_3` or `NOT_IN_TABLE_3` has for the data set. The
+latter has models of Tables 5 and 6 only, and stand-ins for pre-training on JFT.
 DATASET is
 
   imagenet2012  300 epochs
@@ -16,23 +16,22 @@ DATASET is
                 alone); private, 18,291 classes. Any multi-label TFDS data set
                 of that name in --config.data_dir will do.
 
-with other epochs than the first behind it, as above.
+followed by the number of epochs if it is not the first, as above.
 
 Common to all: Adam (0.9, 0.999), batch 4096, 10,000 warm-up steps, 224 px,
-sigmoid cross-entropy with the head's bias at -10, of encoders a tanh layer
-before the head. Expected precision@1 on held-out images, from the training of
-the released files: on ImageNet-21k B/16 47.9 %, B/32 44.0 %, L/16 49.9 %, L/32
-45.4 %, H/14 49.1 %; on ImageNet B/16 74.8 %, B/32 69.2 %, L/16 72.6 %, L/32
-66.9 %. Cost in TPUv3-core-days, as the paper prints it: L/16 on ImageNet-21k
-230, on JFT 680; H/14 on JFT 2,500. `vit-jax tables table6` has exaFLOPs.
+sigmoid cross-entropy with a head bias of -10 and, for ViTs and hybrids, a tanh
+layer before the head. Precision@1 on held-out images in the training of the
+released files was, on ImageNet-21k, B/16 47.9 %, B/32 44.0 %, L/16 49.9 %, L/32
+45.4 %, H/14 49.1 %; on ImageNet, B/16 74.8 %, B/32 69.2 %, L/16 72.6 %, L/32
+66.9 %. Cost in TPUv3-core-days, from the paper: L/16 on ImageNet-21k 230, on
+JFT 680; H/14 on JFT 2,500. `vit-jax tables table6` has exaFLOPs.
 """
 
 import itertools
 
 from common import get_config as get_common_config
 
-# Data set -> variants -> epochs, the first unless others are asked for, and
-# base learning rate.
+# Data set -> variants -> epochs (the first is the default), base learning rate.
 TABLE_3 = {
   "jft": {
     "ViT-B_16 ViT-B_32": ((7,), 8e-4),
@@ -55,7 +54,7 @@ TABLE_3 = {
   },
 }
 
-# Not in the paper: the learning rates of the nearest model that is.
+# Learning rates not in the paper are those of the nearest model that is.
 NOT_IN_TABLE_3 = {
   # Table 6 has R152x2 for 14 epochs as well, and R200x3.
   "jft": {"R152x2": ((14,), 6e-4), "R200x3": ((14,), 6e-4)},
@@ -83,7 +82,7 @@ def get_config(arg="ViT-B_16,imagenet21k"):
   if "ViT" in variant:
     config.model.representation_size = -1
   else:
-    # A ResNet has no dense layer to drop out after.
+    # A ResNet has no dense layer before the head for dropout to follow.
     config.model.dropout_rate = 0.0
   return config.lock()
 
@@ -103,7 +102,7 @@ def find_row(arg):
 
 
 def list_rows():
-  """Returns what `find_row` does, for every argument that there is."""
+  """Returns {argument: row} of all valid arguments, see `find_row`."""
   rows = {}
   for table in (TABLE_3, NOT_IN_TABLE_3):
     for dataset, models in table.items():
@@ -116,7 +115,7 @@ def list_rows():
 
 
 def imagenet2012(config):
-  """1,281,167 images, 1,000 classes; the last 1 % is the development set."""
+  """Sets 1,281,167 images of 1,000 classes; the last 1 % is held out."""
   config.train.split = "train[:99%]"
   config.eval.split = "train[99%:]"
   config.loss.label_smoothing = 1e-4
@@ -127,7 +126,7 @@ def imagenet2012(config):
 
 
 def imagenet21k(config):
-  """14.2 M images, 21,843 classes; the first 102,400 are held out."""
+  """Sets 14.2 M images of 21,843 classes; the first 102,400 are held out."""
   config.train.split = "train[102400:]"
   config.eval.split = "train[:102400]"
   config.optimizer.weight_decay = 0.03
@@ -135,7 +134,7 @@ def imagenet21k(config):
 
 
 def jft(config):
-  """303 M images, 18,291 classes, several labels an image."""
+  """Sets 303 M multi-label images of 18,291 classes."""
   config.train.split = "train"
   config.eval.split = "validation"
   config.optimizer.weight_decay = 0.1

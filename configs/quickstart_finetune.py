@@ -1,16 +1,16 @@
-r"""The quickstart's second half: 300 real handwritten digits, at 48 px.
+r"""The quickstart's fine-tuning: 300 real handwritten digits at 48 px.
 
-With the data of `make quickstart`, which runs it:
+`make quickstart` prepares the data and runs it:
 
   vit-jax train --config=configs/quickstart_finetune.py \
     --workdir=runs/quickstart/finetune --config.data_dir=runs/quickstart/data \
     --config.init_from=runs/quickstart/pretrain
 
-Without --config.init_from it is the same training from scratch.
+Without --config.init_from, it trains from scratch.
 
 Expected on the 797 test images: 96 % from pre-training and about 83 % from
 scratch. With 200 labels it is 94 % and 76 to 79 % (learning rates 0.03 to 0.2).
-About 40 seconds each on two CPU cores that do nothing else.
+About 40 seconds each on two otherwise idle CPU cores.
 """
 
 from common import get_config as get_common_config

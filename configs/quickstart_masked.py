@@ -1,4 +1,4 @@
-r"""The quickstart's first half without labels: masked patches of jft_like.
+r"""The quickstart's pre-training, self-supervised: masked patches of jft_like.
 
 After `make quickstart`, with its data:
 
@@ -10,9 +10,8 @@ After `make quickstart`, with its data:
 
 Expected on the test split: accuracy 0.397 and loss 2.21, where the best
 constant guess has 0.141 and 4.46. Fine-tuning from it with 150 labels gives
-84.1 to 89.1 % with seeds 0 to 3, and from scratch 80.9 to 83.1 %. At the 670
-images a second that two shared CPU cores reached at best it takes four
-minutes.
+84.1 to 89.1 % with seeds 0 to 3, and from scratch 80.9 to 83.1 %. It takes four
+minutes at 670 images a second, the best speed measured on two shared CPU cores.
 """
 
 from common import get_config as get_common_config
@@ -23,13 +22,13 @@ def get_config():
   config = get_common_config()
   with config.unlocked():
     config.objective = "masked_patches"
-    # Strokes are finer than a patch: its mean colour hardly depends on them.
+    # Strokes are finer than a patch, so its mean colour hardly shows them.
     config.masked_target = "colour_grid"
     config.image_size = 24
 
     config.model.variant = "ViT-N_8"
-    config.model.classifier = "gap"  # as the fine-tuning has it
-    config.model.dtype = "float32"  # CPUs compute faster in it
+    config.model.classifier = "gap"  # as in the fine-tuning
+    config.model.dtype = "float32"  # faster on CPUs
 
     config.train.dataset = "jft_like"
     config.train.preprocess = "inception_crop(size, 70)"  # glyphs: no flips
@@ -39,7 +38,7 @@ def get_config():
     config.batch_size = 64
     config.total_steps = 2400
     config.optimizer.b2 = 0.99  # 2,400 steps are too few for 0.999
-    # Initialised at 0.02, it is too small to matter for hundreds of steps.
+    # Initialised at 0.02, they stay too small to matter for hundreds of steps.
     config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
     config.schedule.base_lr = 1e-3
     config.schedule.decay = "cosine"

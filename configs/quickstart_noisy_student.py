@@ -1,28 +1,28 @@
-r"""Noisy Student in minutes: 50 labelled images, 750 without their labels.
+r"""Noisy Student in minutes, with 50 labelled and 750 unlabelled images.
 
 With the data of `make quickstart`:
 
   vit-jax noisy-student --config=configs/quickstart_noisy_student.py \
     --workdir=runs/noisy_student --config.data_dir=runs/quickstart/data
 
-The argument is "[DATA,]STAGE": DATA is `digits`, real ones, or `tissue`, drawn
-by a program (`vit-jax data prepare mini_tissue`); the command adds STAGE.
+The argument is "[DATA,]STAGE". DATA is `digits`, which are real, or `tissue`,
+which is synthetic (`vit-jax data prepare mini_tissue`). The command adds STAGE.
 
-All networks start at random, since one that has been pre-trained would bring
-knowledge of other images than the 800. The teacher is trained as the students
-are, for as long and with the same noise (crops, RandAugment of tissue, dropout,
-stochastic depth): they differ in what pseudo-labels add. Crops of tissue keep
-the scale, because that tells its classes apart. The settings were chosen with
-other seeds, on training images that no network learns from and on the labels of
-the 750, see benchmarks/noisy_student.py. Measured on the test images:
-docs/noisy_student.md.
+All networks are initialised at random, because pre-training would add
+information from images other than the 800. The teacher is trained like the
+students, equally long and with the same noise (crops, RandAugment for tissue,
+dropout, stochastic depth), so they differ only by the pseudo-labels. Crops of
+tissue keep the scale, because it distinguishes the classes. The settings were
+tuned with other seeds, on training images that no network learns from and on
+the labels of the 750; see benchmarks/noisy_student.py. Results on the test
+images are in docs/noisy_student.md.
 """
 
 import ml_collections
 from common import get_config as get_common_config
 
 _STAGES = ("teacher", "student1", "student2")
-# Data set, noise from the data, most pseudo-labels of a class.
+# Data set, augmentation, maximum number of pseudo-labels per class.
 _DATA = {
   "digits": ("digits", "inception_crop(size, 50)", 90),
   "tissue": (
@@ -34,7 +34,7 @@ _DATA = {
 
 
 def get_config(arg="digits,student1"):
-  """Returns the configuration of "[DATA,]STAGE", of the loop or a training."""
+  """Returns the configuration of "[DATA,]STAGE", of the loop or one stage."""
   name, _, stage = arg.rpartition(",")
   about = _DATA.get(name or "digits")
   if not about or stage not in ("loop", *_STAGES):
@@ -49,13 +49,13 @@ def get_config(arg="digits,student1"):
 
 
 def get_loop(dataset, per_class):
-  """Returns what vit-jax noisy-student does between the trainings."""
+  """Returns the settings of vit-jax noisy-student between the stages."""
   loop = ml_collections.ConfigDict()
   loop.stages = _STAGES
   loop.dataset = dataset  # without its labels
   loop.split = "train[250:]"
-  loop.ratio = 3.0  # pseudo-labelled images to each labelled one in a batch
-  # As of `vit-jax pseudo-label`.
+  loop.ratio = 3.0  # pseudo-labelled images per labelled one in a batch
+  # Options of `vit-jax pseudo-label`.
   loop.soft = True
   loop.min_confidence = 0.5
   loop.per_class = per_class
@@ -71,8 +71,8 @@ def get_training(dataset, noise):
 
     config.model.variant = "ViT-w64d3m128h2_6"
     config.model.classifier = "gap"
-    config.model.dtype = "float32"  # CPUs compute faster in it
-    config.model.scan = True  # compiles sooner
+    config.model.dtype = "float32"  # faster on CPUs
+    config.model.scan = True  # compiles faster
     config.model.dropout_rate = 0.1
     config.model.stochastic_depth_rate = 0.1
 
@@ -82,12 +82,12 @@ def get_training(dataset, noise):
     config.eval.split = "test"
     config.eval.preprocess = "resize(size)"
 
-    config.batch_size = 64  # of a student's 16 are labelled
+    config.batch_size = 64  # 16 of them labelled for a student
     config.total_steps = 800
     config.loss.name = "softmax"
     config.optimizer.b2 = 0.99
     config.optimizer.clip_norm = 1.0
-    # Initialised at 0.02, it is too small to matter for hundreds of steps.
+    # Initialised at 0.02, they stay too small to matter for hundreds of steps.
     config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
     config.schedule.base_lr = 3e-3
     config.schedule.decay = "cosine"

@@ -1,13 +1,13 @@
-r"""The quickstart's first half: a nano ViT on the JFT-like set, at 24 px.
+r"""The quickstart's pre-training: a nano ViT on the JFT-like set at 24 px.
 
-With the data of `make quickstart`, which runs it:
+`make quickstart` prepares the data and runs it:
 
   vit-jax train --config=configs/quickstart_pretrain.py \
     --workdir=runs/quickstart/pretrain --config.data_dir=runs/quickstart/data
 
 Expected on the test split: precision@1 0.984 and ranking precision 0.773, where
-always naming the most frequent class has a precision@1 of 0.49. About two
-minutes on two CPU cores that do nothing else.
+always predicting the most frequent class has a precision@1 of 0.49. About two
+minutes on two otherwise idle CPU cores.
 """
 
 from common import get_config as get_common_config
@@ -22,7 +22,7 @@ def get_config():
     config.model.variant = "ViT-N_8"
     config.model.classifier = "gap"  # learns faster than a token in short runs
     config.model.head_bias_init = -4.0
-    config.model.dtype = "float32"  # CPUs compute faster in it
+    config.model.dtype = "float32"  # faster on CPUs
 
     config.train.dataset = "jft_like"
     config.train.preprocess = "inception_crop(size, 70)"  # glyphs: no flips
@@ -32,7 +32,7 @@ def get_config():
     config.batch_size = 64
     config.total_steps = 2400
     config.optimizer.b2 = 0.99  # 2,400 steps are too few for 0.999
-    # Initialised at 0.02, it is too small to matter for hundreds of steps.
+    # Initialised at 0.02, they stay too small to matter for hundreds of steps.
     config.optimizer.lr_multipliers = (".*/pos_embedding=10",)
     config.schedule.base_lr = 2e-3
     config.schedule.warmup_steps = 50

@@ -4,12 +4,12 @@ r"""Fine-tuning on a task of VTAB-1k, as in the paper: `vtab.py:VARIANT,TASK`.
   vit-jax train --config=configs/vtab.py:ViT-L_16,clevr_count \
     --workdir=runs/l16_clevr_count --config.init_from=runs/l16_i21k
 
-TASK is one of the 19 (`vit-jax data list` has them), or one of the small tasks
-in the same form that need no download, `mini:count`. All of them have 1,000
-training images and the same hyper-parameters: SGD, 2,500 steps of 512 images,
-base learning rate 0.01, cosine decay, gradients clipped to norm 1, 384 px, and
-BiT's preprocessing, which crops and flips only what keeps its label so. To tune
-on 800 images and evaluate on the other 200:
+TASK is one of the 19 listed by `vit-jax data list`, or one of the small tasks
+in the same form that need no download, such as `mini:count`. All of them have
+1,000 training images and the same hyper-parameters: SGD, 2,500 steps of 512
+images, base learning rate 0.01, cosine decay, gradients clipped to norm 1,
+384 px, and BiT's preprocessing, without crops or flips that would change the
+label. To tune on 800 images and evaluate on the other 200:
 
   --config.train.split=train800 --config.eval.split=val200
 
@@ -31,7 +31,7 @@ def get_config(arg="ViT-B_16,caltech101"):
   config = get_common_config()
   config.unlock()
   config.model.variant = variant
-  # H/14 has no whole patch in the last 6 of 384 pixels.
+  # The largest multiple of H/14's patch size up to 384 is 378.
   config.image_size = 378 if variant.endswith("_14") else 384
   config.train.dataset = task.name
   config.train.split = "train800val200"
@@ -46,7 +46,7 @@ def get_config(arg="ViT-B_16,caltech101"):
   config.optimizer.clip_norm = 1.0
   config.schedule.base_lr = 0.01
   config.schedule.decay = "cosine"
-  # Not in the paper: what its authors used for the same task with ViT-G.
+  # Not in the paper; its authors used it for the same task with ViT-G.
   config.schedule.warmup_steps = 200
   config.eval_every = 0  # the test set is for the end
   return config.lock()

@@ -3,9 +3,9 @@ r"""Miniature VTAB, without a download, on a CPU: `vtab_mini.py:VARIANT,TASK`.
   vit-jax vtab --init_from=runs/quickstart/pretrain --workdir=runs/vtab_mini \
     --tasks=mini --jobs=2 --config.data_dir=runs/quickstart/data
 
-TASK is one of `mini:digits`, `mini:tissue`, `mini:count`, `mini:distance`; they
-have the form of VTAB's, 1,000 training images of 32 pixels among them. A short
-schedule for small models, where vtab.py has the paper's.
+TASK is one of `mini:digits`, `mini:tissue`, `mini:count`, `mini:distance`. Like
+VTAB's, these tasks have 1,000 training images, of 32 pixels or, in digits, 8.
+The schedule is a short one for small models; vtab.py has the paper's.
 """
 
 from common import get_config as get_common_config
@@ -18,12 +18,12 @@ def get_config(arg="ViT-N_8,mini:digits"):
   variant, _, name = arg.partition(",")
   task = benchmarks.find_task(name if ":" in name else f"mini:{name}")
   if task is None:
-    raise ValueError(f"vtab_mini.py:{arg} has no task; VARIANT,mini:count has")
+    raise ValueError(f"vtab_mini.py:{arg} has no task; give VARIANT,mini:count")
   config = get_common_config()
   config.unlock()
   config.model.variant = variant
   config.model.classifier = "gap"
-  config.model.dtype = "float32"  # CPUs compute faster in it
+  config.model.dtype = "float32"  # faster on CPUs
   config.image_size = 48
   config.train.dataset = task.name
   config.train.split = "train800val200"

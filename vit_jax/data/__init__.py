@@ -1,7 +1,7 @@
-"""Data: from a data set's name to NumPy batches. TensorFlow stays in here.
+"""Data loading with TensorFlow: from a data set's name to NumPy batches.
 
-The names are imported on first use, so that `vit_jax.data.preprocess` and what
-else needs no TensorFlow does not load it.
+Names are imported on first use, so that `vit_jax.data.preprocess` and others
+that need no TensorFlow do not load it.
 """
 
 from etils import epy as _epy

@@ -17,14 +17,14 @@ import tensorflow as tf
 from vit_jax.data.pillow import blur
 from vit_jax.data.randaug import draw_integer
 
-_SIGMA = 0.1, 2.0  # of the blur, pixels: the least and the most
+_SIGMA = 0.1, 2.0  # standard deviation of the blur, pixels: from, to
 
 
 def three_augment(image, *, seed):
-  """Applies one of three operations, each as likely: 3-Augment.
+  """Applies one of three operations with equal probability: 3-Augment.
 
   They are greyscale, solarization (inverts levels from 128 on) and a Gaussian
-  blur, as Pillow's, with a uniform standard deviation.
+  blur, as in Pillow, with a uniform standard deviation.
   """
   which, sigma = tf.unstack(tf.random.stateless_uniform([2], seed))
   sigma = _SIGMA[0] + (_SIGMA[1] - _SIGMA[0]) * sigma
@@ -72,9 +72,9 @@ def _saturation(image, factor):
 
 
 def _blend(degenerate, image, factor):
-  """Returns `degenerate` for factor 0, the image for 1; truncated, as Pillow's.
+  """Returns `degenerate` at factor 0, the image at 1; truncates like Pillow.
 
-  RandAugment's is rounded.
+  RandAugment's blend rounds.
   """
   pixels = tf.cast(image, tf.float32)
   blended = degenerate + factor * (pixels - degenerate)
@@ -82,7 +82,7 @@ def _blend(degenerate, image, factor):
 
 
 def _greyscale(image):
-  """ITU-R 601-2 luma in all three channels, in Pillow's integers."""
+  """Returns ITU-R 601-2 luma, three times, in Pillow's integer arithmetic."""
   weights = tf.constant([19595, 38470, 7471])  # of 2^16
   luma = tf.reduce_sum(tf.cast(image, tf.int32) * weights, -1, keepdims=True)
   luma = tf.bitwise.right_shift(luma + 2**15, 16)

@@ -1,13 +1,13 @@
-"""Downstream tasks: which data set, which examples, which label, by name.
+"""Downstream tasks by name: their data sets, splits and labels.
 
-`vtab:NAME` is one of VTAB-1k's 19 tasks (Zhai et al. 2019), with the 800 and
-200 training examples and the test set that everybody compares on. `mini:NAME`
-is one of a few tasks in the same form that need no download. Names of TFDS
-data sets whose label is not simply called `label` are here too.
+`vtab:NAME` is one of VTAB-1k's 19 tasks (Zhai et al. 2019), with its standard
+splits of 800 and 200 training examples and its test set. `mini:NAME` is one of
+a few tasks in the same form that need no download. Some TFDS data sets are here
+too, such as those whose label is not the feature `label`.
 
 A task adds to its data set: names for splits (`train800`, `val200`,
 `train800val200`, `test`), a label that is computed from other features, and
-which augmentations would destroy that label.
+the augmentations that would change that label.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ class Task:
   """One downstream task.
 
   Attributes:
-    name: what configurations call it: "vtab:clevr_count".
-    title: the paper's name of it in its tables.
-    group: one of GROUPS; "" outside of VTAB.
-    dataset: the TFDS name, with what version VTAB takes.
-    splits: {name: TFDS split string}; other split strings stay as they are.
-    num_classes: how many there are.
+    name: its name in configurations: "vtab:clevr_count".
+    title: its name in the paper's tables.
+    group: one of GROUPS; "" for plain TFDS data sets.
+    dataset: the TFDS name, with VTAB's version.
+    splits: {name: TFDS split string}; other split strings are unchanged.
+    num_classes: the number of classes.
     feature: the TFDS feature that has the label.
-    derive: that feature's value -> int32 scalar, in TensorFlow; None where it
-      is the label already.
+    derive: that feature's value -> int32 scalar, in TensorFlow; None if it is
+      already the label.
     class_names: of derived labels; None for those of the feature.
-    max_labels: the most labels of one image; None for one, or to be counted.
+    max_labels: of one image, at most; None for one, or to be counted.
     scale_pixels: the factor that brings the stored pixels to 0..255.
     crop, flip: whether crops and mirror images keep their label.
   """
@@ -65,14 +65,14 @@ class Task:
   flip: bool = True
 
   def resolve_split(self, split: str) -> str:
-    """Returns the TFDS string of a split, a name of ours or a sum of them."""
+    """Returns the TFDS string of a split of this task or of a sum of them."""
     parts = [part.strip() for part in split.split("+")]
     return "+".join(self.splits.get(part, part) for part in parts)
 
   def train_preprocess(self, image_size: int | tuple[int, int]) -> str:
     """Returns the training preprocessing: BiT's for VTAB, at any size.
 
-    Resize (aspect ignored), crop, flip; without what would destroy the label.
+    Resize (aspect ignored), crop, flip, unless that would change the label.
     Source: Kolesnikov et al. 2020, "Big Transfer", appendix F.
     """
     ops = ["resize(size)"]
@@ -83,7 +83,7 @@ class Task:
       ops = [f"resize({size})", "random_crop(size)"]
     return "|".join(ops + ["flip_lr"] * self.flip)
 
-  # Evaluation sees the whole image.
+  # Evaluation uses the whole image.
   eval_preprocess = "resize(size)"
 
 
@@ -91,7 +91,7 @@ class Task:
 
 
 def count_objects(objects) -> tf.Tensor:
-  """CLEVR: 3 to 10 objects are classes 0 to 7."""
+  """Returns CLEVR's class for a count: 3 to 10 objects are 0 to 7."""
   return tf.shape(objects["size"])[0] - 3
 
 
@@ -99,7 +99,7 @@ CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0)
 
 
 def bin_closest_object(objects) -> tf.Tensor:
-  """CLEVR: the least depth of an object, in the renderer's units."""
+  """Returns CLEVR's class for the least object depth, in renderer units."""
   return _bin(tf.reduce_min(objects["pixel_coords"][:, 2]), CLEVR_DISTANCES)
 
 
@@ -109,7 +109,7 @@ _NO_VEHICLE = 1000.0  # metres
 
 
 def bin_closest_vehicle(objects) -> tf.Tensor:
-  """KITTI: metres to the nearest car, van or truck; the last class: none."""
+  """Returns KITTI's class for metres to a car, van or truck; the last: none."""
   depth = objects["location"][:, 2]
   is_vehicle = objects["type"] < _KITTI_VEHICLES
   depth = tf.where(is_vehicle, depth, _NO_VEHICLE)
@@ -118,7 +118,7 @@ def bin_closest_vehicle(objects) -> tf.Tensor:
 
 
 def _bin(value, thresholds):
-  """Which is the last threshold that is below; a tie is in the bin before."""
+  """Returns the index of the last threshold below; ties go to the lower bin."""
   below = tf.constant(thresholds, tf.float32) < tf.cast(value, tf.float32)
   return tf.reduce_sum(tf.cast(below, tf.int32)) - 1
 
@@ -168,8 +168,8 @@ _DSPRITES = ("dsprites:2.*.*", "train[589824:590024]", "train[663552:]")
 _NORB = ("smallnorb:2.*.*", "test[:200]", "test[50%:]")
 
 # In the order of the paper's Table 9. Splits and labels are those of the
-# published task_adaptation code; `tests/unit/data/data_tasks_test.py` has them
-# once more.
+# published task_adaptation code; `tests/unit/data/data_tasks_test.py` has a
+# second copy.
 _VTAB_TASKS = (
   _vtab("caltech101", "Caltech101", NATURAL, "caltech101:3.*.*",
         "train[2754:2954]", "test", 102),
@@ -178,8 +178,8 @@ _VTAB_TASKS = (
   _vtab("dtd", "DTD", NATURAL, "dtd:3.*.*", _VALIDATION, "test", 47),
   _vtab("oxford_flowers102", "Flowers102", NATURAL, "oxford_flowers102:2.*.*",
         _VALIDATION, "test", 102),
-  # VTAB took version 3, which TFDS has given up for 4: the same images, some
-  # of them repaired.
+  # VTAB used version 3, which TFDS replaced by 4: the same images, some of them
+  # repaired.
   _vtab("oxford_iiit_pet", "Pets", NATURAL, "oxford_iiit_pet:4.*.*",
         "train[2944:3144]", "test", 37),
   _vtab("sun397", "Sun397", NATURAL, "sun397/tfds:4.*.*", _VALIDATION, "test",
@@ -242,8 +242,8 @@ def _plain(name, title, num_classes, dataset=None, splits=None, **kwargs):
 
 
 _PLAIN_TASKS = (
-  # Its test images, for everybody, are what TFDS calls `validation`; of what
-  # TFDS calls `test` there are no labels.
+  # By convention, its test images are those of TFDS's `validation`; TFDS's
+  # `test` has no labels.
   _plain("imagenet2012", "ImageNet", 1000),
   # 3,163 of its 50,000 images show none of the classes and do not count.
   _plain("imagenet2012_real", "ImageNet ReaL", 1000,
@@ -256,8 +256,8 @@ _PLAIN_TASKS = (
   _plain("oxford_flowers102", "Flowers102", 102),
 )  # fmt: skip
 
-# What TFDS does not download: files and folders, by data set, for its folder
-# `downloads/manual` ("a or b": one of them will do).
+# Files and folders that TFDS does not download, by data set, for its folder
+# `downloads/manual` ("a or b": one is enough).
 BY_HAND = {
   "imagenet21k": (
     "fall11_whole.tar or winter21_whole.tar.gz or fall11_whole/ or "
@@ -279,12 +279,12 @@ def list_tasks(prefix: str) -> list[Task]:
 
 
 def find_task(dataset: str) -> Task | None:
-  """Returns the task that a data set's name stands for, None for none.
+  """Returns the task of a data set's name, or None.
 
-  A TFDS name may go with a version or a configuration of its own, which wins.
+  A version or configuration in a TFDS name overrides that of the task.
 
   Raises:
-    UserError: a `vtab:` or `mini:` name that there is not (did you mean).
+    UserError: unknown `vtab:` or `mini:` name (with a suggestion).
   """
   if dataset in TASKS:
     return TASKS[dataset]

@@ -1,4 +1,4 @@
-"""Data sets by name: the forms of a name, and how it is opened."""
+"""Data sets by name: parsing and opening."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from vit_jax.data.pseudo import PSEUDO, PseudoLabelled
 from vit_jax.data.source import Source
 from vit_jax.errors import UserError
 
-BY_PATH = (FOLDER, IMAGES, OBJECTNET, PSEUDO)  # a path follows
+BY_PATH = (FOLDER, IMAGES, OBJECTNET, PSEUDO)  # prefixes of a path
 
 
 def get_source(
@@ -24,17 +24,17 @@ def get_source(
 
   Args:
     dataset: a TFDS name, `name/config:version`, a task of `benchmarks.py`
-      (`vtab:clevr_count`), `folder:PATH`, `objectnet:PATH`, `images:PATH`,
-      which has no labels, or `pseudo:PATH`, what a model has labelled.
-    split: `train`, or a part or sum: `train[:98%]`, `train[:800]+test[:200]`;
-      of a task also its names: `train800`. `pseudo:PATH` is always whole.
-    data_dir: where TFDS data sets are; None for TFDS's own choice.
-    faults: of a folder, takes a line for each file that is not a whole image,
-      and the file is left out; None: no file is looked at before it is read.
+      (`vtab:clevr_count`), `folder:PATH`, `objectnet:PATH`, `images:PATH`
+      (unlabelled) or `pseudo:PATH` (labelled by a model).
+    split: `train`, a slice or a sum: `train[:98%]`, `train[:800]+test[:200]`;
+      for a task also its names: `train800`. `pseudo:PATH` is always whole.
+    data_dir: folder of TFDS data sets; None for TFDS's default.
+    faults: for a folder, the list to which a line is added for each corrupt
+      image, which is left out; None: no file is checked before it is read.
 
   Raises:
-    UserError: unknown or unprepared data set, bad split, no image and label in
-      it.
+    UserError: unknown or unprepared data set, bad split, no image or label
+      feature.
   """
   if dataset.startswith(FOLDER):
     return FolderSource(dataset, split, faults)
@@ -50,7 +50,7 @@ def get_source(
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-  """Splits `a=0.7,b=0.3` into [(data set, weight)]; one name alone weighs 1.
+  """Splits `a=0.7,b=0.3` into [(data set, weight)]; a single name has weight 1.
 
   Weights are relative: `a=7,b=3` is the same mixture.
 

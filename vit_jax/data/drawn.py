@@ -1,4 +1,4 @@
-"""What data sets that are drawn by a program share: numbers, PNG, the builder.
+"""Shared code of synthetic data sets: random numbers, PNG, the builder.
 
 Image i is a pure function of i. Random numbers are an integer hash, and pixels
 are computed in integers, or in floats that hold every intermediate result
@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 SIZE = 32  # height and width of an image, in pixels
-_CHUNK = 100  # images that are drawn together
+_CHUNK = 100  # images that are generated together
 
 
 class Draws:
@@ -29,7 +29,7 @@ class Draws:
     self._position = 0
 
   def bits(self, shape: tuple[int, ...] = ()) -> np.ndarray:
-    """Returns uint64[n *shape], fresh at every call."""
+    """Returns uint64[n *shape], new at every call."""
     size = int(np.prod(shape))
     counter = self._base[:, None] + np.arange(
       self._position, self._position + size, dtype=np.uint64
@@ -63,13 +63,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class DrawnBuilder(tfds.core.GeneratorBasedBuilder):
-  """A TFDS builder of drawn images; the docstring describes the data set.
+  """A TFDS builder of synthetic images; its docstring describes the data set.
 
   Attributes:
-    SIZES: {split: number of images}; the first split begins with image 0.
+    SIZES: {split: number of images}; the first split starts at image 0.
     LABELS: {feature: its TFDS feature}.
     METADATA: of the data set, such as `max_labels`.
-    SHUFFLED: whether TFDS shuffles the images, each of which is random already.
+    SHUFFLED: whether TFDS shuffles the images, whose order is already random.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -109,9 +109,9 @@ class DrawnBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def _encode_png(image):
-  """Encodes as PNG without compressing it, as ArrayRecord does that.
+  """Encodes as uncompressed PNG, because ArrayRecord compresses.
 
-  What zlib makes differs from version to version; stored blocks do not.
+  zlib's compressed output differs between versions; stored blocks do not.
   """
   height, width, _ = image.shape
   rows = np.zeros((height, 1 + 3 * width), np.uint8)  # 0: unfiltered row

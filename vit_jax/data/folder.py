@@ -1,4 +1,4 @@
-"""Folders of images: a sub-folder a class, or without labels."""
+"""Folders of images, with a sub-folder per class or without labels."""
 
 import concurrent.futures
 import functools
@@ -25,36 +25,35 @@ log = logging.getLogger(__name__)
 
 FOLDER, IMAGES = "folder:", "images:"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# What TensorFlow decodes, as Pillow calls it.
+# Formats that TensorFlow decodes, in Pillow's names.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Folder, in any case -> split.
 _SPLITS = {"train": "train", "training": "train"}
 _SPLITS |= {"test": "test", "testing": "test", "dev": "dev"}
 _SPLITS |= {name: name for name in ("val", "valid", "validation", "eval")}
-_HOLD_OUT = 0.1  # of each class, where a folder has no test images of its own
-_NUM_THREADS = 16  # for reading files, most of which is waiting
+_HOLD_OUT = 0.1  # of each class, if the folder has no test images
+_NUM_THREADS = 16  # for reading files, which is mostly waiting
 
 
 class FolderSource(Source):
-  """A folder of images, a sub-folder a class, or such a folder a split.
+  """A folder of images with a sub-folder per class, or such a folder per split.
 
-  With a folder for training and others for testing inside (`_SPLITS`), these
-  are the splits. Otherwise a tenth of each class is held out: those whose
-  relative file names have the smallest hashes are `test`, the others `train`.
-  Within a split the order is that of the hashes too, so that `train[:10%]` is a
-  random tenth, the same everywhere. Links are followed.
+  If sub-folders are named for training and testing (`_SPLITS`), these are the
+  splits. Otherwise a tenth of each class is held out as `test`: the files whose
+  relative names have the smallest hashes. Splits are ordered by hash too, so
+  that `train[:10%]` is a random tenth, the same everywhere. Links are followed.
 
-  A record is the label, four bytes little endian, and the file. No file is read
-  before its record is.
+  A record is the label (four bytes, little endian) followed by the file. No
+  file is read before its record is.
 
   Attributes:
-    left_out: files that are not read, and folders beside those of splits.
+    left_out: files that are not read, and folders next to those of splits.
   """
 
   multilabel = False
   max_labels = 1
-  _advice = ""  # at an image that cannot be used
-  _where = " in the folders of classes"  # images are
+  _advice = ""  # in messages about unusable images
+  _where = " in the folders of classes"  # in messages about other files
 
   def __init__(self, dataset: str, split: str, faults: list[str] | None = None):
     self.dataset, self.split = dataset, split
@@ -74,7 +73,7 @@ class FolderSource(Source):
     return _find_splits(find_folder(dataset))
 
   def _leave_out_broken(self, faults):
-    """Leaves out files that are not whole images; `faults` takes reasons."""
+    """Leaves out corrupt files and adds the reasons to `faults`."""
     Image.init()  # Pillow's list of formats; not thread-safe
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
       found = list(pool.map(_find_fault, [path for path, _ in self._files]))
@@ -90,15 +89,15 @@ class FolderSource(Source):
       raise type(e)(f"{e}{self._advice}") from e
 
   def describe_left_out(self) -> str:
-    """Returns how many files of which kinds are not read."""
+    """Returns a message with the number of files not read, by kind."""
     kinds = Counter(
       "folder" if path.is_dir() else path.suffix.lower() or "without suffix"
       for path in self.left_out
     )
     counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
     return (
-      f"left out: {counts}, such as {self.left_out[0]}; what is read are "
-      f"{', '.join(_SUFFIXES)} files{self._where}"
+      f"left out: {counts}, such as {self.left_out[0]}; only "
+      f"{', '.join(_SUFFIXES)} files{self._where} are read"
     )
 
   def read(self, indices):
@@ -106,13 +105,13 @@ class FolderSource(Source):
       return list(pool.map(self._read_one, np.asarray(indices).tolist()))
 
   def check_labels(self):
-    """They are the folders' and cannot be wrong."""
+    """Does nothing, because labels are those of folders and always valid."""
 
   def identity(self):
     return self._identity
 
   @functools.cached_property
-  def _identity(self):  # a stat of each file: once a start
+  def _identity(self):  # cached, because it needs a stat of each file
     names = ["/".join(path.split("/")[-2:]) for path, _ in self._files]
     sizes = [os.stat(path).st_size for path, _ in self._files]
     return digest([*zip(names, sizes, strict=True)])
@@ -137,11 +136,11 @@ class FolderSource(Source):
 class ImagesSource(FolderSource):
   """The images in a folder, at any depth, without labels: `images:PATH`.
 
-  They can be pseudo-labelled. The only split is `train`, in the order of their
-  names. Links are followed. A record is four bytes and the file.
+  They can be pseudo-labelled. The only split is `train`, ordered by name. Links
+  are followed. A record is four bytes followed by the file.
   """
 
-  multilabel = True  # an image has none
+  multilabel = True  # images have no labels
   _where = ""
 
   def _find_splits(self, dataset):
@@ -193,9 +192,9 @@ def _list_folders(root):
 
 
 def _find_splits(root):
-  """Returns class names, {split: [(path, label)]}, and what is left out.
+  """Returns class names, {split: [(path, label)]} and paths that are left out.
 
-  Files are in the order of their hashes.
+  Files are ordered by hash.
   """
   folders: dict[str, Path] = {}
   others = []
@@ -252,19 +251,19 @@ def _find_files(root, known=None):
 
 
 def _check_classes(root, classes, files):
-  """Raises a UserError for class folders that are something else."""
+  """Raises a UserError for sub-folders that cannot be classes."""
   for name in classes:
     try:
       name.encode()
     except UnicodeEncodeError as e:
       raise UserError(
-        f"{root}: the folder {name!r} names a class, not in UTF-8; rename it"
+        f"{root}: the class folder {name!r} is not in UTF-8; rename it"
       ) from e
   start = _find_start(root)
   inner: dict[int, set[str]] = {}
   for path, label in files:
     parts = path[start:].split("/")
-    if len(parts) == 2:  # an image of its own
+    if len(parts) == 2:  # an image directly in the class folder
       return
     inner.setdefault(label, set()).add(parts[1])
   first = inner[0]
@@ -279,9 +278,9 @@ def _check_classes(root, classes, files):
 def find_images(
   root: Path, classes: list[str]
 ) -> tuple[list[tuple[str, int]], list[Path]]:
-  """Returns [(path, which of the classes)] of a folder of class folders.
+  """Returns [(path, index of the class)] of a folder of class folders.
 
-  Second: the files that are not read. Hidden ones are not counted.
+  Second: the files that are not read, without hidden ones.
 
   Raises:
     UserError: a class has no images.
@@ -302,13 +301,13 @@ def find_images(
 def _walk_images(root):
   """Returns the images at any depth below a folder, and the other files.
 
-  Hidden ones are not counted.
+  Hidden files are ignored.
   """
   paths = [
     path
     for path in walk(str(root))
     if os.path.basename(path)[0] != "."
-    # A link to nothing is found when it is read.
+    # A broken link is an error when it is read.
     and (os.path.isfile(path) or os.path.islink(path))
   ]
   images = [path for path in paths if path.lower().endswith(_SUFFIXES)]
@@ -325,7 +324,7 @@ def _hash(relative):
 
 
 def _hold_out(files, num_classes):
-  """Splits off the first tenth of each class, at least one where it has two."""
+  """Splits off the first tenth of each class, at least one if it has two."""
   totals = np.bincount([label for _, label in files], minlength=num_classes)
   quota = np.where(
     totals < 2, 0, np.maximum(1, np.floor(totals * _HOLD_OUT + 0.5))
@@ -338,10 +337,10 @@ def _hold_out(files, num_classes):
 
 
 def take_split(splits: dict[str, list], dataset: str, split: str) -> list:
-  """Returns the files of `split`, a part or a sum in TFDS's syntax.
+  """Returns the files of `split`, a slice or a sum in TFDS's syntax.
 
   Raises:
-    UserError: no such split, or a part of it that has no files.
+    UserError: no such split, or a slice of it that has no files.
   """
   infos = {
     name: tfds.core.SplitInfo(
@@ -354,10 +353,10 @@ def take_split(splits: dict[str, list], dataset: str, split: str) -> list:
 
 
 def _find_fault(path) -> str | None:
-  """Returns what is wrong with a file that is not a whole image.
+  """Returns the fault of a file that is not a whole image, or None.
 
-  Cheap: headers, PNG's check sums, and whether the end is there. Only what
-  is suspicious is decoded.
+  Fast: checks the header, PNG's checksums and the end. Only suspicious files
+  are decoded.
   """
   try:
     data = Path(path).read_bytes()
@@ -368,7 +367,7 @@ def _find_fault(path) -> str | None:
       ops.decode(tf.constant(data), precise=False)
   except UserError as e:
     return str(e)
-  except Exception as e:  # Pillow's plugins raise what they like.
+  except Exception as e:  # Pillow's plugins may raise any exception
     if isinstance(e, OSError) and e.strerror:
       return f"{path}: cannot be read: {e.strerror}"
     kind = type(e).__name__

@@ -1,8 +1,8 @@
-"""The most labels of one image, of data sets that do not declare it.
+"""The maximum labels per image of data sets that do not declare it.
 
-They are counted once, by all processes of a run together, each of which reads
-its share. The count is kept beside the data set, for all who read it there; if
-nothing can be written there, in $VIT_JAX_CACHE or ~/.cache/vit_jax.
+All processes of a run count them once, each its share of the examples. The
+count is stored with the data set, where all readers find it, or if that is not
+writable, in $VIT_JAX_CACHE or ~/.cache/vit_jax.
 """
 
 import logging
@@ -20,19 +20,19 @@ from vit_jax.files import read_json, write_json
 log = logging.getLogger(__name__)
 
 FILE = "max_labels.json"
-_CHUNK = 1024  # records that are read and parsed at once
+_CHUNK = 1024  # records read and parsed at once
 _REPORT_EVERY = 30  # seconds
 
 
 def find_max_labels(source: Source, folder, command: str) -> int:
-  """Returns the most labels of one image of a source; counts if it has to.
+  """Returns the maximum labels per image of a source; counts if necessary.
 
-  All processes of a run have to call it, and get the same.
+  All processes of a run must call it and get the same result.
 
   Args:
     source: the split.
-    folder: where the data set is; its dataset_info.json changes with it.
-    command: opens it, and so counts in advance.
+    folder: of the data set; the count is valid for its dataset_info.json.
+    command: the command that counts in advance, for messages.
   """
   folder = epath.Path(folder)
   info = (folder / "dataset_info.json").read_text()
@@ -49,11 +49,11 @@ def find_max_labels(source: Source, folder, command: str) -> int:
 
 
 def _find_process():
-  """Returns the number of this process, and how many a run has."""
-  import jax  # seconds that other data sets need not wait
+  """Returns the index of this process and the number of processes."""
+  import jax  # takes seconds, which other data sets do not need
 
   if not jax.distributed.is_initialized():
-    return 0, 1  # nor has JAX to take a device
+    return 0, 1  # without making JAX claim a device
   return jax.process_index(), jax.process_count()
 
 
@@ -70,7 +70,7 @@ def _read_kept(files, key):
   for file in files:
     try:
       most = read_json(file).get(key)
-    except UserError:  # there is none, or it is corrupt and counted again
+    except UserError:  # missing, or corrupt and counted again
       continue
     if isinstance(most, int) and most > 0:
       return most
@@ -78,7 +78,7 @@ def _read_kept(files, key):
 
 
 def _keep(files, key, most):
-  """Adds the count to the first of the files that can be written."""
+  """Adds the count to the first writable file."""
   for file in files:
     try:
       try:
@@ -87,25 +87,25 @@ def _keep(files, key, most):
         kept = {}
       file.parent.mkdir(parents=True, exist_ok=True)
       write_json(file, {**kept, key: most})
-    except Exception as e:  # file systems raise what they like
+    except Exception as e:  # file systems may raise any exception
       log.warning("%s cannot be written: %s", file, one_line(e))
       continue
     if file != files[0]:
       log.warning(
-        "the count is in %s: copy that file to %s, or other machines count too",
+        "the count is in %s: copy that file to %s, or other machines recount",
         *(file, files[0].parent),
       )
     return
 
 
 def _count(source, folder, command):
-  """Reads the whole split, each process its share of it."""
+  """Counts over the whole split, each process its share of it."""
   index, num_processes = _find_process()
   total, most, began = source.num_examples, 1, time.monotonic()
   log.warning(
     "%s %s: its builder declares no max_labels (in its MetadataDict), so the "
-    "labels of all %d examples are counted, once; a run need not wait for that "
-    "if `%s` was run before where %s can be written",
+    "labels of all %d examples are counted, once; to count before a run, use "
+    "`%s` on a machine that can write to %s",
     *(source.dataset, source.split, total, command, folder),
   )
   find_most = tf.function(
@@ -124,7 +124,7 @@ def _count(source, folder, command):
     chunk = np.arange(first, min(first + _CHUNK, total))
     if len(chunk):
       most = max(most, int(find_most(source.read(chunk))))
-    # At each chunk: nobody waits for long, which some networks do not allow.
+    # At each chunk, because some networks time out on long waits.
     most = max(_gather(most))
     done, now = min(start + _CHUNK * num_processes, total), time.monotonic()
     if now - reported > _REPORT_EVERY:

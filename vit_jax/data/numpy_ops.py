@@ -1,6 +1,6 @@
-"""The operations of evaluation in NumPy, to the numbers of `vit_jax.data.ops`.
+"""Evaluation preprocessing in NumPy, numerically as in `vit_jax.data.ops`.
 
-With them `predict` needs no TensorFlow.
+It lets `predict` run without TensorFlow.
 """
 
 import math
@@ -33,7 +33,7 @@ def _central_crop(pixels, size, *, name):
   crop_height, crop_width = as_pair(size)
   height, width = pixels.shape[:2]
   if height < crop_height or width < crop_width:
-    # Enlarge until the crop fits: padding would show the model a border.
+    # Enlarge until the crop fits, because padding would add a border.
     height, width = (
       max(crop_height, math.ceil(height * crop_width / width)),
       max(crop_width, math.ceil(width * crop_height / height)),
@@ -51,11 +51,11 @@ OPS = {
 
 
 # The two resizes below repeat the float32 arithmetic of `tf.image.resize`
-# operation by operation: what is a tie there is a tie here, and rounds alike.
+# operation by operation, so that ties are the same and round alike.
 
 
 def _resize_bilinear(pixels, height, width):
-  """Half-pixel centres, no antialiasing. Returns float32[height width c]."""
+  """Returns float32[height width c]; half-pixel centres, no antialiasing."""
   top, bottom, down = _bilinear_taps(pixels.shape[0], height)
   left, right, across = _bilinear_taps(pixels.shape[1], width)
   across, down = across[:, None], down[:, None, None]
@@ -75,7 +75,7 @@ def _bilinear_taps(size_in, size_out):
 
 
 def _resize_area(pixels, height, width):
-  """Each output pixel is the mean of the area it covers. float32."""
+  """Returns float32[height width c], the mean of the area of each pixel."""
   rows, row_weights, row_scale = _area_taps(pixels.shape[0], height)
   columns, column_weights, column_scale = _area_taps(pixels.shape[1], width)
   narrow = np.zeros((pixels.shape[0], width, pixels.shape[2]), np.float32)
@@ -88,7 +88,7 @@ def _resize_area(pixels, height, width):
 
 
 def _area_taps(size_in, size_out):
-  """Returns input indices [taps size_out], weights alike, and the scale."""
+  """Returns input indices and weights, [taps size_out] each, and the scale."""
   scale = np.float32(size_in) / np.float32(size_out)
   out = np.arange(size_out, dtype=np.float32)
   start, end = out * scale, (out + np.float32(1)) * scale

@@ -1,11 +1,11 @@
 """ObjectNet (Barbu et al. 2019): a test set for models of ImageNet-1k.
 
-It is not in TFDS. `objectnet:PATH` reads the folder `images` of its archive as
-it is. Of its 313 kinds of things 113 are in ImageNet, some of these as several
-classes: each of those is right. The others are left out.
+It is not in TFDS. `objectnet:PATH` reads the folder `images` of its archive. Of
+its 313 classes, 113 are in ImageNet, and the others are left out. If a class is
+several classes of ImageNet, each of these is correct.
 
-Its licence forbids training on it. Its pictures come with a red frame, which is
-cut off.
+Its licence forbids training on it. Its images have a red frame, which is
+cropped.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from vit_jax.errors import UserError
 OBJECTNET = "objectnet:"
 _FRAME = 2  # pixels
 
-# Folder -> ImageNet-1k classes: the facts of the archive's `mappings`.
+# Folder -> ImageNet-1k classes, from the archive's `mappings`.
 CLASSES = {
   "alarm_clock": (409, 530), "backpack": (414,), "banana": (954,),
   "band_aid": (419,), "basket": (790,), "beer_bottle": (440,), "bench": (703,),
@@ -69,10 +69,10 @@ CLASSES = {
 
 
 class ObjectNetSource(FolderSource):
-  """The pictures of the 113 classes; the only split is `test`.
+  """The images of the 113 classes; the only split is `test`.
 
-  A record is `max_labels` classes, four bytes each, little endian and padded
-  with -1, and the file.
+  A record is `max_labels` classes (four bytes each, little endian, padded with
+  -1) followed by the file.
   """
 
   multilabel = True
@@ -83,7 +83,7 @@ class ObjectNetSource(FolderSource):
     imagenet = tfds.builder("imagenet2012").info.features
     self.class_names = list(imagenet["label"].names)  # pyright: ignore
     self.num_classes = len(self.class_names)
-    # Thousands of files of megabytes: looked at when they are read.
+    # Checked when read, because there are thousands of files of megabytes.
     self._files = take_split({"test": _find_files(dataset)}, dataset, split)
     self.num_examples = len(self._files)
 
@@ -107,7 +107,7 @@ class ObjectNetSource(FolderSource):
 
 
 def _find_files(dataset):
-  """Returns [(path, which of CLASSES)]."""
+  """Returns [(path, index in CLASSES)]."""
   root = find_folder(dataset, OBJECTNET)
   missing = [name for name in CLASSES if not (root / name).is_dir()]
   if missing:

@@ -1,9 +1,9 @@
 """Decoding, cropping and augmentation in TensorFlow.
 
 Images are uint8[h w 3] between operations. Resizes compute in float32 and
-round: within half a level of a pipeline that stays in float, where truncating
-would be up to one off. Random operations take a stateless seed, so that an
-image's augmentation depends on (seed, step, row) and nothing else.
+round, which is within half a level of a float pipeline; truncating would be up
+to one level off. Random operations take a stateless seed, so that an image's
+augmentation depends on (seed, step, row) and nothing else.
 """
 
 # TensorFlow's annotations lack tf.random.experimental.
@@ -20,13 +20,13 @@ from vit_jax.data.augment import color_jitter, three_augment
 from vit_jax.data.pillow import resize_averaging
 from vit_jax.data.randaug import draw_integer, height_width, randaug
 
-# The accelerators are JAX's. TensorFlow refuses once it has started, which
-# happens where the caller has already given it its devices.
+# Accelerators are for JAX. TensorFlow raises if the caller has initialised its
+# devices before.
 for _kind in ("GPU", "TPU"):
   with contextlib.suppress(RuntimeError):
     tf.config.set_visible_devices([], _kind)
 
-# Pixels, as a multiple of those of the result; from three on it does not pay.
+# Pixels, as a multiple of the output's; at three, casting is no longer faster.
 _CAST_UP_TO = 2
 _HEAD = 2**14  # bytes of a file in which its EXIF or palette begins
 
@@ -34,12 +34,12 @@ _HEAD = 2**14  # bytes of a file in which its EXIF or palette begins
 def make_preprocess(
   text: str, image_size: int | tuple[int, int], *, evaluation: bool
 ) -> Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor]:
-  """Builds the function of a preprocessing string.
+  """Returns the function of a preprocessing string.
 
   Args:
     text: see `vit_jax.data.preprocess`.
     image_size: height and width, pixels.
-    evaluation: decode with the accurate DCT, allow no random operation.
+    evaluation: use the accurate DCT and allow no random operations.
 
   Returns:
     (encoded image: string, seed: int[2]) -> uint8[h w 3].
@@ -73,14 +73,14 @@ def make_preprocess(
 def decode(encoded: tf.Tensor, *, precise: bool) -> tf.Tensor:
   """Decodes JPEG, PNG, WebP, GIF or BMP to uint8[h w 3].
 
-  As `preprocess.decode_image`: EXIF orientation is obeyed, transparency
-  composited on white. TensorFlow can do neither, so files with transparency go
-  through Pillow.
+  Like `preprocess.decode_image`, applies EXIF orientation and composites
+  transparency on white. TensorFlow supports neither, so Pillow decodes files
+  that may have transparency.
 
   Args:
     encoded: scalar string.
-    precise: take the accurate integer DCT, which is also Pillow's, rather than
-      the fast one (up to 3 levels apart).
+    precise: use the accurate integer DCT, as Pillow does, instead of the fast
+      one (up to 3 levels different).
   """
   dct = "INTEGER_ACCURATE" if precise else "INTEGER_FAST"
 
@@ -97,7 +97,7 @@ def decode(encoded: tf.Tensor, *, precise: bool) -> tf.Tensor:
 def decode_and_inception_crop(
   encoded, size, area_min=5, area_max=100, *, seed
 ) -> tf.Tensor:
-  """As `decode` and `inception_crop`, but decodes only the crop of a JPEG."""
+  """Runs `decode` and `inception_crop`; of a JPEG, decodes only the crop."""
 
   def crop_jpeg():
     shape, turn = tf.io.extract_jpeg_shape(encoded), _read_turn(encoded)
@@ -117,7 +117,7 @@ def decode_and_inception_crop(
 
 
 def _decode_other(encoded):
-  """Decodes other than JPEG; with Pillow what may be transparent or turned."""
+  """Decodes other formats than JPEG; with Pillow unless `_is_plain`."""
   image = tf.cond(
     _is_plain(encoded),
     lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
@@ -131,7 +131,7 @@ def _is_plain(encoded):
   is_png = tf.strings.substr(encoded, 0, 4) == b"\x89PNG"
   colour_type = tf.strings.substr(encoded, 25, 1)
   has_alpha = (colour_type == b"\4") | (colour_type == b"\6")
-  # The simplest kind of WebP, which has neither.
+  # The simplest kind of WebP has neither transparency nor EXIF.
   is_lossy_webp = tf.strings.substr(encoded, 12, 4) == b"VP8 "
   opaque = is_png & ~has_alpha & ~_contains(encoded, "tRNS|eXIf")
   return opaque | is_lossy_webp
@@ -140,7 +140,7 @@ def _is_plain(encoded):
 def _contains(encoded, pattern):
   """Returns whether a pattern is in the head of a file, in microseconds."""
   head = tf.strings.substr(encoded, 0, _HEAD)
-  # Searching takes a twentieth of what matching ".*pattern.*" does.
+  # Searching takes a twentieth of the time of matching ".*pattern.*".
   rest = tf.strings.regex_replace(head, pattern, "", replace_global=False)
   return tf.strings.length(rest) < tf.strings.length(head)
 
@@ -162,7 +162,7 @@ def _read_turn(encoded):
 def _call(function, encoded, dtype):
   """Runs a Python function of bytes in a graph."""
 
-  def run(encoded):  # bytes in a graph, object[] out of it
+  def run(encoded):  # bytes in a graph, object[] in eager mode
     return function(np.asarray(encoded, object).item())
 
   return tf.numpy_function(run, [encoded], dtype, stateful=False)
@@ -179,7 +179,7 @@ def _turn(image, turn):
 
 
 def _turn_back(window, shape, turn):
-  """Maps a window of the upright image to one of the file, of that shape."""
+  """Maps a window of the upright image to the stored image of that shape."""
   top_left, size = window[:2], window[2:]
   top_left = tf.where(turn[2], top_left[::-1], top_left)
   size = tf.where(turn[2], size[::-1], size)
@@ -193,13 +193,13 @@ def _turn_back(window, shape, turn):
 def resize(image, size, method="bilinear", antialias=False):
   """Resizes to `size`, aspect ignored; half-pixel centres.
 
-  With `antialias` as Pillow, else without averaging, but for "area".
+  With `antialias` as in Pillow; otherwise only "area" averages.
   """
   size = preprocess.as_pair(size)
   if antialias or method != "bilinear":
     return _resize(image, size, method, antialias)
-  # TensorFlow's kernel gives the same for floats, and faster; but casting takes
-  # time for each pixel, also for those that are skipped when shrinking.
+  # TensorFlow's kernel gives the same for floats, and faster. But casting takes
+  # time for each pixel, including those that are skipped when shrinking.
   height, width = height_width(image, tf.int64)
   return tf.cond(
     height * width <= _CAST_UP_TO * size[0] * size[1],
@@ -209,9 +209,9 @@ def resize(image, size, method="bilinear", antialias=False):
 
 
 def _resize(image, size, method="bilinear", antialias=False):
-  # The size may depend on the image, and one too large would fill the memory.
+  # The size may depend on the image; one too large would exhaust memory.
   pixels = tf.reduce_prod(tf.cast(size, tf.int64))
-  words = "resized it has too many pixels:"
+  words = "after resizing it has too many pixels:"
   tf.debugging.Assert(pixels <= preprocess.MAX_PIXELS, [words, size])
   size = tf.cast(size, tf.int32)
   if antialias:
@@ -221,16 +221,16 @@ def _resize(image, size, method="bilinear", antialias=False):
 
 def resize_small(image, smaller_size, method="area", antialias=False):
   """Resizes the shorter side to `smaller_size` pixels, keeping the aspect."""
-  sides = tf.shape(image, tf.int64)[:2]  # products may pass 2**31
+  sides = tf.shape(image, tf.int64)[:2]  # int32 may overflow
   short = tf.reduce_min(sides)
   size = preprocess.scale_side(sides, short, smaller_size)
   return _resize(image, size, method, antialias)
 
 
 def _resize_averaging(image, size, method):
-  """As `resize_averaging`: TensorFlow's own takes twice the time.
+  """Runs `resize_averaging`, because TensorFlow's own takes twice the time.
 
-  It also differs by up to two levels, as it does not round between both axes.
+  That also differs by up to two levels, as it does not round between both axes.
   """
 
   def run(image, size):
@@ -252,10 +252,10 @@ def random_crop(image, size, *, seed):
 
 
 def simple_crop(image, size, *, seed):
-  """Crops `size` anywhere from an image of about that size: DeiT III's.
+  """Crops `size` anywhere after resizing to about that size, as in DeiT III.
 
-  The shorter side is resized to it, bicubic and as Pillow, and 4 pixels are
-  added by reflection at each border.
+  The shorter side is resized to it (bicubic, as in Pillow), and each border is
+  padded with 4 pixels by reflection.
   """
   side = max(preprocess.as_pair(size))
   image = resize_small(image, side, method="bicubic", antialias=True)
@@ -264,9 +264,9 @@ def simple_crop(image, size, *, seed):
 
 
 def _crop(image, size, choose):
-  """Crops `size`; `choose` maps the largest (top, left) to those taken."""
+  """Crops `size`; `choose` maps the largest (top, left) to the one used."""
   size = preprocess.as_pair(size)
-  height, width = height_width(image, tf.int64)  # products may pass 2**31
+  height, width = height_width(image, tf.int64)  # int32 may overflow
 
   def enlarge():
     # At least one of the two sides ends up equal to the crop's.
@@ -291,7 +291,7 @@ def inception_crop(image, size, area_min=5, area_max=100, *, seed):
 
 
 def flip_lr(image, *, seed):
-  """Mirrors left to right, every second image on average."""
+  """Mirrors left to right with probability 1/2."""
   flip = tf.random.stateless_uniform([], seed) < 0.5
   return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
 

@@ -1,14 +1,13 @@
 """Shuffling: position p of the endless stream -> (data set, example).
 
-Batch k has the positions k * batch_size onwards. Nothing here has a state: a
-position is mapped by arithmetic and by permutations that are keyed by the seed,
-so that batch k is the same on any number of hosts and after any restart, and an
+Batch k has the positions from k * batch_size. The order is stateless, because
+positions are mapped by arithmetic and by permutations keyed by the seed. Batch
+k is therefore the same on any number of hosts and after any restart, and an
 epoch shows every example exactly once.
 
-There are two orders. `Order` permutes all examples of an epoch: right where an
-example can be read by itself. `BlockOrder` is for storage that is slow to
-answer and quick to deliver, such as a bucket: it permutes blocks of
-neighbouring examples, each of which is read at once.
+`Order` permutes all examples of an epoch, for storage with fast random access.
+`BlockOrder` is for storage with high latency and high throughput, such as a
+bucket. It permutes blocks of neighbouring examples, each read in one request.
 """
 
 import functools
@@ -21,19 +20,19 @@ import tensorflow as tf
 from vit_jax.errors import UserError
 
 # A mixture repeats a random pattern of this many slots, each of which belongs
-# to one data set; the granularity of weights.
+# to one data set. This is the granularity of weights.
 PATTERN_SLOTS = 10_000
 
 
 class Shuffle(NamedTuple):
-  """How a run's examples are shuffled; config.json has it.
+  """How a run's examples are shuffled; saved in config.json.
 
   Attributes:
-    rounds: of the cipher behind a permutation. TensorFlow's 4, which runs from
-      before had, are too few: see docs/pods.md.
-    blocks: examples of a block, for each data set; (): no blocks.
-    window: blocks among whose examples a stream chooses.
-    streams: how many there are, each for a share of the rows of all batches.
+    rounds: of the permutations' cipher. TensorFlow's 4, which older runs used,
+      are too few; see docs/pods.md.
+    blocks: examples per block, for each data set; (): no blocks.
+    window: blocks whose examples a stream permutes together.
+    streams: number of streams; each feeds a share of the rows of all batches.
   """
 
   rounds: int = 12
@@ -55,9 +54,9 @@ def make_order(
   """Returns the order of a mixture.
 
   Args:
-    shuffle: how.
-    seed: decides it.
-    sizes: examples of each data set.
+    shuffle: the settings.
+    seed: of all permutations.
+    sizes: number of examples of each data set.
     weights: of each data set, relative.
     batch_size: of the global batch.
   """
@@ -69,8 +68,8 @@ def make_order(
 class Order:
   """Position in the infinite stream -> (data set, example).
 
-  Each data set passes through a new permutation of its examples every epoch of
-  its own. Proportions are exact over every PATTERN_SLOTS positions.
+  Each data set has its own epochs, with a new permutation of its examples in
+  each. Proportions are exact over every PATTERN_SLOTS positions.
   """
 
   def __init__(
@@ -104,7 +103,7 @@ class Order:
     return repeats, slots, which, *np.divmod(within, self._sizes[which])
 
   def _shuffle(self, indices, size, *key):
-    """Applies the permutation of range(size) that belongs to `key`."""
+    """Applies the permutation of range(size) keyed by `key`."""
     return shuffle_indices(indices, size, (self._seed, *key), self._rounds)
 
 
@@ -112,7 +111,7 @@ class Window(NamedTuple):
   """A window: some blocks of one stream of one data set in one epoch.
 
   Attributes:
-    dataset, stream, epoch: which ones.
+    dataset, stream, epoch: their numbers.
     number: of the window in the stream's epoch, from 0.
   """
 
@@ -123,30 +122,30 @@ class Window(NamedTuple):
 
 
 class BlockOrder(Order):
-  """As `Order`, but a stream of rows has its examples from few blocks at once.
+  """An `Order` whose streams of rows read from few blocks at a time.
 
-  In every epoch of a data set its blocks are permuted, and what they hold, one
-  after the other, is cut into streams. Stream v feeds rows v * b / streams
-  onwards of every batch of b, so that a host reads the streams of its own rows
-  alone. A stream's examples are permuted window by window.
+  In every epoch of a data set, its blocks are permuted, concatenated and cut
+  into streams. Stream v feeds the rows from v * b / streams of every batch of
+  b, so that a host reads only the streams of its own rows. A stream's examples
+  are permuted window by window.
 
-  A stream's part of an epoch has as many examples as its rows have positions in
-  it: these are counted, as the epochs begin and end within batches.
+  A stream's share of an epoch has as many examples as its rows have positions
+  in it. These are counted, because epochs begin and end within batches.
 
   Attributes:
     num_streams: of all data sets.
   """
 
   def __init__(self, shuffle, seed, sizes, weights, batch_size):
-    """Args: see `make_order`."""
+    """See `make_order`."""
     assert batch_size % shuffle.streams == 0, "streams are of whole rows"
-    # Whole batches, so that a slot of the pattern is of the same row always.
+    # Whole batches, so that a slot of the pattern always has the same row.
     repeats = -(-PATTERN_SLOTS // batch_size) if len(sizes) > 1 else 1
     length = batch_size * repeats
     super().__init__(seed, sizes, weights, shuffle.rounds, length)
     self.num_streams = shuffle.streams * len(sizes)
-    self._blocks = np.array(shuffle.blocks)  # examples, like
-    self._windows = self._blocks * shuffle.window
+    self._blocks = np.array(shuffle.blocks)  # in examples
+    self._windows = self._blocks * shuffle.window  # in examples
     rows = np.arange(length) % batch_size
     self._streams = rows * shuffle.streams // batch_size
     self._ranks_in_stream = _rank(self._slots * shuffle.streams + self._streams)
@@ -168,11 +167,11 @@ class BlockOrder(Order):
     return which, examples
 
   def find_windows(self, positions: np.ndarray):
-    """Returns where the examples of positions int64[b] are to be found.
+    """Returns the windows that contain the examples of positions int64[b].
 
     Returns:
       [(window, indices int64[c] into the positions, offsets int64[c] into the
-      examples of `find_ranges`, one after the other)].
+      concatenated examples of `find_ranges`)].
     """
     repeats, slots, which, epochs, _ = self._locate(positions)
     streams, places = self._streams[slots], self._ranks_in_stream[slots]
@@ -212,12 +211,12 @@ class BlockOrder(Order):
     return window._replace(epoch=window.epoch + 1, number=0)
 
   def _count_before(self, i, epoch):
-    """int[streams]: a data set's positions of each stream before its epoch."""
+    """Returns int[streams]: how many positions precede a data set's epoch."""
     repeats, slots = divmod(epoch * self._sizes[i], self._counts[i])
     return repeats * self._before[i][-1] + self._before[i][slots]
 
   def _find_bounds(self, window):
-    """Returns where a window begins and ends in its epoch; and its stream."""
+    """Returns a window's begin and end in its epoch, and its stream's end."""
     i, v, epoch, number = window
     counts = self._count_before(i, epoch + 1) - self._count_before(i, epoch)
     stop = int(counts[: v + 1].sum())
@@ -226,7 +225,7 @@ class BlockOrder(Order):
 
   @functools.lru_cache(maxsize=1024)  # noqa: B019  (as long-lived as a run)
   def _permute(self, window):
-    """int[n]: the order in which a window's examples are shown."""
+    """Returns int[n], the order of a window's examples."""
     first, end, _ = self._find_bounds(window)
     i, v, epoch, number = window
     size = end - first
@@ -234,7 +233,7 @@ class BlockOrder(Order):
 
   @functools.lru_cache(maxsize=4)  # noqa: B019
   def _permute_blocks(self, i, epoch):
-    """The blocks of a data set in the order of its epoch, and their ends."""
+    """Returns a data set's blocks in the order of an epoch, and their ends."""
     size = self._blocks[i]
     count = -(-int(self._sizes[i]) // int(size))
     blocks = self._shuffle(np.arange(count), count, i, epoch)
@@ -245,12 +244,12 @@ class BlockOrder(Order):
 def shuffle_indices(
   indices: np.ndarray, size: int, key: tuple[int, ...], rounds: int
 ) -> np.ndarray:
-  """Applies the permutation of range(size) that belongs to `key`.
+  """Applies the permutation of range(size) keyed by `key`.
 
   Args:
     indices: int64[b] in [0, size).
-    size: how many there are.
-    key: non-negative integers; each gives another permutation.
+    size: of the range.
+    key: non-negative integers.
     rounds: see `Shuffle`.
   """
   seed = np.random.SeedSequence(key).generate_state(2, np.uint32)
@@ -281,7 +280,7 @@ def _make_pattern(seed, weights, length, rounds):
 
 
 def _rank(values):
-  """int64[n]: how many earlier entries have the same value."""
+  """Returns int64[n], the number of earlier entries with the same value."""
   order = np.argsort(values, kind="stable")
   counts = np.bincount(values)
   starts = np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,7 +1,7 @@
-"""Images decoded and resized by Pillow.
+"""Decoding and resizing with Pillow.
 
-Decoded where there is no TensorFlow, or it cannot; resized where pixels have to
-be those of PyTorch's libraries.
+Decoding is for when TensorFlow is missing or does not support an image,
+resizing for when pixels must be those of PyTorch's libraries.
 """
 
 import io
@@ -18,8 +18,8 @@ from vit_jax.errors import UserError
 def decode_image(image, name: str = "image") -> np.ndarray:
   """Decodes to uint8[h w 3], as `vit_jax.data.ops.decode` does.
 
-  EXIF orientation is obeyed, transparency composited on white. 16-bit channels
-  keep their high byte, animations give their first frame. JPEGs go through the
+  EXIF orientation is applied, transparency composited on white. 16-bit channels
+  keep their high byte, animations their first frame. JPEGs are decoded with the
   accurate integer DCT.
 
   Raises:
@@ -35,7 +35,7 @@ def decode_image(image, name: str = "image") -> np.ndarray:
     return _turn(_pil_to_rgb(image), read_turn(image))
   except UserError:
     raise
-  except Exception as e:  # Pillow's plugins raise what they like.
+  except Exception as e:  # Pillow's plugins may raise any exception
     raise UserError(
       f"{name}: not a readable image ({type(e).__name__}); give a whole JPEG, "
       "PNG or WebP file"
@@ -78,13 +78,13 @@ def check_pixels(height: int, width: int, name: str) -> None:
 
 
 def resize_averaging(pixels: np.ndarray, size, method: str) -> np.ndarray:
-  """Resizes by a filter that is as much wider as the image gets smaller.
+  """Resizes with antialiasing: the filter widens as the image shrinks.
 
   Args:
     pixels: uint8[h w 3].
     size: (height, width) of the result.
     method: "bilinear" or "bicubic" (a = -0.5), which overshoots at edges and is
-      cut off there.
+      clipped there.
   """
   height, width = map(int, size)
   resample = Image.Resampling[method.upper()]
@@ -92,7 +92,7 @@ def resize_averaging(pixels: np.ndarray, size, method: str) -> np.ndarray:
 
 
 def blur(pixels: np.ndarray, sigma) -> np.ndarray:
-  """Blurs uint8[h w 3] by a Gaussian, which Pillow approximates by boxes."""
+  """Blurs uint8[h w 3] by a Gaussian; Pillow approximates it by box blurs."""
   gaussian = ImageFilter.GaussianBlur(float(sigma))
   return np.array(Image.fromarray(pixels).filter(gaussian))
 
@@ -112,7 +112,7 @@ def _array_to_rgb(array, name):
 
 
 def _composite(rgba):
-  """Puts uint8[h w 4] on white; exact, halves rounded as Pillow does."""
+  """Composites uint8[h w 4] on white; exact, rounds halves like Pillow."""
   dark = (255 - rgba[..., :3]) * rgba[..., 3:].astype(np.uint16) + 128
   return 255 - ((dark + (dark >> 8)) >> 8).astype(np.uint8)
 

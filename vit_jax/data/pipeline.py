@@ -1,8 +1,7 @@
-"""Batches: the tf.data that reads, decodes and augments the rows of a step.
+"""The tf.data pipeline that reads, decodes and augments the rows of a step.
 
-The pipeline is stateless given the step number: `order.py` decides which
-example row r of batch k is, and the augmentation is keyed by the step and the
-row.
+It is stateless given the step number: `order.py` maps row r of batch k to an
+example, and the augmentation is keyed by the step and the row.
 """
 
 # TensorFlow's annotations lack tf.random.experimental.
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def count_cpus() -> int:
-  """Returns the cores this process may use, on a Mac those of the machine."""
+  """Returns the number of cores this process may use, on a Mac of all cores."""
   if hasattr(os, "sched_getaffinity"):
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
@@ -57,19 +56,19 @@ def train_batches(
 
   Args:
     sources_and_weights: the mixture, of the same classes; weights are relative.
-    seed: decides the order and all augmentation, with the step and the row.
+    seed: of the order and, with the step and the row, of all augmentation.
     batch_size: of the global batch.
     rows: int[b], this host's row numbers in the global batch.
     preprocess: the preprocessing string.
     image_size: height and width, pixels.
     start_step: of the first batch; batch k holds the positions
       k * batch_size .. (k + 1) * batch_size - 1 of the stream.
-    num_steps: how many batches.
+    num_steps: number of batches.
     shuffle, memory, on_bad_example: see `config.train`, `make_order` and
       `make_fetcher`.
-    repeats: of each image one after the other in a batch, which it divides;
-      each is augmented on its own. The order is that of batches with as many
-      fewer rows.
+    repeats: consecutive copies of each image in a batch, augmented
+      independently; divides batch_size. The order is that of batches of
+      batch_size / repeats rows.
 
   Yields:
     {"image": uint8[b h w 3], "labels": int32[b l], padded with -1}; l is the
@@ -77,12 +76,11 @@ def train_batches(
     "probabilities": f32[b l] of the labels, rows of 0 for hard ones.
 
   Raises:
-    UserError: bad string or weights; while iterating, an example that cannot
-      be read, decoded or preprocessed or whose labels are out of range, by
-      name.
+    UserError: bad string or weights; while iterating, an example (named) that
+      cannot be read, decoded or preprocessed or has labels out of range.
   """
   sources, weights = zip(*sources_and_weights, strict=True)
-  seed = int(seed) % 2**63  # SeedSequence and TensorFlow take no others
+  seed = int(seed) % 2**63  # the range of SeedSequence and TensorFlow
   sizes = [source.num_examples for source in sources]
   assert batch_size % repeats == 0
   order = make_order(shuffle, seed, sizes, weights, batch_size // repeats)
@@ -110,7 +108,7 @@ def eval_batches(
 
   Every host gets ceil(num_examples / batch_size) batches, less those before
   `start_step`; rows beyond the end are padding: black, labels -1, mask False.
-  The label of a soft set is the likeliest.
+  The label of a soft set is the most probable one.
 
   Args: as `train_batches`.
 
@@ -118,12 +116,12 @@ def eval_batches(
     {"image": uint8[b h w 3], "labels": int32[b l], "mask": bool[b]}.
 
   Raises:
-    UserError: as `train_batches`; also an operation that is random.
+    UserError: as `train_batches`; also a random operation.
   """
   process = ops.make_preprocess(preprocess, image_size, evaluation=True)
   size = source.num_examples
 
-  def order(positions):  # what is beyond the end is masked below
+  def order(positions):  # those beyond the end are masked below
     return np.zeros_like(positions), np.minimum(positions, size - 1)
 
   def mask(step, batch):
@@ -158,7 +156,7 @@ class _Reader:
   replaces: bool = False
   repeats: int = 1
   soft: bool = False  # whether batches have probabilities
-  # {(data set, example): which is shown in its place}
+  # {(data set, example): its replacement}
   _others: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
   def read(self, step):
@@ -184,14 +182,14 @@ class _Reader:
     return [*zip(which.tolist(), examples.tolist(), strict=True)]
 
   def find_faults(self, step) -> bool:
-    """Names the first example of a step that is at fault, or replaces all.
+    """Raises for the first bad example of a step, or replaces all bad ones.
 
     Returns:
-      Whether any has another in its place now: the next that is not at fault.
+      Whether any was replaced, each by the next usable example.
 
     Raises:
-      UserError: an example that is at fault and not replaced; one that cannot
-        be read never is, nor is any if all are at fault.
+      UserError: a bad example that is not replaced. Unreadable ones never are,
+        nor is any if all are bad.
     """
     before = len(self._others)
     seeds = _fold(self.seed, tf.constant(step, tf.int64), self.rows)
@@ -203,7 +201,7 @@ class _Reader:
     return len(self._others) > before
 
   def _find_sound(self, i, example, seed):
-    """Returns the first example from this one on that can be used."""
+    """Returns the first usable example from this one on."""
     fault, size = None, self.sources[i].num_examples
     for other in range(example, example + size):
       try:
@@ -212,7 +210,7 @@ class _Reader:
       except BadExample as e:
         if not self.replaces:
           raise
-        log.warning("%s; shown in its place: the next example", e)
+        log.warning("%s; the next example replaces it", e)
         fault = e
     assert fault
     raise fault
@@ -233,8 +231,8 @@ class _Reader:
 def _fold(seed, step, rows):
   """Returns int64[b 2], the seeds of the augmentations of a step's rows.
 
-  They are what folding the step and then the row into the seed gives; all but
-  the row is the same for all rows, and computed once.
+  They equal those of folding the step and then the row into the seed. The part
+  that is the same for all rows is computed once.
   """
   fold_in = tf.random.experimental.stateless_fold_in
   of_step = fold_in(tf.constant([seed, 0], tf.int64), step)
@@ -246,7 +244,7 @@ def _start(reader, steps):
   """Starts the tf.data graph: steps -> records -> examples -> batches."""
   max_labels = max(source.max_labels for source in reader.sources)
 
-  # AutoGraph would cost seconds of every start, and nothing here needs it.
+  # AutoGraph is not needed here and would add seconds to every start.
   @tf.autograph.experimental.do_not_convert
   def read(step):
     records, which, replaced = tf.numpy_function(
@@ -266,7 +264,7 @@ def _start(reader, steps):
       return parsed
 
     parsers = [functools.partial(parse, source) for source in reader.sources]
-    # A `switch_case` of one would be evaluated for each image all the same.
+    # A `switch_case` of one branch would still be evaluated for each image.
     encoded, labels, *probabilities = (
       tf.switch_case(which, parsers) if len(parsers) > 1 else parsers[0]()
     )
@@ -278,8 +276,8 @@ def _start(reader, steps):
   cpus = count_cpus()
   options = tf.data.Options()
   options.deterministic = True
-  # Nothing is left to tune, and the tuner's thread sleeps longer and longer:
-  # the end of an iterator may wait for it, 20 seconds after a minute's run.
+  # Nothing is left to tune, and the tuner's thread sleeps longer and longer.
+  # Ending an iterator may wait for it, 20 seconds after a minute's run.
   options.autotune.enabled = False
   options.threading.private_threadpool_size = cpus
   options.threading.max_intra_op_parallelism = 1
@@ -295,15 +293,15 @@ def _start(reader, steps):
   )
 
 
-# When Python ends, threads of tf.data wait for ever to read in Python, and an
-# iterator that is destroyed then waits for them: none may live that long.
+# When Python exits, threads of tf.data that call Python hang, and destroying an
+# iterator then waits for them. So iterators are closed before.
 _open = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all():
   for batches in list(_open):
-    with contextlib.suppress(ValueError):  # a thread is in it
+    with contextlib.suppress(ValueError):  # a thread is using it
       batches.close()
 
 
@@ -314,7 +312,7 @@ def _iterate(reader, steps):
 
 
 def _generate(reader, steps) -> Iterator[Any]:
-  """Yields NumPy batches; names the example that is at fault, if one is."""
+  """Yields NumPy batches; errors name the bad example."""
   batches = _start(reader, steps)
   try:
     for step in steps:
@@ -328,11 +326,11 @@ def _generate(reader, steps) -> Iterator[Any]:
 
 
 def _next(reader, batches, step):
-  """Returns the next batch; None if others have to be shown in it."""
+  """Returns the next batch, or None if examples in it were replaced."""
   try:
     return next(batches)
   except BaseException as e:
-    del batches  # no frame may keep the iterator
+    del batches  # no frame may reference the iterator
     traceback.clear_frames(e.__traceback__)
     if not isinstance(e, tf.errors.OpError) or not reader.find_faults(step):
       raise

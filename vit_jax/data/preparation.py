@@ -1,4 +1,4 @@
-"""Prepares TFDS data sets in ArrayRecord, the format with random access."""
+"""Preparation of TFDS data sets as ArrayRecord, for random access."""
 
 import contextlib
 import dataclasses
@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 
 _ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
-# Pauses double from 0.2 s on: TFDS's own number, 10, takes 213 s to find out
-# that there is no network.
+# Pauses double from 0.2 s on. TFDS's default, 10, takes 213 s to fail without a
+# network.
 downloader.MAX_RETRIES = 6
 
 
@@ -48,14 +48,14 @@ def find_data_dir(data_dir: str | None) -> epath.Path:
 def prepare(name: str, data_dir: str | None = None) -> Path:
   """Downloads or generates a TFDS data set as ArrayRecord, or converts it.
 
-  Nothing is left half done: TFDS prepares in a temporary folder, a conversion
-  is announced in `dataset_info.json` when all its files are there.
+  Both are atomic: TFDS prepares in a temporary folder, and a conversion is
+  listed in `dataset_info.json` once all its files are complete.
 
   Returns:
     The folder of the data set.
 
   Raises:
-    UserError: unknown data set, or it could not be had (why).
+    UserError: unknown data set, or preparation failed (with the reason).
   """
   if name.startswith(BY_PATH):
     raise UserError(f"{name!r} needs no preparation; use it as it is")
@@ -66,10 +66,11 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
       _convert(builder)
     return Path(builder.data_path)
   needs = find_needs(name, data_dir)
-  # Some files may do: for one split of ImageNet its archive. TFDS knows.
+  # Some of them may be enough, such as one archive for one split of ImageNet;
+  # TFDS checks that.
   if needs.manual_files and not any(needs.manual_files.values()):
     raise UserError(
-      f"data set {name!r} is fetched by hand: put "
+      f"data set {name!r} has to be fetched by hand; put "
       f"{', '.join(needs.manual_files)} into {needs.manual_folder} and run "
       f"this again; {needs.instructions}"
     )
@@ -91,11 +92,11 @@ def run_builder(builder: tfds.core.DatasetBuilder, **beam) -> None:
     beam: `beam_runner` and `beam_options`, for a builder with a pipeline.
 
   Raises:
-    UserError: another process prepares it.
+    UserError: another process is preparing it.
   """
-  # What Google's bucket holds ready-made is TFRecord: not looked for.
+  # Google's bucket has data sets as TFRecord only, so it is not searched.
   config = tfds.download.DownloadConfig(try_download_gcs=False, **beam)
-  if not sys.stderr.isatty():  # a log has no use for bars
+  if not sys.stderr.isatty():  # no progress bars in logs
     tfds.disable_progress_bar()
   with _hold(builder.data_path.parent):
     builder.download_and_prepare(
@@ -105,9 +106,9 @@ def run_builder(builder: tfds.core.DatasetBuilder, **beam) -> None:
 
 @contextlib.contextmanager
 def _hold(folder):
-  """Keeps other builds off a folder, and removes what killed ones have left.
+  """Locks a folder against other builds, and removes the files of killed ones.
 
-  Neither in a bucket or on a disk that has no locks.
+  Does neither in a bucket or on a disk without locks.
   """
   folder.mkdir(parents=True, exist_ok=True)
   if is_remote(folder):
@@ -125,7 +126,7 @@ def _hold(folder):
       for left in folder.glob("incomplete.*"):
         left.rmtree()
     yield
-  finally:  # ends the lock
+  finally:  # releases the lock
     os.close(descriptor)
 
 
@@ -134,10 +135,10 @@ class Needs:
   """What a TFDS data set lacks before it can be used.
 
   Attributes:
-    state: "ready", "to convert" (there, in another format), or "missing".
+    state: "ready", "to convert" (prepared in another format), or "missing".
     folder: where it is, or would be.
-    manual_folder: where files that are fetched by hand go; None for no such.
-    manual_files: {name: whether it is there}; a name may be "a or b".
+    manual_folder: where files that are fetched by hand go; None if none are.
+    manual_files: {name: whether it exists}; a name may be "a or b".
     instructions: TFDS's instructions for getting them, in one line.
   """
 
@@ -149,7 +150,7 @@ class Needs:
 
 
 def find_needs(name: str, data_dir: str | None = None) -> Needs:
-  """Returns what a TFDS data set or a task lacks; nothing is downloaded.
+  """Returns the `Needs` of a TFDS data set or a task, without downloading.
 
   Raises:
     UserError: unknown data set.
@@ -179,8 +180,8 @@ def find_needs(name: str, data_dir: str | None = None) -> Needs:
 def _convert(builder):
   """Writes ArrayRecord files beside a data set's files of another format.
 
-  By TFDS's adapters of formats; its converter imports Apache Beam, ignores
-  examples that are missing and, by default, shards that cannot be read.
+  It uses TFDS's format adapters. TFDS's converter imports Apache Beam and
+  ignores missing examples and, by default, unreadable shards.
   """
   read = file_adapters.ADAPTER_FOR_FORMAT[builder.info.file_format]
   write = file_adapters.ADAPTER_FOR_FORMAT[_ARRAY_RECORD]

@@ -1,11 +1,11 @@
-"""From an image to the uint8 pixels that the model reads.
+"""Preprocessing strings: from an image to the model's uint8 pixels.
 
 A preprocessing string names operations and their arguments, joined by "|":
 
     inception_crop(size)|flip_lr                      training, ImageNet
     resize(size)                                      evaluation, fine-tuning
     resize_small(size * 8 / 7)|central_crop(size)     evaluation, ImageNet
-    resize(size, method='bicubic', antialias=True)    evaluation, as by Pillow
+    resize(size, method='bicubic', antialias=True)    evaluation, as in Pillow
 
 Arguments are Python literals; the word `size` means `config.image_size`, and
 may be multiplied and divided by numbers. `vit_jax.data.ops` runs the operations
@@ -43,7 +43,7 @@ def _is_number(x, least, most):
   return type(x) in (int, float) and least <= x <= most
 
 
-# What an argument has to be, and how that is checked.
+# What an argument has to be, and the check.
 _SIZE = ("a positive integer or (height, width)", _is_size)
 _SIDE = ("a positive integer", _is_count)
 _METHOD = (
@@ -57,7 +57,7 @@ _MAGNITUDE = ("between 0 and 30", lambda x: _is_number(x, 0, 30))
 _STRENGTH = ("a number, 0 or more", lambda x: _is_number(x, 0, math.inf))
 _CONTRAST = ("'mean' or 'augreg'", ("mean", "augreg").__contains__)
 
-# Operation -> its arguments, in their order; a size comes first, and is needed.
+# Operation -> its arguments, in order; a size comes first and is required.
 EVALUATION_OPS = {
   "resize": {"size": _SIZE, "method": _METHOD, "antialias": _ANTIALIAS},
   "resize_small": {
@@ -86,7 +86,7 @@ _OPS = EVALUATION_OPS | TRAINING_OPS
 def parse(
   text: str, image_size: int | tuple[int, int], *, evaluation: bool = False
 ) -> list[tuple[str, dict[str, Any]]]:
-  """Returns [(name, the arguments that are given, by name)] of a string.
+  """Returns [(operation, {argument: value})] of a preprocessing string.
 
   Args:
     text: operations joined by "|", see the module.
@@ -94,8 +94,8 @@ def parse(
     evaluation: whether random operations are an error.
 
   Raises:
-    UserError: syntax, unknown operation, wrong arguments, or images that do
-      not end up with `image_size`.
+    UserError: bad syntax, unknown operation, bad arguments, or an output whose
+      size is not `image_size`.
   """
   image_size = as_pair(image_size)
   try:
@@ -127,7 +127,7 @@ def parse(
 
 
 def _split(node):
-  """a|b|c parses as (a|b)|c: Python's own grammar does the splitting."""
+  """Returns the operations of a|b|c, which Python parses as (a|b)|c."""
   if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
     return [*_split(node.left), *_split(node.right)]
   return [node]
@@ -149,7 +149,7 @@ def _parse_op(node, text, image_size):
     keywords = {str(k.arg): k.value for k in call.keywords}
     given = dict(zip(known, call.args, strict=False)) | keywords
     if len(given) < len(call.args) + len(keywords) or not {*given} <= {*known}:
-      raise ValueError("arguments that it does not have")
+      raise ValueError("unknown or repeated arguments")
     if {"size", "smaller_size"} & {*known} - {*given}:
       raise ValueError("a size is missing")
     arguments: dict[str, Any] = {
@@ -168,8 +168,8 @@ def _parse_op(node, text, image_size):
       method == "area" and antialias
     ):
       raise ValueError(
-        "antialias=True is for method='bilinear' and method='bicubic', and "
-        "'bicubic' is for antialias=True"
+        "antialias=True needs method='bilinear' or 'bicubic', and 'bicubic' "
+        "needs antialias=True"
       )
   except (TypeError, ValueError, ArithmeticError) as e:
     raise UserError(
@@ -180,7 +180,7 @@ def _parse_op(node, text, image_size):
 
 
 def _literal(node, size):
-  """Returns a literal, `size`, or `size` times or by numbers, rounded."""
+  """Returns a literal, or `size` multiplied or divided by numbers, rounded."""
   match node:
     case ast.Name():
       if node.id != "size":
@@ -204,14 +204,15 @@ def _calculate(node, size) -> Fraction:
     case ast.BinOp(op=ast.Div()):
       return _calculate(node.left, size) / _calculate(node.right, size)
   raise ValueError(
-    f"{ast.unparse(node)!r} is not a literal, nor `size` times or by a number"
+    f"{ast.unparse(node)!r} is not a literal, nor `size` multiplied or divided "
+    "by a number"
   )
 
 
 def check_crops(text: str, image_size: int | tuple[int, int]) -> None:
-  """Raises a UserError if a crop enlarges what a resize has always shrunk.
+  """Raises a UserError if a crop always enlarges the output of a resize.
 
-  As resize_small(256)|central_crop(size) does for 384 pixels. A wide crop that
+  resize_small(256)|central_crop(size) does so for 384 pixels. A wide crop that
   fits into wide images is not an error.
   """
   image_size = as_pair(image_size)
@@ -243,14 +244,14 @@ def preprocess_image(
   Args:
     image: a path, the bytes of an image file, a PIL image, or uint8[h w],
       [h w 1], [h w 3] or [h w 4].
-    text, image_size: the string, and height and width for the word `size`.
-    name: what errors call an image that is not a path.
+    text, image_size: the string, and the height and width of `size` in it.
+    name: of an image that is not a path, for errors.
 
   Returns:
     uint8[h w 3], equal to what `vit_jax.data` feeds the model in evaluation.
 
   Raises:
-    UserError: the string is wrong, or the image cannot be read (which one).
+    UserError: bad string, or an image (named) that cannot be read.
   """
   ops = parse(text, image_size, evaluation=True)
   name = os.fspath(image) if isinstance(image, str | os.PathLike) else name

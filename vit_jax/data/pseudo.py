@@ -1,14 +1,14 @@
-"""Pseudo-labels: images of another data set, with labels that a model gave.
+"""Pseudo-labelled data sets: images of another data set, labels of a model.
 
-`pseudo:PATH` is a folder that `vit-jax pseudo-label` has written:
+`pseudo:PATH` is a folder written by `vit-jax pseudo-label`:
 
-  index.npy: i64[n], the example of the other set, in rising order. An image may
-    occur several times.
-  labels.npy: i32[n l], classes, the most probable first; l is 1 for hard ones.
-  probabilities.npy: f32[n l], of a set with soft labels alone.
-  about.json: whose labels of which images these are.
+  index.npy: i64[n], examples of the other set, ascending. An image may occur
+    several times.
+  labels.npy: i32[n l], classes, the most probable first; l is 1 if hard.
+  probabilities.npy: f32[n l], with soft labels only.
+  about.json: the model, the images and the options.
 
-No image is copied: opening it opens the other set too.
+Images are not copied, so opening such a set also opens the other one.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ ABOUT = "about.json"
 _INDEX, _LABELS, _PROBABILITIES = "index", "labels", "probabilities"
 # In a bucket these are written one by one, before ABOUT.
 ARRAYS = tuple(f"{x}.npy" for x in (_INDEX, _LABELS, _PROBABILITIES))
-# In a bucket it is quicker to read this many records that are not needed than
-# to send another request.
+# In a bucket, reading this many unneeded records is faster than sending another
+# request.
 _GAP = 16
 
 
 class PseudoLabelled(Source):
   """Images of another source with the labels in a folder.
 
-  It is always whole: the split is the one that the model has labelled.
+  It is always used whole; its split is the one that was labelled.
 
-  A record is the labels, with soft ones their probabilities, 4 bytes each and
-  little endian, and the record of the other source.
+  A record is the labels, then the probabilities of soft ones (4 bytes each,
+  little endian), then the record of the other source.
   """
 
   multilabel = False
@@ -51,8 +51,8 @@ class PseudoLabelled(Source):
       open_images: (data set, split) -> its source.
 
     Raises:
-      UserError: no such set, it is corrupt, or its images are not there or no
-        longer those that were labelled.
+      UserError: the set is missing or corrupt, or its images are missing or
+        have changed.
     """
     folder = files.make_path(dataset.removeprefix(PSEUDO)).expanduser()
     about = read_about(folder)
@@ -69,11 +69,11 @@ class PseudoLabelled(Source):
       len(shape) != 2
       or any(x.shape != shape for x in self._values)
       or not shape[0]
-      or self._index[-1] >= images.num_examples  # they rise
+      or self._index[-1] >= images.num_examples  # ascending
     ):
       raise UserError(
-        f"{dataset!r} is corrupt: its arrays are not of one length, or of "
-        "other images; restore it from a copy, or write it again"
+        f"{dataset!r} is corrupt: its arrays differ in length or are of other "
+        "images; restore it from a copy, or write it again"
       )
     self.num_examples, self.max_labels = shape
     self._bytes = 4 * self.max_labels  # of one array in a record
@@ -101,7 +101,7 @@ class PseudoLabelled(Source):
     ]
 
   def _read_images(self, wanted):
-    """Returns the records of examples in rising order."""
+    """Returns the records of examples in ascending order."""
     if not self.remote:
       return self._images.read(wanted)
     new = np.diff(wanted) > _GAP
@@ -112,7 +112,7 @@ class PseudoLabelled(Source):
     return [records[i] for i in np.searchsorted(all_, wanted).tolist()]
 
   def check_labels(self):
-    """They are a model's classes and cannot be out of range."""
+    """Does nothing, because a model's classes are always in range."""
 
   def parse_image(self, record):
     start = self._bytes * len(self._values)
@@ -167,7 +167,7 @@ def read_about(folder) -> dict:
 
 
 def _load(folder, name):
-  """Returns an array of the folder; of a local one it is read when used."""
+  """Returns an array of the folder, memory-mapped if the folder is local."""
   file = folder / f"{name}.npy"
   try:
     with os_errors():
@@ -181,13 +181,13 @@ def _load(folder, name):
 
 
 def write(folder, about: dict, index, labels, probabilities=None) -> None:
-  """Writes a pseudo-labelled set, whole or not at all.
+  """Writes a pseudo-labelled set atomically.
 
   Args:
-    folder: is made; a pathlib or epath path.
-    about: its about.json: "dataset", "split", "identity", "class_names" and
-      "options" with "soft"; whatever else.
-    index: i64[n], rising.
+    folder: to create; a pathlib or epath path.
+    about: for about.json: "dataset", "split", "identity", "class_names",
+      "options" with "soft", and any others.
+    index: i64[n], ascending.
     labels: i32[n l].
     probabilities: f32[n l], of soft labels.
   """

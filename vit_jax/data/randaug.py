@@ -1,7 +1,7 @@
 """RandAugment in TensorFlow (Cubuk et al. 2020, arXiv 1909.13719).
 
-The constants are those of AugReg: distances of 100 and 40 pixels at 224, grey
-filling.
+The constants are those of AugReg: distances of 100 and 40 pixels at 224, and a
+grey fill.
 """
 
 # TensorFlow's annotations lack tf.random.experimental.
@@ -11,17 +11,17 @@ import functools
 
 import tensorflow as tf
 
-_REFERENCE_SIZE = 224  # of images, for which pixel distances are given
-_GREY = 128  # what fills the pixels that an operation leaves empty
+_REFERENCE_SIZE = 224  # image size for which pixel distances are given
+_GREY = 128  # fills the pixels that an operation leaves empty
 
 
 def randaug(image, num_ops=2, magnitude=10, contrast="mean", *, seed):
-  """Applies `num_ops` operations drawn from `AUGMENTATIONS` one by one.
+  """Applies `num_ops` operations drawn from `AUGMENTATIONS` with replacement.
 
   Args:
     image: uint8[h w 3].
-    num_ops: how many; the same one may be drawn again.
-    magnitude: 0 to 10 in the paper, also larger; at 0 solarize still inverts.
+    num_ops: number of operations.
+    magnitude: 0 to 10 in the paper, or larger; at 0 solarize still inverts.
     contrast: "mean", Pillow's contrast, or "augreg", see `contrast_augreg`.
     seed: int[2].
   """
@@ -45,7 +45,7 @@ def randaug(image, num_ops=2, magnitude=10, contrast="mean", *, seed):
   return image
 
 
-# All take (image, strength = magnitude / 10, seed), though few draw anything.
+# All take (image, strength = magnitude / 10, seed), but few use the seed.
 
 
 def autocontrast(image, strength, seed):
@@ -58,7 +58,7 @@ def autocontrast(image, strength, seed):
 
 
 def equalize(image, strength, seed):
-  """Flattens the histogram of each channel, in Pillow's integers."""
+  """Flattens the histogram of each channel, in Pillow's integer arithmetic."""
   return tf.stack([_equalize_channel(image[..., c]) for c in range(3)], axis=-1)
 
 
@@ -80,7 +80,7 @@ def invert(image, strength, seed):
 
 
 def posterize(image, strength, seed):
-  """Keeps the highest bits, 4 of them at magnitude 10, and never none."""
+  """Keeps the highest bits: 4 of them at magnitude 10, at least 1."""
   bits = min(max(int(strength * 4), 1), 8)
   return image & (256 - 2 ** (8 - bits))
 
@@ -99,7 +99,7 @@ def solarize_add(image, strength, seed):
 
 
 def color(image, strength, seed):
-  """Saturation: from nearly grey (0) to 1.9 times (10)."""
+  """Scales saturation: nearly grey at magnitude 0, 1.9 times at 10."""
   return _blend(_grey(image), image, strength)
 
 
@@ -109,9 +109,9 @@ def contrast(image, strength, seed):
 
 
 def contrast_augreg(image, strength, seed):
-  """As AugReg's code: about a grey of the image's pixels / 256, 255 at most.
+  """Changes contrast as AugReg's code, around grey level h * w / 256, <= 255.
 
-  Its mean is that of the histogram's counts, where Pillow's is of the levels.
+  That code averages the histogram's counts, where Pillow averages the levels.
   """
   height, width = height_width(image)
   grey = tf.minimum(height * width // 256, 255)
@@ -123,7 +123,7 @@ def brightness(image, strength, seed):
 
 
 def sharpness(image, strength, seed):
-  """Away from a 3x3 smoothing; the outermost pixels stay."""
+  """Blends with a 3x3 smoothing, except for the outermost pixels."""
   kernel = tf.constant([[1, 1, 1], [1, 5, 1], [1, 1, 1]], tf.float32) / 13
   pixels = tf.cast(image, tf.float32)
   smooth = tf.nn.depthwise_conv2d(
@@ -139,7 +139,7 @@ def sharpness(image, strength, seed):
 
 
 def rotate(image, strength, seed):
-  """By 30 degrees at magnitude 10, either way, about the centre."""
+  """Rotates by 30 degrees at magnitude 10, either way, about the centre."""
   angle = _random_sign(seed) * (strength * 30 * 3.14159265358979 / 180)
   cos, sin = tf.cos(angle), tf.sin(angle)
   height, width = height_width(image)
@@ -159,7 +159,7 @@ def shear_y(image, strength, seed):
 
 
 def translate_x(image, strength, seed):
-  """By 100 pixels of 224 at magnitude 10, either way."""
+  """Translates by 100 pixels of 224 at magnitude 10, either way."""
   _, width = height_width(image)
   shift = _scale_distance(strength * 100, width)
   return _transform(image, [1, 0, _random_sign(seed) * shift, 0, 1, 0])
@@ -172,7 +172,7 @@ def translate_y(image, strength, seed):
 
 
 def cutout(image, strength, seed):
-  """Greys out a square: its half side is 40 pixels of 224 at magnitude 10."""
+  """Greys out a square with a half side of 40 pixels of 224 at magnitude 10."""
   height, width = height_width(image)
   reach = _scale_distance(strength * 40, tf.minimum(height, width))
   reach = tf.cast(reach, tf.int32)
@@ -200,14 +200,14 @@ def _to_uint8(image):
 
 
 def _blend(degenerate, image, strength):
-  """Moves away from `degenerate`: 0.1 of the image to 1.9 at magnitude 10."""
+  """Blends the image, with weight 0.1 at magnitude 0 and 1.9 at 10."""
   factor = strength * 1.8 + 0.1
   pixels = tf.cast(image, tf.float32)
   return _to_uint8(degenerate + factor * (pixels - degenerate))
 
 
 def _grey(image):
-  """ITU-R 601-2 luma, float32[h w 1]."""
+  """Returns ITU-R 601-2 luma, float32[h w 1]."""
   weights = tf.constant([0.299, 0.587, 0.114])
   return tf.reduce_sum(
     tf.cast(image, tf.float32) * weights, axis=-1, keepdims=True
@@ -215,7 +215,7 @@ def _grey(image):
 
 
 def _scale_distance(pixels, side):
-  """Pixels at the reference size -> pixels, float32, at this size."""
+  """Converts pixels at the reference size to pixels at this size, float32."""
   return pixels / _REFERENCE_SIZE * tf.cast(side, tf.float32)
 
 
@@ -224,7 +224,7 @@ def _random_sign(seed):
 
 
 def _transform(image, matrix):
-  """Affine, nearest neighbour; matrix maps output (x, y, 1) to input (x, y)."""
+  """Warps, nearest neighbour; matrix maps output (x, y, 1) to input (x, y)."""
   matrix = tf.stack([tf.cast(m, tf.float32) for m in (*matrix, 0, 0)])
   return tf.raw_ops.ImageProjectiveTransformV3(
     images=image[None],
@@ -241,6 +241,6 @@ def height_width(image, dtype=tf.int32):
 
 
 def draw_integer(uniform, largest):
-  """[0, 1) -> {0 .. largest}; the minimum guards against rounding up."""
+  """Maps [0, 1) to {0 .. largest}; the minimum guards against rounding up."""
   scaled = uniform * tf.cast(largest + 1, tf.float32)
   return tf.minimum(tf.cast(scaled, tf.int32), largest)

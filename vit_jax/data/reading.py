@@ -1,8 +1,8 @@
-"""How the records of a step get into memory: one by one, or many at once.
+"""Reading the records of a step, one by one or many at once.
 
-A local disk gives single records as fast as many. A bucket takes up to 100 ms
-to answer a request, whatever its size: there a window of `BlockOrder` is read
-at once and ahead of time, or a whole set if it fits into memory.
+A local disk reads single records as fast as many. A bucket takes up to 100 ms
+per request, whatever its size. Windows of `BlockOrder` are therefore prefetched
+whole, or a data set that fits in memory is kept there.
 """
 
 import itertools
@@ -15,25 +15,25 @@ import numpy as np
 from vit_jax.data.order import BlockOrder, Shuffle, Window
 from vit_jax.data.source import Source
 
-# Of a block. Larger ones are no faster with as many requests under way, and mix
-# fewer parts of a set; with less memory they are smaller, down to the second,
-# and then there are fewer streams.
+# Size of a block. Larger ones are no faster with this many concurrent requests,
+# and mix fewer parts of a set. With less memory, blocks are smaller, down to
+# the second size; below that there are fewer streams.
 BLOCK_BYTES, _LEAST_BLOCK = 2**21, 2**18
 _LEAST_WINDOW = 16  # blocks
-_STREAMS = 64  # at most: as many as hosts, or a multiple of them
-_THREADS = 128  # requests under way, at most
-_RECORD_BYTES = 100_000  # where a data set does not have its size
+_STREAMS = 64  # at most; the number of hosts, or a multiple
+_THREADS = 128  # concurrent requests, at most
+_RECORD_BYTES = 100_000  # if the size of a data set is unknown
 
 
 def make_fetcher(
   sources: Sequence[Source], order: Callable, memory: int = 0
 ) -> "Fetcher":
-  """Returns what suits the order and the place of the data.
+  """Returns the fetcher for an order and the storage of the data.
 
   Args:
     sources: of the mixture.
-    order: of `order.py`, or what maps positions likewise.
-    memory: bytes; data sets of a bucket that fit into it are kept there.
+    order: an `Order`, or a function that maps positions likewise.
+    memory: bytes; data sets in a bucket that fit are kept in memory.
   """
   if isinstance(order, BlockOrder):
     return _Windows(sources, order)
@@ -47,7 +47,7 @@ def make_fetcher(
 def choose_shuffle(
   kind: str, sources: Sequence[Source], batch_size: int, memory: int
 ) -> Shuffle:
-  """Returns how a new run shuffles; nothing in it depends on the hosts.
+  """Returns how a new run shuffles, independent of the number of hosts.
 
   Args:
     kind: "all", "blocks" or "auto".
@@ -87,12 +87,12 @@ class Fetcher:
   """Fetches the records of positions, each by itself.
 
   Attributes:
-    parallel: steps that may be read at the same time; 1: in order only.
+    parallel: steps that may be read concurrently; 1: in order only.
   """
 
   def __init__(self, sources, order, parallel=1):
     self._sources, self._order, self.parallel = sources, order, parallel
-    self._pool = ThreadPoolExecutor(_THREADS)  # of no threads without work
+    self._pool = ThreadPoolExecutor(_THREADS)  # starts threads on demand
 
   def fetch(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Maps positions int64[b] to (records object[b], data set int64[b])."""
@@ -100,7 +100,7 @@ class Fetcher:
     records = np.empty(len(which), object)
     for i in np.unique(which):
       mine = which == i
-      # Of a list NumPy would make bytes of one length, without trailing zeros.
+      # A list would become bytes of one length, without trailing zeros.
       records[mine] = np.fromiter(self._read(i, examples[mine]), object)
     return records, which
 
@@ -108,12 +108,12 @@ class Fetcher:
     return self._sources[i].read(examples)
 
   def close(self) -> None:
-    """Ends what is under way."""
+    """Cancels pending reads."""
     self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class _Kept(Fetcher):
-  """In blocks that are kept once they have been read."""
+  """Reads blocks and keeps them in memory."""
 
   def __init__(self, sources, order):
     super().__init__(sources, order)
@@ -134,18 +134,18 @@ class _Kept(Fetcher):
 
 
 class _Windows(Fetcher):
-  """In windows of a `BlockOrder`: those in use, and the next of each stream.
+  """Reads windows of a `BlockOrder`: those in use and the next of each stream.
 
-  A host that has to wait for one reads more of them ahead, and so sends more
-  requests at a time, until it holds as many as one host for all streams would.
+  A host that has to wait for one prefetches more of them, with more concurrent
+  requests, until it holds as many as one host for all streams would.
   """
 
   def __init__(self, sources, order: BlockOrder):
     super().__init__(sources, order)
-    # What each window is read as; {(data set, stream): its window in use}.
+    # {window: its records}; {(data set, stream): its window in use}.
     self._held: dict[Window, list[Future]] = {}
     self._newest: dict[tuple[int, int], Window] = {}
-    self._ahead = 1  # windows of each stream
+    self._ahead = 1  # prefetched windows of each stream
 
   def fetch(self, positions):
     found = self._order.find_windows(positions)

@@ -1,4 +1,4 @@
-"""Class names: which sets go together, and labels in another's order."""
+"""Class names: matching of data sets, and labels in another order."""
 
 import copy
 import logging
@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 def relabel(source: Source, class_names: list[str]) -> Source | None:
   """Returns a source with labels in the order of `class_names`.
 
-  Classes that only `class_names` has never occur, and giving them is wrong.
-  None unless these are all different and have all classes of the source, which
-  has some.
+  Classes that only `class_names` has never occur; predicting one is an error.
+  Returns None if the source has no class names, or if `class_names` has
+  duplicates or lacks a class of the source.
   """
   names = source.class_names
   if names == class_names:
@@ -27,7 +27,7 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
   if not names or not unique or not {*names} <= {*class_names}:
     return None
   new = [class_names.index(name) for name in names]
-  # At both ends: labels that the source should not have stay out of range.
+  # Both ends keep invalid labels of the source out of range.
   table = np.array([-1, *new, len(class_names)], np.int32)
 
   def parse_labels(record):
@@ -42,10 +42,10 @@ def relabel(source: Source, class_names: list[str]) -> Source | None:
 
 
 def allow_unlabelled(source: Source, class_names: list[str]) -> Source:
-  """Returns a source that has only the labels it can be compared by.
+  """Returns a source that has only labels of `class_names`.
 
-  They are those of `relabel`: of other classes it has none, and where a label
-  is missing, as -1 in test sets says, that is no error.
+  They are those of `relabel`, or none if it returns None. A missing label, -1
+  in test sets, is not an error.
   """
   relabelled = relabel(source, class_names)
   parse = (relabelled or source).parse_labels
@@ -77,13 +77,13 @@ def check_mixture(sources: Sequence[Source]) -> None:
 def class_error(
   source: Source, known: Sequence[str], count: int, owner: str, advice: str
 ) -> UserError:
-  """Returns the error for a source whose classes are not those of its owner.
+  """Returns the error for a source whose classes do not match.
 
   Args:
     source: the data set at fault.
-    known: the names of the owner's classes, as far as it has any.
-    count: how many they are.
-    owner: what the source's classes have to fit.
+    known: the expected class names, if there are any.
+    count: the expected number of classes.
+    owner: what has the expected classes, for the message.
     advice: what to do.
   """
   names = source.class_names
@@ -98,11 +98,11 @@ def class_error(
 
 
 def match_classes(weights, test: Source) -> Source:
-  """Returns a test set with the labels of a head, by the names of the classes.
+  """Returns a test set with the labels of a head, matched by class names.
 
-  The set may lack classes of the head, and have them in another order. Weights
-  that were not trained here may name their classes otherwise or not at all;
-  then the same number is taken to mean the same order.
+  The set may lack classes of the head, or have them in another order. Weights
+  that were not trained here may have other class names or none; then the same
+  number of classes is taken to mean the same order.
 
   Args:
     weights: a `pretrained.weights.Weights`.
@@ -134,7 +134,8 @@ def match_classes(weights, test: Source) -> Source:
       "choose another --dataset",
     )
   log.warning(
-    "%s does not name its classes as %s does; taken to be in the same order",
+    "the classes of %s and %s do not match by name; taken to be in the same "
+    "order",
     weights.source,
     test.dataset,
   )

@@ -17,12 +17,12 @@ from array_record.python import array_record_module
 from vit_jax.errors import UserError
 from vit_jax.files import is_remote
 
-_NUM_THREADS = 64  # that read at a time
-_SPARE_FILES = 128  # open files that a run needs beside those of its data
-# ArrayRecord's random access; and a bucket's, where a range of records is read
-# in requests of 16 MiB.
+_NUM_THREADS = 64  # concurrent reads
+_SPARE_FILES = 128  # open files that a run needs besides those of its data
+# ArrayRecord's options for random access, and for a bucket, where ranges of
+# records are read in requests of 16 MiB.
 _LOCAL, _REMOTE = "readahead_buffer_size:0", "readahead_buffer_size:16777216"
-# To read a list of records costs ArrayRecord 3 ns and 24 bytes for each record
+# Reading a list of records costs ArrayRecord 3 ns and 24 bytes for each record
 # of the file. If fewer than one in this many are read, each has its own call.
 _LIST_COST = 2000
 _alive = weakref.WeakSet()  # all instances
@@ -31,9 +31,9 @@ _alive = weakref.WeakSet()  # all instances
 class Shards:
   """The records of several files as one sequence. Thread-safe.
 
-  A file is opened when it is first read. From then on memory has where its
-  records begin, 8 bytes each: ArrayRecord would otherwise decode the index at
-  each read, 5 ms for 100,000 records; and a file on a disk stays open.
+  A file is opened at its first read, and stays open if it is on a disk. The
+  offsets of its records stay in memory, 8 bytes each, because ArrayRecord would
+  otherwise decode the index at each read (5 ms for 100,000 records).
 
   Attributes:
     remote: whether the files are in a bucket.
@@ -41,14 +41,14 @@ class Shards:
   """
 
   def __init__(self, dataset: str, instructions: Sequence):
-    """Checks that all files are there, and that they can be open all at once.
+    """Checks that all files exist and can be open at the same time.
 
     Args:
       dataset: the name, for messages.
-      instructions: the files, as TFDS lists them, with what is read of each.
+      instructions: TFDS's file instructions, with the range read of each file.
 
     Raises:
-      UserError: a file is missing, or the system does not allow as many.
+      UserError: a file is missing, or the limit of open files is too low.
     """
     self._files = [str(f.filename) for f in instructions]
     _check_there(self._files, dataset)
@@ -61,8 +61,8 @@ class Shards:
     # From a record's index in the sequence to its index in the file.
     self._shifts = [f.skip + f.take for f in instructions] - self._ends
     self._readers = [None] * len(self._files)
-    # Reading an index takes as much memory again, of each thread that does. A
-    # bucket needs many requests at a time, a disk does not.
+    # Each thread that reads an index takes as much memory again. A bucket needs
+    # many concurrent requests, a disk does not.
     locks = len(self._files) if self.remote else 1
     self._locks = [threading.Lock() for _ in range(locks)]
     self._threads = ThreadPoolExecutor(_NUM_THREADS)
@@ -70,7 +70,7 @@ class Shards:
   def read(self, indices: np.ndarray) -> list[bytes]:
     """Returns the records of `indices`, int64[b].
 
-    Of a bucket, neighbours in rising order are read at once.
+    From a bucket, neighbours in ascending order are read in one request.
     """
     indices = np.asarray(indices, np.int64)
     shards = np.searchsorted(self._ends, indices, side="right")
@@ -109,7 +109,7 @@ class Shards:
 
 
 def _check_there(files, dataset):
-  """Raises a UserError unless the files exist; asks once for a folder."""
+  """Raises a UserError unless the files exist; lists each folder once."""
   there = set()
   for folder in {os.path.dirname(file) for file in files}:
     if is_remote(folder):
@@ -127,9 +127,9 @@ def _check_there(files, dataset):
 
 
 def _allow_open(count, others, dataset):
-  """Raises the limit of open files to `count` more, if the system allows that.
+  """Raises the limit of open files by `count`, if the system allows it.
 
-  `others` are those of the data sets that this process has opened before.
+  `others` counts the files of data sets that this process opened before.
   """
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   limit = 2**20 if hard == resource.RLIM_INFINITY else hard

@@ -1,4 +1,4 @@
-"""Sources: index -> bytes -> (encoded image, labels), whatever the format."""
+"""Interface of data sources: index -> record -> (encoded image, labels)."""
 
 import abc
 import functools
@@ -15,7 +15,7 @@ _CHECKED_LABELS = 1000  # before a run starts; the others as they are read
 
 
 class BadExample(UserError):
-  """An example that no training can use, wherever it is read."""
+  """An example whose content is unusable, on any machine."""
 
 
 class Source(abc.ABC):
@@ -28,15 +28,15 @@ class Source(abc.ABC):
   class_names: list[str]
   multilabel: bool  # whether an image may have several labels, or none
   max_labels: int  # of one image; 1 for single-label sets
-  soft: bool = False  # one label an image, as the likeliest with probabilities
+  soft: bool = False  # one label an image: probabilities of its top classes
   num_bytes: int = 0  # of all records; 0: unknown
-  remote: bool = False  # in a bucket: slow to answer, quick to deliver
+  remote: bool = False  # in a bucket: high latency, high throughput
 
   @abc.abstractmethod
   def read(self, indices: np.ndarray) -> list[bytes]:
     """Returns the records of `indices`, int64[b], in one call. Thread-safe.
 
-    Neighbours in a bucket, in rising order, cost one request.
+    In a bucket, neighbours in ascending order cost one request.
     """
 
   @abc.abstractmethod
@@ -50,15 +50,15 @@ class Source(abc.ABC):
   def parse_probabilities(
     self, record: tf.Tensor | bytes, length: int
   ) -> tf.Tensor:
-    """Returns those of a record's labels, then 0: f32[length].
+    """Returns the probabilities of a record's labels, 0-padded: f32[length].
 
-    They are all 0 where labels are hard.
+    They are all 0 if labels are hard.
     """
     del record
     return tf.zeros([length])
 
   def identity(self) -> str:
-    """Returns text that changes when the examples do; not with the folder."""
+    """Returns text that changes with the examples, but not with the folder."""
     return f"{self.num_examples:,} examples"
 
   def locate(self) -> list[tuple[str, int, int]]:
@@ -71,11 +71,11 @@ class Source(abc.ABC):
     """Parses one record that `read` returns, in a graph or eagerly.
 
     Returns:
-      (encoded image: scalar string, labels: int32[length]), padded with -1;
-      None: `max_labels`.
+      (encoded image: scalar string, labels: int32[length], padded with -1); a
+      length of None means `max_labels`.
 
     Raises:
-      tf.errors.OpError: invalid labels; `check_example` names it.
+      tf.errors.OpError: invalid labels; `check_example` names the example.
     """
     labels = self.parse_labels(record)
     usable = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
@@ -93,21 +93,21 @@ class Source(abc.ABC):
 
   @functools.cached_property
   def _parse_unchecked(self):
-    # Traced once: outside a graph, TFDS takes milliseconds for a record.
+    # Traced once, because TFDS takes milliseconds per record in eager mode.
     return tf.function(
       lambda record: (self.parse_image(record), self.parse_labels(record)),
       input_signature=[tf.TensorSpec([], tf.string)],
     ).get_concrete_function()
 
   def check_labels(self) -> None:
-    """Checks the labels of all examples, or of many in a large set.
+    """Checks the labels of all examples, or of a sample in a large set.
 
     Raises:
-      UserError: an example's labels cannot be used; names it.
+      UserError: an example has invalid labels; names it.
     """
     count = min(_CHECKED_LABELS, self.num_examples)
     indices = np.arange(count) * self.num_examples // count
-    if self.remote:  # each would be a request, and these are one
+    if self.remote:  # one request, instead of one for each
       indices = np.arange(count // 10 + 1)
     records = tf.data.Dataset.from_tensor_slices(self.read(indices))
     labels = records.map(self.parse_labels).ragged_batch(count)
@@ -125,8 +125,8 @@ class Source(abc.ABC):
     """Returns an example's encoded image, its labels, its pixels uint8[h w 3].
 
     Raises:
-      BadExample: it cannot be used; names the example.
-      UserError: it cannot be read; likewise.
+      BadExample: the example is unusable; names it.
+      UserError: it cannot be read; names it.
     """
     what = self.describe(index)
     try:
@@ -160,7 +160,7 @@ class Source(abc.ABC):
 
 
 def count_shared(source: Source, other: Source) -> int:
-  """Returns how many examples of `other` are examples of `source` as well."""
+  """Returns how many examples of `other` are also in `source`."""
   ranges: dict[str, list[tuple[int, int]]] = {}
   for file, first, end in source.locate():
     ranges.setdefault(file, []).append((first, end))

@@ -1,6 +1,6 @@
 """TFDS data sets in ArrayRecord files, which have random access."""
 
-# TFDS's annotated return type is a union of everything that it might.
+# TFDS's annotated return type is a union of all possible types.
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportArgumentType=false, reportCallIssue=false
 
@@ -34,7 +34,7 @@ class TfdsSource(Source):
     self._files = Shards(dataset, self._shards)
     self.remote = self._files.remote
     image, key, label = _select_features(builder.info.features, dataset, task)
-    # Only these two are parsed: others, such as masks, cost decoding time.
+    # Only these two are parsed, because others, such as masks, take time.
     self._image = tfds.features.FeaturesDict({"image": image})
     self._labels = tfds.features.FeaturesDict({key: label})
     self._labels_key = key
@@ -85,10 +85,10 @@ def find_builder(
 
   Args:
     dataset, data_dir: as `catalog.get_source`.
-    file_format: what to prepare it as; None for what it is already.
+    file_format: to prepare it in; None for its present one.
 
   Raises:
-    UserError: unknown name (did you mean), configuration or version.
+    UserError: unknown name (with a suggestion), configuration or version.
   """
   if data_dir and set("[]*?") & set(os.path.abspath(data_dir)):
     raise UserError(
@@ -117,7 +117,7 @@ def find_builder(
 def open_folder(builder):
   """Returns the builder of a prepared folder, and whether it has ArrayRecord.
 
-  The folder lists formats added since; the builder's code does not.
+  Formats added later are in the folder's list, not in the builder's code.
   """
   builder = tfds.builder_from_directory(builder.data_path)
   formats = builder.info.available_file_formats()
@@ -125,10 +125,10 @@ def open_folder(builder):
 
 
 def open_prepared(dataset: str, data_dir: str | None):
-  """Returns the builder of a data set that is there, in ArrayRecord files.
+  """Returns the builder of a data set that is prepared as ArrayRecord.
 
   Raises:
-    UserError: as `find_builder`; it is not there, or in another format.
+    UserError: as `find_builder`; it is not prepared, or in another format.
   """
   builder = find_builder(dataset, data_dir)
   command = _command("prepare", dataset, data_dir)
@@ -158,15 +158,15 @@ def _command(verb, dataset, data_dir):
 
 
 def resolve_split(infos, dataset: str, split: str):
-  """Returns a split's name for TFDS, and [(split, first, end)] of its parts.
+  """Returns a split's string for TFDS, and [(split, first, end)] of its parts.
 
   Args:
     infos: {name: SplitInfo} of all splits.
-    dataset: the data set; of a task, `split` may have names of its own.
+    dataset: the data set; for a task, `split` may have the task's names.
     split: such as `train[:800]+test[:200]`.
 
   Raises:
-    UserError: no such split, or a part of it that has no examples.
+    UserError: no such split, or a slice of it that has no examples.
   """
   task = find_task(dataset)
   spec = task.resolve_split(split) if task else split
@@ -209,7 +209,7 @@ def _check_percentages(split, infos):
 
 
 def _select_features(features, dataset, task):
-  """Returns the image's feature, the labels' key and their feature."""
+  """Returns the image feature, the label key and the label feature."""
   keys = [task.feature] if task else ["label", "labels"]
   key = next((k for k in keys if k in features), None)
   label = features[key] if key else None
@@ -227,7 +227,7 @@ def _select_features(features, dataset, task):
 
 
 def _name_classes(label, dataset, task):
-  """Returns the class names, as many as the task has."""
+  """Returns the class names, after checking their number."""
   if task and task.class_names:
     return list(task.class_names)
   names = list(getattr(label, "feature", label).names)

@@ -1,7 +1,7 @@
-"""TFDS builders that come with the project: a module a data set.
+"""The project's TFDS builders, one module per data set.
 
-`digits.py` holds the class `Digits` of the data set `digits`; to add one, add
-a file.
+`digits.py` has the class `Digits` of the data set `digits`; a new file adds a
+data set.
 """
 
 import importlib
@@ -9,7 +9,7 @@ import pkgutil
 
 
 def names() -> list[str]:
-  """Returns the names of the data sets that are built in."""
+  """Returns the names of the built-in data sets."""
   return sorted(m.name for m in pkgutil.iter_modules(__path__))
 
 

@@ -13,7 +13,7 @@ NUM_TEST = 797
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-  """`train` (1,000) and `test` (797), both stratified, and so their parts."""
+  """`train` (1,000) and `test` (797); both and their slices are stratified."""
 
   name = "digits"
   VERSION = tfds.core.Version("1.0.0")
@@ -36,7 +36,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     del dl_manager  # nothing to download
-    from sklearn import datasets  # a second to import: only when generating
+    from sklearn import datasets  # takes a second; only when generating
 
     digits: Any = datasets.load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -55,10 +55,10 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def choose_test(labels: np.ndarray) -> np.ndarray:
-  """Returns bool[n], NUM_TEST of them True, each class in proportion.
+  """Returns bool[n] with NUM_TEST True, each class in proportion.
 
-  Largest remainders give the counts. RandomState, because NumPy promises that
-  its stream never changes.
+  Counts are by largest remainder. RandomState is used because NumPy guarantees
+  that its stream never changes.
   """
   rng = np.random.RandomState(0)
   quotas = np.bincount(labels) * NUM_TEST / len(labels)
@@ -72,13 +72,13 @@ def choose_test(labels: np.ndarray) -> np.ndarray:
 
 
 def interleave(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-  """Returns the chosen indices in rounds of one of each class, at random.
+  """Returns the chosen indices, shuffled in rounds of one index per class.
 
-  So the first n of a split have n / 10 of each class, as far as there are.
+  The first n of a split thus have n / 10 of each class while these last.
   """
   rng = np.random.RandomState(1)
   shuffled = rng.permutation(np.flatnonzero(chosen))
-  rank = np.zeros(len(shuffled), int)  # among those of its class
+  rank = np.zeros(len(shuffled), int)  # within the class
   for label in np.unique(labels):
     mine = labels[shuffled] == label
     rank[mine] = np.arange(mine.sum())

@@ -1,14 +1,14 @@
-"""ImageNet-21k from ImageNet's own archive, which TFDS has no builder for.
+"""ImageNet-21k from ImageNet's own archive; TFDS has no builder for it.
 
-14,197,122 images in the archive of fall 2011, of 21,841 synsets of WordNet. A
-class is named by its WordNet id, "n01440764", as words are not unique. An image
-that is in several synsets is there once for each, with that one label: the set
+The archive of fall 2011 has 14,197,122 images of 21,841 WordNet synsets. A
+class is named by its WordNet id, "n01440764", because words are not unique. An
+image of several synsets occurs once for each, with that one label, so the set
 is single-label, as in the paper's pre-training.
 
-`imagenet21k.txt` has the 21,843 ids, sorted, in the order of the heads of the
-published checkpoints: storage.googleapis.com/bit_models, file
-`imagenet21k_wordnet_ids.txt`. The list of fall 2011 is the same without two of
-them, of which it has no images.
+`imagenet21k.txt` has the 21,843 sorted ids, in the class order of the published
+checkpoints: storage.googleapis.com/bit_models, file
+`imagenet21k_wordnet_ids.txt`. The list of fall 2011 lacks two of them, of which
+the archive has no images.
 """
 
 import collections
@@ -34,21 +34,21 @@ from vit_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# The first that is there is taken; the folders are what one unpacks to.
+# The first that exists is used; the folders are unpacked archives.
 ARCHIVES = BY_HAND["imagenet21k"][0].split(" or ")
 GOOGLE, FALL_2011 = "classes_21843", "classes_21841"
 _NOT_IN_FALL_2011 = ("n03931044", "n09859684")
 _KEPT = ("JPEG", "MPO", "PNG")  # MPO: JPEG with a second picture
 NUM_THREADS = os.cpu_count() or 1
-_BUFFER = 1 << 20  # bytes that are read at once
+_BUFFER = 1 << 20  # bytes per read
 _LOG_EVERY = 100_000  # images
 
 
 class Imagenet21k(tfds.core.GeneratorBasedBuilder):
-  """`train` alone, in random order: hold out a slice of it.
+  """One split, `train`, in random order; hold out a slice of it.
 
-  Preparing needs as much free space again as the archive has, and starts anew
-  if it is interrupted.
+  Preparation needs as much free space as the archive takes. If interrupted, it
+  restarts from the beginning.
   """
 
   name = "imagenet21k"
@@ -64,11 +64,11 @@ class Imagenet21k(tfds.core.GeneratorBasedBuilder):
     ),
   )
   MANUAL_DOWNLOAD_INSTRUCTIONS = """
-  Log in at https://image-net.org/download-images and fetch one of two archives:
-  fall11_whole.tar (1.3 TB, the paper's; no longer offered there in 2022) or
-  winter21_whole.tar.gz (1.1 TB, without 2,674 of the synsets, most of them of
-  persons: their classes stay empty, all others keep their ids). Leave it
-  packed, or put the folder that it was unpacked to in its place.
+  Log in at https://image-net.org/download-images and download one of two
+  archives. fall11_whole.tar (1.3 TB) is the paper's, but was no longer offered
+  in 2022. winter21_whole.tar.gz (1.1 TB) lacks 2,674 of the synsets, most of
+  them of persons; their classes stay empty, and all others keep their ids.
+  Leave it packed, or replace it by the unpacked folder.
   """
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -139,13 +139,13 @@ def read_images(
   """Yields (synset, file name, its bytes), reading from start to end.
 
   Args:
-    archive: a tar file of a tar file a synset, perhaps compressed; or a folder
-      with a tar file or a folder a synset.
+    archive: a tar file, perhaps compressed, with a tar file per synset; or a
+      folder with a tar file or a folder per synset.
     known: the synsets that have a class.
 
   Raises:
-    UserError: it cannot be read, has no synset, or one that is not known. To
-      skip that one would lose images in silence; ImageNet's archives have none.
+    UserError: it cannot be read, has no synset, or an unknown one. Skipping
+      that one would drop images silently; ImageNet's archives have none.
   """
   synset = None
   opened = _open_folder if archive.is_dir() else _open_tar
@@ -159,25 +159,25 @@ def read_images(
     ) from e
   if not synset:
     raise UserError(
-      f"{archive} has no synset; it takes tar files or folders that are named "
+      f"{archive} has no synset; it needs tar files or folders with names such "
       "as n01440764.tar"
     )
 
 
 def _open_folder(folder, known):
-  """Yields (synset, iterator of its files); unknown ones are found first."""
+  """Checks all names, then yields (synset, iterator of its files)."""
   found = {}
   for path in sorted(folder.iterdir()):
     synset = _parse_synset(path.name, folder, known)
     if synset:
-      found[synset] = path  # of both the tar, which sorts last
+      found[synset] = path  # the tar, which sorts last, if both exist
   for synset in sorted(found):
     path = found[synset]
     yield synset, _read_folder(path) if path.is_dir() else _read_tar(path)
 
 
 def _open_tar(archive, known):
-  # As a stream: seeking in a compressed file of a terabyte takes hours.
+  # A stream, because seeking in a compressed file of a terabyte takes hours.
   with tarfile.open(archive, "r|*", bufsize=_BUFFER) as outer:
     for member in outer:
       synset = _parse_synset(member.name, archive, known)
@@ -204,7 +204,7 @@ def _read_tar(file) -> Iterator[tuple[str, bytes]]:
     inner: Any = stack.enter_context(
       tarfile.open(fileobj=file, mode="r|", bufsize=_BUFFER)
     )
-    # TFDS would find a name that is there twice at the very end, hours later.
+    # TFDS would detect a duplicate name only at the very end, hours later.
     seen = set()
     for member in inner:
       name = Path(member.name).name
@@ -223,7 +223,7 @@ def _read_folder(folder) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_decoded(archive, known):
-  """Yields (synset, file name, bytes, readable bytes or None), by threads."""
+  """Yields (synset, file name, bytes, readable bytes or None), with threads."""
 
   def run(image):
     return *image, make_readable(image[-1])
@@ -235,9 +235,9 @@ def _read_decoded(archive, known):
 def map_ahead(
   pool: concurrent.futures.Executor, function: Callable, items: Iterable
 ) -> Iterator:
-  """Yields function(item) in order; a pool is at it, a little ahead.
+  """Yields function(item) in order; a pool computes a few items ahead.
 
-  At most four items a core are in memory.
+  At most four items per core are in memory.
   """
   ahead = collections.deque()
   for item in items:
@@ -249,19 +249,19 @@ def map_ahead(
 
 
 def make_readable(encoded: bytes) -> bytes | None:
-  """Returns bytes that TensorFlow decodes to RGB, None if there is no image.
+  """Returns bytes that TensorFlow decodes to RGB, None if it is not an image.
 
-  They are the same where that is so already. CMYK, which has as many readings
-  as readers, and formats other than JPEG and PNG become PNG, without loss.
+  JPEG and PNG that TensorFlow can decode are unchanged. CMYK images, which
+  decoders interpret differently, and all others become PNG, without loss.
   """
   try:
     image = preprocess.open_image(encoded, "image")
     if image.format in _KEPT and image.mode != "CMYK":
-      with contextlib.suppress(tf.errors.OpError):  # Pillow may read more
+      with contextlib.suppress(tf.errors.OpError):  # Pillow may decode it
         tf.io.decode_image(encoded, channels=3, expand_animations=False)
         return encoded
     pixels = preprocess.decode_image(image)
-  except Exception:  # Pillow's plugins raise what they like
+  except Exception:  # Pillow's plugins may raise any exception
     return None
   png = io.BytesIO()
   Image.fromarray(pixels).save(png, "PNG")

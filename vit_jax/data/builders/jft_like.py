@@ -1,10 +1,10 @@
-"""A JFT-like data set made by a program: nothing to download.
+"""A synthetic JFT-like data set, without a download.
 
-Its world has invented letters (`glyph_017`), plane shapes, textures and
-colours. An image shows one or two glyphs, often over a shape, on a coloured
-and textured ground, and has a label for everything that it shows: it is
-multi-label, and long-tailed, since glyphs, shapes, textures and colours are
-drawn by Zipf-like laws. It has neither digits nor fonts.
+It has invented letters (`glyph_017`), plane shapes, textures and colours. An
+image shows one or two glyphs, sometimes over a shape, on a coloured and
+textured background, and has a label for everything that it shows. The set is
+multi-label, and long-tailed because glyphs, shapes, textures and colours have
+Zipf-like frequencies. It has neither digits nor fonts.
 The images never change; see `vit_jax.data.drawn`.
 """
 
@@ -19,8 +19,8 @@ from vit_jax.data.drawn import SIZE, DrawnBuilder, Draws
 NUM_GLYPHS = 250
 SEED = 2020
 
-# Frequent ones first, here and below. Glyphs are light and the ground is dark,
-# as on a blackboard.
+# Frequent ones first, here and below. Glyphs are light and backgrounds dark, as
+# on a blackboard.
 INKS = {
   "white": (243, 243, 243),
   "yellow": (240, 225, 90),
@@ -79,12 +79,12 @@ CLASS_NAMES = (
 MAX_LABELS = 13 + len(PARTS)
 
 _STROKES = 3  # at most, in a glyph
-_POINTS = 24  # that trace a stroke
+_POINTS = 24  # of a stroke
 
 
 @functools.cache
 def glyph_prototypes() -> dict[str, Any]:
-  """Returns what each glyph is, before anybody writes it.
+  """Returns the shape of each glyph before handwriting variation.
 
   A stroke is a curve given by its heading, `heading + turn * t + bend * 4t(1-t)
   + angle * [t > corner]` for t in [0, 1], and its length: lines, arcs, hooks,
@@ -127,10 +127,10 @@ def glyph_prototypes() -> dict[str, Any]:
 
 
 def trace_glyphs(proto: dict[str, np.ndarray], draws: Draws) -> np.ndarray:
-  """Writes n prototypes by hand: float64[n stroke point 2], within [-1, 1].
+  """Returns handwritten variants: float64[n stroke point 2], within [-1, 1].
 
-  No two are alike: the strokes' turns, lengths and joints vary, then the
-  whole is rotated, sheared, stretched and warped, then centred and scaled.
+  The strokes' turns, lengths and joints vary. Then the whole glyph is rotated,
+  sheared, stretched, warped, centred and scaled.
   """
   shape = (_STROKES,)
   t = (np.arange(_POINTS) + 0.5) / _POINTS
@@ -162,16 +162,16 @@ def trace_glyphs(proto: dict[str, np.ndarray], draws: Draws) -> np.ndarray:
   for s in range(1, _STROKES):
     target = path[rows, s - 1, joint[:, s]] + proto["gap"][:, s]
     path[:, s] += (target - path[rows, s, own[:, s]])[:, None]
-  # Strokes that do not exist hide behind the first one.
+  # Strokes that do not exist coincide with the first one.
   path = np.where(proto["exists"][:, :, None, None], path, path[:, :1])
   return _scale_to_unit(_deform(_scale_to_unit(path), draws))
 
 
 def find_parts(path: np.ndarray, exists: np.ndarray) -> np.ndarray:
-  """Tells which strokes run where in a glyph: bool[n part], as in PARTS.
+  """Returns which of PARTS each glyph has: bool[n part].
 
-  A part is there if at least an eighth of the glyph's height (or width) of
-  ink runs in that direction (to the nearest of four) in that ninth of it.
+  A part is one of four directions in one ninth of the glyph. A glyph has it if
+  its ink there runs that way for at least an eighth of its height (or width).
   """
   step = np.diff(path, axis=2)
   length = np.sqrt((step**2).sum(-1)) * exists[:, :, None]
@@ -224,7 +224,7 @@ def draw_strokes(path, exists, sigma, gain, grid: int) -> np.ndarray:
     path: float64[n stroke point 2], (x, y) in pixels of a SIZE x SIZE image.
     exists: bool[n stroke].
     sigma: float64[n], the pen's radius in the same pixels.
-    gain: float64[n], how far the middle of a stroke is saturated.
+    gain: float64[n], the saturation in the middle of a stroke.
     grid: pixels across the canvas, a power of two, at most SIZE.
 
   Returns:
@@ -233,7 +233,7 @@ def draw_strokes(path, exists, sigma, gain, grid: int) -> np.ndarray:
   n = len(path)
   shrink = grid / SIZE
   sigma = np.maximum(sigma * shrink, 0.45)[:, None, None]
-  # A stroke is a chain of separable bumps, so a glyph is one matrix product.
+  # A stroke is a chain of separable bumps, so a glyph is one matmul.
   step = np.diff(path, axis=2, append=path[:, :, -1:])
   step = np.sqrt((step**2).sum(-1)) * shrink
   step[:, :, -1] = step[:, :, -2]
@@ -245,7 +245,7 @@ def draw_strokes(path, exists, sigma, gain, grid: int) -> np.ndarray:
   pixel = np.arange(grid) + 0.5
   across = _bump((pixel - center[:, :, :1]) / sigma)
   down = _bump((pixel - center[:, :, 1:]) / sigma)
-  # Small integers, so that the product is exact in float32 in any order.
+  # Small integers, so that the matmul is exact in float32 in any order.
   across = np.rint(64 * across).astype(np.float32)
   down = np.rint(256 * down * weight).astype(np.float32)
   ink = np.matmul(down.transpose(0, 2, 1), across)
@@ -255,7 +255,7 @@ def draw_strokes(path, exists, sigma, gain, grid: int) -> np.ndarray:
 
 
 def _bump(z: np.ndarray) -> np.ndarray:
-  """About exp(-z^2 / 2), but a polynomial: the same bits everywhere."""
+  """Approximates exp(-z^2 / 2) by a polynomial: the same bits everywhere."""
   z = np.maximum(1 - z * z * 0.125, 0)
   z = z * z
   return z * z
@@ -263,7 +263,7 @@ def _bump(z: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _bilinear_matrix(grid: int) -> np.ndarray:
-  """float32[SIZE grid]; multiples of 1/16 or coarser where grid >= 4."""
+  """Returns float32[SIZE grid], multiples of 1/16 or coarser if grid >= 4."""
   x = np.clip((np.arange(SIZE) + 0.5) * (grid / SIZE) - 0.5, 0, grid - 1)
   return np.maximum(1 - np.abs(x[:, None] - np.arange(grid)), 0).astype(
     np.float32
@@ -301,7 +301,7 @@ def draw_textures(texture: np.ndarray, draws: Draws) -> np.ndarray:
 
 
 def draw_shapes(shape: np.ndarray, draws: Draws) -> np.ndarray:
-  """Returns bool[n SIZE SIZE] for shape[n] of SHAPES, somewhere, some size."""
+  """Returns bool[n SIZE SIZE] for shape[n] of SHAPES, random place and size."""
   # In eighths of a pixel.
   r = draws.integer(6 * 8, 15 * 8, (1, 1))
   x, y = np.arange(SIZE) * 8 + 4, (np.arange(SIZE) * 8 + 4)[:, None]
@@ -328,7 +328,7 @@ def draw_images(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Draws images `index`[n].
 
   Returns:
-    uint8[n SIZE SIZE 3], and bool[n class]: what is on each image.
+    (uint8[n SIZE SIZE 3], labels bool[n class]).
   """
   draws = Draws(SEED * 4 + 2, index)
   labels = np.zeros((len(index), len(CLASS_NAMES)), bool)
@@ -337,7 +337,7 @@ def draw_images(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_grounds(draws: Draws, labels: np.ndarray) -> np.ndarray:
-  """Draws dark grounds, a few with a shape, and sets their labels.
+  """Draws dark backgrounds, some with a shape, and sets their labels.
 
   Returns int32[n SIZE SIZE 3].
   """
@@ -370,7 +370,7 @@ def draw_glyphs(
   """
   n = len(labels)
   ink = draws.zipf(len(INKS), 0.5)
-  layout = np.searchsorted([0.9, 0.95], draws.uniform(0, 1)) - 1  # -1: alone
+  layout = np.searchsorted([0.9, 0.95], draws.uniform(0, 1)) - 1  # -1: single
   sigma = draws.uniform(1.0, 2.6)
   gain = draws.uniform(1.0, 3.0)
   # Half of the drawings are as coarse as 8 x 8 pixels.
@@ -407,7 +407,7 @@ def draw_glyphs(
 
 
 def _label(labels: np.ndarray, names, which: np.ndarray) -> None:
-  """Gives row i the class names[which[i]]; none where which[i] is -1."""
+  """Sets the label names[which[i]] in row i, unless which[i] is -1."""
   rows = np.flatnonzero(which >= 0)
   labels[rows, CLASS_NAMES.index(names[0]) + which[rows]] = True
 
@@ -439,7 +439,7 @@ def _place(path, layout, which: int, draws: Draws) -> np.ndarray:
 
 
 class JftLike(DrawnBuilder):
-  """JFT-like images drawn by a program: multi-label, long-tailed.
+  """Synthetic JFT-like images: multi-label, long-tailed.
 
   Invented glyphs, shapes, textures and colours. Each image has a label for
   everything that it shows; frequencies follow Zipf-like laws. A stand-in for

@@ -1,7 +1,7 @@
-"""Balls on a floor, seen in perspective, made by a program.
+"""Synthetic images of balls on a floor, in perspective.
 
-32 x 32 pixels, one to six balls of one size: `label_count` is how many there
-are, `label_distance` how near the nearest is. A stand-in for VTAB's structured
+32 x 32 pixels with one to six balls of one size. `label_count` is their number,
+`label_distance` the distance of the nearest. A stand-in for VTAB's structured
 tasks that needs no download.
 
 Image i is a pure function of i, see `vit_jax.data.drawn`.
@@ -41,8 +41,8 @@ def draw_images(
   """Draws the images int64[n].
 
   Returns:
-    (uint8[n SIZE SIZE 3], balls less one int64[n], which of the intervals of
-    DISTANCES the nearest is in int64[n]).
+    (uint8[n SIZE SIZE 3], number of balls - 1 int64[n], the nearest ball's
+    interval of DISTANCES int64[n]).
   """
   draws = Draws(_STREAM, index)
   count = draws.integer(0, MOST_BALLS)
@@ -85,7 +85,7 @@ def _draw_floor(draws):
 
 
 def _draw_ball(image, *, x, depth, colour, exists):
-  """Paints a ball, and a light on its upper left; all arguments are [n ...]."""
+  """Paints a ball with a highlight at its upper left; arguments are [n ...]."""
   x, depth = x[:, None, None], depth[:, None, None]
   radius = _RADIUS / depth
   pixel = np.arange(SIZE) + 0.5
@@ -100,7 +100,7 @@ def _draw_ball(image, *, x, depth, colour, exists):
 
 
 class MiniScenes(DrawnBuilder):
-  """Balls on a floor: how many there are, and how near the nearest is."""
+  """Balls on a floor, labelled with their number and the nearest distance."""
 
   LABELS: ClassVar = {
     "label_count": tfds.features.ClassLabel(

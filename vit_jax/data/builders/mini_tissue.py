@@ -1,6 +1,6 @@
-"""Pictures in the manner of stained tissue, made by a program.
+"""Synthetic images in the style of stained tissue.
 
-Cells on a slide, 32 x 32 pixels; the class is their look and arrangement.
+Cells on a slide, 32 x 32 pixels; the class is their shape and arrangement.
 A stand-in for VTAB's specialized tasks that needs no download.
 
 Image i is a pure function of i, see `vit_jax.data.drawn`.
@@ -16,8 +16,8 @@ from vit_jax.data.drawn import SIZE, DrawnBuilder, Draws
 _STREAM = 101  # of random numbers
 _MOST_CELLS = 28
 
-# Class: (fewest, most cells; least, greatest radius in pixels; how many times
-# longer than wide; radius of the pale middle, of 1; whether they huddle).
+# Class: (minimum, maximum of cells; minimum, maximum radius in pixels; length /
+# width; relative radius of the pale centre; whether they cluster).
 CLASSES = {
   "sparse": (3, 6, 2.0, 2.8, 1.0, 0.0, False),
   "dense": (20, 28, 2.0, 2.8, 1.0, 0.0, False),
@@ -45,20 +45,20 @@ def draw_images(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_cells(draws, labels):
-  """Returns how much stain there is, int64[n h w] in 0..256."""
+  """Returns the amount of stain, int64[n h w] in 0..256."""
   table = np.array(list(CLASSES.values()), np.float64)[labels]
   fewest, most, small, large, stretch, hollow, huddle = table.T[:, :, None]
   count = np.floor(fewest + (most + 1 - fewest) * draws.uniform(0, 1, (1,)))
   exists = np.arange(_MOST_CELLS) < count
   radius = small + (large - small) * draws.uniform(0, 1, (_MOST_CELLS,))
-  # A clump's cells are nearer to its middle: each coordinate is a product.
+  # Random factors move the cells of a cluster towards its centre.
   middle = draws.uniform(10, 22, (1, 2))
   reach = draws.uniform(-1, 1, (_MOST_CELLS, 2))
   anywhere = 16 + 15 * reach
   near = middle + 9 * reach * draws.uniform(0.3, 1, (_MOST_CELLS, 1))
   place = np.where(huddle[..., None] > 0, near, anywhere)
-  # One direction for a slide, a little apart for each cell: integers, so that
-  # no sine is needed, and odd, so that they are never both 0.
+  # One direction per slide, slightly different for each cell. Integers need no
+  # sine, and odd ones are never both 0.
   heading = 2 * draws.integer(-40, 41, (1, 2)) + 1
   heading = heading + 2 * draws.integer(-9, 10, (_MOST_CELLS, 2))
   ink = np.zeros((len(labels), SIZE, SIZE))
@@ -81,7 +81,7 @@ def _draw_cells(draws, labels):
 
 
 class MiniTissue(DrawnBuilder):
-  """Cells on a slide; the class is their look and arrangement."""
+  """Cells on a slide; the class is their shape and arrangement."""
 
   LABELS: ClassVar = {"label": tfds.features.ClassLabel(names=list(CLASSES))}
 
