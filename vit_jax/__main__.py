@@ -34,37 +34,37 @@ from vit_jax.commands import (
   vtab,
 )
 
-# Its module has the flags of a command, and runs it.
+# {name: (module with `add_flags` and `run`, help text)}.
 COMMANDS = {
   "train": (train, "train a model, or resume a run"),
   "preflight": (preflight, "check what a run needs, on all its hosts"),
   "plan": (plan, "estimate what a run would take on TPUs"),
   "sweep": (sweep, "train with every value of some keys"),
-  "noisy-student": (noisy_student, "teacher, pseudo-labels, student: a loop"),
+  "noisy-student": (noisy_student, "run Noisy Student's training loop"),
   "vtab": (vtab, "fine-tune on VTAB's tasks, 1,000 images each"),
   "evaluate": (evaluate, "evaluate saved weights"),
   "linear": (linear, "evaluate features: few-shot, probe"),
   "pseudo-label": (pseudo_label, "label images with a trained model"),
   "predict": (predict, "classify image files"),
   "embed": (embed, "write features of image files"),
-  "demo": (demo, "classify pictures dropped on a page"),
-  "inspect": (inspect, "show what a file of weights holds"),
+  "demo": (demo, "classify pictures on a web page"),
+  "inspect": (inspect, "describe a file of weights"),
   "verify": (verify, "compare features with published ones"),
   "convert": (convert, "write weights in another format"),
   "export": (export, "write a model that runs without this package"),
-  "tables": (tables, "the paper's tables, beside your runs"),
-  "figures": (figures, "the paper's figures, of any weights"),
+  "tables": (tables, "print the paper's tables beside your runs"),
+  "figures": (figures, "draw the paper's figures for any weights"),
   "report": (report, "write an HTML page about runs"),
   "data list": (data_list, "list data sets, built-in and prepared"),
   "data prepare": (data_prepare, "make, download or convert a data set"),
   "data build": (data_build, "make a data set of your own labelled images"),
-  "data check": (data_check, "read a data set and describe what is in it"),
+  "data check": (data_check, "validate and describe a data set"),
   "data show": (data_show, "draw augmented training images"),
-  "bench step": (bench_step, "the train step, on the local devices"),
-  "bench input": (bench_input, "images a second that this host reads"),
+  "bench step": (bench_step, "measure the train step on the local devices"),
+  "bench input": (bench_input, "measure this host's input pipeline"),
   "quickstart": (quickstart, "pre-train, fine-tune and predict, in minutes"),
 }
-# Of the commands with two words: the first one.
+# First words of the two-word commands.
 GROUPS = {
   "data": "list, prepare, build, check, show data",
   "bench": "measure this machine",
