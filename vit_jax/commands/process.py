@@ -15,7 +15,7 @@ def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
   0: done, or stopped by a signal after saving (see --stopped_exit_code).
-  1: the run cannot continue. 2: unusable input. 134: JAX aborted because
+  1: the run cannot continue. 2: invalid input. 134: JAX aborted because
   another process of the run failed. 141: the reader of the output has exited,
   as in `| head`; shells use that code, too.
   """
