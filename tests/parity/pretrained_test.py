@@ -423,7 +423,7 @@ _AVERAGING = "resize(size, method='bicubic', antialias=True)"
   ("to", "changes", "lost"),
   [
     ("npz", {"preprocess": "resize_small(40)|central_crop(size)"}, "preproc"),
-    ("npz", {"loss": "sigmoid"}, "loss; read again it is 'softmax'"),
+    ("npz", {"loss": "sigmoid"}, "loss; after conversion it is 'softmax'"),
     ("npz", {"class_names": list("abcde")}, "class names"),
     ("npz", {"resize": "timm"}, "position embeddings"),
     ("big_vision", {}, "preprocessing"),
