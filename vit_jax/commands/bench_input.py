@@ -13,7 +13,7 @@ def add_flags(parser):
     "--needs",
     type=float,
     metavar="IMAGES_PER_SECOND",
-    help="throughput of a slice; prints how many such hosts it needs",
+    help="throughput of a slice; prints how many such hosts can feed it",
   )
   flags.add_json(parser)
 

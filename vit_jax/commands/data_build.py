@@ -16,7 +16,9 @@ def add_flags(parser):
     "name of an image's folder or tar file is then its class",
   )
   parser.add_argument("--classes", help="a file with one class per line")
-  parser.add_argument("--min_confidence", type=float, default=0.0)
+  parser.add_argument(
+    "--min_confidence", type=float, default=0.0, help="drop labels below this"
+  )
   parser.add_argument(
     "--against",
     action="append",
@@ -37,7 +39,7 @@ def add_flags(parser):
   parser.add_argument(
     "--beam_options",
     metavar="KEY=VALUE,...",
-    help="Beam's pipeline options, without their dashes",
+    help="options of Beam's pipeline, without leading dashes",
   )
   flags.add_data_dir(parser)
 

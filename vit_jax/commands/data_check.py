@@ -9,7 +9,7 @@ def add_flags(parser):
   flags.add_data_dir(parser)
   parser.add_argument("--split", help="default: every split")
   parser.add_argument(
-    "--examples", type=int, default=1000, help="to check per split; 0: all"
+    "--examples", type=int, default=1000, help="checked per split; 0: all"
   )
 
 

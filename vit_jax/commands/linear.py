@@ -6,7 +6,7 @@ from vit_jax.errors import UserError
 
 def add_flags(parser):
   flags.add_checkpoint(parser)
-  parser.add_argument("--dataset", required=True, help="with single labels")
+  parser.add_argument("--dataset", required=True, help="one label per image")
   parser.add_argument("--train_split", default="train")
   parser.add_argument("--test_split", default="test")
   parser.add_argument(

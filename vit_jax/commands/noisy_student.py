@@ -11,7 +11,7 @@ def add_flags(parser):
     "its get_config takes [ARG,]loop and [ARG,]STAGE; --config.key=value "
     "overrides a key of the loop or of all stages",
   )
-  flags.add_workdir(parser, "gets one folder per stage")
+  flags.add_workdir(parser, "folder with one subfolder per stage")
   flags.add_stopped_exit_code(parser)
   flags.add_json(parser)
   distributed.add_flags(parser)

@@ -1,4 +1,4 @@
-"""`vit-jax plan`: estimate time, memory and cost of a run on TPUs."""
+"""`vit-jax plan`: estimate a run's time, memory and cost on TPUs."""
 
 import json
 
@@ -14,7 +14,7 @@ def add_flags(parser):
     action="append",
     default=[],
     metavar="CONFIG[:ARG]",
-    help="may be repeated; --config.key=value overrides, as for train",
+    help="as for train, with --config.key=value; may be repeated",
   )
   flags.add_overrides(parser)
   parser.add_argument(

@@ -1,4 +1,4 @@
-"""`vit-jax preflight`: check the requirements of a run on all its hosts."""
+"""`vit-jax preflight`: check a run's requirements on all its hosts."""
 
 from vit_jax.commands import distributed, flags
 from vit_jax.errors import RunStopped, UserError

@@ -9,7 +9,7 @@ def add_flags(parser):
   parser.add_argument(
     "--dataset",
     required=True,
-    help="the images; labels are not used, images:PATH is any folder",
+    help="the images; labels are not used; images:PATH is any folder",
   )
   parser.add_argument("--split", default="train")
   parser.add_argument(
@@ -36,7 +36,8 @@ def add_flags(parser):
     "--no_balance",
     dest="balance",
     action="store_false",
-    help="do not oversample the smaller classes to the size of the largest",
+    help="do not oversample smaller classes to the size of the largest, which "
+    "is the default",
   )
   parser.add_argument(
     "--batch_size", type=int, default=64, help="images per batch"

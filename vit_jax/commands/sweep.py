@@ -12,9 +12,9 @@ def add_flags(parser):
   parser.add_argument(
     "--final",
     metavar="CONFIG[:ARG]",
-    help="train this with the best setting, once per seed of --seeds",
+    help="trained with the best setting; only this then has several --seeds",
   )
-  flags.add_workdir(parser, "gets one folder per run")
+  flags.add_workdir(parser, "folder with one subfolder per run")
   flags.add_grid(
     parser, "a key and its values; several grids: their Cartesian product"
   )

@@ -1,4 +1,4 @@
-"""`vit-jax verify`: compare features with published ones."""
+"""`vit-jax verify`: compare features with published values."""
 
 from vit_jax.commands import flags
 

@@ -12,10 +12,10 @@ def add_flags(parser):
     required=True,
     dest="source",
     metavar="SOURCE",
-    help=f"{flags.SOURCE}; --config.key=value overrides, as for train",
+    help=f"{flags.SOURCE}; --config.key=value as for train",
   )
   flags.add_overrides(parser)
-  flags.add_workdir(parser, "gets one folder per task")
+  flags.add_workdir(parser, "folder with one subfolder per task")
   parser.add_argument(
     "--tasks",
     default="all",
