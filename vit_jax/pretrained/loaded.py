@@ -131,11 +131,11 @@ class Pretrained:
     return functools.cache(lambda *choice: jax.jit(make(*choice)))
 
   def probabilities(self, images) -> jax.Array:
-    """Returns f32[b k] of f32[b h w 3], softmax or sigmoid as in training."""
+    """Returns probabilities f32[b k] of images f32[b h w 3] in [-1, 1]."""
     return self.to_probabilities(self(images))
 
   def to_probabilities(self, logits) -> jax.Array:
-    """Returns the softmax or sigmoid, as in training, of logits f32[b k].
+    """Returns the softmax or sigmoid of logits f32[b k], as in training.
 
     Raises:
       UserError: a softmax over one class, which is 1 for every image.

@@ -62,7 +62,7 @@ _IS_DINOV3 = r"vit_.*_dinov3.*"
 _FOREIGN = (
   (r"blocks\.\d+\.mlp\.norm\.", "a LayerNorm within the MLP"),
   (r"blocks\.\d+\.attn\.norm\.", "a LayerNorm before attention's output"),
-  (r"patch_embed\.backbone\.", "a hybrid's; use the published npz instead"),
+  (r"patch_embed\.backbone\.", "of a hybrid; use the published npz instead"),
 )
 
 # Arguments that do not change the forward pass, or that the arrays show.
