@@ -59,7 +59,7 @@ def _print_source(name, source):
   more = ", ..." if len(names) > 5 else ""
   print(
     f"{name}: {source.num_classes:,} classes ({', '.join(names[:5])}{more}), "
-    f"labels an image: {labels}"
+    f"labels per image: {labels}"
   )
   if getattr(source, "left_out", None):  # a folder's skipped files, by suffix
     print(f"  {source.describe_left_out()}")
@@ -68,7 +68,7 @@ def _print_source(name, source):
 def _print_summary(summary, source):
   print(
     f"  {summary['split']}: {summary['examples']:,} examples, "
-    f"{summary['checked']:,} checked and sound\n"
+    f"{summary['checked']:,} checked and valid\n"
     f"    height {_range(summary['height'])}, width "
     f"{_range(summary['width'])} pixels"
   )

@@ -75,8 +75,8 @@ def _format(out, found):
     f"{found['distinct']:,} distinct, {found['repeated']:,} repeated",
     f"  of {found['examples']:,} images {found['confident']:,} were confident "
     f"enough; mean confidence of the kept ones {found['mean_confidence']:.3f}",
-    f"  distinct images a class: {least:,} to {most:,}, median {median:,g}; "
-    f"with the repeated ones at most {found['largest']:,}",
+    f"  distinct images per class: {least:,} to {most:,}, median {median:,g}; "
+    f"with repeats at most {found['largest']:,}",
   ]
   if empty:
     more = ", ..." if len(empty) > 5 else ""
