@@ -71,7 +71,7 @@ def _check(args, coordinator, num_processes, process_id):
   if None not in given and not 0 <= process_id < num_processes:
     raise UserError(
       f"--process_id={process_id} with --num_processes={num_processes}; it "
-      f"must be 0 to {num_processes - 1}"
+      f"must be from 0 to {num_processes - 1}"
     )
 
 
