@@ -1,7 +1,7 @@
-# One target for each habit; `make` lists them.
+# Development tasks; `make` lists the targets.
 #
-# PYTHON chooses the interpreter that .venv is made from: make PYTHON=python3.12
-# NEWEST chooses that of `make test-newest`, the newest one that is there.
+# PYTHON is the interpreter for .venv: make PYTHON=python3.12
+# NEWEST is the one for `make test-newest`; default: the newest installed.
 
 PYTHON ?= python3
 NEWEST ?= $(firstword $(foreach v,3.14 3.13 3.12,$(shell \
@@ -12,11 +12,11 @@ INSTALLED_LINT := .venv/installed-lint
 INSTALLED_DEV := .venv/installed-dev
 INSTALLED_NEWEST := .venv-newest/installed
 INSTALLED_BEAM := .venv-beam/installed
-# Every core runs its own test files, the longest first; a file's tests share
-# what they set up.
+# Test files run in parallel, one per core, the longest first. The tests of a
+# file share fixtures.
 TESTS := -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
-# Shows only what went wrong. CONSTRAINTS has the versions that are installed.
+# Prints errors only. CONSTRAINTS pins the versions to install.
 CONSTRAINTS ?= constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
@@ -27,58 +27,57 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' \
 	  Makefile
 
-setup: $(INSTALLED)  ## make .venv and install the package into it
+setup: $(INSTALLED)  ## create .venv and install the package into it
 
-setup-dev: $(INSTALLED_DEV)  ## also all that CI needs, some gigabytes
+setup-dev: $(INSTALLED_DEV)  ## also install all development tools (several GB)
 
 quickstart: $(INSTALLED)  ## pre-train, fine-tune, predict; about 6 minutes
 	@$(BIN)/vit-jax quickstart
 
-test: $(INSTALLED)  ## the default tests, below 6 minutes
+test: $(INSTALLED)  ## run the default tests; below 6 minutes
 	@$(PYTEST)
 
-test-ci: $(INSTALLED_DEV)  ## what CI runs beside them
+test-ci: $(INSTALLED_DEV)  ## run the additional tests of CI
 	@$(PYTEST) -m "ci and not nightly and not gpu"
 
-test-nightly: $(INSTALLED_DEV)  ## what takes long and rarely breaks
+test-nightly: $(INSTALLED_DEV)  ## run the slow tests that rarely fail
 	@$(PYTEST) -m "nightly and not gpu"
 
-# What JAX and Python decide; the rest follows from it.
-test-newest: $(INSTALLED_NEWEST)  ## the core, with the newest Python and JAX
+# The tests that depend directly on the versions of JAX and Python.
+test-newest: $(INSTALLED_NEWEST)  ## run core tests with the newest Python and JAX
 	@.venv-newest/bin/python $(TESTS) $(foreach name,unit/models/models \
 	  unit/training/optim unit/training/steps unit/sharding unit/checkpoint \
 	  integration/train parity/pretrained,tests/$(name)_test.py)
 
-# Apache Beam asks for versions of its own.
-test-beam: $(INSTALLED_BEAM)  ## data build, by Apache Beam
+# Apache Beam needs other versions of some dependencies.
+test-beam: $(INSTALLED_BEAM)  ## test data build with Apache Beam
 	@.venv-beam/bin/python -m pytest -m "" tests/unit/tools/beam_test.py
 
-notebooks: $(INSTALLED_DEV)  ## run them, and keep their outputs in them
+notebooks: $(INSTALLED_DEV)  ## execute the notebooks and save their outputs
 	@rm -rf notebooks/runs
 	@JAX_PLATFORMS=cpu PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
-docs: $(INSTALLED_DEV)  ## build the documents' site: docs/_build/index.html
+docs: $(INSTALLED_DEV)  ## build the documentation site: docs/_build/index.html
 	@$(BIN)/python -m sphinx -E -q -W --keep-going docs docs/_build
 
-lint: $(INSTALLED_LINT)  ## ruff and pyright, changing nothing
+lint: $(INSTALLED_LINT)  ## check with ruff and pyright; changes no files
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(INSTALLED_LINT)  ## let ruff correct and format
+format: $(INSTALLED_LINT)  ## fix and format with ruff
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-hooks: $(INSTALLED_LINT)  ## lint at each git commit
+hooks: $(INSTALLED_LINT)  ## lint on every git commit
 	@$(BIN)/pre-commit install
 
 clean:  ## remove .venv and caches; runs/ and data sets stay
 	rm -rf .venv .venv-newest .venv-beam build dist docs/_build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are older than setup.py or the constraints when those have changed:
-# then pip brings the same .venv up to date.
+# Stamp files: if setup.py or the constraints are newer, pip updates the .venv.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  2>/dev/null || { \
@@ -96,15 +95,15 @@ $(INSTALLED_LINT): setup.py $(CONSTRAINTS) | .venv/bin/python
 	@$(INSTALL) --editable '.[lint]'
 	@touch $@
 
-# On Linux the package index has PyTorch with CUDA, some gigabytes; a build
-# without is enough, if PIP_FIND_LINKS or PIP_INDEX_URL leads to one. For timm
-# without torchvision see tests/torch_libraries.py.
+# On Linux PyTorch's default package includes CUDA (several GB). A CPU build is
+# enough; choose one with PIP_FIND_LINKS or PIP_INDEX_URL. For timm without
+# torchvision see tests/torch_libraries.py.
 $(INSTALLED_DEV): setup.py $(CONSTRAINTS) | .venv/bin/python
 	@$(INSTALL) --editable '.[dev]'
 	@$(INSTALL) --no-deps --no-warn-conflicts timm
 	@touch $@ $(INSTALLED) $(INSTALLED_LINT)
 
-# constraints.txt has the versions of the oldest Python.
+# constraints.txt pins versions for the oldest supported Python.
 $(INSTALLED_NEWEST): setup.py constraints-newest.txt
 	@test -n "$(NEWEST)" || { echo "make test-newest needs Python 3.12 or" \
 	  "newer; name one: make test-newest NEWEST=PATH" >&2; exit 1; }

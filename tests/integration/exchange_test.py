@@ -115,7 +115,9 @@ def test_evaluate_and_predict_take_a_converted_run(
 ):
   source = tmp_path / "weights.npz"
   code, out, _ = run("convert", reference.workdir, source, "--to=npz")
-  lost = "note: npz does not keep the class names; read again it is none\n"
+  lost = (
+    "note: npz does not keep the class names; after conversion it is none\n"
+  )
   assert (code, out) == (0, f"{lost}{source}: {reference.workdir} as npz\n")
   where = f"--data_dir={runs.data_dir}"
   code, out, _ = run(

@@ -367,7 +367,7 @@ def test_other_checkpoints_of_tensorflow(tmp_path):
     )
 
   save("one")
-  with named("one is no checkpoint of an EfficientNet", "dense/kernel"):
+  with named("one is not a checkpoint of an EfficientNet", "dense/kernel"):
     pretrained.read(str(tmp_path))
   save("two")
   with named("holds 2 checkpoints", "give one, such as", "two.index"):

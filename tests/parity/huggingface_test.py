@@ -359,7 +359,7 @@ def test_what_cannot_be_said(tmp_path, options, message):
   ("changes", "message"),
   [
     (None, "the config.json that belongs to it is missing"),
-    ({"model_type": "bert"}, "'bert'; of Hugging Face's, vit, deit, dinov2,"),
+    ({"model_type": "bert"}, "'bert'; supported are vit, deit, dinov2,"),
     ({"model_type": "siglip2"}, "'siglip2'; that is SigLIP 2's NaFlex"),
     ({"model_type": "clip_text_model"}, "that is a text tower"),
     ({"model_type": "aimv2"}, "'aimv2'; it has RMSNorm"),

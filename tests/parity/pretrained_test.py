@@ -423,7 +423,7 @@ _AVERAGING = "resize(size, method='bicubic', antialias=True)"
   ("to", "changes", "lost"),
   [
     ("npz", {"preprocess": "resize_small(40)|central_crop(size)"}, "preproc"),
-    ("npz", {"loss": "sigmoid"}, "loss; read again it is 'softmax'"),
+    ("npz", {"loss": "sigmoid"}, "loss; after conversion it is 'softmax'"),
     ("npz", {"class_names": list("abcde")}, "class names"),
     ("npz", {"resize": "timm"}, "position embeddings"),
     ("big_vision", {}, "preprocessing"),
@@ -531,7 +531,7 @@ def test_pytorch_archives_are_not_unpickled(tmp_path):
   file = tmp_path / "weights.pth"
   with zipfile.ZipFile(file, "w") as archive:
     archive.writestr("archive/data.pkl", pickle.dumps({}))
-  _assert_refused(file, "archive/data.pkl", "not read")
+  _assert_refused(file, "archive/data.pkl", "not supported")
 
 
 def test_wrong_shapes(tmp_path):

@@ -317,7 +317,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 def test_other_architectures(tmp_path, name):
   arrays = torch_formats.timm(random_weights())
   folder = save(tmp_path, arrays, _config(architecture=name))
-  assert_refused(folder, f"architecture {name!r}; of timm's")
+  assert_refused(folder, f"architecture {name!r}; supported are timm's")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""One module a command: `add_flags(parser)` and `run(args)`.
+"""One module per command, with `add_flags(parser)` and `run(args)`.
 
-A command's flags are read without JAX or TensorFlow, so that `--help` is quick:
+Flags are parsed without importing JAX or TensorFlow, so that `--help` is fast;
 `run` imports what it needs. Only `vit_jax.__main__` imports these modules.
 """

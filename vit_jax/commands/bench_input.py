@@ -1,10 +1,10 @@
-"""`vit-jax bench input`: measure how many images a second this host reads."""
+"""`vit-jax bench input`: measure the input pipeline of this host."""
 
 from vit_jax.commands import flags, process
 
 
 def add_flags(parser):
-  parser.add_argument("--dataset", help="default: drawn for the measurement")
+  parser.add_argument("--dataset", help="default: JPEGs made for the benchmark")
   parser.add_argument("--split", default="train")
   flags.add_data_dir(parser)
   flags.add_image_size(parser, default=224)
@@ -13,7 +13,7 @@ def add_flags(parser):
     "--needs",
     type=float,
     metavar="IMAGES_PER_SECOND",
-    help="what a slice takes: shows how many such hosts feed it",
+    help="throughput of a slice; prints how many such hosts can feed it",
   )
   flags.add_json(parser)
 

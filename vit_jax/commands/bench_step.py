@@ -6,7 +6,7 @@ from vit_jax.errors import RunStopped
 
 def add_flags(parser):
   parser.add_argument(
-    "--variant", default="ViT-L_16", help="names: ViT-B_16,ViT-L_16"
+    "--variant", default="ViT-L_16", help="one or more: ViT-B_16,ViT-L_16"
   )
   flags.add_image_size(parser, default=224)
   parser.add_argument(
@@ -16,7 +16,7 @@ def add_flags(parser):
   parser.add_argument("--steps", type=int, default=20)
   parser.add_argument("--dtype", default="bfloat16", help="or float32")
   parser.add_argument("--remat", default="none", help="or dots, full")
-  parser.add_argument("--beside", help="timm: the same model there")
+  parser.add_argument("--beside", help="timm: also measure timm's model")
   flags.add_json(parser)
 
 

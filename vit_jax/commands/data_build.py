@@ -4,7 +4,7 @@ from vit_jax.commands import flags, process
 
 
 def add_flags(parser):
-  parser.add_argument("name", metavar="NAME", help="of the new data set")
+  parser.add_argument("name", metavar="NAME", help="name of the new data set")
   parser.add_argument(
     "--images",
     required=True,
@@ -12,32 +12,34 @@ def add_flags(parser):
   )
   parser.add_argument(
     "--labels",
-    help="CSV (image,label[,confidence]) or .jsonl; or the word folders, where "
-    "the folder or the tar file that an image is in names its class",
+    help="CSV (image,label[,confidence]), .jsonl, or the word folders: the "
+    "name of an image's folder or tar file is then its class",
   )
-  parser.add_argument("--classes", help="a file with a class a line")
-  parser.add_argument("--min_confidence", type=float, default=0.0)
+  parser.add_argument("--classes", help="a file with one class per line")
+  parser.add_argument(
+    "--min_confidence", type=float, default=0.0, help="drop labels below this"
+  )
   parser.add_argument(
     "--against",
     action="append",
     default=[],
     metavar="DATASET:SPLIT",
-    help="a test set whose images are left out; may be repeated",
+    help="exclude images and near-duplicates of this test set (repeatable)",
   )
   parser.add_argument(
-    "--holdout", type=float, default=0.0, help="part that becomes `test`"
+    "--holdout", type=float, default=0.0, help="fraction for the split `test`"
   )
-  parser.add_argument("--workers", type=int, help="default: one a core")
+  parser.add_argument("--workers", type=int, help="default: one per core")
   parser.add_argument(
     "--beam_runner",
     metavar="RUNNER",
-    help="of Apache Beam, instead of processes of this machine: "
-    "DataflowRunner, FlinkRunner, SparkRunner, DirectRunner",
+    help="use Apache Beam instead of local processes: DataflowRunner, "
+    "FlinkRunner, SparkRunner, DirectRunner",
   )
   parser.add_argument(
     "--beam_options",
     metavar="KEY=VALUE,...",
-    help="its options: Beam's --KEY=VALUE",
+    help="options of Beam's pipeline, without leading dashes",
   )
   flags.add_data_dir(parser)
 

@@ -1,4 +1,4 @@
-"""`vit-jax data check`: read a data set and describe what is in it."""
+"""`vit-jax data check`: validate and describe a data set."""
 
 from vit_jax.commands import flags, process
 from vit_jax.errors import UserError
@@ -9,7 +9,7 @@ def add_flags(parser):
   flags.add_data_dir(parser)
   parser.add_argument("--split", help="default: every split")
   parser.add_argument(
-    "--examples", type=int, default=1000, help="of each split; 0: all of them"
+    "--examples", type=int, default=1000, help="checked per split; 0: all"
   )
 
 
@@ -42,12 +42,12 @@ def _print_needs(needs):
   if needs.state == "to convert":
     return
   if needs.manual_folder is None:
-    print("  all of it is downloaded or made by `vit-jax data prepare`")
+    print("  `vit-jax data prepare` downloads or makes all of it")
     return
   print(f"  fetched by hand, into {needs.manual_folder}:")
   for file, there in needs.manual_files.items():
     print(f"    {file}  {'there' if there else 'missing'}")
-  print(f"  TFDS says: {needs.instructions}")
+  print(f"  instructions of TFDS: {needs.instructions}")
 
 
 def _print_source(name, source):
@@ -59,16 +59,16 @@ def _print_source(name, source):
   more = ", ..." if len(names) > 5 else ""
   print(
     f"{name}: {source.num_classes:,} classes ({', '.join(names[:5])}{more}), "
-    f"labels an image: {labels}"
+    f"labels per image: {labels}"
   )
-  if getattr(source, "left_out", None):  # of a folder: files, by suffix
+  if getattr(source, "left_out", None):  # a folder's skipped files, by suffix
     print(f"  {source.describe_left_out()}")
 
 
 def _print_summary(summary, source):
   print(
     f"  {summary['split']}: {summary['examples']:,} examples, "
-    f"{summary['checked']:,} checked and sound\n"
+    f"{summary['checked']:,} checked and valid\n"
     f"    height {_range(summary['height'])}, width "
     f"{_range(summary['width'])} pixels"
   )

@@ -28,12 +28,12 @@ def run(args):
   _print_tasks({r["name"] for r in prepared if r["format"] == "array_record"})
   print("folders of images by class: folder:PATH; without classes: images:PATH")
   print("images that a model has labelled: pseudo:PATH")
-  print("ObjectNet, as it was unpacked: objectnet:PATH/images")
+  print("ObjectNet, unpacked: objectnet:PATH/images")
   print("to download: any image data set of tensorflow.org/datasets/catalog")
 
 
 def _print_tasks(ready):
-  """Prints the tasks by group, with what they wait for."""
+  """Prints the tasks by group, with the state of their data."""
   from vit_jax import data
   from vit_jax.data import benchmarks
 

@@ -12,7 +12,7 @@ def add_flags(parser):
   )
   flags.add_image_size(parser, default=224)
   parser.add_argument("--output", default="show.png", help="the file to write")
-  parser.add_argument("--seed", type=int, default=0, help="of the choice")
+  parser.add_argument("--seed", type=int, default=0, help="chooses the images")
 
 
 def run(args):

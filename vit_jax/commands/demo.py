@@ -1,4 +1,4 @@
-"""`vit-jax demo`: classify pictures dropped on a web page."""
+"""`vit-jax demo`: classify pictures on a web page."""
 
 import threading
 
@@ -10,15 +10,15 @@ def add_flags(parser):
   parser.add_argument(
     "--host",
     default="127.0.0.1",
-    help="default: 127.0.0.1, for this machine alone; 0.0.0.0 for all",
+    help="default: 127.0.0.1, this machine only; 0.0.0.0 for all interfaces",
   )
   parser.add_argument(
-    "--port", type=int, help="default: a free one from 7860 on"
+    "--port", type=int, help="default: the first free port from 7860"
   )
   parser.add_argument(
     "--share",
     action="store_true",
-    help="a public address too, through gradio's servers; for Colab",
+    help="also create a public address through gradio's servers (for Colab)",
   )
 
 
@@ -28,4 +28,4 @@ def run(args):
   given = flags.options(args, "checkpoint")
   with demo.serve(args.checkpoint, **given) as url:
     print(f"{url} shows the demo; Ctrl-C ends it", flush=True)
-    threading.Event().wait()  # which is never set
+    threading.Event().wait()  # forever

@@ -1,4 +1,4 @@
-"""The flags of a run on several machines, and how its processes connect."""
+"""Flags and start-up of runs with several processes."""
 
 import logging
 import os
@@ -14,30 +14,30 @@ log = logging.getLogger(__name__)
 def add_flags(parser):
   group = parser.add_argument_group(
     "several machines",
-    "Run the same command on each. On TPU pods and under Slurm --distributed "
-    "is enough; elsewhere give all three of the others.",
+    "Run the same command on each. On TPU pods and under Slurm, --distributed "
+    "is enough; elsewhere give --coordinator, --num_processes, --process_id.",
   )
   group.add_argument(
-    "--distributed", action="store_true", help="processes find each other"
+    "--distributed", action="store_true", help="detect the other processes"
   )
   group.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="where process 0 listens"
+    "--coordinator", metavar="HOST:PORT", help="address of process 0"
   )
-  group.add_argument("--num_processes", type=int, help="of the run, in all")
-  group.add_argument("--process_id", type=int, help="of this one, from 0")
+  group.add_argument("--num_processes", type=int, help="number of processes")
+  group.add_argument("--process_id", type=int, help="index of this one, from 0")
   group.add_argument(
     "--start_timeout",
     type=float,
     default=300,
     metavar="SECONDS",
-    help="how long to wait for the other processes (default: 300)",
+    help="time to wait for the other processes (default: 300)",
   )
   group.add_argument(
     "--lost_timeout",
     type=float,
     default=60,
     metavar="SECONDS",
-    help="without a heartbeat for so long, a process is dead (default: 60)",
+    help="time without a heartbeat until a process is dead (default: 60)",
   )
 
 
@@ -56,7 +56,7 @@ def connect(args) -> None:
 
 
 def _check(args, coordinator, num_processes, process_id):
-  """Raises a UserError for flags that make no sense."""
+  """Raises a UserError for invalid combinations of flags."""
   given = (coordinator, num_processes, process_id)
   if not args.distributed and None in given:
     raise UserError(
@@ -70,8 +70,8 @@ def _check(args, coordinator, num_processes, process_id):
       )
   if None not in given and not 0 <= process_id < num_processes:
     raise UserError(
-      f"--process_id={process_id} of --num_processes={num_processes}; it goes "
-      f"from 0 to {num_processes - 1}"
+      f"--process_id={process_id} with --num_processes={num_processes}; it "
+      f"must be from 0 to {num_processes - 1}"
     )
 
 
@@ -84,19 +84,20 @@ def start(
 ) -> None:
   """Connects the processes of a run; all have to call it before using JAX.
 
-  JAX aborts (exit code 134) with the number of a process that has had no
-  heartbeat for `lost_timeout` seconds. Without all processes in time it would
-  abort as well without naming it (JAX 0.10 to 0.12), so a timer ends this one
-  before, with one line and exit code 1.
+  If a process has no heartbeat for `lost_timeout` seconds, JAX aborts (exit
+  code 134) and names it. If processes do not connect in time, JAX (0.10 to
+  0.12) aborts without naming them. A timer therefore ends this process first,
+  with one line and exit code 1.
 
   Args:
     coordinator: "host:port" of process 0. None: from the TPU pod or Slurm.
-    num_processes, process_id: how many, and which this is, from 0; likewise.
+    num_processes: how many there are. None: likewise.
+    process_id: index of this process, from 0. None: likewise.
     start_timeout, lost_timeout: seconds.
 
   Raises:
-    UserError: neither the arguments nor the cluster number the processes.
-    RunStopped: the port is taken, or the cluster's answer is not usable.
+    UserError: no process numbers, neither as arguments nor from the cluster.
+    RunStopped: the port is in use, or cluster detection failed.
   """
   import jax
 
@@ -115,7 +116,7 @@ def start(
     1,
     f"stopped: waited {start_timeout:g} s for {what}; was the same command "
     "started on every host, did it end there with an error, does a firewall "
-    "keep them from process 0?",
+    "block the port of process 0?",
   )
   try:
     jax.distributed.initialize(
@@ -127,21 +128,21 @@ def start(
       heartbeat_timeout_seconds=max(1, int(lost_timeout)),
       shutdown_timeout_seconds=int(lost_timeout) + 300,
     )
-  except ValueError as e:  # what it needs is neither given nor found
+  except ValueError as e:  # required values are neither given nor detected
     raise UserError(
       "--distributed finds no TPU pod and no Slurm step here; on other "
       "machines give --coordinator=HOST:PORT, --num_processes, --process_id"
     ) from e
-  except Exception as e:  # of whatever the cluster is asked with
+  except Exception as e:  # from any client that cluster detection uses
     raise RunStopped(f"--distributed: {e!r}") from e
   finally:
     timer.cancel()
   index, count = jax.process_index(), jax.process_count()
-  log.info("all %d processes are there; this is number %d", count, index)
+  log.info("all %d processes are connected; this is %d", count, index)
 
 
 def exit_after(seconds: float, code: int, line: str = "") -> threading.Timer:
-  """Ends this process later, even if its main thread waits inside of JAX."""
+  """Ends this process later, even if its main thread is blocked in JAX."""
 
   def end():
     if line:
@@ -155,12 +156,12 @@ def exit_after(seconds: float, code: int, line: str = "") -> threading.Timer:
 
 
 def _check_port(coordinator):
-  """Raises RunStopped if another program has it: JAX would crash."""
+  """Raises RunStopped if the port is in use, because JAX would crash."""
   try:
     port = int(coordinator.rpartition(":")[2])
     socket.create_server(("", port)).close()
   except OSError as e:
     raise RunStopped(
       f"process 0 cannot open {coordinator}: {e.strerror}; is an older run "
-      "still there? Stop it, or give another port"
+      "still running? Stop it, or give another port"
     ) from e

@@ -8,7 +8,7 @@ from vit_jax.commands import flags
 def add_flags(parser):
   parser.add_argument("source", metavar="SOURCE", help=flags.SOURCE)
   parser.add_argument(
-    "images", nargs="+", metavar="IMAGE", help="files, and folders of them"
+    "images", nargs="+", metavar="IMAGE", help="image files or folders"
   )
   parser.add_argument(
     "--out", required=True, metavar="FILE", help="FILE.npz or FILE.parquet"
@@ -17,7 +17,7 @@ def add_flags(parser):
   flags.add_image_size(parser, help="default: the checkpoint's")
   flags.add_resize(parser)
   parser.add_argument(
-    "--batch_size", type=int, default=64, help="images at once (default: 64)"
+    "--batch_size", type=int, default=64, help="images per batch"
   )
   flags.add_json(parser)
 

@@ -12,7 +12,7 @@ def add_flags(parser):
   parser.add_argument("--dataset", help="default: the run's test set")
   parser.add_argument("--split", help="default: the run's")
   parser.add_argument(
-    "--batch_size", type=int, help="images at once (default: the run's, or 64)"
+    "--batch_size", type=int, help="images per batch; default: the run's, or 64"
   )
   flags.add_data_dir(parser)
   flags.add_json(parser)

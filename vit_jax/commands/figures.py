@@ -1,4 +1,4 @@
-"""`vit-jax figures`: the paper's figures, of any weights."""
+"""`vit-jax figures`: draw the paper's figures for any weights."""
 
 from vit_jax.commands import flags
 
@@ -10,7 +10,7 @@ def add_flags(parser):
     action="append",
     default=[],
     metavar="SOURCE",
-    help=f"{flags.SOURCE}; may be repeated: a panel each",
+    help=f"{flags.SOURCE}; may be repeated, one panel each",
   )
   parser.add_argument(
     "images", nargs="*", metavar="IMAGE", help="for rollout and distances"
@@ -19,7 +19,7 @@ def add_flags(parser):
     "--runs", metavar="DIR", help="a folder with runs, for curves and compute"
   )
   parser.add_argument(
-    "--out", required=True, metavar="DIR", help="where they are written"
+    "--out", required=True, metavar="DIR", help="the folder to write to"
   )
   parser.add_argument(
     "--only",

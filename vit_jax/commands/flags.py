@@ -1,4 +1,4 @@
-"""The parser of a command line, and the flags that several commands share."""
+"""Command-line parser and the flags that several commands share."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ SOURCE = (
 
 
 class Parser(argparse.ArgumentParser):
-  """Reports a mistake in one line, and adds defaults to the help texts."""
+  """A parser with one-line errors that adds defaults to the help texts."""
 
   def add_argument(self, *args, **kwargs):
     action = super().add_argument(*args, **kwargs)
@@ -29,12 +29,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-  """Returns the flags of a command line.
+  """Returns the parsed flags of a command line.
 
-  Those of a command with `add_overrides` have `overrides`, {"a.b": "text"}.
+  Commands with `add_overrides` also get `overrides`, {"a.b": "text"}.
 
   Raises:
-    SystemExit: --help, or argparse found a mistake.
+    SystemExit: --help, or an error that argparse found.
     UserError: an unknown flag.
   """
   args, rest = parser.parse_known_args(argv)
@@ -63,7 +63,7 @@ def _parse_overrides(arguments, parser):
 
 
 def _unknown(argument, parser):
-  """Returns the error, with the option that may have been meant."""
+  """Returns the error, with the most similar option as a suggestion."""
   name = argument.partition("=")[0].partition(".")[0]
   options = [o for action in parser._actions for o in action.option_strings]
   return UserError(
@@ -72,7 +72,7 @@ def _unknown(argument, parser):
   )
 
 
-# Of a process and its output, not of what it computes.
+# Flags of the process and its output, not of the computation.
 _OF_PROCESSES = {
   *("run", "parser", "connected", "json", "distributed", "coordinator"),
   *("num_processes", "process_id", "start_timeout", "lost_timeout"),
@@ -80,7 +80,7 @@ _OF_PROCESSES = {
 
 
 def options(args: argparse.Namespace, *without: str) -> dict:
-  """Returns what a command passes on: flags as keyword arguments."""
+  """Returns the flags that a command passes on as keyword arguments."""
   leave = _OF_PROCESSES.union(without)
   return {name: x for name, x in vars(args).items() if name not in leave}
 
@@ -93,7 +93,7 @@ def add_overrides(parser):
   parser.set_defaults(overrides={})
 
 
-def add_config(parser, help="--config.key=value changes one of its keys"):
+def add_config(parser, help="--config.key=value overrides one of its keys"):
   parser.add_argument(
     "--config",
     required=True,
@@ -113,7 +113,7 @@ def add_stopped_exit_code(parser):
     type=int,
     default=0,
     metavar="CODE",
-    help="of a run that a signal stopped after it was saved (default: 0)",
+    help="exit code if a signal stops the run after saving (default: 0)",
   )
 
 
@@ -128,7 +128,7 @@ def add_classifier(parser):
   parser.add_argument(
     "--class_names",
     metavar="FILE",
-    help="a name a line, for weights that have none",
+    help="a file with one name per line, for weights without class names",
   )
 
 
@@ -140,34 +140,34 @@ def add_grid(parser, help):
 
 def add_jobs(parser):
   parser.add_argument(
-    "--executor", default="local", help="local: this machine; or slurm"
+    "--executor", default="local", help="local (this machine) or slurm"
   )
   parser.add_argument(
     "--jobs",
     type=int,
-    help="runs at once; they divide the GPUs or TPU chips of this machine "
-    "(default: 1; of Slurm: all)",
+    help="concurrent runs; they divide the GPUs or TPU chips of this machine "
+    "(default: 1; with Slurm: all)",
   )
   parser.add_argument(
     "--slurm",
     action="append",
     default=[],
     metavar="KEY=VALUE",
-    help="as submitit names sbatch's options: partition=gpu, time=MINUTES, "
-    "gpus_per_node=1, cpus_per_task=8, mem=64GB",
+    help="an option of sbatch under submitit's name: partition=gpu, "
+    "time=MINUTES, gpus_per_node=1, cpus_per_task=8, mem=64GB",
   )
 
 
 def add_dataset_name(parser):
   parser.add_argument(
-    "name", metavar="NAME", help="of a data set, a task or folder:PATH"
+    "name", metavar="NAME", help="a data set, a task or folder:PATH"
   )
 
 
 def add_data_dir(parser):
   parser.add_argument(
     "--data_dir",
-    help="where data sets are; default: the run's, else $TFDS_DATA_DIR or "
+    help="folder of the data sets; default: the run's, else $TFDS_DATA_DIR or "
     "~/tensorflow_datasets",
   )
 
@@ -183,18 +183,19 @@ def add_resize(parser):
     "--resize",
     metavar="METHOD",
     help="how position embeddings are resized: corner_aligned, timm, "
-    "huggingface, dinov2, bilinear, bilinear_antialiased or cpe (default: as "
-    "the checkpoint's authors do)",
+    "huggingface, dinov2, bilinear, bilinear_antialiased or cpe (default: the "
+    "method of the checkpoint's authors)",
   )
 
 
 def _parse_size(text):
-  """Returns the integer or (height, width) of 48 and 48,96; for argparse."""
+  """Parses "48" to an integer or "48,96" to (height, width), for argparse."""
   words = text.split(",")
   sides = [int(word) if word.isdecimal() else 0 for word in words]
   if len(sides) > 2 or min(sides) < 1:
     raise argparse.ArgumentTypeError(
-      f"{text!r} is neither pixels, as 224, nor height and width, as 224,448"
+      f"{text!r} is neither a size such as 224 nor a height and width such as "
+      "224,448"
     )
   return tuple(sides) if len(sides) == 2 else sides[0]
 
@@ -203,14 +204,14 @@ def add_features(parser):
   parser.add_argument(
     "--what",
     default="pooled",
-    help="pooled: what a head would get; cls, mean, cls+mean, patches: tokens",
+    help="pooled (the input of the head), cls, mean, cls+mean or patches",
   )
   parser.add_argument(
     "--layers",
     type=lambda text: tuple(int(word) for word in text.split(",")),
     default=(-1,),
     metavar="I,J,...",
-    help="blocks whose tokens are taken, side by side (default: -1, the last)",
+    help="blocks whose features are concatenated (default: -1, the last)",
   )
 
 
@@ -221,5 +222,5 @@ def add_json(parser):
 
 
 def print_result(args, found, format) -> None:
-  """Prints `found`: with --json as that, else as `format` makes text of it."""
+  """Prints `found` as JSON with --json, else as formatted by `format`."""
   print(json.dumps(found) if args.json else format(found))

@@ -1,4 +1,4 @@
-"""`vit-jax inspect`: show what a file of weights holds."""
+"""`vit-jax inspect`: describe a file of weights."""
 
 from vit_jax.commands import flags, process
 
@@ -8,7 +8,7 @@ def add_flags(parser):
     "source",
     nargs="?",
     metavar="SOURCE",
-    help=f"{flags.SOURCE}; without it the published names are listed",
+    help=f"{flags.SOURCE}; omit it to list the published names",
   )
   flags.add_json(parser)
 

@@ -1,4 +1,4 @@
-"""`vit-jax linear`: evaluate features: few-shot, probe, neighbours."""
+"""`vit-jax linear`: evaluate features by few-shot, linear probe and k-NN."""
 
 from vit_jax.commands import distributed, flags
 from vit_jax.errors import UserError
@@ -6,23 +6,27 @@ from vit_jax.errors import UserError
 
 def add_flags(parser):
   flags.add_checkpoint(parser)
-  parser.add_argument("--dataset", required=True, help="one label an image")
+  parser.add_argument("--dataset", required=True, help="one label per image")
   parser.add_argument("--train_split", default="train")
   parser.add_argument("--test_split", default="test")
   parser.add_argument(
     "--shots",
     default="5,10",
-    help="images of each class; all: every one there is (default: 5,10)",
+    help="training images per class; all: every image (default: 5,10)",
   )
-  parser.add_argument("--seeds", type=int, default=3, help="draws (default: 3)")
-  parser.add_argument("--l2", type=float, default=1024, help="default: 1024")
+  parser.add_argument(
+    "--seeds", type=int, default=3, help="random draws of the shots"
+  )
+  parser.add_argument(
+    "--l2", type=float, default=1024, help="regularisation strength"
+  )
   parser.add_argument(
     "--knn",
     dest="neighbours",
     type=int,
     default=0,
     metavar="K",
-    help="also let the K nearest training images vote, such as 20",
+    help="also evaluate a K-nearest-neighbour classifier, such as K=20",
   )
   flags.add_features(parser)
   flags.add_image_size(parser, help="default: the checkpoint's")
@@ -31,7 +35,7 @@ def add_flags(parser):
     "--preprocess", metavar="OPS", help="default: the checkpoint's"
   )
   parser.add_argument(
-    "--batch_size", type=int, default=64, help="images at once (default: 64)"
+    "--batch_size", type=int, default=64, help="images per batch"
   )
   flags.add_data_dir(parser)
   flags.add_json(parser)
@@ -52,12 +56,12 @@ def run(args):
 
 
 def _parse_shots(text):
-  """Returns the numbers of "5,10,all", None for all."""
+  """Parses "5,10,all" to [5, 10, None]."""
   try:
     return [None if t == "all" else int(t) for t in text.split(",")]
   except ValueError as e:
     raise UserError(
-      f"--shots is {text!r}; it is numbers and 'all', such as 5,10,all"
+      f"--shots is {text!r}; give numbers or 'all', such as 5,10,all"
     ) from e
 
 

@@ -1,4 +1,4 @@
-"""`vit-jax noisy-student`: teacher, pseudo-labels, student, and again."""
+"""`vit-jax noisy-student`: iterate teacher, pseudo-labels and student."""
 
 from vit_jax.commands import distributed, flags
 
@@ -9,9 +9,9 @@ def add_flags(parser):
   flags.add_config(
     parser,
     "its get_config takes [ARG,]loop and [ARG,]STAGE; --config.key=value "
-    "changes a key of the loop, or one of all stages",
+    "overrides a key of the loop or of all stages",
   )
-  flags.add_workdir(parser, "one folder a stage in it")
+  flags.add_workdir(parser, "folder with one subfolder per stage")
   flags.add_stopped_exit_code(parser)
   flags.add_json(parser)
   distributed.add_flags(parser)

@@ -1,4 +1,4 @@
-"""`vit-jax plan`: estimate what a run would take on TPUs."""
+"""`vit-jax plan`: estimate a run's time, memory and cost on TPUs."""
 
 import json
 
@@ -14,7 +14,7 @@ def add_flags(parser):
     action="append",
     default=[],
     metavar="CONFIG[:ARG]",
-    help="may be repeated; --config.key=value as for train",
+    help="as for train, with --config.key=value; may be repeated",
   )
   flags.add_overrides(parser)
   parser.add_argument(
@@ -23,10 +23,16 @@ def add_flags(parser):
     metavar="CHIP:SIZE",
     help="default: v5e:4x4; several: v5e:4x4,v5e:8x8",
   )
-  parser.add_argument("--num_classes", type=int, help="of unknown data")
-  parser.add_argument("--num_examples", type=int, help="of unknown data")
-  parser.add_argument("--price", type=float, help="dollars of a chip-hour")
-  parser.add_argument("--dump-hlo", metavar="FILE", help="the compiled step")
+  parser.add_argument(
+    "--num_classes", type=int, help="for data sets not in the catalogue"
+  )
+  parser.add_argument(
+    "--num_examples", type=int, help="for data sets not in the catalogue"
+  )
+  parser.add_argument("--price", type=float, help="dollars per chip-hour")
+  parser.add_argument(
+    "--dump-hlo", metavar="FILE", help="write the compiled train step"
+  )
   flags.add_json(parser)
 
 
@@ -40,8 +46,8 @@ def run(args):
   pairs = [(c, t) for c in args.config for t in args.topology.split(",")]
   if args.dump_hlo and len(pairs) > 1:
     raise UserError(
-      "--dump-hlo takes the program of one plan; give one --config and one "
-      "--topology"
+      "--dump-hlo writes the program of a single plan; give one --config and "
+      "one --topology"
     )
   given = flags.options(args, "config", "topology")
   found = [plan.plan(*pair, **given) for pair in pairs]

@@ -9,7 +9,7 @@ from vit_jax.commands import flags
 def add_flags(parser):
   flags.add_classifier(parser)
   parser.add_argument(
-    "images", nargs="+", metavar="IMAGE", help="files, and folders of them"
+    "images", nargs="+", metavar="IMAGE", help="image files or folders"
   )
   parser.add_argument("--top", type=int, default=5, help="classes to show")
   flags.add_json(parser)

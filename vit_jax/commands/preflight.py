@@ -1,17 +1,15 @@
-"""`vit-jax preflight`: check what a run needs, on all its hosts."""
+"""`vit-jax preflight`: check a run's requirements on all its hosts."""
 
 from vit_jax.commands import distributed, flags
 from vit_jax.errors import RunStopped, UserError
 
 
 def add_flags(parser):
-  flags.add_config(parser, "the run's; --config.key=value as for train")
-  flags.add_workdir(parser, "the run's")
+  flags.add_config(parser, "as for train, with --config.key=value")
+  flags.add_workdir(parser, "as for train")
+  parser.add_argument("--hosts", type=int, help="required number of processes")
   parser.add_argument(
-    "--hosts", type=int, help="how many processes there have to be"
-  )
-  parser.add_argument(
-    "--topology", metavar="CHIP:SIZE", help="plan the memory: v5e:4x4"
+    "--topology", metavar="CHIP:SIZE", help="estimate memory for, say, v5e:4x4"
   )
   distributed.add_flags(parser)
 

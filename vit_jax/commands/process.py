@@ -1,4 +1,4 @@
-"""A command as a process: its streams, its exit code, errors in one line."""
+"""Process-level behaviour: output streams, exit codes, one-line errors."""
 
 import io
 import logging
@@ -14,24 +14,23 @@ from vit_jax.errors import EXTRAS, RunStopped, UserError, needs_extra
 def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
   """Runs one command; returns the exit code.
 
-  0: done (also, unless --stopped_exit_code is given: stopped by a signal, and
-  saved). 1: the run cannot continue.
-  2: something that was given cannot be used. 134: JAX has aborted, because
-  another process of the run is dead or has failed. 141: the output's reader is
-  gone, as after `| head`; shells give that code, too.
+  0: done, or stopped by a signal after saving (see --stopped_exit_code).
+  1: the run cannot continue. 2: invalid input. 134: JAX aborted because
+  another process of the run failed. 141: the reader of the output has exited,
+  as in `| head`; shells use that code, too.
   """
   for stream in (sys.stdout, sys.stderr):
-    # A name that the terminal's encoding lacks is escaped, not an error.
+    # Escape characters that the terminal's encoding lacks.
     if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
       stream.reconfigure(errors="backslashreplace")
   try:
     try:
       return _run_or_report(parser, argv)
     finally:
-      sys.stdout.flush()  # the interpreter would do it too late to catch
+      sys.stdout.flush()  # at exit, an error could not be caught
   except BrokenPipeError:
     if not _is_unread(sys.stdout) and not _is_unread(sys.stderr):
-      raise  # another pipe of the program
+      raise  # from another pipe
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -39,10 +38,10 @@ def run(parser: flags.Parser, argv: list[str] | None = None) -> int:
 
 
 def use_cpu() -> None:
-  """Keeps JAX from looking for accelerators, about which libtpu would warn.
+  """Restricts JAX to the CPU, which avoids libtpu's warnings.
 
-  For commands that compute nothing on a device; the processes that they start
-  have backends of their own.
+  For commands that do not compute on devices. Their subprocesses initialise
+  their own backends.
   """
   import jax
 
@@ -50,7 +49,7 @@ def use_cpu() -> None:
 
 
 def _is_unread(stream):
-  """Returns whether a stream is a pipe whose reader is gone."""
+  """Returns whether a stream is a pipe whose reader has exited."""
   poll = select.poll()
   poll.register(stream.fileno(), 0)
   return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -76,35 +75,33 @@ def _run_or_report(parser, argv):
 
 
 def _quiet_libraries():
-  """Logs this package's messages to stderr, and few of other packages'."""
+  """Logs this package's messages to stderr, and few of other packages."""
   # TensorFlow only reads and decodes images here.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   logging.basicConfig(format="%(message)s", stream=sys.stderr)
-  # Orbax logs each failure several times, with traces; what matters arrives as
-  # an exception.
+  # Orbax logs each failure several times, with tracebacks, and also raises it.
   for name in ("absl", "asyncio", "concurrent.futures"):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   logging.getLogger("vit_jax").setLevel(logging.INFO)
   sys.unraisablehook = _print_unless_stray
-  # Of coroutines that a failed save, which is reported, has not come to.
+  # From coroutines that a failed (and reported) save never awaited.
   warnings.filterwarnings(
     "ignore", "coroutine .* was never awaited", RuntimeWarning
   )
 
 
 def _print_unless_stray(unraisable):
-  """Prints exceptions that nothing catches, but TensorStore's threads'.
+  """Prints uncaught exceptions, except those of TensorStore's threads.
 
-  They call back into an event loop that the failure of a save, which is
-  reported, has closed.
+  These threads call an event loop that a failed (and reported) save has closed.
   """
   if str(unraisable.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(unraisable)
 
 
-# The variables are for debugging users' own JAX code: no number here depends on
-# them.
+# Users may set these variables to debug their own JAX code. Results here do not
+# depend on them.
 _PROMOTION = {"rank": "allow", "dtype": "standard"}
 
 
@@ -143,7 +140,8 @@ def _check_devices():
     given = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
     raise UserError(
       f"JAX has no device with JAX_PLATFORMS={given or ''!r}: "
-      f"{words.splitlines()[0]}; install what that names, or unset it"
+      f"{words.splitlines()[0]}; install its JAX plugin, or unset "
+      "JAX_PLATFORMS"
     ) from e
 
 
@@ -152,8 +150,8 @@ def _fail(args, text, code):
   if text:
     print(text, file=sys.stderr)
   if args and args.connected:
-    # At the end JAX waits for all others and aborts when they do not end as
-    # well, so the exit code is kept by a timer. The error may come of the loss
-    # of another process: JAX then aborts first.
+    # At exit JAX waits for the other processes and aborts if they do not exit,
+    # so a timer preserves the exit code. If another process caused the error,
+    # JAX aborts first.
     distributed.exit_after(0 if code == 130 else args.lost_timeout + 10, code)
   return code

@@ -9,37 +9,38 @@ def add_flags(parser):
   parser.add_argument(
     "--dataset",
     required=True,
-    help="the images; labels are not needed: images:PATH is any folder",
+    help="the images; labels are not used; images:PATH is any folder",
   )
   parser.add_argument("--split", default="train")
   parser.add_argument(
     "--out",
     required=True,
     metavar="PATH",
-    help="a folder, or a gs:// address; the data set is pseudo:PATH",
+    help="a folder or gs:// address; load the data set as pseudo:PATH",
   )
   parser.add_argument(
     "--soft",
     action="store_true",
-    help="keep probabilities of the ten likeliest classes, not the likeliest",
+    help="store the ten likeliest classes' probabilities, not just one label",
   )
   parser.add_argument(
     "--min_confidence",
     type=float,
     default=0.3,
-    help="least probability of the likeliest class",
+    help="minimum probability of the likeliest class",
   )
   parser.add_argument(
-    "--per_class", type=int, default=130_000, help="most images of a class"
+    "--per_class", type=int, default=130_000, help="maximum images per class"
   )
   parser.add_argument(
     "--no_balance",
     dest="balance",
     action="store_false",
-    help="do not repeat images of classes that have fewer than the largest",
+    help="do not oversample smaller classes to the size of the largest, which "
+    "is the default",
   )
   parser.add_argument(
-    "--batch_size", type=int, default=64, help="images at once (default: 64)"
+    "--batch_size", type=int, default=64, help="images per batch"
   )
   flags.add_data_dir(parser)
   flags.add_json(parser)
@@ -59,7 +60,7 @@ def run(args):
       found = pseudo_label(args.checkpoint, before_batch=stop.check, **given)
   except Stopping as e:
     raise RunStopped(
-      "stopped; the scores so far are saved beside --out: run the same command "
+      "stopped; the scores so far are saved beside --out; run the same command "
       "again to resume"
     ) from e
   if not jax.process_index():
@@ -74,8 +75,8 @@ def _format(out, found):
     f"{found['distinct']:,} distinct, {found['repeated']:,} repeated",
     f"  of {found['examples']:,} images {found['confident']:,} were confident "
     f"enough; mean confidence of the kept ones {found['mean_confidence']:.3f}",
-    f"  distinct images a class: {least:,} to {most:,}, median {median:,g}; "
-    f"with the repeated ones at most {found['largest']:,}",
+    f"  distinct images per class: {least:,} to {most:,}, median {median:,g}; "
+    f"with repeats at most {found['largest']:,}",
   ]
   if empty:
     more = ", ..." if len(empty) > 5 else ""

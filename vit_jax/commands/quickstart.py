@@ -8,7 +8,7 @@ EXTRA = "train,figures"
 
 def add_flags(parser):
   parser.add_argument(
-    "--workdir", default="runs/quickstart", help="the folder for all of it"
+    "--workdir", default="runs/quickstart", help="folder of data and runs"
   )
 
 

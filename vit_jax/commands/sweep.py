@@ -8,22 +8,22 @@ EXTRA = "sweep,train"
 
 
 def add_flags(parser):
-  flags.add_config(parser, "as for train; --config.key=value as well")
+  flags.add_config(parser, "as for train, with --config.key=value")
   parser.add_argument(
     "--final",
     metavar="CONFIG[:ARG]",
-    help="what to train with the best setting; --seeds are of that",
+    help="trained with the best setting; only this then has several --seeds",
   )
-  flags.add_workdir(parser, "one folder a run in it")
-  flags.add_grid(parser, "a key and its values; several grids are multiplied")
-  parser.add_argument(
-    "--seeds", type=int, default=3, help="runs of each setting (default: 3)"
+  flags.add_workdir(parser, "folder with one subfolder per run")
+  flags.add_grid(
+    parser, "a key and its values; several grids: their Cartesian product"
   )
+  parser.add_argument("--seeds", type=int, default=3, help="runs per setting")
   flags.add_jobs(parser)
   parser.add_argument(
     "--select",
     metavar="[NAME/]METRIC",
-    help="what to compare (default: config.best_metric, or accuracy)",
+    help="metric to select by (default: config.best_metric, or accuracy)",
   )
   flags.add_json(parser)
 
@@ -34,7 +34,7 @@ def run(args):
   from vit_jax.training import early
 
   early.check_select(args.select)
-  if not args.grid:  # with a grid this is not yet the configuration of a run
+  if not args.grid:  # a grid may complete the configuration
     early.check(config.load(args.config, args.overrides))
   from vit_jax.tools import sweep
 

@@ -1,4 +1,4 @@
-"""`vit-jax tables`: the paper's tables, beside your runs."""
+"""`vit-jax tables`: print the paper's tables beside your runs."""
 
 import json
 
@@ -11,22 +11,22 @@ def add_flags(parser):
     "name",
     nargs="?",
     metavar="NAME",
-    help="table1 to table9; without it they are listed",
+    help="table1 to table9; omit it to list them",
   )
   parser.add_argument("--runs", metavar="DIR", help="a folder with runs")
   how = parser.add_mutually_exclusive_group()
   flags.add_json(how)
-  how.add_argument("--markdown", action="store_true", help="for documents")
+  how.add_argument("--markdown", action="store_true", help="print Markdown")
   parser.add_argument(
     "--commands",
     action="store_true",
-    help="what fills the cells that are missing",
+    help="print the commands that fill missing cells",
   )
   parser.add_argument(
     "--only",
     metavar="CELL",
-    help="all commands of one missing cell, data included, such as 'ViT-B/16, "
-    "ImageNet-21k, 90 epochs; CIFAR-100' or a part that is enough",
+    help="print all commands for one missing cell, including its data, such as "
+    "'ViT-B/16, ImageNet-21k, 90 epochs; CIFAR-100' or an unambiguous part",
   )
 
 
@@ -35,7 +35,7 @@ def run(args):
   from vit_jax.tools.paper import tables
 
   if args.only and (args.name is None or args.commands or args.markdown):
-    raise UserError("--only=CELL takes the NAME of a table, and --json at most")
+    raise UserError("--only=CELL needs a table's NAME, and allows only --json")
   if args.name is None:
     found = tables.list_tables()
     lines = [f"{table['name']}  {table['title']}" for table in found]

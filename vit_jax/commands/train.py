@@ -15,7 +15,7 @@ def run(args):
   from vit_jax.training import early
 
   loaded = config.load(args.config, args.overrides)
-  early.check(loaded)  # mistakes that need no data are reported first
+  early.check(loaded)  # first, the errors that can be found without data
   distributed.connect(args)
   from vit_jax.train import train
 

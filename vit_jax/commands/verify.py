@@ -1,4 +1,4 @@
-"""`vit-jax verify`: compare features with published ones."""
+"""`vit-jax verify`: compare features with published values."""
 
 from vit_jax.commands import flags
 
@@ -9,7 +9,7 @@ def add_flags(parser):
     "--image",
     required=True,
     metavar="FILE",
-    help="000000039769.jpg of COCO's val2017, the photograph of the values",
+    help="the published values' image: 000000039769.jpg of COCO's val2017",
   )
   flags.add_json(parser)
 

@@ -15,22 +15,24 @@ def add_flags(parser):
     help=f"{flags.SOURCE}; --config.key=value as for train",
   )
   flags.add_overrides(parser)
-  flags.add_workdir(parser, "one folder a task in it")
+  flags.add_workdir(parser, "folder with one subfolder per task")
   parser.add_argument(
     "--tasks",
     default="all",
     help="all 19, mini (no download needed), or names: caltech101,dtd",
   )
   flags.add_grid(
-    parser, "values to try on the 200 images (default: a rate and a schedule)"
+    parser,
+    "values to try on the 200 validation images (default: learning rate and "
+    "schedule)",
   )
   parser.add_argument(
     "--per_task",
     action="store_true",
-    help="each task gets its best setting; default: one for all, as the paper",
+    help="select the setting per task; default: one for all, as in the paper",
   )
   parser.add_argument(
-    "--seeds", type=int, default=1, help="final runs of a task (default: 1)"
+    "--seeds", type=int, default=1, help="final runs per task"
   )
   flags.add_jobs(parser)
   flags.add_json(parser)

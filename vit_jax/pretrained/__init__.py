@@ -1,7 +1,7 @@
-"""Other people's weights: found, read, and written back in their formats.
+"""Pretrained weights, read and written in the formats of several projects.
 
-`read` detects a file's format by its content and returns its arrays under our
-names, unread; `load` makes a model of them that can be called.
+`read` detects the format by content and returns lazy arrays under our names;
+`load` returns a callable model.
 """
 
 import pathlib
@@ -35,8 +35,8 @@ from vit_jax.pretrained.loaded import rescale as rescale
 from vit_jax.pretrained.warmstart import match_layout
 from vit_jax.pretrained.weights import Weights
 
-# What stands before the names in some files: optimizer dumps, big_vision's
-# training states. What is beside it there is no weight.
+# Prefixes of parameters in optimizer dumps and in big_vision's training states.
+# Arrays without the prefix are not weights.
 _PREFIXES = ("opt/target/", "params/", "")
 _NPZ_FORMATS = (vision_transformer, big_vision, bit)
 
@@ -57,20 +57,21 @@ def load(
     logits = model(images)  # f32[b 384 384 3] in [-1, 1] -> f32[b k]
 
   Args:
-    source: a file (npz, safetensors), a folder (Hugging Face, timm, a run or
-      checkpoint of ours), the prefix or folder of a TensorFlow checkpoint (of
-      an EfficientNet), a gs:// or https:// address, a published name, or a
-      model of the Hugging Face hub: "google/vit-base-patch16-224",
+    source: a file (npz, safetensors) or a folder (Hugging Face, timm, a run or
+      checkpoint of ours). For EfficientNets also the prefix or folder of a
+      TensorFlow checkpoint. A gs:// or https:// address, or a published name.
+      A model of the Hugging Face hub: "google/vit-base-patch16-224",
       "hf:OWNER/NAME@REVISION", "timm:vit_base_patch16_224.augreg_in21k".
-    image_size: pixels, an integer or (h, w); unset: the file's own. Position
-      embeddings are resized.
-    num_classes: unset: the file's own; another number gets a new head of
-      zeros, 0 none.
-    dtype: of the matmuls; unset: float32, or as the run was trained.
+    image_size: pixels, an integer or (h, w); default: the file's. Position
+      embeddings are resized to it.
+    num_classes: default: the file's. Another number makes a new head of zeros;
+      0 means no head.
+    dtype: of the matmuls; default: float32, or that of the run.
     resize: how position embeddings are resized, see `read`.
 
   Raises:
-    UserError: nothing there, corrupt, unknown, or not for this model.
+    UserError: `source` is missing, corrupt, of an unknown format, or does not
+      fit these arguments.
   """
   return assemble(
     read(source, resize),
@@ -83,18 +84,18 @@ def load(
 def read(
   source: str, resize: str | None = None, *, arrays: bool = True
 ) -> Weights:
-  """Returns what there is at `source`, lazily.
+  """Returns the weights at `source`, with lazy arrays.
 
   Args:
     source: see `load`.
     resize: how position embeddings are resized, one of `positions.METHODS`:
       "corner_aligned" (the paper's code), "timm", "huggingface", "dinov2"
       (Meta's without registers), "bilinear", "bilinear_antialiased" or "cpe"
-      (C-RADIO); unset: as the file's authors do.
-    arrays: False leaves out those of a run, which are read at once.
+      (C-RADIO); default: the method of the file's authors.
+    arrays: False omits the arrays of a run, which are not lazy.
 
   Raises:
-    UserError: nothing there, corrupt, or of an unknown format.
+    UserError: `source` is missing, corrupt, or of an unknown format.
   """
   if resize is not None:
     check_choice("resize", resize, positions.METHODS)
@@ -123,13 +124,13 @@ def _read(source, arrays):
   return embedded.restore(_read_safetensors(path))
 
 
-# Below the folder of Hugging Face's Trainer, of a model in the hub's cache, and
-# of that cache.
+# Subfolders with weights: of a Trainer's output folder, of a model in the hub's
+# cache, and of that cache.
 _BELOW = ("*", "snapshots/*", "models--*/snapshots/*")
 
 
 def _find_safetensors(folder):
-  """Returns the file of a folder that has the weights, or lists them."""
+  """Returns a folder's weights file, or raises a UserError with advice."""
   for name in ("model.safetensors.index.json", "model.safetensors"):
     if (folder / name).exists():
       return folder / name
@@ -142,10 +143,10 @@ def _find_safetensors(folder):
     for file in folder.glob(f"{below}/*.safetensors")
   }
   inner |= set(filter(runs.matches, folder.iterdir()))
-  main = folder / "refs" / "main"  # of a model in the cache: its snapshot
+  main = folder / "refs" / "main"  # names the snapshot of a cached model
   latest = main.read_text().strip() if main.exists() else None
 
-  def order(path):  # checkpoint-1000 is behind checkpoint-500
+  def order(path):  # checkpoint-1000 after checkpoint-500
     return path.name == latest, len(path.name), path.name
 
   below = sorted(inner, key=order)
@@ -159,19 +160,19 @@ def _find_safetensors(folder):
 def write(weights: Weights, out: str, to: str) -> list[str]:
   """Writes weights in another format.
 
-  What is written is read again: it is not left there if it is another model.
+  Reads the result again, and deletes it if it is a different model.
 
   Args:
     weights: from `read`.
-    out: what to write; nothing may be there.
+    out: the path to write, which must not exist.
     to: one of `FORMATS`.
 
   Returns:
-    What a user should know, one line each: what the format does not keep.
+    Notes for the user, one line each, such as fields that the format drops.
 
   Raises:
-    UserError: something that the format cannot represent.
-    RunStopped: it could not be written.
+    UserError: the format cannot represent the model.
+    RunStopped: writing failed.
   """
   check_choice("--to", to, FORMATS)
   path = files.make_path(out)
@@ -200,7 +201,7 @@ def write(weights: Weights, out: str, to: str) -> list[str]:
 
 
 def push(weights: Weights, out: str, to: str) -> tuple[str, list[str]]:
-  """Uploads weights to the Hugging Face hub, as `write` writes them.
+  """Writes weights and uploads them to the Hugging Face hub.
 
   Args:
     weights: from `read`.
@@ -211,7 +212,8 @@ def push(weights: Weights, out: str, to: str) -> tuple[str, list[str]]:
     The repository's address, and what `write` returns.
 
   Raises:
-    UserError: see `write`; no such name, no right to write there, no network.
+    UserError: see `write`; also an invalid name, no write permission, or no
+      network.
   """
   check_choice("--to", to, hub.FORMATS)
   repo = hub.parse(out)
@@ -236,7 +238,7 @@ def _check(weights, to):
 
 
 def _find_module(weights, to):
-  """Returns what writes these weights in a format; a UserError for nothing."""
+  """Returns the module that writes a format, or raises a UserError."""
   kind = variants.parse(weights.model["variant"]).kind
   only, module = _CONVOLUTIONAL.get(kind, (to, _MODULES[to]))
   if to != only:
@@ -249,8 +251,8 @@ def _fold(weights, to):
   standard, notes = fold_normalization(weights), list(weights.notes)
   if standard is not weights:
     notes.append(
-      f"{to} has no mean and standard deviation of pixels: they went into the "
-      "patch embedding"
+      f"{to} has no mean and standard deviation of pixels; they are folded "
+      "into the patch embedding"
     )
   return standard, notes
 
@@ -271,7 +273,7 @@ def _write_file(weights, path, to):
     raise UserError(f"{to} cannot represent this model: {e}") from e
 
 
-# Fields of `Config` that a format may lose; of others it is another model.
+# Fields of `Config` that a format may drop. All others must be preserved.
 _LOST = {
   "preprocess": "preprocessing",
   "loss": "loss",
@@ -281,17 +283,17 @@ _LOST = {
 
 
 def _compare(weights, found, to) -> list[str]:
-  """Returns what is not read as it was, a line each.
+  """Returns a note for each field that the round trip changed.
 
   Raises:
-    UserError: another model is read.
+    UserError: a field that must be preserved has changed.
   """
   old, new = describe(weights)._asdict(), describe(found)._asdict()
   ignored = {"origin"}
-  if _find_module(weights, to) is bit:  # which does not have the size
+  if _find_module(weights, to) is bit:  # it does not store the size
     ignored |= {"grid", "image_size"}
   elif old["image_size"] == new["image_size"]:
-    for about in (old, new):  # with numbers in place of `size`
+    for about in (old, new):  # replaces `size` by numbers
       size = about["image_size"]
       about["preprocess"] = rescale(about["preprocess"], size, size)
   if old["pos_embedding"] != "learned":
@@ -303,7 +305,7 @@ def _compare(weights, found, to) -> list[str]:
     if name not in _LOST:
       raise UserError(f"{name} {old[name]} is read as {new[name]}")
     notes.append(
-      f"{to} does not keep the {_LOST[name]}; read again it is "
+      f"{to} does not keep the {_LOST[name]}; after conversion it is "
       f"{'none' if new[name] is None else repr(new[name])}"
     )
   return notes
@@ -315,7 +317,7 @@ _MODULES = {
   "hf": huggingface,
   "timm": timm,
 }
-# The only format of these, and its module.
+# The only supported format of each, and its module.
 _CONVOLUTIONAL = {
   "ResNet": ("npz", bit),
   "EfficientNet": ("timm", efficientnet),
@@ -324,7 +326,7 @@ FORMATS = (*_MODULES, "orbax")
 
 
 def _sniff(path) -> str:
-  """Returns "npz" or "safetensors" by a file's first bytes."""
+  """Returns "npz" or "safetensors", depending on a file's first bytes."""
   with open(path, "rb") as f:
     start = f.read(9)
   if start.startswith(b"PK"):

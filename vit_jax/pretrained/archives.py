@@ -1,7 +1,7 @@
-"""npz, safetensors, TensorFlow's checkpoints as {name: LazyArray}, and back.
+"""npz, safetensors and TensorFlow checkpoints as {name: LazyArray}.
 
-Files are hostile until checked: nothing is unpickled, no name leaves the
-archive, and every error names the file and what is wrong with it.
+Files are untrusted: pickles are never loaded, names cannot refer to paths
+outside, and every error names the file and its problem.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
   """Returns {name: LazyArray} of an npz file.
 
   Raises:
-    UserError: truncated, no zip file, pickled objects, unsafe names.
+    UserError: truncated, not a zip file, pickled objects, unsafe names.
   """
   try:
     archive = zipfile.ZipFile(path)
@@ -37,8 +37,8 @@ def open_npz(path: pathlib.Path) -> dict[str, LazyArray]:
     name = info.filename.removesuffix(".npy")
     if name == info.filename:
       raise UserError(
-        f"{path}: its member {info.filename} is not a NumPy array; PyTorch's "
-        "pickles are not read here, give npz or safetensors"
+        f"{path}: its member {info.filename} is not a NumPy array; PyTorch "
+        "pickles are not supported, give npz or safetensors"
       )
     shape, dtype = _read_header(path, archive, info)
     arrays[name] = LazyArray(
@@ -86,13 +86,13 @@ def _read_member(path, archive, info):
 def write_npz(
   path: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-  """Writes one array after the other; the file appears when it is complete."""
+  """Writes an npz file atomically, one array at a time."""
   with (
     files.atomic_file(path) as partial,
     zipfile.ZipFile(partial, "w", allowZip64=True) as archive,
   ):
     for name, x in arrays:
-      # Fixed dates: the same weights are the same bytes.
+      # A fixed date makes files of equal weights identical.
       info = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
       with archive.open(info, "w", force_zip64=True) as member:
         np.lib.format.write_array(
@@ -109,7 +109,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyArray]:
     path: a .safetensors file, or a model.safetensors.index.json.
 
   Raises:
-    UserError: corrupt, or a part of it is missing.
+    UserError: corrupt, or a part is missing.
   """
   if path.suffix != ".json":
     return _open_safetensors(path)
@@ -152,8 +152,8 @@ def _open_safetensors(path):
   return arrays
 
 
-# Integers: 0, 1, 2, ..., which older versions of transformers wrote; how often
-# PyTorch has updated a BatchNorm.
+# Integers that are not weights: 0, 1, 2, ... of older versions of transformers,
+# and PyTorch's number of updates of a BatchNorm.
 _COUNTERS = ("embeddings.position_ids", ".num_batches_tracked")
 _SAFETENSORS_DTYPES = {
   "F64": np.dtype(np.float64),
@@ -166,14 +166,14 @@ _SAFETENSORS_DTYPES = {
 def write_safetensors(
   path: pathlib.Path, arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-  """Writes the file; it appears when it is complete."""
+  """Writes a safetensors file atomically."""
   try:
-    # "pt": other libraries refuse files without the framework that wrote them.
+    # Other libraries refuse files without this metadata.
     with files.atomic_file(path) as partial:
       safetensors.numpy.save_file(
         dict(arrays), partial, metadata={"format": "pt"}
       )
-  except safetensors.SafetensorError as e:  # the disk is full, say
+  except safetensors.SafetensorError as e:  # such as a full disk
     raise OSError(str(e)) from e
 
 
@@ -186,7 +186,7 @@ def find_tensorflow(path: pathlib.Path) -> pathlib.Path | None:
     path: the prefix, PREFIX.index, or a folder with one checkpoint.
 
   Raises:
-    UserError: a folder with several.
+    UserError: a folder with several checkpoints.
   """
   if path.is_dir():
     found = sorted(path.glob("*.index"))
@@ -205,12 +205,12 @@ def open_tensorflow(prefix: pathlib.Path) -> dict[str, LazyArray]:
   """Returns {name: LazyArray} of the variables of a TensorFlow checkpoint.
 
   Raises:
-    UserError: corrupt, a part of it is missing, or TensorFlow is.
+    UserError: corrupt or incomplete, or TensorFlow is not installed.
   """
   try:
     import tensorflow as tf
   except ImportError as e:
-    raise needs_extra("a checkpoint of TensorFlow", "tensorflow") from e
+    raise needs_extra("a TensorFlow checkpoint", "tensorflow") from e
   try:
     reader = tf.train.load_checkpoint(str(prefix))
     shapes = reader.get_variable_to_shape_map()

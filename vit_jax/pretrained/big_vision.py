@@ -1,7 +1,7 @@
-"""npz files of google-research/big_vision, blocks looped or scanned.
+"""npz files of google-research/big_vision, with looped or scanned blocks.
 
-The position embedding stands at the root and never has an entry for the class
-token: what the token would get is added to the token itself, which is the same.
+The position embedding is at the root and has no entry for the class token. On
+writing, that entry is added to the token itself, which is equivalent.
 """
 
 import pathlib
@@ -21,7 +21,7 @@ RULES = (
   Rule(POS_EMBEDDING, "pos_embedding"),
   Rule(r"(.*)", r"\1"),
 )
-# The token has got the first entry by the time it is dropped, see `write`.
+# `write` adds the first entry to the class token before it is dropped.
 TOKEN_RULES = (
   Rule(POS_EMBEDDING, "pos_embedding", tables.NO_TOKEN),
   *RULES[1:],
@@ -57,7 +57,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   patch = tables.shape_of(source, arrays, "embedding/kernel", 4)[0]
   learned = "pos_embedding" in arrays
   token = "cls" in arrays
-  # Fixed waves do not depend on the resolution; theirs is 224.
+  # Sinusoidal embeddings do not depend on the resolution; big_vision uses 224.
   grid = (round(224 / patch),) * 2
   if learned:
     grid = tables.square_grid(
@@ -87,7 +87,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
 
 
 def _modern_name(name, arrays):
-  """Old files have the position embedding and the MAP head elsewhere."""
+  """Returns the current name of the position embedding or MAP head."""
   if name == _OLD_POS_EMBEDDING:
     return "pos_embedding"
   if "probe" in arrays and name.startswith((*_MAP_HEAD, "MlpBlock_0")):
@@ -103,7 +103,7 @@ def check(weights: Weights) -> None:
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
-  """Writes an npz file, blocks looped, of weights that pass `check`."""
+  """Writes an npz file with looped blocks, of weights that pass `check`."""
   params = dict(weights.params)
   has_token = weights.model.get("classifier", "token") == "token"
   if has_token and POS_EMBEDDING in params:

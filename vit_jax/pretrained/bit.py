@@ -50,7 +50,7 @@ def read(source: str, arrays: Mapping[str, LazyArray]) -> Weights:
   Raises:
     UserError: missing, extra or misshapen arrays, or an unknown depth.
   """
-  # Some files number the layers' names.
+  # Some files have numbered layer names.
   arrays = {
     re.sub(r"/standardized_conv2d_\d+/", "/standardized_conv2d/", name): x
     for name, x in arrays.items()

@@ -1,11 +1,11 @@
 """EfficientNets: safetensors of timm's tf_efficientnet_*, Google's checkpoints.
 
-Both have TensorFlow's padding and BatchNorm's epsilon; timm's efficientnet_*
-have other ones and the same arrays. Google's checkpoints (tensorflow/tpu,
-google-research/noisystudent) have for each variable a twin with its moving
-average, which is what these projects evaluate and publish, and what is read.
+Both use TensorFlow's padding and BatchNorm epsilon; timm's efficientnet_* use
+other ones with the same arrays. Google's checkpoints (tensorflow/tpu,
+google-research/noisystudent) also have a moving average of each variable. These
+projects evaluate and publish the averages, so those are read.
 
-Our blocks are numbered through, as Google's; timm's within their stage.
+Our blocks are numbered consecutively, like Google's; timm's within their stage.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ from vit_jax.pretrained.weights import LazyArray, Weights, as_lazy
 
 ORIGIN = "tensorflow_tpu"
 _NAME = "timm's EfficientNet"
-# The authors' sizes of images for evaluation.
+# Image sizes of the authors' evaluation.
 _SIZES = {
   **{"B0": 224, "B1": 240, "B2": 260, "B3": 300, "B4": 380},
   **{"B5": 456, "B6": 528, "B7": 600, "B8": 672, "L2": 800},
@@ -43,10 +43,10 @@ _DEPTHWISE = Kind(lambda x: x.reshape(*x.shape[:2], x.shape[3], 1))
 
 
 class _Format(NamedTuple):
-  """A format's names; each layer's are of convolution and normalisation."""
+  """Names of a format; a layer has a pair: convolution and normalisation."""
 
   ends: dict[str, tuple[str, str]]  # of the stem and the head
-  block: str  # before the names in a block, whose number is \1
+  block: str  # prefix of the names in a block, whose number is \1
   first: dict[str, tuple[str, str]]  # of blocks that do not expand
   others: dict[str, tuple[str, str]]
   excite: tuple[str, str]
@@ -102,13 +102,13 @@ _GOOGLE = _Format(
 
 
 def _make_rules(names: _Format, variant: str) -> tuple[Rule, ...]:
-  """Returns the table of a format; `variant` says which blocks expand."""
+  """Returns a format's rules for `variant`, which decides the blocks' kinds."""
   conv, depthwise, excite, dense = names.kinds
   blocks = list_blocks(_scaling(variant))
   count = sum(block.expansion == 1 for block in blocks)
   layers = dict(names.ends)
   places = [(rf"block0([0-{count - 1}])", names.first)]
-  places += [(r"block0?(\d+)", names.others)]  # the first match counts
+  places += [(r"block0?(\d+)", names.others)]  # the first match wins
   for place, inner in places:
     for ours, pair in inner.items():
       found = tuple(f"{names.block}{theirs}" for theirs in pair)
@@ -141,10 +141,10 @@ def _scaling(variant) -> variants.Scaling:
 
 
 def _find_size(source, arrays, stem, head, num_blocks) -> str:
-  """Returns the size, such as "B0", that has so many blocks and such widths.
+  """Returns the size, such as "B0", from the number of blocks and the widths.
 
-  `stem` and `head` are names of arrays with an axis of the layer's width: the
-  scales of the normalisations.
+  `stem` and `head` name the scales of the normalisation layers, whose lengths
+  are the widths.
   """
   found = (
     num_blocks,
@@ -164,7 +164,7 @@ def _find_size(source, arrays, stem, head, num_blocks) -> str:
 
 
 def _make_weights(origin, source, size, num_classes) -> Weights:
-  """Returns weights without arrays, with the authors' images."""
+  """Returns weights without arrays, with the authors' preprocessing."""
   side, resized = _SIZES[size], _SIZES[size] + _CROPPED
   return Weights(
     origin,
@@ -197,7 +197,7 @@ def _translate(names, weights, arrays) -> Weights:
 def matches(
   arrays: Mapping[str, LazyArray], config: dict[str, Any] | None
 ) -> bool:
-  """Returns whether a file is of timm's tf_efficientnet_*, or may be."""
+  """Returns whether a file is, or may be, one of timm's tf_efficientnet_*."""
   architecture = (config or {}).get("architecture")
   if architecture is None:
     return {"conv_stem.weight", "blocks.0.0.conv_dw.weight"} <= arrays.keys()
@@ -243,9 +243,9 @@ def read(
     weights = timm.read_preparation(weights, pretrained)
   else:
     note = (
-      f"there is no config.json; it is taken to be tf_efficientnet_"
+      f"there is no config.json; it is assumed to be tf_efficientnet_"
       f"{size.lower()}: timm's efficientnet_{size.lower()} has the same arrays "
-      "and pads otherwise"
+      "but other padding"
     )
     weights = weights._replace(notes=(note,))
   number = _number_blocks(weights)
@@ -259,9 +259,9 @@ def read(
 
 
 def _check_arguments(arguments):
-  """Raises a UserError for arguments that make another model."""
+  """Raises a UserError for arguments that change the model."""
   for name, value in arguments.values.items():
-    # Rates of dropout are for training, the others show in the arrays.
+    # Dropout is for training only; the arrays show the other arguments.
     known = name in ("num_classes", "in_chans") or name.endswith("_rate")
     known = known or (name, value) == ("global_pool", "avg")
     if not known and value not in (None, False):
@@ -291,7 +291,7 @@ def check(weights: Weights) -> None:
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
 
-  Of weights that pass `check`.
+  The weights must pass `check`.
   """
   variant = weights.model["variant"]
   params = dict(weights.params)
@@ -330,7 +330,7 @@ def write(weights: Weights, out: pathlib.Path) -> None:
 
 
 def _shorten(values, back, expected) -> tuple[float, ...]:
-  """Returns values with few digits, if they are read back as `expected`."""
+  """Returns values rounded, if they are still read back as `expected`."""
   short = np.round(values, 6)
   same = np.array_equal(back(short).astype(expected.dtype), expected)
   return tuple((short if same else values).tolist())
@@ -339,7 +339,7 @@ def _shorten(values, back, expected) -> tuple[float, ...]:
 # --- TensorFlow ---
 
 _TWIN = "/ExponentialMovingAverage"
-# The last names of variables of the model; others are an optimizer's.
+# Last parts of the names of the model's variables; others are an optimizer's.
 _VARIABLES = (
   *("kernel", "depthwise_kernel", "bias"),
   *("gamma", "beta", "moving_mean", "moving_variance"),
@@ -347,13 +347,13 @@ _VARIABLES = (
 
 
 def read_tensorflow(prefix: pathlib.Path) -> Weights:
-  """Returns the weights of a checkpoint of Google's code.
+  """Returns the weights of a TensorFlow checkpoint of Google's code.
 
   Args:
     prefix: its path without ".index".
 
   Raises:
-    UserError: something else, damaged, or missing, extra or misshapen arrays.
+    UserError: another model, corrupt, or missing, extra or misshapen arrays.
   """
   source = str(prefix)
   found = archives.open_tensorflow(prefix)
@@ -363,8 +363,8 @@ def read_tensorflow(prefix: pathlib.Path) -> Weights:
   ]
   if len(scopes) != 1:
     raise UserError(
-      f"{prefix} is no checkpoint of an EfficientNet, the only one of "
-      f"TensorFlow's that is read: its variables are "
+      f"{prefix} is not a checkpoint of an EfficientNet, the only model read "
+      f"from TensorFlow checkpoints: its variables are "
       f"{', '.join(sorted(found)[:3]) or 'none'}, ..."
     )
   arrays = {
@@ -382,6 +382,6 @@ def read_tensorflow(prefix: pathlib.Path) -> Weights:
   num_classes = tables.width_of(arrays, "head/dense/bias")
   weights = _make_weights(ORIGIN, source, size, num_classes)
   if size == "L2":
-    note = "it is taken to be for 800 pixels; of l2_475 give image_size 475"
+    note = "it is assumed to be for 800 pixels; for l2_475 give image_size 475"
     weights = weights._replace(notes=(note,))
   return _translate(_GOOGLE, weights, arrays)

@@ -1,7 +1,7 @@
 """Hugging Face's vision encoders: names in files, fields of config.json.
 
-Data alone, by which huggingface.py reads and writes. The names are those in
-files; transformers 5 has others in memory.
+These tables are the data of huggingface.py, which reads and writes. Names are
+those in files; transformers 5 uses others in memory.
 """
 
 from collections.abc import Container, Mapping
@@ -20,19 +20,19 @@ from vit_jax.pretrained.warmstart import POS_EMBEDDING
 
 
 class Layout(NamedTuple):
-  """One of transformers' classes.
+  """A model class of transformers.
 
   Attributes:
     name: of the class.
     model_type: in config.json.
     classifier: our option of that name.
     head: name of the classification head, "" without one.
-    projection: likewise, of CLIP's.
-    prefix: of the encoder's names, in what is written.
-    rules: other names behind the encoder; they come before those of the head.
-    unused: starts of the encoder's names that do not change the output.
+    projection: name of CLIP's projection, "" without one.
+    prefix: of the encoder's names when writing.
+    rules: other layers after the encoder; they override the rules of `head`.
+    unused: prefixes of the encoder's names that do not affect the output.
     nested: whether the encoder's fields are in "vision_config".
-    when: fields that tell it from another.
+    when: fields that distinguish it from similar classes.
     fixed, filled: as in `Family`.
   """
 
@@ -51,23 +51,23 @@ class Layout(NamedTuple):
 
 
 class Family(NamedTuple):
-  """Models that share names and arithmetic.
+  """Models with the same names and the same computation.
 
   Attributes:
     title: for messages.
-    layouts: its classes; what is read and written is the first that fits.
+    layouts: its classes; the first that fits is used.
     patches: name of the patch embedding.
     rules: the encoder's names, without their prefix.
-    fields: those that are read of config.json, and their defaults.
-    fixed: our options that are the same in all of them, and not the default.
-    options: what others may be, see `tables.check_options`.
-    gated_rules: those of a gated MLP, where they are others.
-    pixels: where there is no preprocessor_config.json.
-    resize: of position embeddings.
-    any_size: the position embedding is resized without being asked.
-    square: images have to be square.
-    filled: {name: (rank, value)} of arrays [1 ... d] that no output depends on,
-      but transformers expects in a file.
+    fields: {field of config.json: default}.
+    fixed: our options that have the same non-default value in all of them.
+    options: allowed values of other options, see `tables.check_options`.
+    gated_rules: rules of a gated MLP, where they differ.
+    pixels: normalisation if there is no preprocessor_config.json.
+    resize: method for position embeddings.
+    any_size: whether the position embedding is resized automatically.
+    square: whether images must be square.
+    filled: {name: (rank, value)} of arrays [1 ... d] that transformers expects
+      in a file although no output depends on them.
   """
 
   title: str
@@ -156,7 +156,8 @@ VIT = Family(
 DEIT = VIT._replace(
   title="Hugging Face's DeiT",
   layouts=(
-    # Of the class token alone: the mean of twice that and of nothing.
+    # Uses the class token only. Our model averages two heads, so its first one
+    # has twice the values and its second one zeros.
     Layout(
       "DeiTForImageClassification",
       "deit",
@@ -232,7 +233,7 @@ DINOV2 = Family(
     "layerscale_value": 1.0,
   },
   options=_QKV | _SCALED,
-  # One matrix, of the gate and then of what it opens.
+  # One matrix: first the gate, then the gated branch.
   gated_rules=(
     *dense_rules(f"{_MLP}/gate", f"{_BLOCK}.mlp.weights_in", part=(0, 2)),
     *dense_rules(f"{_MLP}/Dense_0", f"{_BLOCK}.mlp.weights_in", part=(1, 2)),
@@ -310,7 +311,7 @@ _TOWER = (
   Rule("cls", "embeddings.class_embedding", tables.FLAT),
   Rule(POS_EMBEDDING, "embeddings.position_embedding.weight", tables.ROWS),
   *dense_rules("embedding", "embeddings.patch_embedding", tables.CONV),
-  *norm_rules("Transformer/pre_norm", "pre_layrnorm"),  # so in the file
+  *norm_rules("Transformer/pre_norm", "pre_layrnorm"),  # sic
   *norm_rules("Transformer/encoder_norm", "post_layernorm"),
   *block_rules(
     r"encoder.layers.\1",
@@ -322,7 +323,7 @@ _TOWER = (
 
 
 def _join_heads() -> list[Rule]:
-  """The pooling's query, key and value, which are one array."""
+  """Returns the rules of the pooling's query, key and value, in one array."""
   rules = []
   for i, name in enumerate(("query", "key", "value")):
     path = f"{folders.POOL}/MultiHeadDotProductAttention_0/{name}"
@@ -421,7 +422,7 @@ CLIP = Family(
   pixels=folders.CLIP,
 )
 
-# In the order in which they are tried for what is written.
+# In the order in which writing tries them.
 ALL = (VIT, DEIT, DINOV2, DINOV2_REGISTERS, DINOV3, SIGLIP, CLIP, MAE)
 BY_TYPE = {
   layout.model_type: family for family in ALL for layout in family.layouts
@@ -431,11 +432,11 @@ BY_TYPE = {
   "metaclip_2": CLIP,
   "metaclip_2_vision_model": CLIP,
 }
-# Why others are not read.
-_TEXT = "that is a text tower, and there is no vision encoder in it"
+# Why other architectures are not supported.
+_TEXT = "that is a text tower without a vision encoder"
 _NAFLEX = (
   "that is SigLIP 2's NaFlex, which takes any number of patches; the fixed "
-  "resolutions, such as google/siglip2-base-patch16-224, are of 'siglip'"
+  "resolutions, such as google/siglip2-base-patch16-224, are 'siglip'"
 )
 REASONS = {
   "siglip2": _NAFLEX,
@@ -451,6 +452,6 @@ REASONS = {
     "its blocks have a bias for relative positions, ours have none"
   ),
   "dinov3_convnext": "it is a convolutional network",
-  "swin": "its attention is in windows",
-  "ijepa": "nobody has compared it",
+  "swin": "its attention is windowed",
+  "ijepa": "it has not been verified",
 }

@@ -1,9 +1,8 @@
-"""Where weights are: a local path, an address, or a name.
+"""Location and download of weights: local paths, addresses, names.
 
-pooch downloads a file on the web once, into $VIT_JAX_CACHE or ~/.cache/vit_jax,
-huggingface_hub a model of its hub into its own cache (`hub`). What is there is
-read without a network. A file gets its name when it is complete and, where a
-digest is given, has it.
+pooch downloads files on the web into $VIT_JAX_CACHE or ~/.cache/vit_jax,
+huggingface_hub models into its own cache (`hub`). Cached files need no network.
+A file is renamed into place once it is complete and matches its digest, if any.
 """
 
 import contextlib
@@ -29,11 +28,11 @@ _TIMEOUT = 60  # seconds without a byte
 
 
 class Source(NamedTuple):
-  """Where weights can be read.
+  """The location of weights that can be read.
 
   Attributes:
-    path: a local file or folder; or a gs:// folder, unchanged, which epath
-      reads (as pathlib.Path it would lose a slash, so this is a string).
+    path: a local file or folder, or a gs:// folder for epath. It is a string,
+      because pathlib.Path would drop a slash of gs://.
     part: the sub-model named after an npz file, "img" of "file.npz:img".
   """
 
@@ -42,22 +41,22 @@ class Source(NamedTuple):
 
 
 def locate(source: str | os.PathLike[str]) -> Source:
-  """Returns where `source` can be read, after downloading it if need be.
+  """Returns the location of `source`, downloaded if necessary.
 
   Args:
     source: one of
       - a local file or folder, or the prefix of a TensorFlow checkpoint;
-      - https:// or http:// and a file .npz or .safetensors; beside a
-        .safetensors its config.json is fetched as well, if there is one;
-      - gs:// and such a file, which must be public, or a folder;
-      - a name in `names.PUBLISHED`, or in `embedded.MODELS`: in the package;
+      - the https:// or http:// address of an .npz or .safetensors file; the
+        config.json beside a .safetensors file is fetched as well, if it exists;
+      - the gs:// address of such a file, which must be public, or of a folder;
+      - a name in `names.PUBLISHED`, or in `embedded.MODELS` (in the package);
       - a model of the Hugging Face hub: [hf:]OWNER/NAME[@REVISION], or
         timm:NAME[@REVISION] for those of timm.
       A file may be followed by ":PART" (npz only) and then by "#sha256=HEX".
 
   Raises:
-    UserError: it does not exist, it cannot be downloaded or stored, or its
-      digest is another one.
+    UserError: it does not exist, cannot be downloaded or stored, or does not
+      match its digest.
   """
   source = os.fspath(source)
   if os.path.exists(source) or os.path.exists(f"{source}.index"):
@@ -74,11 +73,11 @@ def locate(source: str | os.PathLike[str]) -> Source:
     if address.startswith("gs://") and not digest:
       return Source(address)
     raise UserError(
-      f"{_shown(address)} is not a file .npz or .safetensors; give the address"
+      f"{_shown(address)} is not an .npz or .safetensors file; give the address"
       " of the file itself"
     )
-  missing = f"no checkpoint at {_shown(address)}: it is not here, and not a "
-  missing += f"published name or web address{suggest(address, known)}"
+  missing = f"no checkpoint at {_shown(address)}: no such file, published name "
+  missing += f"or web address{suggest(address, known)}"
   repo = hub.parse(address)
   if not repo:
     raise UserError(missing)
@@ -108,14 +107,14 @@ def _split(source: str) -> tuple[str, str | None, str | None]:
 
 
 def _fetch(address: str, digest: str | None) -> pathlib.Path:
-  """Returns the file in the cache, downloaded if it is not there yet."""
+  """Returns the file in the cache, downloaded if necessary."""
   url = _make_url(address)
   path = _cached_path(url)
   if path.exists():
     _check_digest(path, digest)
     return path
   if path.suffix == ".safetensors":
-    # First, because the weights' presence means that all is there.
+    # First, because existing weights imply that the download is complete.
     split = urllib.parse.urlsplit(url)
     folder = split.path.rpartition("/")[0]
     config = split._replace(path=f"{folder}/config.json").geturl()
@@ -127,7 +126,7 @@ def _fetch(address: str, digest: str | None) -> pathlib.Path:
 
 
 class _NotThere(UserError):
-  """The server has no such file, or not for everybody."""
+  """The server has no such file, or it is not public."""
 
 
 def _download(url: str, path: pathlib.Path, digest: str | None):
@@ -136,7 +135,7 @@ def _download(url: str, path: pathlib.Path, digest: str | None):
     import requests
   except ImportError as e:
     raise needs_extra(f"downloading {_shown(url)}", "pooch") from e
-  pooch.get_logger().setLevel("WARNING")  # it prints the query, too
+  pooch.get_logger().setLevel("WARNING")  # INFO includes the query
   log.info("downloading %s", _shown(url))
   downloader: Any = pooch.HTTPDownloader(
     progressbar=sys.stderr.isatty(),
@@ -184,11 +183,11 @@ def _shown(url: str) -> str:
 
 
 def _cached_path(url: str) -> pathlib.Path:
-  """Returns where `url` is kept: files of one folder stay together."""
+  """Returns the cache path of `url`; files of one folder stay together."""
   root = os.environ.get("VIT_JAX_CACHE") or "~/.cache/vit_jax"
   split = urllib.parse.urlsplit(url)
   folder, _, name = split.path.rpartition("/")
-  # The hash keeps apart what differs; the words are for human readers.
+  # The hash makes the name unique; the words are human-readable.
   key = split._replace(path=folder).geturl()
   words = re.sub(r"[^\w.-]+", "_", urllib.parse.unquote(split.netloc + folder))
   folder = f"{words[-80:]}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -197,7 +196,7 @@ def _cached_path(url: str) -> pathlib.Path:
 
 
 def _check_digest(path: str | pathlib.Path, digest: str | None):
-  """Raises UserError if a digest is given and the file has another one."""
+  """Raises a UserError if a digest is given and the file does not match."""
   if digest is None:
     return
   with open(path, "rb") as file:

@@ -1,7 +1,7 @@
-"""Models of the Hugging Face hub: downloaded into its own cache, and uploaded.
+"""Downloads from and uploads to the Hugging Face hub.
 
-huggingface_hub does both: it has the cache ($HF_HOME), the token (`hf auth
-login`, $HF_TOKEN) and the address ($HF_ENDPOINT).
+huggingface_hub manages the cache ($HF_HOME), the token (`hf auth login`,
+$HF_TOKEN) and the address ($HF_ENDPOINT).
 """
 
 import pathlib
@@ -13,10 +13,10 @@ from vit_jax.errors import UserError, needs_extra, one_line
 from vit_jax.pretrained.weights import Weights
 
 PREFIXES = ("hf:", "timm:")
-FORMATS = ("hf", "timm")  # that are uploaded
+FORMATS = ("hf", "timm")  # for uploads
 _REVISION = r"(?:@(?P<revision>[\w./-]+))?"
 _NAME = r"[A-Za-z0-9][\w.-]*"
-# JSON files first: the presence of weights means that all is there.
+# JSON files first, because existing weights imply a complete download.
 _PATTERNS = (
   ["config.json", "preprocessor_config.json", "model.safetensors.index.json"],
   ["model.safetensors", "model-*.safetensors"],
@@ -40,11 +40,11 @@ def parse(text: str) -> Repo | None:
 
 
 def download(repo: Repo) -> str:
-  """Returns the folder of the cache that has the repository's weights.
+  """Returns the cache folder of the repository's weights, after downloading.
 
   Raises:
-    UserError: no such repository or revision, no right to read it, no network,
-      a full disk, or huggingface_hub is not installed.
+    UserError: no such repository or revision, no read permission, no network, a
+      full disk, or huggingface_hub is not installed.
   """
   hf = _import()
   revision, folder = repo.revision, ""
@@ -53,7 +53,7 @@ def download(repo: Repo) -> str:
       folder = hf.snapshot_download(
         repo.name, revision=revision, allow_patterns=patterns
       )
-      revision = pathlib.Path(folder).name  # the commit, if it moves meanwhile
+      revision = pathlib.Path(folder).name  # the commit; the branch may move
   except Exception as e:
     raise _explain("download", repo.name, e) from e
   return folder
@@ -62,11 +62,11 @@ def download(repo: Repo) -> str:
 def upload(folder: pathlib.Path, repo: Repo, to: str, weights: Weights) -> str:
   """Uploads a folder's files as one commit; returns the repository's address.
 
-  A repository that is not there is made, private. A README.md that is there is
-  kept, else it gets a model card without a licence.
+  A new repository is private. An existing README.md is kept; otherwise a model
+  card without a licence is added.
 
   Raises:
-    UserError: no token, no right to write, or no network.
+    UserError: no token, no write permission, or no network.
   """
   hf = _import()
   try:
@@ -87,9 +87,9 @@ def upload(folder: pathlib.Path, repo: Repo, to: str, weights: Weights) -> str:
 
 
 def _make_card(name, to, weights) -> str:
-  """Returns a README.md without a licence, which is the author's to choose.
+  """Returns a README.md without a licence, which the author has to choose.
 
-  The hub shows the code of the library beside it.
+  The hub adds the code for `library_name`.
   """
   height, width = weights.image_size
   is_vit = weights.model["variant"].rpartition("+")[2].startswith("ViT-")
@@ -126,7 +126,7 @@ def _import():
 
 
 def _explain(what: str, name: str, error: Exception) -> UserError:
-  """Returns the line for an error of huggingface_hub, httpx or the disk."""
+  """Returns a one-line error for one of huggingface_hub, httpx or the disk."""
   from huggingface_hub import constants, errors
 
   address = f"{constants.ENDPOINT}/{name}"

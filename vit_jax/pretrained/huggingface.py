@@ -1,7 +1,7 @@
 """Folders of Hugging Face's vision encoders: config.json and safetensors.
 
-`families` has the tables. Of a model with a text tower the vision tower is
-read. Activation, epsilon and number of heads stand in config.json only.
+`families` has the tables. If a model has a text tower, only its vision tower is
+read. Activation, epsilon and number of heads are only in config.json.
 """
 
 import math
@@ -34,22 +34,22 @@ _ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
 }
-# Query, key and value's biases: config.json's fields, and our option.
+# Fields of config.json: biases of query, key, value -> our option.
 _BIASES = {
   (True, True, True): "all",
   (True, False, True): "qv",
   (False, False, False): "none",
 }
-# What no output depends on, in any family.
+# Prefixes of arrays that no output depends on, in any family.
 _UNUSED = (
   *("embeddings.mask_token", "decoder.", "text_model.", "text_projection."),
   *("logit_scale", "logit_bias"),
 )
-# Pillow's filters by their numbers, all that average.
+# Supported filters of Pillow, by number.
 _FILTERS = {1: "Lanczos", 2: "bilinear", 3: "bicubic", 4: "box"}
-_BICUBIC = ("CLIP", "DeiT", "Bit", "Siglip")  # processors, by default
-# Fields of preprocessor_config.json that are read below, and those that change
-# no pixels. Others are refused, unless they are off.
+_BICUBIC = ("CLIP", "DeiT", "Bit", "Siglip")  # processors with this default
+# Fields of preprocessor_config.json that are read below, and fields that do not
+# affect pixels. Others raise an error unless they are off.
 _READ = {
   *("size", "do_resize", "resample", "do_center_crop", "crop_size"),
   *("do_rescale", "rescale_factor", "do_normalize"),
@@ -67,7 +67,7 @@ _MULTI_LABEL = "multi_label_classification"
 def matches(
   arrays: Mapping[str, LazyArray], config: dict[str, Any] | None
 ) -> bool:
-  """Returns whether a file is Hugging Face's, of this architecture or not."""
+  """Returns whether a file is Hugging Face's, of any architecture."""
   if config is not None and "model_type" in config:
     return True
   return any(
@@ -102,8 +102,8 @@ def read(
   fields = folders.Fields(source, config or {})
   if config is None:
     raise fields.error(
-      "the config.json that belongs to it is missing; activation, epsilon and "
-      "number of heads stand nowhere else"
+      "the config.json that belongs to it is missing; only that has the "
+      "activation, the epsilon and the number of heads"
     )
   family = _find_family(fields)
   encoder = _find_encoder(fields)
@@ -132,9 +132,9 @@ def read(
 def _find_family(fields) -> Family:
   kind = fields.get("model_type", "")
   if kind not in families.BY_TYPE:
-    known = f"of Hugging Face's, {', '.join(families.BY_TYPE)} are read here"
+    known = f"supported are {', '.join(families.BY_TYPE)}"
     raise fields.error(
-      f"its config.json is of the architecture {kind!r}; "
+      f"its config.json has the model_type {kind!r}; "
       + families.REASONS.get(kind, known)
     )
   return families.BY_TYPE[kind]
@@ -142,14 +142,14 @@ def _find_family(fields) -> Family:
 
 def _find_encoder(fields):
   """Returns the fields of the vision encoder."""
-  for name in ("vision_config_dict", "vision_config"):  # the first rules
+  for name in ("vision_config_dict", "vision_config"):  # the first wins
     if fields.values.get(name) is not None:
       return folders.Fields(fields.source, fields.get(name, {}))
   return fields
 
 
 def _find_prefix(fields, family, arrays):
-  """Returns what is before the names of the encoder's arrays."""
+  """Returns the prefix of the names of the encoder's arrays."""
   for prefix in _list_prefixes(family):
     if f"{prefix}{family.patches}.weight" in arrays:
       return prefix
@@ -160,7 +160,7 @@ def _find_prefix(fields, family, arrays):
 
 
 def _find_layout(encoder, family, arrays) -> Layout:
-  """Returns the class whose weights these are."""
+  """Returns the class of transformers that these weights belong to."""
   for layout in family.layouts:
     marks = (f"{x}.weight" for x in (layout.head, layout.projection) if x)
     if all(mark in arrays for mark in marks) and all(
@@ -184,11 +184,11 @@ def _make_rules(family, layout, prefix, model) -> tuple[Rule, ...]:
 
 
 def _read_loss(fields, num_classes) -> str:
-  """Returns the loss; numbers that are not classes are an error."""
+  """Returns the loss; regression raises a UserError."""
   problem = fields.values.get("problem_type")
   if problem == _MULTI_LABEL:
     return "sigmoid"
-  # Of one output and no problem_type, transformers makes a regression.
+  # transformers treats one output without problem_type as regression.
   if problem not in (None, _SINGLE_LABEL) or num_classes == 1:
     raise fields.error(
       f"problem_type is {problem!r} in its config.json and the head has "
@@ -199,9 +199,9 @@ def _read_loss(fields, num_classes) -> str:
 
 
 def _drop_unused(arrays, prefix, layout):
-  """Leaves out what no output depends on; returns the rest and notes.
+  """Drops arrays that no output depends on; returns the others and notes.
 
-  That is a text tower, the mask token and decoder of masked image modelling,
+  These are a text tower, the mask token and decoder of masked image modelling,
   and the pooling of a class that does not use it.
   """
   starts, rest = set(), {}
@@ -232,7 +232,8 @@ def _read_model(fields, family, layout) -> dict[str, Any]:
     values = tuple(map(get, biases))
     if values not in _BIASES:
       raise fields.error(
-        f"{', '.join(biases)} are {values}; ours has all, none, or no key's"
+        f"{', '.join(biases)} are {values}; ours has all, none, or all but the "
+        "key's"
       )
     options["qkv_bias"] = _BIASES[values]
   activation = get("hidden_act")
@@ -241,8 +242,8 @@ def _read_model(fields, family, layout) -> dict[str, Any]:
   if "use_gated_mlp" in has and get("use_gated_mlp"):
     options["mlp"] = "gated"
   if "use_swiglu_ffn" in has and get("use_swiglu_ffn"):
-    options |= {"mlp": "gated", "activation": "silu"}  # whatever hidden_act is
-  if "layerscale_value" in has:  # what it began with; the scales may be trained
+    options |= {"mlp": "gated", "activation": "silu"}  # ignores hidden_act
+  if "layerscale_value" in has:  # the initial value; scales may be trained
     options["layer_scale_init"] = get("layerscale_value") or 1.0
   if "num_register_tokens" in has:
     options["registers"] = get("num_register_tokens")
@@ -282,7 +283,7 @@ def _read_variant(fields, family, options):
 
 
 def _find_mlp_dim(width, ratio, gated) -> int:
-  """Returns DINOv2's width of the MLP; two thirds of it if it is gated."""
+  """Returns DINOv2's MLP width, two thirds of it if gated."""
   mlp_dim = int(width * ratio)
   return (int(mlp_dim * 2 / 3) + 7) // 8 * 8 if gated else mlp_dim
 
@@ -303,7 +304,7 @@ def _read_widths(fields, family, layout, arrays, prefix) -> dict[str, int]:
 
 
 def _read_names(fields, num_classes):
-  """Returns the class names, None for placeholders; and notes."""
+  """Returns the class names (None for placeholders) and notes."""
   labels = fields.get("id2label", {})
   try:
     names = [labels[i] for i in sorted(labels, key=int)]
@@ -329,7 +330,7 @@ def _read_preprocessor(weights, preprocessor, family):
   number = fields.get("resample", 3 if kind.startswith(_BICUBIC) else 2)
   if number not in _FILTERS:
     raise fields.error(
-      f"resample is {number}; of Pillow's filters there are 1 to 4 here"
+      f"resample is {number}; supported are Pillow's filters 1 to 4"
     )
   scale = 255 * fields.get("rescale_factor", 1 / 255)
   if not fields.get("do_rescale", True) or not 0.999999 < scale < 1.000001:
@@ -358,14 +359,14 @@ def _read_preparation(
   Raises:
     UserError: images that are not resized, or do not get the model's size.
   """
-  if kind.startswith("ConvNext"):  # which crops or not by a rule of its own
-    raise fields.error(f"{kind} is not read, but those of ViT, DeiT and CLIP")
+  if kind.startswith("ConvNext"):  # it decides differently whether to crop
+    raise fields.error(f"{kind} is not supported; those of ViT, DeiT, CLIP are")
   if not fields.get("do_resize", True):
     raise fields.error("do_resize is false; images must get the model's size")
   size, shorter = fields.values.get("size"), False
   if isinstance(size, dict) and "shortest_edge" in size:
     size, shorter = size["shortest_edge"], True
-  elif isinstance(size, int):  # these take one number for the shorter side
+  elif isinstance(size, int):  # these apply one number to the shorter side
     shorter = kind.startswith(("CLIP", "Bit"))
   name, found = "size", _get_size(fields, "size", size, image_size)
   resized = found
@@ -403,9 +404,9 @@ def _get_size(fields, name, value, default):
 
 
 def write(weights: Weights, out: pathlib.Path) -> None:
-  """Writes a folder that `from_pretrained` reads, of what passes `check`.
+  """Writes a folder for `from_pretrained`, of weights that pass `check`.
 
-  It is of the first family and class that can represent the model.
+  Uses the first family and class that can represent the model.
   """
   family, layout, problems = _choose(weights)
   assert not problems, problems
@@ -426,7 +427,7 @@ def check(weights: Weights) -> None:
 
 
 def _choose(weights) -> tuple[Family, Layout, list[str]]:
-  """Returns the family and class with the fewest problems, and these."""
+  """Returns the family and class with the fewest problems, and the problems."""
   found = [
     (family, layout, _find_problems(weights, family, layout))
     for family in families.ALL
@@ -436,7 +437,7 @@ def _choose(weights) -> tuple[Family, Layout, list[str]]:
   return min(found, key=lambda x: len(x[2]))
 
 
-# Arguments of `models.create` that are checked otherwise, or change nothing.
+# Arguments of `models.create` that are checked elsewhere or change no output.
 _FREE = {
   *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
   *("head_bias_init", "dtype", "scan", "remat", "layer_norm_epsilon"),
@@ -494,7 +495,7 @@ def _find_ratio(encoder, gated) -> int:
 
 
 def _list_arrays(weights, family, layout) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, array) of what is written."""
+  """Yields the (name, array) pairs to write."""
   rules = _make_rules(family, layout, layout.prefix, weights.model)
   yield from tables.translate_back(rules, weights)
   kernel = weights.params["embedding/kernel"]
@@ -540,7 +541,7 @@ def _make_config(weights, family, layout):
   encoder: dict[str, Any] = {"num_channels": 3}
   encoder |= {k: values.get(k, v) for k, v in family.fields.items()}
   if family is families.MAE:
-    encoder["mask_ratio"] = 0.0  # or features are of some patches
+    encoder["mask_ratio"] = 0.0  # encode all patches
   if layout.projection:
     encoder["projection_dim"] = options["projection_size"]
   if "pre_logits/bias" in weights.params:

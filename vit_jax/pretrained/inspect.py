@@ -51,7 +51,7 @@ def inspect(source: str) -> dict[str, Any]:
 
 
 def _natural(path):
-  """Sorts encoderblock_10 behind encoderblock_9."""
+  """Returns a sort key that puts encoderblock_10 after encoderblock_9."""
   return [
     int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)
   ]

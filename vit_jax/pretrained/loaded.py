@@ -1,4 +1,4 @@
-"""From `Weights` to a model that can be called."""
+"""Callable models made from `Weights`."""
 
 import dataclasses
 import functools
@@ -28,23 +28,24 @@ log = logging.getLogger(__name__)
 
 
 class Config(NamedTuple):
-  """What a loaded model is.
+  """The description of a loaded model.
 
   Attributes:
-    origin: whose format it was read from.
+    origin: the project whose format it was read from.
     variant: such as "ViT-B_16".
     patch: pixels along a side of a token, or of a cell of the last convolution.
     grid: (h, w) in tokens or cells.
     image_size: (h, w) in pixels.
     num_classes: 0 for no head.
-    classifier: "token", "gap", "map" or "token+gap"; convolutions have "gap".
+    classifier: "token", "gap", "map" or "token+gap"; convolutional models have
+      "gap".
     representation_size: width of the tanh layer before the head, 0 for none.
     pos_embedding: its kind.
     activation: such as "gelu_tanh"; a ResNet has "relu", an EfficientNet
       "silu".
     layer_norm_epsilon: added to variances.
-    switches: {option of `models.create`: value} of what the paper's models do
-      not have, such as {"registers": 4}.
+    switches: {option of `models.create`: value} of features that the paper's
+      models do not have, such as {"registers": 4}.
     preprocess: evaluation preprocessing, for images of `image_size`.
     resize: how position embeddings are resized.
     loss: "softmax" or "sigmoid": what turns logits into probabilities.
@@ -74,11 +75,11 @@ class Pretrained:
   """A model with its weights.
 
   Attributes:
-    config: what it is.
+    config: its description.
     params: nested dictionary of float32 arrays.
     model: the pure functions, see `models.Model`.
-    report: what was taken, resized, new, dropped.
-    notes: what a user should know, one line each.
+    report: which arrays were taken, resized, new or dropped.
+    notes: for the user, one line each.
   """
 
   config: Config
@@ -88,7 +89,7 @@ class Pretrained:
   notes: tuple[str, ...] = ()
 
   def __call__(self, images) -> jax.Array:
-    """f32[b h w 3] in [-1, 1] -> logits f32[b k].
+    """Returns logits f32[b k] of images f32[b h w 3] in [-1, 1].
 
     Raises:
       UserError: no head, or images of another size, rank or type.
@@ -96,14 +97,14 @@ class Pretrained:
     if not self.config.num_classes:
       raise UserError(
         "the model has no head: vit_jax.load(..., num_classes=K) makes a new "
-        "one, .features(images) gives what comes before it"
+        "one, .features(images) returns its input"
       )
     return self._call(self._forward, images)
 
   def features(
     self, images, *, what: str = "pooled", layers: Sequence[int] = (-1,)
   ) -> jax.Array:
-    """f32[b h w 3] in [-1, 1] -> features, float32.
+    """Returns float32 features of images f32[b h w 3] in [-1, 1].
 
     Example::
 
@@ -113,14 +114,14 @@ class Pretrained:
 
     Args:
       images: of the size that the model takes.
-      what: "pooled", what the head would get, [b d]; "cls", the class token;
-        "mean" of the patches; "cls+mean", side by side; "patches", [b h w d].
-      layers: blocks whose tokens are taken, -1 the last one, side by side
-        along d; through the last LayerNorm where that is before the pooling.
-        Not of "pooled".
+      what: "pooled", the input of the head, [b d]; "cls", the class token;
+        "mean" of the patches; "cls+mean", concatenated; "patches", [b h w d].
+      layers: blocks whose tokens are concatenated along d; -1 is the last one.
+        The last LayerNorm is applied if it precedes the pooling. Not for
+        "pooled".
 
     Raises:
-      UserError: what the model does not have, or images that it does not take.
+      UserError: unsupported features, or images that the model does not take.
     """
     return self._call(self._make_features(what, tuple(layers)), images)
 
@@ -130,11 +131,11 @@ class Pretrained:
     return functools.cache(lambda *choice: jax.jit(make(*choice)))
 
   def probabilities(self, images) -> jax.Array:
-    """f32[b h w 3] in [-1, 1] -> f32[b k], softmax or sigmoid as trained."""
+    """Returns probabilities f32[b k] of images f32[b h w 3] in [-1, 1]."""
     return self.to_probabilities(self(images))
 
   def to_probabilities(self, logits) -> jax.Array:
-    """f32[b k] -> f32[b k], softmax or sigmoid as trained.
+    """Returns the softmax or sigmoid of logits f32[b k], as in training.
 
     Raises:
       UserError: a softmax over one class, which is 1 for every image.
@@ -149,7 +150,7 @@ class Pretrained:
     return jax.nn.softmax(logits)
 
   def _call(self, function, images):
-    """Returns a function of parameters and any number of images."""
+    """Applies a function of parameters and images; the batch may be empty."""
     images = self.check(images)
     if len(images):
       return function(self.params, images)
@@ -162,14 +163,14 @@ class Pretrained:
     return jax.jit(self.model.apply)
 
   def check(self, images):
-    """Returns the images.
+    """Returns the images if the model takes them.
 
     Raises:
-      UserError: of another size, rank or type than the model takes.
+      UserError: images of another size, rank or type.
     """
     height, width = self.model.image_size
     shape = np.shape(images)
-    # Convolutions have no positions, and so no size of their own.
+    # Convolutional models have no position embedding and take any size.
     size = shape[1:3] if not self.model.num_layers else (height, width)
     if len(shape) != 4 or shape[1:] != (*size, 3):
       raise UserError(
@@ -200,8 +201,8 @@ def assemble(
 ) -> Pretrained:
   """Returns the model of `weights`; the other arguments are those of `load`.
 
-  Each array is read, put on the device and forgotten before the next one.
-  `place(path, x)` puts it elsewhere than on the first device.
+  Arrays are read and put on the device one at a time. `place(path, x)` replaces
+  the default placement, on the first device.
   """
   place = place or (lambda _, x: jnp.asarray(x))
   if num_classes is None:
@@ -229,8 +230,7 @@ def assemble(
     source=weights.source,
     resize=weights.resize,
   )
-  # One after the other: copies that wait for their turn would hold the arrays
-  # that they are made of.
+  # One at a time, because pending copies would keep their source arrays alive.
   flat = {
     path: place(path, x.read().astype(np.float32)).block_until_ready()
     for path, x in given.items()
@@ -239,13 +239,13 @@ def assemble(
   if "head/kernel" in flat and not flat["head/kernel"].any():
     notes.append(HEAD_OF_ZEROS)
   for path in shapes.keys() - given.keys():
-    # All but the head is made as the file has it.
+    # Everything but the head comes from the file.
     assert path.startswith(HEADS), path
     flat[path] = jnp.zeros(shapes[path].shape, jnp.float32)
   for note in notes:
     log.warning("%s: %s", weights.source, note)
   preprocess = weights.preprocess
-  if model.image_size != weights.image_size:  # as much of an image
+  if model.image_size != weights.image_size:  # the same part of an image
     preprocess = rescale(preprocess, weights.image_size, model.image_size)
   config = describe(weights)._replace(
     grid=model.grid,
@@ -258,7 +258,7 @@ def assemble(
 
 
 def describe(weights: Weights) -> Config:
-  """Returns what the weights are, before anything is resized or replaced."""
+  """Describes the weights, before anything is resized or replaced."""
   sizes = variants.parse(weights.model["variant"])
   model, options = weights.create_model(), weights.options()
   if sizes.encoder is None:
@@ -289,12 +289,12 @@ def describe(weights: Weights) -> Config:
 
 
 def fold_normalization(weights: Weights) -> Weights:
-  """Returns weights for pixels in [-1, 1], whatever the file's were for.
+  """Returns equivalent weights for pixels in [-1, 1].
 
-  (pixel - mean) / std is linear, and so is the patch embedding: the one goes
-  into the other. Its kernel reads whole patches, so that no padding is in the
-  way. Where it has no bias, the patches' position embeddings take the shift,
-  also if they are resized later: an interpolation's weights sum to 1.
+  (pixel - mean) / std is affine, so it can be folded into the patch embedding,
+  which has no padding. Without a bias, the shift is added to the patches'
+  position embeddings. It survives resizing, because interpolation weights sum
+  to 1.
   """
   if set(weights.mean) == {0.5} and set(weights.std) == {0.5}:
     return weights
@@ -327,10 +327,10 @@ def fold_normalization(weights: Weights) -> Weights:
 
 
 def check_numerics(weights: Weights, config) -> None:
-  """Raises a UserError if a model would compute otherwise than these weights.
+  """Raises a UserError if a model's numerical settings are not the weights'.
 
   Args:
-    weights: what the model starts from.
+    weights: the model's initial weights.
     config: the model's configuration, with the keys of `models.create`.
   """
   names = (
@@ -344,7 +344,7 @@ def check_numerics(weights: Weights, config) -> None:
   ]
   if changes:
     raise UserError(
-      f"{weights.source} was trained with another arithmetic; add "
+      f"{weights.source} was trained with other numerical settings; add "
       f"{' '.join(changes)}"
     )
 
@@ -354,19 +354,19 @@ def rescale(
   old_size: int | tuple[int, int],
   new_size: int | tuple[int, int],
 ) -> str:
-  """Returns an evaluation string that shows as much at another resolution.
+  """Rescales evaluation preprocessing to another resolution.
 
-  Every size in it is scaled alike, the fixed ones as well as `size`:
-  resize_small(256)|central_crop(size), for 224 pixels, becomes
-  resize_small(512)|central_crop(448) for 448, with the same part of the image.
+  All sizes are scaled, fixed ones as well as `size`, to keep the same part of
+  the image: resize_small(256)|central_crop(size) for 224 pixels becomes
+  resize_small(512)|central_crop(448) for 448.
 
   Args:
-    text: the string, for images of `old_size`.
-    old_size: (height, width) or both, pixels.
+    text: the preprocessing string, for images of `old_size`.
+    old_size: in pixels, (height, width) or one number for both.
     new_size: likewise.
 
   Raises:
-    UserError: the string is wrong.
+    UserError: the string is invalid.
   """
   old_size, new_size = as_pair(old_size), as_pair(new_size)
   ops = []

@@ -1,6 +1,6 @@
 """Short names of published checkpoints, and their public addresses.
 
-The addresses come from, and have only been copied from:
+The addresses are copied, without a test download, from:
   google-research/vision_transformer, README.md: the buckets, AugReg's
     recommended checkpoints and their fine-tuned versions at 384;
   google-research/big_vision, models/vit.py: AugReg's B/8, the S/16 baselines;
@@ -21,7 +21,7 @@ def _list_plain() -> dict[str, str]:
     "imagenet21k": (
       "ViT-B_16 ViT-B_32 ViT-L_16 ViT-L_32 ViT-H_14 R50+ViT-B_16"
     ),
-    # At 384, or at 224 where the name has it.
+    # At 384 pixels, or at 224 if the name ends with it.
     "imagenet21k+imagenet2012": (
       "ViT-B_16 ViT-B_16-224 ViT-B_32 ViT-L_16 ViT-L_16-224 ViT-L_32"
       " R50+ViT-B_16"
@@ -36,9 +36,8 @@ def _list_plain() -> dict[str, str]:
   }
 
 
-# The variant; its recommended recipe and, where there is one, the learning rate
-# at 384; the recipe and the learning rate at 224. A recipe is augmentation,
-# weight decay, dropout.
+# Columns: variant; recommended recipe and learning rate at 384, if any; recipe
+# and learning rate at 224. A recipe is augmentation, weight decay, dropout.
 _AUGREG = """
 R+ViT-Ti_16   none    0.03 0.0 0.03  none    0.03 0.0 0.03
 R26+ViT-S_32  light1  0.1  0.0 0.01  light0  0.03 0.1 0.03
@@ -54,11 +53,11 @@ ViT-L_16      strong1 0.1  0.0 0.01  medium1 0.1  0.1 0.01
 
 
 def _list_augreg() -> dict[str, str]:
-  """Returns {name: address} of AugReg's ImageNet-21k models and fine-tuned.
+  """Returns {name: address} of AugReg's ImageNet-21k and fine-tuned models.
 
   VARIANT-augreg is the recommended pre-trained checkpoint,
-  VARIANT-augreg-imagenet2012-SIZE a fine-tuned one. At 224 the fine-tuned ones
-  do not always start from the recommended recipe: they are those that timm has.
+  VARIANT-augreg-imagenet2012-SIZE a fine-tuned one. Those at 224 are timm's
+  choice and do not always start from the recommended recipe.
   """
   found = {}
   for line in _AUGREG.split("\n")[1:-1]:
@@ -79,7 +78,7 @@ def _list_augreg() -> dict[str, str]:
 
 
 def _augreg(file, augmentation, decay, drop, tuned="") -> str:
-  # Dropout and stochastic depth were only ever used together.
+  # AugReg always uses dropout and stochastic depth together.
   return (
     f"{_VIT}/augreg/{file}-i21k-300ep-lr_0.001-aug_{augmentation}-wd_{decay}"
     f"-do_{drop}-sd_{drop}{tuned}.npz"

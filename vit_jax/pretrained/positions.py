@@ -1,4 +1,4 @@
-"""Position embeddings at another resolution, in each origin's way."""
+"""Resizing of position embeddings, by the methods of several projects."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import numpy as np
 def corner_aligned(length_in: int, length_out: int) -> np.ndarray:
   """Returns the matrix f64[out in] of corner-aligned linear interpolation.
 
-  Output o samples the input at o * (in - 1) / (out - 1), as
-  `scipy.ndimage.zoom(order=1)` does and as the published fine-tuned weights
-  were made; `jax.image.resize` aligns pixel centres instead. A single output
+  Output o samples the input at o * (in - 1) / (out - 1), like
+  `scipy.ndimage.zoom(order=1)`, with which the published fine-tuned weights
+  were made. `jax.image.resize` aligns pixel centres instead. A single output
   takes the first input, as in scipy.
   """
   position = np.linspace(0, length_in - 1, length_out)
@@ -24,12 +24,12 @@ def bicubic(length_in: int, length_out: int, offset: float = 0.0) -> np.ndarray:
   """Returns the matrix f64[out in] of PyTorch's bicubic interpolation.
 
   Pixel centres are aligned, the four taps of Keys' kernel have a = -0.75, and
-  taps beyond an edge take the edge's value. Hugging Face resizes so:
+  taps beyond an edge take the edge's value. Hugging Face uses this:
   `interpolate(mode="bicubic", align_corners=False)`.
 
   Args:
-    length_in, length_out: of the input and the output.
-    offset: added to `length_out` in the step from one output to the next.
+    length_in, length_out: lengths of the input and the output.
+    offset: added to `length_out` when computing the sampling step.
   """
   scale = length_in / (length_out + offset)
   position = (np.arange(length_out) + 0.5) * scale - 0.5
@@ -43,12 +43,12 @@ def bicubic(length_in: int, length_out: int, offset: float = 0.0) -> np.ndarray:
 
 
 def _centred(kernel, antialias: bool) -> Callable[[int, int], np.ndarray]:
-  """Returns a method that weighs by the distance from pixel centres.
+  """Returns a method that weights inputs by their distance to pixel centres.
 
-  Beyond an edge there is nothing, and each row's weights are scaled to 1. With
-  `antialias` the kernel is as much wider as the output is smaller. Such are
-  PyTorch's `interpolate(align_corners=False)` if it is bilinear or antialiased,
-  and `jax.image.resize`.
+  There are no inputs beyond an edge, and each row's weights sum to 1. With
+  `antialias`, downsampling widens the kernel by the scale factor. This is
+  `jax.image.resize`, and PyTorch's `interpolate(align_corners=False)` if that
+  is bilinear or antialiased.
   """
 
   def make_matrix(length_in, length_out):
@@ -67,26 +67,25 @@ def _triangle(x):
 
 
 def _keys_kernel(x, a):
-  """The cubic convolution kernel of Keys (1981), which ends at |x| = 2."""
+  """Returns the cubic convolution kernel of Keys (1981), 0 beyond |x| = 2."""
   x = np.abs(x)
   near = (a + 2) * x**3 - (a + 3) * x**2 + 1
   far = a * (x**3 - 5 * x**2 + 8 * x - 4)
   return np.where(x <= 1, near, np.where(x < 2, far, 0))
 
 
-# Whose convention it is, or how it interpolates -> (length in, length out) ->
-# the matrix f64[out in].
+# {project or interpolation: (length in, length out) -> matrix f64[out in]}.
 METHODS = {
   # The paper's code and big_vision.
   "corner_aligned": corner_aligned,
-  # Meta's DINOv2 with registers and OpenCLIP as well.
+  # Also Meta's DINOv2 with registers, and OpenCLIP.
   "timm": _centred(lambda x: _keys_kernel(x, -0.5), antialias=True),
   "huggingface": bicubic,
-  # Meta's without registers.
+  # Meta's DINOv2 without registers.
   "dinov2": functools.partial(bicubic, offset=0.1),
   "bilinear": _centred(_triangle, antialias=False),
   "bilinear_antialiased": _centred(_triangle, antialias=True),
-  # C-RADIO: a square of the longer side, of which `make_matrix` takes a part.
+  # C-RADIO: a square of the longer side, which `make_matrix` crops.
   "cpe": _centred(_triangle, antialias=False),
 }
 
@@ -97,7 +96,7 @@ def make_matrix(
   """Returns the matrix f64[shape[axis] length] that resizes one axis.
 
   Args:
-    length: of the axis before.
+    length: old length of the axis.
     axis: 0 for height, 1 for width.
     shape: (h, w) in patches, of the result.
     method: one of `METHODS`.
@@ -112,7 +111,7 @@ def resize_axis(
   """Resizes embeddings of rows or columns, f32[... n d] to f32[... n' d].
 
   Args:
-    x: of one axis.
+    x: embeddings of one axis.
     axis, shape, method: see `make_matrix`.
   """
   matrix = make_matrix(x.shape[-2], axis, shape, method)
@@ -124,7 +123,7 @@ def resize_grid(
 ) -> np.ndarray:
   """Resizes position embeddings f32[h w d] to f32[*shape d], in float64.
 
-  An unchanged shape returns the very same values.
+  An unchanged shape returns `grid` itself.
   """
   if grid.shape[:2] == tuple(shape):
     return grid
@@ -145,8 +144,8 @@ def resize_tokens(
 
   Args:
     pos_embedding: n is h*w of the old grid, plus the class token and others.
-    old_grid: (h, w) in patches. It is given, never guessed from n: 196 tokens
-      are a 14x14 grid and not a class token with 195 patches.
+    old_grid: (h, w) in patches. It is not inferred from n, because 196 tokens
+      may be a 14x14 grid or a class token with 195 patches.
     new_grid: (h, w) in patches.
     method: one of `METHODS`.
   """

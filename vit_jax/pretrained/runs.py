@@ -21,7 +21,7 @@ ORIGIN = "vit_jax"
 
 
 def matches(path) -> bool:
-  """Returns whether a folder is a run's or one of its checkpoints."""
+  """Returns whether a folder is a run or one of its checkpoints."""
   path = checkpoint.absolute(path)
   run = path.parent.parent if path.name.isdigit() else path
   return files.has_run(run) and any(
@@ -63,8 +63,7 @@ def locate(path) -> tuple[epath.Path, list[epath.Path]]:
 def read(source: str, *, arrays: bool = True) -> Weights:
   """Returns the weights of a run: its best checkpoint, else its newest.
 
-  Without `arrays` only the contents of config.json. Corrupt checkpoints are
-  skipped.
+  Corrupt checkpoints are skipped. Without `arrays`, only config.json is read.
 
   Raises:
     UserError: no checkpoint there, or all of them are corrupt.
@@ -89,7 +88,7 @@ def read(source: str, *, arrays: bool = True) -> Weights:
 
 def _as_weights(params, run, folder) -> Weights:
   config = {**run["config"]}
-  if adapted := config.pop("lora", None):  # what is read is the plain model
+  if adapted := config.pop("lora", None):  # merged into the plain model
     params = lora.merge(params, **adapted)
     run = {**run, "config": config}
   params = {path: as_lazy(np.asarray(x)) for path, x in params.items()}
@@ -112,7 +111,7 @@ def write(weights: Weights, out) -> None:
   """Writes a folder that every command takes as a checkpoint.
 
   Raises:
-    UserError: there is something at `out` already.
+    UserError: `out` exists.
   """
   folder = checkpoint.absolute(out)
   if folder.exists():
@@ -128,7 +127,7 @@ def write(weights: Weights, out) -> None:
     "resize": weights.resize,
     "converted_from": weights.source,
   }
-  # Orbax writes a folder in a bucket as such; config.json makes it complete.
+  # In a bucket Orbax writes in place; config.json, written last, completes it.
   is_remote = files.is_remote(folder)
   place = contextlib.nullcontext if is_remote else files.atomic_folder
   with place(folder) as partial:
@@ -139,6 +138,6 @@ def write(weights: Weights, out) -> None:
       checkpoints.close()
     except RunStopped as e:
       time.sleep(1)  # TensorStore may still write into the folder
-      # Of a run its advice is that the same command resumes.
+      # Without the advice to resume with the same command, which is for runs.
       raise OSError(one_line(e.__cause__ or e)) from e
     files.write_json(partial / "config.json", run)

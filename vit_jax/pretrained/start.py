@@ -1,4 +1,4 @@
-"""A run that starts from other weights: `config.init_from`."""
+"""Initial weights of a run from a checkpoint: `config.init_from`."""
 
 import logging
 
@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 
 
 def start_from(source: str, state: TrainState, objective, config) -> TrainState:
-  """Returns the state with the weights of `source`, and logs what they are.
+  """Returns the state with the weights of `source`, and logs a report.
 
   Args:
     source: what `pretrained.read` takes.
     state: at step 0, on the devices.
-    objective: what the run trains for; its model and class names are read.
-    config: that of the model.
+    objective: the run's objective; its model and class names are used.
+    config: the model's configuration.
 
   Raises:
-    UserError: nothing to read there, or another architecture.
+    UserError: `source` cannot be read, or has another architecture.
   """
   weights = pretrained.fold_normalization(pretrained.read(source))
   pretrained.check_numerics(weights, config)

@@ -1,8 +1,8 @@
-"""From a file's arrays to ours: sizes from shapes, and tables of names.
+"""Name tables of file formats, and model sizes from array shapes.
 
-A format is a table of rules: a pattern for our parameter's path, the name that
-it has in the file, and the kind of rearrangement between the two. The same
-table reads and writes.
+A format is a table of rules: a pattern for our parameter's path, its name in
+the file, and the layout conversion between the two. The same table is used for
+reading and writing.
 """
 
 import math
@@ -28,7 +28,7 @@ from vit_jax.pretrained.weights import LazyArray, Weights
 
 
 class Kind(NamedTuple):
-  """A rearrangement: of ours to their shape, and of theirs to ours."""
+  """A layout conversion: `write` from ours to theirs, `read` back to ours."""
 
   write: Callable[[Any], Any]
   read: Callable[[Any, tuple[int, ...]], Any] = np.reshape
@@ -40,14 +40,14 @@ FLAT = Kind(lambda x: x.reshape(-1))
 LINEAR = Kind(
   lambda x: x.reshape(x.shape[0], -1).T, lambda x, shape: x.T.reshape(shape)
 )
-# The output projection of attention: its inputs are the ones in heads.
+# The output projection of attention, whose inputs are split into heads.
 LINEAR_OUT = Kind(
   lambda x: x.reshape(-1, x.shape[-1]).T, lambda x, shape: x.T.reshape(shape)
 )
 CONV = Kind(
   lambda x: x.transpose(3, 2, 0, 1), lambda x, shape: x.transpose(2, 3, 1, 0)
 )
-# Twice the file's, of a head that is one of two whose mean is taken.
+# Twice the file's values, for a head whose logits are averaged with zeros.
 TWICE = Kind(
   lambda x: x * x.dtype.type(0.5), lambda x, shape: x * x.dtype.type(2)
 )
@@ -72,10 +72,10 @@ class Rule(NamedTuple):
 
   Attributes:
     path: regular expression of our whole path.
-    name: the file's name; may use the groups of `path`. "" for zeros that the
-      file does not have.
-    kind: the rearrangement.
-    part: (i, n) if this is part i of n that the file joins along axis 0.
+    name: the file's name; may use the groups of `path`. "" for zeros that are
+      not in the file.
+    kind: the layout conversion.
+    part: (i, n) if this is part i of n that the file concatenates along axis 0.
   """
 
   path: str
@@ -93,7 +93,7 @@ class _Entry(NamedTuple):
 
 
 def _find_entries(rules, shapes) -> list[_Entry]:
-  """Returns what each of our arrays is called in the file."""
+  """Returns the file's entry for each of our arrays."""
   entries = []
   for path, x in shapes.items():
     for rule in rules:
@@ -118,7 +118,7 @@ def translate(
 
   Args:
     rules: the format's table.
-    weights: what the file holds, but for the arrays.
+    weights: the contents of the file except for the arrays.
     arrays: {name: LazyArray} of the file.
 
   Raises:
@@ -130,7 +130,7 @@ def translate(
   _check_names(source, {e.name for e in entries}, arrays)
   for entry in entries:
     found = arrays[entry.name].shape
-    # Old files keep (1, 1, 1, c) for (c,).
+    # Old files have (1, 1, 1, c) for (c,).
     if _squeeze(found) != _squeeze(entry.file_shape):
       raise UserError(
         f"{source}: {entry.name} is {by(found)}, "
@@ -154,7 +154,7 @@ def _zeros(shape):
 def translate_back(
   rules: Sequence[Rule], weights: Weights
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields (name, array) as the file shall have them.
+  """Yields (name, array) in the file's layout.
 
   Raises:
     UserError: the format has no name for one of them.
@@ -202,7 +202,7 @@ def _squeeze(shape):
   return tuple(side for side in shape if side != 1)
 
 
-# What files without a configuration of their own are read with.
+# Settings of files without a configuration.
 PAPER = {
   "pos_embedding_at": ("input",),
   "activation": ("gelu_tanh",),
@@ -211,7 +211,7 @@ PAPER = {
 
 
 class _Above:
-  """Contains the numbers that are greater than one."""
+  """A container of all numbers above a limit."""
 
   def __init__(self, low):
     self.low = low
@@ -229,10 +229,10 @@ def check_options(
   """Raises a UserError that names what a format cannot represent.
 
   Args:
-    weights: what is to be written.
+    weights: the weights to write.
     format_name: for the message.
-    *problems: what is known of already.
-    **options: what a format has of an argument of `models.create`.
+    *problems: found by the caller.
+    **options: supported values, by argument of `models.create`.
   """
   weights.create_model()  # checks the configuration
   found = models.DEFAULTS | weights.model
@@ -250,7 +250,7 @@ def check_options(
 
 
 def square_grid(source: str, num_tokens: int) -> tuple[int, int]:
-  """Returns the (h, w) of a format that has square images only.
+  """Returns (h, w) in patches, for a format of square images.
 
   Raises:
     UserError: the number of tokens is not a square.
@@ -278,10 +278,10 @@ def describe_encoder(
     arrays: the file's.
     query: name of the kernel [d a d/a] of a block's query projection.
     mlp: name of the kernel [d m] of its first dense layer.
-    num_layers: of the encoder; None where both have a leading axis for it.
+    num_layers: of the encoder; None if both have a leading axis of layers.
 
   Raises:
-    UserError: one of the names is not there, or has another rank.
+    UserError: one of the arrays is missing, or has another rank.
   """
   stacked = num_layers is None
   *layers, width, heads, _ = shape_of(source, arrays, query, 3 + stacked)
@@ -290,7 +290,7 @@ def describe_encoder(
 
 
 def count_numbers(names: Iterable[str], pattern: str) -> int:
-  """Returns how many numbers `pattern` captures, such as those of blocks."""
+  """Returns how many numbers `pattern` captures, such as indices of blocks."""
   matches = (re.match(pattern, name) for name in names)
   return len({int(match[1]) for match in matches if match})
 
@@ -298,10 +298,10 @@ def count_numbers(names: Iterable[str], pattern: str) -> int:
 def shape_of(
   source: str, arrays: Mapping[str, LazyArray], name: str, rank: int
 ) -> tuple[int, ...]:
-  """Returns the shape of an array that the model's sizes follow from.
+  """Returns the shape of an array that determines sizes of the model.
 
   Raises:
-    UserError: it is not there, has another rank, or nothing in it.
+    UserError: it is missing, empty, or has another rank.
   """
   shape = arrays[name].shape if name in arrays else ()
   if len(shape) != rank or 0 in shape:
@@ -320,7 +320,7 @@ def name_variant(
   units: tuple[int, ...] | None,
   width: int = 1,
 ) -> str | None:
-  """Returns the name that `variants.parse` reads so, None if there is none."""
+  """Returns the variant's name for `variants.parse`, None if there is none."""
   if encoder is None:
     depths = [
       name for name, value in variants.RESNETS.items() if value == units

@@ -19,7 +19,7 @@ class Teaching(NamedTuple):
   """The teacher of a run, and its parameters; all empty without one.
 
   Attributes:
-    teacher: what an objective needs of it.
+    teacher: the part that an objective needs.
     params: on the devices.
     about: its entry in config.json.
   """
@@ -29,9 +29,9 @@ class Teaching(NamedTuple):
   about: Mapping[str, Any] = types.MappingProxyType({})
 
   def add_to(self, batches: Iterator[dict]) -> Iterator[dict]:
-    """Returns batches that have the teacher's parameters, if there is one.
+    """Adds the teacher's parameters, if there is one, to each batch.
 
-    As an argument of the step they are not constants of its program.
+    As arguments of the step they are not constants of the compiled program.
     """
     if self.teacher is None:
       return batches
@@ -42,14 +42,14 @@ def read_teacher(config, mesh, class_names: list[str], run) -> Teaching:
   """Returns the teacher that a configuration names, on the devices.
 
   Args:
-    config: that of the run.
-    mesh: the teacher's parameters are sharded as those of a model of the run.
+    config: the run's configuration.
+    mesh: the teacher's parameters are sharded over it like those of a student.
     class_names: of the training data.
-    run: config.json of a run that is resumed, else None.
+    run: config.json of a resumed run, else None.
 
   Raises:
-    UserError: nothing to read there, a model that has no head, other classes,
-      or cannot take the images; or not the one that the run began with.
+    UserError: the teacher cannot be read, has no head or other classes, does
+      not take the images, or is not the one that the run began with.
   """
   how = config.teacher.to_dict()
   source = how.pop("source")
@@ -75,7 +75,7 @@ def read_teacher(config, mesh, class_names: list[str], run) -> Teaching:
 
 
 def _place(mesh, path, x) -> jax.Array:
-  """Returns an array on the mesh, where that of a model with this name lies."""
+  """Returns an array on the mesh, sharded like a model's array of that name."""
   layout = sharding.tree_shardings(mesh, {path: x})[path]
   return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
@@ -83,8 +83,8 @@ def _place(mesh, path, x) -> jax.Array:
 def _check_classes(weights, class_names: Sequence[str]) -> None:
   """Raises a UserError unless a teacher has these classes in this order.
 
-  Weights that were not trained here may name their classes otherwise or not at
-  all; then the same number is taken to mean the same order.
+  Weights from elsewhere may have other class names or none. The same number of
+  classes is then assumed to mean the same order.
   """
   if not weights.num_classes:
     raise UserError("it has no head, and so no logits; fine-tune it first")
@@ -108,14 +108,14 @@ def _check_classes(weights, class_names: Sequence[str]) -> None:
       "same order"
     )
   log.warning(
-    "%s does not name its classes as the training data do; taken to be in the "
-    "same order",
+    "%s does not have the class names of the training data; the classes are "
+    "assumed to be in the same order",
     weights.source,
   )
 
 
 def _check_same(about, run) -> None:
-  """Raises a UserError unless all processes, and the run so far, have it."""
+  """Raises a UserError unless all processes and the run so far share it."""
   distributed.check_same({"the teacher": about["digest"]})
   before = (run or {"teacher": about})["teacher"]
   if before["digest"] != about["digest"]:

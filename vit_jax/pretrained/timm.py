@@ -1,9 +1,9 @@
 """safetensors of timm's vision transformers, with or without config.json.
 
-VisionTransformer (ViT, DINOv2, CLIP, SigLIP, MAE, DeiT III), its distilled form
-(DeiT), and of Eva DINOv3. Query, key and value are one matrix. What does not
-show in the arrays (heads, activation, LayerNorm's epsilon) is in config.json's
-"model_args", or else follows from the name of the architecture.
+Reads VisionTransformer (ViT, DINOv2, CLIP, SigLIP, MAE, DeiT III), its
+distilled form (DeiT), and DINOv3 of the class Eva. Query, key and value are one
+matrix. The number of heads, activation and LayerNorm epsilon come from
+"model_args" in config.json, else from the architecture's name.
 """
 
 import math
@@ -39,8 +39,8 @@ _ACTIVATIONS = {
 }
 _POOLING = {"token": "token", "avg": "gap", "map": "map"}
 
-# Architectures are distinguished by their arrays, but for these: heads that are
-# not 64 wide, activations and epsilons. From timm's vision_transformer.py.
+# Settings that the arrays do not show: heads that are not 64 wide, activations
+# and epsilons. From timm's vision_transformer.py.
 _SIXTEEN_HEADS = (
   r"vit_(base_patch16_gap_224|huge_(?!plus)|giant_(?!.*dinov2)|giantopt_"
   r"|gigantic_|so400m_).*"
@@ -51,21 +51,21 @@ _TANH = (
   r"|so400m_patch16_siglip|giantopt_patch16_siglip).*"
 )
 _EPSILON_1E_5 = r"vit_.*_(clip|dinov3).*"
-# Others are something else, though their arrays may look alike.
+# Supported names, and exceptions whose arrays may look the same.
 _ARCHITECTURE = r"(vit|deit|deit3|test_vit)_?[a-z0-9_]*"
 _OTHER_ARCHITECTURE = (
   r".*_(rpn|rope|relpos|srelpos|dlittle|pe|lingbot|eupe|naflex)_.*"
 )
 _IS_DINOV3 = r"vit_.*_dinov3.*"
 
-# What there is no place for: names in the file, and what they mean.
+# Unsupported layers: patterns of names in the file, and descriptions.
 _FOREIGN = (
   (r"blocks\.\d+\.mlp\.norm\.", "a LayerNorm within the MLP"),
   (r"blocks\.\d+\.attn\.norm\.", "a LayerNorm before attention's output"),
-  (r"patch_embed\.backbone\.", "a hybrid; of those, the published npz is read"),
+  (r"patch_embed\.backbone\.", "of a hybrid; use the published npz instead"),
 )
 
-# Arguments that change no forward pass, or that the arrays show.
+# Arguments that do not change the forward pass, or that the arrays show.
 _HARMLESS = {
   *("img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth"),
   *("num_heads", "mlp_ratio", "class_token", "no_embed_class", "global_pool"),
@@ -82,7 +82,7 @@ _WITHOUT_TOKEN = Rule(POS_EMBEDDING, "pos_embed", tables.NO_TOKEN)
 
 
 def _make_rules(is_dinov3: bool, gated: bool) -> tuple[Rule, ...]:
-  """Returns the table, which for DINOv3 is that of Eva."""
+  """Returns the rules of VisionTransformer, or of Eva for DINOv3."""
   attention = f"{folders.BLOCK}/MultiHeadDotProductAttention_0"
   mlp = f"{folders.BLOCK}/MlpBlock_0"
   rules, scales = [], ("ls1.gamma", "ls2.gamma")
@@ -133,7 +133,7 @@ def _make_rules(is_dinov3: bool, gated: bool) -> tuple[Rule, ...]:
 def matches(
   arrays: Mapping[str, LazyArray], config: dict[str, Any] | None
 ) -> bool:
-  """Returns whether a file is timm's, of this architecture or not."""
+  """Returns whether a file is timm's, of any architecture."""
   return _PATCHES in arrays or "architecture" in (config or {})
 
 
@@ -160,11 +160,11 @@ def read(
   encoder, patch, notes = _describe(arrays, architecture, arguments)
   switches = _describe_switches(arrays, is_dinov3, encoder)
   switches["rope_base"] = arguments.get("rope_temperature", 100.0)
-  if switches["layer_scale_init"]:  # which matters before training alone
+  if switches["layer_scale_init"]:  # used at initialisation only
     switches["layer_scale_init"] = arguments.get("init_values", 1e-5)
   gated = switches["mlp"] == "gated"
   classifier = _describe_pooling(fields, arguments, arrays)
-  # Old config.json files have everything at the top.
+  # Old config.json files have everything at the top level.
   pretrained = fields.get("pretrained_cfg", fields.values)
   pretrained = folders.Fields(source, pretrained)
   image_size, rows = _describe_grid(
@@ -211,20 +211,18 @@ def _check_architecture(architecture, arguments, arrays):
   for pattern, meaning in _FOREIGN:
     found = [name for name in arrays if re.match(pattern, name)]
     if found:
-      raise arguments.error(
-        f"{found[0]} is {meaning}; there is no place for it here"
-      )
+      raise arguments.error(f"{found[0]} is not supported: it is {meaning}")
   if architecture and (
     not re.fullmatch(_ARCHITECTURE, architecture)
     or re.fullmatch(_OTHER_ARCHITECTURE, architecture)
   ):
     raise arguments.error(
-      f"its config.json is of the architecture {architecture!r}; of timm's, "
-      "the ViTs such as 'vit_base_patch16_224' are read here, with those of "
-      "CLIP, SigLIP, MAE, DINO and DeiT"
+      f"its config.json has the architecture {architecture!r}; supported are "
+      "timm's ViTs such as 'vit_base_patch16_224', with those of CLIP, SigLIP, "
+      "MAE, DINO and DeiT"
     )
   for name, value in arguments.values.items():
-    # Rates of dropout are for training.
+    # Dropout is for training only.
     known = name in _HARMLESS or name.endswith("_rate")
     if not known and value not in (None, False):
       raise arguments.error(
@@ -233,7 +231,7 @@ def _check_architecture(architecture, arguments, arrays):
 
 
 def _describe(arrays, architecture, arguments):
-  """Returns the encoder's sizes, the patch's, and notes."""
+  """Returns the encoder's sizes, the patch size, and notes."""
   source = arguments.source
   width, _, patch, patch_width = tables.shape_of(source, arrays, _PATCHES, 4)
   if patch != patch_width:
@@ -318,15 +316,15 @@ def _describe_pooling(fields, arguments, arrays):
   includes = arguments.values.get("pool_include_prefix", False)
   if bool(includes) != (said == "map" and bool(prefix)):
     raise arguments.error(
-      f"pool_include_prefix is {includes} and global_pool {said!r}; ours takes "
-      "the tokens before the patches along in attention pooling, and only there"
+      f"pool_include_prefix is {includes} and global_pool {said!r}; our "
+      "attention pooling always includes the tokens before the patches, the "
+      "others never do"
     )
   return _POOLING[said]
 
 
 def _describe_grid(arrays, arguments, pretrained, patch, is_dinov3):
-  """Returns (h, w) in pixels, and how many tokens before the patches are in
-  the position embedding."""
+  """Returns (h, w) in pixels, and how many extra tokens have positions."""
   source, size = arguments.source, pretrained.values.get("input_size")
   size = list(size)[1:] if isinstance(size, (list, tuple)) else size
   size = arguments.values.get("img_size") or size
@@ -346,7 +344,7 @@ def _describe_grid(arrays, arguments, pretrained, patch, is_dinov3):
   count = tables.shape_of(source, arrays, "pos_embed", 3)[1]
   num_patches = (image_size[0] // patch) * (image_size[1] // patch)
   if not given or count not in (num_patches, num_patches + prefix):
-    # The size is not given, or is not this embedding's.
+    # The size is missing, or does not match the embedding.
     is_square = math.isqrt(count) ** 2 == count
     num_patches = count if is_square else count - prefix
     grid = tables.square_grid(source, num_patches)
@@ -363,8 +361,8 @@ def read_preparation(weights: Weights, fields: folders.Fields) -> Weights:
   mode = fields.get("crop_mode", "center")
   if mode not in ("center", "squash"):
     notes.append(
-      f"its authors prepare images with crop_mode={mode!r}; here their middle "
-      "is cropped"
+      f"its authors prepare images with crop_mode={mode!r}; here it is a "
+      "central crop"
     )
   method, filter_notes = folders.find_method(
     fields.get("interpolation", "bicubic")
@@ -384,7 +382,7 @@ def read_preparation(weights: Weights, fields: folders.Fields) -> Weights:
 def write(weights: Weights, out: pathlib.Path) -> None:
   """Writes a folder for `timm.create_model("local-dir:OUT", pretrained=True)`.
 
-  Of weights that pass `check`.
+  The weights must pass `check`.
   """
   options = weights.options()
   rules = _make_rules(options["rope"] != "none", options["mlp"] == "gated")
@@ -392,11 +390,11 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   if "cls" in params and POS_EMBEDDING in params:
     table = params[POS_EMBEDDING].read()
     first = table[:, :1]
-    # With registers timm's class token has its position added already.
+    # With registers, timm's class token already includes its position.
     if options["registers"] and options["prefix_positions"] == "tokens":
       params["cls"] = as_lazy(params["cls"].read() + first)
       first = np.zeros_like(first)
-    # A first entry of zeros is left out: that is how it was read.
+    # A first entry of zeros is omitted, because reading adds it.
     if not first.any() and not np.signbit(first).any():
       rules, with_token = (_WITHOUT_TOKEN, *rules), False
   weights = weights._replace(params=params)
@@ -406,8 +404,8 @@ def write(weights: Weights, out: pathlib.Path) -> None:
   )
 
 
-# What models of these architectures may be; their names stand for classes and
-# an epsilon that config.json cannot hold. The arguments have all else.
+# Supported options by architecture. An architecture's name implies a class and
+# an epsilon that config.json cannot express; "model_args" has everything else.
 _ANY = {
   "pos_embedding": ("learned", "none"),
   "pos_embedding_at": ("input",),
@@ -462,7 +460,7 @@ _KINDS = {
 
 
 def _find_kind(options) -> str:
-  """Returns the architecture of `_KINDS` that has most in common."""
+  """Returns the architecture of `_KINDS` for these options."""
   if options["distillation_token"]:
     return "deit_base_distilled_patch16_224"
   if options["rope"] != "none":
@@ -501,7 +499,7 @@ def _make_config(weights, options, with_token):
     "mlp_ratio": _find_ratio(encoder.mlp_dim, encoder.hidden_size),
     "class_token": pool == "token" or options["class_token"],
     "global_pool": pool,
-    # A value that shows only in what was drawn at first.
+    # The value is used at initialisation only.
     "init_values": options["layer_scale_init"] or None,
     "qkv_bias": options["qkv_bias"] != "none",
   }
@@ -510,7 +508,7 @@ def _make_config(weights, options, with_token):
       "num_reg_tokens": options["registers"],
       "rope_temperature": options["rope_base"],
       "swiglu_mlp": gated,
-      # Without it timm has the gate in one matrix with what it opens.
+      # Without it, timm has the gate and the gated branch in one matrix.
       "swiglu_align_to": int(gated),
       "use_fc_norm": options["final_norm"] == "pooled",
     }
@@ -547,7 +545,7 @@ def _make_config(weights, options, with_token):
 
 
 def _find_ratio(mlp_dim, hidden_size):
-  """Returns a ratio that timm's int(hidden_size * ratio) makes mlp_dim of."""
+  """Returns a ratio for which timm's int(hidden_size * ratio) is mlp_dim."""
   ratio = mlp_dim / hidden_size
   if int(hidden_size * ratio) != mlp_dim:
     ratio = (mlp_dim + 0.5) / hidden_size
@@ -555,7 +553,7 @@ def _find_ratio(mlp_dim, hidden_size):
 
 
 def make_pretrained(weights: Weights, name: str = _NAME) -> dict[str, Any]:
-  """Returns the "pretrained_cfg" of a model with this name for messages.
+  """Returns the "pretrained_cfg" of a model; `name` is for messages.
 
   Raises:
     UserError: preprocessing that it cannot represent.
@@ -569,7 +567,7 @@ def make_pretrained(weights: Weights, name: str = _NAME) -> dict[str, Any]:
   if crop > 1 or (squash and aimed != resized):
     raise UserError(
       f"{name} cannot represent the preprocessing {weights.preprocess!r}: "
-      "there height and width are enlarged by one factor, then cropped"
+      "it enlarges height and width by one factor, then crops"
     )
   return {
     "num_classes": weights.num_classes,
@@ -586,7 +584,7 @@ def make_pretrained(weights: Weights, name: str = _NAME) -> dict[str, Any]:
 
 
 def _find_crop(size, resized):
-  """Returns the crop_pct of which timm makes `resized`: floor(size / it)."""
+  """Returns a crop_pct such that timm's floor(size / crop_pct) is `resized`."""
   crop = round(size / resized, 3)
   if math.floor(size / crop) != resized:
     crop = size / (resized + 0.5)

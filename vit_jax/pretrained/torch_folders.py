@@ -1,7 +1,7 @@
-"""What the folders of Hugging Face and timm have in common.
+"""Code shared by the folder formats of Hugging Face and timm.
 
-PyTorch's layouts, fields of a JSON file, how an image gets its size, and a
-folder that is complete or not there.
+Rules for PyTorch's layouts, fields of JSON files, resizing of images, and
+atomic writing of a folder.
 """
 
 import json
@@ -30,7 +30,7 @@ _Value = TypeVar("_Value")
 
 
 def norm_rules(path: str, name: str) -> list[Rule]:
-  """A LayerNorm's two lines."""
+  """Returns a LayerNorm's two rules."""
   return [
     Rule(f"{path}/scale", f"{name}.weight"),
     Rule(f"{path}/bias", f"{name}.bias"),
@@ -40,7 +40,7 @@ def norm_rules(path: str, name: str) -> list[Rule]:
 def dense_rules(
   path: str, name: str, kind=tables.LINEAR, part=None
 ) -> list[Rule]:
-  """A dense layer's two lines; `part` as in `Rule`."""
+  """Returns a dense layer's two rules; `part` as in `Rule`."""
   return [
     Rule(f"{path}/kernel", f"{name}.weight", kind, part),
     Rule(f"{path}/bias", f"{name}.bias", tables.FLAT, part),
@@ -55,16 +55,16 @@ def block_rules(
   scales: Sequence[str] = (),
   gate: str = "",
 ) -> list[Rule]:
-  """The lines of an encoder's blocks.
+  """Returns the rules of an encoder's blocks, from the names in the file.
 
   Args:
-    block: the file's name of a block; may use its number, "\\1".
-    norms: in it, of the LayerNorms before attention and before the MLP.
-    attention: of query, key, value and output; of the first three, one name for
-      what is joined in one array.
-    mlp: of the layer that widens and the layer that narrows.
-    scales: of the LayerScale of attention and of the MLP.
-    gate: of a gated MLP's.
+    block: a block; may use its number, "\\1". The other names are below it.
+    norms: the LayerNorms before attention and before the MLP.
+    attention: query, key, value and output. The first three have one name if
+      they are one array.
+    mlp: the layer that widens and the layer that narrows.
+    scales: LayerScale of attention and of the MLP.
+    gate: the gate of a gated MLP.
   """
   *inputs, out = (f"{block}.{name}" for name in attention)
   rules = [*dense_rules(f"{ATTENTION}/out", out, tables.LINEAR_OUT)]
@@ -86,7 +86,7 @@ def block_rules(
 def pool_rules(
   probe: str, out: str, norm: str, mlp: Sequence[str]
 ) -> list[Rule]:
-  """The lines of attention pooling, but for its query, key and value."""
+  """Returns the rules of attention pooling except query, key and value."""
   path = f"{POOL}/MultiHeadDotProductAttention_0/out"
   rules = [
     Rule(f"{POOL}/probe", probe),
@@ -102,11 +102,11 @@ def pool_rules(
 
 
 class Fields(NamedTuple):
-  """A user's JSON file, whose fields are checked where they are read.
+  """A user's JSON file, whose fields are checked on access.
 
   Attributes:
     source: the file, for messages.
-    values: what is in it.
+    values: its contents.
   """
 
   source: str
@@ -116,7 +116,7 @@ class Fields(NamedTuple):
     """Returns a field of the default's type, the default if absent or null.
 
     Raises:
-      UserError: it has another type, or is a number below zero.
+      UserError: it has another type or is negative.
     """
     value = self.values.get(name)
     if value is None:
@@ -124,7 +124,7 @@ class Fields(NamedTuple):
     if type(default) is float and type(value) is int:
       value = float(value)
     is_number = isinstance(value, (int, float))
-    # NaN is not at least 0, either.
+    # `not value >= 0` also rejects NaN.
     if type(value) is not type(default) or (is_number and not value >= 0):
       raise self.error(f"{name} is {value!r}; give one such as {default!r}")
     return value
@@ -147,7 +147,7 @@ class Fields(NamedTuple):
     return tuple(map(float, value))
 
   def error(self, words: str) -> UserError:
-    """Returns the error of a file that has what is not read here."""
+    """Returns a UserError that names the file."""
     return UserError(f"{self.source}: {words}")
 
 
@@ -175,9 +175,9 @@ def get_names(names, num_classes: int) -> tuple[Any, tuple[str, ...]]:
 # --- images ---
 
 
-# How an image gets its size is (squash, resized, method). All of it is resized
-# to these (h, w) pixels if `squash`, else its shorter side to the lesser of
-# them, by a filter of Pillow's; then the middle is cropped out.
+# Resizing is described by (squash, resized, method). If `squash`, the whole
+# image is resized to the (h, w) pixels of `resized`, else its shorter side to
+# the lesser of them. `method` is a filter of Pillow. A central crop follows.
 
 
 def preparation_text(
@@ -200,12 +200,12 @@ def preparation_text(
 def parse_preparation(
   text: str, image_size: tuple[int, int], format_name: str
 ) -> tuple[bool, tuple[int, int], str]:
-  """Returns the (squash, resized, method) that a preprocessing string does.
+  """Returns the (squash, resized, method) of a preprocessing string.
 
-  Of one that does not resize as Pillow, the nearest: "bilinear".
+  Methods that Pillow does not have become "bilinear", the nearest one.
 
   Raises:
-    UserError: it does something else.
+    UserError: it has other operations.
   """
   ops = preprocess.parse(text, image_size, evaluation=True)
   (name, arguments), *others = ops
@@ -216,14 +216,14 @@ def parse_preparation(
     if name == "resize_small":
       return False, (arguments["smaller_size"],) * 2, method
   raise UserError(
-    f"{format_name} cannot represent the preprocessing {text!r}, but "
+    f"{format_name} cannot represent the preprocessing {text!r}; supported are "
     "'resize(size)', 'resize(256)|central_crop(size)' and "
     "'resize_small(256)|central_crop(size)'"
   )
 
 
 def find_method(name: str) -> tuple[str, tuple[str, ...]]:
-  """Returns our method for a filter of Pillow's, and notes if it is another."""
+  """Returns our method for a filter of Pillow, and notes if they differ."""
   if name in ("bilinear", "bicubic"):
     return name, ()
   note = (
@@ -255,10 +255,10 @@ CLIP = Pixels(
 def assume_pixels(
   weights: Weights, file: str, pixels: Pixels = HALF
 ) -> Weights:
-  """Returns weights whose configuration has no preprocessing."""
+  """Returns weights with assumed pixel statistics; `file` is missing."""
   note = (
     f"{file} is missing; pixels are assumed to be {pixels.name}, of images "
-    "that were resized whole"
+    "resized without cropping"
   )
   return weights._replace(
     mean=pixels.mean, std=pixels.std, notes=(*weights.notes, note)
@@ -269,7 +269,7 @@ def assume_pixels(
 
 
 def find_problems(weights: Weights, with_head: bool = True) -> list[str]:
-  """Returns what is in the weights and in neither library's ViT."""
+  """Returns features of the weights that neither library's ViT has."""
   problems = []
   sizes = variants.parse(weights.model["variant"])
   if sizes.units is not None:
@@ -284,7 +284,7 @@ def write_folder(
   documents: Mapping[str, Any],
   arrays: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-  """Writes JSON files and weights; the folder appears when it is complete."""
+  """Writes a folder of JSON files and weights atomically."""
   with files.atomic_folder(out) as partial:
     archives.write_safetensors(partial / WEIGHTS_FILE, arrays)
     for name, document in documents.items():

@@ -1,9 +1,9 @@
 """npz files of google-research/vision_transformer: ViT, AugReg, SAM, hybrids.
 
-Our parameter names are theirs, but for the numbers: the published files count
-all layers of a block together (LayerNorm_0, MultiHeadDotProductAttention_1,
-LayerNorm_2, MlpBlock_3), Linen each kind by itself. Both are read; the
-published form is written. The class token's entry leads the position embedding.
+Our parameter names differ only in the numbers. Published files number all
+layers of a block together (LayerNorm_0, MultiHeadDotProductAttention_1,
+LayerNorm_2, MlpBlock_3), Linen numbers each kind separately. Both are read; the
+published form is written. The class token's position embedding comes first.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Start from another run's weights: what is taken, resized, new, dropped."""
+"""Warm start: which arrays are taken, resized, new or dropped."""
 
 import functools
 import re
@@ -13,9 +13,8 @@ from vit_jax.pretrained.weights import LazyArray
 
 POS_EMBEDDING = "Transformer/posembed_input/pos_embedding"
 HEADS = ("head/", "head_dist/")  # of the class and the distillation token
-# What a new task or a new way of pooling may replace. Everything else must be
-# there on both sides, in the same shape. Position embeddings may differ in
-# shape alone.
+# Parameters that a new task or pooling may replace. All others must exist on
+# both sides. Only position embeddings may differ in shape.
 REPLACEABLE = (
   *HEADS,
   "pre_logits/",
@@ -28,13 +27,13 @@ REPLACEABLE = (
   "mpp_head/",
   POS_EMBEDDING,
 )
-# In MAE's fine-tuning a new norm after the pooling takes its place.
+# In MAE's fine-tuning, a new norm after the pooling replaces it.
 _LAST_NORM = "Transformer/encoder_norm/"
 _POSITIONS = re.compile(r".*/pos_embedding(_y|_x)?")
 
 
 class Report(NamedTuple):
-  """What became of each array: paths, with shapes where they matter."""
+  """Paths of arrays by outcome, with shapes where relevant."""
 
   taken: list[str]
   resized: list[str]
@@ -58,19 +57,19 @@ def warm_start(
   source: str,
   resize: str = "corner_aligned",
 ) -> tuple[dict[str, LazyArray], Report]:
-  """Returns what `weights` can give to a model, and a report.
+  """Returns the arrays of `weights` that fit a model, and a report.
 
-  What is not returned stays as initialised. That is the head where the classes
-  differ: a zero kernel and the configured bias. A tanh layer (pre_logits) that
-  only one side has, or that has another width, makes the head new as well: its
-  inputs mean something else. Position embeddings are resized to the new grid.
+  Other parameters stay as initialised. If the classes differ, so does the head,
+  with a zero kernel and the configured bias. The head is also new if a tanh
+  layer (pre_logits) is on one side only or has another width, because its
+  inputs then differ. Position embeddings are resized to the new grid.
 
   Args:
     target: {path: array or shape} of the new model.
     weights: {path: LazyArray} of the other model, scanned or not.
     old_grid: (h, w) in patches of the other model's images.
     new_grid: (h, w) in patches of the new images.
-    same_classes: whether both heads speak of the same classes.
+    same_classes: whether both heads have the same classes.
     source: where `weights` are from, for messages.
     resize: how position embeddings are resized, see `positions`.
 
@@ -119,7 +118,7 @@ def is_scanned(paths) -> bool:
 def match_layout(
   weights: Mapping[str, LazyArray], *, scan: bool
 ) -> Mapping[str, LazyArray]:
-  """Stacks or unstacks the blocks, when they are read, if that is needed."""
+  """Stacks or unstacks the blocks lazily, if necessary."""
   if is_scanned(weights) == scan:
     return weights
   return _stack(weights) if scan else _unstack(weights)
@@ -150,7 +149,7 @@ def _unstack(weights):
     if "/encoderblock/" not in path:
       out[path] = x
       continue
-    # One read serves all blocks.
+    # Read once for all blocks.
     read = functools.cache(x.read)
     for i in range(x.shape[0]):
       name = path.replace("/encoderblock/", f"/encoderblock_{i}/")
@@ -177,8 +176,8 @@ def _check_architecture(target, weights, source):
   if problems:
     more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
     advice = "set config.model as in that run"
-    # One vector for each distance in the sequence of tokens: at another width
-    # of the grid the same distance is another direction.
+    # They are indexed by distance in the token sequence. In a grid of another
+    # width, the same distance is another direction.
     if any("relative_embedding" in problem for problem in problems):
       advice = (
         "relative position embeddings cannot be resized; keep the image size"
@@ -207,10 +206,10 @@ def _fit_positions(path, x, shape, old_grid, new_grid, resize):
   def read():
     tokens = x.read()
     tokens = tokens.reshape(-1, *tokens.shape[-2:])
-    # Entries of tokens before the patches are dropped, or begin as nothing.
+    # Drop entries of extra tokens, or pad them with zeros.
     first = np.pad(tokens[:, :kept], ((0, 0), (0, wants - kept), (0, 0)))
     tokens = np.concatenate([first, tokens[:, had:]], axis=1)
-    # One at a time: scanned blocks have one each, stacked.
+    # One at a time, because scanned blocks have a stack of them.
     resized = [
       positions.resize_tokens(one[None], old_grid, new_grid, resize)
       for one in tokens

@@ -1,7 +1,6 @@
-"""What every reader returns.
+"""Weights, the common result of all readers.
 
-Arrays are lazy: nothing is in memory until it is asked for, so that reading
-needs little more than the model itself.
+Arrays are lazy, so loading needs little more memory than the model itself.
 """
 
 import hashlib
@@ -19,7 +18,7 @@ from vit_jax.state import flatten
 
 
 class LazyArray(NamedTuple):
-  """An array that `read` reads when it is asked for."""
+  """An array that is loaded only when `read` is called."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -27,28 +26,28 @@ class LazyArray(NamedTuple):
 
 
 def as_lazy(x: np.ndarray) -> LazyArray:
-  """Returns an array that is there already as a `LazyArray`."""
+  """Returns a `LazyArray` of an array that is already in memory."""
   return LazyArray(x.shape, x.dtype, lambda: x)
 
 
 class Weights(NamedTuple):
-  """A model's parameters as a file has them, in our names and our layout.
+  """A model's parameters from a file, in our names and our layout.
 
   Attributes:
-    origin: the code that reads this format, such as "vision_transformer".
+    origin: the project whose format this is, such as "vision_transformer".
     source: the file or folder.
-    model: arguments of `models.create` but `num_classes` and `image_size`.
+    model: arguments of `models.create` except `num_classes` and `image_size`.
     image_size: (h, w) in pixels that the position embedding was made for.
     num_classes: width of the head, 0 for none.
     class_names: as the file has them, else None.
-    preprocess: the evaluation preprocessing that its authors use, or the
-      nearest that there is here, see `notes`.
-    mean, std: of pixels in [0, 1], a triple each. Our models take [-1, 1],
-      which is 0.5 and 0.5.
+    preprocess: the evaluation preprocessing of its authors, or the nearest
+      supported one, see `notes`.
+    mean, std: of pixels in [0, 1], a triple each. All are 0.5 for our models,
+      which take [-1, 1].
     loss: "softmax" or "sigmoid": what turns logits into probabilities.
     resize: how its authors resize position embeddings, see `positions`.
     params: {path: LazyArray}, blocks stacked if `model` has `scan`.
-    notes: what a user should know, one line each.
+    notes: for the user, one line each.
     run: the contents of config.json, for a run of ours; else None.
   """
 
@@ -70,8 +69,8 @@ class Weights(NamedTuple):
   def create_model(self, **changes) -> models.Model:
     """Returns the model; `changes` override the file's options.
 
-    In float32 unless it was trained here with another dtype. The file's own
-    image size may be no multiple of the patch, see `cut_off`.
+    The dtype is float32 unless a run of ours used another. The file's image
+    size need not be a multiple of the patch size, see `cut_off`.
     """
     options = {
       "dtype": "float32",
@@ -90,7 +89,7 @@ class Weights(NamedTuple):
     return models.create(**options)._replace(image_size=self.image_size)
 
   def digest(self) -> str:
-    """Returns sixteen hexadecimal digits that change with any array."""
+    """Returns sixteen hexadecimal digits of a hash of all arrays."""
     digest = hashlib.sha256()
     for path, x in sorted(self.params.items()):
       digest.update(f"{path} {x.shape} {x.dtype}".encode())
@@ -100,7 +99,7 @@ class Weights(NamedTuple):
   def options(self) -> dict[str, Any]:
     """Returns the arguments of `models.create`, defaults included.
 
-    Of values that mean the same here it has the default.
+    Options without effect on this model have their default values.
     """
     options = models.DEFAULTS | self.model
     encoder = variants.parse(self.model["variant"]).encoder
@@ -115,10 +114,10 @@ class Weights(NamedTuple):
     }
 
   def cut_off(self) -> tuple[int, int]:
-    """Returns the pixels (at the bottom, to the right) that are in no patch.
+    """Returns how many pixels (bottom, right) belong to no patch.
 
-    Other libraries take images of such sizes; their convolution, as ours,
-    leaves these pixels out.
+    Other libraries take images of such sizes. Their convolution ignores these
+    pixels, like ours.
     """
     sizes = variants.parse(self.model["variant"])
     if sizes.encoder is None:  # convolutions pad them
@@ -129,6 +128,6 @@ class Weights(NamedTuple):
   def shapes(self) -> dict[str, Any]:
     """Returns {path: shape and dtype} of the model's parameters."""
     model = self.create_model()
-    # A key outside would initialise the devices, and a run's processes connect
-    # after its configuration has been read.
+    # A key created outside eval_shape would initialise the devices, before the
+    # processes of a run have connected.
     return flatten(jax.eval_shape(lambda: model.init(jax.random.key(0))))

@@ -71,10 +71,10 @@ def test_a_local_file_with_a_digest_is_checked_and_kept(tmp_path):
   ("source", "line"),
   [
     ("ViT-B16-imagenet21k", "did you mean 'ViT-B_16-imagenet21k'"),
-    ("no/such/file.npz:img", "at no/such/file.npz: it is not here"),
-    ("s3://bucket/x.npz", "not a published name or web address"),
-    ("https://host.invalid/model", "not a file .npz or .safetensors"),
-    ("gs://b/run#sha256=" + 64 * "0", "not a file .npz or .safetensors"),
+    ("no/such/file.npz:img", "at no/such/file.npz: no such file"),
+    ("s3://bucket/x.npz", "no such file, published name or web address"),
+    ("https://host.invalid/model", "not an .npz or .safetensors file"),
+    ("gs://b/run#sha256=" + 64 * "0", "not an .npz or .safetensors file"),
   ],
 )
 def test_what_cannot_be_a_source(source, line):

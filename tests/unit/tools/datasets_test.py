@@ -132,7 +132,7 @@ def test_check_of_a_sample_and_a_part(data_dir, capsys):
   assert main(["data", "check", "digits", *given]) == 0
   out = capsys.readouterr().out
   assert "digits: 10 classes (0, 1, 2, 3, 4, ...)" in out
-  assert "train: 1,000 examples, 30 checked and sound" in out
+  assert "train: 1,000 examples, 30 checked and valid" in out
 
 
 def test_check_finds_labels_out_of_range(data_dir, tmp_path):

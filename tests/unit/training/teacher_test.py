@@ -347,7 +347,7 @@ def test_names_of_other_projects_are_taken_to_be_in_order(files, caplog):
   for name in ("unnamed", "words"):
     caplog.clear()
     _read(files[name])
-    assert "taken to be in the same order" in caplog.text
+    assert "assumed to be in the same order" in caplog.text
 
 
 def test_a_run_keeps_its_teacher(files):
