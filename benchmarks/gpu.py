@@ -1,7 +1,7 @@
 """Speed on one GPU: beside timm's, and with cuDNN's and XLA's attention.
 
-  python benchmarks/gpu.py --out=runs/gpu     # 8 minutes at most
-  python benchmarks/gpu.py --toy              # tiny models, on the CPU
+  python benchmarks/gpu.py                 # 8 minutes at most
+  python benchmarks/gpu.py --toy           # tiny models, on the CPU
 
 Needs jax for the GPU, flax, optax and numpy, and timm, torch and Pillow for the
 comparison. Each case runs in its own process, the most important ones first;
@@ -70,10 +70,8 @@ def run(what: str, code: str, rows: dict, timeout: float, toy: bool) -> dict:
   model, mode = what.split()
   spec = {**_COMMON, **MODELS[model], **(_TOY if toy else {})}
   spec |= {"inference": mode == "inference", "attention": code}
-  measured = [row for row in rows.values() if "ceiling_tflops" in row]
-  if measured:
-    [one, *_] = measured
-    spec["ceiling_tflops"] = one["ceiling_tflops"] / one["devices"]
+  if done := [x for x in rows.values() if "mfu" in x]:
+    spec["ceiling_tflops"] = done[0]["ceiling_tflops"] / done[0]["devices"]
   found = process.call(step.measure, spec, timeout)
   return {"code": "vit_jax", **spec, **found}
 
@@ -120,19 +118,20 @@ def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--seconds", type=float, default=480)
   parser.add_argument("--only", default="", help="B/16, inference, ...")
-  parser.add_argument("--out", default="runs/gpu", help="without .md")
   parser.add_argument("--toy", action="store_true")
+  parser.add_argument("--out", help="without .md; runs/gpu, runs/gpu_toy")
   args = parser.parse_args(argv)
+  out = args.out or ("runs/gpu_toy" if args.toy else "runs/gpu")
   end = time.monotonic() + args.seconds
   if args.toy:
     os.environ["JAX_PLATFORMS"] = "cpu"
   os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # timm uses only one
   cases = list_cases(args.only)
-  missing = [x for x in ("timm", "torch") if not importlib.util.find_spec(x)]
-  if missing:
-    print(f"timm is left out: {' and '.join(missing)} not installed")
+  wanted = ("timm", "torch", "torchvision")
+  if missing := [x for x in wanted if not importlib.util.find_spec(x)]:
+    print(f"timm is left out: {', '.join(missing)} not installed", flush=True)
     cases = [case for case in cases if case[1] != "timm"]
-  Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+  Path(out).parent.mkdir(parents=True, exist_ok=True)
   rows = {}
   for case in cases:
     left = end - time.monotonic()
@@ -142,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
       rows[case] = run(*case, rows, min(left, _LIMIT), args.toy)
     print(f"{' '.join(case)}: {format_row(rows[case])}", flush=True)
     named = [{"case": " ".join(case), **row} for case, row in rows.items()]
-    Path(f"{args.out}.json").write_text(json.dumps(named, indent=1))
-    Path(f"{args.out}.md").write_text(format_table(rows))
+    Path(f"{out}.json").write_text(json.dumps(named, indent=1))
+    Path(f"{out}.md").write_text(format_table(rows))
   print(f"\n{format_table(rows)}")
 
 

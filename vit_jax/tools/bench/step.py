@@ -102,8 +102,9 @@ def run_timm(
     "mlp_ratio": size.mlp_dim / size.hidden_size,
   }
   if ours.get("rope") == "dinov3":
-    # Options not given here are those of all its sizes.
-    model |= {"model_name": "vit_small_patch16_dinov3", "global_pool": "token"}
+    # Its other options are those of all sizes.
+    model["model_name"] = "vit_small_patch16_dinov3_qkvb"
+    model["global_pool"] = "token"
   else:
     model["act_layer"] = "gelu_tanh"  # ours
   from vit_jax.tools.bench import torch_step  # which needs Pillow
