@@ -16,6 +16,14 @@ def add_flags(parser):
   parser.add_argument("--steps", type=int, default=20)
   parser.add_argument("--dtype", default="bfloat16", help="or float32")
   parser.add_argument("--remat", default="none", help="or dots, full")
+  parser.add_argument(
+    "--inference", action="store_true", help="time the forward pass only"
+  )
+  parser.add_argument(
+    "--attention",
+    default="fused",
+    help="fused (a kernel, cuDNN's on GPUs) or plain (compiled by XLA)",
+  )
   parser.add_argument("--beside", help="timm: also measure timm's model")
   flags.add_json(parser)
 

@@ -1,15 +1,20 @@
 """The bench commands: figures that follow from each other, and their limits."""
 
+import json
 import os
+import signal
 
+import gpu
 import jax
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
+from vit_jax import models
 from vit_jax.__main__ import main
 from vit_jax.data import pipeline
+from vit_jax.models import attention
 from vit_jax.tools.bench import input as input_bench
 from vit_jax.tools.bench import step
 
@@ -42,16 +47,17 @@ FOUND = {
 
 
 @pytest.mark.ci
-def test_figures_follow_from_the_time_of_a_step(monkeypatch):
+@pytest.mark.parametrize("inference", [False, True])
+def test_figures_follow_from_the_time_of_a_step(monkeypatch, inference):
   monkeypatch.setattr(step, "_CPU_SIDES", (64,))
   one = jax.devices()[:1]  # which takes half the time to compile for
   monkeypatch.setattr(jax, "local_devices", lambda: one)
-  found = step.measure(variant=TINY, **OPTIONS)
+  found = step.measure(variant=TINY, inference=inference, **OPTIONS)
   tokens, width, mlp = 5, 16, 32
   products = 4 * (8 * 8 * 3) * width  # the patches
   products += tokens * 4 * width**2 + 2 * tokens**2 * width  # attention
   products += tokens * 2 * width * mlp + width * 5  # the MLP and the head
-  flops = 3 * 2 * products * 8
+  flops = (1 if inference else 3) * 2 * products * 8
   seconds = found["step_seconds"]
   assert found["tflops"] == pytest.approx(flops / seconds / 1e12)
   assert found["images_per_second"] == pytest.approx(8 / seconds)
@@ -59,11 +65,17 @@ def test_figures_follow_from_the_time_of_a_step(monkeypatch):
   assert found["mfu"] == pytest.approx(found["tflops"] / ceiling)
   assert found["memory_gib"] > 0
   # Before anything is learnt all of 5 classes are alike, but for the noise.
-  assert 0 < found["loss"] < 10
+  assert inference or 0 < found["loss"] < 10
+
+
+def test_attention_without_a_kernel():
+  assert attention.find_fused(200, 768, 12)
+  with step._choose_attention("plain"):
+    assert attention.find_fused(200, 768, 12) is None
 
 
 def test_beside_timm(monkeypatch):
-  def call(run, spec):
+  def call(run, spec, timeout=None):
     if "model" in spec:
       assert spec["model"]["embed_dim"] == 16
       assert spec["model"]["mlp_ratio"] == 2
@@ -71,9 +83,12 @@ def test_beside_timm(monkeypatch):
     return FOUND
 
   monkeypatch.setattr(step, "call", call)
+  # It would start JAX in this process, which would take a GPU's memory.
+  monkeypatch.setattr(step, "count_multiply_adds", None)
   ours, theirs = step.bench([TINY], beside="timm", **OPTIONS)
   assert theirs["times_ours"] == 2
   assert theirs["images_per_second"] == 8
+  assert (theirs["tflops"], theirs["mfu"]) == (1, 0.25)
   assert "vit_jax is 2.00 x as fast" in step.format_report([ours, theirs])
   monkeypatch.setattr(step, "call", lambda *_: {"error": "no such thing"})
   assert "no such thing" in step.format_report(step.bench([TINY], **OPTIONS))
@@ -87,6 +102,7 @@ def test_beside_timm(monkeypatch):
     (["step", "--variant=ViT-B_16", "--batch_size=0"], "must be at least 1"),
     (["step", "--variant=ViT-B_16", "--beside=other"], "only timm is known"),
     (["step", "--variant=ViT-B_16", "--dtype=int8"], "int8"),
+    (["step", "--variant=ViT-B_16", "--attention=cudnn"], "fused, plain"),
     (["input", "--needs=0"], "--needs=0.0; it must be more than 0"),
     (["input", "--dataset=no_such_set"], "unknown data set 'no_such_set'"),
   ],
@@ -114,7 +130,17 @@ def test_a_process_that_dies_is_an_error():
 
 
 @pytest.mark.ci
-def test_a_step_of_timm():
+def test_a_process_that_takes_too_long_is_killed():
+  assert step.call(signal.pause, {}, 0.5) == {"error": "killed after 0 s"}
+
+
+_DINOV3 = {"model_name": "vit_small_patch16_dinov3_qkvb"}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("options", [{}, _DINOV3], ids=["vit", "dinov3"])
+def test_a_step_of_timm(options, inference):
   import torch_libraries  # noqa: F401, torchvision is not there
 
   from vit_jax.tools.bench import torch_step
@@ -122,7 +148,8 @@ def test_a_step_of_timm():
   model = {"img_size": 16, "num_classes": 5, "patch_size": 8}
   model |= {"embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_ratio": 2}
   found = torch_step.measure(
-    model=model,
+    model=model | options,
+    inference=inference,
     batch_size=8,
     steps=2,
     dtype="float32",
@@ -130,7 +157,78 @@ def test_a_step_of_timm():
     compiled=False,
   )
   assert found["step_seconds"] > 0
-  assert 0 < found["loss"] < 10
+  assert inference or 0 < found["loss"] < 10
+
+
+# --- benchmarks/gpu.py ---
+
+
+def test_table_of_the_gpu():
+  ours = {"code": "vit_jax", "image_size": 224, **FOUND}
+  theirs = {"code": "timm", **FOUND, "images_per_second": 10.0}
+  rows = {
+    ("L/16 train", "fused"): ours,
+    ("L/16 train", "timm"): theirs,
+    ("L/16 train", "plain"): {"error": "out of memory"},
+    ("B/16 train", "fused"): {"error": "its process has died"},
+  }
+  _, _, large, base, _, *notes = gpu.format_table(rows).splitlines()
+  cells = "L/16 train", "224", "8", "16", "50.0%", "10", "1.60", "-", "-"
+  assert large == f"| {' | '.join(cells)} |"
+  assert base == f"| B/16 train{' | -' * 8} |"
+  assert "* L/16 train plain: out of memory" in notes
+  assert "* vit_jax: 1 x card, jax 1; compiled" in notes
+
+
+def test_gpu_cases_are_complete():
+  cases = gpu.list_cases()
+  assert cases[:2] == [("L/16 train", "fused"), ("L/16 train", "timm")]
+  wanted = {
+    (f"{model} {mode}", code)
+    for model in gpu.MODELS
+    for mode in ("train", "inference")
+    for code in ("fused", "timm", "plain")
+  }
+  assert set(cases) == wanted
+  assert len(cases) == len(wanted)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", gpu.MODELS)
+def test_models_of_the_gpu_are_as_large_in_timm(monkeypatch, name):
+  from torch_libraries import timm, torch
+
+  def call(run, spec, timeout):
+    made = spec["model"]
+    named = "model_name" in made
+    make = timm.create_model if named else timm.models.VisionTransformer
+    with torch.device("meta"):
+      return {"size": sum(x.numel() for x in make(**made).parameters())}
+
+  monkeypatch.setattr(step, "call", call)
+  spec = {**gpu._COMMON, **gpu.MODELS[name]}
+  size = step.run_timm(spec)["size"]
+  options = {x: y for x, y in spec.items() if x not in ("batch_size", "steps")}
+  params = jax.eval_shape(models.create(**options).init, jax.random.key(0))
+  assert size == sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.ci
+def test_gpu_cases_in_small(tmp_path, capsys):
+  out = tmp_path / "found"
+  gpu.main(["--toy", "--only=DINOv3-L inference", f"--out={out}"])
+  printed = capsys.readouterr().out
+  assert out.with_suffix(".md").read_text() in printed
+  rows = json.loads(out.with_suffix(".json").read_text())
+  fused, *_, plain = rows  # and timm's between them, where it is installed
+  assert fused["images_per_second"] > 0
+  assert (fused["attention"], plain["attention"]) == ("fused", "plain")
+  assert fused["ceiling_tflops"] == plain["ceiling_tflops"]
+  gpu.main(["--toy", "--seconds=1", f"--out={out}"])
+  assert (
+    "L/16 train fused: not run, no time was left"
+    in out.with_suffix(".md").read_text()
+  )
 
 
 # --- the input ---

@@ -1,4 +1,4 @@
-"""The train step of the same model in timm, for `bench step --beside=timm`.
+"""The same model in timm, for `bench step --beside=timm`: step, forward pass.
 
 It uses PyTorch's fast path: torch.compile, bf16 autocast and fused AdamW. None
 of the JAX code runs here.
@@ -20,19 +20,21 @@ def measure(
   batch_size: int,
   steps: int,
   dtype: str,
+  inference: bool = False,
   device: str = "cuda",
   compiled: bool = True,
 ) -> dict[str, Any]:
-  """Measures the train step on one GPU, with images in channels-last order.
+  """Measures the step on one GPU, with images in channels-last order.
 
   Args:
-    model: arguments of timm's VisionTransformer.
-    batch_size, steps, dtype: as in `step.measure`.
+    model: arguments of timm's VisionTransformer; with "model_name" those of
+      `timm.create_model`.
+    batch_size, steps, dtype, inference: as in `step.measure`.
     device, compiled: tests use "cpu" without torch.compile.
 
   Returns:
-    "step_seconds", "memory_gib", "compile_seconds", "loss", "how", "devices",
-    "device", "versions".
+    "step_seconds", "memory_gib", "compile_seconds", "loss" of training, "how",
+    "devices", "device", "versions".
 
   Raises:
     UserError: PyTorch, timm or the GPU is missing.
@@ -41,8 +43,10 @@ def measure(
   size = as_pair(model["img_size"])
   torch.set_float32_matmul_precision("high")
   where = {"device": device, "memory_format": torch.channels_last}
-  net = timm.models.VisionTransformer(**model | {"img_size": size}).to(**where)
-  step = _make_step(torch, net, device, getattr(torch, dtype), compiled)
+  named = "model_name" in model
+  make = timm.create_model if named else timm.models.VisionTransformer
+  net = make(**model | {"img_size": size}).to(**where)
+  step = _make_step(torch, net, getattr(torch, dtype), inference, compiled)
   images = torch.randint(0, 256, (batch_size, 3, *size), dtype=torch.uint8)
   images = images.to(**where)
   labels = torch.randint(0, model["num_classes"], (batch_size,), device=device)
@@ -50,17 +54,19 @@ def measure(
   seconds = []
   for _ in range(1 + _WARM_UP + steps):
     start = time.perf_counter()
-    loss = step(images, labels)
+    out = step(images, labels)
     if on_gpu:
       torch.cuda.synchronize()
     seconds.append(time.perf_counter() - start)
   how = "torch.compile" if compiled else "eager"
+  what = "inference" if inference else "fused AdamW"
+  loss = {} if inference else {"loss": float(out.detach())}
   return {
     "step_seconds": statistics.median(seconds[1 + _WARM_UP :]),
     "compile_seconds": seconds[0],
     "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0,
-    "loss": float(loss.detach()),
-    "how": f"{how}, {dtype} autocast, fused AdamW, channels last",
+    **loss,
+    "how": f"{how}, {dtype} autocast, {what}, channels last",
     "devices": 1,
     "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     "versions": {"torch": torch.__version__, "timm": timm.__version__},
@@ -82,19 +88,25 @@ def _import_libraries(device):
   return torch, timm
 
 
-def _make_step(torch, model, device, dtype, compiled):
-  """Returns the train step (images, labels) -> loss of a model."""
+def _make_step(torch, model, dtype, inference, compiled):
+  """Returns a model's step: (images, labels) -> loss, or logits."""
+
+  def predict(images, labels=None):
+    # From uint8, as our step does.
+    pixels = (images.float() - 127.5) / 127.5
+    on = dtype != torch.float32
+    with torch.autocast(images.device.type, dtype, enabled=on):
+      return model(pixels).float()
+
+  def compute_loss(images, labels):
+    return torch.nn.functional.cross_entropy(predict(images), labels)
+
+  if inference:
+    model.eval()
+    return torch.no_grad()(torch.compile(predict) if compiled else predict)
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-4, weight_decay=0.1, fused=True
   )
-
-  def compute_loss(images, labels):
-    # From uint8, as in our step.
-    pixels = (images.float() - 127.5) / 127.5
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-      logits = model(pixels)
-    return torch.nn.functional.cross_entropy(logits.float(), labels)
-
   if compiled:
     compute_loss = torch.compile(compute_loss)
 

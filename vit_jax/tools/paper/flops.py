@@ -11,6 +11,7 @@ Table 6, without them within 1.4 %.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.extend
@@ -31,6 +32,7 @@ def count_multiply_adds(
   image_size: int = 224,
   num_classes: int = 0,
   hidden: bool = False,
+  **options: Any,
 ) -> int:
   """Returns the multiply-adds of one image's forward pass.
 
@@ -39,6 +41,7 @@ def count_multiply_adds(
     image_size: pixels.
     num_classes: of the head; 0 for none.
     hidden: whether the head has the tanh layer of pre-training.
+    **options: others of `models.create`.
 
   Raises:
     UserError: an unknown variant, or a size that its patches do not divide.
@@ -49,6 +52,7 @@ def count_multiply_adds(
     image_size=image_size,
     num_classes=num_classes,
     representation_size=-1 if has_layer else 0,
+    **options,
   )
 
 
