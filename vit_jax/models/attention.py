@@ -363,8 +363,8 @@ class MultiHeadDotProductAttention(nn.Module):
       offsets = self.score_offsets(query, n, valid) if self.relative else None
       drop = Dropout(self.dropout_rate, self.deterministic)
       x, found = attend_plainly(*what, offsets, drop)
-    out = Dense(self.config, (*heads, width), in_axes=2, name="out")
-    return out(x), found
+    shape = {"kernel_shape": (*heads, width), "in_axes": 2, "fsdp_axis": 1}
+    return Dense(self.config, **shape, name="out")(x), found
 
   def place(self, name, x):
     """Normalises each head of queries or keys [b n d], then rotates them."""

@@ -3,6 +3,7 @@
 The plain form, in float32, is the reference in tests.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -65,15 +66,58 @@ def pad_tokens(config: ViTConfig, x):
   return jnp.pad(x, ((0, 0), (0, count_rows(config, n) - n), (0, 0)))
 
 
+def _is_fsdp() -> bool:
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+
+
 def gather(kernel):
   """Constrains a kernel that is sharded by fsdp to be replicated.
 
   Otherwise XLA's partitioner splits its matmul into a loop of small ones.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+  if not _is_fsdp():
     return kernel
   return jax.lax.with_sharding_constraint(kernel, P())
+
+
+def matmul(x, kernel, fsdp_axis: int):
+  """[r i] @ [i o], with the kernel sharded by fsdp along `fsdp_axis`.
+
+  With fsdp, the kernel is all-gathered, and its gradient is summed by a
+  reduce-scatter. XLA's partitioner would all-reduce the whole gradient.
+  """
+  split = _is_fsdp() and len(x) % jax.sharding.get_abstract_mesh().size == 0
+  return _matmul(x, kernel, fsdp_axis) if split else x @ gather(kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, kernel, fsdp_axis):
+  return _matmul_forward(x, kernel, fsdp_axis)[0]
+
+
+def _matmul_forward(x, kernel, fsdp_axis):
+  del fsdp_axis
+  kernel = gather(kernel)
+  return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(fsdp_axis, saved, gradient):
+  x, kernel = saved
+  rows = P(jax.sharding.get_abstract_mesh().axis_names)
+
+  def multiply(x, gradient):
+    mine = jax.lax.psum_scatter(
+      x.T @ gradient, "fsdp", scatter_dimension=fsdp_axis, tiled=True
+    )
+    return jax.lax.psum(mine, "data")
+
+  out = P(*[None] * fsdp_axis, "fsdp")
+  split = {"in_specs": (rows, rows), "out_specs": out, "check_vma": False}
+  return gradient @ kernel.T, jax.shard_map(multiply, **split)(x, gradient)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def spread(x):
@@ -126,6 +170,7 @@ class Dense(nn.Module):
   config: ViTConfig
   kernel_shape: tuple[int, ...]
   in_axes: int = 1  # leading axes of the kernel that are summed over
+  fsdp_axis: int = 0  # of the flattened kernel, as in `sharding.RULES`
   use_bias: bool = True
   bias_init: Any = nn.initializers.zeros
   sum_by_product: bool = True  # see `add_bias`
@@ -150,12 +195,11 @@ class Dense(nn.Module):
       moved = moved.astype(dtype) @ kernel.astype(dtype)
       kernel, bias = kernel * scale[:, None], bias + moved[0]
     kernel, bias = (y.astype(dtype) for y in (kernel, bias))
-    kernel = gather(kernel)
     if len(shape) > 2:
       # Otherwise the kernel's gradient is computed in the stored layout, for
       # which XLA transposes the tokens: 117,000 cycles for each kernel of B/16.
       kernel = jax.lax.optimization_barrier(kernel)
-    y = x.astype(dtype).reshape(-1, flat[0]) @ kernel
+    y = matmul(x.astype(dtype).reshape(-1, flat[0]), kernel, self.fsdp_axis)
     if not (self.use_bias or affine):
       return y.reshape(*x.shape[:-1], flat[1])
     add = add_bias if self.sum_by_product else jnp.add

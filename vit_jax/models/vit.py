@@ -58,7 +58,7 @@ class MlpBlock(nn.Module):
     else:
       x = activate(widen()(x, affine))
     x = dropout(config, self.deterministic)(x)
-    x = dense((inner, width))(x)
+    x = dense((inner, width), fsdp_axis=1)(x)
     return dropout(config, self.deterministic)(x)
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from random_models import random_images, random_params
 
-from vit_jax import models
+from vit_jax import models, sharding
 from vit_jax.models import attention, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.tools.paper.flops import count_in_jaxpr
@@ -171,6 +173,40 @@ def test_a_bias_has_the_gradient_of_a_sum():
   bias = jnp.zeros(3, jnp.bfloat16)
   _, backward = jax.vjp(layers.add_bias, x, bias)
   assert backward(jnp.ones_like(x))[1].tolist() == [4096] * 3
+
+
+@pytest.mark.parametrize(
+  ("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.1)]
+)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_gradient_of_a_sharded_kernel_is_scattered(dtype, close, axis):
+  rng = np.random.default_rng(0)
+  x, kernel, w = map(rng.standard_normal, [(16, 12), (12, 8), (16, 8)])
+  expected = [(x @ kernel * w).sum(), w @ kernel.T, x.T @ w]
+
+  def loss(x, kernel):
+    return (layers.matmul(x, kernel, axis) * w).sum()
+
+  mesh = sharding.make_mesh(4)  # 2 x 4 devices
+  split = NamedSharding(mesh, P(*[None] * axis, "fsdp"))
+  step = jax.jit(sharding.on_mesh(mesh, jax.value_and_grad(loss, (0, 1))))
+  placed = (
+    jax.device_put(x.astype(dtype), sharding.batch_sharding(mesh)),
+    jax.device_put(kernel.astype(dtype), split),
+  )
+  assert step.lower(*placed).as_text().count("stablehlo.reduce_scatter") == 1
+  value, (of_x, of_kernel) = step(*placed)
+  assert of_kernel.sharding.is_equivalent_to(split, 2)
+  for found, wanted in zip((value, of_x, of_kernel), expected, strict=True):
+    error = np.abs(np.asarray(found, np.float64) - wanted).max()
+    assert error <= close * np.abs(wanted).max()
+
+
+def test_rows_that_devices_cannot_share_are_multiplied_as_they_are():
+  mesh = sharding.make_mesh(4)
+  x, kernel = np.ones((3, 4), np.float32), np.ones((4, 8), np.float32)
+  multiply = sharding.on_mesh(mesh, lambda *a: layers.matmul(*a, 0))
+  np.testing.assert_array_equal(jax.jit(multiply)(x, kernel), 4)
 
 
 def _create(dtype, variant="ViT-w128d1m256h2_8", **options):

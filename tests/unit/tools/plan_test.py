@@ -114,7 +114,7 @@ def test_figures_follow_from_cycles_and_collectives():
 
 def test_a_collective_in_pieces_is_one():
   # The TPU compiler writes it once more in each fusion that hides some of it.
-  # Another kind may have the same number.
+  # Another kind may have the same number, as have all of `shard_map`.
   found = hlo.read(
     """%begin (p: bf16[4]) -> bf16[8] {
   %p = bf16[4]{0} parameter(0)
@@ -133,13 +133,18 @@ ENTRY %main (x: bf16[4]) -> bf16[8] {
   %other = bf16[8]{0} all-gather(%x), channel_id=4, dimensions={0}
   %start = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%x), channel_id=5
   %sum = bf16[8]{0} all-reduce(%other), channel_id=3
+  %d = bf16[4]{0} reduce-scatter(%x), HALF, op_name="a/shard_map/r"
+  %e = bf16[2]{0} reduce-scatter(%x), FOURTH, op_name="b/shard_map/r"
   ROOT %c = bf16[8]{0} add(%f, %sum)
 }
-"""
+""".replace("HALF", "channel_id=1, replica_groups={{0,1},{2,3}}").replace(
+      "FOURTH", "channel_id=1, replica_groups=[1,4]<=[4]"
+    )
   )
   assert found["collectives"] == [
     {"kind": "all-gather", "count": 3, "bytes": 48},
     {"kind": "all-reduce", "count": 1, "bytes": 16},
+    {"kind": "reduce-scatter", "count": 2, "bytes": 32},
   ]
 
 

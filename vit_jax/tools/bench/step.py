@@ -1,7 +1,7 @@
 """The `bench step` command: the train step on the devices of this machine.
 
-It measures the train step or the forward pass, on a batch that is already on the
-devices. Only jax, flax, optax and numpy are needed.
+It measures the train step or the forward pass, on a batch that is already on
+the devices. Only jax, flax, optax and numpy are needed.
 """
 
 import contextlib

@@ -30,8 +30,8 @@ def read(text: str) -> dict[str, Any]:
   Returns:
     "estimated_cycles", without collectives and background copies; "hottest",
     [{"what", "cycles", "count"}], most cycles first, summed over blocks;
-    "collectives", [{"kind", "count", "bytes" of the results}]; "loops", whether
-    there are any.
+    "collectives", [{"kind", "count", "bytes" of the results, or of what a
+    reduce-scatter sums}]; "loops", whether there are any.
 
   Raises:
     ValueError: a Pallas kernel without "cycles" in its metadata, or a loop
@@ -50,14 +50,16 @@ def read(text: str) -> dict[str, Any]:
     if not (found := _COLLECTIVE.fullmatch(opcode)):
       continue
     # A collective that is overlapped with other work occurs several times, in
-    # different fusions, but on the same channel.
+    # different fusions, but on the same channel. All of `shard_map` share one.
     kind, starts = found.groups()
-    channel = {(kind, x) for x in re.findall(r"channel_id=\d+", line)}
+    manual = re.findall(r'op_name="[^"]*/shard_map/[^"]*"', line)
+    channel = {(kind, x, *manual) for x in re.findall(r"channel_id=\d+", line)}
     if channels.isdisjoint(channel):
       channels |= channel
       sizes = _list_sizes(shape)
       # Asynchronous ones have (operands, results, counters).
-      moved[kind] += times * (max(sizes) if starts else sum(sizes))
+      size = max(sizes) if starts else sum(sizes) * _count_pieces(kind, line)
+      moved[kind] += times * size
       number[kind] += times
   return {
     "estimated_cycles": cycles.total(),
@@ -71,6 +73,16 @@ def read(text: str) -> dict[str, Any]:
     ],
     "loops": "while" in opcodes,
   }
+
+
+def _count_pieces(kind, line):
+  """Returns into how many pieces a reduce-scatter cuts its sum, else 1."""
+  if kind != "reduce-scatter":
+    return 1
+  groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])", line)
+  if not groups:
+    raise ValueError(f"the groups of a reduce-scatter are unknown: {line[:80]}")
+  return int(groups[2] or groups[1].count(",") + 1)
 
 
 def _list_instructions(text):
