@@ -33,6 +33,11 @@ def add_flags(parser):
   parser.add_argument(
     "--dump-hlo", metavar="FILE", help="write the compiled train step"
   )
+  parser.add_argument(
+    "--fastest",
+    action="store_true",
+    help="compare fsdp 1, 2, 4, ..., each with what it needs to fit",
+  )
   flags.add_json(parser)
 
 
@@ -49,7 +54,16 @@ def run(args):
       "--dump-hlo writes the program of a single plan; give one --config and "
       "one --topology"
     )
-  given = flags.options(args, "config", "topology")
+  given = flags.options(args, "config", "topology", "fastest")
+  if args.fastest:
+    if len(pairs) > 1 or args.dump_hlo:
+      raise UserError(
+        "--fastest takes one --config, one --topology, no --dump-hlo"
+      )
+    del given["dump_hlo"]
+    found = plan.find_fastest(*pairs[0], **given)
+    print(json.dumps(found) if args.json else report.format_fastest(found))
+    return
   found = [plan.plan(*pair, **given) for pair in pairs]
   if args.json:
     print(json.dumps(found if len(found) > 1 else found[0]))

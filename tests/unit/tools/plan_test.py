@@ -204,6 +204,43 @@ def test_the_first_fallback_that_fits_is_taken(monkeypatch):
   ]
 
 
+def test_the_fastest_includes_collectives(monkeypatch):
+  monkeypatch.setattr(plan, "find_slice", lambda topology: _FOUR)
+  tried = []
+
+  def fake(spec, overrides, *_):
+    fsdp, remat = int(overrides["fsdp"]), overrides.get("model.remat", "none")
+    tried.append((fsdp, remat))
+    if fsdp == 4:
+      raise UserError("fsdp 4 does not divide axis 0")
+    step = {"step_seconds": 1.0 / fsdp, "collective_seconds": 0.9 * (fsdp - 1)}
+    step |= {"images_per_second_per_chip": 10 * fsdp, "mfu": 0.3 * fsdp}
+    return {"fits": fsdp > 1 or remat == "dots", "hbm_gib": 1.0, **step}
+
+  monkeypatch.setattr(plan, "_try", fake)
+  found = plan.find_fastest(
+    "configs/pretrain.py:ViT-B_16,jft",
+    "v5e:2x2",
+    overrides={"batch_size": "16"},
+  )
+  assert tried == [(1, "none"), (1, "dots"), (2, "none"), (4, "none")]
+  assert [x["overrides"] for x in found] == [
+    {"fsdp": "1", "model.remat": "dots"},  # 1 s
+    {"fsdp": "2"},  # 0.5 s and 0.9 s
+  ]
+  monkeypatch.setattr(report, "_list_lines", lambda found: ["details"])
+  lines = report.format_fastest(found).splitlines()
+  assert lines[1].split() == [
+    *("--config.fsdp=1", "--config.model.remat=dots"),
+    *("1.00", "1000.0", "0.0", "10", "30.0%"),
+  ]
+  # 20 images in 0.5 s are 20 * 0.5 / 1.4 with collectives.
+  assert lines[2].split()[1:] == ["1.00", "500.0", "900.0", "7", "21.4%"]
+  monkeypatch.setattr(plan, "_try", lambda *_: {"fits": False})
+  with pytest.raises(UserError, match="does not fit on v5e:2x2; use more"):
+    plan.find_fastest("configs/pretrain.py:ViT-B_16,jft", "v5e:2x2")
+
+
 def test_the_needed_memory():
   error = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm."
   assert plan.read_need(error) == 20.5

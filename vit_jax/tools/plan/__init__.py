@@ -83,11 +83,61 @@ def plan(
   return found | {"tried": tried, "fallback": None}
 
 
-def list_fallbacks(config, devices: int) -> Iterator[dict[str, str]]:
+def find_fastest(
+  spec: str,
+  topology: str,
+  *,
+  overrides: dict[str, str] | None = None,
+  num_classes: int | None = None,
+  num_examples: int | None = None,
+  price: float | None = None,
+) -> list[dict[str, Any]]:
+  """Returns plans with fsdp 1, 2, 4, ..., as of `plan`, fastest first.
+
+  Each has the least rematerialisation, then the fewest micro-batches, that fit.
+  They are compared by the time of compute and collectives, without overlap.
+
+  Raises:
+    UserError: see `plan`; or nothing fits.
+  """
+  machines = find_slice(topology)
+  given, devices = dict(overrides or {}), len(machines.devices)
+  config = configuration.load(spec, given)
+  head = {"config": spec, "topology": topology, "chips": machines.chips}
+  plans = []
+  sizes = (num_classes, num_examples)
+  for fsdp in (1, *_double(1, devices)):
+    for change in ({}, *list_fallbacks(config, devices, but=("fsdp",))):
+      change = {"fsdp": str(fsdp)} | change
+      try:
+        found = _try(spec, given | change, machines, sizes, price, None)
+      except UserError:
+        if not plans:
+          raise
+        break  # such an fsdp does not divide the model's width
+      if found["fits"]:
+        plans.append({**head, "overrides": change, "estimated": True, **found})
+        break
+  if not plans:
+    raise UserError(
+      f"{spec} does not fit on {topology}; use more or larger chips"
+    )
+  return sorted(plans, key=add_up_seconds)
+
+
+def add_up_seconds(found: dict[str, Any]) -> float:
+  """Returns the time of a plan's step if nothing overlaps its collectives."""
+  return found["step_seconds"] + found["collective_seconds"]
+
+
+def list_fallbacks(
+  config, devices: int, but: tuple[str, ...] = ()
+) -> Iterator[dict[str, str]]:
   """Yields overrides that save memory, each more than the one before.
 
   Rematerialisation first, which costs a third of the time at most; then fsdp,
   which costs communication; then micro-batches, which make matmuls small.
+  None of the keys of `but` is changed.
   """
   encoder = variants.parse(config.model.variant).encoder
   policies = ("none", "dots", "full") if encoder else ("none", "full")
@@ -100,7 +150,7 @@ def list_fallbacks(config, devices: int) -> Iterator[dict[str, str]]:
   }
   change = {}
   for key, values in options.items():
-    for value in values:
+    for value in () if key in but else values:
       change = change | {key: str(value)}
       yield change
 

@@ -20,6 +20,34 @@ def format_plans(plans: list[dict[str, Any]]) -> str:
   return "\n\n".join([*blocks, LEFT_OUT])
 
 
+def format_fastest(plans: list[dict[str, Any]]) -> str:
+  """Returns a table of the plans of `find_fastest`, and the first in full."""
+  best = plans[0]
+  rows = [("", "GiB", "ms", "collectives, ms", "images/s/chip", "MFU")]
+  for found in plans:
+    compute, moved = found["step_seconds"], found["collective_seconds"]
+    rate = found["images_per_second_per_chip"] * compute / (compute + moved)
+    rows.append(
+      (
+        _flags(found["overrides"]),
+        f"{found['hbm_gib']:.2f}",
+        f"{1e3 * compute:.1f}",
+        f"{1e3 * moved:.1f}",
+        f"{rate:.0f}",
+        f"{found['mfu'] * compute / (compute + moved):.1%}",
+      )
+    )
+  return "\n\n".join(
+    [
+      "\n".join(format_columns(rows)),
+      "images/s and MFU of this table include collectives, without overlap.",
+      f"The fastest: {_flags(best['overrides'])}",
+      "\n".join(_list_lines(best)),
+      LEFT_OUT,
+    ]
+  )
+
+
 def _list_lines(found):
   yield f"{found['config']} on {found['topology']}, {found['chips']} chips"
   limit = f"of {found['hbm_limit_gib']:.2f} GiB a chip"
