@@ -75,10 +75,13 @@ def _print_summary(summary, source):
   if names := source.class_names:
     counts = summary["label_counts"]
     rarest, commonest = int(counts.argmin()), int(counts.argmax())
-    print(
-      f"    of these, {counts[rarest]:,} show {names[rarest]!r} (the fewest) "
-      f"and {counts[commonest]:,} {names[commonest]!r} (the most)"
+    line = (
+      f"{counts[rarest]:,} show {names[rarest]!r} (the fewest) and "
+      f"{counts[commonest]:,} {names[commonest]!r} (the most)"
     )
+    if counts[rarest] == counts[commonest]:
+      line = f"{counts[rarest]:,} show each class"
+    print(f"    of these, {line}")
   for trait, count in summary["traits"].most_common():
     print(f"    {count:,} {trait}")
 

@@ -122,7 +122,7 @@ _DOCUMENT = Path(__file__).parents[3] / "docs" / "export.md"
 # and the probabilities of files.
 _MORE = """
 found = {f"p{i}": run(prepare(x)[None])["probabilities"][0]
-         for i, x in enumerate(sys.argv[1:])}
+         for i, x in enumerate(PICTURES)}
 for count in (0, 1, 3, 33):
   found[f"l{count}"] = run(np.load("images.npy")[:count])["logits"]
 np.savez("found.npz", **found)
@@ -137,15 +137,17 @@ def _run_document(folder, images, pictures):
   hide = "" if to == "stablehlo" else 'sys.modules["jax"] = None\n'
   np.save(folder / "images.npy", images)
   Image.new("RGB", (60, 50), "teal").save(folder / "image.png")
+  more = _MORE.replace("PICTURES", repr(pictures))
+  program = f"import sys\n{hide}{block}{more}"
   done = subprocess.run(
-    [sys.executable, "-c", f"import sys\n{hide}{block}{_MORE}", *pictures],
+    [sys.executable, "-c", program, "digits", "image.png"],
     check=True,
     cwd=folder,
     env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     capture_output=True,
     text=True,
   )
-  assert re.match(r"\[\d\] \[0\.\d+\]", done.stdout)
+  assert re.fullmatch(r"\d+\.\d\d% \w+\n", done.stdout)
   return np.load(folder / "found.npz")
 
 
