@@ -53,7 +53,7 @@ import csv
 from common import get_config as get_common_config
 
 from vit_jax.errors import UserError
-from vit_jax.models import variants
+from vit_jax.models import RATES, variants
 
 # Data set -> steps, warm-up steps, test split. Warm-up is not in the paper; the
 # public code has 500 steps, and 100 in a run of 500.
@@ -86,7 +86,7 @@ HOLD_OUT = {
 # Options that are not taken from the initial weights.
 NOT_TAKEN = (
   *("representation_size", "head_bias_init", "dtype", "scan", "remat"),
-  *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
+  *RATES,
 )
 
 

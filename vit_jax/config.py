@@ -300,10 +300,6 @@ def to_dict(config) -> dict[str, Any]:
   return json.loads(json.dumps(config.to_dict()))
 
 
-# Rates of the model's random operations, drawn for each micro-batch.
-_RATES = ("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate")
-
-
 def differences(old: dict, new: dict) -> list[str]:
   """Returns "key: old -> new" for changes that a resumed run may not have.
 
@@ -318,9 +314,12 @@ def differences(old: dict, new: dict) -> list[str]:
     if key == "teacher.source":  # config.json has a digest of the weights
       return bool(old.get(key)) and bool(new.get(key))
     if key == "micro_batches":
+      from vit_jax import models  # takes seconds to import
+
       # BatchNorm uses the statistics of each micro-batch.
       has_statistics = new["model.variant"].startswith("EfficientNet")
-      draws = any(new.get(f"model.{rate}") for rate in _RATES)
+      # Random numbers are drawn for each micro-batch.
+      draws = any(new.get(f"model.{rate}") for rate in models.RATES)
       return not (draws or has_statistics)
     group, _, rest = key.partition(".")
     is_free = not rest.startswith(f"{best}.") or rest == f"{best}.every"

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from checkout import copy
 
 _REPO = Path(__file__).parents[2]
 _TEXT = (_REPO / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -20,8 +20,7 @@ def _add(root):
   Returns:
     {heading: {changed file: whether it is new}}
   """
-  for name in ("vit_jax", "configs"):
-    shutil.copytree(_REPO / name, root / name)
+  copy(root)
   touched = {}
   for section in re.split(r"^## ", _TEXT, flags=re.M)[1:]:
     heading, _, blocks = section.partition("\n")
@@ -74,6 +73,10 @@ def test_the_additions_run(tmp_path):
     "TFDS_DATA_DIR": str(tmp_path / "data"),
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
   }
+  layers = ["-m", "pytest", "-p", "no:xdist", "tests/docs/layers_test.py"]
+  subprocess.run(
+    [sys.executable, *layers], cwd=tmp_path, env=environment, check=True
+  )
   said = {}
   for command in commands:
     done = subprocess.run(

@@ -332,10 +332,10 @@ def test_a_teacher_may_be_moved():
 
 
 def test_micro_batches_are_a_difference_where_they_count():
+  named_rates = {name for name in models.DEFAULTS if name.endswith("_rate")}
+  assert {*models.RATES} == named_rates
   for given in (
-    {"model.dropout_rate": "0.1"},
-    {"model.attention_dropout_rate": "0.1"},
-    {"model.stochastic_depth_rate": "0.1"},
+    *({f"model.{rate}": "0.1"} for rate in models.RATES),
     {"model.variant": "EfficientNet-B0"},  # normalised over each
   ):
     old, new = (

@@ -9,6 +9,7 @@ from typing import Any
 from vit_jax.models import efficientnet, resnet, variants, vit
 from vit_jax.models import layers as layers
 from vit_jax.models.config import DEFAULTS as DEFAULTS
+from vit_jax.models.config import RATES as RATES
 from vit_jax.models.config import SWITCHES as SWITCHES
 from vit_jax.models.config import make as make_config
 from vit_jax.models.model import FEATURES as FEATURES

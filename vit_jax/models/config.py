@@ -16,8 +16,9 @@ from vit_jax.models import variants
 def _option(default, *choices, rate=False, also=()):
   """Declares a key of `config.model`: its default and its other choices.
 
-  A `rate` is a probability below 1; `also` lists the kinds of convolutional
-  networks that use it, see `Variant.kind`.
+  A `rate` is the probability, below 1, of a random operation in training.
+  `also` lists the kinds of convolutional networks that use the option, see
+  `Variant.kind`.
   """
   choices = (default, *choices) if choices else ()
   metadata = {"choices": choices, "rate": rate, "also": also}
@@ -107,6 +108,8 @@ class ViTConfig:
 
 
 _OPTIONS = {f.name: f for f in dataclasses.fields(ViTConfig) if f.metadata}
+# The probabilities of random operations, which change no output of inference.
+RATES = tuple(name for name, f in _OPTIONS.items() if f.metadata["rate"])
 # Options for other architectures than the paper's.
 SWITCHES = (
   *("class_token", "distillation_token", "registers", "map_heads"),

@@ -439,7 +439,7 @@ def _choose(weights) -> tuple[Family, Layout, list[str]]:
 
 # Arguments of `models.create` that are checked elsewhere or change no output.
 _FREE = {
-  *("dropout_rate", "attention_dropout_rate", "stochastic_depth_rate"),
+  *models.RATES,
   *("head_bias_init", "dtype", "scan", "remat", "layer_norm_epsilon"),
   "representation_size",
 }
