@@ -458,7 +458,7 @@ def test_private_data_are_said_to_be():
     (["table7", "--only=ResNet50 SGD; JFT-300M; Average"], "no command fills"),
     (["--only=ViT-B/16"], "NAME"),
     (["tabel5"], "did you mean 'table5'"),
-    (["table5", "--runs=nowhere"], "no such folder"),
+    (["table5", "--runs=nowhere"], "no such folder; without --runs the table"),
     (["table5", "--runs=configs"], "has no run in it"),
   ],
 )

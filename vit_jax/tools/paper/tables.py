@@ -59,7 +59,12 @@ def make_table(name: str, runs: str | None = None) -> list[dict[str, Any]]:
     UserError: an unknown name, or a folder without runs.
   """
   check_choice("the table's name", name, NAMES)
-  found = find_runs([runs]) if runs else []
+  try:
+    found = find_runs([runs]) if runs else []
+  except UserError as e:
+    raise UserError(
+      f"{e}; without --runs the table has the paper's values only"
+    ) from e
   folder = (runs or _RUNS).rstrip("/")
   rows = data.load()[name]["rows"]
   if name == "table1":
