@@ -457,6 +457,7 @@ def test_private_data_are_said_to_be():
     (["table5", "--only=ViT-B/16, CIFAR-1000"], "fits 0 cells"),
     (["table7", "--only=ResNet50 SGD; JFT-300M; Average"], "no command fills"),
     (["--only=ViT-B/16"], "NAME"),
+    (["table5", "--only=ViT-B/16", "--commands"], "omit --commands"),
     (["tabel5"], "did you mean 'table5'"),
     (["table5", "--runs=nowhere"], "no such folder; without --runs the table"),
     (["table5", "--runs=configs"], "has no run in it"),
