@@ -454,7 +454,9 @@ def test_private_data_are_said_to_be():
   ("args", "words"),
   [
     (["table5", "--only=ViT-B/16"], "fits 18 cells"),
-    (["table5", "--only=ViT-B/16, CIFAR-1000"], "fits 0 cells"),
+    (["table5", "--only=ViT-B/16, CIFAR-1000"], "did you mean 'CIFAR-100'"),
+    (["table5", "--only=ViT-B/16, Pets"], "'Pets'; choose from 14 epochs, "),
+    (["table5", "--only=ViT-B/16, 14 epochs, ImageNet-21k"], "fits 0 cells"),
     (["table7", "--only=ResNet50 SGD; JFT-300M; Average"], "no command fills"),
     (["--only=ViT-B/16"], "NAME"),
     (["table5", "--only=ViT-B/16", "--commands"], "omit --commands"),

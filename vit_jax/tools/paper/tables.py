@@ -10,7 +10,7 @@ import re
 import statistics
 from typing import Any
 
-from vit_jax.errors import UserError, check_choice, suggest
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.tools.paper import cells, data, flops, loops, protocol
 from vit_jax.tools.paper.cells import Cell
@@ -403,13 +403,17 @@ def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
     title = title.partition(" (stands in")[0].replace("*", "")
     found.setdefault(title, cell)
   wanted = _split_title(only)
+  parts = {title: _split_title(title) for title in found}
+  known = sorted({*itertools.chain.from_iterable(parts.values())})
+  for part in sorted(wanted.difference(known)):
+    check_choice("a part of --only", part, known)
   fits = [only] if only in found else []
-  fits = fits or [title for title in found if _split_title(title) >= wanted]
+  fits = fits or [title for title in found if parts[title] >= wanted]
   if len(fits) != 1:
     which = " | ".join(fits[:3]) + (" | ..." if len(fits) > 3 else "")
     raise UserError(
       f"--only={only} fits {len(fits)} cells"
-      + (f": {which}; choose one" if fits else suggest(only, found))
+      + (f": {which}; choose one" if fits else ", none has all these parts")
     )
   cell = found[fits[0]]
   if "commands" not in cell:
