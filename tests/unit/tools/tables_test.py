@@ -1,6 +1,7 @@
 """The paper's tables beside made-up runs: values, commands, formats."""
 
 import json
+import re
 import shlex
 import statistics
 from pathlib import Path
@@ -439,7 +440,9 @@ def test_the_images_of_a_selection_and_of_its_final_runs():
 )
 def test_all_commands_of_one_cell(only, sets, commands, capsys):
   assert main(["tables", "table5", f"--only={only}"]) == 0
-  lines = [shlex.split(x) for x in capsys.readouterr().out.splitlines()]
+  count, *printed = capsys.readouterr().out.splitlines()
+  assert re.fullmatch("# [0-9,]+ training images", count)
+  lines = [shlex.split(x) for x in printed]
   assert lines[: len(sets)] == [["vit-jax", "data", "prepare", x] for x in sets]
   assert [words[1] for words in lines[len(sets) :]] == commands
 

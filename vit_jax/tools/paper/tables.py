@@ -389,6 +389,8 @@ def _list_cells(rows):
 def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
   """Returns the commands that prepare the data of a cell and fill it.
 
+  The first line is a comment with the number of training images.
+
   Args:
     rows: from `make_table`.
     only: the cell's title as in `format_table`, above the cell's commands,
@@ -418,7 +420,8 @@ def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
   cell = found[fits[0]]
   if "commands" not in cell:
     raise UserError(f"--only={only}: no command fills this cell")
-  return [*cells.prepare(cell["datasets"]), *cell["commands"]]
+  count = f"# {cell['images']:,} training images"
+  return [count, *cells.prepare(cell["datasets"]), *cell["commands"]]
 
 
 def _split_title(title):
