@@ -34,8 +34,12 @@ def run(args):
   process.use_cpu()
   from vit_jax.tools.paper import tables
 
-  if args.only and (args.name is None or args.commands or args.markdown):
-    raise UserError("--only=CELL needs a table's NAME, and allows only --json")
+  if args.only and args.name is None:
+    raise UserError("--only=CELL needs a table's NAME, such as table5")
+  if args.only and (args.commands or args.markdown):
+    raise UserError(
+      "--only=CELL already prints commands; omit --commands and --markdown"
+    )
   if args.name is None:
     found = tables.list_tables()
     lines = [f"{table['name']}  {table['title']}" for table in found]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import requests
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
@@ -78,8 +79,14 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
   try:
     run_builder(builder)
   except Exception as e:  # the network, the disk, the builder's own code
+    advice = ""
+    if isinstance(e, (ConnectionError, requests.RequestException)):
+      advice = (
+        "; check the network and run again, or prepare it on another machine "
+        f"and copy the folder to {builder.data_path}"
+      )
     raise UserError(
-      f"data set {name!r} could not be prepared: {one_line(e, 300)}"
+      f"data set {name!r} could not be prepared: {one_line(e, 300)}{advice}"
     ) from e
   return Path(builder.data_path)
 

@@ -85,7 +85,7 @@ def test_prepare_explains_what_it_cannot_do(tmp_path, monkeypatch):
   for name, words in (
     ("digts", "did you mean 'digits'"),
     ("folder:/x", "needs no preparation"),
-    ("digits", "could not be prepared: no route to host"),
+    ("digits", "could not be prepared: no route to host; check the network"),
   ):
     with pytest.raises(UserError, match=words) as e:
       data.prepare(name, str(tmp_path))

@@ -1,6 +1,7 @@
 """The paper's tables beside made-up runs: values, commands, formats."""
 
 import json
+import re
 import shlex
 import statistics
 from pathlib import Path
@@ -439,7 +440,9 @@ def test_the_images_of_a_selection_and_of_its_final_runs():
 )
 def test_all_commands_of_one_cell(only, sets, commands, capsys):
   assert main(["tables", "table5", f"--only={only}"]) == 0
-  lines = [shlex.split(x) for x in capsys.readouterr().out.splitlines()]
+  count, *printed = capsys.readouterr().out.splitlines()
+  assert re.fullmatch("# [0-9,]+ training images", count)
+  lines = [shlex.split(x) for x in printed]
   assert lines[: len(sets)] == [["vit-jax", "data", "prepare", x] for x in sets]
   assert [words[1] for words in lines[len(sets) :]] == commands
 
@@ -454,11 +457,14 @@ def test_private_data_are_said_to_be():
   ("args", "words"),
   [
     (["table5", "--only=ViT-B/16"], "fits 18 cells"),
-    (["table5", "--only=ViT-B/16, CIFAR-1000"], "fits 0 cells"),
+    (["table5", "--only=ViT-B/16, CIFAR-1000"], "did you mean 'CIFAR-100'"),
+    (["table5", "--only=ViT-B/16, Pets"], "'Pets'; choose from 14 epochs, "),
+    (["table5", "--only=ViT-B/16, 14 epochs, ImageNet-21k"], "fits 0 cells"),
     (["table7", "--only=ResNet50 SGD; JFT-300M; Average"], "no command fills"),
     (["--only=ViT-B/16"], "NAME"),
+    (["table5", "--only=ViT-B/16", "--commands"], "omit --commands"),
     (["tabel5"], "did you mean 'table5'"),
-    (["table5", "--runs=nowhere"], "no such folder"),
+    (["table5", "--runs=nowhere"], "no such folder; without --runs the table"),
     (["table5", "--runs=configs"], "has no run in it"),
   ],
 )

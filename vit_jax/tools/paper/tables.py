@@ -10,7 +10,7 @@ import re
 import statistics
 from typing import Any
 
-from vit_jax.errors import UserError, check_choice, suggest
+from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 from vit_jax.tools.paper import cells, data, flops, loops, protocol
 from vit_jax.tools.paper.cells import Cell
@@ -59,7 +59,12 @@ def make_table(name: str, runs: str | None = None) -> list[dict[str, Any]]:
     UserError: an unknown name, or a folder without runs.
   """
   check_choice("the table's name", name, NAMES)
-  found = find_runs([runs]) if runs else []
+  try:
+    found = find_runs([runs]) if runs else []
+  except UserError as e:
+    raise UserError(
+      f"{e}; without --runs the table has the paper's values only"
+    ) from e
   folder = (runs or _RUNS).rstrip("/")
   rows = data.load()[name]["rows"]
   if name == "table1":
@@ -384,6 +389,8 @@ def _list_cells(rows):
 def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
   """Returns the commands that prepare the data of a cell and fill it.
 
+  The first line is a comment with the number of training images.
+
   Args:
     rows: from `make_table`.
     only: the cell's title as in `format_table`, above the cell's commands,
@@ -398,18 +405,23 @@ def list_commands(rows: list[dict[str, Any]], only: str) -> list[str]:
     title = title.partition(" (stands in")[0].replace("*", "")
     found.setdefault(title, cell)
   wanted = _split_title(only)
+  parts = {title: _split_title(title) for title in found}
+  known = sorted({*itertools.chain.from_iterable(parts.values())})
+  for part in sorted(wanted.difference(known)):
+    check_choice("a part of --only", part, known)
   fits = [only] if only in found else []
-  fits = fits or [title for title in found if _split_title(title) >= wanted]
+  fits = fits or [title for title in found if parts[title] >= wanted]
   if len(fits) != 1:
     which = " | ".join(fits[:3]) + (" | ..." if len(fits) > 3 else "")
     raise UserError(
       f"--only={only} fits {len(fits)} cells"
-      + (f": {which}; choose one" if fits else suggest(only, found))
+      + (f": {which}; choose one" if fits else ", none has all these parts")
     )
   cell = found[fits[0]]
   if "commands" not in cell:
     raise UserError(f"--only={only}: no command fills this cell")
-  return [*cells.prepare(cell["datasets"]), *cell["commands"]]
+  count = f"# {cell['images']:,} training images"
+  return [count, *cells.prepare(cell["datasets"]), *cell["commands"]]
 
 
 def _split_title(title):
