@@ -110,6 +110,7 @@ setuptools.setup(
       "playwright>=1.50",
       "sphinx>=9.0",
       "sphinx-argparse-cli>=1.24",
+      "sphinx-copybutton>=0.5.2",
       "torch>=2.8",
       "transformers>=5.0",
     ],

@@ -25,6 +25,7 @@ extensions = [
   "sphinx.ext.autodoc",
   "sphinx.ext.napoleon",
   "sphinx_argparse_cli",
+  "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["deflist"]

@@ -212,7 +212,7 @@ def test_all_commands_prepare_an_image_alike(size, run, tmp_path):
   assert expected.min() > 1e-3  # both classes are in it
 
   found = {}
-  viewed, _ = demo.Viewer(source).view(str(file), "", (size, size))
+  viewed, *_ = demo.Viewer(source).view(str(file), "", (size, size))
   found["demo"] = {c["name"]: c["probability"] for c in viewed}
   drawn = figures._read(source, "", [str(file)], size, None)
   np.testing.assert_array_equal(drawn.pictures[0], prepared)

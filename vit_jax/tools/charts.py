@@ -38,6 +38,8 @@ _OTHERS = "#8a919c"
 _MOST_POINTS = 250  # of a line; more would only make the file large
 _FEW_POINTS = 12  # each has a dot
 _WIDE = 100  # with a larger ratio of values, the axis is logarithmic
+# Low values that do not determine the axis: the last learning rate is almost 0.
+_LOWEST = 0.1
 # Placeholders in matplotlib's SVG -> variables of the page's style sheet.
 _ON_PAGE = {f"#c0000{i}": f"var(--c{i})" for i in range(len(DASHES))} | {
   _OTHERS: "var(--other)",
@@ -88,8 +90,10 @@ def plot(
       label=run.name,
     )
   values = [y for _, run in drawn for _, y in run.series[name]]
-  if min(values) > 0 and max(values) > _WIDE * min(values):
+  low = np.quantile(values, _LOWEST)
+  if min(values) > 0 and max(values) > _WIDE * low:
     axis.set_yscale("log")
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], low / 10))
     axis.yaxis.set_minor_formatter("")
   axis.yaxis.set_major_formatter("{x:g}")
   axis.xaxis.set_major_formatter("{x:g}")

@@ -25,7 +25,19 @@ TOP = 5  # classes shown
 _FACTORS = (1 / 2, 3 / 4, 3 / 2, 2)  # of the checkpoint's resolution
 # With so many patches, a layer's attention weights in ViT-L/16 take 164 MB.
 _MOST_PATCHES = 1600
-_SHOWN_SIDE = 480  # least pixels of the longer side of the attention overlay
+_SHOWN_SIDE = 480  # least pixels of the longer side of the model's input
+# Labels and buttons are above pictures, not on their corners. Pictures of a few
+# pixels are enlarged.
+_CSS = """
+.above { display: flex; flex-direction: column; }
+.above label.float { position: static; align-self: start; }
+.above .image-container {
+  position: static; flex: 1; height: auto; min-height: 0;
+}
+.above .image-frame, .above img {
+  width: 100%; height: 100%; object-fit: contain;
+}
+"""
 
 
 class Viewer:
@@ -64,7 +76,7 @@ class Viewer:
 
   def view(
     self, file: str, name: str, size: tuple[int, int]
-  ) -> tuple[list[dict[str, Any]], np.ndarray | None]:
+  ) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray | None]:
     """Classifies an image file.
 
     Args:
@@ -73,8 +85,9 @@ class Viewer:
       size: one of `sizes`.
 
     Returns:
-      The classes as in `predict.predict`, and u8[h w 3], the preprocessed image
-      enlarged and darkened where attention is low; None without attention.
+      The classes as in `predict.predict`; u8[h w 3], the preprocessed image,
+      enlarged; and the same, darkened where attention is low, None without
+      attention.
 
     Raises:
       UserError: not an image, or too large an image.
@@ -86,12 +99,12 @@ class Viewer:
       text = model.config.preprocess
       pixels = preprocess.preprocess_image(picture, text, size, name)
       (classes,) = predict.classify(model, pixels[None], self._names, TOP)
+      factor = -(-_SHOWN_SIDE // max(size))
+      large = pixels.repeat(factor, 0).repeat(factor, 1)
       if look is None:
-        return classes, None
+        return classes, large, None
       (seen,) = np.asarray(look(jnp.asarray(normalize(pixels[None]))).maps)
-    factor = -(-_SHOWN_SIDE // max(size))
-    large = pixels.repeat(factor, 0).repeat(factor, 1)
-    return classes, attention_maps.overlay(large, seen)
+    return classes, large, attention_maps.overlay(large, seen)
 
 
 def list_sizes(about: pretrained.Config) -> list[tuple[int, int]]:
@@ -176,6 +189,7 @@ def launch(
     footer_links=[],
     max_file_size="64mb",
     height=900,  # in a notebook
+    css=_CSS,
     # System fonts, because the default ones are loaded from Google.
     theme=themes.Default(font="system-ui", font_mono="monospace"),
   )
@@ -189,20 +203,20 @@ def _make_page(gradio, viewer):
   # Because of preprocess=False, it gets the uploaded file, like `predict`.
   def show(picture, label):
     if not picture:
-      return None, None
+      return None, None, None
     try:
       name = picture.get("orig_name") or "the picture"
-      found, seen = viewer.view(picture["path"], name, sizes[label])
+      found, *shown = viewer.view(picture["path"], name, sizes[label])
     except UserError as e:
       text = html.escape(str(e))
       raise gradio.Error(text, duration=None, print_exception=False) from e
-    shown = {}
+    classes = {}
     for entry in found:
       name = entry["name"]
-      while name in shown:  # two classes may have the same name
+      while name in classes:  # two classes may have the same name
         name += " "
-      shown[name] = entry["probability"]
-    return shown, seen
+      classes[name] = entry["probability"]
+    return classes, *shown
 
   title = f"{viewer.about.variant}: image classification"
   # Uploads are deleted after an hour.
@@ -216,23 +230,37 @@ def _make_page(gradio, viewer):
           buttons=[],
           height=320,
           alt_text="The picture that was given",
+          elem_classes="above",
         )
         size = gradio.Radio(list(sizes), value=own, label="Resolution")
       with gradio.Column():
         classes = gradio.Label(label="Classes")
-        seen = gradio.Image(
-          label="Attention map",
-          format="png",
-          interactive=False,
-          buttons=["fullscreen"],
-          alt_text="The preprocessed image, darkened by the attention map",
-          visible=viewer.attends,
-        )
+        with gradio.Row():
+          inputs, seen = (
+            gradio.Image(
+              label=label,
+              format="png",
+              interactive=False,
+              buttons=["fullscreen"],
+              alt_text=text,
+              visible=visible,
+              elem_classes="above",
+              min_width=120,  # beside each other on a phone
+            )
+            for label, text, visible in (
+              ("Model input", "The preprocessed image", True),
+              (
+                "Attention map",
+                "The preprocessed image, darkened by the attention map",
+                viewer.attends,
+              ),
+            )
+          )
     gradio.on(
       [picture.change, size.change],
       show,
       [picture, size],
-      [classes, seen],
+      [classes, inputs, seen],
       preprocess=False,
       trigger_mode="always_last",
       concurrency_limit=1,

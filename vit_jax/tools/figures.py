@@ -36,6 +36,7 @@ BATCH_SIZE = 8
 NUM_FILTERS = 28  # as in the paper
 _MOST_PICTURES = 16  # of a rollout; its CSV has all
 _DPI = 150
+_FONT: dict[Any, Any] = {"font.size": 8}  # panels are 2 to 4 inches wide
 _LOOKING = "images, and a model with attention; convolutions have none"
 _MARKERS = {"ViT": "o", "hybrid": "^", "ResNet": "s", "EfficientNet": "D"}
 
@@ -103,7 +104,8 @@ def make_figures(
   for name in files:
     try:
       draw = OF_WEIGHTS.get(name)
-      drawings[name] = draw(seen) if draw else OF_RUNS[name](found)
+      with matplotlib.rc_context(_FONT):
+        drawings[name] = draw(seen) if draw else OF_RUNS[name](found)
     except UserError as e:
       missing.append(f"{name}: {e}")
   if missing and (only or not drawings):
@@ -123,7 +125,7 @@ def make_figures(
 def _write(drawing: Drawing, name, png, svg, table):
   figure, columns, rows = drawing
   # Without a date and random names, the same numbers give the same file.
-  style: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
+  style = _FONT | {"svg.hashsalt": name, "svg.fonttype": "none"}
   Path(png).parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(style):
     figure.savefig(png, format="png", dpi=_DPI)
@@ -155,7 +157,7 @@ def _read(source, label, images, image_size, resize) -> Checkpoint:
     for i, row in enumerate(looks.probabilities if about.num_classes else ()):
       best = int(np.argmax(row))
       name = about.class_names[best] if about.class_names else f"class {best}"
-      titles[i] += f"\n{name} {row[best]:.0%}"
+      titles[i] += f"\nprediction: {name}, {row[best]:.0%}"
   params = flatten(model.params)
   is_plain = variants.parse(about.variant).kind == "ViT"
   filters = params["embedding/kernel"] if is_plain else None
@@ -220,7 +222,7 @@ def _draw_rollout(seen: list[Checkpoint]) -> Drawing:
   figure, axes = _make_grid(len(shown), 1 + 2 * len(seen), 2.2)
   for i, (first, *others) in enumerate(axes):
     first.imshow(shown[i])
-    _set_title(first, f"image {i}")
+    _set_title(first, f"image {i}: model input")
     for c, lit, plain in zip(seen, others[::2], others[1::2], strict=True):
       assert c.looks
       lit.imshow(attention_maps.overlay(c.pictures[i], c.looks.maps[i]))

@@ -80,7 +80,7 @@ def test_heads_and_attention(tmp_path):
     demo.Viewer(write(tmp_path / "zeros", params=zeros))
   resnet = demo.Viewer(write(tmp_path / "resnet", "RNx1"))
   file = write_image(tmp_path / "bird.png")
-  classes, seen = resnet.view(file, "", (32, 32))
+  classes, _, seen = resnet.view(file, "", (32, 32))
   assert len(classes) == 5
   assert seen is None
 
@@ -215,8 +215,9 @@ def test_uploads_are_judged_as_by_predict(open_demo, checkpoint, tmp_path):
   page.get_by_label("64 x 64 px").check()
   viewer = demo.Viewer(checkpoint)
   assert viewer.sizes == [(16, 16), (24, 24), (32, 32), (48, 48), (64, 64)]
-  found, seen = viewer.view(file, "", (64, 64))
+  found, pixels, seen = viewer.view(file, "", (64, 64))
   assert seen is not None
+  assert pixels.shape == seen.shape
   assert seen.shape == (512, 512, 3)
   assert read(page, old) == as_shown(found)
   # A file that is not an image; its name is not HTML.
@@ -247,6 +248,7 @@ def test_phone_in_the_dark(open_demo, tmp_path):
     'radio "32 x 32 px" [checked]',
     'meter "crane"',
     'img "The picture that was given"',
+    'img "The preprocessed image"',
     'img "The preprocessed image, darkened by the attention map"',
   ):
     assert line in told, line

@@ -11,6 +11,7 @@ import fake_runs
 import numpy as np
 import pytest
 from browser import PHONE
+from matplotlib.figure import Figure
 
 from vit_jax.__main__ import main
 from vit_jax.tools import charts
@@ -92,6 +93,22 @@ def test_a_line_lies_where_its_numbers_say(tmp_path):
   np.testing.assert_allclose(steps / steps[-1], [0, 1 / 3, 2 / 3, 1], atol=1e-3)
   np.testing.assert_allclose(heights / heights[1], [0, 1, 0.5, 0], atol=1e-3)
   assert heights[1] < 0  # SVG's y points down
+
+
+def test_a_last_learning_rate_near_zero_does_not_stretch_the_axis():
+  def draw(name, values):
+    axis = Figure().subplots()
+    points = list(enumerate(values, 1))
+    run = types.SimpleNamespace(name="run", series={name: points})
+    charts.plot(axis, name, [(0, run)])
+    return axis.get_yscale(), axis.get_ylim()[0]
+
+  decay = np.cos(np.linspace(0, 1.57, 12)) ** 2  # the last is 6e-7
+  assert draw("train/learning_rate", decay)[0] == "linear"
+  assert draw("train/loss", np.geomspace(1, 1e-3, 12))[0] == "log"
+  scale, lowest = draw("train/learning_rate", [*decay * 1e3, *decay])
+  assert scale == "log"
+  assert lowest > 1e-5
 
 
 def test_a_long_line_becomes_means():
