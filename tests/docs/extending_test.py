@@ -77,9 +77,9 @@ def test_the_additions_run(tmp_path):
   subprocess.run(
     [sys.executable, *layers], cwd=tmp_path, env=environment, check=True
   )
-  said = {}
-  for command in commands:
-    done = subprocess.run(
+
+  def call(command):
+    return subprocess.run(
       [sys.executable, "-m", "vit_jax", *command.split()],
       cwd=tmp_path,
       env=environment,
@@ -87,6 +87,10 @@ def test_the_additions_run(tmp_path):
       text=True,
       check=False,
     )
+
+  said = {}
+  for command in commands:
+    done = call(command)
     assert done.returncode == 0, done.stderr
     said[command.split()[0]] = done.stdout
   assert said["classes"].split() == ["lying", "standing"]
@@ -107,3 +111,9 @@ def test_the_additions_run(tmp_path):
   last = {name: x for line in found for name, x in line.items()}
   assert last["few/5shot"] > 0.7
   assert last["eval/accuracy"] > 0.7
+  masked = "--config.objective=masked_patches --config.loss.name=sigmoid"
+  train = f"train --config=stripes --workdir=runs/masked {masked}"
+  refused = call(train)
+  assert "config.model.logit_scale is 2.0 and has no effect" in refused.stderr
+  refused = call(f"{train} --config.model.logit_scale=1")
+  assert "config.evals.sure.type is 'confidence'; it needs" in refused.stderr
