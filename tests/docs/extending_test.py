@@ -73,9 +73,9 @@ def test_the_additions_run(tmp_path):
     "TFDS_DATA_DIR": str(tmp_path / "data"),
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
   }
-  layers = ["-m", "pytest", "-p", "no:xdist", "tests/docs/layers_test.py"]
+  (tests,) = re.findall(r"^python (-m pytest .+)$", _TEXT, re.M)
   subprocess.run(
-    [sys.executable, *layers], cwd=tmp_path, env=environment, check=True
+    [sys.executable, *tests.split()], cwd=tmp_path, env=environment, check=True
   )
 
   def call(command):
