@@ -73,13 +73,13 @@ def test_the_additions_run(tmp_path):
     "TFDS_DATA_DIR": str(tmp_path / "data"),
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
   }
-  layers = ["-m", "pytest", "-p", "no:xdist", "tests/docs/layers_test.py"]
+  (tests,) = re.findall(r"^python (-m pytest .+)$", _TEXT, re.M)
   subprocess.run(
-    [sys.executable, *layers], cwd=tmp_path, env=environment, check=True
+    [sys.executable, *tests.split()], cwd=tmp_path, env=environment, check=True
   )
-  said = {}
-  for command in commands:
-    done = subprocess.run(
+
+  def call(command):
+    return subprocess.run(
       [sys.executable, "-m", "vit_jax", *command.split()],
       cwd=tmp_path,
       env=environment,
@@ -87,6 +87,10 @@ def test_the_additions_run(tmp_path):
       text=True,
       check=False,
     )
+
+  said = {}
+  for command in commands:
+    done = call(command)
     assert done.returncode == 0, done.stderr
     said[command.split()[0]] = done.stdout
   assert said["classes"].split() == ["lying", "standing"]
@@ -107,3 +111,9 @@ def test_the_additions_run(tmp_path):
   last = {name: x for line in found for name, x in line.items()}
   assert last["few/5shot"] > 0.7
   assert last["eval/accuracy"] > 0.7
+  masked = "--config.objective=masked_patches --config.loss.name=sigmoid"
+  train = f"train --config=stripes --workdir=runs/masked {masked}"
+  refused = call(train)
+  assert "config.model.logit_scale is 2.0 and has no effect" in refused.stderr
+  refused = call(f"{train} --config.model.logit_scale=1")
+  assert "config.evals.sure.type is 'confidence'; it needs" in refused.stderr

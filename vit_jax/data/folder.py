@@ -235,9 +235,11 @@ def _find_files(root, known=None):
   files, left_out = find_images(root, classes)
   if len(classes) < (1 if known else 2):
     found = f"1 class, {classes[0]!r}" if classes else "no folder of images"
+    split = _SPLITS.get(classes[0].lower()) if classes else None
+    other = "test/" if split == "train" else "train/"
     raise UserError(
       f"{root}: found {found}; it needs a sub-folder of images for each of at "
-      "least 2 classes"
+      f"least 2 classes{f', or {other} beside {classes[0]}/' if split else ''}"
     )
   _check_classes(root, classes, files)
   left_out += [

@@ -603,6 +603,10 @@ def test_folder_that_is_none_is_explained(tmp_path):
   _make_folder(tmp_path, {"a": 3})
   with pytest.raises(UserError, match=r"found 1 class, 'a'; .* at least 2"):
     data.get_source(f"folder:{tmp_path}", "train")
+  for split, other in (("test", "train"), ("Train", "test")):
+    _make_folder(tmp_path / "one" / split / split, {"a": 1, "b": 1})
+    with pytest.raises(UserError, match=f", or {other}/ beside {split}/"):
+      data.get_source(f"folder:{tmp_path}/one/{split}", "test")
   (tmp_path / "b").mkdir()
   with pytest.raises(UserError, match=r"b: class 'b' has no images \(\.jpg"):
     data.get_source(f"folder:{tmp_path}", "train")
