@@ -4,6 +4,7 @@ import sys
 
 from vit_jax.commands import (
   bench_input,
+  bench_run,
   bench_step,
   convert,
   data_build,
@@ -62,6 +63,7 @@ COMMANDS = {
   "data show": (data_show, "draw augmented training images"),
   "bench step": (bench_step, "the train step, on the local devices"),
   "bench input": (bench_input, "images a second that this host reads"),
+  "bench run": (bench_run, "where the time of a short training goes"),
   "quickstart": (quickstart, "pre-train, fine-tune and predict, in minutes"),
 }
 # Of the commands with two words: the first one.
