@@ -133,12 +133,11 @@ def measure(*, spec, overrides, cache: str | None, begin: float) -> dict:
   loaded = config.load(spec, overrides)
   clock, monitoring = _Clock(begin), jax.monitoring
   wraps = {
-    path: functools.partial(clock.wrap, label)
-    for label, paths in _PARTS.items()
-    for path in paths.split()
+    "sharding.jit_train_step": clock.wrap_jit,
+    "training.inputs.read_batches": clock.wrap_read,
   }
-  wraps["sharding.jit_train_step"] = clock.wrap_jit
-  wraps["training.inputs.read_batches"] = clock.wrap_read
+  for label, paths in _PARTS.items():
+    wraps |= dict.fromkeys(paths.split(), functools.partial(clock.wrap, label))
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
     for path, wrap in wraps.items():
       owner, _, name = f"vit_jax.{path}".rpartition(".")
@@ -161,25 +160,26 @@ def format_report(found: dict[str, dict]) -> str:
   """Returns the results of `bench` as text."""
   head = [x for name in found for x in (f"{name} s", "share", "of XLA")]
   rows = [("", "count", *head)]
-  names = dict.fromkeys(x for run in found.values() for x in run["parts"])
+  names = {x: None for run in found.values() for x in run["parts"]}
+  names = sorted(names, key=lambda name: name == "the rest")
   for group in dict.fromkeys(name.partition(": ")[0] for name in names):
     inner = [n for n in names if n == group or n.startswith(f"{group}: ")]
-    rows.append(_make_row(group, inner, group, found))
-    for name in inner if inner != [group] else ():
+    rows.append(_make_row(group, inner, found))
+    for name in inner if inner[1:] else ():
       text = name.partition(": ")[2] or "the rest"
-      rows.append(_make_row(f"  {text}", [name], name, found))
-  rows.append(_make_row("wall time", names, "", found))
+      rows.append(_make_row(f"  {text}", [name], found))
+  rows.append(_make_row("wall time", names, found))
   saves = ", ".join(f"{x['background']:.1f} s" for x in found.values())
   return "\n".join([*format_columns(rows), f"saves in the background: {saves}"])
 
 
-def _make_row(text, names, counted, found):
-  """Returns the sum of some parts, and how often one began, as texts."""
+def _make_row(text, names, found):
+  """Returns the sums of some parts, as texts; of one also its count."""
   cells, count = [], 0
   for run in found.values():
     parts = [run["parts"].get(name, (0, 0, 0)) for name in names]
     seconds, compiling = (sum(part[i] for part in parts) for i in (0, 1))
     share = f"{seconds / run['wall']:.1%}"
     cells += [f"{seconds:.2f}", share, f"{compiling:.2f}" if compiling else ""]
-    count = count or run["parts"].get(counted, (0, 0, 0))[2]
+    count = parts[0][2] if len(parts) == 1 else 0
   return (text, f"{count:,}" if count else "", *cells)
