@@ -63,7 +63,7 @@ setuptools.setup(
       "clu>=0.0.12",
       "importlib-resources>=5.0",  # undeclared by tensorflow-datasets
       "scikit-learn>=1.5",  # ships the handwritten digits
-      "tensorboard>=2.20",  # undeclared by clu
+      "tensorboard>=2.20",  # of tf.summary
       f"tensorflow-cpu>=2.20; {_LINUX_X86}",
       f"tensorflow>=2.20; {_ELSEWHERE}",
       "tensorflow-datasets>=4.9.9",

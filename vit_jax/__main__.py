@@ -4,6 +4,7 @@ import sys
 
 from vit_jax.commands import (
   bench_input,
+  bench_run,
   bench_step,
   convert,
   data_build,
@@ -62,6 +63,7 @@ COMMANDS = {
   "data show": (data_show, "draw augmented training images"),
   "bench step": (bench_step, "measure the train step on the local devices"),
   "bench input": (bench_input, "measure this host's input pipeline"),
+  "bench run": (bench_run, "measure the parts of a short training run"),
   "quickstart": (quickstart, "pre-train, fine-tune and predict, in minutes"),
 }
 # First words of the two-word commands.

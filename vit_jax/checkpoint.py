@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _policies = ocp.checkpoint_managers
 
 
+@jax.jit
 def _digest(x):
   """Returns a uint32 that changes with any bit of x, or with its order."""
   bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
@@ -54,13 +55,11 @@ def _digest(x):
   return jnp.sum(h ^ (h >> 16))
 
 
-_digests = jax.jit(lambda arrays: [_digest(x) for x in arrays])
-
-
 def fingerprint(tree) -> dict[str, int]:
   """Returns one 32-bit number for each array, the same on any mesh."""
   flat = flatten(tree)
-  digests = jax.device_get(_digests(list(flat.values())))
+  # One program for each shape: one for all arrays would compile for longer.
+  digests = jax.device_get([_digest(x) for x in flat.values()])
   return {path: int(d) for path, d in zip(flat, digests, strict=True)}
 
 

@@ -161,10 +161,10 @@ def make_state(config, mesh, objective, init_state, checkpoints):
     state = checkpoints.restore(placed)
     if state is not None:
       return state, layout
-  state = jax.jit(init_state, out_shardings=layout)(key)
   if config.init_from:
-    state = start_from(config.init_from, state, objective, config.model)
-  return state, layout
+    how = (init_state, key, layout, objective, config.model)
+    return start_from(config.init_from, *how), layout
+  return jax.jit(init_state, out_shardings=layout)(key), layout
 
 
 @dataclasses.dataclass

@@ -79,6 +79,8 @@ def _quiet_libraries():
   # TensorFlow only reads and decodes images here.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  # It imports Keras 3 otherwise, with scikit-learn and Matplotlib, for nothing.
+  os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
   logging.basicConfig(format="%(message)s", stream=sys.stderr)
   # Orbax logs each failure several times, with tracebacks, and also raises it.
   for name in ("absl", "asyncio", "concurrent.futures"):

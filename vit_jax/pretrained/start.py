@@ -13,12 +13,19 @@ from vit_jax.training import lora
 log = logging.getLogger(__name__)
 
 
-def start_from(source: str, state: TrainState, objective, config) -> TrainState:
-  """Returns the state with the weights of `source`, and logs a report.
+def start_from(
+  source: str, init_state, key, layout: TrainState, objective, config
+) -> TrainState:
+  """Returns a state with the weights of `source`, and logs a report.
+
+  Only the other parameters are drawn, because compiling random numbers takes
+  long.
 
   Args:
     source: what `pretrained.read` takes.
-    state: at step 0, on the devices.
+    init_state: key -> the state at step 0 without them.
+    key: its argument.
+    layout: its shardings.
     objective: the run's objective; its model and class names are used.
     config: the model's configuration.
 
@@ -27,9 +34,9 @@ def start_from(source: str, state: TrainState, objective, config) -> TrainState:
   """
   weights = pretrained.fold_normalization(pretrained.read(source))
   pretrained.check_numerics(weights, config)
-  params = flatten(state.params)
+  shapes = flatten(jax.eval_shape(init_state, key).params)
   given, changes = warm_start(
-    {path: x for path, x in params.items() if not lora.is_update(path)},
+    {path: x for path, x in shapes.items() if not lora.is_update(path)},
     weights.params,
     old_grid=weights.create_model().grid,
     new_grid=objective.model.grid,
@@ -38,12 +45,27 @@ def start_from(source: str, state: TrainState, objective, config) -> TrainState:
     resize=weights.resize,
   )
   log.info("weights from %s\n%s", weights.source, changes)
-  for path, lazy in given.items():
-    old = params[path]
-    new = lazy.read().astype(old.dtype)
-    params[path] = jax.make_array_from_callback(
-      old.shape, old.sharding, lambda index, new=new: new[index]
+
+  def without_given(state):
+    params = flatten(state.params)
+    new = {path: x for path, x in params.items() if path not in given}
+    return state._replace(params=new, ema=None)
+
+  # XLA drops the random numbers of parameters that are not returned.
+  init_others = jax.jit(
+    lambda key: without_given(init_state(key)),
+    out_shardings=without_given(layout),
+  )
+  state, placed = init_others(key), flatten(layout.params)
+
+  def place(path, x):
+    if path not in given:
+      return state.params[path]
+    new = given[path].read().astype(x.dtype)
+    return jax.make_array_from_callback(
+      x.shape, placed[path], lambda index: new[index]
     )
-  tree = unflatten(params)
-  ema = None if state.ema is None else jax.tree.map(jnp.copy, tree)
-  return state._replace(params=tree, ema=ema)
+
+  params = unflatten({path: place(path, x) for path, x in shapes.items()})
+  ema = None if layout.ema is None else jax.tree.map(jnp.copy, params)
+  return state._replace(params=params, ema=ema)

@@ -9,7 +9,7 @@ import tempfile
 import time
 
 import jax
-from clu import metric_writers
+import tensorflow as tf
 from etils import epath
 
 from vit_jax import files
@@ -62,9 +62,9 @@ class MetricLog:
       # Old event files may have later steps, so they are rewritten.
       old = list((workdir / "tensorboard").glob("events.out.tfevents.*"))
       folder = str(self._folder / "tensorboard")
-      self._tensorboard = metric_writers.SummaryWriter(folder)
+      self._tensorboard = tf.summary.create_file_writer(folder)
       for values in lines:
-        self._tensorboard.write_scalars(values.pop("step"), values)
+        self._write_events(values.pop("step"), values)
       self._tensorboard.flush()
       self.sync()
       for events in old:
@@ -105,12 +105,17 @@ class MetricLog:
     with _writing(self._workdir):
       with self._file.open("a") as f:
         f.write(json.dumps({"step": step, **values}) + "\n")
-      self._tensorboard.write_scalars(step, values)
+      self._write_events(step, values)
     self._is_behind = self._folder != self._workdir
     if time.monotonic() > self._uploaded + _UPLOAD_SECONDS:
       self.sync()
     if self._wandb:
       self._wandb.log(values, step=step)
+
+  def _write_events(self, step, values):
+    with self._tensorboard.as_default(step):
+      for name, x in values.items():
+        tf.summary.scalar(name, x)
 
   def write_results(self, name: str, step: int, results) -> None:
     """Writes and prints the {NAME/METRIC: value} of an evaluation."""

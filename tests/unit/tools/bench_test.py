@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import gpu
 import jax
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
+from tiny_runs import Runs
 
-from vit_jax import models
+from vit_jax import data, models
 from vit_jax.__main__ import main
 from vit_jax.data import pipeline
 from vit_jax.models import attention
 from vit_jax.tools.bench import input as input_bench
-from vit_jax.tools.bench import step
+from vit_jax.tools.bench import run, step
 
 TINY = "ViT-w16d1m32h2_8"
 OPTIONS = {
@@ -287,3 +289,46 @@ def test_input_needs_jpegs(tmp_path, capsys):
       Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
   assert main(["bench", "input", f"--dataset=folder:{tmp_path}"]) == 2
   assert "is not a JPEG" in capsys.readouterr().err
+
+
+# --- the run ---
+
+
+def test_rows_add_up():
+  parts = {"start-up: imports": [3.0, 0.0, 0], "start-up": [1.0, 0.5, 0]}
+  parts |= {"steps: dispatch": [5.0, 0.0, 7], "the rest": [1.0, 0.0, 0]}
+  found = {"wall": 10.0, "parts": parts, "background": 0.25}
+  lines = run.format_report({"cold": found}).splitlines()
+  assert [line.split() for line in lines[1:]] == [
+    ["start-up", "4.00", "40.0%", "0.50"],
+    ["imports", "3.00", "30.0%"],
+    ["the", "rest", "1.00", "10.0%", "0.50"],
+    ["steps", "7", "5.00", "50.0%"],
+    ["the", "rest", "1.00", "10.0%"],
+    ["wall", "time", "10.00", "100.0%", "0.50"],
+    ["saves", "in", "the", "background:", "0.2", "s"],
+  ]
+
+
+@pytest.mark.ci
+def test_parts_of_a_run_add_up(tmp_path):
+  runs = Runs(tmp_path)
+  data.prepare("digits", str(runs.data_dir))
+  overrides = {"data_dir": str(runs.data_dir), "total_steps": "4"}
+  overrides |= {"eval_every": "2", "checkpoint_every": "2"}
+  found = run.measure(
+    spec=str(runs.config),
+    overrides=overrides,
+    cache=jax.config.jax_compilation_cache_dir,
+    begin=time.time(),
+  )
+  parts = found["parts"]
+  total = sum(seconds for seconds, *_ in parts.values())
+  assert total == pytest.approx(found["wall"], abs=0.01)
+  assert all(0 <= xla <= seconds for seconds, xla, _ in parts.values())
+  counts = {name: count for name, (*_, count) in parts.items()}
+  assert counts["start-up: first step"] == 1
+  assert counts["steps: dispatch"] == 3
+  assert counts["save"] == counts["save: fingerprint"] == 2
+  assert counts["evaluation"] == 2
+  assert found["background"] > 0
