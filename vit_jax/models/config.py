@@ -13,7 +13,7 @@ from vit_jax.errors import UserError, check_choice
 from vit_jax.models import variants
 
 
-def _option(default, *choices, rate=False, also=()):
+def _option(default, *choices, rate=False, also=()) -> Any:
   """Declares a key of `config.model`: its default and its other choices.
 
   A `rate` is the probability, below 1, of a random operation in training.

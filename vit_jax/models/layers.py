@@ -81,7 +81,7 @@ def gather(kernel):
   return jax.lax.with_sharding_constraint(kernel, P())
 
 
-def matmul(x, kernel, fsdp_axis: int):
+def matmul(x, kernel, fsdp_axis: int) -> Any:
   """[r i] @ [i o], with the kernel sharded by fsdp along `fsdp_axis`.
 
   With fsdp, the kernel is all-gathered, and its gradient is summed by a

@@ -196,6 +196,27 @@ def launch(
   return page
 
 
+def _make_pictures(gradio, attends):
+  """Returns the components of the model's input and of the attention map."""
+  darkened = "The preprocessed image, darkened by the attention map"
+  return [
+    gradio.Image(
+      label=label,
+      format="png",
+      interactive=False,
+      buttons=["fullscreen"],
+      alt_text=text,
+      visible=visible,
+      elem_classes="above",
+      min_width=120,  # beside each other on a phone
+    )
+    for label, text, visible in (
+      ("Model input", "The preprocessed image", True),
+      ("Attention map", darkened, attends),
+    )
+  ]
+
+
 def _make_page(gradio, viewer):
   sizes = {f"{h} x {w} px": (h, w) for h, w in viewer.sizes}
   own = "{} x {} px".format(*viewer.about.image_size)
@@ -236,26 +257,7 @@ def _make_page(gradio, viewer):
       with gradio.Column():
         classes = gradio.Label(label="Classes")
         with gradio.Row():
-          inputs, seen = (
-            gradio.Image(
-              label=label,
-              format="png",
-              interactive=False,
-              buttons=["fullscreen"],
-              alt_text=text,
-              visible=visible,
-              elem_classes="above",
-              min_width=120,  # beside each other on a phone
-            )
-            for label, text, visible in (
-              ("Model input", "The preprocessed image", True),
-              (
-                "Attention map",
-                "The preprocessed image, darkened by the attention map",
-                viewer.attends,
-              ),
-            )
-          )
+          inputs, seen = _make_pictures(gradio, viewer.attends)
     gradio.on(
       [picture.change, size.change],
       show,

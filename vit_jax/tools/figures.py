@@ -125,9 +125,9 @@ def make_figures(
 def _write(drawing: Drawing, name, png, svg, table):
   figure, columns, rows = drawing
   # Without a date and random names, the same numbers give the same file.
-  style = _FONT | {"svg.hashsalt": name, "svg.fonttype": "none"}
+  style: dict[Any, Any] = {"svg.hashsalt": name, "svg.fonttype": "none"}
   Path(png).parent.mkdir(parents=True, exist_ok=True)
-  with matplotlib.rc_context(style):
+  with matplotlib.rc_context(_FONT | style):
     figure.savefig(png, format="png", dpi=_DPI)
     figure.savefig(svg, format="svg", dpi=_DPI, metadata={"Date": None})
   with open(table, "w", newline="", encoding="utf-8") as f:
