@@ -49,7 +49,7 @@ class _Clock:
     self._labels, self._now = ["start-up", "imports"], begin
     # Seconds, those of XLA or its cache among them, how often.
     self.parts: dict[str, list] = collections.defaultdict(lambda: [0.0, 0.0, 0])
-    self.events = collections.Counter()
+    self.events: dict[str, float] = collections.defaultdict(float)
 
   def part(self) -> list:
     return self.parts[": ".join(self._labels) or "the rest"]
