@@ -105,6 +105,7 @@ def test_a_run_leaves_what_the_readme_says(reference):
   assert saved_steps(reference.workdir) == sorted({best["step"], *newest})
 
 
+@pytest.mark.ci
 def test_a_complete_run_stays_as_it_is(runs, reference, tmp_path, caplog):
   workdir = shutil.copytree(reference.workdir, tmp_path / "run")
   before = snapshot(workdir)
@@ -284,6 +285,7 @@ def test_sigterm_and_ctrl_c_save_and_end_well(
   assert_same_run(workdir, whole[0])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("at", "number", "saved"),
   [

@@ -258,6 +258,7 @@ def test_undecodable_image_names_the_example():
 BLOCKS = Shuffle(blocks=[3], window=2, streams=4)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "shuffle", [Shuffle(), pytest.param(BLOCKS, marks=pytest.mark.ci)]
 )

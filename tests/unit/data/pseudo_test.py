@@ -114,6 +114,7 @@ def test_a_mixture_has_its_proportions_and_probabilities(root):
   assert np.bincount(pool, minlength=_POOL).tolist() == expected.tolist()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "shuffle",
   [

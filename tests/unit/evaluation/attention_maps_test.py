@@ -93,6 +93,7 @@ def test_look_equals_numpy_on_captured_weights(classifier, variant):
   )
 
 
+@pytest.mark.ci
 def test_no_kernel_is_in_the_way(monkeypatch):
   """With bfloat16, which has its attention from a kernel on accelerators."""
   model, images = load(dtype="bfloat16")

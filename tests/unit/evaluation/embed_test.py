@@ -76,6 +76,7 @@ def test_a_killed_command_resumes(pictures, tmp_path, monkeypatch):
     embedding.embed(_SOURCE, [str(pictures)], str(out))
 
 
+@pytest.mark.ci
 def test_parquet_has_a_row_an_image(pictures, tmp_path):
   out = tmp_path / "features.parquet"
   embedding.embed(_SOURCE, [str(pictures)], str(out), what="patches")

@@ -265,6 +265,7 @@ def test_the_loss_falls():
   assert np.abs(state.params["mask_token"] - params["mask_token"]).max() > 0.05
 
 
+@pytest.mark.ci
 def test_a_new_head_finds_every_colour_as_likely():
   model = _create(scan=True)
   objective = _make_objective(model, "mean_colour")
@@ -293,6 +294,7 @@ def photos(tmp_path_factory):
   return root
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "target",
   [
@@ -394,6 +396,7 @@ def test_configurations_that_cannot_be_run(overrides, words, runs):
     objectives.create(config, ["a", "b"])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   "spec",
   ["masked.py", "masked.py:ViT-L_16,imagenet2012", "quickstart_masked.py"],
@@ -498,6 +501,7 @@ def test_fine_tuning_starts_from_it(runs, pretrained, tmp_path, caplog):
     assert line in report
 
 
+@pytest.mark.ci
 def test_predict_says_that_there_are_no_classes(pretrained, tmp_path, capsys):
   Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
   command = ["predict", f"--checkpoint={pretrained}"]

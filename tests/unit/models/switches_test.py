@@ -128,6 +128,7 @@ def _differentiate(model, params, images):
   return jax.value_and_grad(loss)(params)
 
 
+@pytest.mark.ci
 @_of_some
 def test_scanned_and_recomputed_gradients_are_the_plain_ones(name):
   model = _create(name)

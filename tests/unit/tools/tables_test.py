@@ -486,6 +486,7 @@ def test_the_list_of_tables(capsys):
   assert len(json.loads(capsys.readouterr().out)) == 9
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("number", [1, 3, 4, 7, 9])
 def test_text_markdown_and_json(number, capsys):
   name = f"table{number}"

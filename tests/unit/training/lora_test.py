@@ -128,6 +128,7 @@ def test_it_starts_as_the_model_scanned_or_not():
   )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_run_is_read_as_the_plain_model(tmp_path, scan):
   """And so it is what predicts, is converted, and starts other runs."""
@@ -193,6 +194,7 @@ def _train(devices=1, **overrides):
   return before, jax.device_get(flatten(state))
 
 
+@pytest.mark.ci
 def test_a_and_b_and_the_head_are_trained():
   before, after = _train()
   moved = {

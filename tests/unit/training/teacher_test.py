@@ -141,6 +141,7 @@ def test_a_teacher_sees_the_pixels_of_the_student(mixes):
   assert taught.dtype == jnp.float32
 
 
+@pytest.mark.ci
 def test_micro_batches_give_the_same_step_for_any_teacher():
   """The teacher is an argument of the program, which another one may be."""
   objective = _make_objective(Teacher(_apply_linear, 2.0, 0.6), mixup_alpha=0.5)
