@@ -152,6 +152,7 @@ def test_a_report_and_an_export(server, moments):
   assert (bucket / "out" / about["file"]).exists()
 
 
+@pytest.mark.nightly
 def test_a_sweep(runs, server, tmp_path, monkeypatch):
   monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path))
   _, *rest = runs.train_args("gs://bucket/sweep", *SHORT)

@@ -143,7 +143,7 @@ def test_mistakes_leave_nothing_behind(argument, words, args, tmp_path, capsys):
   assert not (tmp_path / "vtab").exists()
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_two_tasks_with_the_real_train(args, tmp_path, capsys, monkeypatch):
   """Short trainings of a small model, two at once, through the command."""
   # Of the processes that it starts: one device compiles faster than eight.

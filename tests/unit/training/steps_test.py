@@ -578,7 +578,7 @@ def _train_vit(devices, fsdp, *, scan):
   ("scan", "layouts"),
   [
     (True, [(8, 2)]),
-    pytest.param(False, [(8, 1), (8, 8), (2, 1)], marks=pytest.mark.ci),
+    pytest.param(False, [(8, 1), (8, 8), (2, 1)], marks=pytest.mark.nightly),
   ],
 )
 def test_layouts_agree(scan, layouts):
