@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from vit_jax.tools.plan import add_up_seconds
 from vit_jax.tools.text import format_columns
 
 LEFT_OUT = (
@@ -25,16 +26,16 @@ def format_fastest(plans: list[dict[str, Any]]) -> str:
   best = plans[0]
   rows = [("", "GiB", "ms", "collectives, ms", "images/s/chip", "MFU")]
   for found in plans:
-    compute, moved = found["step_seconds"], found["collective_seconds"]
-    rate = found["images_per_second_per_chip"] * compute / (compute + moved)
+    # The part of the time in which the chip computes.
+    busy = found["step_seconds"] / add_up_seconds(found)
     rows.append(
       (
         _flags(found["overrides"]),
         f"{found['hbm_gib']:.2f}",
-        f"{1e3 * compute:.1f}",
-        f"{1e3 * moved:.1f}",
-        f"{rate:.0f}",
-        f"{found['mfu'] * compute / (compute + moved):.1%}",
+        f"{1e3 * found['step_seconds']:.1f}",
+        f"{1e3 * found['collective_seconds']:.1f}",
+        f"{busy * found['images_per_second_per_chip']:.0f}",
+        f"{busy * found['mfu']:.1%}",
       )
     )
   return "\n\n".join(
