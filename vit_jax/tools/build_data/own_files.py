@@ -198,11 +198,8 @@ def _list_file(name, path):
   if suffix in _SUFFIXES:
     yield name, Place(path)
   elif suffix == ".tar":
-    with (
-      epath.Path(path).open("rb") as file,
-      tarfile.open(fileobj=file) as archive,
-    ):
-      for member in archive:
+    with epath.Path(path).open("rb") as file, tarfile.open(fileobj=file) as tar:
+      for member in tar:
         if member.isfile() and member.name.lower().endswith(_SUFFIXES):
           place = Place(path, member.offset_data, member.size)
           yield member.name.removeprefix("./"), place
