@@ -352,7 +352,7 @@ def test_names_in_labels_that_no_image_has(tmp_path, capsys):
   assert re.search(r"labels of no image +1\n", capsys.readouterr().out)
   labels.write_text(text.replace("a/", "b/"))
   elsewhere = {"data_dir": str(tmp_path / "other")}
-  with pytest.raises(UserError, match=r"as 'a/0.jpg', .* as \['b/0.jpg'\]"):
+  with pytest.raises(UserError, match=r"as \['b/0.jpg'\], .* as 'a/0.jpg'"):
     _build(tmp_path, **elsewhere)
   with pytest.raises(UserError, match="label of confidence 2 or more"):
     _build(tmp_path, min_confidence=2, **elsewhere)

@@ -26,9 +26,9 @@ from vit_jax.data.builders.imagenet21k import map_ahead
 from vit_jax.data.preparation import find_data_dir, run_builder
 from vit_jax.errors import RunStopped, UserError, check_free, one_line
 from vit_jax.tools.build_data import near_duplicates, own_files
-from vit_jax.tools.build_data.own_files import TWINS, UNREADABLE
 
-_UNLABELLED, _UNUSED = "without labels", "labels of no image"
+# Lists in report.json.
+_LISTS = ("unreadable", "without labels", "twins", "labels of no image")
 _TOGETHER = 32  # images that are compared with the test images at once
 
 
@@ -90,7 +90,7 @@ def build(
     if isinstance(e, concurrent.futures.BrokenExecutor):
       why = "a worker died, killed or out of memory; use fewer --workers"
     if isinstance(e, AssertionError):  # of TFDS: "No examples were yielded."
-      counts = {x: len(builder.report[x]) for x in (UNREADABLE, TWINS)}
+      counts = {x: len(builder.report[x]) for x in _LISTS}
       why = f"no image of a split can be used: {counts}"
     raise RunStopped(f"{why}; nothing is kept, run the command again") from e
   return builder.data_path, builder.report
@@ -116,7 +116,7 @@ def _list_work(images, labels, classes, min_confidence, data_dir):
   """
   found = own_files.list_images(images, data_dir)
   report: dict[str, Any] = {"images": len(found), "train": 0, "test": 0}
-  report |= {x: [] for x in (UNREADABLE, _UNLABELLED, TWINS, _UNUSED)}
+  report |= {x: [] for x in _LISTS}
   if images.startswith(own_files.TFDS):
     if labels or classes or min_confidence:
       raise UserError(f"--images {images} has labels of its own; omit others")
@@ -127,14 +127,13 @@ def _list_work(images, labels, classes, min_confidence, data_dir):
     raise UserError("--labels is missing: CSV, JSON lines or the word folders")
   names, by_name = own_files.read_labels(labels, classes, min_confidence, found)
   work = [(name, place, by_name.get(name, [])) for name, place in found]
-  report[_UNLABELLED] = [name for name, _, own in work if not own]
-  report[_UNUSED] = sorted(by_name.keys() - dict(found).keys())
+  report["without labels"] = [name for name, _, own in work if not own]
+  report["labels of no image"] = sorted(by_name.keys() - dict(found).keys())
   most = max(len(own) for *_, own in work)
   if not most:
     raise UserError(
-      f"no image has a label of confidence {min_confidence} or more; names are "
-      f"paths below --images, such as {found[0][0]!r}, and {labels} has names "
-      f"such as {[*by_name][:1]}"
+      f"no image has a label of confidence {min_confidence} or more; names in "
+      f"{labels} are as {[*by_name][:1]}, below --images as {found[0][0]!r}"
     )
   return names, most, [image for image in work if image[-1]], report
 
@@ -179,10 +178,11 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     with _open_pool(self._workers) as self._pool:
       super()._download_and_prepare(dl_manager, download_config)
     for file in self._work.glob("left_out*"):
-      for why, image in map(json.loads, file.read_text().splitlines()):
-        self.report[why].append(image)
-    for why in (UNREADABLE, TWINS):
-      self.report[why].sort()
+      for line in file.read_text().splitlines():
+        for x, images in json.loads(line).items():
+          self.report[x] += images
+    for x in _LISTS:
+      self.report[x].sort()
     for split, info in self.info.splits.items():
       self.report[split] = info.num_examples
     files.write_json(self.data_path / "report.json", self.report)
@@ -211,15 +211,15 @@ class LabelledImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _generate_examples(self, examine, chunks):
     for kept, left_out in map_ahead(self._pool, examine, chunks):
       yield from kept
-      for why, image in left_out:
-        self.report[why].append(image)
+      for x, images in left_out.items():
+        self.report[x] += images
 
 
 def _make_pipeline(images, left_out, examine):
   """Returns the Beam transform that makes a split's examples.
 
-  `images` is a file of JSON lines, arguments of `examine`. The images that it
-  leaves out are written as JSON lines to files, whose prefix is `left_out`.
+  `images` is a file of JSON lines, arguments of `examine`. What it leaves out
+  is written as JSON lines to files with the prefix `left_out`.
   """
   import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
@@ -230,9 +230,9 @@ def _make_pipeline(images, left_out, examine):
       | beam.Reshuffle()  # distributes the lines over the workers
       | beam.Map(lambda line: examine(json.loads(line)))
     )
-    others = examined | "Others" >> beam.FlatMap(lambda pair: pair[1])
-    _ = others | beam.Map(json.dumps) | beam.io.WriteToText(left_out)
-    return examined | "Kept" >> beam.FlatMap(lambda pair: pair[0])
+    lines = examined | beam.Map(lambda pair: json.dumps(pair[1]))
+    _ = lines | beam.io.WriteToText(left_out)
+    return examined | beam.FlatMap(lambda pair: pair[0])
 
   return beam.ptransform_fn(transform)()
 

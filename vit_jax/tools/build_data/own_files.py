@@ -33,7 +33,6 @@ from vit_jax.tools.build_data.near_duplicates import Index, make_thumbnail
 
 TFDS = "tfds:"  # prefix of a data set of images
 FOLDERS = "folders"  # instead of a labels file
-UNREADABLE, TWINS = "unreadable", "twins"  # why an image is left out
 _KEPT = ("JPEG", "MPO", "PNG")  # others are re-encoded as PNG
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _TEXT, _NUMBER = pyarrow.string(), pyarrow.float64()
@@ -235,7 +234,7 @@ def read(place: Place, data_dir: str | None) -> tuple[bytes, list[int]]:
 
 def examine(
   images: list[tuple[str, Place, list[int] | None]], index: str, data_dir: str
-) -> tuple[list[tuple], list[tuple[str, list]]]:
+) -> tuple[list[tuple], dict[str, list]]:
   """Reads images and finds their near-duplicates among the test images.
 
   Args:
@@ -244,25 +243,25 @@ def examine(
     data_dir: that of TFDS.
 
   Returns:
-    (key, example) for TFDS of each image that is kept, and for each other one
-    UNREADABLE or TWINS and its entry in report.json.
+    (key, example) for TFDS of each image that is kept, and those left out:
+    [(name, reason)] "unreadable", [(name, test image, similarity)] "twins".
   """
-  found, kept, left_out = [], [], []
+  found, kept, unreadable, twins = [], [], [], []
   for name, place, labels in images:
     try:
       encoded, own = read(place, data_dir)
       found.append((name, labels or own, *decode(encoded)))
     except Exception as e:  # whatever a file system or a data set raises
-      left_out.append((UNREADABLE, [name, one_line(e)]))
+      unreadable.append([name, one_line(e)])
   thumbnails = np.array([thumbnail for *_, thumbnail in found])
-  twins = Index.load(index).find(thumbnails)
-  for (name, labels, encoded, _), twin in zip(found, twins, strict=True):
+  similar = Index.load(index).find(thumbnails)
+  for (name, labels, encoded, _), twin in zip(found, similar, strict=True):
     if twin:
-      left_out.append((TWINS, [name, *twin]))
+      twins.append([name, *twin])
     else:
       example = {"image": encoded, "labels": labels}
       kept.append((os.fsencode(name), example))
-  return kept, left_out
+  return kept, {"unreadable": unreadable, "twins": twins}
 
 
 def decode(encoded: bytes, name: str = "image") -> tuple[bytes, np.ndarray]:
