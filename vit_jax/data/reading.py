@@ -5,8 +5,8 @@ per request, whatever its size. Windows of `BlockOrder` are therefore prefetched
 whole, or a data set that fits in memory is kept there.
 """
 
-import itertools
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -83,6 +83,25 @@ def count_block(source: Source, size: float) -> int:
   return max(1, int(size * source.num_examples / count_bytes(source)))
 
 
+class _Block:
+  """Consecutive records, in memory of their own that is freed at once.
+
+  On the heap they would leave gaps between other objects, and the process would
+  need half as much memory again.
+  """
+
+  def __init__(self, records: Sequence[bytes]):
+    self._ends = np.cumsum([0, *map(len, records)])
+    size = max(1, int(self._ends[-1]))
+    self._bytes = mmap.mmap(
+      -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    self._bytes.write(b"".join(records))
+
+  def __getitem__(self, i: int) -> bytes:
+    return self._bytes[self._ends[i] : self._ends[i + 1]]
+
+
 class Fetcher:
   """Fetches the records of positions, each by itself.
 
@@ -107,6 +126,9 @@ class Fetcher:
   def _read(self, i, examples):
     return self._sources[i].read(examples)
 
+  def _read_block(self, i, first, end):
+    return _Block(self._sources[i].read(np.arange(first, end)))
+
   def close(self) -> None:
     """Cancels pending reads."""
     self._pool.shutdown(wait=False, cancel_futures=True)
@@ -125,8 +147,8 @@ class _Kept(Fetcher):
     blocks, offsets = np.divmod(examples, size)
     for b in np.unique(blocks).tolist():
       if (i, b) not in self._blocks:
-        block = np.arange(b * size, min((b + 1) * size, source.num_examples))
-        self._blocks[i, b] = self._pool.submit(source.read, block)
+        part = b * size, min((b + 1) * size, source.num_examples)
+        self._blocks[i, b] = self._pool.submit(self._read_block, i, *part)
     return [
       self._blocks[i, b].result()[offset]
       for b, offset in zip(blocks.tolist(), offsets.tolist(), strict=True)
@@ -142,7 +164,7 @@ class _Windows(Fetcher):
 
   def __init__(self, sources, order: BlockOrder):
     super().__init__(sources, order)
-    # {window: its records}; {(data set, stream): its window in use}.
+    # {window: its blocks}; {(data set, stream): its window in use}.
     self._held: dict[Window, list[Future]] = {}
     self._newest: dict[tuple[int, int], Window] = {}
     self._ahead = 1  # prefetched windows of each stream
@@ -165,16 +187,19 @@ class _Windows(Fetcher):
     records = np.empty(len(positions), object)
     which = np.empty(len(positions), np.int64)
     for window, indices, offsets in found:
-      parts = itertools.chain(*(part.result() for part in self._held[window]))
-      records[indices] = np.fromiter(parts, object)[offsets]
+      sizes = [end - first for first, end in self._order.find_ranges(window)]
+      ends = np.cumsum(sizes)
+      blocks = np.searchsorted(ends, offsets, side="right")
+      inside = offsets - (ends - sizes)[blocks]
+      for i, block, k in zip(indices, blocks, inside, strict=True):
+        records[i] = self._held[window][block].result()[k]
       which[indices] = window.dataset
     self._held = {window: self._held[window] for window in windows}
     return records, which
 
   def _load(self, window):
     if window not in self._held:
-      read = self._sources[window.dataset].read
       self._held[window] = [
-        self._pool.submit(read, np.arange(first, end))
+        self._pool.submit(self._read_block, window.dataset, first, end)
         for first, end in self._order.find_ranges(window)
       ]
