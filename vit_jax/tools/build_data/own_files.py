@@ -244,13 +244,17 @@ def examine(
 
   Returns:
     (key, example) for TFDS of each image that is kept, and those left out:
-    [(name, reason)] "unreadable", [(name, test image, similarity)] "twins".
+    [(name, reason)] "unreadable", [name] "without labels", [(name, test image,
+    similarity)] "twins".
   """
-  found, kept, unreadable, twins = [], [], [], []
+  found, kept, unreadable, unlabelled, twins = [], [], [], [], []
   for name, place, labels in images:
     try:
       encoded, own = read(place, data_dir)
-      found.append((name, labels or own, *decode(encoded)))
+      if labels := labels or own:
+        found.append((name, labels, *decode(encoded)))
+      else:
+        unlabelled.append(name)
     except Exception as e:  # whatever a file system or a data set raises
       unreadable.append([name, one_line(e)])
   thumbnails = np.array([thumbnail for *_, thumbnail in found])
@@ -261,7 +265,8 @@ def examine(
     else:
       example = {"image": encoded, "labels": labels}
       kept.append((os.fsencode(name), example))
-  return kept, {"unreadable": unreadable, "twins": twins}
+  left_out = {"unreadable": unreadable, "without labels": unlabelled}
+  return kept, left_out | {"twins": twins}
 
 
 def decode(encoded: bytes, name: str = "image") -> tuple[bytes, np.ndarray]:
