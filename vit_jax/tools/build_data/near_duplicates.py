@@ -50,17 +50,11 @@ def _unit(x):
 
 
 class Index(NamedTuple):
-  """The test images, for finding near-duplicates of others.
+  """The test images, for finding near-duplicates of others."""
 
-  Attributes:
-    names: str[n].
-    thumbnails: u8[n THUMBNAIL THUMBNAIL 3].
-    signatures: f32[n SIDE²].
-  """
-
-  names: np.ndarray
-  thumbnails: np.ndarray
-  signatures: np.ndarray
+  names: np.ndarray  # str[n]
+  thumbnails: np.ndarray  # u8[n THUMBNAIL THUMBNAIL 3]
+  signatures: np.ndarray  # f32[n SIDE²]
 
   @classmethod
   def make(cls, names, thumbnails) -> Self:
@@ -91,7 +85,7 @@ class Index(NamedTuple):
       thumbnails: u8[b THUMBNAIL THUMBNAIL 3]. A batch is an order of magnitude
         faster, because it reads the signatures from memory once.
     """
-    if not self.names.size:
+    if not self.names.size or not thumbnails.size:
       return [None] * len(thumbnails)
     seen = np.stack([thumbnails, thumbnails[:, :, ::-1]], 1)  # and mirrored
     similarity = make_signatures(seen) @ self.signatures.T
