@@ -91,7 +91,7 @@ _NN = ((1,), (0,))
 _TN = ((0,), (0,))
 
 
-def _scores(x, y):
+def _scores(x, y) -> Any:
   """Returns the dot products [n n] of the rows of a head's registers."""
   return sum(_dot(*each, _NT) for each in zip(x, y, strict=True))
 
