@@ -16,13 +16,19 @@ from vit_jax.models import attention, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.tools.paper.flops import count_in_jaxpr
 
-# Heads of half a register's lanes, of a whole, and across two of them.
+# Heads of half a register's lanes, of a whole, of one and a half, across two;
+# then one token more than whole registers.
 _each_head = pytest.mark.parametrize(
-  ("width", "num_heads", "head_dim", "queries"),
+  ("width", "num_heads", "tokens", "valid", "queries"),
   [
-    (128, 2, 64, 24),
-    (128, 1, 128, 8),
-    (640, 8, 80, 24),
+    (128, 2, 24, 21, 24),
+    (128, 1, 24, 21, 8),
+    (384, 2, 24, 21, 24),
+    (640, 8, 24, 21, 24),
+    (1152, 16, 24, 21, 24),
+    (128, 2, 136, 129, 136),
+    (640, 8, 264, 257, 264),
+    (640, 8, 264, 257, 8),
   ],
 )
 
@@ -53,34 +59,56 @@ def _compute_in_float64(q, k, v, num_heads, valid):
 
 
 @_each_head
-def test_kernel_is_the_formula(width, num_heads, head_dim, queries):
-  q, k, v, _ = _draw(2, 24, width, valid=21)
-  expected = _compute_in_float64(*map(np.asarray, (q, k, v)), num_heads, 21)  # pyright: ignore[reportCallIssue]
-  q = q[:, :queries]
-  fused = attention.run_kernel("forward", head_dim, 21, q, k, v, interpret=True)
+def test_kernel_is_the_formula(width, num_heads, tokens, valid, queries):
+  q, k, v, _ = _draw(2, tokens, width, valid)
+  expected = _compute_in_float64(*map(np.asarray, (q, k, v)), num_heads, valid)  # pyright: ignore[reportCallIssue]
+  what = ("forward", width // num_heads, valid, q[:, :queries], k, v)
+  fused = attention.run_kernel(*what, interpret=True)
+  real = min(queries, valid)
   np.testing.assert_allclose(
-    fused[0][:, :21], expected[:, : min(queries, 21)], rtol=1e-4, atol=1e-5
+    fused[0][:, :real], expected[:, :real], rtol=1e-4, atol=1e-5
   )
+
+
+def _differentiate(q, k, v, gradient, num_heads, valid):
+  """Returns the gradients of `attend_plainly`."""
+
+  def plain(q, k, v):
+    return attention.attend_plainly(q, k, v, num_heads, valid)[0]
+
+  return jax.jit(lambda *x: jax.vjp(plain, *x)[1](gradient))(q, k, v)
 
 
 @_each_head
-def test_kernel_has_the_plain_gradients(width, num_heads, head_dim, queries):
-  q, k, v, gradient = _draw(2, 24, width, valid=21)
-  q, gradient = q[:, :queries], gradient[:, :queries]
-  fused = attention.run_kernel(
-    "backward", head_dim, 21, q, k, v, gradient, interpret=True
-  )
-
-  def plain(q, k, v):
-    return attention.attend_plainly(q, k, v, num_heads, 21)[0]
-
-  def differentiate(q, k, v):
-    return jax.vjp(plain, q, k, v)[1](gradient)
-
-  expected = jax.jit(differentiate)(q, k, v)
+def test_kernel_has_the_plain_gradients(
+  width, num_heads, tokens, valid, queries
+):
+  q, k, v, gradient = _draw(2, tokens, width, valid)
+  arrays = q[:, :queries], k, v, gradient[:, :queries]
+  what = ("backward", width // num_heads, valid, *arrays)
+  fused = attention.run_kernel(*what, interpret=True)
+  expected = _differentiate(*arrays, num_heads, valid)
   for x, y in zip(fused, expected, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
-    assert not np.any(x[:, 21:])  # nothing flows into padding
+    assert not np.any(x[:, valid:])  # nothing flows into padding
+
+
+@pytest.mark.parametrize(
+  ("width", "num_heads", "tokens", "valid"),
+  [(128, 2, 24, 21), (640, 8, 136, 129)],
+)
+def test_kernel_in_bfloat16_is_near(width, num_heads, tokens, valid):
+  rounded = [x.astype(jnp.bfloat16) for x in _draw(2, tokens, width, valid)]
+  q, k, v, gradient = (x.astype(jnp.float32) for x in rounded)
+  expected, _ = attention.attend_plainly(q, k, v, num_heads, valid)
+  gradients = _differentiate(q, k, v, gradient, num_heads, valid)
+  run = functools.partial(attention.run_kernel, interpret=True)
+  head_dim = width // num_heads
+  found = run("forward", head_dim, valid, *rounded[:3])
+  found += run("backward", head_dim, valid, *rounded)
+  for x, y in zip(found, (expected, *gradients), strict=True):
+    difference = x.astype(jnp.float32)[:, :valid] - y[:, :valid]
+    assert jnp.abs(difference).max() < 0.01 * jnp.abs(y[:, :valid]).max()
 
 
 def test_attend_has_its_own_gradients():
