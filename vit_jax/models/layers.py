@@ -10,11 +10,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from vit_jax.models.config import ViTConfig
 
 ROWS, LANES = 8, 128  # of a vector register
+SAVED = "saved"  # see `save`
+
+
+def save(config: ViTConfig, x):
+  """Marks a value that `model.remat` "dots" saves for the backward pass.
+
+  Saved are queries, keys, values, the MLP's hidden layer before GELU and the
+  statistics of LayerNorm. Attention and its last matmul, which cost less than
+  copying their results into a scan's stacks and out again, are recomputed.
+  """
+  return checkpoint_name(x, SAVED) if config.remat == "dots" else x
 
 
 def drop_path(x, rate, key):
@@ -137,6 +149,22 @@ def convolve(x, kernel, *args, **kwargs):
 
 
 @jax.custom_vjp
+def materialise(kernel):
+  """Keeps XLA from slicing stacked kernels anew for each tile of a matmul.
+
+  A plain barrier would also separate the gradient's matmul from its copy into
+  the stack.
+  """
+  return jax.lax.optimization_barrier(kernel)
+
+
+materialise.defvjp(
+  lambda kernel: (jax.lax.optimization_barrier(kernel), None),
+  lambda _, gradient: (gradient,),
+)
+
+
+@jax.custom_vjp
 def add_bias(x, bias):
   """[r o] + [o]; in bfloat16 the bias's gradient is a matmul with ones.
 
@@ -199,6 +227,8 @@ class Dense(nn.Module):
       # Otherwise the kernel's gradient is computed in the stored layout, for
       # which XLA transposes the tokens: 117,000 cycles for each kernel of B/16.
       kernel = jax.lax.optimization_barrier(kernel)
+    elif self.config.scan:
+      kernel = materialise(kernel)
     y = matmul(x.astype(dtype).reshape(-1, flat[0]), kernel, self.fsdp_axis)
     if not (self.use_bias or affine):
       return y.reshape(*x.shape[:-1], flat[1])
@@ -228,6 +258,7 @@ class LayerNorm(nn.Module):
     variance = jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean)
     epsilon = self.config.layer_norm_epsilon
     factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
+    mean, factor = save(self.config, mean), save(self.config, factor)
     if self.config.use_tpu_layout and not self.whole:
       return ((y - mean) * factor).astype(dtype), (scale, bias)
     return ((y - mean) * (factor * scale) + bias).astype(dtype), None
