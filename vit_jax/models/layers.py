@@ -149,22 +149,6 @@ def convolve(x, kernel, *args, **kwargs):
 
 
 @jax.custom_vjp
-def materialise(kernel):
-  """Keeps XLA from slicing stacked kernels anew for each tile of a matmul.
-
-  A plain barrier would also separate the gradient's matmul from its copy into
-  the stack.
-  """
-  return jax.lax.optimization_barrier(kernel)
-
-
-materialise.defvjp(
-  lambda kernel: (jax.lax.optimization_barrier(kernel), None),
-  lambda _, gradient: (gradient,),
-)
-
-
-@jax.custom_vjp
 def add_bias(x, bias):
   """[r o] + [o]; in bfloat16 the bias's gradient is a matmul with ones.
 
@@ -223,12 +207,11 @@ class Dense(nn.Module):
       moved = moved.astype(dtype) @ kernel.astype(dtype)
       kernel, bias = kernel * scale[:, None], bias + moved[0]
     kernel, bias = (y.astype(dtype) for y in (kernel, bias))
-    if len(shape) > 2:
-      # Otherwise the kernel's gradient is computed in the stored layout, for
-      # which XLA transposes the tokens: 117,000 cycles for each kernel of B/16.
+    if len(shape) > 2 or self.config.scan:
+      # Otherwise XLA slices a scan's kernel from its stack for each tile of the
+      # matmul. With heads, it computes the gradient in the stored layout and
+      # transposes the tokens for it: 117,000 cycles for each kernel of B/16.
       kernel = jax.lax.optimization_barrier(kernel)
-    elif self.config.scan:
-      kernel = materialise(kernel)
     y = matmul(x.astype(dtype).reshape(-1, flat[0]), kernel, self.fsdp_axis)
     if not (self.use_bias or affine):
       return y.reshape(*x.shape[:-1], flat[1])
