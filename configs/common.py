@@ -88,7 +88,7 @@ def get_config() -> Any:
   # float32.
   config.model.dtype = "bfloat16"
   config.model.scan = False  # trace one block instead of `num_layers`
-  config.model.remat = "none"  # "none", "dots" or "full", see models/vit.py
+  config.model.remat = "none"  # "none", "dots" or "full"; models/layers.py
 
   # --- data ---
   # Folder of TFDS data sets; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets.

@@ -22,7 +22,14 @@ from jax.sharding import PartitionSpec as P
 
 from vit_jax.models import posemb
 from vit_jax.models.config import ViTConfig
-from vit_jax.models.layers import LANES, ROWS, Dense, Dropout, LayerNorm
+from vit_jax.models.layers import (
+  LANES,
+  ROWS,
+  Dense,
+  Dropout,
+  LayerNorm,
+  save,
+)
 
 _UNROLL = 4  # images that the compiler may interleave to hide latency
 _MAX_TOKENS = 640  # the scores of more do not fit on the chip
@@ -470,7 +477,7 @@ class MultiHeadDotProductAttention(nn.Module):
     def project(name, rows, like):
       biased = name[0] in {"all": "qkv", "none": ""}.get(bias, bias)
       dense = Dense(self.config, (width, *heads), use_bias=biased, name=name)
-      return dense(rows, affine).reshape(like.shape)
+      return save(self.config, dense(rows, affine)).reshape(like.shape)
 
     bias = self.config.qkv_bias
     query = project("query", rows_q, inputs_q)

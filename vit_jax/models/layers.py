@@ -10,11 +10,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from vit_jax.models.config import ViTConfig
 
 ROWS, LANES = 8, 128  # of a vector register
+SAVED = "saved"  # see `save`
+
+
+def save(config: ViTConfig, x):
+  """Marks a value that `model.remat` "dots" saves for the backward pass.
+
+  Saved are queries, keys, values, the MLP's hidden layer before GELU and the
+  statistics of LayerNorm. Attention and its last matmul, which cost less than
+  copying their results into a scan's stacks and out again, are recomputed.
+  """
+  return checkpoint_name(x, SAVED) if config.remat == "dots" else x
 
 
 def drop_path(x, rate, key):
@@ -195,9 +207,10 @@ class Dense(nn.Module):
       moved = moved.astype(dtype) @ kernel.astype(dtype)
       kernel, bias = kernel * scale[:, None], bias + moved[0]
     kernel, bias = (y.astype(dtype) for y in (kernel, bias))
-    if len(shape) > 2:
-      # Otherwise the kernel's gradient is computed in the stored layout, for
-      # which XLA transposes the tokens: 117,000 cycles for each kernel of B/16.
+    if len(shape) > 2 or self.config.scan:
+      # Otherwise XLA slices a scan's kernel from its stack for each tile of the
+      # matmul. With heads, it computes the gradient in the stored layout and
+      # transposes the tokens for it: 117,000 cycles for each kernel of B/16.
       kernel = jax.lax.optimization_barrier(kernel)
     y = matmul(x.astype(dtype).reshape(-1, flat[0]), kernel, self.fsdp_axis)
     if not (self.use_bias or affine):
@@ -228,6 +241,7 @@ class LayerNorm(nn.Module):
     variance = jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean)
     epsilon = self.config.layer_norm_epsilon
     factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
+    mean, factor = save(self.config, mean), save(self.config, factor)
     if self.config.use_tpu_layout and not self.whole:
       return ((y - mean) * factor).astype(dtype), (scale, bias)
     return ((y - mean) * (factor * scale) + bias).astype(dtype), None

@@ -30,9 +30,8 @@ ACTIVATIONS = {
   "silu": nn.silu,
 }
 
-# "dots" recomputes attention's own matmuls.
 REMAT_POLICIES = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names(layers.SAVED),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -53,10 +52,10 @@ class MlpBlock(nn.Module):
     widen = functools.partial(dense, (width, inner), sum_by_product=False)
     activate = ACTIVATIONS[config.activation]
     if config.mlp == "gated":
-      gate = activate(widen(name="gate")(x, affine))
-      x = gate * widen()(x, affine)
+      gate = activate(layers.save(config, widen(name="gate")(x, affine)))
+      x = gate * layers.save(config, widen()(x, affine))
     else:
-      x = activate(widen()(x, affine))
+      x = activate(layers.save(config, widen()(x, affine)))
     x = dropout(config, self.deterministic)(x)
     x = dense((inner, width), fsdp_axis=1)(x)
     return dropout(config, self.deterministic)(x)

@@ -215,7 +215,8 @@ def plain():
   [
     (False, "full"),
     (True, "none"),
-    pytest.param(True, "dots", marks=pytest.mark.nightly),
+    pytest.param(True, "dots", marks=pytest.mark.ci),
+    pytest.param(False, "dots", marks=pytest.mark.nightly),
   ],
 )
 def test_scan_and_remat_change_no_value_and_no_gradient(scan, remat, plain):
@@ -236,6 +237,47 @@ def test_scan_and_remat_change_no_value_and_no_gradient(scan, remat, plain):
   for path, x in flatten(gradient).items():
     difference = np.abs(flatten(gradient2)[path] - x).max()
     assert difference <= 1e-6 * scale, path
+
+
+def _square(model):
+  """Returns params -> the sum of the squared logits."""
+  return lambda params: (model.apply(params, _images(model)) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+  "mlp", ["plain", pytest.param("gated", marks=pytest.mark.ci)]
+)
+def test_scan_with_remat_dots_changes_only_rounding_in_bfloat16(mlp):
+  options = {"mlp": mlp, "classifier": "gap"}
+  params = _random_params(_create(**options))
+
+  def differentiate(params, **kwargs):
+    loss = _square(_create(**options, **kwargs))
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  loss, gradient = differentiate(params, dtype="bfloat16")
+  stacked = models.stack_blocks(params)
+  forms = {"scan": True, "remat": "dots", "dtype": "bfloat16"}
+  loss2, gradient2 = differentiate(stacked, **forms)
+  np.testing.assert_allclose(loss2, loss, rtol=0.02)
+  gradient2 = flatten(_unstack_blocks(gradient2))
+  scale = max(np.abs(x).max() for x in jax.tree.leaves(gradient))
+  for path, x in flatten(gradient).items():
+    assert np.abs(gradient2[path] - x).max() <= 0.02 * scale, path
+
+
+def test_remat_dots_saves_each_value_once():
+  model = _create(scan=True, remat="dots", dtype="bfloat16")
+  traced = jax.make_jaxpr(jax.grad(_square(model)))(_random_params(model))
+  forward, _ = (x for x in traced.eqns if x.primitive.name == "scan")
+  stacks = [x.aval for x in forward.outvars[1:]]  # after the carry
+  # 3 images of 6 patches and a class token, padded to 8.
+  sizes = [x.str_short() for x in stacks if x.size >= 2 * 24]
+  assert sorted(sizes) == [
+    *["bfloat16[2,24,16]"] * 4,  # the block's input, query, key, value
+    "bfloat16[2,24,24]",  # the hidden layer
+    *["float32[2,24,1]"] * 4,  # two LayerNorms' means and factors
+  ]
 
 
 @pytest.mark.ci
