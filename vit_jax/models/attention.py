@@ -3,8 +3,9 @@
 GPUs use cuDNN's kernel, TPUs the Pallas kernel of this module. Without it, XLA
 writes every head's [n n] scores to memory and reads them again, several times.
 The kernel keeps them on the chip. Each of its programs takes some images and as
-many heads as fill the lanes, with all their tokens. The backward pass
-recomputes the scores.
+many heads as fill the lanes, with all their tokens; if these are many, one
+image with some of its queries and all its keys. The backward pass recomputes
+the scores.
 """
 
 import functools
@@ -25,11 +26,14 @@ from vit_jax.models.config import ViTConfig
 from vit_jax.models.layers import LANES, ROWS, Dense, Dropout, LayerNorm
 
 _UNROLL = 4  # images that the compiler may interleave to hide latency
-_MAX_TOKENS = 640  # the scores of more do not fit on the chip
+_MAX_TOKENS = 640  # with more, a program takes only some of the queries
+_QUERIES = 256  # how many
+_MEMORY = 48 * 2**20  # on the chip, for one program; v5p and tpu7x have 64 MiB
 _BLOCK = 2**19  # bytes of each array in one program of the kernel
 _MINUS = -1e30  # the score of padding
 # The kernel compiler has no bfloat16 matmuls for these.
 _OLD_TPUS = ("TPU v2", "TPU v3")
+_SMALL_TPUS = ("TPU v4",)  # have 16 MiB
 _AMPERE = 8  # compute capability of the first GPUs with cuDNN's kernel
 
 
@@ -135,7 +139,36 @@ def _backward(
   jax.lax.fori_loop(0, images, one, 0, unroll=min(images, _UNROLL))
 
 
-def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
+def _backward_of_some(*refs, total, **options):
+  """Runs `_backward` for some queries; sums the gradients of keys and values.
+
+  Of the last queries, those from `total` on are not there.
+  """
+  q_ref, k_ref, v_ref, do_ref, dq_ref, *outputs = refs[:7]
+  q, do, *parts = refs[7:11]
+  sums = refs[11:]
+  block = pl.program_id(2)
+  row = jax.lax.broadcasted_iota(jnp.int32, q.shape, 1) + block * q.shape[1]
+  q[...] = jnp.where(row < total, q_ref[...], 0)
+  do[...] = jnp.where(row < total, do_ref[...], 0)
+  _backward(q, k_ref, v_ref, do, dq_ref, *parts, **options)
+  for part, sum_ref, output in zip(parts, sums, outputs, strict=True):
+    x = part[...].astype(jnp.float32)
+    sum_ref[...] = jnp.where(block == 0, x, sum_ref[...] + x)
+
+    @pl.when(block == pl.num_programs(2) - 1)
+    def _(output=output, sum_ref=sum_ref):
+      output[...] = sum_ref[...].astype(output.dtype)
+
+
+def run_kernel(
+  which: str,
+  head_dim: int,
+  valid: int,
+  *arrays,
+  queries: int | None = None,
+  interpret=False,
+):
   """Runs a kernel over the images and groups of heads of one device.
 
   Args:
@@ -143,19 +176,30 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
       these and the result's gradient [b q d], whose padding is zero.
     head_dim, valid: width of a head; how many tokens are not padding.
     *arrays: the inputs, see `which`.
+    queries: how many a program takes, all by default.
     interpret: whether to interpret it without a TPU, for tests.
 
   Returns:
     [the result], or the gradients of query, key and value.
   """
   kernel, num_outputs = _KERNELS[which]
-  b, n, d = arrays[1].shape
+  (b, n, d), total = arrays[1].shape, arrays[0].shape[1]
+  queries, dtype = min(queries or total, total), arrays[0].dtype
   lanes = math.lcm(LANES, head_dim)
-  size = n * lanes * arrays[1].dtype.itemsize
+  size = n * lanes * dtype.itemsize
   images = math.gcd(b, max(1, 2 ** int(math.log2(max(1, _BLOCK / size)))))
-
-  def block(x):
-    return pl.BlockSpec((images, x.shape[1], lanes), lambda i, j: (i, 0, j))
+  some, all_keys = (images, queries, lanes), (images, n, lanes)
+  of_some = pl.BlockSpec(some, lambda i, j, k: (i, k, j))
+  of_all = pl.BlockSpec(all_keys, lambda i, j, k: (i, 0, j))
+  specs = [of_some, of_all, of_all, of_some]
+  options: dict = {"head_dim": head_dim, "valid": valid}
+  scratch, memory = [], None
+  if queries < total:
+    memory = _count_memory(queries, n, lanes)
+    if which == "backward":
+      kernel, options = _backward_of_some, options | {"total": total}
+      scratch = [pltpu.VMEM(x, dtype) for x in (some, some, all_keys, all_keys)]
+      scratch += [pltpu.VMEM(all_keys, jnp.float32)] * 2
 
   # The result is like the query; gradients are like query, key and value.
   outputs = [
@@ -163,18 +207,32 @@ def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   ]
   cost, cycles = _count_cost(arrays, outputs, head_dim)
   return pl.pallas_call(
-    functools.partial(kernel, head_dim=head_dim, valid=valid),
-    grid=(b // images, d // lanes),
-    in_specs=[*map(block, arrays)],
-    out_specs=[*map(block, outputs)],
+    functools.partial(kernel, **options),
+    grid=(b // images, d // lanes, -(-total // queries)),
+    in_specs=specs[: len(arrays)],
+    out_specs=specs[:num_outputs],
     out_shape=outputs,
+    scratch_shapes=scratch,
     interpret=interpret,
     cost_estimate=cost,
     metadata={"cycles": str(cycles)},
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel")
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=memory,
     ),
   )(*arrays)
+
+
+def _count_memory(queries, n, lanes):
+  """Returns the bytes on the chip of a program that takes some queries.
+
+  Inputs and outputs are there twice, so that the next program's are copied
+  meanwhile. Keys' and values' gradients have a part and a sum. Four arrays are
+  as large as the scores. A quarter is left for what the compiler adds.
+  """
+  of_keys = n * lanes * (4 * 2 * 2 + 2 * (2 + 4))
+  of_queries = queries * lanes * (3 * 2 * 2 + 2 * 2 + 4)
+  return (of_keys + of_queries + 4 * 4 * n * queries) * 5 // 4
 
 
 _KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
@@ -185,6 +243,8 @@ _KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
 # 6,251 and 12,809 with 264. With eight queries 471 and 3,469; 886 and 5,902.
 _CYCLES = {1: (6.3, 7.9), 3: (14.1, 16.2)}
 _CYCLES_OF_FEW = {1: (29.4, 36.9), 3: (17.3, 22.4)}
+# If a program takes some queries: from benchmarks/attention.py.
+_CYCLES_OF_SOME = {1: (5.4, 7.6), 3: (16.4, 19.3)}
 
 
 def _count_cost(arrays, outputs, head_dim):
@@ -200,7 +260,8 @@ def _count_cost(arrays, outputs, head_dim):
     bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs)),
   )
   straddling = LANES % head_dim > 0 and head_dim % LANES > 0
-  cycles = _CYCLES_OF_FEW if q < LANES else _CYCLES
+  some = _CYCLES_OF_SOME if n > _MAX_TOKENS else _CYCLES
+  cycles = _CYCLES_OF_FEW if q < LANES else some
   return cost, round(cycles[len(outputs)][straddling] * registers)
 
 
@@ -208,7 +269,8 @@ def _count_cost(arrays, outputs, head_dim):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(which, head_dim, valid, *arrays):
   """Runs a kernel on each device's images; XLA cannot partition the call."""
-  call = functools.partial(run_kernel, which, head_dim, valid)
+  queries = _QUERIES if arrays[1].shape[1] > _MAX_TOKENS else None
+  call = functools.partial(run_kernel, which, head_dim, valid, queries=queries)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return call(*arrays)
@@ -230,9 +292,12 @@ def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
     recent = number is not None and int(number[1]) >= _AMPERE
     fits = recent and head_dim % 8 == 0 and head_dim <= 128
     return attend_by_cudnn if fits else None
-  whole = width % math.lcm(LANES, head_dim) == 0
-  fits = whole and tokens % ROWS == 0 and tokens <= _MAX_TOKENS
-  return attend if fits and device.device_kind not in _OLD_TPUS else None
+  lanes, kind = math.lcm(LANES, head_dim), device.device_kind
+  fits = width % lanes == 0 and tokens % ROWS == 0 and kind not in _OLD_TPUS
+  if tokens > _MAX_TOKENS:
+    memory = _count_memory(_QUERIES, tokens, lanes)
+    fits = fits and memory <= _MEMORY and kind not in _SMALL_TPUS
+  return attend if fits else None
 
 
 def attend_by_cudnn(query, key, value, num_heads: int, valid: int):

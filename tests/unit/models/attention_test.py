@@ -83,6 +83,54 @@ def test_kernel_has_the_plain_gradients(width, num_heads, head_dim, queries):
     assert not np.any(x[:, 21:])  # nothing flows into padding
 
 
+@pytest.mark.parametrize(
+  ("width", "num_heads", "dtype", "close"),
+  [
+    (128, 2, "float32", 1e-5),
+    pytest.param(128, 2, "bfloat16", 0.02, marks=pytest.mark.ci),
+    pytest.param(640, 8, "float32", 1e-5, marks=pytest.mark.ci),
+  ],
+)
+def test_some_queries_at_a_time(width, num_heads, dtype, close):
+  # 21 tokens, padded to 24: 16 queries, then 8.
+  arrays = _draw(2, 24, width, valid=21)
+  q, k, v, gradient = (x.astype(dtype) for x in arrays)
+  head_dim = width // num_heads
+
+  def run(which, *arrays):
+    return attention.run_kernel(
+      which, head_dim, 21, *arrays, queries=16, interpret=True
+    )
+
+  def plain(q, k, v):
+    return attention.attend_plainly(q, k, v, num_heads, 21)[0]
+
+  in_float32 = [x.astype(jnp.float32) for x in (q, k, v, gradient)]
+  out, backward = jax.vjp(plain, *in_float32[:3])
+  found = run("forward", q, k, v), run("backward", q, k, v, gradient)
+  assert {x.dtype for x in jax.tree.leaves(found)} == {q.dtype}
+  [x], gradients = found
+  expected = out[:, :21], *backward(in_float32[3])
+  for x, y in zip((x[:, :21], *gradients), expected, strict=True):
+    atol = close * np.abs(y).max()
+    np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0, atol=atol)
+  assert not any(np.any(x[:, 21:]) for x in gradients)
+
+
+@pytest.mark.parametrize(("tokens", "programs"), [(640, 1), (1376, 6)])
+def test_long_sequences_are_split(tokens, programs):
+  x = jax.ShapeDtypeStruct((2, tokens, 128), jnp.bfloat16)
+  for which, count in (("forward", 3), ("backward", 4)):
+    run = functools.partial(attention._run, which, 64, tokens)
+    [call] = jax.make_jaxpr(run)(*[x] * count).jaxpr.eqns
+    [kernel] = call.params["jaxpr"].eqns
+    assert kernel.params["grid_mapping"].grid[2] == programs
+  few = jax.ShapeDtypeStruct((2, 8, 128), jnp.bfloat16)
+  [call] = jax.make_jaxpr(run)(few, x, x, few).jaxpr.eqns
+  [kernel] = call.params["jaxpr"].eqns
+  assert kernel.params["grid_mapping"].grid[2] == 1
+
+
 def test_attend_has_its_own_gradients():
   # On this machine both are the plain one, by way of the rule for the kernel.
   q, k, v, gradient = _draw(2, 8, 128, valid=7)
@@ -111,7 +159,12 @@ def test_what_does_not_fill_registers_is_computed_plainly(monkeypatch):
   assert find(200, 768, 12) is attention.attend
   assert find(264, 1280, 16) is attention.attend
   assert find(200, 192, 3) is None  # Ti: 1.5 registers
-  assert find(1032, 768, 12) is None  # 512 pixels
+  assert find(4104, 1024, 16) is attention.attend  # 1,024 pixels
+  assert find(1376, 1280, 16) is attention.attend
+  assert find(4104, 1280, 16) is None  # keys of eight heads, 5.2 MB
+  _pretend(monkeypatch, platform="tpu", device_kind="TPU v4")
+  assert find(200, 768, 12) is attention.attend
+  assert find(1376, 768, 12) is None
   _pretend(monkeypatch, platform="tpu", device_kind="TPU v3")
   assert find(200, 768, 12) is None
 
