@@ -50,13 +50,13 @@ CASES = {  # images, tokens with padding and without, width, heads
   "L/16,1024": (2, 4104, 4097, 1024, 16),
 }
 BLOCKS = {  # padded tokens: block sizes that are tried
-  256: (128, 256),
-  384: (128, 384),
+  256: (256,),
+  384: (384,),
   640: (128, 640),
-  1408: (128, 1408),
+  1408: (1408,),
   1536: (512, 768),
-  4224: (384, 1408),
-  4608: (512, 768, 1536),
+  4224: (1408,),
+  4608: (768, 1536),
 }
 DUMP = (
   "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true "

@@ -3,9 +3,9 @@
 GPUs use cuDNN's kernel, TPUs the Pallas kernel of this module. Without it, XLA
 writes every head's [n n] scores to memory and reads them again, several times.
 The kernel keeps them on the chip. Each of its programs takes some images and as
-many heads as fill the lanes, with all their tokens; if these are many, one
-image with some of its queries and all its keys. The backward pass recomputes
-the scores.
+many heads as fill the lanes, with all their tokens. The backward pass
+recomputes the scores. Of long sequences a program takes one image and some of
+its queries, and the backward pass reuses the softmax's normaliser.
 """
 
 import functools
@@ -26,14 +26,15 @@ from vit_jax.models.config import ViTConfig
 from vit_jax.models.layers import LANES, ROWS, Dense, Dropout, LayerNorm
 
 _UNROLL = 4  # images that the compiler may interleave to hide latency
-_MAX_TOKENS = 640  # with more, a program takes only some of the queries
-_QUERIES = 256  # how many
-_MEMORY = 48 * 2**20  # on the chip, for one program; v5p and tpu7x have 64 MiB
+_MAX_TOKENS = 640  # the scores of more do not fit on the chip at once
+_QUERIES = 256  # of a long sequence, in one program
+_KEYS = 512  # whose scores its backward pass computes at once
+_MEMORY = 48 * 2**20  # for it on the chip; v5p and tpu7x have 64 MiB
 _BLOCK = 2**19  # bytes of each array in one program of the kernel
 _MINUS = -1e30  # the score of padding
 # The kernel compiler has no bfloat16 matmuls for these.
 _OLD_TPUS = ("TPU v2", "TPU v3")
-_SMALL_TPUS = ("TPU v4",)  # have 16 MiB
+_SMALL_TPUS = ("TPU v4",)  # 16 MiB on the chip
 _AMPERE = 8  # compute capability of the first GPUs with cuDNN's kernel
 
 
@@ -139,36 +140,7 @@ def _backward(
   jax.lax.fori_loop(0, images, one, 0, unroll=min(images, _UNROLL))
 
 
-def _backward_of_some(*refs, total, **options):
-  """Runs `_backward` for some queries; sums the gradients of keys and values.
-
-  Of the last queries, those from `total` on are not there.
-  """
-  q_ref, k_ref, v_ref, do_ref, dq_ref, *outputs = refs[:7]
-  q, do, *parts = refs[7:11]
-  sums = refs[11:]
-  block = pl.program_id(2)
-  row = jax.lax.broadcasted_iota(jnp.int32, q.shape, 1) + block * q.shape[1]
-  q[...] = jnp.where(row < total, q_ref[...], 0)
-  do[...] = jnp.where(row < total, do_ref[...], 0)
-  _backward(q, k_ref, v_ref, do, dq_ref, *parts, **options)
-  for part, sum_ref, output in zip(parts, sums, outputs, strict=True):
-    x = part[...].astype(jnp.float32)
-    sum_ref[...] = jnp.where(block == 0, x, sum_ref[...] + x)
-
-    @pl.when(block == pl.num_programs(2) - 1)
-    def _(output=output, sum_ref=sum_ref):
-      output[...] = sum_ref[...].astype(output.dtype)
-
-
-def run_kernel(
-  which: str,
-  head_dim: int,
-  valid: int,
-  *arrays,
-  queries: int | None = None,
-  interpret=False,
-):
+def run_kernel(which: str, head_dim: int, valid: int, *arrays, interpret=False):
   """Runs a kernel over the images and groups of heads of one device.
 
   Args:
@@ -176,30 +148,19 @@ def run_kernel(
       these and the result's gradient [b q d], whose padding is zero.
     head_dim, valid: width of a head; how many tokens are not padding.
     *arrays: the inputs, see `which`.
-    queries: how many a program takes, all by default.
     interpret: whether to interpret it without a TPU, for tests.
 
   Returns:
     [the result], or the gradients of query, key and value.
   """
   kernel, num_outputs = _KERNELS[which]
-  (b, n, d), total = arrays[1].shape, arrays[0].shape[1]
-  queries, dtype = min(queries or total, total), arrays[0].dtype
+  b, n, d = arrays[1].shape
   lanes = math.lcm(LANES, head_dim)
-  size = n * lanes * dtype.itemsize
+  size = n * lanes * arrays[1].dtype.itemsize
   images = math.gcd(b, max(1, 2 ** int(math.log2(max(1, _BLOCK / size)))))
-  some, all_keys = (images, queries, lanes), (images, n, lanes)
-  of_some = pl.BlockSpec(some, lambda i, j, k: (i, k, j))
-  of_all = pl.BlockSpec(all_keys, lambda i, j, k: (i, 0, j))
-  specs = [of_some, of_all, of_all, of_some]
-  options: dict = {"head_dim": head_dim, "valid": valid}
-  scratch, memory = [], None
-  if queries < total:
-    memory = _count_memory(queries, n, lanes)
-    if which == "backward":
-      kernel, options = _backward_of_some, options | {"total": total}
-      scratch = [pltpu.VMEM(x, dtype) for x in (some, some, all_keys, all_keys)]
-      scratch += [pltpu.VMEM(all_keys, jnp.float32)] * 2
+
+  def block(x):
+    return pl.BlockSpec((images, x.shape[1], lanes), lambda i, j: (i, 0, j))
 
   # The result is like the query; gradients are like query, key and value.
   outputs = [
@@ -207,10 +168,155 @@ def run_kernel(
   ]
   cost, cycles = _count_cost(arrays, outputs, head_dim)
   return pl.pallas_call(
-    functools.partial(kernel, **options),
-    grid=(b // images, d // lanes, -(-total // queries)),
-    in_specs=specs[: len(arrays)],
-    out_specs=specs[:num_outputs],
+    functools.partial(kernel, head_dim=head_dim, valid=valid),
+    grid=(b // images, d // lanes),
+    in_specs=[*map(block, arrays)],
+    out_specs=[*map(block, outputs)],
+    out_shape=outputs,
+    interpret=interpret,
+    cost_estimate=cost,
+    metadata={"cycles": str(cycles)},
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel")
+    ),
+  )(*arrays)
+
+
+_KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
+
+
+def _forward_long(q_ref, k_ref, v_ref, o_ref, sum_ref, *, head_dim, valid):
+  """Returns the result and log2 of the sum of each query's exponentials."""
+  _, queries, lanes = q_ref.shape
+  factor = math.log2(math.e) / math.sqrt(head_dim)
+  outs = [jnp.zeros((queries, LANES), jnp.float32)] * (lanes // LANES)
+  for head in range(lanes // head_dim):
+    s = _scores(q_ref, k_ref, 0, head, head_dim)
+    key = jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+    s = jnp.where(key < valid, s, _MINUS)
+    top = s.max(1, keepdims=True)
+    e = jnp.exp2((s - top) * factor)
+    total = e.sum(1, keepdims=True)
+    row = top * factor + jnp.log(total) * math.log2(math.e)
+    row = jnp.broadcast_to(row, (queries, LANES)).T[:1]
+    sum_ref[0, 0, pl.ds(head, 1)] = row
+    e, scale = e.astype(v_ref.dtype), 1 / total
+    for offset, first, last in _tiles(head, head_dim):
+      v = v_ref[0, :, pl.ds(offset, LANES)]
+      outs[offset // LANES] += _only(_dot(e, v, _NN) * scale, first, last)
+  for tile, out in enumerate(outs):
+    o_ref[0, :, pl.ds(tile * LANES, LANES)] = out.astype(o_ref.dtype)
+
+
+def _backward_long(
+  *refs, head_dim: int, valid: int, total: int
+):  # of queries; those from `total` on are not there
+  q_ref, k_ref, v_ref, o_ref, sum_ref, do_ref, *refs = refs
+  dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = refs
+  _, queries, lanes = q_ref.shape
+  n, dtype = k_ref.shape[1], q_ref.dtype
+  scale, block = 1 / math.sqrt(head_dim), pl.program_id(2)
+  left = total - block * queries
+
+  @pl.when(block == 0)
+  def _():
+    dk_sum[...] = jnp.zeros_like(dk_sum)
+    dv_sum[...] = jnp.zeros_like(dv_sum)
+
+  def read(ref, tile):
+    offset, first, last = tile
+    x = ref[0, :, pl.ds(offset, LANES)]
+    row = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    return _only(jnp.where(row < left, x, 0), first, last)
+
+  outs = [jnp.zeros((queries, LANES), jnp.float32)] * (lanes // LANES)
+  for head in range(lanes // head_dim):
+    tiles = [*_tiles(head, head_dim)]
+    q, do = ([read(ref, tile) for tile in tiles] for ref in (q_ref, do_ref))
+    mean: Any = 0.0  # of the gradients of the weights
+    for x, tile in zip(do, tiles, strict=True):
+      x = x.astype(jnp.float32) * read(o_ref, tile).astype(jnp.float32)
+      mean += x.T.sum(0, keepdims=True)
+    logs = sum_ref[0, 0, pl.ds(head, 1)]
+    query = jax.lax.broadcasted_iota(jnp.int32, logs.shape, 1)
+    logs = jnp.where(query < left, logs, 0)
+    for start in range(0, n, _KEYS):
+      keys = pl.ds(start, min(_KEYS, n - start))
+      s: Any = 0.0
+      dp: Any = 0.0
+      for i, (offset, *_) in enumerate(tiles):
+        at = (0, keys, pl.ds(offset, LANES))
+        s += _dot(k_ref[at], q[i], _NT)
+        dp += _dot(v_ref[at], do[i], _NT)
+      p = jnp.exp2(s * (scale * math.log2(math.e)) - logs)
+      if start + keys.size > valid:
+        key = jax.lax.broadcasted_iota(jnp.int32, p.shape, 0) + start
+        p = jnp.where(key < valid, p, 0)
+      ds = (p * (dp - mean)).astype(dtype)
+      p = p.astype(dtype)
+      for i, (offset, first, last) in enumerate(tiles):
+        at = (0, keys, pl.ds(offset, LANES))
+        dv_sum[at] += _dot(p, do[i], _NN)
+        dk_sum[at] += _dot(ds, q[i], _NN)
+        dq = _only(_dot(ds, k_ref[at], _TN), first, last)
+        outs[offset // LANES] += dq
+  for tile, out in enumerate(outs):
+    at = (0, slice(None), pl.ds(tile * LANES, LANES))
+    dq_ref[at] = (out * scale).astype(dtype)
+
+  @pl.when(block == pl.num_programs(2) - 1)
+  def _():
+    dk_ref[...] = (dk_sum[...] * scale).astype(dtype)
+    dv_ref[...] = dv_sum[...].astype(dtype)
+
+
+def run_long_kernel(
+  which: str,
+  head_dim: int,
+  valid: int,
+  *arrays,
+  queries: int = _QUERIES,
+  interpret=False,
+):
+  """Runs a kernel like `run_kernel`, for sequences of any length.
+
+  Args:
+    which: "forward" of query, key and value, see `run_kernel`; "backward" of
+      these, what the forward pass returns, and the result's gradient.
+    head_dim, valid, *arrays, interpret: see `run_kernel`.
+    queries: how many a program takes.
+
+  Returns:
+    [the result, log2 of the sums of exponentials f32[b d/l l/h q]], where l
+    lanes hold whole heads; or the gradients of query, key and value.
+  """
+  (b, total, d), n = arrays[0].shape, arrays[1].shape[1]
+  queries, lanes = min(queries, total), math.lcm(LANES, head_dim)
+  heads = lanes // head_dim
+  some = pl.BlockSpec((1, queries, lanes), lambda i, j, k: (i, k, j))
+  every = pl.BlockSpec((1, n, lanes), lambda i, j, k: (i, 0, j))
+  row = pl.BlockSpec((1, 1, heads, queries), lambda i, j, k: (i, j, 0, k))
+  sums = jax.ShapeDtypeStruct((b, d // lanes, heads, total), jnp.float32)
+  like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays[:3]]
+  if which == "forward":
+    kernel, options = _forward_long, {}
+    ins, outs, outputs = [some, every, every], [some, row], [like[0], sums]
+    scratch = []
+  else:
+    kernel, options = _backward_long, {"total": total}
+    ins, outs, outputs = (
+      [some, every, every, some, row, some],
+      [some, every, every],
+      like,
+    )
+    scratch = [pltpu.VMEM((1, n, lanes), jnp.float32)] * 2
+  counted = outputs[:1] if which == "forward" else outputs
+  cost, cycles = _count_cost(arrays, counted, head_dim)
+  return pl.pallas_call(
+    functools.partial(kernel, head_dim=head_dim, valid=valid, **options),
+    grid=(b, d // lanes, -(-total // queries)),
+    in_specs=ins,
+    out_specs=outs,
     out_shape=outputs,
     scratch_shapes=scratch,
     interpret=interpret,
@@ -218,24 +324,22 @@ def run_kernel(
     metadata={"cycles": str(cycles)},
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=memory,
+      vmem_limit_bytes=_count_memory(n, lanes),
     ),
   )(*arrays)
 
 
-def _count_memory(queries, n, lanes):
-  """Returns the bytes on the chip of a program that takes some queries.
+def _count_memory(n, lanes):
+  """Returns the bytes on the chip of a program of `run_long_kernel`.
 
   Inputs and outputs are there twice, so that the next program's are copied
-  meanwhile. Keys' and values' gradients have a part and a sum. Four arrays are
-  as large as the scores. A quarter is left for what the compiler adds.
+  meanwhile. A quarter is for what the compiler adds.
   """
-  of_keys = n * lanes * (4 * 2 * 2 + 2 * (2 + 4))
-  of_queries = queries * lanes * (3 * 2 * 2 + 2 * 2 + 4)
-  return (of_keys + of_queries + 4 * 4 * n * queries) * 5 // 4
+  of_keys = n * lanes * (4 * 2 * 2 + 2 * 4)
+  of_queries = _QUERIES * lanes * (4 * 2 * 2 + 2 * 4)
+  scores = _QUERIES * (12 * n + 20 * _KEYS)
+  return (of_keys + of_queries + scores) * 5 // 4
 
-
-_KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
 
 # Instructions for each register of scores, forward and backward, if heads keep
 # to their registers or straddle two. From the compiler's final bundles for v5e
@@ -243,8 +347,8 @@ _KERNELS = {"forward": (_forward, 1), "backward": (_backward, 3)}
 # 6,251 and 12,809 with 264. With eight queries 471 and 3,469; 886 and 5,902.
 _CYCLES = {1: (6.3, 7.9), 3: (14.1, 16.2)}
 _CYCLES_OF_FEW = {1: (29.4, 36.9), 3: (17.3, 22.4)}
-# If a program takes some queries: from benchmarks/attention.py.
-_CYCLES_OF_SOME = {1: (5.4, 7.6), 3: (16.4, 19.3)}
+# Of a long sequence, from benchmarks/attention.py.
+_CYCLES_OF_LONG = {1: (4.7, 6.8), 3: (10.7, 14.7)}
 
 
 def _count_cost(arrays, outputs, head_dim):
@@ -260,8 +364,8 @@ def _count_cost(arrays, outputs, head_dim):
     bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs)),
   )
   straddling = LANES % head_dim > 0 and head_dim % LANES > 0
-  some = _CYCLES_OF_SOME if n > _MAX_TOKENS else _CYCLES
-  cycles = _CYCLES_OF_FEW if q < LANES else some
+  many = _CYCLES_OF_LONG if n > _MAX_TOKENS else _CYCLES
+  cycles = _CYCLES_OF_FEW if q < LANES else many
   return cost, round(cycles[len(outputs)][straddling] * registers)
 
 
@@ -269,8 +373,9 @@ def _count_cost(arrays, outputs, head_dim):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(which, head_dim, valid, *arrays):
   """Runs a kernel on each device's images; XLA cannot partition the call."""
-  queries = _QUERIES if arrays[1].shape[1] > _MAX_TOKENS else None
-  call = functools.partial(run_kernel, which, head_dim, valid, queries=queries)
+  long = arrays[1].shape[1] > _MAX_TOKENS
+  run = run_long_kernel if long else run_kernel
+  call = functools.partial(run, which, head_dim, valid)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return call(*arrays)
@@ -293,11 +398,12 @@ def find_fused(tokens: int, width: int, num_heads: int) -> Callable | None:
     fits = recent and head_dim % 8 == 0 and head_dim <= 128
     return attend_by_cudnn if fits else None
   lanes, kind = math.lcm(LANES, head_dim), device.device_kind
-  fits = width % lanes == 0 and tokens % ROWS == 0 and kind not in _OLD_TPUS
-  if tokens > _MAX_TOKENS:
-    memory = _count_memory(_QUERIES, tokens, lanes)
-    fits = fits and memory <= _MEMORY and kind not in _SMALL_TPUS
-  return attend if fits else None
+  if width % lanes or tokens % ROWS or kind in _OLD_TPUS:
+    return None
+  if tokens <= _MAX_TOKENS:
+    return attend
+  fits = _count_memory(tokens, lanes) <= _MEMORY and kind not in _SMALL_TPUS
+  return attend_long if fits else None
 
 
 def attend_by_cudnn(query, key, value, num_heads: int, valid: int):
@@ -370,11 +476,37 @@ def _attend_backward(num_heads, valid, saved, gradient):
   return jax.lax.platform_dependent(
     *(*saved, gradient),
     tpu=lambda *x: tuple(_run("backward", head_dim, valid, *x)),
-    default=lambda *x: jax.vjp(plain, *x[:3])[1](x[3]),
+    default=lambda *x: jax.vjp(plain, *x[:3])[1](x[-1]),
   )
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def attend_long(query, key, value, num_heads: int, valid: int):
+  """Computes `attend` for sequences of any length."""
+  return _attend_long_forward(query, key, value, num_heads, valid)[0]
+
+
+def _attend_long_forward(query, key, value, num_heads, valid):
+  (b, q, d), head_dim = query.shape, query.shape[-1] // num_heads
+  lanes = math.lcm(LANES, head_dim)
+  shape = (b, d // lanes, lanes // head_dim, q)
+
+  def plainly(*arrays):
+    # Only the kernel's backward pass uses the sums.
+    return _attend_alone(num_heads, valid, *arrays), jnp.zeros(shape)
+
+  out, sums = jax.lax.platform_dependent(
+    *(query, key, value),
+    tpu=lambda *x: tuple(_run("forward", head_dim, valid, *x)),
+    default=plainly,
+  )
+  return out, (query, key, value, out, sums)
+
+
+attend_long.defvjp(_attend_long_forward, _attend_backward)
 
 
 class MultiHeadDotProductAttention(nn.Module):

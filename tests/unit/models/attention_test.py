@@ -1,6 +1,7 @@
 """The fused attention is the plain one, forward and backward."""
 
 import functools
+import re
 import types
 
 import jax
@@ -98,7 +99,7 @@ def test_some_queries_at_a_time(width, num_heads, dtype, close):
   head_dim = width // num_heads
 
   def run(which, *arrays):
-    return attention.run_kernel(
+    return attention.run_long_kernel(
       which, head_dim, 21, *arrays, queries=16, interpret=True
     )
 
@@ -107,28 +108,34 @@ def test_some_queries_at_a_time(width, num_heads, dtype, close):
 
   in_float32 = [x.astype(jnp.float32) for x in (q, k, v, gradient)]
   out, backward = jax.vjp(plain, *in_float32[:3])
-  found = run("forward", q, k, v), run("backward", q, k, v, gradient)
-  assert {x.dtype for x in jax.tree.leaves(found)} == {q.dtype}
-  [x], gradients = found
+  x, sums = run("forward", q, k, v)
+  gradients = run("backward", q, k, v, x, sums, gradient)
+  assert {x.dtype, *(y.dtype for y in gradients)} == {q.dtype}
   expected = out[:, :21], *backward(in_float32[3])
-  for x, y in zip((x[:, :21], *gradients), expected, strict=True):
-    atol = close * np.abs(y).max()
-    np.testing.assert_allclose(x.astype(jnp.float32), y, rtol=0, atol=atol)
+  for a, b in zip((x[:, :21], *gradients), expected, strict=True):
+    atol = close * np.abs(b).max()
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
   assert not any(np.any(x[:, 21:]) for x in gradients)
 
 
-@pytest.mark.parametrize(("tokens", "programs"), [(640, 1), (1376, 6)])
-def test_long_sequences_are_split(tokens, programs):
-  x = jax.ShapeDtypeStruct((2, tokens, 128), jnp.bfloat16)
-  for which, count in (("forward", 3), ("backward", 4)):
-    run = functools.partial(attention._run, which, 64, tokens)
-    [call] = jax.make_jaxpr(run)(*[x] * count).jaxpr.eqns
-    [kernel] = call.params["jaxpr"].eqns
-    assert kernel.params["grid_mapping"].grid[2] == programs
-  few = jax.ShapeDtypeStruct((2, 8, 128), jnp.bfloat16)
-  [call] = jax.make_jaxpr(run)(few, x, x, few).jaxpr.eqns
-  [kernel] = call.params["jaxpr"].eqns
-  assert kernel.params["grid_mapping"].grid[2] == 1
+@pytest.mark.parametrize(
+  ("queries", "tokens", "programs"),
+  [(640, 640, 1), (1376, 1376, 6), (8, 1376, 1)],
+)
+def test_long_sequences_are_split(queries, tokens, programs):
+  attend = attention.find_fused(tokens, 128, 2)
+  assert (attend is attention.attend_long) == (tokens > 640)
+  q = jax.ShapeDtypeStruct((2, queries, 128), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((2, tokens, 128), jnp.bfloat16)
+
+  def loss(q, k, v):
+    return attend(q, k, v, 2, tokens).sum()  # pyright: ignore[reportOptionalCall]
+
+  step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+  text = str(step.trace(q, k, k).jaxpr)
+  assert set(re.findall(r"grid=\(.*?(\d+),?\)", text)) == {str(programs)}
+  lowered = step.trace(q, k, k).lower(lowering_platforms=("tpu",))
+  assert lowered.as_text().count("tpu_custom_call") == 2
 
 
 def test_attend_has_its_own_gradients():
@@ -159,8 +166,8 @@ def test_what_does_not_fill_registers_is_computed_plainly(monkeypatch):
   assert find(200, 768, 12) is attention.attend
   assert find(264, 1280, 16) is attention.attend
   assert find(200, 192, 3) is None  # Ti: 1.5 registers
-  assert find(4104, 1024, 16) is attention.attend  # 1,024 pixels
-  assert find(1376, 1280, 16) is attention.attend
+  assert find(4104, 1024, 16) is attention.attend_long  # 1,024 pixels
+  assert find(1376, 1280, 16) is attention.attend_long
   assert find(4104, 1280, 16) is None  # keys of eight heads, 5.2 MB
   _pretend(monkeypatch, platform="tpu", device_kind="TPU v4")
   assert find(200, 768, 12) is attention.attend
