@@ -108,6 +108,7 @@ def estimate(function, width, case, folder):
   one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   x = jax.ShapeDtypeStruct((images, n, d), jnp.bfloat16, sharding=one)
   inputs = [x] * function.__code__.co_argcount
+  # tokamax takes the chip's generation from the mesh.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = jax.jit(function).lower(*inputs).compile()
   kernel = xla = 0
@@ -120,7 +121,7 @@ def estimate(function, width, case, folder):
         kernel += times * count_bundles(f.read(), width)
     elif cycles:
       xla += times * int(cycles[1])
-  memory = compiled.memory_analysis().temp_size_in_bytes
+  memory = compiled.memory_analysis().temp_size_in_bytes  # pyright: ignore[reportOptionalMemberAccess]
   return kernel / images, xla / images, memory / 2**20 / images
 
 
@@ -177,9 +178,8 @@ def list_splash(case):
     for fused in (False, True):
       names = ["block_q", "block_kv", "block_q_dkv", "block_kv_dkv"]
       names += [] if fused else ["block_q_dq", "block_kv_dq"]
-      sizes = splash.BlockSizes(
-        use_fused_bwd_kernel=fused, **dict.fromkeys(names, size)
-      )
+      blocks: dict = dict.fromkeys(names, size)
+      sizes = splash.BlockSizes(use_fused_bwd_kernel=fused, **blocks)
       mask = splash_attention_mask.FullMask((n, n))
       mask = splash_attention_mask.MultiHeadMask([mask] * CASES[case][4])
       kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
@@ -191,8 +191,8 @@ def list_splash(case):
 
 def list_flash(case):
   for n, size, ids in list_sizes(case):
-    sizes = [x.name for x in dataclasses.fields(flash.BlockSizes)]
-    sizes = dict.fromkeys(sizes, size) | {"block_b": 1}
+    names = [x.name for x in dataclasses.fields(flash.BlockSizes)]
+    sizes: dict = dict.fromkeys(names, size) | {"block_b": 1}
     ids = jnp.broadcast_to(ids, (CASES[case][0], n))
     call = functools.partial(
       flash.flash_attention,

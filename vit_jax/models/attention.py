@@ -208,9 +208,8 @@ def _forward_long(q_ref, k_ref, v_ref, o_ref, sum_ref, *, head_dim, valid):
     o_ref[0, :, pl.ds(tile * LANES, LANES)] = out.astype(o_ref.dtype)
 
 
-def _backward_long(
-  *refs, head_dim: int, valid: int, total: int
-):  # of queries; those from `total` on are not there
+def _backward_long(*refs, head_dim: int, valid: int, total: int):
+  """Returns the gradients; of queries, those from `total` on are not there."""
   q_ref, k_ref, v_ref, o_ref, sum_ref, do_ref, *refs = refs
   dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = refs
   _, queries, lanes = q_ref.shape
@@ -219,7 +218,7 @@ def _backward_long(
   left = total - block * queries
 
   @pl.when(block == 0)
-  def _():
+  def clear():
     dk_sum[...] = jnp.zeros_like(dk_sum)
     dv_sum[...] = jnp.zeros_like(dv_sum)
 
@@ -241,7 +240,8 @@ def _backward_long(
     query = jax.lax.broadcasted_iota(jnp.int32, logs.shape, 1)
     logs = jnp.where(query < left, logs, 0)
     for start in range(0, n, _KEYS):
-      keys = pl.ds(start, min(_KEYS, n - start))
+      size = min(_KEYS, n - start)
+      keys = pl.ds(start, size)
       s: Any = 0.0
       dp: Any = 0.0
       for i, (offset, *_) in enumerate(tiles):
@@ -249,7 +249,7 @@ def _backward_long(
         s += _dot(k_ref[at], q[i], _NT)
         dp += _dot(v_ref[at], do[i], _NT)
       p = jnp.exp2(s * (scale * math.log2(math.e)) - logs)
-      if start + keys.size > valid:
+      if start + size > valid:
         key = jax.lax.broadcasted_iota(jnp.int32, p.shape, 0) + start
         p = jnp.where(key < valid, p, 0)
       ds = (p * (dp - mean)).astype(dtype)
@@ -265,7 +265,7 @@ def _backward_long(
     dq_ref[at] = (out * scale).astype(dtype)
 
   @pl.when(block == pl.num_programs(2) - 1)
-  def _():
+  def write():
     dk_ref[...] = (dk_sum[...] * scale).astype(dtype)
     dv_ref[...] = dv_sum[...].astype(dtype)
 
