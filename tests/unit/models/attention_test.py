@@ -92,8 +92,9 @@ def test_kernel_has_the_plain_gradients(width, num_heads, head_dim, queries):
     pytest.param(640, 8, "float32", 1e-5, marks=pytest.mark.ci),
   ],
 )
-def test_some_queries_at_a_time(width, num_heads, dtype, close):
-  # 21 tokens, padded to 24: 16 queries, then 8.
+def test_some_queries_at_a_time(monkeypatch, width, num_heads, dtype, close):
+  # 21 tokens, padded to 24: 16 queries, then 8; and as many keys.
+  monkeypatch.setattr(attention, "_KEYS", 16)
   arrays = _draw(2, 24, width, valid=21)
   q, k, v, gradient = (x.astype(dtype) for x in arrays)
   head_dim = width // num_heads
