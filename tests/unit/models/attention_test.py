@@ -1,6 +1,7 @@
 """The fused attention is the plain one, forward and backward."""
 
 import functools
+import re
 import types
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from random_models import random_images, random_params
 
 from vit_jax import models, sharding
-from vit_jax.models import attention, layers
+from vit_jax.models import attention, attention_kernels, layers
 from vit_jax.models.config import ViTConfig
 from vit_jax.tools.paper.flops import count_in_jaxpr
 
@@ -63,7 +64,7 @@ def test_kernel_is_the_formula(width, num_heads, tokens, valid, queries):
   q, k, v, _ = _draw(2, tokens, width, valid)
   expected = _compute_in_float64(*map(np.asarray, (q, k, v)), num_heads, valid)  # pyright: ignore[reportCallIssue]
   what = ("forward", width // num_heads, valid, q[:, :queries], k, v)
-  fused = attention.run_kernel(*what, interpret=True)
+  fused = attention_kernels.run_kernel(*what, interpret=True)
   real = min(queries, valid)
   np.testing.assert_allclose(
     fused[0][:, :real], expected[:, :real], rtol=1e-4, atol=1e-5
@@ -86,7 +87,7 @@ def test_kernel_has_the_plain_gradients(
   q, k, v, gradient = _draw(2, tokens, width, valid)
   arrays = q[:, :queries], k, v, gradient[:, :queries]
   what = ("backward", width // num_heads, valid, *arrays)
-  fused = attention.run_kernel(*what, interpret=True)
+  fused = attention_kernels.run_kernel(*what, interpret=True)
   expected = _differentiate(*arrays, num_heads, valid)
   for x, y in zip(fused, expected, strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
@@ -102,13 +103,68 @@ def test_kernel_in_bfloat16_is_near(width, num_heads, tokens, valid):
   q, k, v, gradient = (x.astype(jnp.float32) for x in rounded)
   expected, _ = attention.attend_plainly(q, k, v, num_heads, valid)
   gradients = _differentiate(q, k, v, gradient, num_heads, valid)
-  run = functools.partial(attention.run_kernel, interpret=True)
+  run = functools.partial(attention_kernels.run_kernel, interpret=True)
   head_dim = width // num_heads
   found = run("forward", head_dim, valid, *rounded[:3])
   found += run("backward", head_dim, valid, *rounded)
   for x, y in zip(found, (expected, *gradients), strict=True):
     difference = x.astype(jnp.float32)[:, :valid] - y[:, :valid]
     assert jnp.abs(difference).max() < 0.01 * jnp.abs(y[:, :valid]).max()
+
+
+@pytest.mark.parametrize(
+  ("width", "num_heads", "dtype", "close"),
+  [
+    (128, 2, "float32", 1e-5),
+    pytest.param(128, 2, "bfloat16", 0.02, marks=pytest.mark.ci),
+    pytest.param(640, 8, "float32", 1e-5, marks=pytest.mark.ci),
+  ],
+)
+def test_some_queries_at_a_time(monkeypatch, width, num_heads, dtype, close):
+  # 21 tokens, padded to 24: 16 queries, then 8; and as many keys.
+  monkeypatch.setattr(attention_kernels, "_KEYS", 16)
+  arrays = _draw(2, 24, width, valid=21)
+  q, k, v, gradient = (x.astype(dtype) for x in arrays)
+  head_dim = width // num_heads
+
+  def run(which, *arrays):
+    return attention_kernels.run_long_kernel(
+      which, head_dim, 21, *arrays, queries=16, interpret=True
+    )
+
+  def plain(q, k, v):
+    return attention.attend_plainly(q, k, v, num_heads, 21)[0]
+
+  in_float32 = [x.astype(jnp.float32) for x in (q, k, v, gradient)]
+  out, backward = jax.vjp(plain, *in_float32[:3])
+  x, sums = run("forward", q, k, v)
+  gradients = run("backward", q, k, v, x, sums, gradient)
+  assert {x.dtype, *(y.dtype for y in gradients)} == {q.dtype}
+  expected = out[:, :21], *backward(in_float32[3])
+  for a, b in zip((x[:, :21], *gradients), expected, strict=True):
+    atol = close * np.abs(b).max()
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0, atol=atol)
+  assert not any(np.any(x[:, 21:]) for x in gradients)
+
+
+@pytest.mark.parametrize(
+  ("queries", "tokens", "programs"),
+  [(640, 640, 1), (1376, 1376, 6), (8, 1376, 1)],
+)
+def test_long_sequences_are_split(queries, tokens, programs):
+  attend = attention.find_fused(tokens, 128, 2)
+  assert (attend is attention.attend_long) == (tokens > 640)
+  q = jax.ShapeDtypeStruct((2, queries, 128), jnp.bfloat16)
+  k = jax.ShapeDtypeStruct((2, tokens, 128), jnp.bfloat16)
+
+  def loss(q, k, v):
+    return attend(q, k, v, 2, tokens).sum()  # pyright: ignore[reportOptionalCall]
+
+  step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+  text = str(step.trace(q, k, k).jaxpr)
+  assert set(re.findall(r"grid=\(.*?(\d+),?\)", text)) == {str(programs)}
+  lowered = step.trace(q, k, k).lower(lowering_platforms=("tpu",))
+  assert lowered.as_text().count("tpu_custom_call") == 2
 
 
 def test_attend_has_its_own_gradients():
@@ -139,7 +195,12 @@ def test_what_does_not_fill_registers_is_computed_plainly(monkeypatch):
   assert find(200, 768, 12) is attention.attend
   assert find(264, 1280, 16) is attention.attend
   assert find(200, 192, 3) is None  # Ti: 1.5 registers
-  assert find(1032, 768, 12) is None  # 512 pixels
+  assert find(4104, 1024, 16) is attention.attend_long  # 1,024 pixels
+  assert find(1376, 1280, 16) is attention.attend_long
+  assert find(4104, 1280, 16) is None  # keys of eight heads, 5.2 MB
+  _pretend(monkeypatch, platform="tpu", device_kind="TPU v4")
+  assert find(200, 768, 12) is attention.attend
+  assert find(1376, 768, 12) is None
   _pretend(monkeypatch, platform="tpu", device_kind="TPU v3")
   assert find(200, 768, 12) is None
 
