@@ -101,7 +101,9 @@ def _mask(s, valid, axis):
 
 def _reciprocal(x):
   """Returns 1 / x of sums of exponentials, of which the largest is 1."""
-  return pl.reciprocal(x, full_range=False)
+  # Newer versions of JAX have it in another module.
+  reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
+  return reciprocal(x, full_range=False)
 
 
 def _interleave(start, finish, heads):
@@ -313,10 +315,9 @@ def _forward_long(q_ref, k_ref, v_ref, o_ref, sum_ref, *, head_dim, valid):
     top = s.max(1, keepdims=True)
     e = jnp.exp2((s - top) * factor)
     total = e.sum(1, keepdims=True)
-    row = top * factor + jnp.log(total) * math.log2(math.e)
-    sum_ref[0, 0, pl.ds(head, 1)] = jnp.broadcast_to(row, (queries, LANES)).T[
-      :1
-    ]
+    log = top * factor + jnp.log(total) * math.log2(math.e)
+    log = jnp.broadcast_to(log, (queries, LANES)).T
+    sum_ref[0, 0, pl.ds(head, 1)] = log[:1]
     e, scale = e.astype(v_ref.dtype), _reciprocal(total)
     values = _load(v_ref, rows, head, head_dim)
     _place([_dot(e, v, _NN) * scale for v in values], outs, head, head_dim)

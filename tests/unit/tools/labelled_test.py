@@ -286,6 +286,7 @@ def test_the_documented_figures_in_small(tmp_path):
     ("image,class\na.jpg,x\n", "missing in {'image': 'a.jpg', 'class': 'x'}"),
     ("image,label\na.jpg,\n", "missing in {'image': 'a.jpg', 'label': ''}"),
     ("image,label,confidence\na.jpg,x,nan\n", "missing in .* None}"),
+    ("image,label,weight\na.jpg,x,0.1\n", "needs a column confidence"),
     ("image,label,confidence\na.jpg,x,much\n", "invalid value 'much'"),
     ("image,label\na.jpg,dgo\n", "class 'dgo' of 'a.jpg' is not one of"),
     ("image,label\na, b.jpg,x\n", "Expected 2 columns, got 3: a, b.jpg,x"),
@@ -299,8 +300,9 @@ def test_bad_labels(tmp_path, text, words):
   (tmp_path / "classes.txt").write_text("cat\ndog\nx\n")
   file = tmp_path / ("labels.csv" if text[0] in "i" else "labels.jsonl")
   file.write_text(text)
+  least = 0.5 if "weight" in text else 0.0
   with pytest.raises(UserError, match=words) as error:
-    own_files.read_labels(file, str(tmp_path / "classes.txt"), 0.5)
+    own_files.read_labels(file, str(tmp_path / "classes.txt"), least)
   assert str(file) in str(error.value)
   assert "\n" not in str(error.value)
 

@@ -83,7 +83,10 @@ def read_labels(
     UserError: a file that cannot be read, or an unknown class.
   """
   with _user_errors(file):
-    rows = list(_read_folders(found) if file == FOLDERS else _read_table(file))
+    if file == FOLDERS:
+      rows = list(_read_folders(found))
+    else:
+      rows = list(_read_table(file, min_confidence))
   names = sorted({label for _, label, _ in rows})
   if classes is not None:
     with _user_errors(classes):
@@ -113,7 +116,7 @@ def _read_folders(found):
       yield name, label, 1.0
 
 
-def _read_table(file):
+def _read_table(file, min_confidence):
   """Yields (image, label, confidence)."""
   if Path(file).suffix in (".json", ".jsonl"):
     schema = pyarrow.schema(_JSON_COLUMNS)
@@ -122,6 +125,8 @@ def _read_table(file):
   else:
     options = csv.ConvertOptions(column_types=_CSV_COLUMNS)
     table = csv.read_csv(file, convert_options=options)
+    if min_confidence and "confidence" not in table.column_names:
+      raise ValueError("--min_confidence needs a column confidence")
   for batch in table.to_batches():
     for row in batch.to_pylist():
       labels = row.get("labels", [row.get("label")]) or []
