@@ -123,7 +123,7 @@ def test_features_without_a_package_index(tmp_path, monkeypatch):
     exec(compile(code, "features.ipynb", "exec"), {})
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_runs_with_published_weights(tmp_path):
   """Those of a smaller model lie there; the names of classes do not."""
   weights = tmp_path / "weights.npz"

@@ -103,6 +103,7 @@ def test_without_extras(wheel, tmp_path, empty):
   assert {*EXTRAS.values()} <= {*(extras or [])}
 
 
+@pytest.mark.nightly
 def test_with_train(wheel, tmp_path, empty):
   """The libraries of the tests' environment, and this package of the wheel."""
   python = _install(wheel, tmp_path / "full", "--no-deps")
