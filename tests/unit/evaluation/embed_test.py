@@ -125,6 +125,7 @@ def test_another_place_is_named(pictures, out, words):
 # --- which features ---
 
 
+@pytest.mark.ci
 def test_features_are_parts_of_the_tokens():
   weights = random_weights("ViT-w16d2m24h2_4", registers=2)
   model = pretrained.assemble(weights)

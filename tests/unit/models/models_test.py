@@ -244,9 +244,8 @@ def _square(model):
   return lambda params: (model.apply(params, _images(model)) ** 2).sum()
 
 
-@pytest.mark.parametrize(
-  "mlp", ["plain", pytest.param("gated", marks=pytest.mark.ci)]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("mlp", ["plain", "gated"])
 def test_scan_with_remat_dots_changes_only_rounding_in_bfloat16(mlp):
   options = {"mlp": mlp, "classifier": "gap"}
   params = _random_params(_create(**options))

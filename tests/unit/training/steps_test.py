@@ -137,7 +137,10 @@ def test_a_step_equals_its_formula():
 
 @pytest.mark.parametrize(
   ("count", "loss", "alphas"),
-  [(3, "softmax", (0.0, 0.0)), (24, "sigmoid", (0.4, 1.0))],
+  [
+    (3, "softmax", (0.0, 0.0)),
+    pytest.param(24, "sigmoid", (0.4, 1.0), marks=pytest.mark.ci),
+  ],
 )
 def test_micro_batches_give_the_update_of_the_large_batch(count, loss, alphas):
   optimizer = optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1))
@@ -577,7 +580,7 @@ def _train_vit(devices, fsdp, *, scan):
 @pytest.mark.parametrize(
   ("scan", "layouts"),
   [
-    (True, [(8, 2)]),
+    pytest.param(True, [(8, 2)], marks=pytest.mark.ci),
     pytest.param(False, [(8, 1), (8, 8), (2, 1)], marks=pytest.mark.nightly),
   ],
 )
