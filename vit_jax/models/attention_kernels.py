@@ -494,8 +494,8 @@ def _count_cost(arrays, outputs, head_dim, valid):
 def run(which, head_dim, valid, *arrays):
   """Runs a kernel on each device's images; XLA cannot partition the call."""
   long = arrays[1].shape[1] > MAX_TOKENS
-  run = run_long_kernel if long else run_kernel
-  call = functools.partial(run, which, head_dim, valid)
+  kernel = run_long_kernel if long else run_kernel
+  call = functools.partial(kernel, which, head_dim, valid)
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return call(*arrays)
