@@ -113,7 +113,7 @@ def estimate(function, width, case, folder):
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = jax.jit(function).lower(*inputs).compile()
   kernel = xla = 0
-  for times, _, _, line in hlo._list_instructions(compiled.as_text()):
+  for times, _, _, line, _ in hlo._list_instructions(compiled.as_text()):
     cycles = re.search(r'"estimated_cycles":"([1-9]\d*)"', line)
     if '="tpu_custom_call"' in line:
       name = re.match(r"\s*(?:ROOT )?%([\w.-]+) =", line)[1]  # pyright: ignore[reportOptionalSubscript]

@@ -84,7 +84,7 @@ def test_fine_tuning_from_a_file(variant, resized, runs, run, tmp_path, caplog):
   assert (code, json.loads(out)["examples"]) == (0, 40), err
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_a_converted_run_trains_like_the_run(runs, reference, run, tmp_path):
   converted = tmp_path / "weights"
   code, _, err = run("convert", reference.workdir, converted, "--to=orbax")

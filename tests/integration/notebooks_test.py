@@ -21,7 +21,10 @@ _FILES = sorted((_REPO / "notebooks").glob("*.ipynb"))
 _HOME = "github.com/vit-jax/vit_jax"
 _COLAB = f"https://colab.research.google.com/{_HOME.replace('.com', '', 1)}"
 # They take minutes in all.
-_LONG = ("features", "plan_a_pod", "reproduce_tables")
+_LONG = (
+  *("features", "finetune_your_images", "high_resolution"),
+  *("plan_a_pod", "reproduce_tables"),
+)
 # Folders that there are on one machine and not on the next.
 _ABSOLUTE = (
   r"(?<![\w.:/~-])/(tmp|home|root|usr|opt|var|mnt|work|content|Users)/"

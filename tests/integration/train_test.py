@@ -738,7 +738,7 @@ def assert_close_run(workdir, reference):
 # --- two processes ---
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_two_processes_train_as_one(runs, reference, batches, tmp_path):
   """The state is split across both, which one process then takes over."""
   chain = [(["fsdp=2"], 1)]

@@ -126,9 +126,16 @@ def test_a_collective_in_pieces_is_one():
   ROOT %b = bf16[8]{0} all-gather(%q), channel_id=3, dimensions={0}
 }
 
+%all-reduce-scatter (r: bf16[8]) -> bf16[4] {
+  %r = bf16[8]{0} parameter(0)
+  %all = bf16[8]{0} all-reduce(%r), channel_id=6
+  ROOT %mine = bf16[4]{0} dynamic-slice(%all, %offset)
+}
+
 ENTRY %main (x: bf16[4]) -> bf16[8] {
   %x = bf16[4]{0} parameter(0)
   %f = bf16[8]{0} fusion(%x), kind=kCustom, calls=%begin
+  %h = bf16[4]{0} fusion(%f), kind=kCustom, calls=%all-reduce-scatter, RING
   %g = bf16[8]{0} fusion(%x), kind=kCustom, calls=%go_on
   %other = bf16[8]{0} all-gather(%x), channel_id=4, dimensions={0}
   %start = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%x), channel_id=5
@@ -139,12 +146,13 @@ ENTRY %main (x: bf16[4]) -> bf16[8] {
 }
 """.replace("HALF", "channel_id=1, replica_groups={{0,1},{2,3}}").replace(
       "FOURTH", "channel_id=1, replica_groups=[1,4]<=[4]"
-    )
+    ).replace("RING", '"emitter":"SingleInputAllReduceScatterFusion"')
   )
   assert found["collectives"] == [
     {"kind": "all-gather", "count": 3, "bytes": 48},
     {"kind": "all-reduce", "count": 1, "bytes": 16},
-    {"kind": "reduce-scatter", "count": 2, "bytes": 32},
+    # A fusion of a sum and of the slice that a chip keeps is one too.
+    {"kind": "reduce-scatter", "count": 3, "bytes": 48},
   ]
 
 

@@ -13,6 +13,8 @@ _COMPUTATION = re.compile(
   r"^(ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}$", re.M
 )
 _INSTRUCTION = re.compile(r"= (\(.*?\)|\S+) ([\w-]+)\(")  # its type and opcode
+# A fusion that sums an array, padded to whole tiles, and keeps a chip's part.
+_SCATTERS = re.compile(r"calls=%?([\w.-]+).*AllReduceScatterFusion")
 # Only the first branch of a conditional.
 _CALLED = re.compile(
   r"\b(?:calls|to_apply|body|branch_computations|true_computation)"
@@ -39,7 +41,8 @@ def read(text: str) -> dict[str, Any]:
   """
   cycles, runs, moved, number = (collections.Counter() for _ in range(4))
   opcodes, channels = set(), set()
-  for times, shape, opcode, line in _list_instructions(text):
+  scatters = set(_SCATTERS.findall(text))
+  for times, shape, opcode, line, caller in _list_instructions(text):
     opcodes.add(opcode)
     if found := re.search(r'"(?:estimated_)?cycles":"([1-9]\d*)"', line):
       what = _describe(shape, opcode, line)
@@ -59,6 +62,8 @@ def read(text: str) -> dict[str, Any]:
       sizes = _list_sizes(shape)
       # Asynchronous ones have (operands, results, counters).
       size = max(sizes) if starts else sum(sizes) * _count_pieces(kind, line)
+      if kind == "all-reduce" and caller in scatters:
+        kind = "reduce-scatter"
       moved[kind] += times * size
       number[kind] += times
   return {
@@ -86,7 +91,7 @@ def _count_pieces(kind, line):
 
 
 def _list_instructions(text):
-  """Yields (execution count, type, opcode, line) of each instruction."""
+  """Yields (execution count, type, opcode, line, caller) of instructions."""
   # Each computation is defined before its callers.
   blocks = _COMPUTATION.findall(text)[::-1]
   bodies = {name: body for _, name, body in blocks}
@@ -94,7 +99,7 @@ def _list_instructions(text):
   for _, caller, body in blocks:
     for line in body.split("\n  "):
       if found := _INSTRUCTION.search(line):
-        yield times[caller], *found.groups(), line
+        yield times[caller], *found.groups(), line, caller
         trips = _count_trips(bodies, line) if found[2] == "while" else 1
         for name in _CALLED.findall(line):
           times[name] += times[caller] * trips
