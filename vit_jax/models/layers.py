@@ -116,13 +116,19 @@ def _matmul_forward(x, kernel, fsdp_axis):
 
 def _matmul_backward(fsdp_axis, saved, gradient):
   x, kernel = saved
-  rows = P(jax.sharding.get_abstract_mesh().axis_names)
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = P(mesh.axis_names)
+  # libtpu all-reduces an array that is to be cut into parts of 128 columns, as
+  # L/16's [4096 1024] with fsdp=8, but not its transpose.
+  turned = fsdp_axis == 1 and kernel.shape[1] == LANES * mesh.shape["fsdp"]
 
   def multiply(x, gradient):
+    whole = gradient.T @ x if turned else x.T @ gradient
     mine = jax.lax.psum_scatter(
-      x.T @ gradient, "fsdp", scatter_dimension=fsdp_axis, tiled=True
+      whole, "fsdp", scatter_dimension=0 if turned else fsdp_axis, tiled=True
     )
-    return jax.lax.psum(mine, "data")
+    mine = jax.lax.psum(mine, "data")
+    return mine.T if turned else mine
 
   out = P(*[None] * fsdp_axis, "fsdp")
   split = {"in_specs": (rows, rows), "out_specs": out, "check_vma": False}

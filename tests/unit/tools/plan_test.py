@@ -53,6 +53,10 @@ custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "cycles":"5000"
 }}, backend_config={"custom_call_config":{"body":"QUJD","cost_estimate":\
 {"flops":"640","transcendentals":"0","bytes_accessed":"32768"}}}
+  %part = bf16[64,128]{1,0} bitcast(%kernel), \
+frontend_attributes={kernel_metadata={
+"cycles":"5000"
+}}
   %start = (bf16[64,128]{1,0}, bf16[64,128]{1,0}, u32[]) copy-start(%x.0)
   %done = bf16[64,128]{1,0} copy-done(%start)
   %init = (s32[], bf16[64,128]{1,0}, bf16[128,32]{1,0}) \
@@ -144,9 +148,9 @@ ENTRY %main (x: bf16[4]) -> bf16[8] {
   %e = bf16[2]{0} reduce-scatter(%x), FOURTH, op_name="b/shard_map/r"
   ROOT %c = bf16[8]{0} add(%f, %sum)
 }
-""".replace("HALF", "channel_id=1, replica_groups={{0,1},{2,3}}").replace(
-      "FOURTH", "channel_id=1, replica_groups=[1,4]<=[4]"
-    ).replace("RING", '"emitter":"SingleInputAllReduceScatterFusion"')
+""".replace("HALF", "channel_id=1, replica_groups={{0,1},{2,3}}")
+    .replace("FOURTH", "channel_id=1, replica_groups=[1,4]<=[4]")
+    .replace("RING", '"emitter":"SingleInputAllReduceScatterFusion"')
   )
   assert found["collectives"] == [
     {"kind": "all-gather", "count": 3, "bytes": 48},
