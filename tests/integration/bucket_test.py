@@ -126,6 +126,7 @@ def test_a_bucket_that_may_not_be_read_is_one_line(runs, server, capsys):
   assert "403" in line
 
 
+@pytest.mark.nightly
 def test_weights_are_read_and_written(server, moments):
   bucket = server.folder / "bucket"
 

@@ -423,7 +423,7 @@ def test_an_exception_waits_for_the_save_in_flight(
     assert saved_steps(tmp_path / "run") == [2]
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_evaluations_of_three_kinds_at_their_own_intervals(
   runs, sharing, tmp_path, monkeypatch
 ):

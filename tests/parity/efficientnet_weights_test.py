@@ -222,7 +222,7 @@ def _train_theirs(libraries, model, images, targets):
   return gradients, buffers, counts
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_a_training_step(libraries):
   model = libraries.timm.models.efficientnet._gen_efficientnet(
     "tf_efficientnet_b0",

@@ -115,6 +115,7 @@ def _extract(loaded, source, devices):
   return extract(replicate(mesh, loaded.params))
 
 
+@pytest.mark.ci
 def test_any_number_of_devices_sees_every_image_once(weights, runs):
   source = data.get_source("digits", "test[:101]", str(runs.data_dir))
   loaded = vit_jax.load(str(weights))

@@ -22,6 +22,7 @@ _DINOV3 = {
 }
 
 
+@pytest.mark.ci
 def test_values_are_compared(tmp_path, monkeypatch, capsys):
   rng = np.random.default_rng(0)
   pixels = rng.integers(0, 256, (224, 224, 3)).astype(np.uint8)

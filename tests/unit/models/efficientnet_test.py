@@ -161,7 +161,9 @@ def _run(model, params, images, train=False, mesh=None, names=None):
   return jax.jit(apply)(params, images)
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(
+  "train", [pytest.param(False, marks=pytest.mark.ci), True]
+)
 def test_values_and_statistics_equal_numpy(case, train):
   model, params, images, expected = case
   found, new = _run(model, params, images, train)

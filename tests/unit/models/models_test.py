@@ -214,7 +214,7 @@ def plain():
   ("scan", "remat"),
   [
     (False, "full"),
-    (True, "none"),
+    pytest.param(True, "none", marks=pytest.mark.ci),
     pytest.param(True, "dots", marks=pytest.mark.ci),
     pytest.param(False, "dots", marks=pytest.mark.nightly),
   ],

@@ -287,7 +287,7 @@ class Machine:
   [
     pytest.param("local", "all", marks=pytest.mark.nightly),
     ("local", signal.SIGINT),
-    ("slurm", "all"),
+    pytest.param("slurm", "all", marks=pytest.mark.nightly),
     pytest.param("slurm", signal.SIGKILL, marks=pytest.mark.nightly),
   ],
 )

@@ -392,7 +392,7 @@ def test_keys_without_effect(key, text, others, needs):
 # --- whole runs ---
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_a_run_with_a_teacher_that_is_killed_leaves_no_trace(
   runs, sharing, files, tmp_path
 ):
