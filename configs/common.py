@@ -188,6 +188,9 @@ def get_config() -> Any:
   # Freezes the first n blocks and all before them, such as the patch and
   # position embeddings. 0: nothing. Saves no time with `model.scan`.
   config.optimizer.freeze_blocks = 0
+  # Devices over which the optimizer's moments and its work are split, while the
+  # parameters stay whole (ZeRO-1); may differ when a run is resumed. 1: off.
+  config.optimizer.shard_state = 1
   # LoRA: kernels get alpha / rank * A B added. Only A, B and the head are
   # trained, except where `lr_multipliers` matches. Loading the run returns
   # plain weights with the updates merged.

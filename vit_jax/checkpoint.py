@@ -58,8 +58,11 @@ def _digest(x):
 def fingerprint(tree) -> dict[str, int]:
   """Returns one 32-bit number for each array, the same on any mesh."""
   flat = flatten(tree)
-  # One program for each shape: one for all arrays would compile for longer.
-  digests = jax.device_get([_digest(x) for x in flat.values()])
+  # One program for each shape: one for all arrays would compile for longer. On
+  # CPUs one at a time, because programs with collectives can take each other's
+  # threads and wait for ever, as with fsdp=2 on two cores.
+  wait = jax.device_get if jax.default_backend() == "cpu" else lambda x: x
+  digests = jax.device_get([wait(_digest(x)) for x in flat.values()])
   return {path: int(d) for path, d in zip(flat, digests, strict=True)}
 
 

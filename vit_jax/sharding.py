@@ -1,8 +1,9 @@
 """The device mesh, and a table of the sharding of every array on it.
 
 Both axes of the mesh split the batch; "fsdp" also splits parameters and
-optimizer moments, so that a device holds 1/fsdp of them. `jax.jit` inserts the
-collectives that these shardings require.
+optimizer moments, so that a device holds 1/fsdp of them. "zero1", which may be
+in its place, splits only the moments. `jax.jit` inserts the collectives that
+these shardings require.
 """
 
 import functools
@@ -42,25 +43,40 @@ RULES = (
 )
 
 
-def make_mesh(fsdp: int = 1, devices=None) -> jax.sharding.Mesh:
+def make_mesh(
+  fsdp: int = 1, devices=None, shard_state: int = 1
+) -> jax.sharding.Mesh:
   """Returns the mesh ("data", "fsdp") over all devices of all processes.
 
+  With `shard_state` above 1 it is ("data", "zero1").
+
   Raises:
-    UserError: `fsdp` does not divide the number of devices.
+    UserError: `fsdp` or `shard_state` does not divide the number of devices, or
+      both are above 1.
   """
   devices = jax.devices() if devices is None else devices
-  if fsdp < 1 or len(devices) % fsdp:
-    valid = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+  for key, parts in ("fsdp", fsdp), ("optimizer.shard_state", shard_state):
+    if parts < 1 or len(devices) % parts:
+      valid = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+      raise UserError(
+        f"{key} {parts} does not divide {len(devices)} devices; "
+        f"valid: {', '.join(map(str, valid))}"
+      )
+  if min(fsdp, shard_state) > 1:
     raise UserError(
-      f"fsdp {fsdp} does not divide {len(devices)} devices; "
-      f"valid: {', '.join(map(str, valid))}"
+      f"fsdp {fsdp} splits the optimizer's state already; set it or "
+      f"optimizer.shard_state {shard_state} to 1"
     )
+  names = "data", "zero1" if shard_state > 1 else "fsdp"
   # Linen modules are written for Auto axes; Explicit is make_mesh's default.
-  shape, auto = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * 2
-  return jax.make_mesh(shape, ("data", "fsdp"), auto, devices=devices)
+  parts, auto = fsdp * shard_state, (AxisType.Auto,) * 2
+  shape = (len(devices) // parts, parts)
+  return jax.make_mesh(shape, names, auto, devices=devices)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
+def partition_spec(
+  path: str, shape: tuple[int, ...], fsdp: int, axis_name: str = "fsdp"
+) -> P:
   """Returns the sharding of the array at `path`, for which there is a rule.
 
   Raises:
@@ -72,26 +88,58 @@ def partition_spec(path: str, shape: tuple[int, ...], fsdp: int) -> P:
   spec = P(*[None] * (len(shape) - len(spec)), *spec) if len(spec) else spec
   for axis, name in enumerate(spec):
     if name and shape[axis] % fsdp:
+      key = "optimizer.shard_state" if axis_name == "zero1" else axis_name
       raise UserError(
-        f"fsdp {fsdp} does not divide axis {axis} of {path} {shape}; "
+        f"{key} {fsdp} does not divide axis {axis} of {path} {shape}; "
         f"choose a divisor of {shape[axis]}"
       )
-  return spec
+  return P(*(name and axis_name for name in spec))
 
 
 def tree_shardings(mesh, tree):
-  """Returns a NamedSharding for each array (or shape) of a pytree."""
+  """Returns a NamedSharding for each array (or shape) of a pytree.
+
+  Arrays outside `opt_state` and `ema` of a `TrainState` are whole on each
+  device if the mesh has an axis "zero1".
+  """
 
   def place(path, x):
-    spec = partition_spec(path_str(path), x.shape, mesh.shape["fsdp"])
-    return NamedSharding(mesh, spec)
+    path = path_str(path)
+    whole = _is_zero1(mesh) and not path.startswith(("opt_state/", "ema/"))
+    return NamedSharding(mesh, P() if whole else _find_spec(mesh, path, x))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def split_like_moments(params):
+  """Constrains parameters or gradients to their moments' sharding.
+
+  Only within a mesh with an axis "zero1". Each device then updates its part,
+  after which all parts are gathered (ZeRO-1, arXiv 1910.02054).
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _is_zero1(mesh):
+    return params
+
+  def split(path, x):
+    spec = _find_spec(mesh, path_str(path), x)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  return jax.tree_util.tree_map_with_path(split, params)
+
+
+def _is_zero1(mesh):
+  return "zero1" in mesh.axis_names
+
+
+def _find_spec(mesh, path, x):
+  name = mesh.axis_names[1]
+  return partition_spec(path, x.shape, mesh.shape[name], name)
+
+
 def batch_sharding(mesh) -> NamedSharding:
   """Returns the sharding of a batch: its first axis over all devices."""
-  return NamedSharding(mesh, P(("data", "fsdp")))
+  return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def on_mesh(mesh, function: Callable) -> Callable:

@@ -51,7 +51,8 @@ def train(config, workdir) -> dict[str, float] | None:
   with StopSignal() as stop, contextlib.ExitStack() as stack:
     workdir = checkpoint.absolute(workdir)
     run = check_configuration(config, workdir)
-    mesh = sharding.make_mesh(config.fsdp)
+    shard_state = config.optimizer.shard_state
+    mesh = sharding.make_mesh(config.fsdp, shard_state=shard_state)
     sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
 
     # Data, objective and evaluators.

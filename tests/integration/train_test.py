@@ -696,10 +696,24 @@ def test_a_run_moves_to_another_number_of_devices(
   assert process.wait() == 0, process.stderr()
   stopped = read_stopped(process)
   assert saved_steps(workdir)[-1] == stopped
-  process = runs.train_to_end(workdir, record=record, devices=2)
+  process = runs.train_to_end(
+    workdir, "optimizer.shard_state=2", record=record, devices=2
+  )
   assert f"from step {stopped} of {TOTAL}" in process.stderr()
   assert read_batches(record) == batches
   assert_close_run(workdir, reference)
+
+
+@pytest.mark.ci
+def test_split_moments_resume_to_the_bit(runs, tmp_path):
+  workdir = tmp_path / "run"
+  options = (*SHORT, "optimizer.shard_state=2", "ema_decay=0.5")
+  assert main(runs.train_args(workdir, *options)) == 0
+  resumed = shutil.copytree(workdir, tmp_path / "resumed")
+  files = (resumed / "checkpoints" / "6").glob("state/d/*")
+  os.truncate(max(files, key=lambda f: f.stat().st_size), 10)
+  assert main(runs.train_args(resumed, *options)) == 0
+  assert_same_run(resumed, workdir)
 
 
 @pytest.fixture(scope="module")

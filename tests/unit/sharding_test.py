@@ -175,6 +175,37 @@ def test_fsdp_that_does_not_divide_the_devices(fsdp):
     sharding.make_mesh(fsdp)
 
 
+def test_parameters_stay_whole_where_only_moments_are_split():
+  mesh = sharding.make_mesh(shard_state=4)
+  assert dict(mesh.shape) == {"data": 2, "zero1": 4}
+  specs = {
+    path: x.spec
+    for path, x in flatten(
+      sharding.tree_shardings(mesh, _state_shapes())
+    ).items()
+  }
+  split = {path for path, spec in specs.items() if any(spec)}
+  assert split == {
+    path
+    for path in specs
+    if path.endswith("/kernel") and not path.startswith("params/")
+  }
+  assert {path.split("/")[0] for path in split} == {"ema", "opt_state"}
+  assert {name for p in split for name in specs[p] if name} == {"zero1"}
+
+
+def test_only_one_key_splits_the_moments():
+  with named("fsdp 2", "optimizer.shard_state 4", "to 1"):
+    sharding.make_mesh(2, shard_state=4)
+  with named("optimizer.shard_state 3", "8 devices", "1, 2, 4, 8"):
+    sharding.make_mesh(shard_state=3)
+  mesh = sharding.make_mesh(shard_state=8)
+  with named("optimizer.shard_state 8", "opt_state/0/mu/head/kernel", "12"):
+    sharding.tree_shardings(
+      mesh, {"opt_state": [{"mu": {"head": {"kernel": np.zeros((12, 3))}}}]}
+    )
+
+
 def test_mesh_has_every_device_once():
   mesh = sharding.make_mesh(4)
   assert dict(mesh.shape) == {"data": 2, "fsdp": 4}

@@ -210,7 +210,7 @@ class MultiHeadDotProductAttention(nn.Module):
     """Normalises each head of queries or keys [b n d], then rotates them."""
     num_heads = self.config.num_heads
     if self.config.qk_norm:
-      norm = LayerNorm(self.config, whole=True, name=f"{name}_norm")
+      norm: Any = LayerNorm(self.config, whole=True, name=f"{name}_norm")
       x = norm(split_heads(x, num_heads))[0].reshape(x.shape)
     if self.angles is not None:
       x = posemb.rotate(x, self.angles[: x.shape[1]], num_heads)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 
 from vit_jax.models.layers import LANES, ROWS
+from vit_jax.models.norm_kernel import run_on_each_device
 
 MAX_TOKENS = 640  # the scores of more do not fit on the chip at once
 QUERIES = 256  # of a long sequence, in one program
@@ -492,16 +492,11 @@ def _count_cost(arrays, outputs, head_dim, valid):
 # Jitted so that a model's layers share one trace.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run(which, head_dim, valid, *arrays):
-  """Runs a kernel on each device's images; XLA cannot partition the call."""
+  """Runs a kernel for the images of all devices."""
   long = arrays[1].shape[1] > MAX_TOKENS
   kernel = run_long_kernel if long else run_kernel
   call = functools.partial(kernel, which, head_dim, valid)
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return call(*arrays)
-  rows = P(mesh.axis_names)
-  split = {"in_specs": rows, "out_specs": rows, "check_vma": False}
-  return jax.shard_map(call, **split)(*arrays)
+  return run_on_each_device(call, *arrays)
 
 
 def takes(tokens: int, width: int, head_dim: int, device_kind: str) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from vit_jax.models import norm_kernel
 from vit_jax.models.config import ViTConfig
 
 ROWS, LANES = 8, 128  # of a vector register
@@ -78,9 +79,11 @@ def pad_tokens(config: ViTConfig, x):
   return jnp.pad(x, ((0, 0), (0, count_rows(config, n) - n), (0, 0)))
 
 
-def _is_fsdp() -> bool:
+def _split_axis() -> str | None:
+  """Returns the mesh axis that splits kernels or their moments, if any."""
   mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape.get("fsdp", 1) > 1
+  split = [name for name in ("fsdp", "zero1") if mesh.shape.get(name, 1) > 1]
+  return split[0] if split else None
 
 
 def gather(kernel):
@@ -88,9 +91,24 @@ def gather(kernel):
 
   Otherwise XLA's partitioner splits its matmul into a loop of small ones.
   """
-  if not _is_fsdp():
+  if not _split_axis():
     return kernel
   return jax.lax.with_sharding_constraint(kernel, P())
+
+
+@jax.custom_vjp
+def keep_whole(kernel):
+  """Keeps a kernel replicated whose gradient is split ("zero1").
+
+  Otherwise the partitioner splits it like the gradient that it is multiplied by
+  (see `affine` of `Dense`), and gathers it again for the forward pass.
+  """
+  return gather(kernel) if _split_axis() == "zero1" else kernel
+
+
+keep_whole.defvjp(
+  lambda kernel: (keep_whole(kernel), None), lambda _, gradient: (gradient,)
+)
 
 
 def matmul(x, kernel, fsdp_axis: int) -> Any:
@@ -99,7 +117,8 @@ def matmul(x, kernel, fsdp_axis: int) -> Any:
   With fsdp, the kernel is all-gathered, and its gradient is summed by a
   reduce-scatter. XLA's partitioner would all-reduce the whole gradient.
   """
-  split = _is_fsdp() and len(x) % jax.sharding.get_abstract_mesh().size == 0
+  size = jax.sharding.get_abstract_mesh().size
+  split = _split_axis() and len(x) % size == 0
   return _matmul(x, kernel, fsdp_axis) if split else x @ gather(kernel)
 
 
@@ -117,20 +136,20 @@ def _matmul_forward(x, kernel, fsdp_axis):
 def _matmul_backward(fsdp_axis, saved, gradient):
   x, kernel = saved
   mesh = jax.sharding.get_abstract_mesh()
-  rows = P(mesh.axis_names)
+  rows, name = P(mesh.axis_names), mesh.axis_names[1]
   # libtpu all-reduces an array that is to be cut into parts of 128 columns, as
   # L/16's [4096 1024] with fsdp=8, but not its transpose.
-  turned = fsdp_axis == 1 and kernel.shape[1] == LANES * mesh.shape["fsdp"]
+  turned = fsdp_axis == 1 and kernel.shape[1] == LANES * mesh.shape[name]
 
   def multiply(x, gradient):
     whole = gradient.T @ x if turned else x.T @ gradient
     mine = jax.lax.psum_scatter(
-      whole, "fsdp", scatter_dimension=0 if turned else fsdp_axis, tiled=True
+      whole, name, scatter_dimension=0 if turned else fsdp_axis, tiled=True
     )
     mine = jax.lax.psum(mine, "data")
     return mine.T if turned else mine
 
-  out = P(*[None] * fsdp_axis, "fsdp")
+  out = P(*[None] * fsdp_axis, name)
   split = {"in_specs": (rows, rows), "out_specs": out, "check_vma": False}
   return gradient @ kernel.T, jax.shard_map(multiply, **split)(x, gradient)
 
@@ -201,7 +220,7 @@ class Dense(nn.Module):
     # Xavier initialisation of the flattened shape, not of one head's.
     init = nn.initializers.xavier_uniform()
     kernel = self.param("kernel", lambda key: init(key, flat).reshape(shape))
-    kernel, bias = kernel.reshape(flat), jnp.zeros(flat[1])
+    kernel, bias = keep_whole(kernel.reshape(flat)), jnp.zeros(flat[1])
     if self.use_bias:
       bias = self.param("bias", self.bias_init, shape[self.in_axes :])
       bias = bias.reshape(-1)
@@ -211,7 +230,8 @@ class Dense(nn.Module):
       scale, shift = affine
       moved = jnp.broadcast_to(shift, (ROWS, flat[0]))
       moved = moved.astype(dtype) @ kernel.astype(dtype)
-      kernel, bias = kernel * scale[:, None], bias + moved[0]
+      kernel = keep_whole(kernel * scale[:, None])
+      bias = bias + moved[0]
     kernel, bias = (y.astype(dtype) for y in (kernel, bias))
     if len(shape) > 2 or self.config.scan:
       # Otherwise XLA slices a scan's kernel from its stack for each tile of the
@@ -223,6 +243,34 @@ class Dense(nn.Module):
       return y.reshape(*x.shape[:-1], flat[1])
     add = add_bias if self.sum_by_product else jnp.add
     return add(y, bias).reshape(*x.shape[:-1], flat[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def normalize(config: ViTConfig, x):
+  """Returns the rows of x [r d] with mean 0 and variance 1, and x for the rest.
+
+  The gradients of both results are added in one pass.
+  """
+  return _normalize(config, x)[0]
+
+
+def _normalize(config, x):
+  mean, factor = _measure(config, x)
+  y = (x.astype(jnp.float32) - mean) * factor
+  return (y.astype(config.dtype), x), x
+
+
+normalize.defvjp(
+  _normalize,
+  lambda config, x, gradients: (
+    norm_kernel.run(config.layer_norm_epsilon, x, *gradients),
+  ),
+)
+
+
+def _measure(config, x):
+  found = norm_kernel.measure(x, config.layer_norm_epsilon)
+  return [save(config, statistic) for statistic in found]
 
 
 class LayerNorm(nn.Module):
@@ -238,19 +286,21 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """[... d] -> [... d], and (scale f32[d], bias f32[d]) if not applied."""
+    """Normalises x [... d].
+
+    Returns:
+      The result [... d]; x, for its other uses, such as the residual connection
+      (see `normalize`); and (scale f32[d], bias f32[d]), None if applied.
+    """
     shape, dtype = x.shape[-1:], self.config.dtype
     scale = self.param("scale", nn.initializers.ones, shape)
     bias = self.param("bias", nn.initializers.zeros, shape)
-    y = x.astype(jnp.float32)
-    mean = y.mean(-1, keepdims=True)
-    variance = jnp.square(y).mean(-1, keepdims=True) - jnp.square(mean)
-    epsilon = self.config.layer_norm_epsilon
-    factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + epsilon)
-    mean, factor = save(self.config, mean), save(self.config, factor)
     if self.config.use_tpu_layout and not self.whole:
-      return ((y - mean) * factor).astype(dtype), (scale, bias)
-    return ((y - mean) * (factor * scale) + bias).astype(dtype), None
+      both: Any = normalize(self.config, x.reshape(-1, *shape))
+      return *(rows.reshape(x.shape) for rows in both), (scale, bias)
+    mean, factor = _measure(self.config, x)
+    y = (x.astype(jnp.float32) - mean) * (factor * scale) + bias
+    return y.astype(dtype), x, None
 
 
 class LayerScale(nn.Module):

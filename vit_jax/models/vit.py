@@ -9,6 +9,7 @@ because it is only one vector per image.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -147,7 +148,7 @@ class Encoder1DBlock(nn.Module):
     if positions is not None:
       added = layers.pad_tokens(config, positions.astype(x.dtype))
       x = (split(x) + added).reshape(x.shape)
-    y, affine = LayerNorm(config)(x)
+    y, x, affine = LayerNorm(config)(x)
     queries = keys = split(y)
     if self.first_only:
       # As many rows as a register has, in the TPU layout.
@@ -162,7 +163,8 @@ class Encoder1DBlock(nn.Module):
     )(queries, keys, n, self.intermediates is True, affine)
     attended = dropout(config, self.deterministic)(y.reshape(x.shape))
     x = layers.spread(x + branch(attended))
-    mlp = MlpBlock(config, self.deterministic)(*LayerNorm(config)(x))
+    y, x, affine = LayerNorm(config)(x)
+    mlp = MlpBlock(config, self.deterministic)(y, affine)
     x = layers.spread(x + branch(mlp))
     if not self.intermediates:
       return x, {}
@@ -216,7 +218,7 @@ class Encoder(nn.Module):
       shared = None
     x = dropout(config, self.deterministic)(x)
     if config.pre_norm:
-      x, _ = LayerNorm(config, whole=True, name="pre_norm")(x)
+      x, *_ = LayerNorm(config, whole=True, name="pre_norm")(x)
     out = {"embedded": x[:, :n]}
     x = layers.spread(x.reshape(-1, d))
     x, blocks = self.run_blocks(x, n, shared)
@@ -224,9 +226,9 @@ class Encoder(nn.Module):
       out.update({f"block{i:02d}/{name}": v for name, v in values.items()})
     if self.first_only:
       x = x.reshape(b, -1, d)[:, 0]
-    norm = LayerNorm(config, whole=True, name="encoder_norm")
+    norm: Any = LayerNorm(config, whole=True, name="encoder_norm")
     if config.final_norm != "tokens":
-      norm = lambda x: (x, None)  # noqa: E731
+      norm = lambda x: (x,)  # noqa: E731
     if self.intermediates == "tokens":
       out |= {
         f"{name[:7]}/encoded": norm(x)[0]
@@ -290,7 +292,8 @@ class MAPHead(nn.Module):
     probe = jnp.tile(probe.astype(x.dtype), (x.shape[0], 1, 1))
     attend = MultiHeadDotProductAttention(config)
     x, seen = attend(probe, x, x.shape[1], weights)
-    x = x + MlpBlock(config)(*LayerNorm(config)(x))
+    y, x, affine = LayerNorm(config)(x)
+    x = x + MlpBlock(config)(y, affine)
     return x[:, 0], None if seen is None or not weights else seen[:, :, 0]
 
 
@@ -322,7 +325,7 @@ class VisionTransformer(nn.Module):
     x = x.astype(jnp.float32)
     if config.final_norm == "pooled":
       float32 = dataclasses.replace(config, dtype="float32")
-      x, _ = LayerNorm(float32, name="fc_norm")(x)
+      x, *_ = LayerNorm(float32, name="fc_norm")(x)
     out["pooled"] = x
     if width := config.projection_size:
       x = out["projected"] = nn.Dense(width, use_bias=False, name="projection")(

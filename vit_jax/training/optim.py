@@ -122,6 +122,7 @@ def make_optimizer(
   lr_multipliers: Iterable[str],
   layer_decay: float,
   freeze_blocks: int,
+  shard_state: int = 1,
   schedule: Schedule,
   base_lr: float,
   params: Any,
@@ -142,13 +143,15 @@ def make_optimizer(
   norm, no decay and, except for some blocks of a stack, no moments. Paths of
   moments end in the parameter's.
 
-  Args: the keys of `config.optimizer`, checked by `config.check_ranges`; the
-  schedule and its base rate; the parameters or their shapes.
+  Args: the keys of `config.optimizer`, checked by `config.check_ranges`, of
+  which `shard_state` is for `sharding.make_mesh`; the schedule and its base
+  rate; the parameters or their shapes.
 
   Raises:
     UserError: regular expressions that do not compile or match no parameter,
       nothing left to train, LAMB without decay.
   """
+  del shard_state
   factors = find_factors(params, lr_multipliers, layer_decay, freeze_blocks)
   decayed: set[str] = set()
   if weight_decay:

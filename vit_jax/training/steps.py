@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.sharding import split_like_moments
 from vit_jax.state import KEY_IMPL, TrainState, flatten, unflatten
 
 
@@ -48,8 +49,9 @@ def train_step(
   if frozen:
     zeros = jax.tree.map(jnp.zeros_like, flatten(state.params))
     given = unflatten(zeros | gradient)
-  updates, opt_state = optimizer.update(given, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  given, old = map(split_like_moments, (given, state.params))
+  updates, opt_state = optimizer.update(given, state.opt_state, old)
+  params = optax.apply_updates(old, updates)
   if statistics:
     params = unflatten(flatten(params) | statistics)
   ema = None

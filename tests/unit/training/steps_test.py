@@ -535,13 +535,13 @@ def test_ranking_precision_equals_sklearn(ties):
 # --- layouts ---
 
 
-def _train_vit(devices, fsdp, *, scan):
+def _train_vit(devices, fsdp, shard_state=1, *, scan, dtype="float32"):
   """Returns the losses and parameters of four steps of a tiny ViT."""
   model = models.create(
     variant="ViT-w16d2m32h2_4",
     num_classes=_CLASSES,
     image_size=8,
-    dtype="float32",
+    dtype=dtype,
     scan=scan,
     stochastic_depth_rate=0.2,
   )
@@ -564,10 +564,10 @@ def _train_vit(devices, fsdp, *, scan):
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(lambda x: np.float32(draw(0, 0.3, x.shape)), shapes)
   init_state = _make_state(params, optimizer, ema=True)
-  mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
+  mesh = sharding.make_mesh(fsdp, jax.devices()[:devices], shard_state)
   layout = sharding.tree_shardings(mesh, init_state)
   state = jax.device_put(init_state, layout)
-  step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, None))
+  step = sharding.jit_train_step(mesh, train_step, layout)
   history, batch = [], _make_batch(16, labels=3)
   for _ in range(4):
     state, values = step(state, sharding.put_batch(mesh, batch, 16))
@@ -581,16 +581,28 @@ def _train_vit(devices, fsdp, *, scan):
   ("scan", "layouts"),
   [
     pytest.param(True, [(8, 2)], marks=pytest.mark.ci),
+    pytest.param(False, [(8, 1, 4)], marks=pytest.mark.ci),
     pytest.param(False, [(8, 1), (8, 8), (2, 1)], marks=pytest.mark.nightly),
   ],
 )
 def test_layouts_agree(scan, layouts):
   expected, arrays = _train_vit(1, 1, scan=scan)
   assert expected[-1] < 0.99 * expected[0], "it learns the batch by heart"
-  for devices, fsdp in layouts:
-    found, other = _train_vit(devices, fsdp, scan=scan)
+  for layout in layouts:
+    found, other = _train_vit(*layout, scan=scan)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for path, x in arrays.items():
       np.testing.assert_allclose(
         other[path], x, rtol=1e-4, atol=1e-5, err_msg=path
       )
+
+
+@pytest.mark.ci
+def test_split_moments_agree_in_bfloat16():
+  """One step's rounding apart: sums over devices are in bfloat16 as well."""
+  expected, arrays = _train_vit(8, 1, scan=False, dtype="bfloat16")
+  found, other = _train_vit(8, 1, 8, scan=False, dtype="bfloat16")
+  np.testing.assert_allclose(found, expected, rtol=1e-3)
+  for path, x in arrays.items():
+    if path.startswith("params/"):
+      np.testing.assert_allclose(other[path], x, atol=0.01, err_msg=path)

@@ -184,7 +184,9 @@ def _try(spec, overrides, machines, sizes, price, dump_hlo):
     total_steps = configuration.count_steps(config, num_examples or 0)
   names = [str(i) for i in range(num_classes)]
   objective = create(config, names)
-  mesh = sharding.make_mesh(config.fsdp, machines.devices)
+  mesh = sharding.make_mesh(
+    config.fsdp, machines.devices, config.optimizer.shard_state
+  )
   sharding.check_batch_size(config.batch_size, mesh, config.micro_batches)
   train_step, init_state = make_step(config, objective, total_steps or 10**6)
   shapes = jax.eval_shape(init_state, jax.random.key(0))
