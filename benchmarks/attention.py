@@ -5,7 +5,8 @@
 
 Compiles each for v5e from queries, keys and values bfloat16[b n d], as the
 projections give them, to the result [b n d]; then with the gradients too. No
-TPU is needed and nothing is timed. Prints thousands of cycles an image:
+TPU is needed and nothing is timed. "norm" is LayerNorm's backward pass instead,
+of x and two gradients. Prints thousands of cycles an image:
 
   kernel: instructions (bundles) that the compiler schedules for Pallas kernels,
     each as often as it is executed. A branch without a matmul is taken once
@@ -37,7 +38,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_mask,
 )
 
-from vit_jax.models import attention, attention_kernels
+from vit_jax.models import attention, attention_kernels, norm_kernel
 from vit_jax.tools.plan import hlo
 from vit_jax.tools.plan.compiling import find_slice
 
@@ -223,8 +224,20 @@ def list_tokamax(case):
     yield f"{n} {size}", call_in_heads(call, case, n), n // size
 
 
+def list_norm(case):
+  """LayerNorm's backward pass, of x, its result's gradient and another one."""
+  del case
+
+  def function(x, dy, beside):
+    rows = (y.reshape(-1, y.shape[-1]) for y in (x, dy, beside))
+    return norm_kernel.run(1e-6, *rows)
+
+  yield "", function, 1
+
+
 CODES = {
   "ours": list_ours,
+  "norm": list_norm,
   "xla": list_xla,
   "splash": list_splash,
   "flash": list_flash,
@@ -248,7 +261,7 @@ def main():
 
 def compare(case, code, folder):
   for options, function, width in CODES[code](case):
-    for name in ("forward", "both"):
+    for name in ("backward",) if code == "norm" else ("forward", "both"):
       program = differentiate(function) if name == "both" else function
       try:
         kernel, xla, mib = estimate(program, width, case, folder)

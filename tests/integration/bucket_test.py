@@ -79,7 +79,7 @@ def test_a_run_in_a_bucket_ends_as_on_a_disk(server, moments, whole):
   "operation",
   [
     pytest.param("PUT .*config.json", marks=pytest.mark.nightly),
-    "PUT .*checkpoints%2F4%2Fcommit_success.txt",
+    pytest.param("PUT .*4%2Fcommit_success.txt", marks=pytest.mark.nightly),
     pytest.param("PUT .*best.json", marks=pytest.mark.nightly),
     "DELETE .*checkpoints%2F2%2F.*manifest",
     pytest.param("PUT .*metrics.jsonl", marks=pytest.mark.nightly),
@@ -94,6 +94,7 @@ def test_a_run_killed_here_ends_as_if_it_had_not_been(
   assert_same_run(server.folder / "bucket" / name, whole)
 
 
+@pytest.mark.nightly
 def test_a_run_outlives_faults(runs, server, whole):
   faults = {20: 503, 60: "drop", 100: 503, 140: "drop", 180: 503}
   server.fault = lambda number, request: faults.get(number)

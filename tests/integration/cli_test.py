@@ -270,6 +270,7 @@ def test_predict_without_what_it_needs(reference, fails, tmp_path):
   fails(["predict", f"--checkpoint={tmp_path}", good], "is not a run")
 
 
+@pytest.mark.ci
 def test_predict_goes_on_after_a_bad_file(reference, capsys, tmp_path):
   folder = make_folder(tmp_path / "images")
   bad = folder / "cat" / "0.png"

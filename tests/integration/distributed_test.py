@@ -175,7 +175,7 @@ def test_ten_losses_with_2_or_4_processes(
   assert read_losses(tmp_path / "run") == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_as_many_processes_end_with_the_same_bits(
   train_together, train_whole, tmp_path
 ):

@@ -258,6 +258,7 @@ def test_contrast_can_be_that_of_augreg(side, grey):
   assert abs(np.mean(found) - np.mean(usual) - difference) < 2
 
 
+@pytest.mark.ci
 def test_randaug_has_augregs_contrast_by_name():
   image = tf.constant(_image((32, 32)))
   run = {

@@ -108,10 +108,11 @@ def test_training_batches():
   assert labels.tolist() == [i % 10 for i in seen]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("text", "hosts"),
   [
-    pytest.param(AUGMENTED, [range(4), range(4, 8)], marks=pytest.mark.ci),
+    (AUGMENTED, [range(4), range(4, 8)]),
     (CROPPED, [range(i, 8, 4) for i in range(4)]),  # interleaved
   ],
 )

@@ -106,6 +106,7 @@ def _orders(sizes, weights):
   yield _blocks(sizes, 8, 2, blocks=20, weights=weights)
 
 
+@pytest.mark.ci
 def test_mixture_has_exact_proportions_and_passes_through_each_set():
   sizes, weights = [500, 90, 70], [0.5, 0.3, 0.2]
   for order in _orders(sizes, weights):

@@ -50,13 +50,14 @@ def measure_by_numpy(heads, grid, patch):
   return out
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("classifier", "variant"),
   [
     ("token", "ViT-w8d3m12h2_4"),
-    pytest.param("gap", "ViT-w8d3m12h2_4", marks=pytest.mark.ci),
-    pytest.param("map", "ViT-w8d3m12h2_4", marks=pytest.mark.ci),
-    pytest.param("token", _HYBRID, marks=pytest.mark.ci),
+    ("gap", "ViT-w8d3m12h2_4"),
+    ("map", "ViT-w8d3m12h2_4"),
+    ("token", _HYBRID),
   ],
 )
 def test_look_equals_numpy_on_captured_weights(classifier, variant):

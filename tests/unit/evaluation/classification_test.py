@@ -120,6 +120,7 @@ def test_single_label_metrics_are_the_same_on_any_machine(
     np.testing.assert_allclose(found["loss"], loss, rtol=1e-5)
 
 
+@pytest.mark.ci
 def test_multi_label_metrics_are_the_same_on_any_machine():
   source, labels, colors = _make_source(41, multilabel=True)
   assert source.multilabel

@@ -97,6 +97,7 @@ def test_parquet_of_no_image_at_all(pictures, tmp_path):
   assert parquet.read_table(out).num_rows == 0
 
 
+@pytest.mark.ci
 def test_images_that_changed_are_not_joined_with_others(
   pictures, tmp_path, monkeypatch
 ):
