@@ -114,8 +114,8 @@ keep_whole.defvjp(
 def matmul(x, kernel, fsdp_axis: int) -> Any:
   """[r i] @ [i o], with the kernel sharded by fsdp along `fsdp_axis`.
 
-  With fsdp, the kernel is all-gathered, and its gradient is summed by a
-  reduce-scatter. XLA's partitioner would all-reduce the whole gradient.
+  With fsdp, the kernel is all-gathered. Its gradient, with "zero1" too, is
+  summed by a reduce-scatter. XLA's partitioner would all-reduce it whole.
   """
   size = jax.sharding.get_abstract_mesh().size
   split = _split_axis() and len(x) % size == 0
