@@ -16,9 +16,12 @@ INSTALLED_BEAM := .venv-beam/installed
 # file share fixtures.
 TESTS := -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
-# Prints errors only. CONSTRAINTS pins the versions to install.
+# Prints errors only. Python compiles and stores a module when it is first
+# imported; to compile all takes minutes. CONSTRAINTS pins the versions.
+unexport PYTHONDONTWRITEBYTECODE
 CONSTRAINTS ?= constraints.txt
-INSTALL := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+PIP := -m pip install --quiet --no-compile
+INSTALL := $(BIN)/python $(PIP) --constraint $(CONSTRAINTS)
 
 .PHONY: help setup setup-dev quickstart test test-ci test-nightly test-newest \
   test-beam notebooks docs lint format hooks clean
@@ -108,12 +111,12 @@ $(INSTALLED_NEWEST): setup.py constraints-newest.txt
 	@test -n "$(NEWEST)" || { echo "make test-newest needs Python 3.12 or" \
 	  "newer; name one: make test-newest NEWEST=PATH" >&2; exit 1; }
 	@PYENV_VERSION=$(NEWEST:python%=%) $(NEWEST) -m venv --clear .venv-newest
-	@.venv-newest/bin/python -m pip install --quiet \
+	@.venv-newest/bin/python $(PIP) \
 	  --constraint constraints-newest.txt --editable '.[test]'
 	@touch $@
 
 $(INSTALLED_BEAM): setup.py constraints-beam.txt
 	@$(PYTHON) -m venv --clear .venv-beam
-	@.venv-beam/bin/python -m pip install --quiet \
+	@.venv-beam/bin/python $(PIP) \
 	  --constraint constraints-beam.txt --editable '.[test,beam]'
 	@touch $@
