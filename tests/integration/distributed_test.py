@@ -93,6 +93,7 @@ def test_flags_that_make_no_sense(flags, message, capsys):
   assert message in capsys.readouterr().err
 
 
+@pytest.mark.ci
 @pytest.mark.usefixtures("fork_server")
 def test_there_has_to_be_a_cluster_to_ask():
   # In another process: JAX may have begun to compute in this one.
@@ -226,7 +227,7 @@ def test_two_processes_count_each_test_example_once(train_whole, capsys):
   assert found["eval/loss"] == pytest.approx(results["loss"], rel=1e-5)
 
 
-@pytest.mark.ci
+@pytest.mark.nightly
 def test_two_processes_pseudo_label_as_one(runs, tmp_path):
   def label(out, split="train[:100]"):
     flags = [f"--split={split}", f"--out={tmp_path / out}", "--batch_size=10"]

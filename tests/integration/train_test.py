@@ -402,6 +402,7 @@ def test_training_data_that_vanish_cost_nothing(
   assert_same_run(workdir, whole[0])
 
 
+@pytest.mark.ci
 def test_an_exception_waits_for_the_save_in_flight(
   runs, whole, tmp_path, monkeypatch
 ):

@@ -335,6 +335,7 @@ def test_the_recipe_of_mae():
   assert config.loss.label_smoothing == 0.1
 
 
+@pytest.mark.ci
 def test_a_configuration_leaves_the_devices_alone():
   """Several processes connect after they have read it."""
   code = (

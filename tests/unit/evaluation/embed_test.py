@@ -89,6 +89,7 @@ def test_parquet_has_a_row_an_image(pictures, tmp_path):
   )
 
 
+@pytest.mark.ci
 def test_parquet_of_no_image_at_all(pictures, tmp_path):
   out = tmp_path / "features.parquet"
   broken = str(pictures / "broken.png")

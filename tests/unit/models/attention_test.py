@@ -359,9 +359,10 @@ def test_padding_is_not_seen():
   assert out["block00/out"].shape == (3, 17, 128)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
   ("pos_embedding", "fast"),
-  [("learned", True), pytest.param("relative", False, marks=pytest.mark.ci)],
+  [("learned", True), ("relative", False)],
 )
 def test_tokens_that_nobody_reads_change_nothing(
   monkeypatch, pos_embedding, fast

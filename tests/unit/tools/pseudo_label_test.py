@@ -104,9 +104,8 @@ def test_selection_equals_a_slow_one(balance, per_class):
   assert found.tolist() == []
 
 
-@pytest.mark.parametrize(
-  "soft", [False, pytest.param(True, marks=pytest.mark.ci)]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("soft", [False, True])
 def test_a_set_has_what_the_teacher_says(digits, score, tmp_path, soft):
   name, out = f"images:{digits}", str(tmp_path / "set")
   choice = {"min_confidence": 0.6, "per_class": 5}

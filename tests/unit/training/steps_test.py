@@ -343,6 +343,7 @@ def test_mixup_mixes_each_row_with_its_neighbour(shift):
   assert len(set(weights)) == 40
 
 
+@pytest.mark.ci
 def test_mixup_weights_follow_the_beta_distribution():
   images, targets = jnp.eye(2)[:, None, None], jnp.eye(2)
   keys = jax.random.split(jax.random.key(0), 4000)
@@ -417,6 +418,7 @@ def test_cutmix_boxes_are_distributed_as_timms():
     )
 
 
+@pytest.mark.ci
 def test_half_of_the_batches_get_mixup_half_cutmix():
   batch = _make_batch(size=8)
   images = np.asarray(steps.normalize(batch["image"]))
