@@ -227,7 +227,7 @@ def test_two_processes_count_each_test_example_once(train_whole, capsys):
   assert found["eval/loss"] == pytest.approx(results["loss"], rel=1e-5)
 
 
-@pytest.mark.nightly
+@pytest.mark.ci
 def test_two_processes_pseudo_label_as_one(runs, tmp_path):
   def label(out, split="train[:100]"):
     flags = [f"--split={split}", f"--out={tmp_path / out}", "--batch_size=10"]

@@ -58,7 +58,6 @@ def empty(tmp_path):
   return tmp_path / "empty"
 
 
-@pytest.mark.nightly
 def test_without_extras(wheel, tmp_path, empty):
   """No TensorFlow: it predicts, inspects, converts and tabulates."""
   constraints = f"--constraint={checkout.REPO / 'constraints.txt'}"

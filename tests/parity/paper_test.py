@@ -375,12 +375,15 @@ _CLASSES |= {"jft_like": 100}
 _QUICK = {
   "quickstart_pretrain.py",
   "quickstart_finetune.py",
-  "quickstart_masked.py",
-  "finetune.py:ViT-B_32,oxford_iiit_pet",
   "vtab_mini.py:ViT-N_8,mini:count",
 }
 # Minutes in all: one of the files that are left.
-_CI = {"vtab.py:ViT-B_32,clevr_count", "masked.py:ViT-B_32,jft"}
+_CI = {
+  "finetune.py:ViT-B_32,oxford_iiit_pet",
+  "masked.py:ViT-B_32,jft",
+  "quickstart_masked.py",
+  "vtab.py:ViT-B_32,clevr_count",
+}
 
 
 def _list_specs():

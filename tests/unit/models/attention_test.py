@@ -313,9 +313,8 @@ def _create(dtype, variant="ViT-w128d1m256h2_8", **options):
   return model, random_params(model), random_images(model)
 
 
-@pytest.mark.parametrize(
-  "classifier", ["token", pytest.param("map", marks=pytest.mark.ci)]
-)
+@pytest.mark.ci
+@pytest.mark.parametrize("classifier", ["token", "map"])
 def test_the_fast_way_is_the_plain_one(monkeypatch, classifier):
   # Both in float32, which is else always the plain one: so they may differ by
   # rounding alone. 17 tokens are padded to 24.

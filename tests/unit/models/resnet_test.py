@@ -202,9 +202,7 @@ _PUBLISHED = {
     pytest.param(
       name,
       # Tracing a deep model takes seconds.
-      marks=()
-      if name in ("R+ViT-Ti_16", "R26+ViT-S_32", "R50x1")
-      else pytest.mark.ci,
+      marks=() if name in ("R+ViT-Ti_16", "R50x1") else pytest.mark.ci,
     )
     for name in _PUBLISHED
   ],
