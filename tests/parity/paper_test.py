@@ -377,7 +377,7 @@ _QUICK = {
   "quickstart_finetune.py",
   "vtab_mini.py:ViT-N_8,mini:count",
 }
-# Minutes in all: one of the files that are left.
+# One of each other file; all would take minutes.
 _CI = {
   "finetune.py:ViT-B_32,oxford_iiit_pet",
   "masked.py:ViT-B_32,jft",
